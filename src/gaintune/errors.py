@@ -1,0 +1,65 @@
+"""The errors a person meets: what was wrong, where, and what to do next.
+
+Every class also inherits the standard error a library user would expect to catch, and carries the exit
+code the command line ends with: 2 for an input to correct, 1 for a run that failed.
+"""
+
+from __future__ import annotations
+
+
+class GaintuneError(Exception):
+    """Base of every error gaintune raises on purpose."""
+
+    exit_code: int = 1
+
+
+class ConfigError(GaintuneError, ValueError):
+    """A plan, key or option is wrong: correct the key that is named."""
+
+    exit_code = 2
+
+
+class DataError(GaintuneError, ValueError):
+    """A domain's files cannot be used as they are: correct the file and line that are named."""
+
+    exit_code = 2
+
+
+class AssetError(GaintuneError, OSError):
+    """An embedded asset or a hub id cannot be fetched or fails its hash: check the network or give a local copy."""
+
+
+class BaseModelError(GaintuneError, ValueError):
+    """The base model cannot be loaded as asked: correct the id, the folder or the dtype that is named."""
+
+    exit_code = 2
+
+
+class AdapterError(GaintuneError, ValueError):
+    """An adapter folder is incomplete, damaged or not an adapter."""
+
+    exit_code = 2
+
+
+class BaseMismatchError(AdapterError):
+    """An adapter was trained on another base than the one it is loaded on."""
+
+
+class UnsupportedModuleError(GaintuneError, ValueError):
+    """A tuner was pointed at a module it cannot adapt correctly."""
+
+    exit_code = 2
+
+
+class RunDirectoryError(GaintuneError, ValueError):
+    """A run directory belongs to another plan, is in use, or is damaged."""
+
+    exit_code = 2
+
+
+class TrainingError(GaintuneError, RuntimeError):
+    """Training stopped before it could do harm: a non-finite loss or gradient, or an interrupted stage."""
+
+
+class MergeError(GaintuneError, RuntimeError):
+    """A merged model is further from its adapter than the stated tolerance."""
