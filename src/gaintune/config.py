@@ -1,0 +1,248 @@
+"""The plan: every setting of a run as plain data, checked when it is read, with unknown keys refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gaintune.errors import ConfigError
+
+DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Section(BaseModel):
+    """A frozen part of the plan; a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which base model, and in which numbers."""
+
+    name: str = Field("demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)")
+    revision: str | None = Field(None, description="hub revision: a branch, tag or commit")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="numbers of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32"
+    )
+    quantization: Literal["4bit", "8bit"] | None = Field(None, description="load the base through bitsandbytes")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; off unless you say so")
+
+
+class DomainConfig(Section):
+    """One domain: a catalogue name, or a local file or folder under a name of your choosing."""
+
+    name: str = Field(description="label in tables and folders: letters, digits, dot, dash and underscore")
+    source: str = Field(description="catalogue name, or path of a .jsonl/.json/.csv/.parquet/.txt/.md file or folder")
+    text_column: str | None = Field(None, description="column that holds the text; found by itself when there is one")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is not a usable name: use letters, digits, dot, dash and underscore")
+        return value
+
+
+def _as_domain(value: Any) -> Any:
+    """Accept 'law', 'contracts=./contracts.jsonl' or a mapping."""
+    if not isinstance(value, str):
+        return value
+    name, separator, source = value.partition("=")
+    if separator:
+        return {"name": name, "source": source}
+    looks_like_path = "/" in value or Path(value).suffix in {".jsonl", ".json", ".csv", ".parquet", ".txt", ".md"}
+    return {"name": Path(value).stem if looks_like_path else value, "source": value}
+
+
+class DataConfig(Section):
+    """How much of each domain, and how it is cut."""
+
+    domains: tuple[Annotated[DomainConfig, BeforeValidator(_as_domain)], ...] = Field(
+        tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
+        description="domains in the order they are learnt",
+        min_length=1,
+    )
+    train_tokens: int = Field(8192, gt=0, description="training budget of a domain, in tokens")
+    validation_tokens: int = Field(4096, gt=0, description="validation budget of a domain, in tokens")
+    block_size: int = Field(256, ge=8, description="length of a packed block, in tokens")
+    seed: int = Field(0, ge=0, description="seed of the split by document and of the order of documents")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        names = [domain.name for domain in self.domains]
+        if len(set(names)) != len(names):
+            raise ValueError(f"domains: every name must be different, got {', '.join(names)}")
+        for field in ("train_tokens", "validation_tokens"):
+            if getattr(self, field) < self.block_size:
+                raise ValueError(f"{field} is {getattr(self, field)}, less than one block ({self.block_size} tokens)")
+        return self
+
+
+class MethodConfig(Section):
+    """One way to adapt; None stands for the method's own default in the catalogue."""
+
+    name: str = Field(description="catalogue name, see `gaintune methods`")
+    label: str = Field("", description="name in tables and folders; the method's name unless given")
+    lr: float | None = Field(None, gt=0, description="peak learning rate")
+    rank: int | None = Field(None, gt=0, description="rank of a low-rank method")
+    alpha: float | None = Field(None, gt=0, description="scale of a low-rank method; the update is alpha / rank * BA")
+    targets: str | tuple[str, ...] | None = Field(
+        None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_label(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, dict) and not value.get("label"):
+            value = {**value, "label": value.get("name", "")}
+        return value
+
+    @field_validator("label")
+    @classmethod
+    def _plain_label(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is not a usable label: use letters, digits, dot, dash and underscore")
+        return value
+
+
+class TrainConfig(Section):
+    """One adaptation: optimizer, schedule and bookkeeping."""
+
+    lr: float | None = Field(None, gt=0, description="peak learning rate of every method; a method's own lr wins")
+    epochs: int = Field(1, gt=0, description="passes over the training blocks")
+    batch_size: int = Field(4, gt=0, description="blocks in a forward pass, on each device")
+    gradient_accumulation: int = Field(1, gt=0, description="forward passes added up before an update")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay; never applied to gains")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two averages")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 30 % slower")
+    seed: int = Field(0, ge=0, description="seed of start values, order of blocks and dropout")
+    checkpoint_steps: int = Field(50, gt=0, description="steps between checkpoints inside a stage")
+    trackers: tuple[str, ...] = Field((), description="tensorboard, wandb and the other Trainer trackers")
+
+
+class EvaluateConfig(Section):
+    """How uncertainty is measured."""
+
+    batch_size: int = Field(4, gt=0, description="blocks in a forward pass")
+    bootstrap_samples: int = Field(2000, gt=0, description="resamples behind an interval")
+    confidence: float = Field(0.95, gt=0, lt=1, description="coverage of an interval")
+    seed: int = Field(0, ge=0, description="seed of the resampling")
+
+
+class Plan(Section):
+    """Everything that decides what a run computes."""
+
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig())
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
+    methods: tuple[MethodConfig, ...] = Field(
+        (MethodConfig(name="gain-ffn", label="gain-ffn"),), min_length=1, description="each starts from the same base"
+    )
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
+
+    @model_validator(mode="after")
+    def _different_labels(self) -> Plan:
+        labels = [method.label for method in self.methods]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"methods: every label must be different, got {', '.join(labels)}")
+        return self
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Field names of the section an error location points into."""
+    section: Any = Plan
+    parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+    if len(location) > 1:
+        section = {"methods": MethodConfig}.get(str(location[0]), parts.get(str(location[0]), Plan))
+        if len(location) > 2 and location[:2] == ("data", "domains"):
+            section = DomainConfig
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, origin: str) -> ConfigError:
+    """One line for each mistake, with the key it is about and the nearest known key."""
+    lines = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"]) or "plan"
+        if detail["type"] == "extra_forbidden":
+            known = _known_keys(detail["loc"])
+            near = get_close_matches(str(detail["loc"][-1]), known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{origin}: unknown key {key!r}; {advice}")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            lines.append(f"{origin}: {key}: {message} (got {detail['input']!r})" if key != "plan" else f"{origin}: {message}")
+    return ConfigError("\n".join(lines))
+
+
+def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
+    """Check nested values into a plan.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong kind, named with its place in `origin`.
+    """
+    try:
+        return Plan.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a YAML plan as nested values, without checking its keys yet."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such plan file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a plan is a mapping of sections, such as 'train:' and 'data:'")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return `values` with dotted assignments such as 'train.lr=0.005' laid over them; values are read as YAML."""
+    result = dict(values)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {assignment}: write section.key=value, such as train.lr=0.005")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value") from None
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a person means the number
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        *parents, leaf = key.split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            node[parent] = dict(child) if isinstance(child, dict) else {}
+            node = node[parent]
+        node[leaf] = value
+    return result
+
+
+def plan_yaml(plan: Plan) -> str:
+    """The whole plan as YAML that `build_plan` reads back to an equal plan."""
+    return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
