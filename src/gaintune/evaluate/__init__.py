@@ -1,0 +1,1 @@
+"""Measuring: perplexity, benchmarks, and the matrix of what was kept."""

@@ -1,0 +1,128 @@
+"""Paired bootstrap over blocks, as plain arrays: resampled mean losses, and the figures computed from them.
+
+Replicate 0 is always the sample itself, so one formula gives the value and its resamples. Everything is computed from
+differences of the loss to the base in the same block: that is what pairs adapted with base, and, because the blocks of
+a domain are drawn once for all rows, method with method.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+LARGEST_EXPONENT = (
+    690.0  # exp(709) overflows; a model that far gone is hopeless at any number, but must not stop a report
+)
+CHUNK = 256  # replicates drawn at once: bounds memory, and is part of what a seed means
+
+IN_DOMAIN = "in_domain"
+BACKWARD_TRANSFER = "backward_transfer"
+BACKWARD_TRANSFER_SINCE_LEARNT = "backward_transfer_since_learnt"
+BELOW_DIAGONAL = "below_diagonal"
+FORWARD_INTERFERENCE = "forward_interference"
+FIGURES = (IN_DOMAIN, BACKWARD_TRANSFER, BACKWARD_TRANSFER_SINCE_LEARNT, BELOW_DIAGONAL, FORWARD_INTERFERENCE)
+
+
+def percent(nats: FloatArray) -> FloatArray:
+    """Change of perplexity in %, from the change of the mean loss in nats; 0 nats is exactly 0 %."""
+    return 100.0 * np.expm1(np.minimum(nats, LARGEST_EXPONENT))
+
+
+def replicate_means(rows: FloatArray, tokens: NDArray[np.int64], *, samples: int, seed: int, domain: str) -> FloatArray:
+    """Token-weighted means of each row, over the blocks as they are and over blocks drawn with replacement.
+
+    The draw depends on the seed, the domain's name and the number of blocks alone, so adding a method or a stage moves
+    no other interval. One block cannot be resampled: its replicates are NaN.
+
+    Args:
+        rows: sums over each block, in nats, `(rows, blocks)`.
+        tokens: scored tokens of each block, `(blocks,)`.
+        samples: resamples to draw.
+        seed: seed of the plan.
+        domain: name of the domain, mixed into the seed.
+
+    Returns:
+        Nats per token, `(1 + samples, rows)`; replicate 0 is the sample itself.
+    """
+    blocks = len(tokens)
+    result = np.full((1 + samples, len(rows)), np.nan)
+    result[0] = rows.sum(axis=1) / tokens.sum()
+    if blocks < 2:
+        return result
+    generator = np.random.default_rng([seed, zlib.crc32(domain.encode())])
+    for start in range(1, 1 + samples, CHUNK):
+        drawn = generator.multinomial(blocks, np.full(blocks, 1.0 / blocks), size=min(CHUNK, 1 + samples - start))
+        weights = drawn.astype(np.float64)
+        # einsum without BLAS: the sums do not depend on the number of threads
+        sums = np.einsum("rb,nb->rn", weights, rows)
+        result[start : start + len(drawn)] = sums / np.einsum("rb,b->r", weights, tokens.astype(np.float64))[:, None]
+    return result
+
+
+def bounds(replicates: FloatArray, confidence: float) -> tuple[FloatArray, FloatArray]:
+    """Percentile interval over axis 0, leaving replicate 0 (the sample) out."""
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(replicates[1:], [tail, 1.0 - tail], axis=0)
+    return low, high
+
+
+def _mean(cells: FloatArray) -> FloatArray | None:
+    """Mean over the last axis; None where there is no cell."""
+    return cells.mean(axis=-1) if cells.shape[-1] else None
+
+
+def earlier_and_later(learnt: Sequence[int], stage: int, columns: int) -> tuple[list[int], list[int]]:
+    """Columns learnt before a stage, and columns not learnt up to and with it."""
+    earlier = list(learnt[:stage])
+    return earlier, [column for column in range(columns) if column not in learnt[: stage + 1]]
+
+
+def summary_figures(nats: FloatArray, learnt: Sequence[int]) -> dict[str, FloatArray | None]:
+    """The figures that sum up a sequence, for every replicate.
+
+    Args:
+        nats: change of the mean loss against the base, `(replicates, stages, domains)`.
+        learnt: column of the domain learnt at each stage, `(stages,)`.
+
+    Returns:
+        For each of `FIGURES` the mean of its cells in %, `(replicates,)`; None where a figure has no cell.
+    """
+    _, stages, columns = nats.shape
+    if not stages:
+        return dict.fromkeys(FIGURES)
+    change = percent(nats)
+    steps = np.arange(stages)
+    diagonal = np.asarray(learnt)
+    below, above = [], []
+    for stage in range(stages):
+        earlier, later = earlier_and_later(learnt, stage, columns)
+        below += [(stage, column) for column in earlier]
+        above += [(stage, column) for column in later]
+
+    def cells(places: list[tuple[int, int]]) -> FloatArray:
+        return change[:, [stage for stage, _ in places], [column for _, column in places]]
+
+    since_learnt = percent(nats[:, -1, diagonal[:-1]] - nats[:, steps[:-1], diagonal[:-1]])
+    return {
+        IN_DOMAIN: _mean(change[:, steps, diagonal]),
+        BACKWARD_TRANSFER: _mean(change[:, -1, diagonal[:-1]]),
+        BACKWARD_TRANSFER_SINCE_LEARNT: _mean(since_learnt),
+        BELOW_DIAGONAL: _mean(cells(below)),
+        FORWARD_INTERFERENCE: _mean(cells(above)),
+    }
+
+
+def stage_figures(nats: FloatArray, learnt: Sequence[int], stage: int) -> dict[str, FloatArray | None]:
+    """In-domain change, and the means over earlier and later domains, right after one stage, in %."""
+    change = percent(nats[:, stage])
+    earlier, later = earlier_and_later(learnt, stage, nats.shape[2])
+    return {
+        "in_domain": change[:, learnt[stage]],
+        "earlier": _mean(change[:, earlier]),
+        "later": _mean(change[:, later]),
+    }
