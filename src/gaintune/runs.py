@@ -1,4 +1,4 @@
-"""What is on disk survives: atomic writes, folders with a manifest written last, locks, and event logs."""
+"""What is on disk survives: atomic writes, folders with a manifest written last, and the run directory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+from filelock import FileLock, Timeout
+
+from gaintune.config import Plan, plan_yaml
 from gaintune.errors import RunDirectoryError
 
 MANIFEST = "manifest.json"
@@ -67,6 +72,15 @@ def read_json(path: Path) -> Any:
         raise RunDirectoryError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore or delete it") from error
 
 
+def write_manifest(folder: Path) -> None:
+    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically."""
+    files = sorted(entry for entry in folder.rglob("*") if entry.is_file() and entry.name != MANIFEST)
+    for file in files:
+        _sync(file)
+    sums = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+    write_json(folder / MANIFEST, {"sha256": sums})
+
+
 @contextlib.contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
@@ -77,11 +91,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        files = sorted(entry for entry in temporary.rglob("*") if entry.is_file())
-        for file in files:
-            _sync(file)
-        sums = {file.relative_to(temporary).as_posix(): sha256_file(file) for file in files}
-        write_json(temporary / MANIFEST, {"sha256": sums})
+        write_manifest(temporary)
         temporary.chmod(0o755)
         if path.exists():
             shutil.rmtree(path)
@@ -106,9 +116,88 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Append one line to an event log: what happened and when (UTC)."""
-    record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(record, sort_keys=True) + "\n")
+def _differences(ours: Any, theirs: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two nested values differ, with both values."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        names = sorted({*ours, *theirs})
+        return [line for name in names for line in _differences(ours.get(name), theirs.get(name), f"{key}.{name}" if key else name)]
+    return [] if ours == theirs else [f"{key}: {theirs!r} there, {ours!r} now"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory: where everything of a sequence lies."""
+
+    folder: Path
+
+    @property
+    def matrix(self) -> Path:
+        """All numbers of the run."""
+        return self.folder / "matrix.json"
+
+    def base(self, numbers: str, domain: str) -> Path:
+        """Losses of the untouched base on one domain, in the numbers (such as bf16) a method computes with."""
+        return self.folder / "base" / numbers / f"{domain}.json"
+
+    def stage(self, label: str, index: int, domain: str) -> Path:
+        """Folder of one stage of one method; `index` counts from 0."""
+        return self.folder / "stages" / label / f"{index + 1:02d}-{domain}"
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Append one line to events.jsonl: what happened and when (UTC)."""
+        record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record, sort_keys=True) + "\n")
+
+    def settle(self, name: str, value: Mapping[str, Any], advice: str) -> None:
+        """Write a file that must never change during a run, or check that it has not.
+
+        Raises:
+            RunDirectoryError: the file says something else; each difference is named.
+        """
+        path = self.folder / name
+        value = json.loads(canonical_json(value))
+        if not path.exists():
+            write_json(path, value)
+        elif changed := _differences(value, read_json(path)):
+            raise RunDirectoryError(f"{path} says otherwise: {'; '.join(changed)}. {advice}")
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator[Run]:
+    """Take a run directory for a plan: a new one, or the one that plan began. One process at a time.
+
+    Raises:
+        RunDirectoryError: the directory belongs to another plan, holds something else, or is in use.
+    """
+    plan_file = folder / "plan.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is a file; name a folder for the run")
+    if folder.exists() and not plan_file.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise RunDirectoryError(f"{folder} is not empty and has no plan.yaml, so it is not a run; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunDirectoryError(f"{folder} is in use by another process; wait for it or name another folder") from None
+    try:
+        run = Run(folder)
+        if plan_file.exists():
+            changed = _differences(plan.model_dump(mode="json"), yaml.safe_load(plan_file.read_text(encoding="utf-8")))
+            if changed:
+                raise RunDirectoryError(
+                    f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, or run with that plan: "
+                    f"gaintune sequence {plan_file}"
+                )
+            if (folder / "environment.json").exists():
+                then = read_json(folder / "environment.json")
+                if moved := _differences(json.loads(canonical_json(environment)), then):
+                    run.event("environment changed", differences=moved)
+        else:
+            write_text(plan_file, plan_yaml(plan))
+        if not (folder / "environment.json").exists():
+            write_json(folder / "environment.json", environment)
+        yield run
+    finally:
+        lock.release()

@@ -1,0 +1,34 @@
+"""What long work tells whoever is watching: a title, how far, and the figures of the moment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+Advance = Callable[..., None]
+"""`advance(amount, **figures)`: `amount` more units are done; figures such as `loss=2.31` are shown beside the bar."""
+
+
+class Progress(Protocol):
+    """Shows tasks one after another; the command line draws bars, a library call shows nothing."""
+
+    def task(self, title: str, total: int, unit: str) -> contextlib.AbstractContextManager[Advance]:
+        """Open a task of `total` units; entering it gives the function to call as work is done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Say one thing that happened, such as a stage found finished on disk."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+        """A task nobody watches."""
+        yield lambda amount, **figures: None
+
+    def note(self, text: str) -> None:
+        """Say nothing."""

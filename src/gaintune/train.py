@@ -1,0 +1,243 @@
+"""One adaptation on `transformers.Trainer`: our loss and parameter groups, its loop, checkpoints and trackers."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from gaintune.config import TrainConfig
+from gaintune.errors import ConfigError, TrainingError
+from gaintune.loss import IGNORED, NextTokenLoss
+from gaintune.progress import Advance, Progress, Silent
+from gaintune.runs import damage, write_manifest
+from gaintune.tuners.optim import parameter_groups
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What an adaptation did: updates, tokens seen, loss of every update (nats per token), and its pace in this process."""
+
+    steps: int
+    tokens: int
+    losses: tuple[float, ...]
+    seconds: float
+    tokens_per_second: float
+
+
+class _Blocks(Dataset):
+    """Packed blocks, `(blocks, block_size)`, as next-token examples."""
+
+    def __init__(self, blocks: torch.Tensor) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return self._blocks.shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._blocks[index], "labels": self._blocks[index]}
+
+
+def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
+    """Share of the peak rate at update `step` (from 0). The warm-up's first update already moves: 1 / (warmup + 1)."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if not cosine:
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class _BlockTrainer(Trainer):
+    """`Trainer` with the chunked loss, gains kept out of weight decay, and a stop before a non-finite update."""
+
+    def __init__(self, *, plan: TrainConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._plan = plan
+        self._loss = NextTokenLoss(self.accelerator.unwrap_model(self.model))
+        self.model_accepts_loss_kwargs = True  # the loss is a sum divided by the tokens of the whole update
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs["labels"]
+        total = self._loss.sum(model, inputs["input_ids"], labels)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
+        elif self.args.average_tokens_across_devices:
+            total = total * self.accelerator.num_processes
+        loss = total / num_items_in_batch
+        self._require_finite(loss, "loss")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._require_finite(norm, "gradient")
+        return norm
+
+    def _require_finite(self, value: torch.Tensor | float, what: str) -> None:
+        if not math.isfinite(float(value)):
+            raise TrainingError(
+                f"the {what} is {float(value)} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped before "
+                "the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished work is kept"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained = model if model is not None else self.model
+            groups = parameter_groups(trained, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            factor = partial(
+                schedule_factor,
+                steps=num_training_steps,
+                warmup=math.ceil(num_training_steps * self._plan.warmup_ratio),
+                cosine=self._plan.schedule == "cosine",
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle of settings that the plan already holds
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+
+class _Watch(TrainerCallback):
+    """Tells a progress bar of every update."""
+
+    def __init__(self, advance: Advance, tokens_per_step: int) -> None:
+        self._advance = advance
+        self._tokens = tokens_per_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self._advance(state.global_step * self._tokens)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._advance(self._tokens, loss=logs["loss"])
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint in a folder; those cut short while being written are deleted."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if damage(checkpoint) is None:
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def train(
+    model: nn.Module,
+    blocks: torch.Tensor,
+    plan: TrainConfig,
+    *,
+    lr: float,
+    seed: int,
+    checkpoints: Path,
+    mixed_precision: torch.dtype | None = None,
+    title: str = "training",
+    progress: Progress | None = None,
+) -> Adaptation:
+    """Train the parameters that require a gradient on next-token prediction, continuing from a checkpoint if there is one.
+
+    Args:
+        model: a causal language model with an adapter attached, or one whose weights all train.
+        blocks: token ids, `(blocks, block_size)`.
+        plan: optimizer, schedule and batch.
+        lr: peak learning rate.
+        seed: seed of the order of blocks and of dropout.
+        checkpoints: folder for checkpoints inside this adaptation.
+        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
+        title: what a progress bar says.
+        progress: where to show it.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite, before it reaches the weights.
+        ConfigError: a tracker that is not installed, or nothing to train.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("nothing to train: no parameter of the model requires a gradient")
+    device = next(model.parameters()).device
+    arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
+    trainer = _BlockTrainer(plan=plan, model=model, args=arguments, train_dataset=_Blocks(blocks))
+    trainer.remove_callback(PrinterCallback)
+    tokens_per_step = plan.batch_size * plan.gradient_accumulation * blocks.shape[1] * arguments.world_size
+    total = blocks.numel() * plan.epochs
+    resume = newest_checkpoint(checkpoints)
+    started_at = int(resume.name.rpartition("-")[2]) if resume else 0
+    with (progress or Silent()).task(title, total, "tokens") as advance:
+        trainer.add_callback(_Watch(advance, tokens_per_step))
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        seconds = time.perf_counter() - start
+    steps = trainer.state.global_step
+    losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    seen = total * (steps - started_at) / steps
+    return Adaptation(steps, total, losses, seconds, seen / seconds)
+
+
+def _arguments(
+    plan: TrainConfig,
+    *,
+    lr: float,
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    mixed_precision: torch.dtype | None,
+) -> TrainingArguments:
+    """The plan in the words of `transformers`."""
+    settings: Mapping[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "num_train_epochs": plan.epochs,
+        "learning_rate": lr,
+        "weight_decay": plan.weight_decay,
+        "adam_beta1": plan.betas[0],
+        "adam_beta2": plan.betas[1],
+        "max_grad_norm": plan.clip,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": plan.checkpoint_steps,
+        "save_total_limit": 2,
+        "report_to": list(plan.trackers),
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+        "bf16": mixed_precision is torch.bfloat16,
+        "fp16": mixed_precision is torch.float16,
+    }
+    return TrainingArguments(**settings)
