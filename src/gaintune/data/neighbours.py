@@ -1,0 +1,79 @@
+"""Near-duplicates: how much of one text is found, word for word, in a text that is trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+SHINGLE_WORDS = 5
+CONTAINMENT = 0.5
+
+# Chinese and Japanese do not put spaces between words: there a character counts as one.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+
+
+def normalise(text: str) -> str:
+    """Text as its words alone, in lower case: what differs by case, spacing or punctuation is the same text."""
+    return " ".join(_WORD.findall(text.casefold())) or text.strip()
+
+
+class NeighbourIndex:
+    """Answers whether a text is a near-duplicate of one of the documents it was built from.
+
+    A text is one if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalised) occur
+    in the same document; a text too short for a shingle, if a document or piece equals it after normalisation.
+    """
+
+    def __init__(self, pieces: Iterable[tuple[int, str]]) -> None:
+        """Index pieces of text, each with the number of the document it belongs to."""
+        self._vocabulary: dict[str, int] = {}
+        self._short: set[str] = set()
+        hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for document, text in pieces:
+            shingles = self._shingles(text)
+            if len(shingles):
+                hashes.append(shingles)
+                owners.append(np.full(len(shingles), document, np.int64))
+            else:
+                self._short.add(normalise(text))
+        pairs = np.stack([np.concatenate(hashes).view(np.int64), np.concatenate(owners)])
+        pairs = np.unique(pairs, axis=1)  # sorted by hash, a shingle once for each document
+        self._hashes, self._owners = pairs[0], pairs[1]
+
+    def __contains__(self, text: str) -> bool:
+        shingles = self._shingles(text).view(np.int64)
+        if not len(shingles):
+            return normalise(text) in self._short
+        first = np.searchsorted(self._hashes, shingles, side="left")
+        last = np.searchsorted(self._hashes, shingles, side="right")
+        needed = CONTAINMENT * len(shingles)
+        found = last > first
+        if found.sum() < needed:  # not even all documents together hold enough of it
+            return False
+        ranges = zip(first[found], last[found], strict=True)
+        owners = np.concatenate([self._owners[start:end] for start, end in ranges])
+        _, counts = np.unique(owners, return_counts=True)
+        return bool(counts.max() >= needed)
+
+    def _shingles(self, text: str) -> np.ndarray:
+        """Distinct 64-bit hashes of a text's shingles; words are numbered as they are met, so equal words agree."""
+        vocabulary = self._vocabulary
+        numbers = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in normalise(text).split()]
+        words = _mix(np.array(numbers, np.uint64))
+        count = len(words) - SHINGLE_WORDS + 1
+        if count <= 0:
+            return np.empty(0, np.uint64)
+        total = np.zeros(count, np.uint64)
+        for offset in range(SHINGLE_WORDS):
+            total = _mix(total + words[offset : offset + count])
+        return np.unique(total)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64 bits that spreads every bit."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

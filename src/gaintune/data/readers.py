@@ -1,0 +1,95 @@
+"""Local files and folders: which files make up a domain, which split each belongs to, and plain text."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from gaintune.data.documents import Document, Documents
+from gaintune.data.passages import cut_passages
+from gaintune.data.tables import ROW_SUFFIXES, decode, read_rows
+from gaintune.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+TEXT_SUFFIXES = (".txt", ".md")
+SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
+SECTION_CHARACTERS = 2048
+_TRAIN = re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE)
+_VALIDATION = re.compile(r"(validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
+_TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
+
+
+def read_documents(path: Path, text_column: str | None = None) -> Documents:
+    """Read a file, or every file of a folder in sorted order.
+
+    A row of a .jsonl, .json, .csv or .parquet file is one document. A .txt or .md file is one document, except where a
+    split consists of that single file: it is then cut into sections of at most `SECTION_CHARACTERS` at blank lines, so
+    that there is something to split. A folder that holds both `train*` and `validation*` (or `valid*`, `val*`, `dev*`,
+    else `test*`) files uses that split; otherwise its files are taken together.
+
+    Raises:
+        DataError: naming the file, and the line where there is one.
+    """
+    if path.is_dir():
+        train, validation = _split_folder(path)
+        return Documents(
+            train=_read_files(train, text_column),
+            validation=_read_files(validation, text_column) if validation else None,
+            source=str(path),
+        )
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{path}: a domain file ends in one of {', '.join(SUFFIXES)}")
+    return Documents(train=_read_files([path], text_column), source=str(path))
+
+
+def _split_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Training and validation files of a folder; no validation files where the folder names no split."""
+    visible = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    rows = [file for file in visible if file.suffix.lower() in ROW_SUFFIXES]
+    usable = rows or [file for file in visible if file.suffix.lower() in TEXT_SUFFIXES]
+    if not usable:
+        raise DataError(f"{folder}: holds no file that ends in one of {', '.join(SUFFIXES)}")
+    train = [file for file in usable if _named(_TRAIN, file, folder)]
+    validation = [file for file in usable if _named(_VALIDATION, file, folder)]
+    validation = validation or [file for file in usable if _named(_TEST, file, folder)]
+    if not train or not validation:
+        train, validation = usable, []
+    used = {*train, *validation}
+    if unused := [file.relative_to(folder).as_posix() for file in visible if file not in used]:
+        logger.warning("%s: %d file(s) not part of the domain: %s", folder, len(unused), ", ".join(unused[:5]))
+    return train, validation
+
+
+def _named(pattern: re.Pattern[str], file: Path, folder: Path) -> bool:
+    """Whether the file, or a folder between, is named after a split."""
+    return any(pattern.match(part) for part in file.relative_to(folder).parts)
+
+
+def _read_files(files: list[Path], text_column: str | None) -> tuple[Document, ...]:
+    documents: list[Document] = []
+    for file in files:
+        if file.suffix.lower() in ROW_SUFFIXES:
+            documents += read_rows(file, text_column)
+        else:
+            documents += _read_text(file, in_sections=len(files) == 1)
+    return tuple(documents)
+
+
+def _read_text(file: Path, *, in_sections: bool) -> list[Document]:
+    text = decode(file, file.read_bytes())
+    if not text.strip():
+        raise DataError(f"{file}: the file is empty; delete it or fill it in")
+    if not in_sections:
+        return [Document(text, str(file))]
+    return [
+        Document(section, f"{file}:{text.count(chr(10), 0, start) + 1}")
+        for start, section in cut_passages(text, SECTION_CHARACTERS)
+    ]

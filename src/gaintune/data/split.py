@@ -1,0 +1,69 @@
+"""Which document is for training and which for validation, and in which order documents are drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gaintune.data.documents import Document, Documents
+from gaintune.data.neighbours import normalise
+from gaintune.data.passages import cut_passages
+from gaintune.errors import DataError
+
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document, or a piece of a long one; `document` is the document's number in its split."""
+
+    text: str
+    document: int
+
+
+def _draw(*parts: object) -> int:
+    """A uniform number below 2**64 that depends on the parts alone: the same on every machine and version."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def split_documents(documents: Documents, seed: int) -> Documents:
+    """Give each document its side by a hash of the seed and its text; a source's own split is left as it is.
+
+    `VALIDATION_SHARE` of the different texts go to validation, at least one. Texts that differ by case, spacing or
+    punctuation alone are on the same side. A document keeps its side when others are added.
+
+    Raises:
+        DataError: there is only one text, so that one side would be empty.
+    """
+    if documents.validation is not None:
+        return documents
+    draws = [_draw(seed, "split", normalise(document.text)) for document in documents.train]
+    if len(set(draws)) < 2:
+        raise DataError(
+            f"{documents.source}: {len(documents.train)} document(s), all with the same text, so none is left for "
+            f"validation; give more documents, or a folder with train and validation files"
+        )
+    threshold = max(int(VALIDATION_SHARE * 2**64), min(draws) + 1)
+    if max(draws) < threshold:  # all of them fell below: leave something to train on
+        threshold = max(draws)
+    pairs = list(zip(draws, documents.train, strict=True))
+    return Documents(
+        train=tuple(document for draw, document in pairs if draw >= threshold),
+        validation=tuple(document for draw, document in pairs if draw < threshold),
+        source=documents.source,
+    )
+
+
+def in_drawn_order(documents: Sequence[Document], seed: int, side: str) -> Iterator[Passage]:
+    """Passages of all documents in an order that the seed decides.
+
+    A long document is cut into passages that are ordered each by itself, so that a small budget samples many documents
+    rather than the beginning of one.
+    """
+    passages = [
+        Passage(text, number) for number, document in enumerate(documents) for _, text in cut_passages(document.text)
+    ]
+    order = sorted(range(len(passages)), key=lambda index: (_draw(seed, side, index), index))
+    return (passages[index] for index in order)

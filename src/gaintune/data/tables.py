@@ -1,0 +1,217 @@
+"""Files of rows (.jsonl, .json, .csv, .parquet): every row a document, every mistake with its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gaintune.data.documents import Document
+from gaintune.errors import DataError
+
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+USUAL_COLUMNS = ("text", "content")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row and its place: "file:line", or "file: row n" where the format has no lines."""
+
+    values: dict[str, Any]
+    origin: str
+
+
+def read_rows(file: Path, text_column: str | None = None) -> list[Document]:
+    """Read the text column of every row.
+
+    The column is `text_column`; or the one named `text` or `content`; or the only column of strings.
+
+    Raises:
+        DataError: a broken row, a missing, ambiguous or empty text, with the file and line.
+    """
+    reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[file.suffix.lower()]
+    rows = list(reader(file))
+    if not rows:
+        raise DataError(f"{file}: holds no rows")
+    column = text_column or _find_column(file, rows)
+    return [Document(_text(row, column), row.origin) for row in rows]
+
+
+def decode(file: Path, data: bytes, first_line: int = 1) -> str:
+    """Bytes as UTF-8 text, a byte order mark removed; the line is named where that fails."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{file}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file, "
+            f"for instance with `iconv -f LATIN1 -t UTF-8`"
+        ) from None
+
+
+def _find_column(file: Path, rows: Sequence[_Row]) -> str:
+    columns = list(rows[0].values)
+    for usual in USUAL_COLUMNS:
+        if usual in columns:
+            return usual
+    strings = [column for column in columns if isinstance(rows[0].values[column], str)]
+    if file.suffix.lower() == ".csv":  # there every value is a string: leave out the columns of numbers
+        strings = [column for column in strings if not all(_is_number(row.values[column]) for row in rows)]
+    if len(strings) == 1:
+        return strings[0]
+    found = f"which of {', '.join(strings)} holds the text?" if strings else "no column holds text;"
+    raise DataError(
+        f"{rows[0].origin}: {found} name it with text_column (the columns are {', '.join(columns) or 'none at all'})"
+    )
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _text(row: _Row, column: str) -> str:
+    if column not in row.values:
+        columns = ", ".join(row.values) or "none at all"
+        raise DataError(f"{row.origin}: has no column {column!r}; the columns are {columns}")
+    text = row.values[column]
+    if not isinstance(text, str):
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        raise DataError(f"{row.origin}: column {column!r} is {kind}, expected text; correct or delete the row")
+    if not text.strip():
+        raise DataError(f"{row.origin}: column {column!r} is empty; fill it in or delete the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.origin}: column {column!r} holds half of a surrogate pair (character {error.start + 1}), "
+            f"which is no character; correct or delete the row"
+        ) from None
+    return text
+
+
+def _as_row(values: Any, origin: str) -> _Row:
+    if not isinstance(values, dict):
+        raise DataError(f'{origin}: expected a row such as {{"text": "..."}}, got a {type(values).__name__}')
+    return _Row(values, origin)
+
+
+def _jsonl(file: Path) -> Iterator[_Row]:
+    lines = file.read_bytes().rstrip().split(b"\n")  # not splitlines(): JSON text may hold U+2028
+    for number, data in enumerate(lines, start=1):
+        line = decode(file, data, number)
+        if not line.strip():
+            if len(lines) == 1:
+                return
+            raise DataError(f"{file}:{number}: the line is empty; delete it")
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno}); correct or delete the line"
+            ) from None
+        yield _as_row(values, f"{file}:{number}")
+
+
+def _json(file: Path) -> Iterator[_Row]:
+    """A list of rows, or a mapping with such a list under "data"; one row a line is read as .jsonl."""
+    text = decode(file, file.read_bytes())
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            yield from _jsonl(file)
+            return
+        raise DataError(f"{file}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    start = 0
+    if isinstance(values, dict):
+        start = _value_position(text, "data")
+        values = values.get("data")
+    if not isinstance(values, list):
+        raise DataError(f'{file}:1: expected a list of rows, or {{"data": [...]}}')
+    for line, row in zip(_element_lines(text, start), values, strict=True):
+        yield _as_row(row, f"{file}:{line}")
+
+
+def _skip(text: str, position: int, characters: str) -> int:
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
+
+
+def _value_position(text: str, wanted: str) -> int:
+    """Where the value of a key of the outermost mapping starts, in text that is known to be valid JSON; 0 if absent."""
+    decoder = json.JSONDecoder()
+    position = _skip(text, text.index("{") + 1, " \t\r\n,")
+    found = 0
+    while text[position] != "}":
+        key, position = decoder.raw_decode(text, position)
+        position = _skip(text, position, " \t\r\n:")
+        found = position if key == wanted else found  # of a repeated key the last one counts, as in json.loads
+        _, position = decoder.raw_decode(text, position)
+        position = _skip(text, position, " \t\r\n,")
+    return found
+
+
+def _element_lines(text: str, start: int) -> Iterator[int]:
+    """The line each element of a list starts on, in text that is known to be valid JSON."""
+    decoder = json.JSONDecoder()
+    position = _skip(text, text.index("[", start) + 1, " \t\r\n,")
+    line, counted = 1, 0
+    while text[position] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        yield line
+        _, position = decoder.raw_decode(text, position)
+        position = _skip(text, position, " \t\r\n,")
+
+
+def _csv(file: Path) -> Iterator[_Row]:
+    """Comma-separated values with a header; a field may span lines inside quotation marks."""
+    text = decode(file, file.read_bytes()).rstrip("\r\n")
+    previous_limit = csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 131,072 characters
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header: list[str] | None = None
+        line = 1
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(f"{file}:{line}: not valid CSV ({error})") from None
+            if header is None:
+                header = fields
+                if repeated := sorted({name for name in header if header.count(name) > 1}):
+                    raise DataError(f"{file}:{line}: column {repeated[0]!r} appears more than once")
+            elif not fields:
+                raise DataError(f"{file}:{line}: the line is empty; delete it")
+            elif len(fields) != len(header):
+                raise DataError(
+                    f"{file}:{line}: {len(fields)} fields where the header has {len(header)} ({', '.join(header)}); "
+                    f"put text that holds a comma or a line end in quotation marks"
+                )
+            else:
+                yield _Row(dict(zip(header, fields, strict=True)), f"{file}:{line}")
+            line = reader.line_num + 1
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def _parquet(file: Path) -> Iterator[_Row]:
+    import pyarrow  # slow to import, and only this format needs it
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error})") from None
+    for number, values in enumerate(rows, start=1):
+        yield _Row(values, f"{file}: row {number}")
