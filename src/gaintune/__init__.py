@@ -1,1 +1,83 @@
-"""placeholder"""
+"""Adapt language models to domain after domain without making them forget, and measure what was kept.
+
+Importing this package registers GAIN with PEFT: at once if PEFT is already imported, else as soon as it is. The public
+names below are loaded when they are first used, so that importing gaintune costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from gaintune.adaptation import AdaptResult, adapt
+    from gaintune.adapters import load_adapter, save_adapter
+    from gaintune.config import Plan
+    from gaintune.errors import GaintuneError
+    from gaintune.evaluate.perplexity import measure
+    from gaintune.evaluate.records import Matrix
+    from gaintune.export import merge_adapter
+    from gaintune.models import load_base
+    from gaintune.report import write_report
+    from gaintune.sequence import run_sequence
+    from gaintune.tuners.gain import GainConfig, GainModel
+    from gaintune.tuners.optim import parameter_groups
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdaptResult": "adaptation",
+    "adapt": "adaptation",
+    "load_adapter": "adapters",
+    "save_adapter": "adapters",
+    "Plan": "config",
+    "GaintuneError": "errors",
+    "measure": "evaluate.perplexity",
+    "Matrix": "evaluate.records",
+    "merge_adapter": "export",
+    "load_base": "models",
+    "write_report": "report",
+    "run_sequence": "sequence",
+    "GainConfig": "tuners.gain",
+    "GainModel": "tuners.gain",
+    "parameter_groups": "tuners.optim",
+}
+
+__all__ = [
+    "AdaptResult",
+    "GainConfig",
+    "GainModel",
+    "GaintuneError",
+    "Matrix",
+    "Plan",
+    "adapt",
+    "load_adapter",
+    "load_base",
+    "measure",
+    "merge_adapter",
+    "parameter_groups",
+    "run_sequence",
+    "save_adapter",
+    "write_report",
+]
+
+
+@wrapt.when_imported("peft")
+def _register(peft: Any) -> None:
+    from gaintune.tuners.registry import register
+
+    register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gaintune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gaintune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -33,7 +34,7 @@ class ModelConfig(Section):
     )
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="load the base through bitsandbytes")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; off unless you say so")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 class DomainConfig(Section):
@@ -184,7 +185,9 @@ def _explain(error: ValidationError, origin: str) -> ConfigError:
             lines.append(f"{origin}: unknown key {key!r}; {advice}")
         else:
             message = detail["msg"].removeprefix("Value error, ")
-            lines.append(f"{origin}: {key}: {message} (got {detail['input']!r})" if key != "plan" else f"{origin}: {message}")
+            lines.append(
+                f"{origin}: {key}: {message} (got {detail['input']!r})" if key != "plan" else f"{origin}: {message}"
+            )
     return ConfigError("\n".join(lines))
 
 
@@ -229,10 +232,8 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
         except yaml.YAMLError:
             raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value") from None
         if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a person means the number
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         *parents, leaf = key.split(".")
         node = result
         for parent in parents:
@@ -246,3 +247,19 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
 def plan_yaml(plan: Plan) -> str:
     """The whole plan as YAML that `build_plan` reads back to an equal plan."""
     return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def plan_yaml_documented(plan: Plan) -> str:
+    """The whole plan as YAML with every key's description beside it; reads back to an equal plan."""
+    lines = []
+    for name, info in Plan.model_fields.items():
+        value = getattr(plan, name)
+        if isinstance(value, Section):
+            lines.append(f"{name}:")
+            for key, field in type(value).model_fields.items():
+                dumped = yaml.safe_dump({key: value.model_dump(mode="json")[key]}, sort_keys=False).rstrip("\n")
+                lines.extend(f"  {line}" for line in (f"# {field.description}", *dumped.split("\n")))
+        else:
+            dumped = yaml.safe_dump({name: plan.model_dump(mode="json")[name]}, sort_keys=False).rstrip("\n")
+            lines.extend((f"# {info.description}; see `gaintune methods`", dumped))
+    return "\n".join(lines) + "\n"

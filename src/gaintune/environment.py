@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("gaintune", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "bitsandbytes")
+PACKAGES = (
+    "gaintune",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "bitsandbytes",
+)
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Next-token loss in chunks of tokens, so that the logits of a whole batch never exist; training and perplexity share it.
+"""Next-token loss in chunks of tokens, so that the logits of a whole batch never exist; shared by all who measure.
 
 The logits of a batch (tokens x vocabulary, fp32) are the peak of memory in language-model training. Here the
 vocabulary product, the softmax and the gradient of the hidden states are computed a few hundred tokens at a time.
@@ -20,7 +20,9 @@ CHUNK_TOKENS = 256
 IGNORED = -100
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
+) -> torch.Tensor:
     logits = F.linear(hidden, weight, bias)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 

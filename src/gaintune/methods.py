@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, set_seed
 
 from gaintune.config import MethodConfig, TrainConfig
 from gaintune.errors import ConfigError
-from gaintune.tuners.gain import GainConfig, attention_output_modules
+from gaintune.tuners.gain import GainConfig
+from gaintune.tuners.gain.mapping import default_projections
 
 Build = Callable[[PreTrainedModel, MethodConfig], PeftConfig]
 
@@ -51,7 +52,7 @@ def _targets(model: PreTrainedModel, chosen: str | tuple[str, ...] | None, defau
     if chosen is None:
         return default
     if chosen == "output-projection":
-        return attention_output_modules(model)
+        return list(default_projections(model.config.to_dict()).attention)
     return chosen if chosen == "all-linear" else [chosen] if isinstance(chosen, str) else list(chosen)
 
 

@@ -120,7 +120,11 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> list[str]:
     """Dotted keys at which two nested values differ, with both values."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         names = sorted({*ours, *theirs})
-        return [line for name in names for line in _differences(ours.get(name), theirs.get(name), f"{key}.{name}" if key else name)]
+        return [
+            line
+            for name in names
+            for line in _differences(ours.get(name), theirs.get(name), f"{key}.{name}" if key else name)
+        ]
     return [] if ours == theirs else [f"{key}: {theirs!r} there, {ours!r} now"]
 
 
@@ -187,8 +191,8 @@ def open_run(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterat
             changed = _differences(plan.model_dump(mode="json"), yaml.safe_load(plan_file.read_text(encoding="utf-8")))
             if changed:
                 raise RunDirectoryError(
-                    f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, or run with that plan: "
-                    f"gaintune sequence {plan_file}"
+                    f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, or run with that "
+                    f"plan: gaintune sequence {plan_file} --run {folder}"
                 )
             if (folder / "environment.json").exists():
                 then = read_json(folder / "environment.json")

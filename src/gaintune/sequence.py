@@ -1,4 +1,4 @@
-"""Domain after domain with one adapter carried on, every domain measured after every stage; restartable at every cell."""
+"""Domain after domain with one adapter carried on, every domain measured after every stage; restartable anywhere."""
 
 from __future__ import annotations
 
@@ -186,7 +186,9 @@ class _Sequence:
         adapters = [stage / "adapter" for stage in self._stages[: finished + 1]]
         written = [folder for folder in adapters if folder.exists()]
         if len(written) < min(finished, len(adapters)):
-            raise RunDirectoryError(f"{adapters[len(written)]} is missing from a finished stage; delete that stage's folder")
+            raise RunDirectoryError(
+                f"{adapters[len(written)]} is missing from a finished stage; delete that stage's folder"
+            )
         if not written:
             return attach(base.model, self._method, seed=self._plan.train.seed), finished
         self._progress.note(f"{self._method.label}: continuing from {written[-1]}")
@@ -212,7 +214,9 @@ class _Sequence:
             )
             pace = round(adaptation.tokens_per_second, 1)
             self._run.event("learnt", method=label, domain=domain.name, tokens_per_second=pace)
-            write_json(losses_file, {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses})
+            write_json(
+                losses_file, {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
+            )
             save_adapter(model, adapter, self._record(index))
         for measured in self._domains:
             title = f"{label} after {domain.name}"
@@ -229,7 +233,10 @@ class _Sequence:
             method=self._method.name,
             label=self._method.label,
             domains=tuple(domain.name for domain in self._domains[: index + 1]),
-            settings={"train": self._plan.train.model_dump(mode="json"), "method": self._method.model_dump(mode="json")},
+            settings={
+                "train": self._plan.train.model_dump(mode="json"),
+                "method": self._method.model_dump(mode="json"),
+            },
             versions=describe_environment(torch.device("cpu"))["packages"],
         )
 

@@ -27,7 +27,7 @@ from gaintune.tuners.optim import parameter_groups
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What an adaptation did: updates, tokens seen, loss of every update (nats per token), and its pace in this process."""
+    """What an adaptation did: updates, tokens seen, loss of every update (nats per token), and its pace this time."""
 
     steps: int
     tokens: int
@@ -92,8 +92,9 @@ class _BlockTrainer(Trainer):
     def _require_finite(self, value: torch.Tensor | float, what: str) -> None:
         if not math.isfinite(float(value)):
             raise TrainingError(
-                f"the {what} is {float(value)} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped before "
-                "the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished work is kept"
+                f"the {what} is {float(value)} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped "
+                "before the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished "
+                "work is kept"
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -165,7 +166,7 @@ def train(
     title: str = "training",
     progress: Progress | None = None,
 ) -> Adaptation:
-    """Train the parameters that require a gradient on next-token prediction, continuing from a checkpoint if there is one.
+    """Train what requires a gradient on next-token prediction, continuing from a checkpoint if there is one.
 
     Args:
         model: a causal language model with an adapter attached, or one whose weights all train.

@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` runs the main job, `make test` runs the tests. Both set everything up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-unit test-peft bench lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/gaintune assets --fetch
+	$(BIN)/gaintune demo --run runs/demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-unit: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not real_model and not study_data"
+
+test-peft: $(VENV)/.installed-dev
+	$(BIN)/python tests/peft_contract/run.py
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/run.py
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) -e ".[benchmark]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist src/*.egg-info

@@ -1,0 +1,5 @@
+"""`python -m gaintune` is `gaintune`."""
+
+from gaintune.cli import main
+
+main()

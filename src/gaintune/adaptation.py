@@ -1,0 +1,150 @@
+"""One adaptation from start to finish: base, domain, method, training, a look at the result, the adapter on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
+from gaintune.config import Plan
+from gaintune.data.blocks import load_domain
+from gaintune.environment import describe_environment
+from gaintune.errors import ConfigError
+from gaintune.evaluate.losses import DomainLoss
+from gaintune.evaluate.perplexity import measure
+from gaintune.methods import attach, check_method, learning_rate, trainable_parameters
+from gaintune.models import load_base, resolve_device
+from gaintune.progress import Progress, Silent
+from gaintune.runs import open_run
+from gaintune.sequence import numbers_of, read_plan
+from gaintune.train import train
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """What one adaptation did.
+
+    Attributes:
+        adapter: folder of the adapter.
+        before: loss of the model it started from, on the domain's validation text.
+        after: loss of the adapted model on the same text.
+        trainable_parameters: numbers trained.
+        steps: optimizer updates.
+        tokens: training tokens seen.
+        seconds: training time in this process.
+        tokens_per_second: training tokens per second.
+    """
+
+    adapter: Path
+    before: DomainLoss
+    after: DomainLoss
+    trainable_parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
+def adapt(
+    plan: Plan | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> AdaptResult:
+    """Adapt the plan's base to its one domain with its one method, and save the adapter.
+
+    Stopped and started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
+
+    Args:
+        plan: a `Plan`, nested values such as `{"data": {"domains": ["law"]}, "methods": ["gain-ffn"]}`, or a YAML file.
+        out: folder for the adapter; must not exist.
+        start: an adapter to carry on from, such as the previous domain's; a new one unless given.
+        allow_other_base: carry on even if `start` was trained on another base.
+        progress: where to show progress; nowhere unless given.
+
+    Raises:
+        GaintuneError: bad input, or training that had to stop; see each subclass.
+    """
+    settled = read_plan(plan)
+    out = Path(out)
+    if len(settled.data.domains) != 1 or len(settled.methods) != 1:
+        raise ConfigError("adapt takes one domain and one method; `gaintune sequence` takes several")
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
+    method, shown = settled.methods[0], progress or Silent()
+    check_method(method)
+    previous = _previous(Path(start), settled) if start is not None else ()
+    numbers = numbers_of(settled, method)
+    environment = describe_environment(resolve_device(settled.model.device))
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    with open_run(unfinished, settled, environment) as run:
+        run.settle("start.json", {"start": str(start) if start else None}, "An adaptation keeps its starting point")
+        base = load_base(settled.model, dtype=numbers.load)
+        domain = load_domain(settled.data.domains[0], settled.data, base.tokenizer)
+
+        def look(model: torch.nn.Module, title: str) -> DomainLoss:
+            return measure(
+                model,
+                domain.validation,
+                domain.validation_bytes,
+                batch_size=settled.evaluate.batch_size,
+                mixed_precision=numbers.mixed,
+                title=title,
+                progress=shown,
+            )
+
+        if start is None:
+            model = attach(base.model, method, seed=settled.train.seed)
+        else:
+            model = load_adapter(base, Path(start), trainable=True, allow_other_base=allow_other_base)
+        before = look(model, f"measuring {domain.name} before")
+        adaptation = train(
+            model,
+            domain.train,
+            settled.train,
+            lr=learning_rate(method, settled.train),
+            seed=settled.train.seed,
+            checkpoints=unfinished / "checkpoints",
+            mixed_precision=numbers.mixed,
+            title=f"{method.label}: learning {domain.name}",
+            progress=shown,
+        )
+        record = AdapterRecord(
+            base_name=settled.model.name,
+            base_fingerprint=base.fingerprint,
+            method=method.name,
+            label=method.label,
+            domains=(*previous, domain.name),
+            settings={"train": settled.train.model_dump(mode="json"), "method": method.model_dump(mode="json")},
+            versions=environment["packages"],
+        )
+        save_adapter(model, out, record)
+        after = look(model, f"measuring {domain.name} after")
+    shutil.rmtree(unfinished)
+    return AdaptResult(
+        adapter=out,
+        before=before,
+        after=after,
+        trainable_parameters=trainable_parameters(model),
+        steps=adaptation.steps,
+        tokens=adaptation.tokens,
+        seconds=adaptation.seconds,
+        tokens_per_second=adaptation.tokens_per_second,
+    )
+
+
+def _previous(start: Path, plan: Plan) -> tuple[str, ...]:
+    """Domains an adapter has learnt already; refuses one made by another method."""
+    record = read_record(start)
+    if record is None:
+        return ()
+    if record.method != plan.methods[0].name:
+        raise ConfigError(f"{start} was made by method {record.method!r}, the plan says {plan.methods[0].name!r}")
+    return record.domains

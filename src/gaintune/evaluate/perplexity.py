@@ -1,0 +1,71 @@
+"""Perplexity over packed blocks, through the same loss that training uses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gaintune.errors import TrainingError
+from gaintune.evaluate.losses import DomainLoss
+from gaintune.loss import NextTokenLoss
+from gaintune.progress import Progress, Silent
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Mixed precision in `dtype`, or nothing at all where `dtype` is None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def measure(
+    model: nn.Module,
+    blocks: torch.Tensor,
+    bytes_per_block: Sequence[int],
+    *,
+    batch_size: int = 4,
+    mixed_precision: torch.dtype | None = None,
+    title: str = "measuring",
+    progress: Progress | None = None,
+) -> DomainLoss:
+    """Measure a model's loss on packed blocks; the first token of a block is not scored.
+
+    Args:
+        model: a causal language model, with or without an adapter; left in the mode it was in.
+        blocks: token ids, `(blocks, block_size)`.
+        bytes_per_block: UTF-8 bytes of the scored tokens of each block.
+        batch_size: blocks in a forward pass.
+        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
+        title: what a progress bar says.
+        progress: where to show it.
+
+    Returns:
+        Summed loss in nats, scored tokens and bytes, for every block.
+
+    Raises:
+        TrainingError: the loss of some block is not finite; the model is broken.
+    """
+    device = next(model.parameters()).device
+    loss = NextTokenLoss(model)
+    training = model.training
+    model.eval()
+    sums: list[float] = []
+    try:
+        with (
+            torch.inference_mode(),
+            autocast(device, mixed_precision),
+            (progress or Silent()).task(title, blocks.numel(), "tokens") as advance,
+        ):
+            for batch in blocks.split(batch_size):
+                losses = loss.per_token(model, batch.to(device))
+                sums.extend(losses.double().sum(dim=1).tolist())
+                advance(batch.numel())
+    finally:
+        model.train(training)
+    if not all(torch.isfinite(torch.tensor(sums))):
+        raise TrainingError(
+            f"{title}: the loss is not finite, so the model is broken; lower the learning rate and run it anew"
+        )
+    scored = blocks.shape[1] - 1
+    return DomainLoss(nll=tuple(sums), tokens=(scored,) * len(sums), bytes=tuple(bytes_per_block))
