@@ -1,0 +1,185 @@
+"""A linear layer behind gains: its input is multiplied feature by feature before the frozen layer sees it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+
+from gaintune.errors import UnsupportedModuleError
+from gaintune.tuners.gain.config import GainConfig
+from gaintune.tuners.gain.merging import OriginalWeight, merge_gain, refuse_unmergeable
+from gaintune.tuners.gain.parameters import Float32ParameterDict
+from gaintune.tuners.gain.scale import scale_features
+
+BASE = "__base__"  # PEFT's name, in mixed batches, for the model without adapters
+
+
+class GainLayer(BaseTunerLayer):
+    """The adapters of one layer: `gain_v[name]` is the gain of adapter `name` minus 1, `(in_features,)`, float32."""
+
+    adapter_layer_names: tuple[str, ...] = ("gain_v",)
+    other_param_names: tuple[str, ...] = ()
+
+    base_layer: nn.Module
+    gain_v: Float32ParameterDict
+
+    def __init__(self, base_layer: nn.Module, *, flattened_tokens: bool = False, **quantization: Any) -> None:
+        self.base_layer = base_layer
+        self.gain_v = Float32ParameterDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._original: OriginalWeight | None = None
+        self.flattened_tokens = flattened_tokens
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        in_features, out_features = _get_in_out_features(base)
+        assert in_features is not None and out_features is not None, "a linear layer has features"
+        self.in_features, self.out_features = in_features, out_features
+
+    def update_layer(self, adapter_name: str, config: GainConfig) -> None:
+        """Add the gains of one adapter: at 1, or at random around 1 where `config.init_weights` is off."""
+        if adapter_name in self.gain_v:
+            raise UnsupportedModuleError(
+                f"This layer already has gains of an adapter called {adapter_name!r}: a second adapter needs a name of "
+                "its own, and a model is wrapped by get_peft_model once. Call `unload()` or `delete_adapter` to start "
+                "over."
+            )
+        v = torch.zeros(self.in_features) if config.init_weights else 0.5 * torch.randn(self.in_features)
+        self.gain_v[adapter_name] = nn.Parameter(v.float())
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move, and widen what was loaded in half precision; PEFT's own would narrow to the base's dtype."""
+        if adapter_name not in self.gain_v:
+            return
+        parameter = self.gain_v[adapter_name]
+        base = self.get_base_layer()
+        target = device if device is not None else self._get_base_layer_device_and_dtype(base)[0]
+        offloaded = target is not None and target.type == "meta" and hasattr(base, "_hf_hook")
+        if parameter.device.type == "meta" or target is None or offloaded:
+            target = parameter.device
+        if parameter.device != target or parameter.dtype != torch.float32:
+            moved = parameter.data.to(device=target, dtype=torch.float32)
+            self.gain_v[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+
+    def combined_v(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
+        """The product of the gains of these adapters, minus 1; None where the layer has none of them."""
+        total = None
+        for name in adapter_names:
+            if name in self.gain_v:
+                v = self.gain_v[name]
+                total = v if total is None else total + v + total * v
+        return total
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Absorb gains into the base weight, exactly as all merged adapters together prescribe.
+
+        An active adapter that is not merged keeps acting on the input. `unmerge` brings back the original weight.
+        """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gain_v]
+        if not new:
+            return
+        refuse_unmergeable(self)
+        before = list(self.merged_adapters)
+        self._restore_weight()
+        try:
+            self._merge_from_original([*before, *new], safe_merge)
+        except Exception:
+            self._merge_from_original(before, check_finite=False)
+            raise
+
+    def _merge_from_original(self, adapter_names: list[str], check_finite: bool) -> None:
+        v = self.combined_v(adapter_names)
+        if v is None:
+            return
+        original = OriginalWeight(self)
+        try:
+            merge_gain(self, v, check_finite=check_finite, adapters=adapter_names)
+        except Exception:
+            original.restore(self)
+            raise
+        self._original = original
+        self.merged_adapters = list(adapter_names)
+
+    def unmerge(self) -> None:
+        """Put back the weight that was there before merging: the same tensor, not a division."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore_weight()
+
+    def _restore_weight(self) -> None:
+        if self._original is not None:
+            self._original.restore(self)
+            self._original = None
+        self.merged_adapters = []
+
+
+class GainLinear(nn.Module, GainLayer):
+    """`nn.Linear`, `Conv1D` or a quantized linear layer, with gains on its input."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: GainConfig,
+        *,
+        flattened_tokens: bool = False,
+        **quantization: Any,
+    ) -> None:
+        super().__init__()
+        GainLayer.__init__(self, base_layer, flattened_tokens=flattened_tokens, **quantization)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer on `x * gain`, `x` being `(..., in_features)`; the dtype is the base's own.
+
+        `adapter_names` names one adapter, or "__base__", for each row of the batch.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+        elif adapter_names is not None:
+            x = self._scale_rows(x, adapter_names)
+        else:
+            v = self.combined_v(name for name in self.active_adapters if name not in self.merged_adapters)
+            if v is not None:
+                x = scale_features(x, v)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _scale_rows(self, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Give each row its own adapter's gains; beams and repeated sequences of a row follow one another."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        repeats, rest = divmod(len(x), len(adapter_names))
+        if rest or repeats == 0 or (repeats > 1 and x.dim() == 2 and not self.flattened_tokens):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if not any(name in self.gain_v for name in adapter_names):
+            return x
+        names = sorted(set(adapter_names))
+        zero = x.new_zeros(self.in_features, dtype=torch.float32)
+        table = torch.stack([self.gain_v[name].to(x.device) if name in self.gain_v else zero for name in names])
+        row = torch.tensor([names.index(name) for name in adapter_names], device=x.device).repeat_interleave(repeats)
+        v = table[row]
+        return scale_features(x, v.view(len(x), *[1] * (x.dim() - 2), self.in_features))
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "gain." + super().__repr__()

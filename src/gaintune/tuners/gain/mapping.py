@@ -1,0 +1,131 @@
+"""Which modules GAIN and GAIN-FFN adapt by default, per transformers `model_type`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gaintune.errors import UnsupportedModuleError
+
+
+class Projections(NamedTuple):
+    """Name endings of the attention output projections and of the feed-forward down-projections.
+
+    Endings of cross-attention are listed with the others and may match nothing; each of the two groups must match.
+    """
+
+    attention: tuple[str, ...]
+    ffn: tuple[str, ...]
+
+
+_LLAMA = Projections(("o_proj",), ("down_proj",))
+_NEOX = Projections(("attention.dense",), ("dense_4h_to_h",))
+_FALCON = Projections(("self_attention.dense",), ("dense_4h_to_h",))
+_GPT2 = Projections(("attn.c_proj", "crossattention.c_proj"), ("mlp.c_proj",))
+_GPTJ = Projections(("attn.out_proj",), ("mlp.fc_out",))
+_OPT = Projections(("self_attn.out_proj",), ("fc2",))
+_BART = Projections(("self_attn.out_proj", "encoder_attn.out_proj"), ("fc2",))
+# "output.dense" also ends "attention.output.dense": GAIN alone needs the longer name, and adding the shorter one for
+# GAIN-FFN reaches the second dense layer without touching "intermediate.dense" or the pooler.
+_BERT = Projections(("attention.output.dense", "crossattention.output.dense"), ("output.dense",))
+_T5 = Projections(("SelfAttention.o", "EncDecAttention.o"), ("DenseReluDense.wo",))
+
+DEFAULTS: dict[str, Projections] = {
+    **dict.fromkeys(
+        [
+            "llama",
+            "mistral",
+            "ministral",
+            "ministral3",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3",
+            "gemma3_text",
+            "phi3",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "stablelm",
+            "cohere",
+            "cohere2",
+            "granite",
+            "smollm3",
+            "helium",
+            "glm",
+            "glm4",
+            "nemotron",
+            "exaone4",
+            "seed_oss",
+            "ernie4_5",
+            "arcee",
+            "apertus",
+        ],
+        _LLAMA,
+    ),
+    "starcoder2": Projections(("o_proj",), ("mlp.c_proj",)),
+    "phi": Projections(("self_attn.dense",), ("mlp.fc2",)),
+    "persimmon": Projections(("self_attn.dense",), ("mlp.dense_4h_to_h",)),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": Projections(("attn.attention.out_proj",), ("mlp.c_proj",)),
+    "gpt_neox": _NEOX,
+    "gptj": _GPTJ,
+    "codegen": _GPTJ,
+    "opt": _OPT,
+    "falcon": _FALCON,
+    "bloom": _FALCON,
+    "mpt": Projections(("attn.out_proj",), ("ffn.down_proj",)),
+    **dict.fromkeys(["bart", "mbart", "marian", "pegasus", "blenderbot"], _BART),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2"], _BERT),
+    "distilbert": Projections(("attention.out_lin",), ("ffn.lin2",)),
+    "albert": Projections(("attention.dense",), ("ffn_output",)),
+    "modernbert": Projections(("attn.Wo",), ("mlp.Wo",)),
+    **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
+}
+
+MIXTURES_OF_EXPERTS = frozenset(
+    [
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "deepseek_v2",
+        "deepseek_v3",
+        "gpt_oss",
+        "olmoe",
+        "phimoe",
+        "minimax",
+        "granitemoe",
+        "dbrx",
+        "jamba",
+        "llama4",
+        "llama4_text",
+        "glm4_moe",
+        "dots1",
+        "ernie4_5_moe",
+        "hunyuan_v1_moe",
+        "flex_olmo",
+    ]
+)
+
+# The down-projection of these sees (batch * tokens, d_ff): a row of the batch is a run of rows there.
+FLATTENED_TOKENS = frozenset({"opt"})
+
+
+def default_projections(model_config: dict[str, Any]) -> Projections:
+    """The modules of a model type, or `UnsupportedModuleError` saying what to give instead."""
+    model_type = model_config.get("model_type")
+    if model_type in MIXTURES_OF_EXPERTS:
+        raise UnsupportedModuleError(
+            f"GAIN has no default for {model_type!r}: the experts of a mixture of experts are fused into single "
+            "parameters, whose inputs cannot be scaled, so GAIN-FFN would reach the feed-forward blocks in part. "
+            "Please specify `target_modules` in `peft_config`: target_modules=['o_proj'] adapts the attention alone."
+        )
+    if model_type not in DEFAULTS:
+        raise UnsupportedModuleError(
+            f"GAIN has no default for the model type {model_type!r}. Please specify `target_modules` in `peft_config`: "
+            "the attention output projections for GAIN, and the feed-forward down-projections for GAIN-FFN as well. "
+            f"Known types: {', '.join(sorted(DEFAULTS))}."
+        )
+    return DEFAULTS[model_type]

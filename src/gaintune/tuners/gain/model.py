@@ -1,0 +1,186 @@
+"""GAIN as a PEFT tuner: which modules are adapted, and what is done to all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quantization_kwargs
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from gaintune.tuners.gain.checks import check_groups, check_modules, refuse_module, refuse_parent, warn_unmatched
+from gaintune.tuners.gain.config import GainConfig
+from gaintune.tuners.gain.layer import BASE, GainLayer, GainLinear
+from gaintune.tuners.gain.mapping import DEFAULTS, FLATTENED_TOKENS, Projections, default_projections
+
+
+class GainModel(BaseTuner):
+    """A model whose attention output projections, and down-projections for GAIN-FFN, have gains on their inputs.
+
+    Made by `peft.get_peft_model(model, GainConfig(...))`. See `GainConfig` for the settings.
+    """
+
+    prefix: str = "gain_"
+    tuner_layer_cls = GainLayer
+    target_module_mapping = {name: list(projections.attention) for name, projections in DEFAULTS.items()}  # noqa: RUF012
+
+    _defaults_used: Projections | None = None
+
+    def _prepare_adapter_config(self, peft_config: GainConfig, model_config: dict[str, Any]) -> GainConfig:  # type: ignore[override]
+        self._defaults_used = None
+        if peft_config.target_modules is None:
+            projections = default_projections(model_config)
+            names = projections.attention + (projections.ffn if peft_config.ffn else ())
+            peft_config.target_modules = set(names)  # type: ignore[assignment]  # PEFT matches names in a set
+            self._defaults_used = projections
+        return peft_config
+
+    def _prepare_model(self, peft_config: GainConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Refuse what cannot be adapted before the first module is replaced."""
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        _maybe_include_all_linear_layers(peft_config, model)
+        if self._defaults_used is not None:
+            check_groups(peft_config, model, self._defaults_used)
+        else:
+            warn_unmatched(peft_config, model)
+        check_modules(peft_config, model, get_quantization_kwargs(model))
+
+    def _create_and_replace(
+        self,
+        peft_config: GainConfig,  # type: ignore[override]
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        quantization = get_quantization_kwargs(self.model)
+        refuse_parent(parent, current_key)
+        refuse_module(target, current_key, quantization)
+        if isinstance(target, GainLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        flattened = self.get_model_config(self.model).get("model_type") in FLATTENED_TOKENS
+        layer = GainLinear(target, adapter_name, peft_config, flattened_tokens=flattened, **quantization)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
+        self._replace_module(parent, target_name, layer, target)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose gain is `1 + sum_i w_i (g_i - 1)`; an adapter that lacks a layer counts as 1.
+
+        The new adapter is frozen and not activated, as in PEFT's other tuners. Raises `ValueError` for unknown
+        adapters, a name that is taken, a wrong number of weights, or adapters with `modules_to_save`.
+        """
+        adapters, weights = list(adapters), list(weights)
+        self._check_weighted(adapters, weights, adapter_name)
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, GainLayer) and any(adapter in module.gain_v for adapter in adapters)
+        }
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            target_modules=list(layers),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            inference_mode=True,
+            init_weights=True,
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        with torch.no_grad():
+            for layer in layers.values():
+                combined = layer.gain_v[adapter_name]
+                for adapter, weight in zip(adapters, weights, strict=True):
+                    if adapter in layer.gain_v:
+                        combined.add_(layer.gain_v[adapter].to(combined.device), alpha=weight)
+                combined.requires_grad_(False)
+
+    def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"Got {len(adapters)} adapters and {len(weights)} weights: give one weight each.")
+        unknown = [adapter for adapter in adapters if adapter not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {', '.join(unknown)} does not exist; there are {', '.join(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        saved = {
+            adapter
+            for module in self.model.modules()
+            if isinstance(module, ModulesToSaveWrapper)
+            for adapter in adapters
+            if adapter in module.modules_to_save
+        }
+        if saved:
+            raise ValueError(f"Adapter {', '.join(sorted(saved))} has `modules_to_save`, which weights cannot combine.")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PeftModel around `forward` and `generate`: hands `adapter_names`, one a row, to every layer."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        self._check_adapter_names(adapter_names)
+        give_names = partial(_pass_adapter_names, adapter_names=list(adapter_names))
+        check_rows = partial(_check_rows, adapter_names=list(adapter_names), names=self._input_names())
+        handles = [
+            module.register_forward_pre_hook(give_names, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, GainLayer | AuxiliaryTrainingWrapper)
+        ]
+        if _first_batch(args, kwargs, self._input_names()) is not None:
+            check_rows(self, args, kwargs)  # generate: the rows multiply by the beams further down
+        else:
+            handles.append(self.model.register_forward_pre_hook(check_rows, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        known = {name for module in self.modules() if isinstance(module, GainLayer) for name in module.gain_v}
+        unknown = sorted(set(adapter_names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    def _input_names(self) -> tuple[str, ...]:
+        main = getattr(self.model, "main_input_name", "input_ids")
+        return (main, "input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _first_batch(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str]) -> int | None:
+    """Rows of the model's input, where it is among the arguments."""
+    for value in (*args[:1], *(kwargs.get(name) for name in names)):
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return len(value)
+    return None
+
+
+def _check_rows(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str], names: Any) -> None:
+    rows = _first_batch(args, kwargs, names)
+    if rows is not None and rows != len(adapter_names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {rows} respectively."
+        )

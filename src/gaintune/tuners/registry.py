@@ -1,0 +1,101 @@
+"""Registration of our methods with PEFT, in memory: nothing on disk is patched."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gaintune.errors import GaintuneError
+
+logger = logging.getLogger(__name__)
+
+
+class Method(NamedTuple):
+    """Where a PEFT method lives: its package and the names of its two classes."""
+
+    package: str
+    config: str
+    model: str
+
+
+METHODS: dict[str, Method] = {
+    "GAIN": Method("gaintune.tuners.gain", "GainConfig", "GainModel"),
+}
+
+
+def add_peft_type(name: str) -> Any:
+    """The member `name` of `peft.PeftType`, added to the enumeration if it is not there yet."""
+    from peft.utils import peft_types
+
+    PeftType: Any = peft_types.PeftType  # noqa: N806  # it is a class
+    known = PeftType._member_map_.get(name)
+    if known is not None:
+        return known
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    type.__setattr__(PeftType, name, member)  # Enum's own setter refuses new members
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13 keeps a second list for `in`
+        PeftType._hashable_values_.append(name)
+    return member
+
+
+def register() -> None:
+    """Register every method of `METHODS` with PEFT; calling it again changes nothing.
+
+    Raises `GaintuneError` where PEFT, or another package, already holds a method of that name.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils.peft_types import register_peft_method
+
+    for name, method in METHODS.items():
+        package = importlib.import_module(method.package)
+        config_cls, model_cls = getattr(package, method.config), getattr(package, method.model)
+        peft_type = add_peft_type(name)
+        holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+        if holder is None:
+            register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+            logger.debug("registered %s with PEFT", name)
+        elif holder is not config_cls or PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type) is not model_cls:
+            raise GaintuneError(
+                f"PEFT already has a method called {name}, {holder.__module__}.{holder.__qualname__}, which is not "
+                f"gaintune's. Remove or upgrade the package {holder.__module__.partition('.')[0]!r}, or do not import "
+                "both in one process."
+            )
+    _extend_hotswap()
+
+
+def _extend_hotswap() -> None:
+    """Let `peft.utils.hotswap.hotswap_adapter` swap gains too: PEFT's own code reads ranks and scalings of LoRA."""
+    from peft.utils import hotswap
+
+    from gaintune.tuners.gain.hotswap import swap_values
+
+    gain = add_peft_type("GAIN")
+    hotswap.CONFIG_KEYS_TO_CHECK.setdefault(gain, [])
+    lora_only: Callable[..., None] = hotswap.hotswap_adapter_from_state_dict
+    if getattr(lora_only, "swaps_gains", False):
+        return
+
+    def hotswap_adapter_from_state_dict(
+        model: Any,
+        state_dict: dict[str, Any],
+        adapter_name: str,
+        config: Any,
+        parameter_prefix: str = "lora_",
+    ) -> None:
+        if config.peft_type == gain:
+            swap_values(model, state_dict, adapter_name)
+        else:
+            lora_only(model, state_dict, adapter_name, config, parameter_prefix)
+
+    hotswap_adapter_from_state_dict.swaps_gains = True  # type: ignore[attr-defined]  # marks the wrapper, once
+    hotswap_adapter_from_state_dict.__doc__ = lora_only.__doc__
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
