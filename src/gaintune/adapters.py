@@ -45,7 +45,8 @@ class AdapterRecord:
 def save_adapter(model: torch.nn.Module, folder: Path, record: AdapterRecord) -> None:
     """Write a PeftModel's active adapter, or the whole of a plain model, with its record.
 
-    An existing folder is replaced. The folder appears only when it is whole. The same adapter gives the same bytes, whatever the process.
+    The folder appears only when it is whole; an existing one is replaced. The same adapter gives the same bytes,
+    whatever the process.
     """
     from peft import PeftModel
 

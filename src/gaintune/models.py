@@ -91,16 +91,15 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Base:
     device = resolve_device(config.device)
     dtype = dtype or resolve_dtype(config.dtype, device)
     checkpoint = locate(config)
+    _check_causal(checkpoint, config.quantization, config.trust_remote_code)
     tokenizer = _load_tokenizer(checkpoint, config)
     model = load_model(
         checkpoint, dtype, device, quantization=config.quantization, trust_remote_code=config.trust_remote_code
     )
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
-    if len(tokenizer) > rows:
-        raise BaseModelError(
-            f"model {config.name!r}: its tokenizer has {len(tokenizer)} tokens, its embedding only {rows}"
-        )
+    if len(tokenizer) > rows:  # harmless as long as text never turns into the tokens beyond, such as a padding token
+        logger.warning("%s: its tokenizer has %d tokens, its embedding only %d", config.name, len(tokenizer), rows)
     fingerprint = fingerprint_folder(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     return Base(model, tokenizer, checkpoint.name, fingerprint, checkpoint.folder, checkpoint.revision)
 
@@ -126,7 +125,6 @@ def load_model(
     """Load the weights of a folder into its causal language model, in evaluation mode; every weight must be there."""
     from transformers import AutoModelForCausalLM
 
-    _check_causal(checkpoint, quantization, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     if quantization:
         options["quantization_config"] = _quantization(quantization, dtype, device)

@@ -1,0 +1,107 @@
+"""A random Llama of a few thousand weights with its own small tokenizer, as a user's model folder."""
+
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 300
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<end>", *letters])}
+    model = Tokenizer(models.BPE(vocabulary, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", bos_token="<end>")
+
+
+def config(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    tiny = LlamaForCausalLM(config(**changes))
+    with torch.no_grad():  # as peaked as a trained model, so that a small change of a weight shows in its output
+        for parameter in tiny.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    return tiny
+
+
+def folder(path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
+    """Write a tiny model with its tokenizer; its values are bf16's, whatever dtype they are written in."""
+    model(seed, **changes).to(torch.bfloat16).to(dtype).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def blocks(count: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 257, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gguf(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0) -> LlamaForCausalLM:
+    """Write a tiny model as llama.cpp does, and return the model whose weights were written, before quantization."""
+    tiny = model(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(VOCABULARY)
+    known = sorted(tokenizer().get_vocab().items(), key=lambda entry: entry[1])
+    tokens = [*(token for token, _ in known), "th", *(f"<unused{i}>" for i in range(VOCABULARY - 258))]
+    special = [token.startswith("<") and len(token) > 1 for token in tokens]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if odd else TokenType.NORMAL for odd in special])
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    for name, tensor in tiny.state_dict().items():
+        values, name = tensor.numpy(), name.removesuffix(".weight").removeprefix("model.")
+        if name.startswith("layers."):
+            _, number, module = name.split(".", 2)
+            name = f"blk.{number}.{GGUF_NAMES[module]}"
+            if "q_proj" in module or "k_proj" in module:  # llama.cpp pairs rotary dimensions next to each other
+                values = values.reshape(2, 2, 16, 64).swapaxes(1, 2).reshape(64, 64)
+        name = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}.get(name, name)
+        kept = GGMLQuantizationType.F32 if values.ndim == 1 else kind
+        writer.add_tensor(f"{name}.weight", quantize(values, kept), raw_dtype=kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tiny
