@@ -1,0 +1,69 @@
+"""What every figure shares: its style, its bytes on disk, and its form inside the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from gaintune.report.palette import LOOKS
+
+INK, MUTED, RULE, SHADE = "#1a1d21", "#5f6773", "#d5d9df", "#eef0f3"
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "hatch.linewidth": 0.6,
+    "svg.hashsalt": "gaintune",
+}
+
+
+def styled(draw: Callable[[], Figure]) -> Figure:
+    """Draw under the report's style, leaving matplotlib's settings as they were."""
+    with matplotlib.rc_context(STYLE):
+        return draw()
+
+
+def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any) -> bytes:
+    """A figure as the bytes of a PNG or SVG file, without dates or program names in it."""
+    if kind == "svg":
+        options["metadata"] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": fonttype}):
+        figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG element for the page: the page's own font and colours, light or dark, and ids of its own.
+
+    It is hidden from screen readers: the caller puts a label around it, and the numbers stand in a table.
+    """
+    text = render(figure, "svg", fonttype="none", transparent=True).decode("utf-8")
+    text = text[text.index("<svg") :]
+    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade"}
+    themed |= {one.colour: f"--series-{index}" for index, one in enumerate(LOOKS)}
+    for colour, variable in themed.items():
+        text = text.replace(colour, f"var({variable})")
+    text = re.sub(r"font: ((?:[\w-]+ )*)([\d.]+)px [^;\"]+", r"font: \1\2px var(--font)", text)
+    text = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="([\d.]+)pt"', r"<svg \1", text, count=1)
+    return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
