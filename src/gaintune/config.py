@@ -176,7 +176,10 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
 def _explain(error: ValidationError, origin: str) -> ConfigError:
     """One line for each mistake, with the key it is about and the nearest known key."""
     lines = []
-    for detail in error.errors():
+    details = error.errors()
+    for detail in details:
+        if any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details):
+            continue  # a list called too short only because one of its entries is wrong
         key = ".".join(str(part) for part in detail["loc"]) or "plan"
         if detail["type"] == "extra_forbidden":
             known = _known_keys(detail["loc"])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config import TrainConfig
@@ -90,9 +91,10 @@ class _BlockTrainer(Trainer):
         return norm
 
     def _require_finite(self, value: torch.Tensor | float, what: str) -> None:
-        if not math.isfinite(float(value)):
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        if not math.isfinite(number):
             raise TrainingError(
-                f"the {what} is {float(value)} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped "
+                f"the {what} is {number} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped "
                 "before the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished "
                 "work is kept"
             )
@@ -185,9 +187,14 @@ def train(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
+    if plan.gradient_checkpointing:
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     device = next(model.parameters()).device
     arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
-    trainer = _BlockTrainer(plan=plan, model=model, args=arguments, train_dataset=_Blocks(blocks))
+    trackers = _trackers(plan.trackers, checkpoints.parent)
+    trainer = _BlockTrainer(
+        plan=plan, model=model, args=arguments, train_dataset=_Blocks(blocks), callbacks=trackers
+    )
     trainer.remove_callback(PrinterCallback)
     tokens_per_step = plan.batch_size * plan.gradient_accumulation * blocks.shape[1] * arguments.world_size
     total = blocks.numel() * plan.epochs
@@ -202,6 +209,23 @@ def train(
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     seen = total * (steps - started_at) / steps
     return Adaptation(steps, total, losses, seconds, seen / seconds)
+
+
+def _trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """Callbacks of the trackers named; TensorBoard writes beside the checkpoints, which do not stay."""
+    callbacks: list[TrainerCallback] = []
+    for name in names:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                callbacks.append(callback(tb_writer=SummaryWriter(str(folder / "tensorboard"))))
+            else:
+                callbacks.append(callback())
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"train.trackers: {name!r} cannot be used ({' '.join(str(error).split())})") from None
+    return callbacks
 
 
 def _arguments(
@@ -224,8 +248,6 @@ def _arguments(
         "adam_beta1": plan.betas[0],
         "adam_beta2": plan.betas[1],
         "max_grad_norm": plan.clip,
-        "gradient_checkpointing": plan.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
         "seed": seed,
         "data_seed": seed,
         "logging_steps": 1,
@@ -233,7 +255,7 @@ def _arguments(
         "save_strategy": "steps",
         "save_steps": plan.checkpoint_steps,
         "save_total_limit": 2,
-        "report_to": list(plan.trackers),
+        "report_to": "none",  # trackers are handed over as callbacks
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "use_cpu": device.type == "cpu",

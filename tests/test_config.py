@@ -1,0 +1,80 @@
+"""Plans: what a person writes, what is refused, and that nothing gets lost on the way to disk and back."""
+
+import pytest
+import yaml
+
+from gaintune.cli_plan import assemble, parse_method
+from gaintune.config import apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
+from gaintune.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"lrr": 0.1}}, "unknown key 'train.lrr'; did you mean 'lr'?"),
+        ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
+        ({"methods": [{"name": "lora", "rnk": 2}]}, "unknown key 'methods.0.rnk'; did you mean 'rank'?"),
+        ({"data": {"domains": [{"name": "a", "source": "b", "txt": 1}]}}, "unknown key 'data.domains.0.txt'"),
+        ({"train": {"lr": -1}}, "train.lr: Input should be greater than 0 (got -1)"),
+        ({"data": {"train_tokens": 10}}, "less than one block (256 tokens)"),
+        ({"data": {"domains": ["law", "law"]}}, "every name must be different"),
+        ({"data": {"domains": ["../up=x.txt"]}}, "not a usable name"),
+        ({"methods": ["lora", "lora"]}, "every label must be different"),
+        ({"methods": []}, "methods"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
+    with pytest.raises(ConfigError) as caught:
+        build_plan(values, "plan.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("plan.yaml: ")
+    assert str(caught.value).count("\n") == 0
+
+
+def test_every_mistake_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        build_plan({"train": {"lrr": 1, "clip": -1}})
+    assert "train.lrr" in str(caught.value)
+    assert "train.clip" in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [plan_yaml, plan_yaml_documented])
+def test_a_plan_survives_yaml(write):
+    values = {"methods": ["gain", {"name": "lora", "rank": 4}], "data": {"domains": ["law", "notes=./n.jsonl"]}}
+    plan = build_plan(values)
+    assert build_plan(yaml.safe_load(write(plan))) == plan
+
+
+def test_broken_yaml_names_file_and_line(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("train:\n  lr: 0.01\n bad indent\n")
+    with pytest.raises(ConfigError, match=r"plan\.yaml:3: not valid YAML"):
+        read_values(file)
+
+
+def test_overrides_reach_nested_keys_and_leave_the_rest():
+    values = apply_overrides({"train": {"lr": 1.0, "seed": 3}}, ["train.lr=5e-3", "data.domains=[law, code]"])
+    plan = build_plan(values)
+    assert (plan.train.lr, plan.train.seed) == (0.005, 3)
+    assert [domain.name for domain in plan.data.domains] == ["law", "code"]
+
+
+@pytest.mark.parametrize("text", ["train.lr", "=3", "train.lr=[1"])
+def test_an_override_that_is_no_assignment_is_refused(text):
+    with pytest.raises(ConfigError, match="--set"):
+        apply_overrides({}, [text])
+
+
+def test_options_are_laid_over_the_plan_file_and_set_over_both(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("train: {lr: 0.1, epochs: 7}\ndata: {seed: 5}\n")
+    plan = assemble(file, {"lr": 0.2, "seed": 9, "epochs": None}, ["data.seed=11"])
+    assert (plan.train.lr, plan.train.epochs, plan.train.seed, plan.data.seed) == (0.2, 7, 9, 11)
+
+
+def test_a_method_with_options_on_the_command_line():
+    fields = parse_method("lora:rank=16,lr=2e-4,targets=q_proj+v_proj,label=wide")
+    method = build_plan({"methods": [fields]}).methods[0]
+    assert (method.rank, method.lr, method.targets, method.label) == (16, 2e-4, ("q_proj", "v_proj"), "wide")
+    with pytest.raises(ConfigError, match="name:key=value"):
+        parse_method("lora:16")

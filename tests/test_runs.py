@@ -1,0 +1,99 @@
+"""What is on disk survives: a crash in the middle leaves the old or the new, never half of one."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from gaintune.config import build_plan
+from gaintune.errors import RunDirectoryError
+from gaintune.runs import canonical_json, complete_folder, damage, open_run, read_json, write_json, write_text
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    file = tmp_path / "value.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(file, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "\ud800")
+    assert read_json(file) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_same_value_gives_the_same_bytes():
+    assert canonical_json({"b": 1, "a": [1.5, "ü"]}) == canonical_json({"a": [1.5, "ü"], "b": 1})
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "adapter"
+    with pytest.raises(RuntimeError), complete_folder(folder) as temporary:
+        (temporary / "weights").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with complete_folder(folder) as temporary:
+        (temporary / "weights").write_text("whole")
+    assert damage(folder) is None
+    (folder / "weights").write_text("who")
+    assert "does not match" in damage(folder)
+    (folder / "weights").unlink()
+    assert "missing" in damage(folder)
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    file = tmp_path / "metrics.json"
+    file.write_text('{"a": 1,\n"b" 2}')
+    with pytest.raises(RunDirectoryError, match=r"metrics\.json:2"):
+        read_json(file)
+
+
+def test_a_run_directory_of_another_plan_is_refused_with_what_differs(tmp_path):
+    folder = tmp_path / "run"
+    with open_run(folder, build_plan({"train": {"lr": 0.1}}), {"python": "3"}):
+        pass
+    with (
+        pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.1 there, 0\.2 now"),
+        open_run(folder, build_plan({"train": {"lr": 0.2}}), {"python": "3"}),
+    ):
+        pass
+
+
+def test_a_folder_with_other_things_in_it_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunDirectoryError, match="not a run"), open_run(tmp_path, build_plan({}), {}):
+        pass
+
+
+def test_a_changed_environment_is_written_down(tmp_path):
+    for version in ("3.11", "3.12"):
+        with open_run(tmp_path / "run", build_plan({}), {"python": version}):
+            pass
+    assert read_json(tmp_path / "run" / "environment.json") == {"python": "3.11"}
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert events[0]["differences"] == ["python: '3.11' there, '3.12' now"]
+
+
+def _try_to_open(folder, answer):
+    try:
+        with open_run(folder, build_plan({}), {}):
+            answer.put("opened")
+    except RunDirectoryError as error:
+        answer.put(str(error))
+
+
+def test_one_process_at_a_time(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    with open_run(tmp_path / "run", build_plan({}), {}):
+        other = context.Process(target=_try_to_open, args=(tmp_path / "run", answer))
+        other.start()
+        assert "in use" in answer.get(timeout=30)
+        other.join()
+
+
+def test_inputs_that_changed_under_a_run_are_refused(tmp_path):
+    with open_run(tmp_path / "run", build_plan({}), {}) as run:
+        run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
+        run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
+        with pytest.raises(RunDirectoryError, match=r"law\.content_hash: 'a' there, 'b' now.*Name another folder"):
+            run.settle("inputs.json", {"law": {"content_hash": "b"}}, "Name another folder")

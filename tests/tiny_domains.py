@@ -1,0 +1,38 @@
+"""Two small domains of real text, cut from the standard library, as a user's .jsonl files."""
+
+import ast
+import inspect
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+
+def write(folder: Path) -> tuple[Path, Path]:
+    """Write prose.jsonl and code.jsonl, and return their paths."""
+    prose = [topics[key][:600] for key in sorted(topics)][:40]
+    functions = [node for node in ast.walk(ast.parse(inspect.getsource(ast))) if isinstance(node, ast.FunctionDef)]
+    code = list(dict.fromkeys(ast.unparse(node)[:600] for node in functions))[:60]
+    paths = (folder / "prose.jsonl", folder / "code.jsonl")
+    for path, texts in zip(paths, (prose, code), strict=True):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return paths
+
+
+def plan(model: Path, folder: Path, **changes) -> dict:
+    """A plan of seconds over both domains, as nested values."""
+    prose, code = write(folder)
+    values = {
+        "model": {"name": str(model), "dtype": "fp32", "device": "cpu"},
+        "data": {
+            "domains": [f"prose={prose}", f"code={code}"],
+            "train_tokens": 1024,
+            "validation_tokens": 256,
+            "block_size": 32,
+        },
+        "methods": ["gain-ffn"],
+        "train": {"checkpoint_steps": 3},
+        "evaluate": {"bootstrap_samples": 50},
+    }
+    for section, fields in changes.items():
+        values[section] = {**values[section], **fields} if isinstance(fields, dict) else fields
+    return values
