@@ -203,6 +203,8 @@ def _load_peft(base: Base, folder: Path, trainable: bool) -> torch.nn.Module:
         groups = (("missing", missing), ("unexpected", unexpected))
         found = ", ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in groups if names)
         raise AdapterError(f"{folder}: its tensors are not those its config calls for on {base.name!r}: {found}")
+    if not trainable:
+        model.requires_grad_(False)  # PEFT leaves some methods' adapters open
     return model
 
 
@@ -231,9 +233,9 @@ def _load_full(base: Base, folder: Path, trainable: bool) -> torch.nn.Module:
         saved = load_model(Checkpoint(str(folder), folder), model.dtype, torch.device("cpu"))
     except BaseModelError as error:
         raise AdapterError(f"{folder}: {error}") from error
-    try:
-        model.load_state_dict(saved.state_dict(), strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise AdapterError(f"{folder}: its weights do not fit {base.name!r} ({reason})") from None
+    own, weights = model.state_dict(), saved.state_dict()
+    odd = sorted({*own} ^ {*weights} | {name for name in {*own} & {*weights} if own[name].shape != weights[name].shape})
+    if odd:
+        raise AdapterError(f"{folder}: its weights do not fit {base.name!r}, {len(odd)} differ (first: {odd[0]})")
+    model.load_state_dict(weights, strict=True)
     return model.requires_grad_(trainable).train(trainable)
