@@ -87,7 +87,7 @@ def load_domain(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTok
 
     def pack(side: str, budget: int, keep: Callable[[Passage], bool]) -> _Packed:
         source = documents.train if side == "train" else documents.validation or ()
-        passages = filter(keep, in_drawn_order(source, data.seed, side))
+        passages = filter(keep, in_drawn_order(source, data.seed, side, data.block_size))
         return _pack(passages, tokenizer, separator, data.block_size, budget)
 
     train = pack("train", data.train_tokens, lambda passage: True)

@@ -24,6 +24,7 @@ NOTE_KINDS = {
     "useAdditionalCode": "Use additional code",
     "notes": "Note",
 }
+HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~\-^])\1{2,}\n)")  # a line underlined with one repeated mark
 UNREPRESENTATIVE_MODULES = {"antigravity", "this"}  # a joke and a ciphered poem
 
 
@@ -89,7 +90,7 @@ def scripture() -> tuple[Document, ...]:
 
 
 def manual() -> tuple[Document, ...]:
-    """Python's language reference as `help()` shows it: one document a topic; differs between Python versions."""
+    """Python's language reference as `help()` shows it: one document a section; differs between Python versions."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -97,7 +98,13 @@ def manual() -> tuple[Document, ...]:
             f"this Python ({sys.executable}) lacks the standard library's pydoc_data, which holds the domain 'manual'; "
             f"install the full standard library, or give text of your own as manual=PATH"
         ) from None
-    return tuple(Document(topics[name].strip(), f"pydoc_data.topics, {name}") for name in sorted(topics))
+    documents = []
+    for name in sorted(topics):
+        text = topics[name].strip()
+        starts = [0, *(heading.end() for heading in HEADING.finditer(text))]
+        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+            documents.append(Document(text[start:end].strip(), f"pydoc_data.topics, {name}, character {start}"))
+    return tuple(documents)
 
 
 def code() -> tuple[Document, ...]:

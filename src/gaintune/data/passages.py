@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-PASSAGE_CHARACTERS = 4096
 _BREAKS = ("\n\n", "\n", ". ", " ")
 
 
-def cut_passages(text: str, size: int = PASSAGE_CHARACTERS) -> list[tuple[int, str]]:
+def cut_passages(text: str, size: int) -> list[tuple[int, str]]:
     """Cut text into pieces of at most `size` characters, each with the position it starts at.
 
     A text of at most `size` characters is one piece, untouched. Pieces of a longer one lose the blank space at the cut

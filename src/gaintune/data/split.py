@@ -12,6 +12,8 @@ from gaintune.data.passages import cut_passages
 from gaintune.errors import DataError
 
 VALIDATION_SHARE = 0.1
+# A passage fills about two blocks: prose and code take four characters a token.
+PASSAGE_CHARACTERS_PER_BLOCK_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,17 @@ def split_documents(documents: Documents, seed: int) -> Documents:
     )
 
 
-def in_drawn_order(documents: Sequence[Document], seed: int, side: str) -> Iterator[Passage]:
+def in_drawn_order(documents: Sequence[Document], seed: int, side: str, block_size: int) -> Iterator[Passage]:
     """Passages of all documents in an order that the seed decides.
 
-    A long document is cut into passages that are ordered each by itself, so that a small budget samples many documents
-    rather than the beginning of one.
+    A document longer than about two blocks is cut into passages that are ordered each by itself, so that a small budget
+    samples many documents rather than the beginning of one.
     """
+    size = PASSAGE_CHARACTERS_PER_BLOCK_TOKEN * block_size
     passages = [
-        Passage(text, number) for number, document in enumerate(documents) for _, text in cut_passages(document.text)
+        Passage(text, number)
+        for number, document in enumerate(documents)
+        for _, text in cut_passages(document.text, size)
     ]
     order = sorted(range(len(passages)), key=lambda index: (_draw(seed, side, index), index))
     return (passages[index] for index in order)

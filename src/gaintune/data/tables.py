@@ -83,7 +83,7 @@ def _text(row: _Row, column: str) -> str:
         raise DataError(f"{row.origin}: has no column {column!r}; the columns are {columns}")
     text = row.values[column]
     if not isinstance(text, str):
-        kind = "null" if text is None else f"a {type(text).__name__}"
+        kind = "null" if text is None else f"of type {type(text).__name__}"
         raise DataError(f"{row.origin}: column {column!r} is {kind}, expected text; correct or delete the row")
     if not text.strip():
         raise DataError(f"{row.origin}: column {column!r} is empty; fill it in or delete the row")

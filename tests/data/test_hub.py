@@ -1,0 +1,118 @@
+"""Hub domains: a row of each data set's schema as text, and failure that says how to go on."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from gaintune.data import hub
+from gaintune.data.domains import CATALOGUE
+from gaintune.data.hub import HubSource, load_hub
+from gaintune.errors import AssetError
+
+PAPER_DOMAINS = {
+    "pubmedqa": "qiaojin/PubMedQA",
+    "wikitext": "Salesforce/wikitext",
+    "finphrase": "atrost/financial_phrasebank",
+    "pg19": "emozilla/pg19",
+    "medqa": "GBaker/MedQA-USMLE-4-options",
+    "lambada": "EleutherAI/lambada_openai",
+    "sst2": "stanfordnlp/sst2",
+    "hellaswag": "Rowan/hellaswag",
+}
+
+
+def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
+    assert list(CATALOGUE) == ["medical", "law", "scripture", "manual", "code", *PAPER_DOMAINS]
+    assert {name: CATALOGUE[name].source for name in PAPER_DOMAINS} == PAPER_DOMAINS
+    for name, entry in CATALOGUE.items():
+        assert entry.name == name
+        assert entry.description
+        assert entry.licence
+
+
+def test_pubmedqa_gives_the_labelled_sections_of_the_abstract():
+    row = {
+        "pubid": 1,
+        "question": "Is it?",
+        "context": {"contexts": ["We asked.", "It was."], "labels": ["BACKGROUND", "RESULTS"], "meshes": ["A"]},
+        "long_answer": "Yes, it is.",
+    }
+    assert list(hub.pubmedqa_contexts([row])) == ["BACKGROUND: We asked.\nRESULTS: It was."]
+
+
+def test_wikitext_lines_become_articles():
+    lines = ["", " = First = \n", "", " Words of the first . \n", " = = Section = = \n", " More . \n", ""]
+    lines += [" = Second = \n", " x = 1 = y \n"]
+    articles = list(hub.wikitext_articles({"text": line} for line in lines))
+    assert articles == [
+        " = First = \n Words of the first . \n = = Section = = \n More . \n",
+        " = Second = \n x = 1 = y \n",
+    ]
+
+
+def test_a_novel_gives_a_passage_from_its_middle():
+    book = "\n\n".join(f"chapter {number} " + "word " * 200 for number in range(100))
+    (passage,) = hub.novels([{"short_book_title": "A", "publication_date": 1900, "url": "", "text": book}])
+    assert len(passage) <= hub.NOVEL_CHARACTERS
+    assert 0.3 < book.index(passage) / len(book) < 0.7
+    assert list(hub.novels([{"text": "a short book"}])) == ["a short book"]
+
+
+def test_medqa_gives_question_options_and_answer():
+    row = {
+        "question": "Which one?",
+        "answer": "That",
+        "options": {"B": "That", "A": "This", "C": "Other", "D": "None"},
+        "meta_info": "step1",
+        "answer_idx": "B",
+        "metamap_phrases": [],
+    }
+    assert list(hub.exam_questions([row])) == ["Which one?\nA. This\nB. That\nC. Other\nD. None\nAnswer: B. That"]
+
+
+def test_hellaswag_gives_the_right_ending_without_markers():
+    row = {
+        "activity_label": "Computers",
+        "ctx_a": "[header] How to make a gift [title] Write a card. [step] Buy paper.",
+        "ctx_b": "then",
+        "endings": ["eat it.", "write on it. [substeps] Use ink."],
+        "label": "1",
+    }
+    expected = "Computers: How to make a gift. Write a card. Buy paper. Then write on it. Use ink."
+    assert list(hub.gold_endings([row])) == [expected]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_rows_are_loaded_split_by_split(tmp_path, streaming, caplog):
+    rows = {"train": ["one", " ", "three", "four"], "validation": ["held out"]}
+    for split, texts in rows.items():
+        lines = "".join(json.dumps({"sentence": text, "label": 1}) + "\n" for text in texts)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    source = HubSource(str(tmp_path), hub.column("sentence"), validation="validation", streaming=streaming)
+    documents = load_hub(source, "sst2", characters=5)
+    assert [document.text for document in documents.train] == (
+        ["one", "three"] if streaming else ["one", "three", "four"]
+    )
+    assert [document.text for document in documents.validation or ()] == ["held out"]
+    assert documents.train[1].origin == f"{tmp_path} train: text 3"
+    assert "left out 1 empty text(s)" in caplog.text
+
+
+def test_a_changed_schema_names_the_id_and_the_way_out(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"other": "words"}\n')
+    source = HubSource(str(tmp_path), hub.column("sentence"))
+    with pytest.raises(AssetError, match=r"cannot load domain 'sst2' from the Hub.*'sentence'.*sst2=PATH"):
+        load_hub(source, "sst2")
+
+
+def test_a_hub_that_is_not_reached_names_the_id_and_the_way_out(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AssetError) as caught:
+        CATALOGUE["hellaswag"].load(None)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Rowan/hellaswag" in message
+    assert "give a local copy, a file or a folder: hellaswag=PATH" in message

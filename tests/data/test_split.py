@@ -1,0 +1,71 @@
+"""The split by document, and the order in which documents are drawn."""
+
+from __future__ import annotations
+
+import pytest
+
+from gaintune.data.documents import Document, Documents
+from gaintune.data.split import in_drawn_order, split_documents
+from gaintune.errors import DataError
+
+
+def documents(texts):
+    return Documents(tuple(Document(text, f"f:{line}") for line, text in enumerate(texts, 1)), source="f")
+
+
+def sides(texts, seed=0):
+    split = split_documents(documents(texts), seed)
+    return {d.text for d in split.train}, {d.text for d in split.validation or ()}
+
+
+def test_the_split_is_disjoint_complete_and_near_its_share():
+    texts = [f"document {number}" for number in range(2000)]
+    train, validation = sides(texts)
+    assert not train & validation
+    assert train | validation == set(texts)
+    assert 150 < len(validation) < 250
+    assert sides(texts) == (train, validation)
+    assert sides(texts, seed=1)[1] != validation
+
+
+def test_a_document_keeps_its_side_when_others_come_and_wherever_it_stands():
+    texts = [f"document {number}" for number in range(200)]
+    more = [f"another {number}" for number in range(100)]
+    _, validation = sides(texts)
+    assert sides([*more, *reversed(texts)])[1] & set(texts) == validation
+
+
+def test_texts_that_differ_by_case_spacing_or_punctuation_are_on_the_same_side():
+    texts = [variant for n in range(100) for variant in (f"document {n}", f"Document  {n}!", f"document {n}")]
+    train, validation = sides(texts)
+    assert len(validation) % 2 == 0
+    assert not {text.lower().replace("  ", " ").rstrip("!") for text in train} & validation
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_different_documents_are_enough(seed):
+    train, validation = sides(["one", "two"], seed)
+    assert len(train) == len(validation) == 1
+
+
+def test_one_text_cannot_be_split():
+    with pytest.raises(DataError, match=r"f: 2 document\(s\), all with the same text"):
+        split_documents(documents(["same", "Same."]), 0)
+
+
+def test_a_split_that_the_source_brings_is_kept():
+    own = Documents((Document("a", "x"),), (Document("a", "y"),), "f")
+    assert split_documents(own, 0) == own
+
+
+def test_long_documents_are_drawn_in_passages_that_keep_every_word():
+    long = "\n\n".join(f"{name} paragraph {number} " + "word " * 20 for name in "ab" for number in range(20))
+    source = [Document(long, "f:1"), Document("  short, untouched \n", "f:2")]
+    passages = list(in_drawn_order(source, 0, "train", block_size=64))
+    assert [p.text for p in passages if p.document == 1] == ["  short, untouched \n"]
+    pieces = [p.text for p in passages if p.document == 0]
+    assert all(len(piece) <= 8 * 64 for piece in pieces)
+    assert sorted(" ".join(pieces).split()) == sorted(long.split())
+    assert pieces != sorted(pieces, key=long.index), "passages are shuffled"
+    assert passages == list(in_drawn_order(source, 0, "train", block_size=64))
+    assert passages != list(in_drawn_order(source, 1, "train", block_size=64))

