@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from gaintune.report.palette import LOOKS
 
-INK, MUTED, RULE, SHADE = "#1a1d21", "#5f6773", "#d5d9df", "#eef0f3"
+INK, MUTED, RULE, SHADE, PAGE = "#1a1d21", "#5f6773", "#d5d9df", "#eef0f3", "#fefefe"
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -29,6 +29,8 @@ STYLE: dict[Any, Any] = {
     "ytick.color": RULE,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
     "hatch.linewidth": 0.6,
     "svg.hashsalt": "gaintune",
 }
@@ -60,7 +62,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
-    themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade"}
+    themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade", PAGE: "--page"}
     themed |= {one.colour: f"--series-{index}" for index, one in enumerate(LOOKS)}
     for colour, variable in themed.items():
         text = text.replace(colour, f"var({variable})")

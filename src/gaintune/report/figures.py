@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from gaintune.evaluate.matrix import Matrix, MethodMatrix
-from gaintune.report.canvas import INK, MUTED, RULE, SHADE, render, styled
+from gaintune.report.canvas import INK, MUTED, PAGE, RULE, SHADE, render, styled
 from gaintune.report.heatmap import heatmaps
 from gaintune.report.palette import look
 from gaintune.report.words import FIGURES, signed
@@ -139,19 +139,20 @@ def curve(matrix: Matrix, domain: str) -> Figure:
 def _summary_panel(axes: Axes, matrix: Matrix, name: str, limits: tuple[float, float]) -> None:
     """One summary figure: a dot and its interval for each method."""
     axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
-    for index, method in enumerate(matrix.methods):
-        style, figure = look(index), getattr(matrix.methods[index].summary, name)
-        axes.text(limits[0], index - 0.3, method.label, va="center", ha="left", fontsize=8.5, color=MUTED)
+    plate = {"facecolor": PAGE, "edgecolor": "none", "pad": 1.2}  # keeps lines out of the letters
+    for row, method in enumerate(matrix.methods):
+        style, figure = look(row), getattr(method.summary, name)
+        text = "—" if figure is None else signed(figure.value, "%")
+        axes.text(limits[0], row - 0.3, method.label, va="center", fontsize=8.5, color=MUTED, bbox=plate)
+        axes.text(limits[1], row - 0.3, text, va="center", ha="right", color=INK, bbox=plate)
         if figure is None:
-            axes.text(limits[0], index + 0.12, "—", va="center", ha="left", color=MUTED)
             continue
         if figure.low is not None and figure.high is not None:
-            ends = ([min(figure.low, HIGHEST), min(figure.high, HIGHEST)], [index + 0.12] * 2)
-            axes.plot(*ends, "|-", color=style.colour, linewidth=1.8, markersize=7, markeredgewidth=1.8, zorder=2)
+            ends = [min(figure.low, HIGHEST), min(figure.high, HIGHEST)]
+            axes.plot(ends, [row + 0.12] * 2, color=style.colour, linewidth=2.4, solid_capstyle="butt", zorder=2)
         axes.plot(
-            [min(figure.value, HIGHEST)], [index + 0.12], style.marker, color=style.colour, markersize=5.5, zorder=3
+            [min(figure.value, HIGHEST)], [row + 0.12], style.marker, color=style.colour, markersize=5.5, zorder=3
         )
-        axes.text(limits[1], index - 0.3, signed(figure.value, "%"), va="center", ha="right", fontsize=9, color=INK)
     axes.set_xlim(*limits)
     axes.set_ylim(len(matrix.methods) - 0.45, -0.65)
     axes.set_yticks([])
@@ -182,7 +183,7 @@ def summary_panel(matrix: Matrix, name: str) -> Figure:
     def draw() -> Figure:
         height = 0.6 + 0.45 * len(matrix.methods)
         figure = Figure(figsize=(3.3, height))
-        figure.subplots_adjust(left=0.01, right=0.98, bottom=0.28 / height, top=1 - 0.28 / height)
+        figure.subplots_adjust(left=0.035, right=0.975, bottom=0.28 / height, top=1 - 0.28 / height)
         _summary_panel(figure.subplots(), matrix, name, _summary_limits(matrix))
         return figure
 

@@ -57,7 +57,7 @@ def render(matrix: Matrix, plan: Plan, environment: dict[str, Any], name: str) -
         dark=Markup(dark),
         facts=_facts(matrix, plan),
         methods=_methods(matrix),
-        comparisons=[words.compare(one) for one in matrix.comparisons],
+        comparisons=[words.compare(one, matrix.partial) for one in matrix.comparisons],
         unfinished=_unfinished(matrix, plan),
         limit=f"{palette.limit_of(matrix):g}",
         beyond=" or more" if palette.largest_change(matrix) > palette.limit_of(matrix) else "",

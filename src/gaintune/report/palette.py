@@ -11,10 +11,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex, to_rgb
 from gaintune.evaluate.matrix import Matrix
 
 BINS = 12  # shades on each side of zero on the page
-SMALLEST_LIMIT, LARGEST_LIMIT = (
-    5.0,
-    50.0,
-)  # % at full colour: noise must not look dramatic, nor one outlier hide the rest
+# % at full colour: noise must not look dramatic, nor one outlier hide the rest
+SMALLEST_LIMIT, LARGEST_LIMIT = 5.0, 30.0
 
 
 @dataclass(frozen=True)

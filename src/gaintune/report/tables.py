@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from markupsafe import escape
+from pandas.io.formats.style import Styler
 
 from gaintune.evaluate.matrix import Interval, Matrix, MethodMatrix
 from gaintune.report.palette import bin_of, limit_of
@@ -169,8 +172,13 @@ def to_markdown(matrix: Matrix) -> str:
     return "\n".join(parts)
 
 
-def _accessible(html: str) -> str:
-    """Say which way a heading cell points; entries are escaped, so the class names can only be Styler's own."""
+def _html(styler: Styler) -> str:
+    """Styler's table without its ids, which repeat, and style block, with scopes on headings.
+
+    Entries are escaped before, so the quotes in these patterns can only be Styler's own.
+    """
+    html = styler.to_html(table_uuid="")
+    html = re.sub(r'(<t\w+)((?: \w+="[^"]*")*?) id="T_[^"]*"', r"\1\2", html[html.index("<table") :])
     html = html.replace('<th class="col_heading', '<th scope="col" class="col_heading')
     return html.replace('<th class="row_heading', '<th scope="row" class="row_heading')
 
@@ -178,8 +186,8 @@ def _accessible(html: str) -> str:
 def to_html(frame: pd.DataFrame, caption: str, css: str = "numbers") -> str:
     """A table of text as HTML; values and names are escaped."""
     styler = frame.style.format(escape="html").format_index(escape="html").format_index(escape="html", axis=1)
-    styler = styler.set_table_attributes(f'class="{css}"').set_caption(caption)
-    return _accessible(styler.to_html(cell_ids=False, table_uuid="plain", doctype_html=False))
+    styler = styler.set_table_attributes(f'class="{css}"').set_caption(str(escape(caption)))
+    return _html(styler)
 
 
 def heatmap_html(matrix: Matrix, method: MethodMatrix) -> str:
@@ -200,7 +208,7 @@ def heatmap_html(matrix: Matrix, method: MethodMatrix) -> str:
     styler = styler.set_td_classes(classes)
     crowded = len(matrix.domains) > 6 or max(map(len, matrix.domains), default=0) > 10
     styler = styler.set_table_attributes(f'class="matrix{" crowded" if crowded else ""}"')
-    return _accessible(styler.to_html(cell_ids=False, table_uuid="matrix"))
+    return _html(styler)
 
 
 def budget(matrix: Matrix) -> str:

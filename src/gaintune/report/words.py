@@ -119,19 +119,22 @@ def verdict(method: MethodMatrix) -> Verdict:
     return Verdict(tone(summary.backward_transfer), text)
 
 
-def compare(comparison: Comparison) -> Verdict:
+def compare(comparison: Comparison, partial: bool = False) -> Verdict:
     """How two methods differ on earlier domains, or in-domain where none are; a winner only if zero is outside."""
     first, other = comparison.against, comparison.label
     kept, learnt = comparison.summary.backward_transfer, comparison.summary.in_domain
-    figure, verb, what = (kept, "kept more of", "earlier domains") if kept else (learnt, "learnt more of", "the domain")
+    figure, verb, where = (kept, "kept more of", "earlier domains") if kept else (learnt, "learnt more", "in-domain")
     if figure is None:
         return Verdict("open", f"{other} and {first} share no finished stage.")
     points = f"{other} minus {first}: {with_interval(figure, 'points')}"
     if figure.sign == 0:
-        text = f"No winner between {first} and {other} on {what}: their paired difference may be zero ({points})."
+        on = "on earlier domains" if kept else "in-domain"
+        text = f"No winner between {first} and {other} {on}: their paired difference may be zero ({points})."
     else:
         winner, loser = (other, first) if figure.sign < 0 else (first, other)
-        text = f"{winner} {verb} {what} than {loser} ({points})."
+        text = f"{winner} {verb} {where} than {loser} ({points})."
+    if partial:
+        text = f"So far, after {plural(comparison.stages, 'stage')}: {text}"
     if kept and learnt:
         if learnt.sign == 0:
             text += f" In-domain they do not measurably differ ({with_interval(learnt, 'points')})."

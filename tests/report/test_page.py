@@ -1,0 +1,170 @@
+"""The whole report from a run directory: complete, safe, self-contained, and the same every time."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import matplotlib
+import pytest
+from synthetic_run import forgets, keeps, make_matrix, write_run
+
+from gaintune.errors import ConfigError, RunDirectoryError
+from gaintune.report import write_report
+from gaintune.runs import write_text
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+FILES = {f"figures/{name}.{kind}" for name in ("matrix", "curves", "summary") for kind in ("png", "svg")}
+ODD = ("<script>alert(1)</script>", "a&b $x$", "c'd\"e")
+
+
+class Page(HTMLParser):
+    """Tags in order, ids, references, text, and the cells of matrix tables; fails on tags that do not nest."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.ids, self.links, self.words, self.cells = [], [], [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in values:
+            self.ids.append(values["id"])
+        self.links += [values[key] for key in ("href", "src", "xlink:href") if key in values]
+        assert not [key for key in values if key.startswith("on")]
+        if tag == "td" and "shade" in (values.get("class") or ""):
+            self.cells.append([values["class"], ""])
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop() if tag not in VOID else None
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.open and self.open[-1] == "td" and self.cells and not self.cells[-1][1]:
+            self.cells[-1][1] = data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def read(run):
+    html = (run / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert len(set(page.ids)) == len(page.ids), "ids repeat"
+    assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(page.ids)
+    assert not re.findall(r"url\((?!#)|@import|<iframe", html)
+    assert set(re.findall(r"https?://[^\"' <]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    return page
+
+
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory):
+    """Names as a hostile or careless person would choose them, everywhere a name can come from."""
+    matrix = make_matrix(ODD, {"<img src=x onerror=alert(2)>": keeps, "lora & co": forgets})
+    plan = {"model": {"name": "<b>model</b>"}, "data": {"domains": ["d0", "d1", "d2"]}}
+    environment = {"gaintune": "0.1.0", "device": "</dl><script>alert(3)</script>", "packages": {"torch": "2.13.0"}}
+    run = write_run(tmp_path_factory.mktemp("odd") / "run <1>", matrix, plan=plan, environment=environment)
+    assert write_report(run) == run / "report.html"
+    return run
+
+
+def test_a_report_has_all_its_files_and_its_page_stands_alone(odd_run):
+    page = read(odd_run)
+    assert FILES | {"matrix.csv", "matrix.md"} <= {p.relative_to(odd_run).as_posix() for p in odd_run.rglob("*")}
+    for name in (*ODD, "<img src=x onerror=alert(2)>", "lora & co", "<b>model</b>", "run <1>", "</dl><script>alert(3)"):
+        assert name in page.text, name
+    phrases = """gaintune sequence plan.yaml|pip install gaintune==0.1.0|packages.torch|2.13.0|Read with care|63,360
+        backward transfer|forward interference|train_tokens: 8192|Bits per byte"""
+    for phrase in re.split(r"\||\n *", phrases):
+        assert phrase in page.text, phrase
+    assert "This run is not finished" not in page.text
+
+
+def test_heatmaps_show_the_matrix_with_its_places(odd_run):
+    page = read(odd_run)
+    places = ["learning", "later", "later", "earlier", "learning", "later", "earlier", "earlier", "learning"]
+    assert [classes.split()[-1] for classes, _ in page.cells] == places * 2
+    matrix = make_matrix(ODD, {"<img src=x onerror=alert(2)>": keeps, "lora & co": forgets})
+    values = [f"{row.cells[n].change:+.1f}".replace("-", "−") for m in matrix.methods for row in m.stages for n in ODD]
+    assert [text.strip() for _, text in page.cells] == values
+    shades = [int(re.search(r"shade-(-?\d+)", classes)[1]) for classes, _ in page.cells]
+    assert all((shade < 0) == text.strip().startswith("−") for shade, (_, text) in zip(shades, page.cells, strict=True))
+
+
+def test_figures_are_whole_and_leave_matplotlib_as_it_was(odd_run, tmp_path, two_methods):
+    for name in FILES:
+        content = (odd_run / name).read_bytes()
+        if name.endswith("png"):
+            assert content.startswith(b"\x89PNG") and int.from_bytes(content[16:20], "big") > 400
+        else:
+            ElementTree.fromstring(content)
+            assert b"<dc:date>" not in content
+    before = dict(matplotlib.rcParams)
+    write_report(write_run(tmp_path, two_methods))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path, two_methods):
+    def everything():
+        write_report(run)
+        return {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    run = write_run(tmp_path / "run", two_methods)
+    assert everything() == everything()
+
+
+def test_the_smallest_run_one_method_one_domain_no_environment(tmp_path):
+    run = write_run(tmp_path / "small", make_matrix(("law",), {"gain": keeps}))
+    (run / "environment.json").unlink()
+    write_report(run)
+    page = read(run)
+    assert "What gain learnt and kept" in page.text and "After one stage, law has" in page.text
+    assert "Not recorded." in page.text and "Paired differences" not in page.text and "pip install" not in page.text
+    assert "earlier domains have" not in page.text and len(page.cells) == 1
+
+
+def test_a_partial_run_says_so_and_shows_what_is_there(tmp_path):
+    methods, domains = {"gain": keeps, "lora": forgets, "ia3": keeps}, ("d0", "d1", "d2")
+    matrix = make_matrix(domains, methods, extra=("wiki",), finished={"gain": 2, "lora": 1, "ia3": 0})
+    plan = {"data": {"domains": list(domains)}, "methods": ["gain", "lora", "ia3", "full"]}
+    run = write_run(tmp_path / "partial", matrix, plan=plan)
+    write_report(run)
+    page = read(run)
+    assert "gain: 2 of 3 stages; lora: 1 of 3 stages; ia3: 0 of 3 stages; full: 0 of 3 stages" in page.text
+    assert len(page.cells) == (2 + 1) * 4 and "So far, after 1 stage:" in page.text
+    assert "No stage is finished yet." in page.text and "wiki (never learnt)" in page.text
+
+
+def test_a_run_that_fell_apart_still_has_a_page(tmp_path):
+    matrix = make_matrix(("d0", "d1"), {"gain": keeps, "hot": lambda s, p: 10.0**9 if p < s else -5.0})
+    run = write_run(tmp_path / "hot", matrix)
+    write_report(run)
+    assert "+1e+09" in read(run).text
+
+
+def test_what_is_missing_is_named(tmp_path, two_methods):
+    with pytest.raises(RunDirectoryError, match=r"matrix\.json: nothing measured yet; run `gaintune sequence`"):
+        write_report(tmp_path)
+    run = write_run(tmp_path / "run", two_methods)
+    (run / "plan.yaml").unlink()
+    with pytest.raises(ConfigError, match="no such plan file"):
+        write_report(run)
+    write_text(run / "matrix.json", "{ not json")
+    with pytest.raises(RunDirectoryError, match=r"matrix\.json:1: not valid JSON"):
+        write_report(run)
+    write_text(run / "matrix.json", "[]")
+    with pytest.raises(RunDirectoryError, match="not a matrix of format 1"):
+        write_report(run)
