@@ -13,15 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 class Method(NamedTuple):
-    """Where a PEFT method lives: its package and the names of its two classes."""
+    """A PEFT method's two classes, as "module:class", so that naming them imports nothing."""
 
-    package: str
     config: str
     model: str
 
 
 METHODS: dict[str, Method] = {
-    "GAIN": Method("gaintune.tuners.gain", "GainConfig", "GainModel"),
+    "GAIN": Method("gaintune.tuners.gain.config:GainConfig", "gaintune.tuners.gain.model:GainModel"),
 }
 
 
@@ -56,8 +55,7 @@ def register() -> None:
     from peft.utils.peft_types import register_peft_method
 
     for name, method in METHODS.items():
-        package = importlib.import_module(method.package)
-        config_cls, model_cls = getattr(package, method.config), getattr(package, method.model)
+        config_cls, model_cls = _load(method.config), _load(method.model)
         peft_type = add_peft_type(name)
         holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
         if holder is None:
@@ -70,6 +68,11 @@ def register() -> None:
                 "both in one process."
             )
     _extend_hotswap()
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _extend_hotswap() -> None:

@@ -139,14 +139,16 @@ class GainModel(BaseTuner):
         self._check_adapter_names(adapter_names)
         give_names = partial(_pass_adapter_names, adapter_names=list(adapter_names))
         check_rows = partial(_check_rows, adapter_names=list(adapter_names), names=self._input_names())
+        # generate passes its input here, and the rows multiply by the beams further down; forward may not pass it
+        input_is_here = _first_batch(args, kwargs, self._input_names()) is not None
+        if input_is_here:
+            check_rows(self, args, kwargs)
         handles = [
             module.register_forward_pre_hook(give_names, with_kwargs=True)
             for module in self.modules()
             if isinstance(module, GainLayer | AuxiliaryTrainingWrapper)
         ]
-        if _first_batch(args, kwargs, self._input_names()) is not None:
-            check_rows(self, args, kwargs)  # generate: the rows multiply by the beams further down
-        else:
+        if not input_is_here:
             handles.append(self.model.register_forward_pre_hook(check_rows, with_kwargs=True))
         try:
             yield

@@ -17,7 +17,10 @@ class Float32ParameterDict(nn.ParameterDict):
     """
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Float32ParameterDict:
-        before = {name: (parameter.data, parameter.grad) for name, parameter in self.items()}
+        before = {
+            name: (parameter.data, None if parameter.grad is None else parameter.grad.detach())
+            for name, parameter in self.items()
+        }
         super()._apply(fn, recurse)
         for name, (data, grad) in before.items():
             parameter = self[name]

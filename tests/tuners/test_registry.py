@@ -1,0 +1,62 @@
+"""GAIN as a member of PEFT's own tables."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import peft
+import pytest
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+from gaintune.errors import GaintuneError
+from gaintune.tuners.gain import GainConfig, GainModel
+from gaintune.tuners.registry import add_peft_type, register
+
+
+def test_the_type_behaves_as_a_member_of_the_enumeration():
+    assert PeftType.GAIN is PeftType("GAIN") is PeftType["GAIN"] is add_peft_type("GAIN")
+    assert PeftType.GAIN == "GAIN" and "GAIN" in list(PeftType) and "GAIN" in PeftType.__members__
+    assert list(PeftType).count("GAIN") == 1
+    assert pickle.loads(pickle.dumps(PeftType.GAIN)) is copy.deepcopy(PeftType.GAIN) is PeftType.GAIN
+    assert repr(PeftType.GAIN) == "<PeftType.GAIN: 'GAIN'>"
+    assert PeftType.LORA is PeftType("LORA")
+
+
+def test_the_method_is_in_pefts_tables():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GAIN] is GainConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["GAIN"] is GainModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.GAIN] == GainModel.prefix == "gain_"
+
+
+def test_registering_again_changes_nothing():
+    tables = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
+    before = [dict(table) for table in tables]
+    swap = peft.utils.hotswap.hotswap_adapter_from_state_dict
+    register()
+    register()
+    assert before == tables
+    assert peft.utils.hotswap.hotswap_adapter_from_state_dict is swap
+
+
+def test_another_packages_gain_is_named(monkeypatch):
+    class Other(PeftConfig):
+        pass
+
+    Other.__module__ = "otherpackage.gain"
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.GAIN, Other)
+    with pytest.raises(GaintuneError, match=r"otherpackage\.gain\..*Other.*'otherpackage'"):
+        register()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import peft, gaintune; peft.PeftType.GAIN",
+        "from gaintune.tuners.gain.config import GainConfig; import peft; peft.get_peft_config(GainConfig().to_dict())",
+    ],
+)
+def test_any_order_of_imports_registers(program):
+    check = "; assert peft.PEFT_TYPE_TO_TUNER_MAPPING['GAIN'].prefix == 'gain_'"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program + check], check=True, timeout=120)
