@@ -213,9 +213,9 @@ def summary(matrix: Matrix) -> Figure:
 
 def files(matrix: Matrix) -> dict[str, bytes]:
     """The figures as files, by name: each as PNG (144 dots an inch, on white) and as SVG with its letters as shapes."""
-    result = {}
+    result, paper = {}, {"facecolor": "white", "bbox_inches": "tight", "pad_inches": 0.12}
     for name, figure in (("matrix", heatmaps(matrix)), ("curves", curves(matrix)), ("summary", summary(matrix))):
-        result[f"{name}.png"] = render(figure, "png", facecolor="white", dpi=144, metadata={"Software": None})
+        result[f"{name}.png"] = render(figure, "png", dpi=144, metadata={"Software": None}, **paper)
         figure.set_layout_engine("none")  # keep the places found for the PNG
-        result[f"{name}.svg"] = render(figure, "svg", facecolor="white")
+        result[f"{name}.svg"] = render(figure, "svg", **paper)
     return result

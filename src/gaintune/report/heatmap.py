@@ -45,6 +45,7 @@ def _heatmap(axes: Axes, matrix: Matrix, method: MethodMatrix, colours: Colormap
                 _cell(axes, column, index, cell, method.place(index, domain), to_hex(colours(scale(cell.change))))
     axes.set_xlim(0, len(matrix.domains))
     axes.set_ylim(stages, 0)
+    axes.set_aspect(0.68)  # cells keep their shape, however few there are
     slanted = max(map(len, matrix.domains)) > 9
     axes.xaxis.tick_top()
     positions = [column + 0.5 for column in range(len(matrix.domains))]
@@ -72,7 +73,7 @@ def heatmaps(matrix: Matrix) -> Figure:
         rows, limit = -(-methods // columns), limit_of(matrix)
         labels = 0.085 * max(map(len, matrix.domains)) + 0.3
         width = max(columns * (0.62 * domains + labels), 6.4)
-        figure = Figure(figsize=(width, rows * (0.42 * stages + 0.9) + 1.0), layout="constrained")
+        figure = Figure(figsize=(width, rows * (0.42 * stages + 0.9) + 1.2), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for place, axes in enumerate(grid.flat):
             if place < methods:
