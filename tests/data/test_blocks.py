@@ -100,6 +100,14 @@ def test_a_domain_smaller_than_its_budget_is_used_up_with_a_warning(write_rows, 
     assert blocks.train_documents == len(drawn)
 
 
+def test_documents_beyond_the_last_whole_block_are_not_counted(tmp_path, write_rows, tokenizer):
+    write_rows("d/train.jsonl", [f"n{number}" for number in range(100, 200)])
+    write_rows("d/validation.jsonl", TEXTS)
+    blocks = load(tmp_path / "d", tokenizer, train_tokens=10**4)
+    drawn = tokenizer.decode(blocks.train.flatten()).split(tokenizer.eos_token)
+    assert blocks.train_documents == len([text for text in drawn if text]) < 100
+
+
 @pytest.mark.parametrize(
     ("train", "validation", "says"),
     [

@@ -41,6 +41,13 @@ def test_two_documents_that_hold_half_each_do_not_add_up():
     assert whole in NeighbourIndex((0, part) for part in parts), "pieces of one document do"
 
 
+def test_a_run_that_a_document_repeats_counts_once():
+    repeated, other = (" ".join(f"{name}{number}" for number in range(12)) for name in ("word", "other"))
+    query = f"{repeated} {other} " + " ".join(f"new{number}" for number in range(8))
+    index = NeighbourIndex([(0, repeated), (0, repeated + " indeed"), (0, "so " + repeated), (1, other)])
+    assert query not in index
+
+
 def test_it_agrees_with_plain_sets_of_word_runs():
     rng = random.Random(0)
     documents = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(40)]

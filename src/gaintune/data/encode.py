@@ -36,7 +36,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> It
         ids = np.asarray(batch["input_ids"][index], np.int64)
         if tokenizer.is_fast:
             ends = np.asarray(batch["offset_mapping"][index], np.int64).reshape(-1, 2)[:, 1]
-            boundaries = _byte_positions(text)[np.maximum.accumulate(ends)]
+            boundaries = _byte_positions(text)[ends]
         else:
             boundaries = _decoded_boundaries(ids, len(text.encode()), tokenizer)
         if len(ids):

@@ -88,7 +88,7 @@ def wikitext_articles(rows: Iterable[Row]) -> Iterator[str]:
     """Whole articles: the data set has one line a row, and an article starts with a first-level heading."""
     lines: list[str] = []
     for row in rows:
-        if _ARTICLE_TITLE.fullmatch(row["text"]) and "= =" not in row["text"] and lines:
+        if _ARTICLE_TITLE.fullmatch(row["text"]) and lines:
             yield "".join(lines)
             lines = []
         if lines or row["text"].strip():
