@@ -6,15 +6,16 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from gaintune import runs
 from gaintune.checkpoints import Checkpoint
+from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError, BaseModelError, RunDirectoryError
-from gaintune.models import Base, load_model
+from gaintune.models import Base, load_model, save_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,7 +55,7 @@ def save_adapter(model: torch.nn.Module, folder: Path, record: AdapterRecord) ->
         if isinstance(model, PeftModel):
             _save_peft(model, temporary, record)
         else:
-            model.save_pretrained(temporary)  # pyright: ignore[reportCallIssue]  (a transformers model)
+            save_model(cast(Any, model), temporary)
         runs.write_json(temporary / RECORD, {"format": FORMAT, **asdict(record)})
 
 
@@ -98,6 +99,21 @@ def read_record(folder: Path) -> AdapterRecord | None:
         raise AdapterError(f"{path}: damaged record ({error}); restore the folder from where it was saved") from None
 
 
+def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
+    """The base an adapter names as its own; AdapterError if it names none."""
+    if record is not None:
+        return ModelConfig.model_validate({"name": record.base_name, "revision": record.base_revision})
+    config = read_config(folder)
+    if not config.get("base_model_name_or_path"):
+        raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
+    return ModelConfig.model_validate({"name": config["base_model_name_or_path"], "revision": config.get("revision")})
+
+
+def adapter_weights(folder: Path) -> Path:
+    """The file whose SHA-256 stands for the whole adapter: the manifest where there is one, else the weights."""
+    return folder / runs.MANIFEST if (folder / runs.MANIFEST).is_file() else folder / WEIGHTS
+
+
 def load_adapter(
     base: Base, folder: Path, *, trainable: bool = False, allow_other_base: bool = False
 ) -> torch.nn.Module:
@@ -116,7 +132,7 @@ def load_adapter(
     record = read_record(folder)
     _check_whole(folder)
     if record is None:
-        claimed = _read_config(folder).get("base_model_name_or_path")
+        claimed = read_config(folder).get("base_model_name_or_path")
         logger.warning(
             "%s has no %s: whether it was trained on this base cannot be checked (it names %s, this is %s)",
             folder, RECORD, claimed, base.name,
@@ -148,7 +164,8 @@ def _check_whole(folder: Path) -> None:
             raise AdapterError(f"{folder}: the adapter is cut short or changed: {problem}")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings PEFT keeps with an adapter; AdapterError if there are none or they are damaged."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +199,7 @@ def _load_peft(base: Base, folder: Path, trainable: bool) -> torch.nn.Module:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = _read_config(folder).get("peft_type")
+    kind = read_config(folder).get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(str(getattr(entry, "value", entry)) for entry in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise AdapterError(f"{folder / CONFIG}: unknown peft_type {kind!r}; this installation knows {known}")

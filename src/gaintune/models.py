@@ -154,6 +154,18 @@ def load_model(
     return model.eval()
 
 
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Write a model as safetensors, also where its generation settings contradict each other, as some of the hub do."""
+    settings = model.generation_config
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError:  # a temperature without sampling: transformers reads such settings but refuses to write them
+        settings.do_sample = True
+        logger.info("generation settings name a temperature without sampling; writing them with sampling on")
+    model.save_pretrained(folder, **options)
+
+
 def _check_causal(checkpoint: Checkpoint, quantization: str | None, trust_remote_code: bool) -> None:
     """Refuse what is not a decoder before its weights are read: AutoModelForCausalLM takes an encoder silently."""
     from transformers import AutoConfig
