@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 from transformers import AutoModelForCausalLM as Auto
+from transformers import Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from gaintune import loss as loss_module
 from gaintune.loss import NextTokenLoss, chunked_cross_entropy, token_losses

@@ -29,14 +29,14 @@ def _help(section: type[Section], field: str) -> str:
         default = " ".join(getattr(each, "name", str(each)) for each in default)
     text = info.description or ""
     text = text[:1].upper() + text[1:]
-    return text if default is None else f"{text}. [default: {default}]"
+    return text if default is None else f"{text}. \\[default: {default}]"  # escaped: brackets are markup in help texts
 
 
 def _option(section: type[Section], field: str, *names: str) -> Any:
     return typer.Option(*names, help=_help(section, field), show_default=False)
 
 
-PlanFile = Annotated[Path | None, typer.Argument(metavar="[PLAN.yaml]", help="YAML plan; options are laid over it.")]
+PlanFile = Annotated[Path | None, typer.Argument(metavar="PLAN.yaml", help="YAML plan; options are laid over it.")]
 Model = Annotated[str | None, _option(ModelConfig, "name", "--model")]
 Domains = Annotated[
     list[str] | None, typer.Option("--domain", help="Domain: catalogue name, path, or name=path; repeat in order.")
@@ -51,7 +51,7 @@ BlockSize = Annotated[int | None, _option(DataConfig, "block_size", "--block-siz
 Lr = Annotated[float | None, _option(TrainConfig, "lr", "--lr")]
 Epochs = Annotated[int | None, _option(TrainConfig, "epochs", "--epochs")]
 BatchSize = Annotated[int | None, _option(TrainConfig, "batch_size", "--batch-size")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of split, training and resampling. [default: 0]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of split, training and resampling. \\[default: 0]")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other key of the plan, such as train.clip=0.5."),

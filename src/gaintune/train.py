@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -188,7 +189,11 @@ def train(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
     if plan.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
+        if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
     device = next(model.parameters()).device
     arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
     trackers = _trackers(plan.trackers, checkpoints.parent)

@@ -1,0 +1,155 @@
+"""The sequence: every cell is measured, a kill at any point changes nothing, and other plans are refused."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import tiny_base
+import tiny_domains
+from gaintune.adapters import load_adapter
+from gaintune.config import build_plan
+from gaintune.data.blocks import load_domain
+from gaintune.errors import ConfigError, RunDirectoryError, TrainingError
+from gaintune.evaluate.perplexity import measure
+from gaintune.models import load_base
+from gaintune.progress import Silent
+from gaintune.runs import damage, read_json
+from gaintune.sequence import run_sequence
+
+NOT_COMPARED = {"events.jsonl", ".lock"}  # times
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_base.folder(tmp_path_factory.mktemp("base"))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    files = (file for file in run.rglob("*") if file.is_file() and file.name not in NOT_COMPARED)
+    return {file.relative_to(run).as_posix(): file.read_bytes() for file in files}
+
+
+class KillAt(Silent):
+    """Kills its own process, as the kernel would, at the n-th sign of progress of one task."""
+
+    def __init__(self, title: str, count: int) -> None:
+        self._title = title
+        self._left = count
+
+    def task(self, title, total, unit):
+        def advance(amount, **figures):
+            if title == self._title:
+                self._left -= 1
+                if self._left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return contextlib.nullcontext(advance)
+
+
+def _killed(plan, run, title, count):
+    process = multiprocessing.get_context("spawn").Process(target=run_until, args=(plan, run, title, count))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def run_until(plan, run, title, count):
+    run_sequence(plan, run, progress=KillAt(title, count))
+
+
+@pytest.mark.parametrize("method", ["gain-ffn", "full"])
+def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(model, tmp_path, method):
+    plan = tiny_domains.plan(model, tmp_path, methods=[method])
+    matrix = run_sequence(plan, tmp_path / "whole")
+    run = tmp_path / "killed"
+    _killed(plan, run, f"{method}: learning code", 5)  # the stage's second checkpoint is not there yet
+    assert (run / "stages" / method / "02-code" / "checkpoints" / "checkpoint-3").is_dir()
+    _killed(plan, run, f"{method} after code: measuring code", 1)
+    assert not (run / "stages" / method / "02-code" / "metrics.json").exists()
+    again = run_sequence(plan, run)
+    assert again == matrix
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+def test_cells_are_what_the_saved_adapters_measure(model, tmp_path):
+    plan = tiny_domains.plan(model, tmp_path, methods=["gain-ffn", {"name": "lora", "rank": 2, "lr": 0.02}])
+    run = tmp_path / "run"
+    matrix = run_sequence(plan, run)
+    settled = build_plan(plan)
+    assert [method.label for method in matrix.methods] == ["gain-ffn", "lora"]
+    assert not matrix.partial
+    for method in matrix.methods:
+        for index, row in enumerate(method.stages):
+            adapter = run / "stages" / method.label / f"{index + 1:02d}-{row.domain}" / "adapter"
+            assert damage(adapter) is None
+            base = load_base(settled.model)
+            adapted = load_adapter(base, adapter)
+            for domain in settled.data.domains:
+                blocks = load_domain(domain, settled.data, base.tokenizer)
+                loss = measure(adapted, blocks.validation, blocks.validation_bytes)
+                cell = row.cells[domain.name]
+                assert cell.perplexity == pytest.approx(loss.perplexity, rel=1e-9)
+                assert cell.change == pytest.approx(100 * (loss.perplexity / method.base[domain.name].perplexity - 1))
+    assert matrix.methods[0].summary.in_domain.value < -1  # it does learn
+
+
+def test_the_second_stage_carries_the_first_one_s_adapter_on(model, tmp_path):
+    plan = tiny_domains.plan(model, tmp_path, train={"lr": 1e-12})
+    run_sequence(plan, tmp_path / "still")
+    still = read_json(tmp_path / "still" / "stages" / "gain-ffn" / "02-code" / "evaluations" / "prose.json")
+    base = read_json(tmp_path / "still" / "base" / "float32" / "prose.json")
+    assert still["nll"] == pytest.approx(base["nll"])
+    plan = tiny_domains.plan(model, tmp_path)
+    run_sequence(plan, tmp_path / "run")
+    record = read_json(tmp_path / "run" / "stages" / "gain-ffn" / "02-code" / "adapter" / "gaintune.json")
+    assert record["domains"] == ["prose", "code"]
+    alone = tiny_domains.plan(model, tmp_path)
+    alone["data"]["domains"] = alone["data"]["domains"][1:]
+    run_sequence(alone, tmp_path / "alone")
+    carried = (tmp_path / "run/stages/gain-ffn/02-code/adapter/adapter_model.safetensors").read_bytes()
+    fresh = (tmp_path / "alone/stages/gain-ffn/01-code/adapter/adapter_model.safetensors").read_bytes()
+    assert carried != fresh
+
+
+def test_a_method_added_to_a_plan_does_not_move_the_others(model, tmp_path):
+    one = run_sequence(tiny_domains.plan(model, tmp_path, methods=["lora"]), tmp_path / "one")
+    two = run_sequence(tiny_domains.plan(model, tmp_path, methods=["full", "gain", "lora"]), tmp_path / "two")
+    assert two.methods[2] == one.methods[0]
+
+
+def test_a_run_of_another_plan_or_of_changed_texts_is_refused(model, tmp_path):
+    plan = tiny_domains.plan(model, tmp_path)
+    run_sequence(plan, tmp_path / "run")
+    other = tiny_domains.plan(model, tmp_path, train={"lr": 0.5})
+    with pytest.raises(RunDirectoryError, match=r"train\.lr"):
+        run_sequence(other, tmp_path / "run")
+    prose = tmp_path / "prose.jsonl"
+    prose.write_text("".join(json.dumps({"text": line[10:90]}) + "\n" for line in prose.read_text().splitlines()))
+    with pytest.raises(RunDirectoryError, match=r"prose\.content_hash"):
+        run_sequence(plan, tmp_path / "run")
+
+
+def test_training_that_breaks_keeps_what_was_finished(model, tmp_path):
+    plan = tiny_domains.plan(model, tmp_path, methods=["gain-ffn", {"name": "lora", "lr": 1e36, "alpha": 1e4}])
+    with pytest.raises(TrainingError, match=r"the (loss|gradient) is (nan|inf)"):
+        run_sequence(plan, tmp_path / "run")
+    assert (tmp_path / "run" / "stages" / "gain-ffn" / "02-code" / "metrics.json").exists()
+    assert read_json(tmp_path / "run" / "matrix.json")["methods"][0]["label"] == "gain-ffn"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("gian", "unknown method 'gian'; did you mean 'gain'"),
+        ({"name": "gain", "rank": 4}, "method 'gain' has no option 'rank'"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused_before_anything_is_written(model, tmp_path, method, message):
+    with pytest.raises(ConfigError, match=message):
+        run_sequence(tiny_domains.plan(model, tmp_path, methods=[method]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
