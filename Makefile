@@ -25,7 +25,7 @@ bench: $(VENV)/.installed-bench
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -27,14 +27,15 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which base model, and in which numbers."""
 
-    name: str = Field("demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)")
-    revision: str | None = Field(None, description="hub revision: a branch, tag or commit")
+    name: str = Field(default="demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)")
+    revision: str | None = Field(default=None, description="hub revision: a branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="numbers of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32"
+        default="auto",
+        description="numbers of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32",
     )
-    quantization: Literal["4bit", "8bit"] | None = Field(None, description="load the base through bitsandbytes")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="load the base through bitsandbytes")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
 
 class DomainConfig(Section):
@@ -42,7 +43,9 @@ class DomainConfig(Section):
 
     name: str = Field(description="label in tables and folders: letters, digits, dot, dash and underscore")
     source: str = Field(description="catalogue name, or path of a .jsonl/.json/.csv/.parquet/.txt/.md file or folder")
-    text_column: str | None = Field(None, description="column that holds the text; found by itself when there is one")
+    text_column: str | None = Field(
+        default=None, description="column that holds the text; found by itself when there is one"
+    )
 
     @field_validator("name")
     @classmethod
@@ -67,14 +70,14 @@ class DataConfig(Section):
     """How much of each domain, and how it is cut."""
 
     domains: tuple[Annotated[DomainConfig, BeforeValidator(_as_domain)], ...] = Field(
-        tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
+        default=tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
         description="domains in the order they are learnt",
         min_length=1,
     )
-    train_tokens: int = Field(8192, gt=0, description="training budget of a domain, in tokens")
-    validation_tokens: int = Field(4096, gt=0, description="validation budget of a domain, in tokens")
-    block_size: int = Field(256, ge=8, description="length of a packed block, in tokens")
-    seed: int = Field(0, ge=0, description="seed of the split by document and of the order of documents")
+    train_tokens: int = Field(default=8192, gt=0, description="training budget of a domain, in tokens")
+    validation_tokens: int = Field(default=4096, gt=0, description="validation budget of a domain, in tokens")
+    block_size: int = Field(default=256, ge=8, description="length of a packed block, in tokens")
+    seed: int = Field(default=0, ge=0, description="seed of the split by document and of the order of documents")
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -91,12 +94,14 @@ class MethodConfig(Section):
     """One way to adapt; None stands for the method's own default in the catalogue."""
 
     name: str = Field(description="catalogue name, see `gaintune methods`")
-    label: str = Field("", description="name in tables and folders; the method's name unless given")
-    lr: float | None = Field(None, gt=0, description="peak learning rate")
-    rank: int | None = Field(None, gt=0, description="rank of a low-rank method")
-    alpha: float | None = Field(None, gt=0, description="scale of a low-rank method; the update is alpha / rank * BA")
+    label: str = Field(default="", description="name in tables and folders; the method's name unless given")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate")
+    rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method")
+    alpha: float | None = Field(
+        default=None, gt=0, description="scale of a low-rank method; the update is alpha / rank * BA"
+    )
     targets: str | tuple[str, ...] | None = Field(
-        None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
+        default=None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
     )
 
     @model_validator(mode="before")
@@ -119,28 +124,34 @@ class MethodConfig(Section):
 class TrainConfig(Section):
     """One adaptation: optimizer, schedule and bookkeeping."""
 
-    lr: float | None = Field(None, gt=0, description="peak learning rate of every method; a method's own lr wins")
-    epochs: int = Field(1, gt=0, description="passes over the training blocks")
-    batch_size: int = Field(4, gt=0, description="blocks in a forward pass, on each device")
-    gradient_accumulation: int = Field(1, gt=0, description="forward passes added up before an update")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay; never applied to gains")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two averages")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 30 % slower")
-    seed: int = Field(0, ge=0, description="seed of start values, order of blocks and dropout")
-    checkpoint_steps: int = Field(50, gt=0, description="steps between checkpoints inside a stage")
-    trackers: tuple[str, ...] = Field((), description="tensorboard, wandb and the other Trainer trackers")
+    lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate of every method; a method's own lr wins"
+    )
+    epochs: int = Field(default=1, gt=0, description="passes over the training blocks")
+    batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
+    gradient_accumulation: int = Field(default=1, gt=0, description="forward passes added up before an update")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay; never applied to gains")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's two averages")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, about 30 % slower"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of start values, order of blocks and dropout")
+    checkpoint_steps: int = Field(default=50, gt=0, description="steps between checkpoints inside a stage")
+    trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb and the other Trainer trackers")
 
 
 class EvaluateConfig(Section):
     """How uncertainty is measured."""
 
-    batch_size: int = Field(4, gt=0, description="blocks in a forward pass")
-    bootstrap_samples: int = Field(2000, gt=0, description="resamples behind an interval")
-    confidence: float = Field(0.95, gt=0, lt=1, description="coverage of an interval")
-    seed: int = Field(0, ge=0, description="seed of the resampling")
+    batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass")
+    bootstrap_samples: int = Field(default=2000, gt=0, description="resamples behind an interval")
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="coverage of an interval")
+    seed: int = Field(default=0, ge=0, description="seed of the resampling")
 
 
 class Plan(Section):
@@ -149,7 +160,9 @@ class Plan(Section):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     methods: tuple[MethodConfig, ...] = Field(
-        (MethodConfig(name="gain-ffn", label="gain-ffn"),), min_length=1, description="each starts from the same base"
+        default=(MethodConfig(name="gain-ffn", label="gain-ffn"),),
+        min_length=1,
+        description="each starts from the same base",
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())

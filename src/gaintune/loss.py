@@ -176,17 +176,18 @@ class NextTokenLoss:
     def _head_bias(self) -> torch.Tensor | None:
         return getattr(self._head, "bias", None)
 
-    def _hidden(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
         captured: list[torch.Tensor] = []
-        handle = self._base.base_model.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))
+        backbone: nn.Module = self._base.base_model
+        handle = backbone.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))
         try:
             model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
         return captured[0]
 
-    def _reproduces_logits(self, model: nn.Module) -> bool:
+    def _reproduces_logits(self, model: Any) -> bool:
         """Compare, on eight tokens, the logits made from the captured hidden states with the model's own."""
         forward = inspect.signature(self._base.forward).parameters
         plain_head = isinstance(self._head, nn.Linear) and "logits_to_keep" in forward

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
@@ -67,7 +67,9 @@ def _lora(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
     rank = config.rank or 1
     targets = _targets(model, config.targets or "output-projection", None)
     alpha = 2.0 * rank if config.alpha is None else config.alpha
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]  # PEFT divides floats as well
+    return LoraConfig(
+        r=rank, lora_alpha=cast(int, alpha), target_modules=targets, task_type="CAUSAL_LM"
+    )  # PEFT says int and divides floats as well
 
 
 def _ia3(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:

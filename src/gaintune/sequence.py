@@ -90,9 +90,9 @@ def run_sequence(
         sequences = [_Sequence(settled, directory, domains, fingerprint, shown, method) for method in settled.methods]
         for sequence in sequences:
             sequence.run()
-            matrix = _write_matrix(directory, settled, sequences)
+            _write_matrix(directory, settled, sequences)
         directory.event("finished")
-        return matrix
+        return _write_matrix(directory, settled, sequences)
 
 
 def _inputs(fingerprint: str, domains: list[DomainBlocks]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config import TrainConfig
@@ -78,11 +78,10 @@ class _BlockTrainer(Trainer):
     ) -> Any:
         labels = inputs["labels"]
         total = self._loss.sum(model, inputs["input_ids"], labels)
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
-        elif self.args.average_tokens_across_devices:
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             total = total * self.accelerator.num_processes
-        loss = total / num_items_in_batch
+        scored = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / scored
         self._require_finite(loss, "loss")
         return loss
 
@@ -91,7 +90,7 @@ class _BlockTrainer(Trainer):
         self._require_finite(norm, "gradient")
         return norm
 
-    def _require_finite(self, value: torch.Tensor | float, what: str) -> None:
+    def _require_finite(self, value: Any, what: str) -> None:
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
         if not math.isfinite(number):
             raise TrainingError(
@@ -102,8 +101,9 @@ class _BlockTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            trained = model if model is not None else self.model
-            groups = parameter_groups(trained, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            groups = parameter_groups(
+                cast(nn.Module, model or self.model), lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
         return self.optimizer
@@ -122,12 +122,12 @@ class _BlockTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle of settings that the plan already holds
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+            (Path(output_dir or cast(str, self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            write_manifest(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
 
 class _Watch(TrainerCallback):
@@ -197,9 +197,7 @@ def train(
     device = next(model.parameters()).device
     arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
     trackers = _trackers(plan.trackers, checkpoints.parent)
-    trainer = _BlockTrainer(
-        plan=plan, model=model, args=arguments, train_dataset=_Blocks(blocks), callbacks=trackers
-    )
+    trainer = _BlockTrainer(plan=plan, model=model, args=arguments, train_dataset=_Blocks(blocks), callbacks=trackers)
     trainer.remove_callback(PrinterCallback)
     tokens_per_step = plan.batch_size * plan.gradient_accumulation * blocks.shape[1] * arguments.world_size
     total = blocks.numel() * plan.epochs

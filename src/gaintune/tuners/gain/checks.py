@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -145,18 +143,12 @@ def check_groups(config: GainConfig, model: nn.Module, projections: Projections)
             )
 
 
-def warn_unmatched(config: GainConfig, model: nn.Module) -> None:
-    """A name in `target_modules` that matches nothing is most often a typo."""
+def unmatched_targets(config: GainConfig, model: nn.Module) -> set[str]:
+    """The names in a list of `target_modules` that no module is called."""
     if not isinstance(config.target_modules, set):
-        return
-    names = [re.sub(r"\.base_layer$", "", name) for name, _ in model.named_modules()]
-    unmatched = sorted(
-        target for target in config.target_modules if not any(_ends_with(name, (target,)) for name in names)
-    )
-    if unmatched:
-        warnings.warn(
-            f"target_modules names {', '.join(unmatched)}, which no module of the model is called.", stacklevel=2
-        )
+        return set()
+    names = [name for name, _ in model.named_modules()]
+    return {target for target in config.target_modules if not any(_ends_with(name, (target,)) for name in names)}
 
 
 def _ends_with(name: str, endings: tuple[str, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quant
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from gaintune.tuners.gain.checks import check_groups, check_modules, refuse_module, refuse_parent, warn_unmatched
+from gaintune.tuners.gain.checks import check_groups, check_modules, refuse_module, refuse_parent, unmatched_targets
 from gaintune.tuners.gain.config import GainConfig
 from gaintune.tuners.gain.layer import BASE, GainLayer, GainLinear
 from gaintune.tuners.gain.mapping import DEFAULTS, FLATTENED_TOKENS, Projections, default_projections
@@ -46,10 +47,16 @@ class GainModel(BaseTuner):
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         _maybe_include_all_linear_layers(peft_config, model)
+        unmatched = unmatched_targets(peft_config, model)
         if self._defaults_used is not None:
             check_groups(peft_config, model, self._defaults_used)
-        else:
-            warn_unmatched(peft_config, model)
+            peft_config.target_modules -= unmatched  # cross-attention, where the model has none
+        elif unmatched:
+            # most often a typo
+            warnings.warn(
+                f"target_modules names {', '.join(sorted(unmatched))}, which no module of the model is called.",
+                stacklevel=2,
+            )
         check_modules(peft_config, model, get_quantization_kwargs(model))
 
     def _create_and_replace(
