@@ -61,7 +61,8 @@ def provenance(base: Base) -> str:
     """Date, processor, versions: what stands beside every figure."""
     told = describe_environment(base.model.device)
     packages = ", ".join(f"{name} {version}" for name, version in told["packages"].items())
+    today = datetime.date.today().isoformat()
     return (
-        f"{datetime.date.today().isoformat()}; {told['processor']}, {told['threads']} threads, device {told['device']}; "
+        f"{today}; {told['processor']}, {told['threads']} threads, device {told['device']}; "
         f"base {base.name} in {str(base.model.dtype).removeprefix('torch.')}; Python {told['python']}, {packages}"
     )

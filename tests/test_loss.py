@@ -11,8 +11,14 @@ from transformers import Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 from gaintune import loss as loss_module
 from gaintune.loss import NextTokenLoss, chunked_cross_entropy, token_losses
 
-SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-GEMMA = dict(num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0)
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0}
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ import copy
 import math
 
 import pytest
-import tiny_base
 import torch
 from torch.nn import functional as F
 
+import tiny_base
 from gaintune.config import MethodConfig, TrainConfig
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.methods import attach
@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     before = gains(model)
     first = next(p for p in model.parameters() if p.requires_grad)
     first.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(TrainingError, match="the gradient is (nan|inf) at step 1"):
+    with pytest.raises(TrainingError, match=r"the gradient is (nan|inf) at step 1"):
         train(model, tiny_base.blocks(4, 16), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in gains(model).items())
 

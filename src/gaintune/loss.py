@@ -141,8 +141,8 @@ class NextTokenLoss:
         model: a causal language model of transformers, or a `PeftModel` around one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def __init__(self, model: Any) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._base = base
         self._head = base.get_output_embeddings()
         text_config = base.config.get_text_config()
