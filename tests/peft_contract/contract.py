@@ -54,14 +54,14 @@ UPSTREAM_CLASSES = (
 )
 LEFT_OUT = {
     "test_adapter_dtype_autocast[autocast_adapter_dtype=False]": "expects the base's dtype; gains are always float32 "
-    "(tests/tuners/test_dtypes.py)",
+    "(tests/tuners/test_gain_saving.py)",
     "test_mixed_adapter_batches_lora_conv2d": "adapts a convolution, which GAIN refuses",
     "test_mixed_adapter_batches_mha_raises": "adapts nn.MultiheadAttention, which GAIN refuses",
     "test_mixed_adapter_batches_lora_opt_timing": "times a model from the Hub on a GPU",
     "test_save_pretrained_targeting_lora_to_embedding_layer": "adapts an embedding, refused",
     "test_save_pretrained_targeting_lora_to_embedding_layer_non_transformers": "adapts an embedding, refused",
-    "test_default_target_modules_list_of_str": "patches the tables of other methods (tests/tuners/test_mapping.py)",
-    "test_default_target_modules_str": "patches the tables of other methods (tests/tuners/test_mapping.py)",
+    "test_default_target_modules_list_of_str": "patches the table of another method (see test_gain_mapping.py)",
+    "test_default_target_modules_str": "patches the table of another method (see test_gain_mapping.py)",
     "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": "GAIN has no bias setting",
 }
 _OTHER_METHOD = "names another method and has no parameter for the method"

@@ -152,6 +152,13 @@ def test_a_wrong_number_of_names_is_refused(names, task_type):
     model(input_ids=IDS)  # nothing is left behind
 
 
+def test_rows_that_were_routed_elsewhere_are_refused():
+    # an expert of a mixture sees some tokens of some rows, which may happen to be a multiple of the rows
+    layer = two_adapters().base_model.model.model.layers[0].mlp.down_proj
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        layer(torch.randn(6, 48), adapter_names=["first", "second", "first"])
+
+
 def test_unknown_names_and_training_are_refused():
     model = two_adapters()
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): absent"):

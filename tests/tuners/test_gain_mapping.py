@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from gaintune.errors import UnsupportedModuleError
@@ -118,6 +118,24 @@ def test_encoder_decoder_covers_cross_attention(ffn):
         expected |= {f"decoder.block.{i}.layer.2.DenseReluDense.wo" for i in range(2)}
     assert adapted(model) == expected
     assert torch.equal(peft_model(input_ids=ids, decoder_input_ids=ids).last_hidden_state, before)
+
+
+@pytest.mark.parametrize(("name", "build"), [("attn.c_proj", tiny_models.gpt2), ("o_proj", tiny_models.llama)])
+def test_the_saved_names_are_those_that_matched(name, build, tmp_path, recwarn):
+    model = get_peft_model(build(), GainConfig())
+    assert model.peft_config["default"].target_modules == {name}
+    model.save_pretrained(tmp_path)
+    recwarn.clear()
+    PeftModel.from_pretrained(build(), tmp_path)
+    assert not [w for w in recwarn if "target_modules" in str(w.message)]
+
+
+def test_cross_attention_of_gpt2_is_adapted():
+    settings = {key: value for key, value in GPT.items() if key != "rotary_dim"}
+    model = AutoModelForCausalLM.from_config(config_of("GPT2", {**settings, "add_cross_attention": True}))
+    get_peft_model(model, GainConfig())
+    kinds = ("attn", "crossattention")
+    assert adapted(model) == {f"transformer.h.{i}.{kind}.c_proj" for i in range(2) for kind in kinds}
 
 
 def test_a_vision_tower_is_left_alone():

@@ -146,6 +146,20 @@ def test_torch_compile_gives_the_same():
         torch.testing.assert_close(v.grad, expected, rtol=3e-2, atol=1e-3)
 
 
+def test_distributed_data_parallel_gives_the_same_gradients():
+    ids = tiny_models.tokens()
+    model = tiny_models.randomise(get_peft_model(tiny_models.llama().bfloat16(), GainConfig(ffn=True)))
+    model(input_ids=ids, labels=ids).loss.backward()
+    alone = [v.grad.clone() for v in tiny_models.gains(model).values()]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(model)(input_ids=ids, labels=ids).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(a, v.grad) for a, v in zip(alone, tiny_models.gains(model).values(), strict=True))
+
+
 def test_a_layer_used_twice_sums_its_gradients():
     class Twice(nn.Module):
         def __init__(self):

@@ -50,7 +50,8 @@ class GainModel(BaseTuner):
         unmatched = unmatched_targets(peft_config, model)
         if self._defaults_used is not None:
             check_groups(peft_config, model, self._defaults_used)
-            peft_config.target_modules -= unmatched  # cross-attention, where the model has none
+            # without cross-attention, where the model has none
+            peft_config.target_modules = set(peft_config.target_modules or ()) - unmatched  # type: ignore[assignment]
         elif unmatched:
             # most often a typo
             warnings.warn(
@@ -59,9 +60,9 @@ class GainModel(BaseTuner):
             )
         check_modules(peft_config, model, get_quantization_kwargs(model))
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # PEFT annotates the base class of the config
         self,
-        peft_config: GainConfig,  # type: ignore[override]
+        peft_config: GainConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,

@@ -30,7 +30,7 @@ class Float32ParameterDict(nn.ParameterDict):
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:  # type: ignore[override]
         own = {f"{prefix}{name}" for name in self}
         widened = {key: value.float() if key in own else value for key, value in state_dict.items()}
         super()._load_from_state_dict(widened, prefix, *args)
