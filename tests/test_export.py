@@ -122,6 +122,15 @@ def test_an_additive_adapter_has_no_gains_to_lose(tiny, tmp_path, method):
     assert certificate.weights_changed > 1000
 
 
+def test_modules_trained_in_full_are_merged_too(tiny, tmp_path):
+    base = base_of(tiny)
+    model = shaken(get_peft_model(base.model, LoraConfig(r=1, target_modules=["o_proj"], modules_to_save=["lm_head"])))
+    save_adapter(model, tmp_path / "adapter", record_of(base, "lora"))
+    merged(tiny, tmp_path / "adapter", tmp_path / "out", "fp32", model=config_of(tiny, "fp32"), tolerance=1e-4)
+    head = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert not torch.equal(head, load_file(tiny / "model.safetensors")["lm_head.weight"].float())
+
+
 def test_beyond_the_tolerance_nothing_is_left_unless_forced(tiny, tmp_path):
     adapter = adapter_of(tiny, tmp_path / "adapter", scale=0.3)
     out = tmp_path / "merged" / "out"
@@ -164,6 +173,7 @@ def test_the_certificate_can_be_read_by_programs_and_people(tiny, tmp_path):
     stored = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert stored["adapter_perplexity"] == certificate.adapter_perplexity
     assert stored["dtype"] == "fp16" and stored["reference"] == f"the adapter on {tiny} in bf16, on cpu"
+    assert stored["computed_in"] == "fp32, on cpu"
     assert stored["base_fingerprint"] == fingerprint_folder(tiny)
     page = (tmp_path / "out" / "certificate.md").read_text()
     assert "The merged model is its adapter" in page and "| gains lost in fp16 |" in page

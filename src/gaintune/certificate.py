@@ -28,6 +28,7 @@ class Certificate:
     merged_fingerprint: str
     dtype: str
     reference: str
+    computed_in: str
     blocks: int
     block_size: int
     adapter_perplexity: float
@@ -72,6 +73,7 @@ def page(certificate: Certificate) -> str:
             f"{c.dtype} (fingerprint {c.merged_fingerprint[:16]}...), absorbed in fp32, then rounded once",
         ),
         ("compared with", c.reference),
+        ("merged model computed in", c.computed_in),
         ("text", f"{c.blocks} blocks of {c.block_size} tokens"),
         ("perplexity, adapter", f"{c.adapter_perplexity:.4f}"),
         ("perplexity, merged", f"{c.merged_perplexity:.4f} ({c.perplexity_change:+.3f} %)"),
