@@ -12,6 +12,7 @@ from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
 
 LOGIT_POSITIONS = 512  # positions whose logits are compared: 100 MB for a vocabulary of 50,000
+LOGIT_BLOCKS = 8  # blocks they lie in, each of which is computed once more
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def take_reading(model: nn.Module, blocks: torch.Tensor, bytes_per_block: Sequen
     loss = measure(model, blocks, bytes_per_block, batch_size=batch_size, title="comparing")
     device = next(model.parameters()).device
     count, length = blocks.shape
-    chosen = torch.linspace(0, count - 1, min(count, LOGIT_POSITIONS)).long()
+    chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()
     positions = torch.linspace(0, length - 1, min(length, LOGIT_POSITIONS // len(chosen))).long()
     kept = []
     with torch.inference_mode():
