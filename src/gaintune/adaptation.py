@@ -82,9 +82,10 @@ def adapt(
     check_method(method)
     previous = _previous(Path(start), settled) if start is not None else ()
     numbers = numbers_of(settled, method)
-    environment = describe_environment(resolve_device(settled.model.device))
+    device = resolve_device(settled.model.device)
+    environment = describe_environment(device)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    with open_run(unfinished, settled, environment) as run:
+    with open_run(unfinished, settled, environment, cpu=device.type == "cpu") as run:
         run.settle("start.json", {"start": str(start) if start else None}, "An adaptation keeps its starting point")
         base = load_base(settled.model, dtype=numbers.load)
         domain = load_domain(settled.data.domains[0], settled.data, base.tokenizer)
@@ -118,6 +119,7 @@ def adapt(
         )
         record = AdapterRecord(
             base_name=settled.model.name,
+            base_revision=settled.model.revision,
             base_fingerprint=base.fingerprint,
             method=method.name,
             label=method.label,
@@ -125,9 +127,12 @@ def adapt(
             settings={"train": settled.train.model_dump(mode="json"), "method": method.model_dump(mode="json")},
             versions=environment["packages"],
         )
-        save_adapter(model, out, record)
+        if run.writes:
+            save_adapter(model, out, record)
         after = look(model, f"measuring {domain.name} after")
-    shutil.rmtree(unfinished)
+        run.wait()
+    if run.writes:
+        shutil.rmtree(unfinished)
     return AdaptResult(
         adapter=out,
         before=before,

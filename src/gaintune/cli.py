@@ -28,6 +28,7 @@ from gaintune.cli_plan import (
 )
 from gaintune.console import Bars, show_warnings, table
 from gaintune.errors import GaintuneError
+from gaintune.progress import Progress, Silent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,6 +52,13 @@ def _quiet_libraries() -> None:
     datasets_logging.disable_progress_bar()
 
 
+def _progress() -> Progress:
+    """Bars; of several processes on one run, only the first draws."""
+    from gaintune.runs import first_process
+
+    return Bars(err) if first_process() else Silent()
+
+
 def _percent(value: float | None, low: float | None, high: float | None) -> str:
     if value is None:
         return "—"
@@ -62,9 +70,12 @@ def _sequence(plan: Any, run: Path) -> None:
     """Run a plan, print its summary, write its report."""
     _quiet_libraries()
     from gaintune.report import write_report
+    from gaintune.runs import first_process
     from gaintune.sequence import run_sequence
 
-    matrix = run_sequence(plan, run, progress=Bars(err))
+    matrix = run_sequence(plan, run, progress=_progress())
+    if not first_process():
+        return
     figures = ("in_domain", "backward_transfer", "backward_transfer_since_learnt", "forward_interference")
     rows = []
     for method in matrix.methods:
@@ -136,8 +147,11 @@ def adapt(
     _quiet_libraries()
     from gaintune.adaptation import adapt as run_adapt
     from gaintune.evaluate.losses import change
+    from gaintune.runs import first_process
 
-    result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=Bars(err))
+    result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=_progress())
+    if not first_process():
+        return
     before, after = result.before, result.after
     out.print(
         f"{settled.data.domains[0].name}: perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} "
@@ -168,7 +182,7 @@ def evaluate(
     _quiet_libraries()
     from gaintune.evaluate.compare import compare_adapters
 
-    figures = compare_adapters(settled, adapter or [], allow_other_base=allow_other_base, progress=Bars(err))
+    figures = compare_adapters(settled, adapter or [], allow_other_base=allow_other_base, progress=_progress())
     if as_json:
         typer.echo(json.dumps([figure.to_dict() for figure in figures], indent=1))
         return

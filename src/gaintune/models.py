@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,16 @@ class Base:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name: auto is the first CUDA device where there is one, else the CPU.
+    """The device of a name: auto is this process's CUDA device where there is one, else the CPU.
+
+    Of several processes on one machine (`accelerate launch`) each has a device of its own.
 
     Raises:
         ConfigError: a name that is no device, or a device this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

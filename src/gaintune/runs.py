@@ -128,11 +128,25 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> list[str]:
     return [] if ours == theirs else [f"{key}: {theirs!r} there, {ours!r} now"]
 
 
+def _wait_for_all(cpu: bool = False) -> None:
+    """Meet the other processes of this run; nothing to do for a process on its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=cpu).wait_for_everyone()
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes: the only one, or rank 0 of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run directory: where everything of a sequence lies."""
+    """A run directory: where everything of a sequence lies. Of several processes on one run, the first one writes."""
 
     folder: Path
+    writes: bool = True
 
     @property
     def matrix(self) -> Path:
@@ -149,9 +163,20 @@ class Run:
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened and when (UTC)."""
+        if not self.writes:
+            return
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record, sort_keys=True) + "\n")
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write a file of the run, in the process that writes."""
+        if self.writes:
+            write_json(path, value)
+
+    def wait(self) -> None:
+        """Wait until every process of the run is here."""
+        _wait_for_all()
 
     def settle(self, name: str, value: Mapping[str, Any], advice: str) -> None:
         """Write a file that must never change during a run, or check that it has not.
@@ -162,18 +187,32 @@ class Run:
         path = self.folder / name
         value = json.loads(canonical_json(value))
         if not path.exists():
-            write_json(path, value)
+            self.write_json(path, value)
         elif changed := _differences(value, read_json(path)):
             raise RunDirectoryError(f"{path} says otherwise: {'; '.join(changed)}. {advice}")
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator[Run]:
-    """Take a run directory for a plan: a new one, or the one that plan began. One process at a time.
+def open_run(folder: Path, plan: Plan, environment: Mapping[str, Any], *, cpu: bool = True) -> Iterator[Run]:
+    """Take a run directory for a plan: a new one, or the one that plan began. One run at a time.
+
+    Of several processes (`accelerate launch`) the first takes it and the others join when it is ready.
 
     Raises:
         RunDirectoryError: the directory belongs to another plan, holds something else, or is in use.
     """
+    if not first_process():
+        _wait_for_all(cpu)
+        yield Run(folder, writes=False)
+        return
+    with _taken(folder, plan, environment) as run:
+        _wait_for_all(cpu)
+        yield run
+
+
+@contextlib.contextmanager
+def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator[Run]:
+    """Check and lock a run directory in the process that writes."""
     plan_file = folder / "plan.yaml"
     if folder.exists() and not folder.is_dir():
         raise RunDirectoryError(f"{folder} is a file; name a folder for the run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +82,19 @@ def run_sequence(
     for method in settled.methods:
         check_method(method)
     shown = progress or Silent()
-    with open_run(Path(run), settled, describe_environment(resolve_device(settled.model.device))) as directory:
+    device = resolve_device(settled.model.device)
+    with open_run(Path(run), settled, describe_environment(device), cpu=device.type == "cpu") as directory:
         tokenizer = load_tokenizer(settled.model)
         domains = [load_domain(domain, settled.data, tokenizer) for domain in settled.data.domains]
         fingerprint = base_fingerprint(settled.model)
         directory.settle("inputs.json", _inputs(fingerprint, domains), SAME_INPUTS)
         sequences = [_Sequence(settled, directory, domains, fingerprint, shown, method) for method in settled.methods]
         for sequence in sequences:
-            sequence.run()
-            _write_matrix(directory, settled, sequences)
+            sequence.run(after_stage=lambda: _write_matrix(directory, settled, sequences))
+        _write_matrix(directory, settled, sequences)
         directory.event("finished")
-        return _write_matrix(directory, settled, sequences)
+        directory.wait()
+        return Matrix.from_dict(read_json(directory.matrix))
 
 
 def _inputs(fingerprint: str, domains: list[DomainBlocks]) -> dict[str, Any]:
@@ -111,13 +113,14 @@ def _inputs(fingerprint: str, domains: list[DomainBlocks]) -> dict[str, Any]:
     return {"base_fingerprint": fingerprint, "domains": described}
 
 
-def _write_matrix(run: Run, plan: Plan, sequences: list[_Sequence]) -> Matrix:
+def _write_matrix(run: Run, plan: Plan, sequences: list[_Sequence]) -> None:
     """Put together everything measured so far."""
+    if not run.writes:
+        return
     measured = [sequence.measured() for sequence in sequences]
     planned = [domain.name for domain in plan.data.domains]
     matrix = build_matrix([each for each in measured if each.base], plan.evaluate, planned=planned)
     write_json(run.matrix, matrix.to_dict())
-    return matrix
 
 
 class _Sequence:
@@ -141,7 +144,7 @@ class _Sequence:
         self._numbers = numbers_of(plan, method)
         self._stages = [run.stage(method.label, index, domain.name) for index, domain in enumerate(domains)]
 
-    def run(self) -> None:
+    def run(self, after_stage: Callable[[], None]) -> None:
         """Do what is not on disk yet, and release the model."""
         if all((stage / "metrics.json").exists() for stage in self._stages):
             self._progress.note(f"{self._method.label}: all {len(self._stages)} stages are finished")
@@ -152,9 +155,11 @@ class _Sequence:
             raise RunDirectoryError(f"the base {base.name} changed while the run was starting; start it again")
         for domain in self._domains:
             self._measure(base.model, domain, self._run.base(self._numbers.name, domain.name), "base")
+        self._run.wait()
         model, first = self._adapted_model(base)
         for index in range(first, len(self._stages)):
             self._stage(model, index)
+            after_stage()
         del base, model
         gc.collect()
         if torch.cuda.is_available():
@@ -197,7 +202,7 @@ class _Sequence:
     def _stage(self, model: nn.Module, index: int) -> None:
         """Learn one domain unless its adapter is there, then measure all domains, and mark the stage as finished."""
         folder, domain = self._stages[index], self._domains[index]
-        adapter, losses_file = folder / "adapter", folder / "training.json"
+        adapter, training = folder / "adapter", folder / "training.json"
         label = self._method.label
         lr = learning_rate(self._method, self._plan.train)
         if damage(adapter) is not None:
@@ -214,21 +219,25 @@ class _Sequence:
             )
             pace = round(adaptation.tokens_per_second, 1)
             self._run.event("learnt", method=label, domain=domain.name, tokens_per_second=pace)
-            write_json(
-                losses_file, {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
-            )
-            save_adapter(model, adapter, self._record(index))
+            if self._run.writes:
+                write_json(
+                    training, {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
+                )
+                save_adapter(model, adapter, self._record(index))
         for measured in self._domains:
             title = f"{label} after {domain.name}"
             self._measure(model, measured, folder / "evaluations" / f"{measured.name}.json", title)
-        metrics = {**read_json(losses_file), "lr": lr, "trainable_parameters": trainable_parameters(model)}
-        write_json(folder / "metrics.json", metrics)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self._run.event("stage finished", method=label, domain=domain.name)
+        if self._run.writes:
+            metrics = {**read_json(training), "lr": lr, "trainable_parameters": trainable_parameters(model)}
+            write_json(folder / "metrics.json", metrics)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            self._run.event("stage finished", method=label, domain=domain.name)
+        self._run.wait()
 
     def _record(self, index: int) -> AdapterRecord:
         return AdapterRecord(
             base_name=self._plan.model.name,
+            base_revision=self._plan.model.revision,
             base_fingerprint=self._fingerprint,
             method=self._method.name,
             label=self._method.label,
@@ -253,4 +262,4 @@ class _Sequence:
             title=f"{title}: measuring {domain.name}",
             progress=self._progress,
         )
-        write_json(file, loss.to_dict())
+        self._run.write_json(file, loss.to_dict())
