@@ -50,12 +50,21 @@ def test_broken_json_names_file_and_line(tmp_path):
 def test_a_run_directory_of_another_plan_is_refused_with_what_differs(tmp_path):
     folder = tmp_path / "run"
     with open_run(folder, build_plan({"train": {"lr": 0.1}}), {"python": "3"}):
-        pass
+        (folder / "stages" / "gain-ffn" / "01-law" / "adapter").mkdir(parents=True)
     with (
         pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.1 there, 0\.2 now"),
         open_run(folder, build_plan({"train": {"lr": 0.2}}), {"python": "3"}),
     ):
         pass
+
+
+def test_a_corrected_plan_takes_over_a_run_that_got_nowhere(tmp_path):
+    folder = tmp_path / "run"
+    for lr in (0.1, 0.2):
+        with open_run(folder, build_plan({"train": {"lr": lr}}), {"python": "3"}) as run:
+            assert not run.base("bf16", "law").exists()
+            run.write_json(run.base("bf16", "law"), {})
+    assert "lr: 0.2" in (folder / "plan.yaml").read_text()
 
 
 def test_a_folder_with_other_things_in_it_is_not_taken_for_a_run(tmp_path):

@@ -1,10 +1,7 @@
 """The sequence: every cell is measured, a kill at any point changes nothing, and other plans are refused."""
 
-import contextlib
 import json
-import multiprocessing
-import os
-import signal
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,9 @@ from gaintune.data.blocks import load_domain
 from gaintune.errors import ConfigError, RunDirectoryError, TrainingError
 from gaintune.evaluate.perplexity import measure
 from gaintune.models import load_base
-from gaintune.progress import Silent
 from gaintune.runs import damage, read_json
 from gaintune.sequence import run_sequence
+from killing import killed
 
 NOT_COMPARED = {"events.jsonl", ".lock"}  # times
 
@@ -34,42 +31,14 @@ def contents(run: Path) -> dict[str, bytes]:
     return {file.relative_to(run).as_posix(): file.read_bytes() for file in files}
 
 
-class KillAt(Silent):
-    """Kills its own process, as the kernel would, at the n-th sign of progress of one task."""
-
-    def __init__(self, title: str, count: int) -> None:
-        self._title = title
-        self._left = count
-
-    def task(self, title, total, unit):
-        def advance(amount, **figures):
-            if title == self._title:
-                self._left -= 1
-                if self._left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return contextlib.nullcontext(advance)
-
-
-def _killed(plan, run, title, count):
-    process = multiprocessing.get_context("spawn").Process(target=run_until, args=(plan, run, title, count))
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode == -signal.SIGKILL
-
-
-def run_until(plan, run, title, count):
-    run_sequence(plan, run, progress=KillAt(title, count))
-
-
 @pytest.mark.parametrize("method", ["gain-ffn", "full"])
 def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(model, tmp_path, method):
     plan = tiny_domains.plan(model, tmp_path, methods=[method])
     matrix = run_sequence(plan, tmp_path / "whole")
     run = tmp_path / "killed"
-    _killed(plan, run, f"{method}: learning code", 5)  # the stage's second checkpoint is not there yet
+    killed(run_sequence, (plan, run), f"{method}: learning code", 5)  # the stage's second checkpoint is not there yet
     assert (run / "stages" / method / "02-code" / "checkpoints" / "checkpoint-3").is_dir()
-    _killed(plan, run, f"{method} after code: measuring code", 1)
+    killed(run_sequence, (plan, run), f"{method} after code: measuring code", 1)
     assert not (run / "stages" / method / "02-code" / "metrics.json").exists()
     again = run_sequence(plan, run)
     assert again == matrix
@@ -114,6 +83,31 @@ def test_the_second_stage_carries_the_first_one_s_adapter_on(model, tmp_path):
     carried = (tmp_path / "run/stages/gain-ffn/02-code/adapter/adapter_model.safetensors").read_bytes()
     fresh = (tmp_path / "alone/stages/gain-ffn/01-code/adapter/adapter_model.safetensors").read_bytes()
     assert carried != fresh
+
+
+def test_a_cell_that_was_deleted_is_measured_again_on_its_own_stage(model, tmp_path):
+    run = tmp_path / "run"
+    plan = tiny_domains.plan(model, tmp_path, methods=["gain-ffn"])
+    run_sequence(plan, run)
+    before = contents(run)
+    (run / "stages/gain-ffn/01-prose/evaluations/code.json").unlink()
+    (run / "stages/gain-ffn/02-code/evaluations/prose.json").unlink()
+    (run / "base/float32/code.json").unlink()
+    run_sequence(plan, run)
+    assert contents(run) == before
+
+
+def test_a_stage_missing_below_others_is_refused_rather_than_learnt_in_the_wrong_place(model, tmp_path):
+    run = tmp_path / "run"
+    plan = tiny_domains.plan(model, tmp_path, methods=["gain-ffn"])
+    run_sequence(plan, run)
+    before = contents(run)
+    shutil.rmtree(run / "stages/gain-ffn/01-prose")
+    with pytest.raises(RunDirectoryError, match=r"delete .*02-code"):
+        run_sequence(plan, run)
+    shutil.rmtree(run / "stages/gain-ffn/02-code")
+    run_sequence(plan, run)
+    assert contents(run) == before
 
 
 def test_a_method_added_to_a_plan_does_not_move_the_others(model, tmp_path):

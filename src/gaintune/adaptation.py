@@ -10,18 +10,25 @@ from typing import Any
 
 import torch
 
-from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
-from gaintune.config import Plan
+from gaintune.adapters import (
+    AdapterRecord,
+    adapter_weights,
+    load_adapter,
+    read_config,
+    read_record,
+    save_adapter,
+)
+from gaintune.config import MethodConfig, Plan, read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
-from gaintune.methods import attach, check_method, learning_rate, trainable_parameters
+from gaintune.methods import attach, check_method, learning_rate, numbers_of, trainable_parameters
 from gaintune.models import load_base, resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.runs import open_run
-from gaintune.sequence import numbers_of, read_plan
+from gaintune.runs import open_run, sha256_file
+from gaintune.sequence import describe_inputs
 from gaintune.train import train
 
 
@@ -80,15 +87,20 @@ def adapt(
         raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
     method, shown = settled.methods[0], progress or Silent()
     check_method(method)
-    previous = _previous(Path(start), settled) if start is not None else ()
-    numbers = numbers_of(settled, method)
+    start = None if start is None else Path(start)
+    previous = None if start is None else _previous(start, method)
+    numbers = numbers_of(settled.model, method)
     device = resolve_device(settled.model.device)
     environment = describe_environment(device)
     unfinished = out.with_name(f"{out.name}.unfinished")
     with open_run(unfinished, settled, environment, cpu=device.type == "cpu") as run:
-        run.settle("start.json", {"start": str(start) if start else None}, "An adaptation keeps its starting point")
         base = load_base(settled.model, dtype=numbers.load)
         domain = load_domain(settled.data.domains[0], settled.data, base.tokenizer)
+        inputs = {
+            **describe_inputs(base.fingerprint, [domain]),
+            "start": None if start is None else sha256_file(adapter_weights(start)),
+        }
+        run.settle("inputs.json", inputs, f"To begin anew, delete {unfinished}")
 
         def look(model: torch.nn.Module, title: str) -> DomainLoss:
             return measure(
@@ -104,7 +116,7 @@ def adapt(
         if start is None:
             model = attach(base.model, method, seed=settled.train.seed)
         else:
-            model = load_adapter(base, Path(start), trainable=True, allow_other_base=allow_other_base)
+            model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
         before = look(model, f"measuring {domain.name} before")
         adaptation = train(
             model,
@@ -113,6 +125,7 @@ def adapt(
             lr=learning_rate(method, settled.train),
             seed=settled.train.seed,
             checkpoints=unfinished / "checkpoints",
+            logs=out.with_name(f"{out.name}.tensorboard"),
             mixed_precision=numbers.mixed,
             title=f"{method.label}: learning {domain.name}",
             progress=shown,
@@ -123,13 +136,14 @@ def adapt(
             base_fingerprint=base.fingerprint,
             method=method.name,
             label=method.label,
-            domains=(*previous, domain.name),
+            domains=(*(previous.domains if previous else ()), domain.name),
+            content_hashes={**(previous.content_hashes if previous else {}), domain.name: domain.content_hash},
             settings={"train": settled.train.model_dump(mode="json"), "method": method.model_dump(mode="json")},
             versions=environment["packages"],
         )
+        after = look(model, f"measuring {domain.name} after")
         if run.writes:
             save_adapter(model, out, record)
-        after = look(model, f"measuring {domain.name} after")
         run.wait()
     if run.writes:
         shutil.rmtree(unfinished)
@@ -145,11 +159,21 @@ def adapt(
     )
 
 
-def _previous(start: Path, plan: Plan) -> tuple[str, ...]:
-    """Domains an adapter has learnt already; refuses one made by another method."""
+def _previous(start: Path, method: MethodConfig) -> AdapterRecord | None:
+    """The record of the adapter to carry on, None for a foreign one; refuses one that the method did not make."""
     record = read_record(start)
     if record is None:
-        return ()
-    if record.method != plan.methods[0].name:
-        raise ConfigError(f"{start} was made by method {record.method!r}, the plan says {plan.methods[0].name!r}")
-    return record.domains
+        wanted, found = check_method(method).peft_type, read_config(start).get("peft_type")
+        if wanted != found:
+            raise ConfigError(
+                f"{start} is a {found} adapter, method {method.name!r} carries on {wanted or 'full weights'}"
+            )
+        return None
+    if record.method != method.name:
+        raise ConfigError(f"{start} was made by method {record.method!r}, the plan says {method.name!r}")
+    had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
+    for option in ("rank", "alpha", "targets"):
+        given = getattr(method, option)
+        if given is not None and given != getattr(had, option):
+            raise ConfigError(f"{start} has {option} {getattr(had, option)!r}, the plan says {given!r}; leave it out")
+    return record

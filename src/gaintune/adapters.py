@@ -31,7 +31,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What an adapter was trained on and how; `base_name` is the base as the user named it."""
+    """What an adapter was trained on and how.
+
+    `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`.
+    """
 
     base_name: str
     base_fingerprint: str
@@ -41,9 +44,10 @@ class AdapterRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     base_revision: str | None = None
+    content_hashes: dict[str, str] = field(default_factory=dict)
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, record: AdapterRecord) -> None:
+def save_adapter(model: torch.nn.Module, folder: str | Path, record: AdapterRecord) -> None:
     """Write a PeftModel's active adapter, or the whole of a plain model, with its record.
 
     The folder appears only when it is whole; an existing one is replaced. The same adapter gives the same bytes,
@@ -51,7 +55,7 @@ def save_adapter(model: torch.nn.Module, folder: Path, record: AdapterRecord) ->
     """
     from peft import PeftModel
 
-    with runs.complete_folder(folder) as temporary:
+    with runs.complete_folder(Path(folder)) as temporary:
         if isinstance(model, PeftModel):
             _save_peft(model, temporary, record)
         else:
@@ -102,11 +106,11 @@ def read_record(folder: Path) -> AdapterRecord | None:
 def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
     """The base an adapter names as its own; AdapterError if it names none."""
     if record is not None:
-        return ModelConfig.model_validate({"name": record.base_name, "revision": record.base_revision})
+        return ModelConfig(name=str(record.base_name), revision=record.base_revision)
     config = read_config(folder)
     if not config.get("base_model_name_or_path"):
         raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
-    return ModelConfig.model_validate({"name": config["base_model_name_or_path"], "revision": config.get("revision")})
+    return ModelConfig(name=str(config["base_model_name_or_path"]), revision=config.get("revision"))
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -115,7 +119,7 @@ def adapter_weights(folder: Path) -> Path:
 
 
 def load_adapter(
-    base: Base, folder: Path, *, trainable: bool = False, allow_other_base: bool = False
+    base: Base, folder: str | Path, *, trainable: bool = False, allow_other_base: bool = False
 ) -> torch.nn.Module:
     """Put a saved adapter onto a base, and return the adapted model; `base.model` is changed in place.
 
@@ -129,6 +133,7 @@ def load_adapter(
         AdapterError: incomplete, damaged, of an unknown kind, or not the keys this base and config call for.
         BaseMismatchError: it was trained on another base.
     """
+    folder = Path(folder)
     record = read_record(folder)
     _check_whole(folder)
     if record is None:

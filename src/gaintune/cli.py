@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ from gaintune.cli_plan import (
     ValidationTokens,
     assemble,
 )
-from gaintune.console import Bars, show_warnings, table
+from gaintune.console import Bars, percent, show_warnings, table
 from gaintune.errors import GaintuneError
 from gaintune.progress import Progress, Silent
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 DEMO_METHODS = ["gain-ffn", "lora"]
+INTERRUPTED = 130
 
 
 def _quiet_libraries() -> None:
@@ -59,13 +60,6 @@ def _progress() -> Progress:
     return Bars(err) if first_process() else Silent()
 
 
-def _percent(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return "—"
-    interval = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"
-    return f"{value:+.1f} %{interval}"
-
-
 def _sequence(plan: Any, run: Path) -> None:
     """Run a plan, print its summary, write its report."""
     _quiet_libraries()
@@ -80,7 +74,7 @@ def _sequence(plan: Any, run: Path) -> None:
     rows = []
     for method in matrix.methods:
         found = [getattr(method.summary, name) for name in figures]
-        cells = [_percent(each.value, each.low, each.high) if each else "—" for each in found]
+        cells = [percent(each.value, each.low, each.high) if each else "—" for each in found]
         rows.append([method.label, *cells])
     heads = ["method", "in-domain", "earlier domains, against base", "earlier domains, since learnt", "not yet learnt"]
     out.print(table("Change of perplexity, % (negative is better)", heads, rows, numeric=range(1, 5)))
@@ -192,7 +186,7 @@ def evaluate(
             each.label,
             f"{each.perplexity:.2f}",
             f"{each.bits_per_byte:.3f}",
-            _percent(each.change, each.low, each.high),
+            percent(each.change, each.low, each.high),
         ]
         for each in figures
     ]
@@ -230,9 +224,11 @@ def merge(
     """
     from gaintune.adapters import claimed_base, read_record
 
-    base = model or (None if plan else claimed_base(adapter, read_record(adapter)).name)
-    given = {**locals(), "domains": domain or (None if plan else ["law"]), "model": base}
-    settled = assemble(plan, given, set_)
+    base = None if model or plan else claimed_base(adapter, read_record(adapter))
+    given = {**locals(), "domains": domain or (None if plan else ["law"]), "model": base.name if base else model}
+    settled = assemble(
+        plan, given, [*([f"model.revision={base.revision}"] if base and base.revision else []), *(set_ or [])]
+    )
     _quiet_libraries()
     from gaintune.data.blocks import load_domain
     from gaintune.export import merge_adapter
@@ -306,14 +302,20 @@ def main() -> None:
     try:
         app()
     except GaintuneError as error:
-        err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("stopped; run the same command again to continue", highlight=False)
-        sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        err.print(f"error: cannot write{where}: {error.strerror}. What was finished is kept", style="red", markup=False)
-        sys.exit(1)
+        _fail(str(error), error.exit_code)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            err.print("stopped; run the same command again to continue", highlight=False)
+        raise
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full:  # safetensors says so through a class of its own
+            _fail("the disk is full; make room and run the same command again, what was finished is kept", 1)
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)
+        raise
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(code)

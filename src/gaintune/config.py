@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,8 +223,8 @@ def read_values(path: Path) -> dict[str, Any]:
     """Read a YAML plan as nested values, without checking its keys yet."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such plan file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: this plan cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -234,6 +234,15 @@ def read_values(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a plan is a mapping of sections, such as 'train:' and 'data:'")
     return values
+
+
+def read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
+    """A plan from a plan, nested values, or a YAML file; raises as `build_plan` does."""
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        return build_plan(dict(plan))
+    return build_plan(read_values(Path(plan)), origin=str(plan))
 
 
 def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

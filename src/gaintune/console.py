@@ -76,6 +76,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num
     return drawn
 
 
+def percent(value: float | None, low: float | None, high: float | None) -> str:
+    """A change with its interval, or a dash where there is none."""
+    if value is None:
+        return "—"
+    interval = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{value:+.1f} %{interval}"
+
+
 def show_warnings(console: Console) -> None:
     """Send the library's warnings to the terminal."""
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False, highlighter=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class MergePlan:
 
 
 def merge_adapter(
-    adapter: Path,
-    out: Path,
+    adapter: str | Path,
+    out: str | Path,
     *,
     blocks: torch.Tensor | None = None,
     texts: Sequence[str] | None = None,
@@ -96,10 +97,13 @@ def merge_adapter(
         AdapterError: damaged, of another base, or of a method that cannot be merged.
         ConfigError: `out` is in use, an unknown dtype, or no text.
     """
+    adapter, out = Path(adapter), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty: name another folder, or delete it if it is no longer wanted")
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype {dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
+    if not re.fullmatch(r"[1-9][0-9]*\s*[KMG]i?B", max_shard_size):
+        raise ConfigError(f"max_shard_size {max_shard_size!r} is not a size: write 500MB or 5GB")
     if not tolerance > 0:
         raise ConfigError(f"tolerance is {tolerance} %, it must be above 0")
     record = read_record(adapter)

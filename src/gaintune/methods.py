@@ -13,8 +13,9 @@ from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from gaintune.config import MethodConfig, TrainConfig
-from gaintune.errors import ConfigError
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
+from gaintune.errors import ConfigError, GaintuneError
+from gaintune.models import resolve_device, resolve_dtype
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.mapping import default_projections
 
@@ -32,6 +33,7 @@ class Method:
         options: fields of `MethodConfig` the method understands, beside `lr` and `label`.
         needs: what it costs or asks for.
         build: makes the PEFT configuration; None where every weight of the base trains.
+        peft_type: PEFT's name for what `build` makes.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Method:
     options: frozenset[str]
     needs: str
     build: Build | None
+    peft_type: str | None = None
 
     @property
     def trains_base(self) -> bool:
@@ -89,6 +92,7 @@ METHODS: dict[str, Method] = {
             frozenset({"targets"}),
             "frozen base; gains only (fp32)",
             _gain(ffn=False),
+            "GAIN",
         ),
         Method(
             "gain-ffn",
@@ -97,6 +101,7 @@ METHODS: dict[str, Method] = {
             frozenset({"targets"}),
             "frozen base; gains only (fp32)",
             _gain(ffn=True),
+            "GAIN",
         ),
         Method(
             "ia3",
@@ -105,6 +110,7 @@ METHODS: dict[str, Method] = {
             frozenset({"targets"}),
             "frozen base; vectors only (fp32)",
             _ia3,
+            "IA3",
         ),
         Method(
             "lora",
@@ -113,6 +119,7 @@ METHODS: dict[str, Method] = {
             _LOW_RANK,
             "frozen base; two thin matrices a module (fp32)",
             _lora,
+            "LORA",
         ),
         Method(
             "full",
@@ -144,6 +151,31 @@ def check_method(config: MethodConfig) -> Method:
     return method
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers a method computes with: how the base is loaded, and the autocast around it if there is one."""
+
+    name: str
+    load: torch.dtype
+    mixed: torch.dtype | None
+
+
+def numbers_of(model: ModelConfig, method: MethodConfig) -> Numbers:
+    """Adapters leave the base in its own numbers; a method that trains the base keeps it in fp32 under autocast."""
+    dtype = resolve_dtype(model.dtype, resolve_device(model.device))
+    short = str(dtype).removeprefix("torch.")
+    if not check_method(method).trains_base:
+        return Numbers(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
+    if model.quantization or dtype is torch.float16:
+        given = f"model.quantization={model.quantization}" if model.quantization else "fp16"
+        raise ConfigError(
+            f"method {method.name!r} trains the base itself, not with {given}: use model.dtype bf16 or fp32"
+        )
+    if dtype is torch.float32:
+        return Numbers("float32", dtype, None)
+    return Numbers(f"float32-autocast-{short}", torch.float32, dtype)
+
+
 def learning_rate(config: MethodConfig, train: TrainConfig) -> float:
     """The method's own rate, else the plan's, else the catalogue's."""
     return config.lr or train.lr or get_method(config.name).lr
@@ -168,7 +200,13 @@ def attach(model: PreTrainedModel, config: MethodConfig, *, seed: int) -> nn.Mod
         return model.requires_grad_(True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT then sets it as it should be
-        return get_peft_model(model, method.build(model, config))
+        try:
+            return get_peft_model(model, method.build(model, config))
+        except GaintuneError:
+            raise
+        except ValueError as error:  # PEFT's word for targets that match nothing or no default for a model
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"method {config.label!r} cannot be attached to this base: {reason}") from error
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -192,6 +192,20 @@ class Run:
             raise RunDirectoryError(f"{path} says otherwise: {'; '.join(changed)}. {advice}")
 
 
+def _nothing_finished(folder: Path) -> bool:
+    """Whether no training result of any kind lies in a run directory yet."""
+    return not any(folder.glob("stages/*/*/adapter")) and not any(folder.rglob("checkpoint-*"))
+
+
+def _start_over(folder: Path) -> None:
+    """Clear what a plan left that got no further than its beginning."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
+
+
 @contextlib.contextmanager
 def open_run(folder: Path, plan: Plan, environment: Mapping[str, Any], *, cpu: bool = True) -> Iterator[Run]:
     """Take a run directory for a plan: a new one, or the one that plan began. One run at a time.
@@ -228,10 +242,13 @@ def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator
         run = Run(folder)
         if plan_file.exists():
             changed = _differences(plan.model_dump(mode="json"), yaml.safe_load(plan_file.read_text(encoding="utf-8")))
-            if changed:
+            if changed and _nothing_finished(folder):
+                _start_over(folder)  # such as after a mistake in the plan: the corrected one is welcome
+                write_text(plan_file, plan_yaml(plan))
+            elif changed:
                 raise RunDirectoryError(
-                    f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, or run with that "
-                    f"plan: gaintune sequence {plan_file} --run {folder}"
+                    f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, go on with that "
+                    f"plan ({plan_file}), or delete the folder"
                 )
             if (folder / "environment.json").exists():
                 then = read_json(folder / "environment.json")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.config import MethodConfig, Plan, build_plan, read_values
+from gaintune.config import MethodConfig, Plan, read_plan
 from gaintune.data.blocks import DomainBlocks, load_domain
 from gaintune.environment import describe_environment
 from gaintune.errors import RunDirectoryError
@@ -21,42 +20,13 @@ from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
 from gaintune.evaluate.records import Matrix
-from gaintune.methods import attach, check_method, learning_rate, trainable_parameters
-from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from gaintune.methods import attach, check_method, learning_rate, numbers_of, trainable_parameters
+from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import Run, damage, open_run, read_json, write_json
 from gaintune.train import train
 
 SAME_INPUTS = "A run is one base and one set of texts: name another folder for others"
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers a method computes with: how the base is loaded, and the autocast around it if there is one."""
-
-    name: str
-    load: torch.dtype
-    mixed: torch.dtype | None
-
-
-def numbers_of(plan: Plan, method: MethodConfig) -> Numbers:
-    """Adapters leave the base in its own numbers; a method that trains the base keeps it in fp32 under autocast."""
-    dtype = resolve_dtype(plan.model.dtype, resolve_device(plan.model.device))
-    short = str(dtype).removeprefix("torch.")
-    if not check_method(method).trains_base:
-        return Numbers(f"{short}-{plan.model.quantization}" if plan.model.quantization else short, dtype, None)
-    if dtype is torch.float32:
-        return Numbers("float32", dtype, None)
-    return Numbers(f"float32-autocast-{short}", torch.float32, dtype)
-
-
-def read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
-    """A plan from a plan, nested values, or a YAML file."""
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, Mapping):
-        return build_plan(dict(plan))
-    return build_plan(read_values(Path(plan)), origin=str(plan))
 
 
 def run_sequence(
@@ -81,13 +51,14 @@ def run_sequence(
     settled = read_plan(plan)
     for method in settled.methods:
         check_method(method)
+        numbers_of(settled.model, method)
     shown = progress or Silent()
     device = resolve_device(settled.model.device)
     with open_run(Path(run), settled, describe_environment(device), cpu=device.type == "cpu") as directory:
         tokenizer = load_tokenizer(settled.model)
         domains = [load_domain(domain, settled.data, tokenizer) for domain in settled.data.domains]
         fingerprint = base_fingerprint(settled.model)
-        directory.settle("inputs.json", _inputs(fingerprint, domains), SAME_INPUTS)
+        directory.settle("inputs.json", describe_inputs(fingerprint, domains), SAME_INPUTS)
         sequences = [_Sequence(settled, directory, domains, fingerprint, shown, method) for method in settled.methods]
         for sequence in sequences:
             sequence.run(after_stage=lambda: _write_matrix(directory, settled, sequences))
@@ -97,20 +68,9 @@ def run_sequence(
         return Matrix.from_dict(read_json(directory.matrix))
 
 
-def _inputs(fingerprint: str, domains: list[DomainBlocks]) -> dict[str, Any]:
-    """What identifies the texts and the base of a run."""
-    described = {
-        domain.name: {
-            "content_hash": domain.content_hash,
-            "train_tokens": domain.train.numel(),
-            "validation_tokens": domain.validation.numel(),
-            "train_documents": domain.train_documents,
-            "validation_documents": domain.validation_documents,
-            "removed_near_duplicates": domain.removed_near_duplicates,
-        }
-        for domain in domains
-    }
-    return {"base_fingerprint": fingerprint, "domains": described}
+def describe_inputs(fingerprint: str, domains: list[DomainBlocks]) -> dict[str, Any]:
+    """What identifies the base and the texts of a run."""
+    return {"base_fingerprint": fingerprint, "domains": {domain.name: domain.describe() for domain in domains}}
 
 
 def _write_matrix(run: Run, plan: Plan, sequences: list[_Sequence]) -> None:
@@ -141,29 +101,48 @@ class _Sequence:
         self._fingerprint = fingerprint
         self._progress = progress
         self._method = method
-        self._numbers = numbers_of(plan, method)
+        self._numbers = numbers_of(plan.model, method)
         self._stages = [run.stage(method.label, index, domain.name) for index, domain in enumerate(domains)]
 
     def run(self, after_stage: Callable[[], None]) -> None:
-        """Do what is not on disk yet, and release the model."""
-        if all((stage / "metrics.json").exists() for stage in self._stages):
+        """Do what is not on disk yet: measure the base, learn the stages that are missing, measure every cell."""
+        unfinished = [index for index in range(len(self._stages)) if not self._finished(index)]
+        if not unfinished and all(self._base_file(domain).exists() for domain in self._domains):
             self._progress.note(f"{self._method.label}: all {len(self._stages)} stages are finished")
             return
         self._run.event("method started", method=self._method.label)
         base = load_base(self._plan.model, dtype=self._numbers.load)
-        if base.fingerprint != self._fingerprint:
-            raise RunDirectoryError(f"the base {base.name} changed while the run was starting; start it again")
         for domain in self._domains:
-            self._measure(base.model, domain, self._run.base(self._numbers.name, domain.name), "base")
+            self._measure(base.model, domain, self._base_file(domain), "base")
         self._run.wait()
-        model, first = self._adapted_model(base)
-        for index in range(first, len(self._stages)):
-            self._stage(model, index)
+        model: nn.Module | None = None
+        holds = -1
+        for index in unfinished:
+            learnt = damage(self._stages[index] / "adapter") is None
+            wanted = index if learnt else index - 1
+            if model is None or holds != wanted:
+                if model is not None:  # its base carries another stage's adapter
+                    del model
+                    base = load_base(self._plan.model, dtype=self._numbers.load)
+                model = self._model_after(base, wanted)
+            if not learnt:
+                self._learn(model, index)
+            self._close(model, index)
+            holds = index
             after_stage()
         del base, model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _finished(self, index: int) -> bool:
+        """Whether a stage has its adapter, every cell, and the record that closes it."""
+        folder = self._stages[index]
+        cells = (folder / "evaluations" / f"{domain.name}.json" for domain in self._domains)
+        return all(path.exists() for path in (folder / "metrics.json", folder / "adapter", *cells))
+
+    def _base_file(self, domain: DomainBlocks) -> Path:
+        return self._run.base(self._numbers.name, domain.name)
 
     def measured(self) -> MethodRun:
         """Everything on disk of this method: base, then the stages begun so far."""
@@ -175,7 +154,7 @@ class _Sequence:
                 stages.append(Stage(domain.name, losses))
             if (folder / "metrics.json").exists():
                 info["trainable_parameters"] = read_json(folder / "metrics.json")["trainable_parameters"]
-        base = self._losses({each.name: self._run.base(self._numbers.name, each.name) for each in self._domains})
+        base = self._losses({each.name: self._base_file(each) for each in self._domains})
         info["numbers"] = self._numbers.name
         return MethodRun(self._method.label, base, tuple(stages), info)
 
@@ -183,53 +162,52 @@ class _Sequence:
     def _losses(files: dict[str, Path]) -> dict[str, DomainLoss]:
         return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file.exists()}
 
-    def _adapted_model(self, base: Base) -> tuple[nn.Module, int]:
-        """The model to go on with, and the first stage that still has something to do."""
-        finished = 0
-        while finished < len(self._stages) and (self._stages[finished] / "metrics.json").exists():
-            finished += 1
-        adapters = [stage / "adapter" for stage in self._stages[: finished + 1]]
-        written = [folder for folder in adapters if folder.exists()]
-        if len(written) < min(finished, len(adapters)):
-            raise RunDirectoryError(
-                f"{adapters[len(written)]} is missing from a finished stage; delete that stage's folder"
-            )
-        if not written:
-            return attach(base.model, self._method, seed=self._plan.train.seed), finished
-        self._progress.note(f"{self._method.label}: continuing from {written[-1]}")
-        return load_adapter(base, written[-1], trainable=True), finished
+    def _model_after(self, base: Base, index: int) -> nn.Module:
+        """The model as it is after a stage, ready to train on; -1 stands for the start."""
+        if index < 0:
+            return attach(base.model, self._method, seed=self._plan.train.seed)
+        adapter = self._stages[index] / "adapter"
+        self._progress.note(f"{self._method.label}: continuing from {adapter}")
+        return load_adapter(base, adapter, trainable=True)
 
-    def _stage(self, model: nn.Module, index: int) -> None:
-        """Learn one domain unless its adapter is there, then measure all domains, and mark the stage as finished."""
-        folder, domain = self._stages[index], self._domains[index]
-        adapter, training = folder / "adapter", folder / "training.json"
-        label = self._method.label
-        lr = learning_rate(self._method, self._plan.train)
-        if damage(adapter) is not None:
-            adaptation = train(
-                model,
-                domain.train,
-                self._plan.train,
-                lr=lr,
-                seed=self._plan.train.seed,
-                checkpoints=folder / "checkpoints",
-                mixed_precision=self._numbers.mixed,
-                title=f"{label}: learning {domain.name}",
-                progress=self._progress,
+    def _learn(self, model: nn.Module, index: int) -> None:
+        """Train on one domain and save the adapter."""
+        folder, domain, label = self._stages[index], self._domains[index], self._method.label
+        later = [str(stage) for stage in self._stages[index + 1 :] if stage.exists()]
+        if later:
+            raise RunDirectoryError(
+                f"{folder / 'adapter'} is missing or damaged, and later stages were learnt on top of it: delete "
+                f"{', '.join(later)} too, and they are learnt anew"
             )
-            pace = round(adaptation.tokens_per_second, 1)
-            self._run.event("learnt", method=label, domain=domain.name, tokens_per_second=pace)
-            if self._run.writes:
-                write_json(
-                    training, {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
-                )
-                save_adapter(model, adapter, self._record(index))
-        for measured in self._domains:
-            title = f"{label} after {domain.name}"
-            self._measure(model, measured, folder / "evaluations" / f"{measured.name}.json", title)
+        adaptation = train(
+            model,
+            domain.train,
+            self._plan.train,
+            lr=learning_rate(self._method, self._plan.train),
+            seed=self._plan.train.seed,
+            checkpoints=folder / "checkpoints",
+            logs=folder / "tensorboard",
+            mixed_precision=self._numbers.mixed,
+            title=f"{label}: learning {domain.name}",
+            progress=self._progress,
+        )
+        pace = round(adaptation.tokens_per_second, 1)
+        self._run.event("learnt", method=label, domain=domain.name, tokens_per_second=pace)
         if self._run.writes:
-            metrics = {**read_json(training), "lr": lr, "trainable_parameters": trainable_parameters(model)}
-            write_json(folder / "metrics.json", metrics)
+            told = {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
+            write_json(folder / "training.json", told)
+            save_adapter(model, folder / "adapter", self._record(index))
+
+    def _close(self, model: nn.Module, index: int) -> None:
+        """Measure all domains after a stage, and mark the stage as finished."""
+        folder, domain, label = self._stages[index], self._domains[index], self._method.label
+        for measured in self._domains:
+            file = folder / "evaluations" / f"{measured.name}.json"
+            self._measure(model, measured, file, f"{label} after {domain.name}")
+        if self._run.writes:
+            lr = learning_rate(self._method, self._plan.train)
+            told = read_json(folder / "training.json")
+            write_json(folder / "metrics.json", {**told, "lr": lr, "trainable_parameters": trainable_parameters(model)})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             self._run.event("stage finished", method=label, domain=domain.name)
         self._run.wait()
@@ -242,6 +220,7 @@ class _Sequence:
             method=self._method.name,
             label=self._method.label,
             domains=tuple(domain.name for domain in self._domains[: index + 1]),
+            content_hashes={domain.name: domain.content_hash for domain in self._domains[: index + 1]},
             settings={
                 "train": self._plan.train.model_dump(mode="json"),
                 "method": self._method.model_dump(mode="json"),

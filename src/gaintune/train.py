@@ -137,10 +137,6 @@ class _Watch(TrainerCallback):
         self._advance = advance
         self._tokens = tokens_per_step
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            self._advance(state.global_step * self._tokens)
-
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self._advance(self._tokens, loss=logs["loss"])
@@ -165,6 +161,7 @@ def train(
     lr: float,
     seed: int,
     checkpoints: Path,
+    logs: Path | None = None,
     mixed_precision: torch.dtype | None = None,
     title: str = "training",
     progress: Progress | None = None,
@@ -178,6 +175,7 @@ def train(
         lr: peak learning rate.
         seed: seed of the order of blocks and of dropout.
         checkpoints: folder for checkpoints inside this adaptation.
+        logs: folder for TensorBoard's logs; beside the checkpoints unless given.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
         title: what a progress bar says.
         progress: where to show it.
@@ -196,26 +194,30 @@ def train(
             base.gradient_checkpointing_enable({"use_reentrant": False})
     device = next(model.parameters()).device
     arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
-    trackers = _trackers(plan.trackers, checkpoints.parent)
+    trackers = _trackers(plan.trackers, logs or checkpoints.parent / "tensorboard")
     trainer = _BlockTrainer(plan=plan, model=model, args=arguments, train_dataset=_Blocks(blocks), callbacks=trackers)
     trainer.remove_callback(PrinterCallback)
     tokens_per_step = plan.batch_size * plan.gradient_accumulation * blocks.shape[1] * arguments.world_size
     total = blocks.numel() * plan.epochs
     resume = newest_checkpoint(checkpoints)
-    started_at = int(resume.name.rpartition("-")[2]) if resume else 0
-    with (progress or Silent()).task(title, total, "tokens") as advance:
+    done = int(resume.name.rpartition("-")[2]) * tokens_per_step if resume else 0
+    with (progress or Silent()).task(title, max(total - done, 0), "tokens") as advance:
         trainer.add_callback(_Watch(advance, tokens_per_step))
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                "out of device memory: lower train.batch_size (and raise train.gradient_accumulation to match), or set "
+                "train.gradient_checkpointing=true; finished work is kept"
+            ) from None
         seconds = time.perf_counter() - start
-    steps = trainer.state.global_step
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    seen = total * (steps - started_at) / steps
-    return Adaptation(steps, total, losses, seconds, seen / seconds)
+    return Adaptation(trainer.state.global_step, total, losses, seconds, max(total - done, 0) / seconds)
 
 
-def _trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """Callbacks of the trackers named; TensorBoard writes beside the checkpoints, which do not stay."""
+def _trackers(names: Sequence[str], logs: Path) -> list[TrainerCallback]:
+    """Callbacks of the trackers named; TensorBoard writes into `logs`."""
     callbacks: list[TrainerCallback] = []
     for name in names:
         try:
@@ -223,7 +225,7 @@ def _trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
             if name == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                callbacks.append(callback(tb_writer=SummaryWriter(str(folder / "tensorboard"))))
+                callbacks.append(callback(tb_writer=SummaryWriter(str(logs))))
             else:
                 callbacks.append(callback())
         except (ValueError, ImportError, RuntimeError) as error:
@@ -266,4 +268,9 @@ def _arguments(
         "bf16": mixed_precision is torch.bfloat16,
         "fp16": mixed_precision is torch.float16,
     }
-    return TrainingArguments(**settings)
+    arguments = TrainingArguments(**settings)
+    if arguments.device.type == "cuda":
+        if arguments.world_size == 1 and device != arguments.device:
+            raise ConfigError(f"training runs on the first visible device: set CUDA_VISIBLE_DEVICES, not {device}")
+        arguments._n_gpu = 1  # several devices are for `accelerate launch`; never replicas in threads
+    return arguments

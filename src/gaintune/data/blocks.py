@@ -46,6 +46,17 @@ class DomainBlocks:
     validation_documents: int
     removed_near_duplicates: int
 
+    def describe(self) -> dict[str, str | int]:
+        """What a record keeps of the text: its content hash and how much there was."""
+        return {
+            "content_hash": self.content_hash,
+            "train_tokens": self.train.numel(),
+            "validation_tokens": self.validation.numel(),
+            "train_documents": self.train_documents,
+            "validation_documents": self.validation_documents,
+            "removed_near_duplicates": self.removed_near_duplicates,
+        }
+
 
 @dataclass(frozen=True)
 class _Packed:

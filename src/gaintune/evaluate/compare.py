@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,8 +76,12 @@ def compare_adapters(
     losses = look(base.model, "base")
     runs = []
     for label, folder in zip(labels, adapters, strict=True):
-        model = load_adapter(load_base(plan.model), folder, allow_other_base=allow_other_base)
+        if runs:  # the base is untouched for the first adapter only
+            base = load_base(plan.model)
+        model = load_adapter(base, folder, allow_other_base=allow_other_base)
         runs.append(MethodRun(label, losses, (Stage(domains[0].name, look(model, label)),)))
+        del model, base
+        gc.collect()
     cells = (
         {method.label: method.stages[0].cells for method in build_matrix(runs, plan.evaluate).methods} if runs else {}
     )

@@ -15,7 +15,7 @@ from gaintune.report import canvas, figures, palette, tables, words
 from gaintune.runs import read_json, write_text
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: str | Path) -> Path:
     """Write report.html, figures/, matrix.csv and matrix.md into a run directory, from what it holds.
 
     Returns:
@@ -25,6 +25,7 @@ def write_report(run: Path) -> Path:
         RunDirectoryError: no matrix.json yet, or a damaged one.
         ConfigError: no plan.yaml, or one that is not a plan.
     """
+    run = Path(run)
     source = run / "matrix.json"
     if not source.is_file():
         raise RunDirectoryError(f"{source}: nothing measured yet; run `gaintune sequence` on this run directory first")
@@ -81,7 +82,7 @@ def render(matrix: Matrix, plan: Plan, environment: dict[str, Any], name: str) -
         cautions=words.cautions(matrix),
         plan_text=plan_yaml(plan),
         environment=_flat(environment),
-        version=_flat(environment).get("gaintune"),
+        version=_flat(environment).get("packages.gaintune"),
     )
 
 

@@ -1,0 +1,37 @@
+"""Work that is killed in the middle, as the kernel would: SIGKILL, at a chosen sign of progress."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+
+from gaintune.progress import Silent
+
+
+class KillAt(Silent):
+    """Kills its own process at the n-th sign of progress of one task."""
+
+    def __init__(self, title: str, count: int) -> None:
+        self._title = title
+        self._left = count
+
+    def task(self, title, total, unit):
+        def advance(amount, **figures):
+            if title == self._title:
+                self._left -= 1
+                if self._left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return contextlib.nullcontext(advance)
+
+
+def killed(work, arguments, title, count):
+    """Run `work(*arguments, progress=...)` in a process of its own until it is killed there."""
+    process = multiprocessing.get_context("spawn").Process(target=_until, args=(work, arguments, title, count))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _until(work, arguments, title, count):
+    work(*arguments, progress=KillAt(title, count))
