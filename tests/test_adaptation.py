@@ -57,7 +57,7 @@ def test_carrying_on_keeps_the_record_and_refuses_another_method_or_shape(plan, 
 
 
 def test_targets_that_match_nothing_are_one_message(plan, tmp_path):
-    with pytest.raises(ConfigError, match="method 'lora' cannot be attached to this base.*typo"):
+    with pytest.raises(ConfigError, match=r"method 'lora' cannot be attached to this base.*typo"):
         adapt({**plan, "methods": [{"name": "lora", "targets": "typo"}]}, tmp_path / "out")
 
 

@@ -51,5 +51,7 @@ def write_run(folder, matrix, *, plan=None, environment=None):
     values = plan or {"data": {"domains": [f"d{i}" for i in range(len(matrix.planned))]}}
     write_json(folder / "matrix.json", matrix.to_dict())
     write_text(folder / "plan.yaml", plan_yaml(build_plan(values)))
-    write_json(folder / "environment.json", environment or {"gaintune": "0.1.0", "python": "3.11", "threads": 2})
+    write_json(
+        folder / "environment.json", environment or {"packages": {"gaintune": "0.1.0"}, "python": "3.11", "threads": 2}
+    )
     return folder

@@ -75,7 +75,7 @@ def odd_run(tmp_path_factory):
     """Names as a hostile or careless person would choose them, everywhere a name can come from."""
     matrix = make_matrix(ODD, {"<img src=x onerror=alert(2)>": keeps, "lora & co": forgets})
     plan = {"model": {"name": "<b>model</b>"}, "data": {"domains": ["d0", "d1", "d2"]}}
-    environment = {"gaintune": "0.1.0", "device": "</dl><script>alert(3)</script>", "packages": {"torch": "2.13.0"}}
+    environment = {"device": "</dl><script>alert(3)</script>", "packages": {"gaintune": "0.1.0", "torch": "2.13.0"}}
     run = write_run(tmp_path_factory.mktemp("odd") / "run <1>", matrix, plan=plan, environment=environment)
     assert write_report(run) == run / "report.html"
     return run
