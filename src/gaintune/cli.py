@@ -44,6 +44,8 @@ INTERRUPTED = 130
 
 def _quiet_libraries() -> None:
     """Keep other libraries' progress bars and advice off the terminal; their errors still show."""
+    import warnings
+
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging as transformers_logging
 
@@ -51,6 +53,9 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()
     datasets_logging.disable_progress_bar()
+    for library in ("peft", "torch", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)
 
 
 def _progress() -> Progress:

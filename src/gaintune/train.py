@@ -120,9 +120,15 @@ class _BlockTrainer(Trainer):
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) and self.args.should_save:
+            # embeddings are frozen; left to itself PEFT asks the hub about the base to find out
+            model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+            return
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # a pickle of settings that the plan already holds
-            (Path(output_dir or cast(str, self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
