@@ -39,6 +39,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 DEMO_METHODS = ["gain-ffn", "lora"]
+DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on two cores
 INTERRUPTED = 130
 
 
@@ -96,7 +97,9 @@ def demo(
     set_: Set = None,
 ) -> None:
     """Run the main job on the embedded model and texts: five domains, gain-ffn and lora, then the report."""
-    settled = assemble(plan, {"methods": method or (None if plan else DEMO_METHODS), "domains": domain}, set_)
+    defaults = {} if plan else {"methods": DEMO_METHODS, "validation_tokens": DEMO_VALIDATION_TOKENS}
+    given = {key: value for key, value in (("methods", method), ("domains", domain)) if value}
+    settled = assemble(plan, {**defaults, **given}, set_)
     _sequence(settled, run)
 
 
