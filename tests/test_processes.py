@@ -1,12 +1,14 @@
-"""Two processes on one run, as `accelerate launch` starts them: one writes, both train, the files are whole."""
+"""Two processes on one run, as `accelerate launch` or `torchrun` start them: one writes, both train."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import yaml
 
+import gaintune
 import tiny_base
 import tiny_domains
 from gaintune.runs import damage, read_json
@@ -17,18 +19,9 @@ def test_two_processes_share_a_run(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump(tiny_domains.plan(model, tmp_path, train={"batch_size": 2})))
     run = tmp_path / "run"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "gaintune", "sequence", str(plan), "--run", str(run)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = str(Path(gaintune.__file__).with_name("__main__.py"))
+    command = [*launch, "--", program, "sequence", str(plan), "--run", str(run)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
     )

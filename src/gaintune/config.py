@@ -223,6 +223,8 @@ def read_values(path: Path) -> dict[str, Any]:
     """Read a YAML plan as nested values, without checking its keys yet."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such plan file") from None
     except OSError as error:
         raise ConfigError(f"{path}: this plan cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
