@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import datetime
-import resource
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from peft import IA3Config, get_peft_model
 
 from gaintune.config import MethodConfig, build_plan
 from gaintune.data.blocks import load_domain
 from gaintune.environment import describe_environment
+from gaintune.methods import attach
 from gaintune.models import Base, load_base
 
 BATCH, BLOCK = 4, 256
 DOMAIN = "law"
 
-VARIANTS = {
-    "GAIN": MethodConfig(name="gain", label="gain"),
-    "GAIN-FFN": MethodConfig(name="gain-ffn", label="gain-ffn"),
-    "PEFT LoRA r=1, o_proj": MethodConfig(name="lora", label="lora-1", rank=1),
-    "PEFT LoRA r=16, all linear": MethodConfig(name="lora", label="lora-16", rank=16, targets="all-linear"),
-    "PEFT (IA)3, its modules": MethodConfig(name="ia3", label="ia3"),
-    "PEFT (IA)3, GAIN-FFN's modules": MethodConfig(name="ia3", label="ia3-same", targets=("o_proj", "down_proj")),
-    "full, fp32 under autocast": MethodConfig(name="full", label="full"),
+Attach = Callable[[Base], torch.nn.Module]
+
+
+def _method(**fields: object) -> Attach:
+    config = MethodConfig.model_validate(fields)
+    return lambda base: attach(base.model, config, seed=0)
+
+
+def _ia3_where_gain_ffn_acts(base: Base) -> torch.nn.Module:
+    modules = ["o_proj", "down_proj"]
+    config = IA3Config(target_modules=modules, feedforward_modules=modules, task_type="CAUSAL_LM")
+    return get_peft_model(base.model, config)
+
+
+VARIANTS: dict[str, Attach] = {
+    "GAIN": _method(name="gain"),
+    "GAIN-FFN": _method(name="gain-ffn"),
+    "PEFT LoRA r=1, o_proj": _method(name="lora", rank=1),
+    "PEFT LoRA r=16, all linear": _method(name="lora", rank=16, targets="all-linear"),
+    "PEFT (IA)3, its modules": _method(name="ia3"),
+    "PEFT (IA)3, GAIN-FFN's modules": _ia3_where_gain_ffn_acts,
+    "full, fp32 under autocast": _method(name="full"),
 }
+FULL = "full, fp32 under autocast"
 
 
 def demo_base(dtype: torch.dtype | None = None) -> Base:
@@ -40,10 +57,14 @@ def demo_blocks(base: Base, blocks: int) -> torch.Tensor:
 
 
 def peak_gib() -> float:
-    """Peak resident memory of this process so far, GiB (peak allocated memory of the device on CUDA)."""
+    """Peak resident memory of this process so far, GiB (peak allocated memory of the device on CUDA).
+
+    Linux's own high-water mark: `getrusage` would hand a child the peak of the process that started it.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**20
 
 
 def spread(values: Sequence[float]) -> str:

@@ -17,15 +17,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import BATCH, BLOCK, VARIANTS, demo_base, demo_blocks, markdown, peak_gib, provenance, spread
+from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdown, peak_gib, provenance, spread
 
-from gaintune.config import TrainConfig
 from gaintune.evaluate.perplexity import autocast
 from gaintune.loss import NextTokenLoss
-from gaintune.methods import attach, get_method, learning_rate, trainable_parameters
+from gaintune.methods import trainable_parameters
 from gaintune.tuners.optim import parameter_groups
 
 FLOOR = "frozen floor"
+RATE = 1e-4  # the time of a step does not depend on it
 Step = Callable[[torch.Tensor], None]
 
 
@@ -41,15 +41,11 @@ def build(variant: str) -> tuple[Step, int]:
 
         model.train()
         return floor, 0
-    config = VARIANTS[variant]
-    full = get_method(config.name).trains_base
     own = demo_base()
-    mixed = own.model.dtype if full and own.model.dtype != torch.float32 else None
-    base = demo_base(torch.float32) if full else own
-    model = attach(base.model, config, seed=0)
+    mixed = own.model.dtype if variant == FULL and own.model.dtype != torch.float32 else None
+    model = VARIANTS[variant](demo_base(torch.float32) if variant == FULL else own)
     loss = NextTokenLoss(model)
-    rate = learning_rate(config, TrainConfig())
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=rate, weight_decay=0.0), lr=rate)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=RATE, weight_decay=0.0), lr=RATE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
 
@@ -83,6 +79,7 @@ def memory_of(variant: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of every variant (default 12)")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants beside the floor")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     base = demo_base()
@@ -95,7 +92,7 @@ def main() -> None:
             step(batch)
         print(where, peak_gib())
         return
-    names = [FLOOR, *VARIANTS]
+    names = [FLOOR, *arguments.only]
     steps = {name: build(name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     shuffled = random.Random(0)

@@ -76,8 +76,7 @@ def _lora(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
 
 
 def _ia3(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
-    targets = _targets(model, config.targets, None)
-    return IA3Config(target_modules=targets, feedforward_modules=[] if targets else None, task_type="CAUSAL_LM")
+    return IA3Config(task_type="CAUSAL_LM")
 
 
 _LOW_RANK = frozenset({"rank", "alpha", "targets"})
@@ -107,7 +106,7 @@ METHODS: dict[str, Method] = {
             "ia3",
             "(IA)3: scales keys, values and FFN activations",
             0.01,
-            frozenset({"targets"}),
+            frozenset(),
             "frozen base; vectors only (fp32)",
             _ia3,
             "IA3",
