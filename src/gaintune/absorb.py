@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from gaintune.adapters import FULL, load_adapter, read_config, read_record
-from gaintune.errors import AdapterError
+from gaintune.errors import AdapterError, one_line
 from gaintune.models import Base
 from gaintune.parity import Rounding, count_rounding
 
@@ -37,7 +37,7 @@ def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: b
                 rounding += count_rounding(before, after.detach(), dtype)
             merged = model.merge_and_unload(safe_merge=True)  # takes the adapter's layers out, and modules_to_save in
     except (ValueError, NotImplementedError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise AdapterError(f"{adapter}: this adapter cannot be merged ({reason})") from error
     return merged.to(dtype), rounding
 

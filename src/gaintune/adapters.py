@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from gaintune import runs
 from gaintune.checkpoints import Checkpoint
 from gaintune.config import ModelConfig
-from gaintune.errors import AdapterError, BaseMismatchError, BaseModelError, RunDirectoryError
+from gaintune.errors import AdapterError, BaseMismatchError, BaseModelError, RunDirectoryError, one_line
 from gaintune.models import Base, load_model, save_model
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _load_peft(base: Base, folder: Path, trainable: bool) -> torch.nn.Module:
         wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except Exception as error:  # PEFT raises whatever the wrong shape, name or config happens to break
         _strip(base.model)
-        reason = " ".join(str(error).split())[:400]
+        reason = one_line(error)[:400]
         raise AdapterError(f"{folder}: PEFT cannot load it onto {base.name!r} ({reason})") from error
     unexpected = sorted(saved - wanted - set(model.state_dict()))
     missing = sorted(wanted - saved)

@@ -63,3 +63,8 @@ class TrainingError(GaintuneError, RuntimeError):
 
 class MergeError(GaintuneError, RuntimeError):
     """A merged model is further from its adapter than the stated tolerance."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, as one line to quote in a message of ours."""
+    return " ".join(str(error).split())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gaintune.checkpoints import weight_files
-from gaintune.errors import BaseModelError
+from gaintune.errors import BaseModelError, one_line
 
 SCATTERED = 256  # single values spread over a tensor; each may cost a read of the disk
 LONGEST_RUN = 65536  # values of one contiguous run
@@ -64,9 +64,7 @@ def config_facts(folder: Path, trust_remote_code: bool = False) -> dict[str, Any
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(
-            f"{folder}: its config.json cannot be read ({' '.join(str(error).split())[:300]})"
-        ) from error
+        raise BaseModelError(f"{folder}: its config.json cannot be read ({one_line(error)[:300]})") from error
     text = config.get_text_config()
     facts = {key: _plain(getattr(text, key, None)) for key in FACTS}
     return {key: value for key, value in facts.items() if value is not None}

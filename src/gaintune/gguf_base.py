@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from gaintune import assets
-from gaintune.errors import BaseModelError
+from gaintune.errors import BaseModelError, one_line
 from gaintune.runs import MANIFEST, complete_folder, sha256_file
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             str(gguf.parent), gguf_file=gguf.name, dtype=dtype, **_unpacked()
         )
     except Exception as error:  # the reader raises whatever the damaged field happens to break
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise BaseModelError(f"{gguf}: not a .gguf file transformers can read ({reason[:300]})") from error
     # The weights are plain numbers now; transformers still believes them quantized and would refuse to save.
     model.is_quantized = False

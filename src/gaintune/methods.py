@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
-from gaintune.errors import ConfigError, GaintuneError
+from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.models import resolve_device, resolve_dtype
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.mapping import default_projections
@@ -204,7 +204,7 @@ def attach(model: PreTrainedModel, config: MethodConfig, *, seed: int) -> nn.Mod
         except GaintuneError:
             raise
         except ValueError as error:  # PEFT's word for targets that match nothing or no default for a model
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ConfigError(f"method {config.label!r} cannot be attached to this base: {reason}") from error
 
 

@@ -13,7 +13,7 @@ import torch
 
 from gaintune.checkpoints import Checkpoint, locate
 from gaintune.config import ModelConfig
-from gaintune.errors import BaseModelError, ConfigError
+from gaintune.errors import BaseModelError, ConfigError, one_line
 from gaintune.fingerprint import fingerprint_folder
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def load_model(
             f"{shown} does not fit on {device} in {DTYPE_NAMES[dtype]}: try model.quantization=4bit"
         ) from None
     except Exception as error:  # safetensors, transformers and torch each have their own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300] or type(error).__name__
         raise BaseModelError(
             f"{shown}: {checkpoint.folder} cannot be loaded ({reason}); fetch or save it again"
         ) from error
@@ -178,7 +178,7 @@ def _check_causal(checkpoint: Checkpoint, quantization: str | None, trust_remote
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # invalid JSON, unknown model type, or code that would have to be run
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise BaseModelError(f"model {checkpoint.name!r}: its config.json cannot be read ({reason})") from error
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     known = {known} if isinstance(known, str) else set(known)
@@ -215,7 +215,7 @@ def _load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTo
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file raises whatever its parser does
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise BaseModelError(f"{shown}: the tokenizer in {folder} cannot be loaded ({reason})") from error
 
 

@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config import TrainConfig
-from gaintune.errors import ConfigError, TrainingError
+from gaintune.errors import ConfigError, TrainingError, one_line
 from gaintune.loss import IGNORED, NextTokenLoss
 from gaintune.progress import Advance, Progress, Silent
 from gaintune.runs import damage, write_manifest
@@ -235,7 +235,7 @@ def _trackers(names: Sequence[str], logs: Path) -> list[TrainerCallback]:
             else:
                 callbacks.append(callback())
         except (ValueError, ImportError, RuntimeError) as error:
-            raise ConfigError(f"train.trackers: {name!r} cannot be used ({' '.join(str(error).split())})") from None
+            raise ConfigError(f"train.trackers: {name!r} cannot be used ({one_line(error)})") from None
     return callbacks
 
 
