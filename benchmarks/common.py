@@ -53,7 +53,7 @@ def demo_base(dtype: torch.dtype | None = None) -> Base:
 def demo_blocks(base: Base, blocks: int) -> torch.Tensor:
     """Real text of one domain, `(blocks, BLOCK)`."""
     plan = build_plan({"data": {"domains": [DOMAIN], "train_tokens": blocks * BLOCK, "block_size": BLOCK}})
-    return load_domain(plan.data.domains[0], plan.data, base.tokenizer).train
+    return load_domain(plan.data.domains[0], plan.data, base.tokenizer).train.input_ids
 
 
 def peak_gib() -> float:

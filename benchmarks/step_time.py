@@ -37,7 +37,7 @@ def build(variant: str) -> tuple[Step, int]:
         loss = NextTokenLoss(model)
 
         def floor(batch: torch.Tensor) -> None:
-            (loss.sum(model, batch, batch) / batch[:, 1:].numel()).backward()
+            (loss.sum(model, {"input_ids": batch, "labels": batch}) / batch[:, 1:].numel()).backward()
 
         model.train()
         return floor, 0
@@ -51,7 +51,7 @@ def build(variant: str) -> tuple[Step, int]:
 
     def step(batch: torch.Tensor) -> None:
         with autocast(batch.device, mixed):
-            value = loss.sum(model, batch, batch) / batch[:, 1:].numel()
+            value = loss.sum(model, {"input_ids": batch, "labels": batch}) / batch[:, 1:].numel()
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -88,13 +88,14 @@ def test_a_model_s_loss_equals_the_one_from_its_own_logits(name):
     model = Auto.from_config(CONFIGS[name]).eval()
     twin = copy.deepcopy(model)
     tokens = torch.randint(0, 97, (3, 11))
+    batch = {"input_ids": tokens, "labels": tokens}
     loss = NextTokenLoss(model)
     assert loss.chunked == (name != "granite-scaled-logits")
-    value = loss.sum(model, tokens, tokens)
+    value = loss.sum(model, batch)
     logits = twin(tokens).logits[:, :-1].flatten(0, 1).float()
     expected = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(loss.per_token(model, tokens).sum(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.per_token(model, batch).sum(), expected, rtol=1e-5, atol=1e-4)
     value.backward()
     expected.backward()
     for (key, ours), (_, theirs) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
@@ -107,5 +108,5 @@ def test_the_first_token_of_a_block_and_ignored_labels_are_not_scored():
     labels = tokens.clone()
     labels[:, :5] = -100
     loss = NextTokenLoss(model)
-    expected = loss.per_token(model, tokens)[:, 4:].sum()
-    torch.testing.assert_close(loss.sum(model, tokens, labels), expected)
+    expected = loss.per_token(model, {"input_ids": tokens, "labels": tokens})[:, 4:].sum()
+    torch.testing.assert_close(loss.sum(model, {"input_ids": tokens, "labels": labels}), expected)

@@ -9,13 +9,18 @@ from torch.nn import functional as F
 
 import tiny_base
 from gaintune.config import MethodConfig, TrainConfig
+from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.methods import attach
 from gaintune.runs import damage
-from gaintune.train import newest_checkpoint, schedule_factor, train
+from gaintune.train import newest_checkpoint, train
+from gaintune.trainer import schedule_factor
 
 GAIN_FFN = MethodConfig(name="gain-ffn", label="gain-ffn")
 LORA = MethodConfig(name="lora", label="lora", rank=2)
+
+
+examples = Examples.of_blocks
 
 
 def gains(model):
@@ -30,7 +35,7 @@ def test_training_equals_a_plain_loop(tmp_path):
     blocks = tiny_base.blocks(8, 16)
     plan = TrainConfig(batch_size=2, gradient_accumulation=2, schedule="cosine", warmup_ratio=0.5, epochs=2, clip=0.1)
     model = adapted()
-    result = train(model, blocks, plan, lr=0.05, seed=3, checkpoints=tmp_path / "a")
+    result = train(model, examples(blocks), plan, lr=0.05, seed=3, checkpoints=tmp_path / "a")
     assert (result.steps, result.tokens) == (4, 256)
 
     twin = adapted()
@@ -62,7 +67,14 @@ def _order_of(folder, blocks, plan):
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]) if len(kwargs["input_ids"]) == 2 else None,
         with_kwargs=True,
     )
-    train(model, blocks, plan.model_copy(update={"clip": 1e-30}), lr=1e-30, seed=3, checkpoints=folder / "b")
+    train(
+        model,
+        examples(blocks),
+        plan.model_copy(update={"clip": 1e-30}),
+        lr=1e-30,
+        seed=3,
+        checkpoints=folder / "b",
+    )
     return seen
 
 
@@ -71,7 +83,7 @@ def test_a_run_stopped_between_checkpoints_ends_as_if_it_had_not(tmp_path, metho
     blocks = tiny_base.blocks(32, 16)
     plan = TrainConfig(batch_size=4, checkpoint_steps=3)
     whole = adapted(method)
-    expected = train(whole, blocks, plan, lr=0.05, seed=0, checkpoints=tmp_path / "whole")
+    expected = train(whole, examples(blocks), plan, lr=0.05, seed=0, checkpoints=tmp_path / "whole")
 
     class Stop(Exception):
         pass
@@ -85,11 +97,11 @@ def test_a_run_stopped_between_checkpoints_ends_as_if_it_had_not(tmp_path, metho
 
     handle = stopped.register_forward_pre_hook(stop, with_kwargs=True)
     with pytest.raises(Stop):
-        train(stopped, blocks, plan, lr=0.05, seed=0, checkpoints=tmp_path / "stopped")
+        train(stopped, examples(blocks), plan, lr=0.05, seed=0, checkpoints=tmp_path / "stopped")
     handle.remove()
     assert newest_checkpoint(tmp_path / "stopped").name == "checkpoint-3"
     again = adapted(method)
-    result = train(again, blocks, plan, lr=0.05, seed=0, checkpoints=tmp_path / "stopped")
+    result = train(again, examples(blocks), plan, lr=0.05, seed=0, checkpoints=tmp_path / "stopped")
     assert result.losses == expected.losses
     for name, value in gains(whole).items():
         assert torch.equal(gains(again)[name], value), name
@@ -97,7 +109,7 @@ def test_a_run_stopped_between_checkpoints_ends_as_if_it_had_not(tmp_path, metho
 
 def test_a_checkpoint_cut_short_is_not_used(tmp_path):
     plan = TrainConfig(batch_size=4, checkpoint_steps=1)
-    train(adapted(), tiny_base.blocks(12, 16), plan, lr=0.05, seed=0, checkpoints=tmp_path)
+    train(adapted(), examples(tiny_base.blocks(12, 16)), plan, lr=0.05, seed=0, checkpoints=tmp_path)
     newest = newest_checkpoint(tmp_path)
     assert (newest.name, damage(newest)) == ("checkpoint-3", None)
     (newest / "trainer_state.json").write_text("{")
@@ -106,7 +118,7 @@ def test_a_checkpoint_cut_short_is_not_used(tmp_path):
 
 
 def test_no_pickle_of_settings_is_left_behind(tmp_path):
-    train(adapted(), tiny_base.blocks(4, 16), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
+    train(adapted(), examples(tiny_base.blocks(4, 16)), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
     assert not list(tmp_path.rglob("training_args.bin"))
 
 
@@ -116,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     with torch.no_grad():
         model.get_base_model().model.norm.weight[0] = float("inf")
     with pytest.raises(TrainingError, match=r"the loss is nan at step 1 of 1; stopped before the update"):
-        train(model, tiny_base.blocks(4, 16), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
+        train(model, examples(tiny_base.blocks(4, 16)), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in gains(model).items())
 
 
@@ -126,23 +138,30 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     first = next(p for p in model.parameters() if p.requires_grad)
     first.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(TrainingError, match=r"the gradient is (nan|inf) at step 1"):
-        train(model, tiny_base.blocks(4, 16), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
+        train(model, examples(tiny_base.blocks(4, 16)), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in gains(model).items())
 
 
 def test_gains_are_not_decayed(tmp_path):
     blocks, lr = tiny_base.blocks(8, 16), 0.05
     plain, decayed = adapted(), adapted()
-    train(plain, blocks, TrainConfig(), lr=lr, seed=0, checkpoints=tmp_path / "a")
-    train(decayed, blocks, TrainConfig(weight_decay=0.5), lr=lr, seed=0, checkpoints=tmp_path / "b")
+    train(plain, examples(blocks), TrainConfig(), lr=lr, seed=0, checkpoints=tmp_path / "a")
+    train(decayed, examples(blocks), TrainConfig(weight_decay=0.5), lr=lr, seed=0, checkpoints=tmp_path / "b")
     assert all(torch.equal(value, gains(decayed)[name]) for name, value in gains(plain).items())
 
 
 def test_gradient_checkpointing_changes_memory_not_results(tmp_path):
     blocks = tiny_base.blocks(8, 16)
     plain, sparing = adapted(), adapted()
-    train(plain, blocks, TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path / "a")
-    train(sparing, blocks, TrainConfig(gradient_checkpointing=True), lr=0.05, seed=0, checkpoints=tmp_path / "b")
+    train(plain, examples(blocks), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path / "a")
+    train(
+        sparing,
+        examples(blocks),
+        TrainConfig(gradient_checkpointing=True),
+        lr=0.05,
+        seed=0,
+        checkpoints=tmp_path / "b",
+    )
     for name, value in gains(plain).items():
         torch.testing.assert_close(gains(sparing)[name], value, msg=name)
 
@@ -156,14 +175,28 @@ def test_the_first_update_of_a_warm_up_moves_and_cosine_ends_near_zero():
 
 def test_tensorboard_logs_stay_when_checkpoints_go(tmp_path):
     plan = TrainConfig(trackers=("tensorboard",))
-    train(adapted(), tiny_base.blocks(8, 16), plan, lr=0.05, seed=0, checkpoints=tmp_path / "checkpoints")
+    train(
+        adapted(),
+        examples(tiny_base.blocks(8, 16)),
+        plan,
+        lr=0.05,
+        seed=0,
+        checkpoints=tmp_path / "checkpoints",
+    )
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_an_unknown_tracker_and_nothing_to_train_are_refused(tmp_path):
     blocks = tiny_base.blocks(4, 16)
     with pytest.raises(ConfigError, match=r"train\.trackers"):
-        train(adapted(), blocks, TrainConfig(trackers=("tensorbord",)), lr=0.1, seed=0, checkpoints=tmp_path)
+        train(
+            adapted(),
+            examples(blocks),
+            TrainConfig(trackers=("tensorbord",)),
+            lr=0.1,
+            seed=0,
+            checkpoints=tmp_path,
+        )
     frozen = copy.deepcopy(tiny_base.model()).requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
-        train(frozen, blocks, TrainConfig(), lr=0.1, seed=0, checkpoints=tmp_path)
+        train(frozen, examples(blocks), TrainConfig(), lr=0.1, seed=0, checkpoints=tmp_path)

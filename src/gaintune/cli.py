@@ -246,7 +246,7 @@ def merge(
     certificate = merge_adapter(
         adapter,
         out_folder,
-        blocks=text.validation,
+        blocks=text.validation.input_ids,
         bytes_per_block=text.validation_bytes,
         model=settled.model,
         dtype=dtype,

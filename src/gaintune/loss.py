@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -130,6 +131,11 @@ def token_losses(
     return torch.cat(losses)
 
 
+def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model sees of a batch."""
+    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+
+
 class NextTokenLoss:
     """The next-token loss of a causal language model, with or without an adapter around it.
 
@@ -151,38 +157,48 @@ class NextTokenLoss:
         if not self.chunked:
             logger.warning("%s computes its logits in a way of its own: using full logits", type(base).__name__)
 
-    def sum(self, model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed loss of predicting `labels[:, 1:]` from `input_ids[:, :-1]`, in nats; both `(batch, tokens)`."""
-        targets = labels[:, 1:].reshape(-1)
+    def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Summed loss of predicting `labels[:, 1:]` from `input_ids[:, :-1]`, in nats.
+
+        Args:
+            model: the model, or a wrapper of it for several devices.
+            batch: `input_ids` and `labels`, `(batch, tokens)`, -100 where a token is not scored; `position_ids` where a
+                row holds several texts.
+        """
+        targets = batch["labels"][:, 1:].reshape(-1)
         if not self.chunked:
-            logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = model(**_inputs(batch), use_cache=False).logits[:, :-1].flatten(0, 1)
             return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-        hidden = self._hidden(model, input_ids)[:, :-1].flatten(0, 1)
+        hidden = self._hidden(model, batch)[:, :-1].flatten(0, 1)
         return chunked_cross_entropy(hidden, self._head.weight, targets, self._head_bias, self._softcap)
 
-    def per_token(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-        """Loss of every token but the first, `(batch, tokens - 1)` in nats, without gradients."""
-        targets = input_ids[:, 1:].reshape(-1)
+    def scored(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """How many tokens of a batch are scored."""
+        return (batch["labels"][:, 1:] != IGNORED).sum()
+
+    def per_token(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss of every token but the first, `(batch, tokens - 1)` in nats, 0 where not scored, without gradients."""
+        targets = batch["labels"][:, 1:].reshape(-1)
         with torch.no_grad():
             if self.chunked:
-                hidden = self._hidden(model, input_ids)[:, :-1].flatten(0, 1)
+                hidden = self._hidden(model, batch)[:, :-1].flatten(0, 1)
                 losses = token_losses(hidden, self._head.weight, targets, self._head_bias, self._softcap)
             else:
-                logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-                losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return losses.view(input_ids.shape[0], -1)
+                logits = model(**_inputs(batch), use_cache=False).logits[:, :-1].flatten(0, 1)
+                losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+        return losses.view(len(batch["labels"]), -1)
 
     @property
     def _head_bias(self) -> torch.Tensor | None:
         return getattr(self._head, "bias", None)
 
-    def _hidden(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
         captured: list[torch.Tensor] = []
         backbone: nn.Module = self._base.base_model
         handle = backbone.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))
         try:
-            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+            model(**_inputs(batch), use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
         return captured[0]
@@ -199,7 +215,7 @@ class NextTokenLoss:
         model.eval()
         with torch.no_grad():
             expected = model(input_ids=tokens, use_cache=False).logits.float()
-            hidden = self._hidden(model, tokens)
+            hidden = self._hidden(model, {"input_ids": tokens})
             given = _logits(hidden, self._head.weight, self._head_bias, self._softcap).float()
         model.train(training)
         return torch.allclose(given, expected, rtol=1e-3, atol=1e-3)

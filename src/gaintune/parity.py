@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gaintune.data.examples import Examples
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
 
@@ -34,7 +35,7 @@ class Distance:
 
 def take_reading(model: nn.Module, blocks: torch.Tensor, bytes_per_block: Sequence[int], batch_size: int) -> Reading:
     """Measure the loss on all blocks `(blocks, block_size)`, and keep the logits of evenly spread positions."""
-    loss = measure(model, blocks, bytes_per_block, batch_size=batch_size, title="comparing")
+    loss = measure(model, Examples.of_blocks(blocks), bytes_per_block, batch_size=batch_size, title="comparing")
     device = next(model.parameters()).device
     count, length = blocks.shape
     chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()

@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config import TrainConfig
 from gaintune.errors import ConfigError, TrainingError, one_line
-from gaintune.loss import IGNORED, NextTokenLoss
-from gaintune.progress import Advance, Progress, Silent
-from gaintune.runs import damage, write_manifest
-from gaintune.tuners.optim import parameter_groups
+from gaintune.progress import Progress, Silent
+from gaintune.runs import damage
+from gaintune.trainer import AfterUpdate, Objective, RowTrainer, Watch
+from gaintune.updates import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -38,114 +37,17 @@ class Adaptation:
     tokens_per_second: float
 
 
-class _Blocks(Dataset):
-    """Packed blocks, `(blocks, block_size)`, as next-token examples."""
+class Rows(Protocol):
+    """What is trained on: `gaintune.data.examples.Examples`, or rows of another objective."""
 
-    def __init__(self, blocks: torch.Tensor) -> None:
-        self._blocks = blocks
+    @property
+    def tokens(self) -> int:
+        """All tokens of one pass."""
+        ...
 
-    def __len__(self) -> int:
-        return self._blocks.shape[0]
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._blocks[index], "labels": self._blocks[index]}
-
-
-def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
-    """Share of the peak rate at update `step` (from 0). The warm-up's first update already moves: 1 / (warmup + 1)."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if not cosine:
-        return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-class _BlockTrainer(Trainer):
-    """`Trainer` with the chunked loss, gains kept out of weight decay, and a stop before a non-finite update."""
-
-    def __init__(self, *, plan: TrainConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._plan = plan
-        self._loss = NextTokenLoss(self.accelerator.unwrap_model(self.model))
-        self.model_accepts_loss_kwargs = True  # the loss is a sum divided by the tokens of the whole update
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        labels = inputs["labels"]
-        total = self._loss.sum(model, inputs["input_ids"], labels)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            total = total * self.accelerator.num_processes
-        scored = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / scored
-        self._require_finite(loss, "loss")
-        return loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        self._require_finite(norm, "gradient")
-        return norm
-
-    def _require_finite(self, value: Any, what: str) -> None:
-        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
-        if not math.isfinite(number):
-            raise TrainingError(
-                f"the {what} is {number} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped "
-                "before the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished "
-                "work is kept"
-            )
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = parameter_groups(
-                cast(nn.Module, model or self.model), lr=self.args.learning_rate, weight_decay=self.args.weight_decay
-            )
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if self.lr_scheduler is None:
-            factor = partial(
-                schedule_factor,
-                steps=num_training_steps,
-                warmup=math.ceil(num_training_steps * self._plan.warmup_ratio),
-                cosine=self._plan.schedule == "cosine",
-            )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
-        return self.lr_scheduler
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or cast(str, self.args.output_dir))
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel) and self.args.should_save:
-            # embeddings are frozen; left to itself PEFT asks the hub about the base to find out
-            model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
-            return
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:  # a pickle of settings that the plan already holds
-            (folder / "training_args.bin").unlink(missing_ok=True)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            write_manifest(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
-
-
-class _Watch(TrainerCallback):
-    """Tells a progress bar of every update."""
-
-    def __init__(self, advance: Advance, tokens_per_step: int) -> None:
-        self._advance = advance
-        self._tokens = tokens_per_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self._advance(self._tokens, loss=logs["loss"])
+    def __getitem__(self, row: int, /) -> dict[str, torch.Tensor]: ...
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -161,26 +63,34 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def train(
     model: nn.Module,
-    blocks: torch.Tensor,
+    rows: Rows,
     plan: TrainConfig,
     *,
     lr: float,
     seed: int,
     checkpoints: Path,
+    objective: Objective | None = None,
+    collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, torch.Tensor]] | None = None,
+    rules: Sequence[UpdateRule] = (),
+    rate_multipliers: Mapping[str, float] | None = None,
     logs: Path | None = None,
     mixed_precision: torch.dtype | None = None,
     title: str = "training",
     progress: Progress | None = None,
 ) -> Adaptation:
-    """Train what requires a gradient on next-token prediction, continuing from a checkpoint if there is one.
+    """Train what requires a gradient, continuing from a checkpoint if there is one.
 
     Args:
-        model: a causal language model with an adapter attached, or one whose weights all train.
-        blocks: token ids, `(blocks, block_size)`.
+        model: a model with an adapter attached, or one whose weights all train.
+        rows: what to train on; `Examples` for a causal language model.
         plan: optimizer, schedule and batch.
         lr: peak learning rate.
         seed: seed of the order of blocks and of dropout.
         checkpoints: folder for checkpoints inside this adaptation.
+        objective: the loss; next-token loss of a causal language model unless given.
+        collate: rows to a batch; rows of one length are stacked unless given.
+        rules: what acts on every update beside the loss, such as a penalty, in this order.
+        rate_multipliers: part of a parameter's name -> factor on `lr`, as in `parameter_groups`.
         logs: folder for TensorBoard's logs; beside the checkpoints unless given.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
         title: what a progress bar says.
@@ -201,14 +111,29 @@ def train(
     device = next(model.parameters()).device
     arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
     trackers = _trackers(plan.trackers, logs or checkpoints.parent / "tensorboard")
-    trainer = _BlockTrainer(plan=plan, model=model, args=arguments, train_dataset=_Blocks(blocks), callbacks=trackers)
+    trainer = RowTrainer(
+        plan=plan,
+        objective=objective,
+        rules=rules,
+        rate_multipliers=rate_multipliers,
+        model=model,
+        args=arguments,
+        train_dataset=cast(Dataset, rows),
+        data_collator=collate,
+        callbacks=[*trackers, AfterUpdate(model, rules)],
+    )
     trainer.remove_callback(PrinterCallback)
-    tokens_per_step = plan.batch_size * plan.gradient_accumulation * blocks.shape[1] * arguments.world_size
-    total = blocks.numel() * plan.epochs
+    rows_per_step = plan.batch_size * plan.gradient_accumulation * arguments.world_size
+    steps = math.ceil(len(rows) / rows_per_step) * plan.epochs
+    total = rows.tokens * plan.epochs
     resume = newest_checkpoint(checkpoints)
-    done = int(resume.name.rpartition("-")[2]) * tokens_per_step if resume else 0
+    done = total * int(resume.name.rpartition("-")[2]) // steps if resume else 0
+    for rule in rules:
+        rule.start(model, steps)
+        if resume:
+            rule.load(resume)
     with (progress or Silent()).task(title, max(total - done, 0), "tokens") as advance:
-        trainer.add_callback(_Watch(advance, tokens_per_step))
+        trainer.add_callback(Watch(advance, total / steps))
         start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -28,15 +28,15 @@ def load(source, tokenizer, **changes):
 def test_blocks_hold_whole_documents_in_a_drawn_order_with_end_of_text_between(write_rows, tokenizer):
     blocks = load(write_rows("d.jsonl", TEXTS), tokenizer, train_tokens=2048)
     assert blocks.name == "d"
-    assert blocks.train.shape == (2048 // 64, 64)
-    assert blocks.validation.shape == (2, 64)
-    assert blocks.train.dtype == blocks.validation.dtype == torch.int64
-    drawn = tokenizer.decode(blocks.train.flatten()).split(tokenizer.eos_token)
+    assert blocks.train.input_ids.shape == (2048 // 64, 64)
+    assert blocks.validation.input_ids.shape == (2, 64)
+    assert blocks.train.input_ids.dtype == blocks.validation.input_ids.dtype == torch.int64
+    drawn = tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token)
     assert set(drawn[:-1]) <= set(TEXTS), "all but the last, which the budget cuts, are whole"
     assert any(text.startswith(drawn[-1]) for text in TEXTS)
     assert len(drawn) == len(set(drawn)) == blocks.train_documents
     assert drawn != sorted(drawn)
-    held_out = tokenizer.decode(blocks.validation.flatten()).split(tokenizer.eos_token)
+    held_out = tokenizer.decode(blocks.validation.input_ids.flatten()).split(tokenizer.eos_token)
     assert len(held_out) == blocks.validation_documents
     assert not set(held_out) & set(drawn)
 
@@ -44,10 +44,10 @@ def test_blocks_hold_whole_documents_in_a_drawn_order_with_end_of_text_between(w
 def test_the_same_plan_gives_the_same_blocks_and_another_seed_others(write_rows, tokenizer):
     file = write_rows("d.jsonl", TEXTS)
     first, second, other = load(file, tokenizer), load(file, tokenizer), load(file, tokenizer, seed=1)
-    assert torch.equal(first.train, second.train)
-    assert torch.equal(first.validation, second.validation)
+    assert torch.equal(first.train.input_ids, second.train.input_ids)
+    assert torch.equal(first.validation.input_ids, second.validation.input_ids)
     assert first.content_hash == second.content_hash
-    assert not torch.equal(first.train, other.train)
+    assert not torch.equal(first.train.input_ids, other.train.input_ids)
     assert len({first.content_hash, other.content_hash}) == 2
 
 
@@ -62,8 +62,8 @@ def test_the_hash_follows_the_text_and_the_settings_not_the_path(write_rows, tok
 def test_validation_does_not_depend_on_the_training_budget_and_budgets_nest(write_rows, tokenizer):
     file = write_rows("d.jsonl", TEXTS)
     small, large = load(file, tokenizer, train_tokens=256), load(file, tokenizer, train_tokens=1024)
-    assert torch.equal(small.validation, large.validation)
-    assert torch.equal(small.train, large.train[:4])
+    assert torch.equal(small.validation.input_ids, large.validation.input_ids)
+    assert torch.equal(small.train.input_ids, large.train.input_ids[:4])
 
 
 def test_near_duplicates_of_training_text_are_left_out_of_validation(tmp_path, write_rows, tokenizer, caplog):
@@ -73,7 +73,7 @@ def test_near_duplicates_of_training_text_are_left_out_of_validation(tmp_path, w
     with caplog.at_level(logging.INFO, "gaintune"):
         blocks = load(tmp_path / "d", tokenizer, train_tokens=100_000, validation_tokens=64)
     assert blocks.removed_near_duplicates == 2
-    held_out = tokenizer.decode(blocks.validation.flatten())
+    held_out = tokenizer.decode(blocks.validation.input_ids.flatten())
     assert "changed" not in held_out
     assert "W1X5" not in held_out
     assert "left 2 validation document(s) out" in caplog.text
@@ -84,8 +84,8 @@ def test_only_text_that_is_trained_on_counts_as_seen(tmp_path, write_rows, token
     write_rows("d/train.jsonl", TEXTS[:100])
     write_rows("d/validation.jsonl", TEXTS[:100])
     blocks = load(tmp_path / "d", tokenizer, train_tokens=256)
-    trained_on = set(tokenizer.decode(blocks.train.flatten()).split(tokenizer.eos_token))
-    held_out = set(tokenizer.decode(blocks.validation.flatten()).split(tokenizer.eos_token))
+    trained_on = set(tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token))
+    held_out = set(tokenizer.decode(blocks.validation.input_ids.flatten()).split(tokenizer.eos_token))
     assert held_out
     assert not trained_on & held_out
 
@@ -93,10 +93,10 @@ def test_only_text_that_is_trained_on_counts_as_seen(tmp_path, write_rows, token
 def test_a_domain_smaller_than_its_budget_is_used_up_with_a_warning(write_rows, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "gaintune"):
         blocks = load(write_rows("d.jsonl", TEXTS), tokenizer, train_tokens=10**6)
-    tokens = blocks.train.numel()
+    tokens = blocks.train.input_ids.numel()
     assert 64 < tokens < 10**6
     assert f"fewer than the 1000000 asked for; using {tokens}" in caplog.text
-    drawn = tokenizer.decode(blocks.train.flatten()).split(tokenizer.eos_token)
+    drawn = tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token)
     assert blocks.train_documents == len(drawn)
 
 
@@ -104,7 +104,7 @@ def test_documents_beyond_the_last_whole_block_are_not_counted(tmp_path, write_r
     write_rows("d/train.jsonl", [f"n{number}" for number in range(100, 200)])
     write_rows("d/validation.jsonl", TEXTS)
     blocks = load(tmp_path / "d", tokenizer, train_tokens=10**4)
-    drawn = tokenizer.decode(blocks.train.flatten()).split(tokenizer.eos_token)
+    drawn = tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token)
     assert blocks.train_documents == len([text for text in drawn if text]) < 100
 
 
@@ -127,7 +127,7 @@ def test_less_than_a_block_is_an_error_that_names_the_source(tmp_path, write_row
 def test_bytes_of_the_scored_tokens_are_exact(write_rows, tokenizer):
     """ASCII text in byte-level BPE: a token's string has as many characters as bytes; end-of-text stands for none."""
     blocks = load(write_rows("d.jsonl", TEXTS), tokenizer)
-    for block, found in zip(blocks.validation, blocks.validation_bytes, strict=True):
+    for block, found in zip(blocks.validation.input_ids, blocks.validation_bytes, strict=True):
         scored = [token for token in block[1:].tolist() if token != tokenizer.eos_token_id]
         assert found == sum(len(string) for string in tokenizer.convert_ids_to_tokens(scored))
 

@@ -71,6 +71,6 @@ def test_a_domain_fills_the_default_budget(name, tokenizer):
     data = DataConfig()
     domain = next(domain for domain in data.domains if domain.name == name)
     blocks = load_domain(domain, data, tokenizer)
-    assert blocks.train.shape == (32, 256)
-    assert blocks.validation.shape == (16, 256)
+    assert blocks.train.input_ids.shape == (32, 256)
+    assert blocks.validation.input_ids.shape == (16, 256)
     assert min(blocks.train_documents, blocks.validation_documents) >= 3

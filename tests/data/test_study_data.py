@@ -30,8 +30,8 @@ def test_a_study_domain_keeps_its_own_split_and_fills_the_budget(name, tokenizer
         domains=(DomainConfig(name=name, source=str(DOMAINS / name)),), train_tokens=12_288, validation_tokens=4096
     )
     blocks = load_domain(data.domains[0], data, tokenizer)
-    assert blocks.train.shape == (48, 256)
-    assert blocks.validation.shape == (16, 256)
+    assert blocks.train.input_ids.shape == (48, 256)
+    assert blocks.validation.input_ids.shape == (16, 256)
     assert sum(blocks.validation_bytes) > 4096
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data.domains import load_documents
 from gaintune.data.encode import Encoded, encode_texts
+from gaintune.data.examples import Examples
 from gaintune.data.neighbours import NeighbourIndex
 from gaintune.data.split import Passage, in_drawn_order, split_documents
 from gaintune.errors import BaseModelError, DataError
@@ -31,15 +32,15 @@ ENCODED_AT_ONCE = 16
 class DomainBlocks:
     """A domain ready to train on and to be measured.
 
-    `train` and `validation` are int64 `(blocks, block_size)`. `validation_bytes` are the UTF-8 bytes of the scored
+    `train` and `validation` are blocks, `(blocks, block_size)`. `validation_bytes` are the UTF-8 bytes of the scored
     tokens of each validation block: of all but the first, end-of-text counting none. `content_hash` is the SHA-256 of
     the tokens and of the settings that made them. Documents are counted where some of their text is in a block;
     `removed_near_duplicates` counts those that were drawn for validation and found in a training document.
     """
 
     name: str
-    train: torch.Tensor
-    validation: torch.Tensor
+    train: Examples
+    validation: Examples
     validation_bytes: tuple[int, ...]
     content_hash: str
     train_documents: int
@@ -50,8 +51,8 @@ class DomainBlocks:
         """What a record keeps of the text: its content hash and how much there was."""
         return {
             "content_hash": self.content_hash,
-            "train_tokens": self.train.numel(),
-            "validation_tokens": self.validation.numel(),
+            "train_tokens": self.train.tokens,
+            "validation_tokens": self.validation.tokens,
             "train_documents": self.train_documents,
             "validation_documents": self.validation_documents,
             "removed_near_duplicates": self.removed_near_duplicates,
@@ -123,8 +124,8 @@ def load_domain(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTok
     _check_size(validation, "validation", domain, documents.source, data.validation_tokens, data.block_size, note)
     return DomainBlocks(
         name=domain.name,
-        train=torch.from_numpy(train.tokens),
-        validation=torch.from_numpy(validation.tokens),
+        train=Examples.of_blocks(torch.from_numpy(train.tokens)),
+        validation=Examples.of_blocks(torch.from_numpy(validation.tokens)),
         validation_bytes=tuple(validation.bytes[:, 1:].sum(axis=1).tolist()),
         content_hash=_content_hash(data, separator, train, validation),
         train_documents=train.documents,

@@ -1,4 +1,4 @@
-"""Perplexity over packed blocks, through the same loss that training uses."""
+"""Perplexity over rows of tokens, through the same loss that training uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from gaintune.data.examples import Examples
 from gaintune.errors import TrainingError
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.loss import NextTokenLoss
@@ -21,30 +22,30 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 def measure(
     model: nn.Module,
-    blocks: torch.Tensor,
-    bytes_per_block: Sequence[int],
+    examples: Examples,
+    bytes_per_row: Sequence[int],
     *,
     batch_size: int = 4,
     mixed_precision: torch.dtype | None = None,
     title: str = "measuring",
     progress: Progress | None = None,
 ) -> DomainLoss:
-    """Measure a model's loss on packed blocks; the first token of a block is not scored.
+    """Measure a model's loss on rows of tokens; the first token of a row is never scored.
 
     Args:
         model: a causal language model, with or without an adapter; left in the mode it was in.
-        blocks: token ids, `(blocks, block_size)`.
-        bytes_per_block: UTF-8 bytes of the scored tokens of each block.
-        batch_size: blocks in a forward pass.
+        examples: the rows.
+        bytes_per_row: UTF-8 bytes of the scored tokens of each row.
+        batch_size: rows in a forward pass.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
         title: what a progress bar says.
         progress: where to show it.
 
     Returns:
-        Summed loss in nats, scored tokens and bytes, for every block.
+        Summed loss in nats, scored tokens and bytes, for every row.
 
     Raises:
-        TrainingError: the loss of some block is not finite; the model is broken.
+        TrainingError: the loss of some row is not finite; the model is broken.
     """
     device = next(model.parameters()).device
     loss = NextTokenLoss(model)
@@ -55,17 +56,16 @@ def measure(
         with (
             torch.inference_mode(),
             autocast(device, mixed_precision),
-            (progress or Silent()).task(title, blocks.numel(), "tokens") as advance,
+            (progress or Silent()).task(title, examples.tokens, "tokens") as advance,
         ):
-            for batch in blocks.split(batch_size):
-                losses = loss.per_token(model, batch.to(device))
+            for batch in examples.batches(batch_size):
+                losses = loss.per_token(model, {name: tensor.to(device) for name, tensor in batch.items()})
                 sums.extend(losses.double().sum(dim=1).tolist())
-                advance(batch.numel())
+                advance(batch["input_ids"].numel())
     finally:
         model.train(training)
     if not all(torch.isfinite(torch.tensor(sums))):
         raise TrainingError(
             f"{title}: the loss is not finite, so the model is broken; lower the learning rate and run it anew"
         )
-    scored = blocks.shape[1] - 1
-    return DomainLoss(nll=tuple(sums), tokens=(scored,) * len(sums), bytes=tuple(bytes_per_block))
+    return DomainLoss(nll=tuple(sums), tokens=examples.scored, bytes=tuple(bytes_per_row))
