@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from gaintune.errors import ConfigError
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
+Task = Literal["text", "instruct", "classify"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -46,6 +47,7 @@ class DomainConfig(Section):
     text_column: str | None = Field(
         default=None, description="column that holds the text; found by itself when there is one"
     )
+    task: Task | None = Field(default=None, description="what is learnt from this domain's rows; the plan's unless given")
 
     @field_validator("name")
     @classmethod
@@ -74,6 +76,11 @@ class DataConfig(Section):
         description="domains in the order they are learnt",
         min_length=1,
     )
+    task: Task = Field(
+        default="text",
+        description="what is learnt from the rows: text (every token), instruct (the completion of a prompt), "
+        "or classify (a label)",
+    )
     train_tokens: int = Field(default=8192, gt=0, description="training budget of a domain, in tokens")
     validation_tokens: int = Field(default=4096, gt=0, description="validation budget of a domain, in tokens")
     block_size: int = Field(default=256, ge=8, description="length of a packed block, in tokens")
@@ -87,7 +94,15 @@ class DataConfig(Section):
         for field in ("train_tokens", "validation_tokens"):
             if getattr(self, field) < self.block_size:
                 raise ValueError(f"{field} is {getattr(self, field)}, less than one block ({self.block_size} tokens)")
+        tasks = {domain.name: self.task_of(domain) for domain in self.domains}
+        if "classify" in tasks.values() and len(set(tasks.values())) > 1:
+            others = ", ".join(f"{name} ({task})" for name, task in tasks.items() if task != "classify")
+            raise ValueError(f"domains: a classifier's domains cannot be mixed with others: {others}")
         return self
+
+    def task_of(self, domain: DomainConfig) -> Task:
+        """What is learnt from a domain's rows: its own task, else the plan's."""
+        return domain.task or self.task
 
 
 class MethodConfig(Section):
