@@ -32,31 +32,39 @@ def read_documents(path: Path, text_column: str | None = None) -> Documents:
     Raises:
         DataError: naming the file, and the line where there is one.
     """
+    train, validation = split_files(path)
+    return Documents(
+        train=_read_files(train, text_column),
+        validation=_read_files(validation, text_column) if validation else None,
+        source=str(path),
+    )
+
+
+def split_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], list[Path]]:
+    """Training and validation files of a domain; no validation files where a file stands alone or no split is named.
+
+    Raises:
+        DataError: no such file or folder, or none with one of the suffixes.
+    """
     if path.is_dir():
-        train, validation = _split_folder(path)
-        return Documents(
-            train=_read_files(train, text_column),
-            validation=_read_files(validation, text_column) if validation else None,
-            source=str(path),
-        )
+        return _split_folder(path, suffixes)
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{path}: a domain file ends in one of {', '.join(SUFFIXES)}")
-    return Documents(train=_read_files([path], text_column), source=str(path))
+    if path.suffix.lower() not in suffixes:
+        raise DataError(f"{path}: a domain file ends in one of {', '.join(suffixes)}")
+    return [path], []
 
 
-def _split_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Training and validation files of a folder; no validation files where the folder names no split."""
+def _split_folder(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
     visible = [
         file
         for file in sorted(folder.rglob("*"))
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
     rows = [file for file in visible if file.suffix.lower() in ROW_SUFFIXES]
-    usable = rows or [file for file in visible if file.suffix.lower() in TEXT_SUFFIXES]
+    usable = rows or [file for file in visible if file.suffix.lower() in suffixes]
     if not usable:
-        raise DataError(f"{folder}: holds no file that ends in one of {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder}: holds no file that ends in one of {', '.join(suffixes)}")
     train = [file for file in usable if _named(_TRAIN, file, folder)]
     validation = [file for file in usable if _named(_VALIDATION, file, folder)]
     validation = validation or [file for file in usable if _named(_TEST, file, folder)]

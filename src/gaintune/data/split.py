@@ -70,5 +70,9 @@ def in_drawn_order(documents: Sequence[Document], seed: int, side: str, block_si
         for number, document in enumerate(documents)
         for _, text in cut_passages(document.text, size)
     ]
-    order = sorted(range(len(passages)), key=lambda index: (_draw(seed, side, index), index))
-    return (passages[index] for index in order)
+    return (passages[index] for index in drawn_order(len(passages), seed, side))
+
+
+def drawn_order(count: int, seed: int, side: str) -> list[int]:
+    """The numbers below `count` in an order that the seed decides for each side (such as "train")."""
+    return sorted(range(count), key=lambda index: (_draw(seed, side, index), index))

@@ -18,7 +18,7 @@ USUAL_COLUMNS = ("text", "content")
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One row and its place: "file:line", or "file: row n" where the format has no lines."""
 
     values: dict[str, Any]
@@ -33,12 +33,18 @@ def read_rows(file: Path, text_column: str | None = None) -> list[Document]:
     Raises:
         DataError: a broken row, a missing, ambiguous or empty text, with the file and line.
     """
+    rows = read_table(file)
+    column = text_column or _find_column(file, rows)
+    return [Document(row_text(row, column), row.origin) for row in rows]
+
+
+def read_table(file: Path) -> list[Row]:
+    """Read every row of a file whole; raises `DataError` for a broken row, and for a file without any."""
     reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[file.suffix.lower()]
     rows = list(reader(file))
     if not rows:
         raise DataError(f"{file}: holds no rows")
-    column = text_column or _find_column(file, rows)
-    return [Document(_text(row, column), row.origin) for row in rows]
+    return rows
 
 
 def decode(file: Path, data: bytes, first_line: int = 1) -> str:
@@ -53,7 +59,7 @@ def decode(file: Path, data: bytes, first_line: int = 1) -> str:
         ) from None
 
 
-def _find_column(file: Path, rows: Sequence[_Row]) -> str:
+def _find_column(file: Path, rows: Sequence[Row]) -> str:
     columns = list(rows[0].values)
     for usual in USUAL_COLUMNS:
         if usual in columns:
@@ -77,7 +83,8 @@ def _is_number(value: str) -> bool:
     return True
 
 
-def _text(row: _Row, column: str) -> str:
+def row_text(row: Row, column: str) -> str:
+    """The text in one column of a row; raises `DataError` where there is none, or none that can be encoded."""
     if column not in row.values:
         columns = ", ".join(row.values) or "none at all"
         raise DataError(f"{row.origin}: has no column {column!r}; the columns are {columns}")
@@ -97,13 +104,13 @@ def _text(row: _Row, column: str) -> str:
     return text
 
 
-def _as_row(values: Any, origin: str) -> _Row:
+def _as_row(values: Any, origin: str) -> Row:
     if not isinstance(values, dict):
         raise DataError(f'{origin}: expected a row such as {{"text": "..."}}, got a {type(values).__name__}')
-    return _Row(values, origin)
+    return Row(values, origin)
 
 
-def _jsonl(file: Path) -> Iterator[_Row]:
+def _jsonl(file: Path) -> Iterator[Row]:
     lines = file.read_bytes().rstrip().split(b"\n")  # not splitlines(): JSON text may hold U+2028
     for number, data in enumerate(lines, start=1):
         line = decode(file, data, number)
@@ -120,7 +127,7 @@ def _jsonl(file: Path) -> Iterator[_Row]:
         yield _as_row(values, f"{file}:{number}")
 
 
-def _json(file: Path) -> Iterator[_Row]:
+def _json(file: Path) -> Iterator[Row]:
     """A list of rows, or a mapping with such a list under "data"; one row a line is read as .jsonl."""
     text = decode(file, file.read_bytes())
     try:
@@ -172,7 +179,7 @@ def _element_lines(text: str, start: int) -> Iterator[int]:
         position = _skip(text, position, " \t\r\n,")
 
 
-def _csv(file: Path) -> Iterator[_Row]:
+def _csv(file: Path) -> Iterator[Row]:
     """Comma-separated values with a header; a field may span lines inside quotation marks."""
     text = decode(file, file.read_bytes()).rstrip("\r\n")
     previous_limit = csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 131,072 characters
@@ -199,13 +206,13 @@ def _csv(file: Path) -> Iterator[_Row]:
                     f"put text that holds a comma or a line end in quotation marks"
                 )
             else:
-                yield _Row(dict(zip(header, fields, strict=True)), f"{file}:{line}")
+                yield Row(dict(zip(header, fields, strict=True)), f"{file}:{line}")
             line = reader.line_num + 1
     finally:
         csv.field_size_limit(previous_limit)
 
 
-def _parquet(file: Path) -> Iterator[_Row]:
+def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow  # slow to import, and only this format needs it
     import pyarrow.parquet
 
@@ -214,4 +221,4 @@ def _parquet(file: Path) -> Iterator[_Row]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({error})") from None
     for number, values in enumerate(rows, start=1):
-        yield _Row(values, f"{file}: row {number}")
+        yield Row(values, f"{file}: row {number}")
