@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from gaintune.errors import ConfigError
+from gaintune.sections import NAME, MethodConfig, Section
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
 Task = Literal["text", "instruct", "classify"]
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class Section(BaseModel):
-    """A frozen part of the plan; a key that is not a field is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Section):
@@ -47,7 +40,9 @@ class DomainConfig(Section):
     text_column: str | None = Field(
         default=None, description="column that holds the text; found by itself when there is one"
     )
-    task: Task | None = Field(default=None, description="what is learnt from this domain's rows; the plan's unless given")
+    task: Task | None = Field(
+        default=None, description="what is learnt from this domain's rows; the plan's unless given"
+    )
 
     @field_validator("name")
     @classmethod
@@ -103,37 +98,6 @@ class DataConfig(Section):
     def task_of(self, domain: DomainConfig) -> Task:
         """What is learnt from a domain's rows: its own task, else the plan's."""
         return domain.task or self.task
-
-
-class MethodConfig(Section):
-    """One way to adapt; None stands for the method's own default in the catalogue."""
-
-    name: str = Field(description="catalogue name, see `gaintune methods`")
-    label: str = Field(default="", description="name in tables and folders; the method's name unless given")
-    lr: float | None = Field(default=None, gt=0, description="peak learning rate")
-    rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method")
-    alpha: float | None = Field(
-        default=None, gt=0, description="scale of a low-rank method; the update is alpha / rank * BA"
-    )
-    targets: str | tuple[str, ...] | None = Field(
-        default=None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_label(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
-        if isinstance(value, dict) and not value.get("label"):
-            value = {**value, "label": value.get("name", "")}
-        return value
-
-    @field_validator("label")
-    @classmethod
-    def _plain_label(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is not a usable label: use letters, digits, dot, dash and underscore")
-        return value
 
 
 class TrainConfig(Section):

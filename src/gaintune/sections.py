@@ -1,0 +1,89 @@
+"""The base of all parts of a plan, and the part that describes a method."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Section(BaseModel):
+    """A frozen part of the plan; a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodConfig(Section):
+    """One way to adapt; None stands for the method's own default in the catalogue."""
+
+    name: str = Field(description="catalogue name, see `gaintune methods`")
+    label: str = Field(
+        default="",
+        description="name in tables and folders; the method's name and what is added to it unless given",
+    )
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate")
+    rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method; the average one of adalora")
+    alpha: float | None = Field(
+        default=None, gt=0, description="scale of a low-rank method; the update is alpha / rank * BA"
+    )
+    targets: str | tuple[str, ...] | None = Field(
+        default=None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
+    )
+    lr_ratio: float | None = Field(default=None, gt=0, description="lora+: rate of B as a multiple of the rate")
+    orthogonality: float | None = Field(
+        default=None, ge=0, description="adalora: weight of the term that keeps its directions orthogonal"
+    )
+    preserved: float | None = Field(
+        default=None, gt=0, lt=1, description="osf: share of every weight's singular directions that stays fixed"
+    )
+    penalty: Literal["l2", "ewc"] | None = Field(
+        default=None,
+        description="pull toward the weights after the previous domain: l2 (all alike) or ewc (by the diagonal Fisher "
+        "information of the earlier domains)",
+    )
+    penalty_strength: float | None = Field(
+        default=None, ge=0, description="strength of the pull: half of it times the squared distance; 0 is none"
+    )
+    ewc_rows: int | None = Field(
+        default=None, gt=0, description="ewc: rows of a domain that its Fisher information is estimated on; all of them"
+    )
+    replay: float = Field(
+        default=0.0, ge=0, description="rows of earlier domains mixed into a domain's, as a ratio to its own rows"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_label(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, dict) and not value.get("label"):
+            value = {**value, "label": _label(value)}
+        return value
+
+    @field_validator("label")
+    @classmethod
+    def _plain_label(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is not a usable label: use letters, digits, dot, dash and underscore")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_penalty(self) -> MethodConfig:
+        if self.penalty is None and self.penalty_strength is not None:
+            raise ValueError("penalty_strength is given without a penalty: add penalty=l2 or penalty=ewc")
+        if self.penalty != "ewc" and self.ewc_rows is not None:
+            raise ValueError("ewc_rows is given without penalty=ewc")
+        return self
+
+
+def _label(values: dict[str, Any]) -> str:
+    """The label of a method that was given none, such as lora-ewc: a method may stand beside itself with a penalty."""
+    parts = [str(values.get("name", "")).replace("+", "-plus")]
+    if values.get("penalty"):
+        parts.append(str(values["penalty"]))
+    if str(values.get("replay") or 0) not in {"0", "0.0"}:
+        parts.append("replay")
+    return "-".join(parts)
