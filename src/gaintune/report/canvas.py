@@ -52,6 +52,14 @@ def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any)
     return buffer.getvalue()
 
 
+def figure_files(name: str, figure: Figure) -> dict[str, bytes]:
+    """A figure as files by name: PNG (144 dots an inch, on white), and SVG with its letters as shapes."""
+    paper = {"facecolor": "white", "bbox_inches": "tight", "pad_inches": 0.12}
+    png = render(figure, "png", dpi=144, metadata={"Software": None}, **paper)
+    figure.set_layout_engine("none")  # keep the places found for the PNG
+    return {f"{name}.png": png, f"{name}.svg": render(figure, "svg", **paper)}
+
+
 def inline_svg(figure: Figure, name: str) -> str:
     """A figure as an SVG element for the page: the page's own font and colours, light or dark, and ids of its own.
 

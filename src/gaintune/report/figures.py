@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from gaintune.evaluate.matrix import Matrix, MethodMatrix
-from gaintune.report.canvas import INK, MUTED, PAGE, RULE, SHADE, render, styled
+from gaintune.report.canvas import INK, MUTED, PAGE, RULE, SHADE, figure_files, styled
 from gaintune.report.heatmap import heatmaps
 from gaintune.report.palette import look
 from gaintune.report.words import FIGURES, signed
@@ -212,10 +212,9 @@ def summary(matrix: Matrix) -> Figure:
 
 
 def files(matrix: Matrix) -> dict[str, bytes]:
-    """The figures as files, by name: each as PNG (144 dots an inch, on white) and as SVG with its letters as shapes."""
-    result, paper = {}, {"facecolor": "white", "bbox_inches": "tight", "pad_inches": 0.12}
-    for name, figure in (("matrix", heatmaps(matrix)), ("curves", curves(matrix)), ("summary", summary(matrix))):
-        result[f"{name}.png"] = render(figure, "png", dpi=144, metadata={"Software": None}, **paper)
-        figure.set_layout_engine("none")  # keep the places found for the PNG
-        result[f"{name}.svg"] = render(figure, "svg", **paper)
-    return result
+    """The figures as files, by name."""
+    return {
+        **figure_files("matrix", heatmaps(matrix)),
+        **figure_files("curves", curves(matrix)),
+        **figure_files("summary", summary(matrix)),
+    }

@@ -133,7 +133,9 @@ def base_frames(matrix: Matrix) -> list[tuple[list[str], pd.DataFrame]]:
     return groups
 
 
-def _markdown(frame: pd.DataFrame, corner: str) -> str:
+def markdown_table(frame: pd.DataFrame, corner: str) -> str:
+    """A table of text as Markdown, numbers to the right; `corner` heads the column of row names."""
+
     def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
 
@@ -147,10 +149,10 @@ def to_markdown(matrix: Matrix) -> str:
     parts = [
         "Change of validation perplexity against the base in %, lower is better, "
         f"with {confidence} paired bootstrap intervals over blocks.\n",
-        _markdown(summary_frame(matrix), "Method"),
+        markdown_table(summary_frame(matrix), "Method"),
     ]
     if matrix.comparisons:
-        parts += ["Paired differences, in points of %:\n", _markdown(comparison_frame(matrix), "Difference")]
+        parts += ["Paired differences, in points of %:\n", markdown_table(comparison_frame(matrix), "Difference")]
     for method in matrix.methods:
         if not method.stages:
             continue
@@ -163,10 +165,10 @@ def to_markdown(matrix: Matrix) -> str:
         heading = (
             f"{method.label}: a row for each stage, a column for each domain measured then; just learnt in bold.\n"
         )
-        parts += [heading, _markdown(frame, "After stage")]
+        parts += [heading, markdown_table(frame, "After stage")]
     for labels, frame in base_frames(matrix):
         of = f" ({', '.join(labels)})" if len(labels) < len(matrix.methods) else ""
-        parts += [f"The untouched base{of}:\n", _markdown(frame, "Domain")]
+        parts += [f"The untouched base{of}:\n", markdown_table(frame, "Domain")]
     if matrix.partial:
         parts.append("The run is not finished; figures cover the finished stages.\n")
     return "\n".join(parts)
