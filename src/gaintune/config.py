@@ -16,6 +16,7 @@ from gaintune.sections import NAME, MethodConfig, Section
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
 Task = Literal["text", "instruct", "classify"]
+Template = Literal["auto", "plain", "alpaca", "magicoder", "chat"]
 
 
 class ModelConfig(Section):
@@ -42,6 +43,13 @@ class DomainConfig(Section):
     )
     task: Task | None = Field(
         default=None, description="what is learnt from this domain's rows; the plan's unless given"
+    )
+    template: Template | None = Field(
+        default=None, description="how this domain's prompts and completions are written; the plan's unless given"
+    )
+    prompt_column: str | None = Field(default=None, description="instruct: column of the prompt; 'prompt' unless given")
+    completion_column: str | None = Field(
+        default=None, description="instruct: column of the completion; 'completion' unless given"
     )
 
     @field_validator("name")
@@ -76,6 +84,15 @@ class DataConfig(Section):
         description="what is learnt from the rows: text (every token), instruct (the completion of a prompt), "
         "or classify (a label)",
     )
+    template: Template = Field(
+        default="auto",
+        description="instruct: how prompts and completions are written: plain (as they are), alpaca, magicoder, or "
+        "chat (the model's own chat template); auto is chat for messages and plain for prompt and completion",
+    )
+    packing: bool = Field(
+        default=True,
+        description="instruct: several rows in a block, none attending to another; false pads every row to a block",
+    )
     train_tokens: int = Field(default=8192, gt=0, description="training budget of a domain, in tokens")
     validation_tokens: int = Field(default=4096, gt=0, description="validation budget of a domain, in tokens")
     block_size: int = Field(default=256, ge=8, description="length of a packed block, in tokens")
@@ -93,11 +110,23 @@ class DataConfig(Section):
         if "classify" in tasks.values() and len(set(tasks.values())) > 1:
             others = ", ".join(f"{name} ({task})" for name, task in tasks.items() if task != "classify")
             raise ValueError(f"domains: a classifier's domains cannot be mixed with others: {others}")
+        for domain in self.domains:
+            own = ("template", "prompt_column", "completion_column")
+            given = [field for field in own if getattr(domain, field) is not None]
+            if given and self.task_of(domain) != "instruct":
+                raise ValueError(f"domains: {domain.name}: {given[0]} is for task instruct")
+        if "instruct" not in tasks.values() and (self.template != "auto" or not self.packing):
+            field = "packing" if self.template == "auto" else "template"
+            raise ValueError(f"{field} is for task instruct, and no domain has it; set data.task=instruct")
         return self
 
     def task_of(self, domain: DomainConfig) -> Task:
         """What is learnt from a domain's rows: its own task, else the plan's."""
         return domain.task or self.task
+
+    def template_of(self, domain: DomainConfig) -> Template:
+        """How a domain's prompts and completions are written: its own template, else the plan's."""
+        return domain.template or self.template
 
 
 class TrainConfig(Section):

@@ -1,8 +1,11 @@
-"""What every source of text hands on: documents that know where they came from."""
+"""What every source hands on: documents that know where they came from, in one split or two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,9 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Documents:
-    """The documents of one domain; `validation` is None where the source does not bring its own split."""
+class Documents(Generic[T]):
+    """The documents (or rows) of one domain; `validation` is None where the source does not bring its own split."""
 
-    train: tuple[Document, ...]
-    validation: tuple[Document, ...] | None = None
+    train: tuple[T, ...]
+    validation: tuple[T, ...] | None = None
     source: str = ""

@@ -21,7 +21,7 @@ _VALIDATION = re.compile(r"(validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
 _TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
 
 
-def read_documents(path: Path, text_column: str | None = None) -> Documents:
+def read_documents(path: Path, text_column: str | None = None) -> Documents[Document]:
     """Read a file, or every file of a folder in sorted order.
 
     A row of a .jsonl, .json, .csv or .parquet file is one document. A .txt or .md file is one document, except where a

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
-from gaintune.data.documents import Document, Documents
+from gaintune.data.documents import Document, Documents, T
 from gaintune.data.neighbours import normalise
 from gaintune.data.passages import cut_passages
 from gaintune.errors import DataError
@@ -30,18 +31,19 @@ def _draw(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def split_documents(documents: Documents, seed: int) -> Documents:
+def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] = attrgetter("text")) -> Documents[T]:
     """Give each document its side by a hash of the seed and its text; a source's own split is left as it is.
 
     `VALIDATION_SHARE` of the different texts go to validation, at least one. Texts that differ by case, spacing or
-    punctuation alone are on the same side. A document keeps its side when others are added.
+    punctuation alone are on the same side. A document keeps its side when others are added. `key` is the text of a
+    document, or of a row the part that must not be on both sides.
 
     Raises:
         DataError: there is only one text, so that one side would be empty.
     """
     if documents.validation is not None:
         return documents
-    draws = [_draw(seed, "split", normalise(document.text)) for document in documents.train]
+    draws = [_draw(seed, "split", normalise(key(document))) for document in documents.train]
     if len(set(draws)) < 2:
         raise DataError(
             f"{documents.source}: {len(documents.train)} document(s), all with the same text, so none is left for "

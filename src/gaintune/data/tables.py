@@ -88,20 +88,24 @@ def row_text(row: Row, column: str) -> str:
     if column not in row.values:
         columns = ", ".join(row.values) or "none at all"
         raise DataError(f"{row.origin}: has no column {column!r}; the columns are {columns}")
-    text = row.values[column]
-    if not isinstance(text, str):
-        kind = "null" if text is None else f"of type {type(text).__name__}"
-        raise DataError(f"{row.origin}: column {column!r} is {kind}, expected text; correct or delete the row")
-    if not text.strip():
-        raise DataError(f"{row.origin}: column {column!r} is empty; fill it in or delete the row")
+    return checked_text(row.values[column], row.origin, f"column {column!r}")
+
+
+def checked_text(value: Any, origin: str, what: str) -> str:
+    """A value that has to be text with something in it; raises `DataError` that says where and what it is."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"of type {type(value).__name__}"
+        raise DataError(f"{origin}: {what} is {kind}, expected text; correct or delete the row")
+    if not value.strip():
+        raise DataError(f"{origin}: {what} is empty; fill it in or delete the row")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{row.origin}: column {column!r} holds half of a surrogate pair (character {error.start + 1}), "
+            f"{origin}: {what} holds half of a surrogate pair (character {error.start + 1}), "
             f"which is no character; correct or delete the row"
         ) from None
-    return text
+    return value
 
 
 def _as_row(values: Any, origin: str) -> Row:
