@@ -262,7 +262,7 @@ def merge(
 @app.command()
 def methods() -> None:
     """List the methods, their default rates and options."""
-    from gaintune.methods import METHODS
+    from gaintune.method_catalogue import METHODS
 
     rows = [
         [m.name, m.description, f"{m.lr:g}", ", ".join(sorted(m.options)) or "—", m.needs] for m in METHODS.values()

@@ -1,0 +1,175 @@
+"""The catalogue of methods: one entry for each, with its default rate, its options and what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from gaintune import peft_configs
+from gaintune.errors import ConfigError
+from gaintune.sections import MethodConfig
+
+LORA_PLUS_RATIO = 16.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt a model.
+
+    Attributes:
+        name: what users type.
+        description: one line for `gaintune methods`.
+        lr: default peak learning rate.
+        options: fields of `MethodConfig` the method understands, beside `lr` and `label`.
+        needs: what it costs or asks for.
+        build: makes the PEFT configuration; None where every weight of the base trains.
+        peft_type: PEFT's name for what `build` makes.
+        rates: rate multipliers by part of a parameter's name, as in `parameter_groups`; None where all learn alike.
+        quantized: whether the base may be quantized.
+    """
+
+    name: str
+    description: str
+    lr: float
+    options: frozenset[str]
+    needs: str
+    build: peft_configs.Build | None
+    peft_type: str | None = None
+    rates: Callable[[MethodConfig], Mapping[str, float]] | None = None
+    quantized: bool = True
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base's own weights train: they are then kept in fp32, with mixed precision around them."""
+        return self.build is None
+
+
+_FROZEN = "frozen base"
+_LOW_RANK = frozenset({"rank", "alpha", "targets"})
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "gain",
+            "one gain per feature at the attention output projection",
+            0.01,
+            frozenset({"targets"}),
+            f"{_FROZEN}; gains only (fp32)",
+            peft_configs.gain(ffn=False),
+            "GAIN",
+        ),
+        Method(
+            "gain-ffn",
+            "GAIN, and one gain per hidden feature of the FFN",
+            0.01,
+            frozenset({"targets"}),
+            f"{_FROZEN}; gains only (fp32)",
+            peft_configs.gain(ffn=True),
+            "GAIN",
+        ),
+        Method(
+            "ia3",
+            "(IA)3: scales keys, values and FFN activations",
+            0.01,
+            frozenset(),
+            f"{_FROZEN}; vectors only (fp32)",
+            peft_configs.ia3,
+            "IA3",
+        ),
+        Method(
+            "lora",
+            "LoRA; rank 1 on the attention output projection unless told otherwise",
+            0.01,
+            _LOW_RANK,
+            f"{_FROZEN}; two thin matrices a module (fp32)",
+            peft_configs.lora(),
+            "LORA",
+        ),
+        Method(
+            "lora+",
+            "LoRA whose B learns faster than its A (16 times unless told otherwise)",
+            0.002,
+            _LOW_RANK | {"lr_ratio"},
+            f"{_FROZEN}; two thin matrices a module (fp32)",
+            peft_configs.lora(),
+            "LORA",
+            rates=lambda config: {"lora_B": LORA_PLUS_RATIO if config.lr_ratio is None else config.lr_ratio},
+        ),
+        Method(
+            "dora",
+            "DoRA: LoRA for the direction of a weight, and its length a column; modules and rank as in lora",
+            0.01,
+            _LOW_RANK,
+            f"{_FROZEN}; the whole weight is put together in every forward pass: slower, more memory",
+            peft_configs.lora(use_dora=True),
+            "LORA",
+        ),
+        Method(
+            "pissa",
+            "PiSSA: LoRA that starts as the largest part of the weight; modules and rank as in lora",
+            0.002,
+            _LOW_RANK,
+            "an exact SVD of every adapted weight at each start and load; not for quantized bases",
+            peft_configs.lora(init_lora_weights="pissa"),
+            "LORA",
+            quantized=False,
+        ),
+        Method(
+            "adalora",
+            "AdaLoRA: rank 8 on average over all linear layers, from 12 everywhere, by importance",
+            0.002,
+            _LOW_RANK | {"orthogonality"},
+            f"{_FROZEN}; the number of updates of the whole sequence, known from the plan; three averages a number",
+            peft_configs.adalora,
+            "ADALORA",
+        ),
+        Method(
+            "hira",
+            "HiRA: every weight times 1 + BA; rank 8 on all linear layers unless told otherwise",
+            0.002,
+            frozenset({"rank", "targets"}),
+            f"{_FROZEN}; a matrix of the weight's size for every module in a forward pass: slower, more memory",
+            peft_configs.hira,
+            "HIRA",
+        ),
+        Method(
+            "vera",
+            "VeRA: two vectors a module around one pair of random matrices; rank 256 on all linear layers",
+            0.01,
+            frozenset({"rank", "targets"}),
+            f"{_FROZEN}; vectors only (fp32), and the shared matrices on disk",
+            peft_configs.vera,
+            "VERA",
+        ),
+        Method(
+            "osf",
+            "OSF: trains the smaller half of every weight's singular directions, apart from the larger half",
+            1e-4,
+            frozenset({"targets", "preserved"}),
+            "an SVD of every weight at each start and load; about full's memory (fp32); not for quantized bases",
+            peft_configs.osf,
+            "OSF",
+            quantized=False,
+        ),
+        Method(
+            "full",
+            "every weight of the base trains",
+            2e-5,
+            frozenset(),
+            "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
+            None,
+            quantized=False,
+        ),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """Look a method up, naming the nearest one for a typo."""
+    if name in METHODS:
+        return METHODS[name]
+    near = get_close_matches(name, METHODS, n=1)
+    advice = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown method {name!r}; {advice}known methods: {', '.join(METHODS)}")
