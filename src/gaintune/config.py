@@ -12,9 +12,10 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from gaintune.errors import ConfigError
-from gaintune.sections import NAME, MethodConfig, Section
+from gaintune.sections import NAME, ClassifyConfig, MethodConfig, Section
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
+CLASSIFIER_BASE = "FacebookAI/roberta-base"
 Task = Literal["text", "instruct", "classify"]
 Template = Literal["auto", "plain", "alpaca", "magicoder", "chat"]
 
@@ -174,6 +175,23 @@ class Plan(Section):
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
+    classify: ClassifyConfig = Field(default_factory=lambda: ClassifyConfig())
+
+    @property
+    def classifies(self) -> bool:
+        """Whether labels are learnt from the domains' rows."""
+        return self.data.task_of(self.data.domains[0]) == "classify"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _base_of_a_classifier(cls, values: Any) -> Any:
+        """The base is an encoder where labels are learnt and the plan names none."""
+        if not isinstance(values, Mapping) or not _says_classify(values.get("data")):
+            return values
+        model = values.get("model") or {}
+        if not isinstance(model, Mapping) or "name" in model:
+            return values
+        return {**values, "model": {**model, "name": CLASSIFIER_BASE}}
 
     @model_validator(mode="after")
     def _different_labels(self) -> Plan:
@@ -183,10 +201,21 @@ class Plan(Section):
         return self
 
 
+def _says_classify(data: Any) -> bool:
+    """Whether a plan's data, checked or not, says that labels are learnt."""
+    if isinstance(data, DataConfig):
+        return data.task_of(data.domains[0]) == "classify"
+    if not isinstance(data, Mapping):
+        return False
+    domains = data.get("domains")
+    each = domains if isinstance(domains, list | tuple) else ()
+    return data.get("task") == "classify" or any(isinstance(d, Mapping) and d.get("task") == "classify" for d in each)
+
+
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     """Field names of the section an error location points into."""
     section: Any = Plan
-    parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+    parts = {name: field.annotation for name, field in Plan.model_fields.items()}
     if len(location) > 1:
         section = {"methods": MethodConfig}.get(str(location[0]), parts.get(str(location[0]), Plan))
         if len(location) > 2 and location[:2] == ("data", "domains"):

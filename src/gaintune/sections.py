@@ -1,4 +1,4 @@
-"""The base of all parts of a plan, and the part that describes a method."""
+"""The base of all parts of a plan, and the parts that describe a classifier and a method."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ class Section(BaseModel):
     """A frozen part of the plan; a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClassifyConfig(Section):
+    """How labelled rows become a classifier; read where the task is classify."""
+
+    max_length: int = Field(default=128, ge=4, description="longest row, in tokens; longer ones are cut, and counted")
+    train_rows: int | None = Field(
+        default=None, gt=0, description="training rows of a domain, drawn in an order the seed decides; all of them"
+    )
+    validation_rows: int | None = Field(
+        default=None, gt=0, description="validation rows of a domain, drawn likewise; all of them"
+    )
+    head_lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate of the new head; the method's, but at most 0.001"
+    )
 
 
 class MethodConfig(Section):

@@ -44,12 +44,17 @@ def load_hub(source: HubSource, name: str, characters: int | None = None) -> Doc
         train = _documents(source, source.train, limit)
         validation = _documents(source, source.validation, limit) if source.validation else None
     except Exception as error:  # the hub client raises errors of many unrelated kinds
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise AssetError(
-            f"cannot load domain {name!r} from the Hub data set {source.path!r}: {reason}. "
-            f"Check the network and the id, or give a local copy, a file or a folder: {name}=PATH"
-        ) from error
+        raise unreachable(error, name, source.path) from error
     return Documents(train, validation, source.path)
+
+
+def unreachable(error: Exception, name: str, path: str) -> AssetError:
+    """What a person reads when a data set of the Hub cannot be loaded."""
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return AssetError(
+        f"cannot load domain {name!r} from the Hub data set {path!r}: {reason}. "
+        f"Check the network and the id, or give a local copy, a file or a folder: {name}=PATH"
+    )
 
 
 def _documents(source: HubSource, split: str, limit: int | None) -> tuple[Document, ...]:
