@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,18 @@ logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 256
 IGNORED = -100
+
+
+class Objective(Protocol):
+    """What training minimises: a loss summed over scored items (tokens, rows), divided by their number in an update."""
+
+    def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Summed loss of a batch in nats."""
+        ...
+
+    def scored(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """How many items the sum goes over."""
+        ...
 
 
 def _logits(

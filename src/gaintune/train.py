@@ -20,9 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config import TrainConfig
 from gaintune.errors import ConfigError, TrainingError, one_line
+from gaintune.loss import Objective
 from gaintune.progress import Progress, Silent
 from gaintune.runs import damage
-from gaintune.trainer import AfterUpdate, Objective, RowTrainer, Watch
+from gaintune.trainer import AfterUpdate, RowTrainer, Watch
 from gaintune.updates import UpdateRule
 
 
@@ -48,6 +49,11 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int, /) -> dict[str, torch.Tensor]: ...
+
+
+def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
+    """How many updates an adaptation on so many rows takes."""
+    return math.ceil(rows / (plan.batch_size * plan.gradient_accumulation * processes)) * plan.epochs
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -123,8 +129,7 @@ def train(
         callbacks=[*trackers, AfterUpdate(model, rules)],
     )
     trainer.remove_callback(PrinterCallback)
-    rows_per_step = plan.batch_size * plan.gradient_accumulation * arguments.world_size
-    steps = math.ceil(len(rows) / rows_per_step) * plan.epochs
+    steps = count_updates(len(rows), plan, arguments.world_size)
     total = rows.tokens * plan.epochs
     resume = newest_checkpoint(checkpoints)
     done = total * int(resume.name.rpartition("-")[2]) // steps if resume else 0

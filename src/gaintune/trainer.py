@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -15,23 +15,11 @@ from transformers import Trainer, TrainerCallback
 
 from gaintune.config import TrainConfig
 from gaintune.errors import TrainingError
-from gaintune.loss import NextTokenLoss
+from gaintune.loss import NextTokenLoss, Objective
 from gaintune.progress import Advance
 from gaintune.runs import write_manifest
 from gaintune.tuners.optim import parameter_groups
 from gaintune.updates import UpdateRule
-
-
-class Objective(Protocol):
-    """What training minimises: a loss summed over scored items (tokens, rows), divided by their number in an update."""
-
-    def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Summed loss of a batch in nats."""
-        ...
-
-    def scored(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """How many items the sum goes over."""
-        ...
 
 
 def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
