@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
@@ -16,6 +17,8 @@ from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.method_catalogue import Method, get_method
 from gaintune.models import resolve_device, resolve_dtype
+from gaintune.penalties import penalty_of
+from gaintune.updates import Place, StageRule
 
 COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
@@ -68,7 +71,30 @@ def rate_multipliers(config: MethodConfig) -> Mapping[str, float] | None:
     return None if rates is None else rates(config)
 
 
-def attach(model: PreTrainedModel, config: MethodConfig, *, seed: int, task_type: str = "CAUSAL_LM") -> nn.Module:
+def rules_of(config: MethodConfig, place: Place, *, seed: int) -> list[StageRule]:
+    """What acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
+
+    Args:
+        config: the method and its options.
+        place: where the adaptation stands in its sequence.
+        seed: seed of the choice of rows for EWC.
+
+    Raises:
+        ConfigError: what the rules need is not kept with the adapter that is carried on.
+    """
+    make = get_method(config.name).rule
+    own = None if make is None else make(config, place)
+    return [rule for rule in (own, penalty_of(config, place, seed=seed)) if rule is not None]
+
+
+def attach(
+    model: PreTrainedModel,
+    config: MethodConfig,
+    *,
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+    head: Sequence[str] = (),
+) -> nn.Module:
     """Prepare a base model for a method: wrap it in its adapter, or set all its weights to train.
 
     Args:
@@ -76,6 +102,7 @@ def attach(model: PreTrainedModel, config: MethodConfig, *, seed: int, task_type
         config: the method and its options.
         seed: seed of random start values, such as LoRA's A.
         task_type: PEFT's word for what the model does.
+        head: names of the modules of a new head, trained whole and saved with the adapter.
 
     Returns:
         A `PeftModel`, or the model itself where every weight trains.
@@ -94,6 +121,8 @@ def attach(model: PreTrainedModel, config: MethodConfig, *, seed: int, task_type
         try:
             peft_config = method.build(model, config)
             peft_config.task_type = TaskType(task_type)
+            if head:
+                _save_with_adapter(peft_config, head, config)
             adapted = get_peft_model(model, peft_config)
         except GaintuneError:
             raise
@@ -102,6 +131,13 @@ def attach(model: PreTrainedModel, config: MethodConfig, *, seed: int, task_type
             raise ConfigError(f"method {config.label!r} cannot be attached to this base: {reason}") from error
     _require_all_adapted(adapted, config)
     return adapted
+
+
+def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: MethodConfig) -> None:
+    """Have PEFT train and save a head; those that it calls a classifier's it finds by itself."""
+    if not hasattr(peft_config, "modules_to_save"):
+        raise ConfigError(f"method {config.name!r} has no way to train a new head beside it; choose another method")
+    peft_config.modules_to_save = [name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None
 
 
 def _require_all_adapted(model: PeftModel, config: MethodConfig) -> None:

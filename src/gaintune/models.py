@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from gaintune.errors import BaseModelError, ConfigError, one_line
 from gaintune.fingerprint import fingerprint_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +96,18 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Base:
     device = resolve_device(config.device)
     dtype = dtype or resolve_dtype(config.dtype, device)
     checkpoint = locate(config)
-    _check_causal(checkpoint, config.quantization, config.trust_remote_code)
-    tokenizer = _load_tokenizer(checkpoint, config)
+    _check_causal(checkpoint, config)
+    tokenizer = tokenizer_of(checkpoint, config)
     model = load_model(
         checkpoint, dtype, device, quantization=config.quantization, trust_remote_code=config.trust_remote_code
     )
+    return with_identity(model, tokenizer, checkpoint, config)
+
+
+def with_identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, config: ModelConfig
+) -> Base:
+    """A loaded model and its tokenizer, with the fingerprint of their folder."""
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:  # harmless as long as text never turns into the tokens beyond, such as a padding token
@@ -110,7 +118,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Base:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The base's tokenizer alone; raises as `load_base` does."""
-    return _load_tokenizer(locate(config), config)
+    return tokenizer_of(locate(config), config)
 
 
 def base_fingerprint(config: ModelConfig) -> str:
@@ -125,18 +133,62 @@ def load_model(
     *,
     quantization: str | None = None,
     trust_remote_code: bool = False,
+    kind: Any = None,
 ) -> PreTrainedModel:
-    """Load the weights of a folder into its causal language model, in evaluation mode; every weight must be there."""
+    """Load the weights of a folder, in evaluation mode; every weight must be there.
+
+    `kind` is the class to load them into, a causal language model's unless given.
+    """
     from transformers import AutoModelForCausalLM
 
+    model, missing = read_weights(
+        kind or AutoModelForCausalLM,
+        checkpoint,
+        dtype,
+        device,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )
+    if missing:
+        raise BaseModelError(
+            f"model {checkpoint.name!r}: {len(missing)} weights are missing from {checkpoint.folder}, the first is "
+            f"{missing[0]}; transformers would have made them up at random"
+        )
+    return model
+
+
+def read_weights(
+    kind: Any,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantization: str | None = None,
+    unquantized: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    **changes: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a folder's weights into a class of transformers, in evaluation mode.
+
+    Args:
+        kind: the class, such as `AutoModelForCausalLM`.
+        unquantized: modules that stay as they are under `quantization`, beside the output embedding.
+        changes: fields of the model's config to set, such as `num_labels`.
+
+    Returns:
+        The model, and the names of the weights that the folder lacks or has in another shape, sorted: those have
+        random values now.
+    """
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     if quantization:
-        options["quantization_config"] = _quantization(quantization, dtype, device)
+        options["quantization_config"] = _quantization(quantization, dtype, device, unquantized)
     if quantization or device.type != "cpu":
         options["device_map"] = {"": device}
+    if changes:
+        options |= {**changes, "ignore_mismatched_sizes": True}
     shown = f"model {checkpoint.name!r}"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, output_loading_info=True, **options)
+        loaded: Any = kind.from_pretrained(checkpoint.folder, output_loading_info=True, **options)
     except torch.cuda.OutOfMemoryError:
         raise BaseModelError(
             f"{shown} does not fit on {device} in {DTYPE_NAMES[dtype]}: try model.quantization=4bit"
@@ -147,15 +199,9 @@ def load_model(
             f"{shown}: {checkpoint.folder} cannot be loaded ({reason}); fetch or save it again"
         ) from error
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise BaseModelError(
-            f"{shown}: {len(missing)} weights are missing from {checkpoint.folder}, the first is {missing[0]}; "
-            "transformers would have made them up at random"
-        )
     model.name_or_path = checkpoint.name  # what PEFT writes into an adapter as its base
     model.config._name_or_path = checkpoint.name
-    return model.eval()
+    return model.eval(), sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
 
 
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
@@ -170,16 +216,25 @@ def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     model.save_pretrained(folder, **options)
 
 
-def _check_causal(checkpoint: Checkpoint, quantization: str | None, trust_remote_code: bool) -> None:
-    """Refuse what is not a decoder before its weights are read: AutoModelForCausalLM takes an encoder silently."""
+def read_architecture(checkpoint: Checkpoint, settings: ModelConfig) -> PreTrainedConfig:
+    """The model's own config; refuses one that cannot be read, and quantizing what is stored quantized."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # invalid JSON, unknown model type, or code that would have to be run
         reason = one_line(error)[:300]
         raise BaseModelError(f"model {checkpoint.name!r}: its config.json cannot be read ({reason})") from error
+    if settings.quantization and getattr(config, "quantization_config", None):
+        raise BaseModelError(f"model {checkpoint.name!r} is stored quantized already: leave model.quantization out")
+    return config
+
+
+def _check_causal(checkpoint: Checkpoint, settings: ModelConfig) -> None:
+    """Refuse what is not a decoder before its weights are read: AutoModelForCausalLM takes an encoder silently."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_architecture(checkpoint, settings)
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     known = {known} if isinstance(known, str) else set(known)
     named = set(config.architectures or ())
@@ -187,25 +242,29 @@ def _check_causal(checkpoint: Checkpoint, quantization: str | None, trust_remote
     if config.is_encoder_decoder or not (own_code or (known & named if named else known)):
         kind = ", ".join(sorted(named)) or config.model_type
         raise BaseModelError(f"model {checkpoint.name!r} is a {kind}; a causal language model (decoder only) is needed")
-    if quantization and getattr(config, "quantization_config", None):
-        raise BaseModelError(f"model {checkpoint.name!r} is stored quantized already: leave model.quantization out")
 
 
-def _quantization(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _quantization(name: str, dtype: torch.dtype, device: torch.device, unquantized: Sequence[str] = ()) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BaseModelError(f"model.quantization={name} needs bitsandbytes: pip install 'gaintune[quantization]'")
     if device.type == "cpu":
         logger.warning("%s on the CPU: fine for trying out; bitsandbytes is made for CUDA, train and merge there", name)
+    skipped = list(unquantized) or None  # None leaves transformers its own choice
     if name == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 
-def _load_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTokenizerBase:
+def tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in a base's folder; raises as `load_base` does."""
     from transformers import AutoTokenizer
 
     folder = checkpoint.folder
