@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from gaintune import peft_configs
+from gaintune.adalora import BudgetSchedule
 from gaintune.errors import ConfigError
+from gaintune.osf import SubspaceProjection
 from gaintune.sections import MethodConfig
+from gaintune.updates import Place, StageRule
 
 LORA_PLUS_RATIO = 16.0
 
@@ -27,6 +30,7 @@ class Method:
         peft_type: PEFT's name for what `build` makes.
         rates: rate multipliers by part of a parameter's name, as in `parameter_groups`; None where all learn alike.
         quantized: whether the base may be quantized.
+        rule: makes what acts on every update of one adaptation, for its place in the sequence; None where nothing does.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Method:
     peft_type: str | None = None
     rates: Callable[[MethodConfig], Mapping[str, float]] | None = None
     quantized: bool = True
+    rule: Callable[[MethodConfig, Place], StageRule] | None = None
 
     @property
     def trains_base(self) -> bool:
@@ -118,12 +123,13 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "adalora",
-            "AdaLoRA: rank 8 on average over all linear layers, from 12 everywhere, by importance",
+            "AdaLoRA: rank 8 on average over all linear layers, from 12 in each, by importance",
             0.002,
             _LOW_RANK | {"orthogonality"},
             f"{_FROZEN}; the number of updates of the whole sequence, known from the plan; three averages a number",
             peft_configs.adalora,
             "ADALORA",
+            rule=BudgetSchedule,
         ),
         Method(
             "hira",
@@ -152,6 +158,7 @@ METHODS: dict[str, Method] = {
             peft_configs.osf,
             "OSF",
             quantized=False,
+            rule=lambda config, place: SubspaceProjection(),
         ),
         Method(
             "full",

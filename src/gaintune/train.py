@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -24,7 +24,7 @@ from gaintune.loss import Objective
 from gaintune.progress import Progress, Silent
 from gaintune.runs import damage
 from gaintune.trainer import AfterUpdate, RowTrainer, Watch
-from gaintune.updates import UpdateRule
+from gaintune.updates import Rows, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,6 @@ class Adaptation:
     losses: tuple[float, ...]
     seconds: float
     tokens_per_second: float
-
-
-class Rows(Protocol):
-    """What is trained on: `gaintune.data.examples.Examples`, or rows of another objective."""
-
-    @property
-    def tokens(self) -> int:
-        """All tokens of one pass."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> dict[str, torch.Tensor]: ...
 
 
 def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
