@@ -26,9 +26,8 @@ from gaintune.cli_plan import (
     ValidationTokens,
     assemble,
 )
-from gaintune.console import Bars, percent, show_warnings, table
+from gaintune.console import percent, progress_on, quiet_libraries, show_warnings, table
 from gaintune.errors import GaintuneError
-from gaintune.progress import Progress, Silent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,37 +42,14 @@ DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on
 INTERRUPTED = 130
 
 
-def _quiet_libraries() -> None:
-    """Keep other libraries' progress bars and advice off the terminal; their errors still show."""
-    import warnings
-
-    from datasets.utils import logging as datasets_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
-    datasets_logging.disable_progress_bar()
-    for library in ("peft", "torch", "transformers"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)
-
-
-def _progress() -> Progress:
-    """Bars; of several processes on one run, only the first draws."""
-    from gaintune.runs import first_process
-
-    return Bars(err) if first_process() else Silent()
-
-
 def _sequence(plan: Any, run: Path) -> None:
     """Run a plan, print its summary, write its report."""
-    _quiet_libraries()
+    quiet_libraries()
     from gaintune.report import write_report
     from gaintune.runs import first_process
     from gaintune.sequence import run_sequence
 
-    matrix = run_sequence(plan, run, progress=_progress())
+    matrix = run_sequence(plan, run, progress=progress_on(err))
     if not first_process():
         return
     figures = ("in_domain", "backward_transfer", "backward_transfer_since_learnt", "forward_interference")
@@ -146,12 +122,12 @@ def adapt(
 ) -> None:
     """Adapt to one domain with one method and save the adapter."""
     settled = assemble(plan, {**locals(), "domains": domain, "methods": method}, set_)
-    _quiet_libraries()
+    quiet_libraries()
     from gaintune.adaptation import adapt as run_adapt
     from gaintune.evaluate.losses import change
     from gaintune.runs import first_process
 
-    result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=_progress())
+    result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
     if not first_process():
         return
     before, after = result.before, result.after
@@ -181,10 +157,10 @@ def evaluate(
     plan = Path(model) if Path(model).suffix in {".yaml", ".yml"} else None
     given = {**locals(), "domains": domain, "model": None if plan else model}
     settled = assemble(plan, given, set_)
-    _quiet_libraries()
+    quiet_libraries()
     from gaintune.evaluate.compare import compare_adapters
 
-    figures = compare_adapters(settled, adapter or [], allow_other_base=allow_other_base, progress=_progress())
+    figures = compare_adapters(settled, adapter or [], allow_other_base=allow_other_base, progress=progress_on(err))
     if as_json:
         typer.echo(json.dumps([figure.to_dict() for figure in figures], indent=1))
         return
@@ -237,7 +213,7 @@ def merge(
     settled = assemble(
         plan, given, [*([f"model.revision={base.revision}"] if base and base.revision else []), *(set_ or [])]
     )
-    _quiet_libraries()
+    quiet_libraries()
     from gaintune.data.blocks import load_domain
     from gaintune.export import merge_adapter
     from gaintune.models import load_tokenizer

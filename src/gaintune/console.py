@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gaintune import progress
 from gaintune.progress import Advance
 
 LINES_EVERY = 15.0
@@ -90,3 +91,26 @@ def show_warnings(console: Console) -> None:
     logger = logging.getLogger("gaintune")
     logger.handlers = [handler]
     logger.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice off the terminal; their errors still show."""
+    import warnings
+
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    datasets_logging.disable_progress_bar()
+    for library in ("peft", "torch", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)
+
+
+def progress_on(console: Console) -> progress.Progress:
+    """Bars; of several processes on one run, only the first draws."""
+    from gaintune.runs import first_process
+
+    return Bars(console) if first_process() else progress.Silent()
