@@ -14,11 +14,10 @@ from gaintune.adapters import (
     AdapterRecord,
     adapter_weights,
     load_adapter,
-    read_config,
-    read_record,
     save_adapter,
 )
-from gaintune.config import MethodConfig, Plan, read_plan
+from gaintune.carry_on import previous_record
+from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
@@ -88,7 +87,7 @@ def adapt(
     method, shown = settled.methods[0], progress or Silent()
     check_method(method)
     start = None if start is None else Path(start)
-    previous = None if start is None else _previous(start, method)
+    previous = None if start is None else previous_record(start, method)
     numbers = numbers_of(settled.model, method)
     device = resolve_device(settled.model.device)
     environment = describe_environment(device)
@@ -157,23 +156,3 @@ def adapt(
         seconds=adaptation.seconds,
         tokens_per_second=adaptation.tokens_per_second,
     )
-
-
-def _previous(start: Path, method: MethodConfig) -> AdapterRecord | None:
-    """The record of the adapter to carry on, None for a foreign one; refuses one that the method did not make."""
-    record = read_record(start)
-    if record is None:
-        wanted, found = check_method(method).peft_type, read_config(start).get("peft_type")
-        if wanted != found:
-            raise ConfigError(
-                f"{start} is a {found} adapter, method {method.name!r} carries on {wanted or 'full weights'}"
-            )
-        return None
-    if record.method != method.name:
-        raise ConfigError(f"{start} was made by method {record.method!r}, the plan says {method.name!r}")
-    had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
-    for option in ("rank", "alpha", "targets"):
-        given = getattr(method, option)
-        if given is not None and given != getattr(had, option):
-            raise ConfigError(f"{start} has {option} {getattr(had, option)!r}, the plan says {given!r}; leave it out")
-    return record

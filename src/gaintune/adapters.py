@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,7 +34,8 @@ FORMAT = 1
 class AdapterRecord:
     """What an adapter was trained on and how.
 
-    `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`.
+    `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`;
+    `labels` are the classes of a classifier, in the order of its logits, and empty for everything else.
     """
 
     base_name: str
@@ -45,13 +47,20 @@ class AdapterRecord:
     versions: dict[str, str] = field(default_factory=dict)
     base_revision: str | None = None
     content_hashes: dict[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
-def save_adapter(model: torch.nn.Module, folder: str | Path, record: AdapterRecord) -> None:
+def save_adapter(
+    model: torch.nn.Module,
+    folder: str | Path,
+    record: AdapterRecord,
+    *,
+    keep: Callable[[Path], None] | None = None,
+) -> None:
     """Write a PeftModel's active adapter, or the whole of a plain model, with its record.
 
     The folder appears only when it is whole; an existing one is replaced. The same adapter gives the same bytes,
-    whatever the process.
+    whatever the process. `keep` writes further files into it, such as what a penalty must remember.
     """
     from peft import PeftModel
 
@@ -60,6 +69,8 @@ def save_adapter(model: torch.nn.Module, folder: str | Path, record: AdapterReco
             _save_peft(model, temporary, record)
         else:
             save_model(cast(Any, model), temporary)
+        if keep is not None:
+            keep(temporary)
         runs.write_json(temporary / RECORD, {"format": FORMAT, **asdict(record)})
 
 
@@ -97,6 +108,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
     try:
         values = runs.read_json(path)
         values["domains"] = tuple(values["domains"])
+        values["labels"] = tuple(values.get("labels", ()))
         known = {entry.name for entry in fields(AdapterRecord)}
         return AdapterRecord(**{key: value for key, value in values.items() if key in known})
     except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -252,7 +264,7 @@ def _load_full(base: Base, folder: Path, trainable: bool) -> torch.nn.Module:
     """Copy fully fine-tuned weights into the base's own parameters, whose dtype and device stay."""
     model: Any = base.model
     try:
-        saved = load_model(Checkpoint(str(folder), folder), model.dtype, torch.device("cpu"))
+        saved = load_model(Checkpoint(str(folder), folder), model.dtype, torch.device("cpu"), kind=type(model))
     except BaseModelError as error:
         raise AdapterError(f"{folder}: {error}") from error
     own, weights = model.state_dict(), saved.state_dict()

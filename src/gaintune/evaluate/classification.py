@@ -1,0 +1,159 @@
+"""From predicted labels to figures: accuracy with its interval, every class, and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gaintune.config import EvaluateConfig
+from gaintune.errors import DataError
+from gaintune.evaluate.bootstrap import bounds, replicate_means
+
+POSITIVE = ("1", "equivalent")  # the class of GLUE's F1: MRPC's paraphrases, and 1 where labels are 0 and 1
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The true and the predicted label of every row of one domain, as numbers counted in the order of `labels`."""
+
+    domain: str
+    labels: tuple[str, ...]
+    truth: tuple[int, ...]
+    predicted: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.truth or len(self.truth) != len(self.predicted):
+            raise DataError(
+                f"{len(self.truth)} true and {len(self.predicted)} predicted labels: need one of each a row"
+            )
+        numbers = {*self.truth, *self.predicted}
+        if not numbers <= set(range(len(self.labels))):
+            raise DataError(f"label numbers {sorted(numbers)} for the labels {', '.join(self.labels)}")
+
+    @property
+    def right(self) -> NDArray[np.float64]:
+        """1 where the prediction is right, else 0, `(rows,)`."""
+        return np.asarray(np.equal(self.truth, self.predicted), np.float64)
+
+    def confusion(self) -> NDArray[np.int64]:
+        """Rows of each true label (first axis) that were given each label (second axis)."""
+        counts = np.zeros((len(self.labels), len(self.labels)), np.int64)
+        np.add.at(counts, (np.asarray(self.truth), np.asarray(self.predicted)), 1)
+        return counts
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of rows, or a difference of two shares, with its bootstrap interval; None for a single row."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """One class: of the rows given its label the share that have it, of the rows that have it the share found.
+
+    `rows` have the label, `predicted` were given it. A share of no rows is 0, as is the F1 of nothing.
+    """
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+    predicted: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well the labels of one domain are predicted.
+
+    Attributes:
+        accuracy: share of rows with the right label, and its interval over rows.
+        majority: share of the most frequent label: what always giving it would reach.
+        matthews: Matthews correlation (CoLA's metric in GLUE; more than two classes after Gorodkin 2004), -1 to 1; 0
+            where one label is never given, or all rows have the same.
+        macro_f1: unweighted mean of the classes' F1.
+        f1: F1 of the class called 1 or equivalent (MRPC's metric in GLUE); None where there are not two classes, or
+            neither is called so.
+        classes: each class, in the order of the labels.
+        rows: how many rows were measured.
+    """
+
+    domain: str
+    accuracy: Share
+    majority: float
+    matthews: float
+    macro_f1: float
+    f1: float | None
+    classes: tuple[ClassFigures, ...]
+    rows: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def score(predictions: Predictions, settings: EvaluateConfig) -> Scores:
+    """All figures of one model on one domain."""
+    counts = predictions.confusion()
+    classes = tuple(_class_figures(label, number, counts) for number, label in enumerate(predictions.labels))
+    positive = [each.f1 for each in classes if each.label in POSITIVE] if len(classes) == 2 else []
+    return Scores(
+        domain=predictions.domain,
+        accuracy=_share(predictions.right, predictions.domain, settings),
+        majority=int(counts.sum(axis=1).max()) / int(counts.sum()),
+        matthews=matthews_correlation(counts),
+        macro_f1=math.fsum(each.f1 for each in classes) / len(classes),
+        f1=positive[0] if positive else None,
+        classes=classes,
+        rows=len(predictions.truth),
+    )
+
+
+def difference(first: Predictions, second: Predictions, settings: EvaluateConfig) -> Share:
+    """Accuracy of the second less that of the first, paired row by row; exactly 0 for equal predictions.
+
+    Raises:
+        DataError: they are not of the same rows.
+    """
+    if (first.domain, first.truth) != (second.domain, second.truth):
+        raise DataError(f"predictions for {first.domain} and {second.domain} are not of the same rows")
+    return _share(second.right - first.right, first.domain, settings)
+
+
+def _share(values: NDArray[np.float64], domain: str, settings: EvaluateConfig) -> Share:
+    """The mean over rows, and the interval of its resamples."""
+    ones = np.ones(len(values), np.int64)
+    replicates = replicate_means(
+        values[None], ones, samples=settings.bootstrap_samples, seed=settings.seed, domain=domain
+    )
+    value = float(replicates[0, 0])
+    if len(values) < 2:
+        return Share(value, None, None)
+    low, high = bounds(replicates[:, 0], settings.confidence)
+    return Share(value, float(low), float(high))
+
+
+def _class_figures(label: str, number: int, counts: NDArray[np.int64]) -> ClassFigures:
+    right = int(counts[number, number])
+    rows, predicted = int(counts[number].sum()), int(counts[:, number].sum())
+    precision = right / predicted if predicted else 0.0
+    recall = right / rows if rows else 0.0
+    f1 = 2 * right / (rows + predicted) if rows + predicted else 0.0
+    return ClassFigures(label, precision, recall, f1, rows, predicted)
+
+
+def matthews_correlation(counts: Sequence[Sequence[int]] | NDArray[np.int64]) -> float:
+    """Correlation of true and given labels, from the rows of each pair of them, `(labels, labels)`."""
+    table = np.asarray(counts, np.float64)
+    rows, given, total = table.sum(axis=1), table.sum(axis=0), table.sum()
+    spread = (total**2 - rows @ rows) * (total**2 - given @ given)
+    return float((np.trace(table) * total - rows @ given) / math.sqrt(spread)) if spread > 0 else 0.0
