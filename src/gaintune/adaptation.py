@@ -19,16 +19,17 @@ from gaintune.adapters import (
 from gaintune.carry_on import previous_record
 from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
+from gaintune.data.replay import with_replay
 from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
-from gaintune.methods import attach, check_method, learning_rate, numbers_of, trainable_parameters
+from gaintune.learning import learn
+from gaintune.methods import attach, check_method, numbers_of, trainable_parameters
 from gaintune.models import load_base, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import open_run, sha256_file
 from gaintune.sequence import describe_inputs
-from gaintune.train import train
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def adapt(
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> AdaptResult:
-    """Adapt the plan's base to its one domain with its one method, and save the adapter.
+    """Adapt the plan's base to its domain with its one method, and save the adapter.
 
-    Stopped and started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
+    A plan of one domain; with replay, of the earlier domains whose rows are mixed in, and the new one last. Stopped and started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
 
     Args:
         plan: a `Plan`, nested values such as `{"data": {"domains": ["law"]}, "methods": ["gain-ffn"]}`, or a YAML file.
@@ -80,7 +81,7 @@ def adapt(
     """
     settled = read_plan(plan)
     out = Path(out)
-    if len(settled.data.domains) != 1 or len(settled.methods) != 1:
+    if len(settled.methods) != 1 or (len(settled.data.domains) != 1 and not settled.methods[0].replay):
         raise ConfigError("adapt takes one domain and one method; `gaintune sequence` takes several")
     if out.exists():
         raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
@@ -94,9 +95,9 @@ def adapt(
     unfinished = out.with_name(f"{out.name}.unfinished")
     with open_run(unfinished, settled, environment, cpu=device.type == "cpu") as run:
         base = load_base(settled.model, dtype=numbers.load)
-        domain = load_domain(settled.data.domains[0], settled.data, base.tokenizer)
+        *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
         inputs = {
-            **describe_inputs(base.fingerprint, [domain]),
+            **describe_inputs(base.fingerprint, [*earlier, domain]),
             "start": None if start is None else sha256_file(adapter_weights(start)),
         }
         run.settle("inputs.json", inputs, f"To begin anew, delete {unfinished}")
@@ -117,12 +118,13 @@ def adapt(
         else:
             model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
         before = look(model, f"measuring {domain.name} before")
-        adaptation = train(
+        learnt = learn(
             model,
-            domain.train,
+            method,
+            with_replay(domain.train, [each.train for each in earlier], method.replay, settled.train.seed),
             settled.train,
-            lr=learning_rate(method, settled.train),
-            seed=settled.train.seed,
+            place,
+            own_rows=domain.train,
             checkpoints=unfinished / "checkpoints",
             logs=out.with_name(f"{out.name}.tensorboard"),
             mixed_precision=numbers.mixed,
@@ -142,7 +144,7 @@ def adapt(
         )
         after = look(model, f"measuring {domain.name} after")
         if run.writes:
-            save_adapter(model, out, record)
+            save_adapter(model, out, record, keep=learnt.keep)
         run.wait()
     if run.writes:
         shutil.rmtree(unfinished)
@@ -151,8 +153,25 @@ def adapt(
         before=before,
         after=after,
         trainable_parameters=trainable_parameters(model),
-        steps=adaptation.steps,
-        tokens=adaptation.tokens,
-        seconds=adaptation.seconds,
-        tokens_per_second=adaptation.tokens_per_second,
+        steps=learnt.adaptation.steps,
+        tokens=learnt.adaptation.tokens,
+        seconds=learnt.adaptation.seconds,
+        tokens_per_second=learnt.adaptation.tokens_per_second,
     )
+
+
+def _check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None) -> None:
+    """Replay needs the earlier domains' texts: refuse it without, and domains that the adapter has not learnt."""
+    method, *_ = plan.methods
+    earlier = [domain.name for domain in plan.data.domains[:-1]]
+    if not method.replay:
+        return
+    if not earlier or start is None:
+        raise ConfigError(
+            "replay mixes in rows of earlier domains: give --start, and the domains it has learnt before the new one "
+            "(--domain earlier --domain new); or leave replay out"
+        )
+    unknown = [name for name in earlier if previous is not None and name not in previous.domains]
+    if unknown:
+        learnt = ", ".join(previous.domains if previous else ())
+        raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {learnt}")

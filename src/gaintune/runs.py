@@ -130,10 +130,15 @@ def _differences(ours: Any, theirs: Any, key: str = "") -> list[str]:
 
 def _wait_for_all(cpu: bool = False) -> None:
     """Meet the other processes of this run; nothing to do for a process on its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=cpu).wait_for_everyone()
+
+
+def process_count() -> int:
+    """How many processes work on this run: one, or as many as `accelerate launch` started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def first_process() -> bool:

@@ -14,17 +14,21 @@ from torch import nn
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, Plan, read_plan
 from gaintune.data.blocks import DomainBlocks, load_domain
+from gaintune.data.examples import Examples
+from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.environment import describe_environment
 from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
 from gaintune.evaluate.records import Matrix
+from gaintune.learning import learn
 from gaintune.methods import attach, check_method, learning_rate, numbers_of, trainable_parameters
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.runs import Run, damage, open_run, read_json, write_json
-from gaintune.train import train
+from gaintune.runs import Run, damage, open_run, process_count, read_json, write_json
+from gaintune.train import count_updates
+from gaintune.updates import Place
 
 SAME_INPUTS = "A run is one base and one set of texts: name another folder for others"
 
@@ -179,24 +183,41 @@ class _Sequence:
                 f"{folder / 'adapter'} is missing or damaged, and later stages were learnt on top of it: delete "
                 f"{', '.join(later)} too, and they are learnt anew"
             )
-        adaptation = train(
+        learnt = learn(
             model,
-            domain.train,
+            self._method,
+            self._rows(index),
             self._plan.train,
-            lr=learning_rate(self._method, self._plan.train),
-            seed=self._plan.train.seed,
+            self._place(index),
+            own_rows=domain.train,
             checkpoints=folder / "checkpoints",
             logs=folder / "tensorboard",
             mixed_precision=self._numbers.mixed,
             title=f"{label}: learning {domain.name}",
             progress=self._progress,
         )
+        adaptation = learnt.adaptation
         pace = round(adaptation.tokens_per_second, 1)
         self._run.event("learnt", method=label, domain=domain.name, tokens_per_second=pace)
         if self._run.writes:
             told = {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
             write_json(folder / "training.json", told)
-            save_adapter(model, folder / "adapter", self._record(index))
+            save_adapter(model, folder / "adapter", self._record(index), keep=learnt.keep)
+
+    def _rows(self, index: int) -> Examples:
+        """What a stage trains on: its domain's rows, and rows of the earlier ones where the method replays them."""
+        earlier = [domain.train for domain in self._domains[:index]]
+        return with_replay(self._domains[index].train, earlier, self._method.replay, self._plan.train.seed)
+
+    def _place(self, index: int) -> Place:
+        """Where a stage stands among the updates of all stages."""
+        counts = []
+        for number, domain in enumerate(self._domains):
+            rows = len(domain.train)
+            rows += replayed_rows(rows, self._method.replay) if number else 0
+            counts.append(count_updates(rows, self._plan.train, process_count()))
+        previous = self._stages[index - 1] / "adapter" if index else None
+        return Place(previous, sum(counts[:index]), sum(counts))
 
     def _close(self, model: nn.Module, index: int) -> None:
         """Measure all domains after a stage, and mark the stage as finished."""
