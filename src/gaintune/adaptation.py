@@ -16,7 +16,7 @@ from gaintune.adapters import (
     load_adapter,
     save_adapter,
 )
-from gaintune.carry_on import previous_record
+from gaintune.carry_on import check_replay, previous_record
 from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.data.replay import with_replay
@@ -25,11 +25,12 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
 from gaintune.learning import learn
-from gaintune.methods import attach, check_method, numbers_of, trainable_parameters
+from gaintune.methods import attach, check_method, numbers_of, rules_of, trainable_parameters
 from gaintune.models import load_base, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import open_run, sha256_file
 from gaintune.sequence import describe_inputs
+from gaintune.updates import Place
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def adapt(
 ) -> AdaptResult:
     """Adapt the plan's base to its domain with its one method, and save the adapter.
 
-    A plan of one domain; with replay, of the earlier domains whose rows are mixed in, and the new one last. Stopped and started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
+    A plan of one domain; with replay, of the earlier domains whose rows are mixed in, and the new one last. Stopped and
+    started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
 
     Args:
         plan: a `Plan`, nested values such as `{"data": {"domains": ["law"]}, "methods": ["gain-ffn"]}`, or a YAML file.
@@ -89,6 +91,9 @@ def adapt(
     check_method(method)
     start = None if start is None else Path(start)
     previous = None if start is None else previous_record(start, method)
+    check_replay(settled, start, previous)
+    place = Place(previous=start)
+    rules_of(method, place, seed=settled.train.seed)  # refuses before the base is loaded
     numbers = numbers_of(settled.model, method)
     device = resolve_device(settled.model.device)
     environment = describe_environment(device)
@@ -158,20 +163,3 @@ def adapt(
         seconds=learnt.adaptation.seconds,
         tokens_per_second=learnt.adaptation.tokens_per_second,
     )
-
-
-def _check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None) -> None:
-    """Replay needs the earlier domains' texts: refuse it without, and domains that the adapter has not learnt."""
-    method, *_ = plan.methods
-    earlier = [domain.name for domain in plan.data.domains[:-1]]
-    if not method.replay:
-        return
-    if not earlier or start is None:
-        raise ConfigError(
-            "replay mixes in rows of earlier domains: give --start, and the domains it has learnt before the new one "
-            "(--domain earlier --domain new); or leave replay out"
-        )
-    unknown = [name for name in earlier if previous is not None and name not in previous.domains]
-    if unknown:
-        learnt = ", ".join(previous.domains if previous else ())
-        raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {learnt}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gaintune.adapters import AdapterRecord, read_config, read_record
-from gaintune.config import MethodConfig
+from gaintune.config import MethodConfig, Plan
 from gaintune.errors import ConfigError
 from gaintune.methods import OPTIONS, check_method
 
@@ -33,3 +33,20 @@ def previous_record(start: Path, method: MethodConfig) -> AdapterRecord | None:
         if given is not None and given != getattr(had, option):
             raise ConfigError(f"{start} has {option} {getattr(had, option)!r}, the plan says {given!r}; leave it out")
     return record
+
+
+def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None) -> None:
+    """Replay needs the earlier domains' texts: refuse it without, and domains that the adapter has not learnt."""
+    method, *_ = plan.methods
+    earlier = [domain.name for domain in plan.data.domains[:-1]]
+    if not method.replay:
+        return
+    if not earlier or start is None:
+        raise ConfigError(
+            "replay mixes in rows of earlier domains: give --start, and the domains it has learnt before the new one "
+            "(--domain earlier --domain new); or leave replay out"
+        )
+    unknown = [name for name in earlier if previous is not None and name not in previous.domains]
+    if unknown:
+        learnt = ", ".join(previous.domains if previous else ())
+        raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {learnt}")
