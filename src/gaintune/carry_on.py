@@ -7,7 +7,7 @@ from pathlib import Path
 from gaintune.adapters import AdapterRecord, read_config, read_record
 from gaintune.config import MethodConfig, Plan
 from gaintune.errors import ConfigError
-from gaintune.methods import OPTIONS, check_method
+from gaintune.methods import OPTIONS, TRAINING_OPTIONS, check_method
 
 
 def previous_record(start: Path, method: MethodConfig) -> AdapterRecord | None:
@@ -28,7 +28,7 @@ def previous_record(start: Path, method: MethodConfig) -> AdapterRecord | None:
     if record.method != method.name:
         raise ConfigError(f"{start} was made by method {record.method!r}, the plan says {method.name!r}")
     had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
-    for option in OPTIONS:
+    for option in (option for option in OPTIONS if option not in TRAINING_OPTIONS):
         given = getattr(method, option)
         if given is not None and given != getattr(had, option):
             raise ConfigError(f"{start} has {option} {getattr(had, option)!r}, the plan says {given!r}; leave it out")

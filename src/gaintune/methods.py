@@ -21,6 +21,7 @@ from gaintune.penalties import penalty_of
 from gaintune.updates import Place, StageRule
 
 COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
+TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 
 
