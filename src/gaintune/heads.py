@@ -40,14 +40,12 @@ class ClassifierBase(Base):
         labels: name of each class, in the order of the logits.
         head: names of the modules that make up the head.
         padding: token that fills rows up on the right.
-        segments: whether the model is told which of two texts a token belongs to.
         longest: most tokens of a row that the model takes; None where nothing says.
     """
 
     labels: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     padding: int = 0
-    segments: bool = False
     longest: int | None = None
 
     def check_length(self, max_length: int) -> None:
@@ -114,9 +112,14 @@ def load_classifier(
         labels=tuple(labels),
         head=head,
         padding=_set_padding(model, tokenizer, checkpoint),
-        segments=(getattr(model.config, "type_vocab_size", None) or 0) > 1,
         longest=longest_input(model, tokenizer),
     )
+
+
+def reads_segments(config: ModelConfig) -> bool:
+    """Whether a base is told which of two texts a token belongs to, as BERT is; raises as `load_classifier` does."""
+    architecture = read_architecture(locate(config), config)
+    return (getattr(architecture, "type_vocab_size", None) or 0) > 1
 
 
 def load_masked(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Base:

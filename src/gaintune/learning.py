@@ -42,6 +42,7 @@ def learn(
     own_rows: Rows | None = None,
     objective: Objective | None = None,
     collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, Any]] | None = None,
+    head_rates: Mapping[str, float] | None = None,
     logs: Path | None = None,
     mixed_precision: torch.dtype | None = None,
     title: str = "learning",
@@ -57,6 +58,7 @@ def learn(
         place: where this adaptation stands among those before and after it.
         checkpoints: folder for checkpoints inside this adaptation.
         own_rows: the domain's own rows, which EWC's information is about; `rows` unless given.
+        head_rates: factors on the rate for the parts of a new head, beside the method's own.
 
     The others are those of `train`, which says what is raised beside what `rules_of` does.
     """
@@ -72,7 +74,7 @@ def learn(
         objective=objective,
         collate=collate,
         rules=rules,
-        rate_multipliers=rate_multipliers(method),
+        rate_multipliers={**(head_rates or {}), **(rate_multipliers(method) or {})},
         logs=logs,
         mixed_precision=mixed_precision,
         title=title,
