@@ -17,6 +17,7 @@ from gaintune.adapters import (
     save_adapter,
 )
 from gaintune.carry_on import check_replay, previous_record
+from gaintune.classification import ClassifierResult, adapt_classifier
 from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.data.replay import with_replay
@@ -65,8 +66,10 @@ def adapt(
     start: str | Path | None = None,
     allow_other_base: bool = False,
     progress: Progress | None = None,
-) -> AdaptResult:
+) -> AdaptResult | ClassifierResult:
     """Adapt the plan's base to its domain with its one method, and save the adapter.
+
+    Where the plan's task is classify, this is `gaintune.classification.adapt_classifier`.
 
     A plan of one domain; with replay, of the earlier domains whose rows are mixed in, and the new one last. Stopped and
     started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
@@ -82,6 +85,8 @@ def adapt(
         GaintuneError: bad input, or training that had to stop; see each subclass.
     """
     settled = read_plan(plan)
+    if settled.classifies:
+        return adapt_classifier(settled, out, start=start, allow_other_base=allow_other_base, progress=progress)
     out = Path(out)
     if len(settled.methods) != 1 or (len(settled.data.domains) != 1 and not settled.methods[0].replay):
         raise ConfigError("adapt takes one domain and one method; `gaintune sequence` takes several")

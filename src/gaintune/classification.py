@@ -1,4 +1,4 @@
-"""One classifier from start to finish: base with a new head, labelled rows, method, training, scores, adapter on disk."""
+"""One classifier from start to finish: base and new head, labelled rows, training, scores, adapter on disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from gaintune.adapters import AdapterRecord, adapter_weights, load_adapter, save_adapter
 from gaintune.carry_on import previous_record
@@ -69,8 +67,8 @@ def adapt_classifier(
     started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
 
     Args:
-        plan: a `Plan`, nested values such as `{"data": {"task": "classify", "domains": ["mrpc"]}, "methods": ["lora"]}`,
-            or a YAML file. The base is FacebookAI/roberta-base unless it names one.
+        plan: a `Plan`, nested values such as `{"data": {"task": "classify", "domains": ["mrpc"]}}`, or a YAML file.
+            The base is FacebookAI/roberta-base unless it names one.
         out: folder for the adapter; must not exist.
         start: a classifier of the same labels to carry on from; a new adapter and head unless given.
         allow_other_base: carry on even if `start` was trained on another base.

@@ -17,7 +17,7 @@ from gaintune.data.blocks import DomainBlocks, load_domain
 from gaintune.data.examples import Examples
 from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.environment import describe_environment
-from gaintune.errors import RunDirectoryError
+from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
@@ -53,6 +53,11 @@ def run_sequence(
         GaintuneError: bad input, a run directory of another plan, or training that had to stop; see each subclass.
     """
     settled = read_plan(plan)
+    if settled.classifies:
+        raise ConfigError(
+            "a sequence measures perplexity, and a classifier has none: adapt to each domain with `gaintune adapt`, "
+            "and measure what is kept with `gaintune evaluate --masked`"
+        )
     for method in settled.methods:
         check_method(method)
         numbers_of(settled.model, method)

@@ -1,0 +1,108 @@
+"""Random encoders of a few thousand weights with a small tokenizer of their own, as a user's model folders."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+VOCABULARY = len(SPECIAL) + 256
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, with RoBERTa's special tokens and pairs."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *letters])}
+    fast = Tokenizer(models.BPE(vocabulary, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", **names)
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokens, joined as BERT joins a pair, and without an end-of-text token."""
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    made.eos_token = made.bos_token = None
+    return made
+
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 1,
+}
+CONFIGS = {
+    "roberta": lambda: RobertaConfig(
+        **_SIZES, max_position_embeddings=514, type_vocab_size=1, bos_token_id=0, eos_token_id=2
+    ),
+    "bert": lambda: BertConfig(**_SIZES, max_position_embeddings=512),
+    "deberta-v2": lambda: DebertaV2Config(
+        **_SIZES, max_position_embeddings=512, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    ),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, pad_token_id=1
+    ),
+}
+
+
+def folder(path: Path, kind: str = "roberta", seed: int = 0) -> Path:
+    """Write a tiny encoder with the masked-LM head it was 'pretrained' with, and its tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForMaskedLM.from_config(CONFIGS[kind]())
+    with torch.no_grad():  # as peaked as a trained model, so that its predictions differ
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    model.save_pretrained(path)
+    (bert_tokenizer() if kind == "bert" else tokenizer()).save_pretrained(path)
+    return path
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def rule_rows(count: int, seed: int = 0) -> list[dict]:
+    """Rows with a rule that a classifier can learn: the label is the vowel that the text is full of."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = generator.choice(["many-a", "many-o"])
+        letters = ("aaab" if label == "many-a" else "ooob") + "cd"
+        rows.append(
+            {"text": "".join(generator.choice(letters) for _ in range(generator.randint(6, 12))), "label": label}
+        )
+    return rows
+
+
+def plan(model: Path, domain: Path, **changes) -> dict:
+    """A plan of seconds over one domain of labelled rows, as nested values."""
+    values = {
+        "model": {"name": str(model), "dtype": "fp32", "device": "cpu"},
+        "data": {"task": "classify", "domains": [f"{domain.stem}={domain}"]},
+        "methods": ["gain-ffn"],
+        "train": {"batch_size": 8, "checkpoint_steps": 3},
+        "evaluate": {"bootstrap_samples": 50, "batch_size": 16},
+        "classify": {"max_length": 64},
+    }
+    for section, fields in changes.items():
+        values[section] = {**values[section], **fields} if isinstance(fields, dict) else fields
+    return values
