@@ -1,7 +1,7 @@
 """Adapt language models to domain after domain without making them forget, and measure what was kept.
 
-Importing this package registers GAIN with PEFT: at once if PEFT is already imported, else as soon as it is. The public
-names below are loaded when they are first used, so that importing gaintune costs next to nothing.
+Importing this package registers GAIN and DISeL with PEFT: at once if PEFT is already imported, else as soon as it is.
+The public names below are loaded when they are first used, so that importing gaintune costs next to nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from gaintune.models import load_base
     from gaintune.report import write_report
     from gaintune.sequence import run_sequence
+    from gaintune.tuners.disel import DiselConfig, DiselModel
     from gaintune.tuners.gain import GainConfig, GainModel
-    from gaintune.tuners.optim import parameter_groups
+    from gaintune.tuners.optim import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -40,19 +41,27 @@ _HOMES = {
     "load_base": "models",
     "write_report": "report",
     "run_sequence": "sequence",
+    "DiselConfig": "tuners.disel",
+    "DiselModel": "tuners.disel",
     "GainConfig": "tuners.gain",
     "GainModel": "tuners.gain",
+    "AdapterOptimizerMixin": "tuners.optim",
+    "create_disel_optimizer": "tuners.optim",
     "parameter_groups": "tuners.optim",
 }
 
 __all__ = [
     "AdaptResult",
+    "AdapterOptimizerMixin",
+    "DiselConfig",
+    "DiselModel",
     "GainConfig",
     "GainModel",
     "GaintuneError",
     "Matrix",
     "Plan",
     "adapt",
+    "create_disel_optimizer",
     "load_adapter",
     "load_base",
     "measure",

@@ -62,7 +62,7 @@ class TrainingError(GaintuneError, RuntimeError):
 
 
 class MergeError(GaintuneError, RuntimeError):
-    """A merged model is further from its adapter than the stated tolerance."""
+    """An adapter cannot be merged, or the merged model is further from it than the stated tolerance."""
 
 
 def one_line(error: BaseException) -> str:

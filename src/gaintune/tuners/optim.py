@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from gaintune.errors import ConfigError
+
+GATES = ".lora_G."
 
 
 def parameter_groups(
@@ -13,7 +18,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, grouped for any torch optimizer.
 
-    Never decayed: gains (decay pulls them back to the pretrained model), biases, norms and every other vector.
+    Never decayed: gains (decay pulls them back to the pretrained model), DISeL's gates (decay removes their dependence
+    on the input), biases, norms and every other vector. The gates of a DISeL adapter learn at its `gate_lr_ratio` times
+    `lr`, unless `rate_multipliers` says otherwise.
 
         optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.01, weight_decay=0.1))
         Trainer(model=model, ..., optimizers=(optimizer, None))       # TRL's trainers take `optimizers` too
@@ -28,7 +35,8 @@ def parameter_groups(
     Returns:
         Groups `{"params": [...], "lr": ..., "weight_decay": ..., "name": ...}`, empty ones left out.
     """
-    multipliers = dict(rate_multipliers or {})
+    asked = dict(rate_multipliers or {})
+    multipliers = {**asked, **{part: ratio for part, ratio in _gate_ratios(model).items() if part not in asked}}
     norms = {
         id(parameter)
         for module in model.modules()
@@ -42,8 +50,8 @@ def parameter_groups(
             continue
         part = next((part for part in multipliers if part in name), None)
         used.add(part)
-        decayed = parameter.dim() >= 2 and id(parameter) not in norms
-        group_name = ("decay" if decayed else "no_decay") + (f":{part}" if part else "")
+        decayed = parameter.dim() >= 2 and id(parameter) not in norms and GATES not in name
+        group_name = ("decay" if decayed else "no_decay") + (f":{part.strip('.')}" if part else "")
         group = groups.setdefault(
             group_name,
             {
@@ -54,7 +62,80 @@ def parameter_groups(
             },
         )
         group["params"].append(parameter)
-    unused = sorted(set(multipliers) - used)
+    unused = sorted(set(asked) - used)
     if unused:
         raise ValueError(f"rate_multipliers names {', '.join(unused)}, but no trainable parameter is called so.")
     return list(groups.values())
+
+
+def create_disel_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    gate_lr_ratio: float | None = None,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer for DISeL: gates at a rate of their own and without decay, the rest as in `parameter_groups`.
+
+    Args:
+        model: the model with trainable DISeL adapters.
+        lr: learning rate of A, B and everything else that is not a gate.
+        weight_decay: decay of weight matrices that are not gates.
+        gate_lr_ratio: the gates' rate over `lr`; each adapter's own `gate_lr_ratio` unless given.
+        optimizer_cls: its class; `kwargs` are passed to it.
+
+    Raises `ConfigError` where nothing of a gate trains.
+    """
+    if not any(GATES in name and parameter.requires_grad for name, parameter in model.named_parameters()):
+        raise ConfigError(
+            "no gate of a DISeL adapter trains in this model: add an adapter with get_peft_model(model, DiselConfig()) "
+            "or activate one; for other methods use gaintune.parameter_groups"
+        )
+    multipliers = None if gate_lr_ratio is None else {GATES: gate_lr_ratio}
+    return optimizer_cls(parameter_groups(model, lr, weight_decay, multipliers), **{"lr": lr, **kwargs})
+
+
+class AdapterOptimizerMixin:
+    """Puts `parameter_groups` under transformers' `Trainer` and what derives from it, such as TRL's trainers.
+
+        class Trainer(AdapterOptimizerMixin, trl.SFTTrainer): ...
+
+    Rate, decay, optimizer and schedule are those of the trainer's arguments. Without it, `Trainer` decays gates and
+    gains' neighbours alike and gives gates the common rate.
+    """
+
+    rate_multipliers: Mapping[str, float] | None = None
+    """As in `parameter_groups`; set it on the class or the trainer."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, over our groups; one that was passed in is kept."""
+        trainer: Any = self
+        if trainer.optimizer is None:
+            model = trainer.model if model is None else model
+            chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+            optimizer_cls, kwargs = chosen
+            own_groups = {"params", "model", "optimizer_dict"} & set(kwargs)
+            if own_groups or not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+                raise ConfigError(
+                    f"optim={getattr(trainer.args, 'optim', optimizer_cls)!s} makes parameter groups of its own; "
+                    "choose one that takes groups, such as adamw_torch"
+                )
+            groups = parameter_groups(
+                model, trainer.args.learning_rate, trainer.args.weight_decay, self.rate_multipliers
+            )
+            trainer.optimizer = optimizer_cls(groups, **kwargs)
+        return trainer.optimizer
+
+
+def _gate_ratios(model: nn.Module) -> dict[str, float]:
+    """Part of a gate's name -> ratio, for every DISeL adapter on the model (wrapped or not)."""
+    configs = next(
+        (found for part in model.modules() if isinstance(found := getattr(part, "peft_config", None), dict)), {}
+    )
+    return {
+        f"{GATES}{adapter}.": config.gate_lr_ratio
+        for adapter, config in configs.items()
+        if hasattr(config, "gate_lr_ratio")
+    }

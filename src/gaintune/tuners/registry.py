@@ -21,6 +21,7 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "GAIN": Method("gaintune.tuners.gain.config:GainConfig", "gaintune.tuners.gain.model:GainModel"),
+    "DISEL": Method("gaintune.tuners.disel.config:DiselConfig", "gaintune.tuners.disel.model:DiselModel"),
 }
 
 
@@ -59,7 +60,7 @@ def register() -> None:
         peft_type = add_peft_type(name)
         holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
         if holder is None:
-            register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+            register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
             logger.debug("registered %s with PEFT", name)
         elif holder is not config_cls or PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type) is not model_cls:
             raise GaintuneError(
@@ -76,16 +77,19 @@ def _load(path: str) -> Any:
 
 
 def _extend_hotswap() -> None:
-    """Let `peft.utils.hotswap.hotswap_adapter` swap gains too: PEFT's own code reads ranks and scalings of LoRA."""
+    """Let `peft.utils.hotswap` swap gains and gates too: PEFT's own code knows the two matrices of LoRA."""
     from peft.utils import hotswap
 
+    from gaintune.tuners.disel import hotswap as gates
     from gaintune.tuners.gain.hotswap import swap_values
 
-    gain = add_peft_type("GAIN")
+    gain, disel = add_peft_type("GAIN"), add_peft_type("DISEL")
     hotswap.CONFIG_KEYS_TO_CHECK.setdefault(gain, [])
+    hotswap.CONFIG_KEYS_TO_CHECK.setdefault(disel, gates.keys_to_check(hotswap.CONFIG_KEYS_TO_CHECK))
     lora_only: Callable[..., None] = hotswap.hotswap_adapter_from_state_dict
     if getattr(lora_only, "swaps_gains", False):
         return
+    pad_lora: Callable[..., bool] = hotswap._pad_lora_weights
 
     def hotswap_adapter_from_state_dict(
         model: Any,
@@ -96,9 +100,17 @@ def _extend_hotswap() -> None:
     ) -> None:
         if config.peft_type == gain:
             swap_values(model, state_dict, adapter_name)
-        else:
-            lora_only(model, state_dict, adapter_name, config, parameter_prefix)
+            return
+        if config.peft_type == disel:
+            state_dict = gates.with_padded_biases(model, state_dict)
+        lora_only(model, state_dict, adapter_name, config, parameter_prefix)
+
+    def pad_weights(model: Any, target_rank: int) -> bool:
+        found = pad_lora(model, target_rank)
+        gates.pad_gates(model)
+        return found
 
     hotswap_adapter_from_state_dict.swaps_gains = True  # type: ignore[attr-defined]  # marks the wrapper, once
     hotswap_adapter_from_state_dict.__doc__ = lora_only.__doc__
     hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+    hotswap._pad_lora_weights = pad_weights

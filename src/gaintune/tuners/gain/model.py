@@ -15,10 +15,11 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quant
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from gaintune.tuners.gain.checks import check_groups, check_modules, refuse_module, refuse_parent, unmatched_targets
+from gaintune.tuners.gain.checks import check_groups, check_modules, refuse_module, unmatched_targets
 from gaintune.tuners.gain.config import GainConfig
 from gaintune.tuners.gain.layer import BASE, GainLayer, GainLinear
 from gaintune.tuners.gain.mapping import DEFAULTS, FLATTENED_TOKENS, Projections, default_projections
+from gaintune.tuners.targets import refuse_parent
 
 
 class GainModel(BaseTuner):

@@ -1,0 +1,66 @@
+"""What DISeL refuses to adapt, found before the model is touched: never adapt a part and say nothing."""
+
+from __future__ import annotations
+
+import copy
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gaintune.errors import UnsupportedModuleError
+from gaintune.tuners.disel.config import DiselConfig
+from gaintune.tuners.targets import (
+    matched_modules,
+    refuse_nested,
+    refuse_parameters,
+    refuse_parent,
+    refuse_shard,
+    refuse_shared,
+)
+
+
+def check_modules(config: DiselConfig, model: nn.Module) -> None:
+    """Raise `UnsupportedModuleError` for the first module that is named but cannot be adapted correctly."""
+    if config._custom_modules:
+        raise UnsupportedModuleError("Custom LoRA layers are not supported: they need not know of gates.")
+    # on a copy, since layer replication adds modules to what "all-linear" stands for
+    named = _maybe_include_all_linear_layers(copy.copy(config), model)
+    matched = matched_modules(named, model)
+    for name, module in matched.items():
+        parent_name, _, _ = name.rpartition(".")
+        refuse_parent(model.get_submodule(parent_name), name)
+        refuse_module(module, name)
+    refuse_nested(matched)
+    refuse_shared(matched, model)
+    if config.target_modules != "all-linear":
+        refuse_parameters(named, model, matched, any_experts=False)
+
+
+def refuse_module(module: nn.Module, name: str) -> None:
+    """Gates read a linear layer's input, and only some quantized layers of PEFT's LoRA let another update in."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, BaseTunerLayer) and not hasattr(module, "lora_G"):
+        raise UnsupportedModuleError(
+            f"{name} already carries an adapter of another method ({type(module).__module__}). Merge or unload it "
+            "first, or exclude the module."
+        )
+    if not isinstance(base, nn.Linear | Conv1D):
+        raise UnsupportedModuleError(
+            f"{name} is a {type(base).__name__}, which DISeL does not adapt: its gates read the input of "
+            "torch.nn.Linear, transformers' Conv1D and bitsandbytes' linear layers. Name other modules in "
+            "`target_modules`, or this one in `exclude_modules`."
+        )
+    refuse_shard(base, name)
+
+
+def refuse_layer(layer: nn.Module, name: str) -> None:
+    """Raise for a LoRA layer whose forward pass would pass the gates by."""
+    from peft.tuners import lora
+
+    supported = [lora.Linear, *(getattr(lora, kind, lora.Linear) for kind in ("Linear8bitLt", "Linear4bit"))]
+    if not isinstance(layer, tuple(supported)):
+        raise UnsupportedModuleError(
+            f"{name} became a {type(layer).__name__}, whose forward pass does not know gates. Load the base "
+            "unquantized or through bitsandbytes."
+        )

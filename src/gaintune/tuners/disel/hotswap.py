@@ -1,0 +1,50 @@
+"""Replacing a DISeL adapter's values in place, through PEFT's hot swap of LoRA, which knows no gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from peft import PeftType
+from torch import nn
+
+from gaintune.tuners.disel.layer import disel_layers
+
+
+def keys_to_check(known: Mapping[Any, list[str]]) -> list[str]:
+    """Settings in which two adapters must agree to be swapped: LoRA's, and the kind and rank of the gates."""
+    return [*known[PeftType.LORA], "gate_kind", "gate_rank"]
+
+
+def with_padded_biases(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The new adapter's tensors, its gate biases padded to the rank on the model.
+
+    PEFT fills up matrices of a smaller rank with zeros, but not vectors. A rank-one part whose row of A is zero adds
+    nothing, whatever its gate.
+    """
+    padded = dict(state_dict)
+    for key, value in state_dict.items():
+        if ".lora_G." in key and value.dim() == 1:
+            try:
+                held = attrgetter(key)(model)
+            except AttributeError:
+                continue  # PEFT names every key that the model does not have
+            if len(held) > len(value):
+                padded[key] = torch.cat([value, value.new_zeros(len(held) - len(value))])
+    return padded
+
+
+@torch.no_grad()
+def pad_gates(model: nn.Module) -> None:
+    """Give every gate as many rows as its A has, after PEFT padded A and B for a compiled model."""
+    for _, layer in disel_layers(model):
+        for name, gate in layer.lora_G.items():
+            missing = len(layer.lora_A[name].weight) - len(gate.weight)
+            if missing <= 0:
+                continue
+            for part in ("weight", "bias"):
+                value = getattr(gate, part)
+                rows = value.new_zeros(missing, *value.shape[1:])
+                setattr(gate, part, nn.Parameter(torch.cat([value, rows]), requires_grad=value.requires_grad))
