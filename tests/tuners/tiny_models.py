@@ -62,3 +62,18 @@ def randomise(model, adapter: str = "default", seed: int = 3, scale: float = 0.5
             parameter[0] = -1.0
             parameter[1] = -2.0
     return model
+
+
+def adapter_tensors(model, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
+    """LoRA's and DISeL's parameters of one adapter by name, sorted."""
+    return {name: p for name, p in sorted(model.named_parameters()) if ".lora_" in name and f".{adapter}." in name}
+
+
+def randomise_disel(model, adapter: str = "default", seed: int = 3):
+    """Give the adapter an effect, and gates that are anywhere between shut and open."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapter_tensors(model, adapter).items():
+            spread = 1.0 if ".lora_G." in name else 0.5
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+    return model

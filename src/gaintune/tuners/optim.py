@@ -11,6 +11,7 @@ from torch import nn
 from gaintune.errors import ConfigError
 
 GATES = ".lora_G."
+"""Part of the name of every parameter of a gate."""
 
 
 def parameter_groups(

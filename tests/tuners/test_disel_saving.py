@@ -1,0 +1,171 @@
+"""Saving, loading and swapping: one save and one load carry the gates, bit for bit, on every path."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gaintune.errors import AdapterError
+from gaintune.tuners.disel import DiselConfig, DiselModel, disel_layers
+
+IDS = tiny_models.tokens()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def adapted(seed=3, **options):
+    config = DiselConfig(**{"r": 4, "task_type": "CAUSAL_LM", **options})
+    return tiny_models.randomise_disel(get_peft_model(tiny_models.llama(), config), seed=seed).eval()
+
+
+def tensors(model, adapter="default"):
+    named = tiny_models.adapter_tensors(model, adapter)
+    return {
+        name.removeprefix("base_model.model.").replace(f".{adapter}.", "."): p.detach() for name, p in named.items()
+    }
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(params=[{}, {"gate_rank": 2}, {"gate_kind": "relu"}], ids=str)
+def saved(tmp_path, request):
+    """A base folder, an adapter folder, what the two compute together, and the adapter's tensors."""
+    tiny_models.llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = DiselConfig(r=4, task_type="CAUSAL_LM", gate_lr_ratio=3.0, **request.param)
+    model = tiny_models.randomise_disel(get_peft_model(base, config)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter", logits(model), tensors(model)
+
+
+def test_the_file_holds_the_gates(saved):
+    _, adapter, _, held = saved
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert same({name.removeprefix("base_model.model."): t for name, t in stored.items()}, held)
+    config = PeftConfig.from_pretrained(adapter)
+    assert isinstance(config, DiselConfig) and config.peft_type == "DISEL" and config.gate_lr_ratio == 3.0
+    assert config.lora_alpha == 8
+    kinds = {name.split(".lora_")[1] for name in stored}
+    gates = {"G.weight", "G.bias"} if config.gate_kind == "sigmoid" else set()
+    assert kinds == {"A.weight", "B.weight"} | gates | ({"G.weight_in"} if config.gate_rank else set())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_one_load_restores_everything(saved, low_cpu_mem_usage):
+    base, adapter, expected, held = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert isinstance(model.base_model, DiselModel)
+    assert torch.equal(logits(model), expected) and same(tensors(model), held)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.load_adapter(adapter, "more", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("more")
+    assert torch.equal(logits(model), expected) and same(tensors(model, "more"), held)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(
+        tiny_models.adapter_tensors(model, "more")
+    )
+
+
+def test_auto_class_and_base_class(saved):
+    _, adapter, expected, _ = saved
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter)), expected)
+
+
+def test_transformers_integration(saved, tmp_path):
+    base, adapter, expected, held = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    plain = logits(model)
+    model.load_adapter(adapter, adapter_name="mine")
+    assert torch.equal(logits(model), expected) and same(tensors(model, "mine"), held)
+    model.add_adapter(DiselConfig(r=2), "fresh")
+    model.set_adapter("fresh")
+    assert torch.equal(logits(model), plain)
+    tiny_models.randomise_disel(model, "fresh")
+    apart = logits(model)
+    assert not torch.allclose(apart, plain)
+    model.set_adapter("mine")
+    assert torch.equal(logits(model), expected)
+    model.disable_adapters()
+    assert torch.equal(logits(model), plain)
+    model.enable_adapters()
+    model.set_adapter("fresh")
+    model.save_pretrained(tmp_path / "out")
+    model.delete_adapter("mine")
+    assert torch.equal(logits(model), apart)
+    again = AutoModelForCausalLM.from_pretrained(base)
+    again.load_adapter(tmp_path / "out")
+    assert torch.equal(logits(again), apart)
+    model.delete_adapter("fresh")
+    assert torch.equal(logits(model), plain)
+
+
+def test_an_adapter_without_its_gates_is_not_loaded_silently(saved):
+    base, adapter, _, _ = saved
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if config["gate_kind"] == "relu":
+        pytest.skip("Gated LoRA has no gates in the file")
+    stored = {name: t for name, t in load_file(adapter / "adapter_model.safetensors").items() if "lora_G" not in name}
+    save_file(stored, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"14 modules \(first: .*down_proj\) without their gates"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+
+def test_modules_to_save_travel_with_the_adapter(tmp_path):
+    model = adapted(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_models.llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("rank", [4, 2, 6])
+@pytest.mark.parametrize("options", [{}, {"gate_rank": 2}, {"gate_kind": "relu"}], ids=str)
+def test_hot_swap(tmp_path, rank, options):
+    new = adapted(seed=7, r=rank, lora_alpha=5, **options)
+    new.save_pretrained(tmp_path)
+    model = adapted(**options)
+    assert not torch.allclose(logits(model), logits(new))
+    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    torch.testing.assert_close(logits(model), logits(new), rtol=1e-4, atol=1e-4)
+
+
+def test_hot_swap_of_fewer_layers_leaves_the_others_at_the_base(tmp_path):
+    new = adapted(seed=7, target_modules=["o_proj"])
+    new.save_pretrained(tmp_path)
+    model = adapted()
+    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    torch.testing.assert_close(logits(model), logits(new))
+
+
+@pytest.mark.parametrize("options", [{"gate_kind": "relu"}, {"gate_rank": 2}, {"use_rslora": True}], ids=str)
+def test_hot_swap_of_another_kind_is_refused(tmp_path, options):
+    adapted(**options).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"incompatible: for {next(iter(options))}"):
+        hotswap_adapter(adapted(), str(tmp_path), "default", torch_device="cpu")
+
+
+def test_hot_swap_into_a_compiled_model_does_not_recompile(tmp_path):
+    new = adapted(seed=7, r=6, lora_alpha=5)
+    new.save_pretrained(tmp_path)
+    model = adapted()
+    expected = logits(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    for _, layer in disel_layers(model):
+        assert {len(layer.lora_A["default"].weight), len(layer.lora_G["default"].bias)} == {8}
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(logits(compiled), expected, rtol=1e-4, atol=1e-4)
+        hotswap_adapter(compiled, str(tmp_path), "default", torch_device="cpu")
+        torch.testing.assert_close(logits(compiled), logits(new), rtol=1e-4, atol=1e-4)
