@@ -11,6 +11,7 @@ from gaintune.adalora import BudgetSchedule
 from gaintune.errors import ConfigError
 from gaintune.osf import SubspaceProjection
 from gaintune.sections import MethodConfig
+from gaintune.tuners.optim import GATES
 from gaintune.updates import Place, StageRule
 
 LORA_PLUS_RATIO = 16.0
@@ -73,6 +74,25 @@ METHODS: dict[str, Method] = {
             f"{_FROZEN}; gains only (fp32)",
             peft_configs.gain(ffn=True),
             "GAIN",
+        ),
+        Method(
+            "disel",
+            "DISeL: LoRA with a gate a token on every rank-one part; rank 8 on all linear layers unless told otherwise",
+            0.002,
+            _LOW_RANK | {"gate_bias", "gate_lr_ratio", "gate_rank"},
+            f"{_FROZEN}; three thin matrices a module (fp32); cannot be merged",
+            peft_configs.disel("sigmoid"),
+            "DISEL",
+            rates=lambda config: {} if config.gate_lr_ratio is None else {GATES: config.gate_lr_ratio},
+        ),
+        Method(
+            "gated-lora",
+            "Gated LoRA: LoRA behind a ReLU of its own features; rank 8 on all linear layers unless told otherwise",
+            0.002,
+            _LOW_RANK,
+            f"{_FROZEN}; two thin matrices a module (fp32); cannot be merged",
+            peft_configs.disel("relu"),
+            "DISEL",
         ),
         Method(
             "ia3",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import AdaLoraConfig, HiraConfig, IA3Config, LoraConfig, OSFConfig, PeftConfig, VeraConfig
 from transformers import PreTrainedModel
 
 from gaintune.sections import MethodConfig
+from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.mapping import default_projections
 
@@ -18,6 +19,7 @@ Build = Callable[[PreTrainedModel, MethodConfig], PeftConfig]
 
 ADALORA_RANK = 8
 ADALORA_START = 1.5  # PEFT's proportion of the rank at the start to the average one at the end, 12 to 8
+DISEL_RANK = 8
 HIRA_RANK = 8
 VERA_RANK = 256
 OSF_PRESERVED = 0.5
@@ -59,6 +61,27 @@ def lora(**changes: Any) -> Build:
 def ia3(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
     """(IA)3 where PEFT puts it."""
     return IA3Config()
+
+
+def disel(gate_kind: Literal["sigmoid", "relu"]) -> Build:
+    """DISeL, or Gated LoRA, on all linear layers; alpha is twice the rank unless told otherwise."""
+
+    def build(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
+        rank = config.rank or DISEL_RANK
+        gates = {
+            "gate_bias_init": config.gate_bias,
+            "gate_lr_ratio": config.gate_lr_ratio,
+            "gate_rank": config.gate_rank,
+        }
+        return DiselConfig(
+            r=rank,
+            lora_alpha=_alpha(config, rank),
+            target_modules=targets_of(model, config.targets, "all-linear"),
+            gate_kind=gate_kind,
+            **{name: value for name, value in gates.items() if value is not None},
+        )
+
+    return build
 
 
 def adalora(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:

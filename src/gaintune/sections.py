@@ -54,6 +54,13 @@ class MethodConfig(Section):
     preserved: float | None = Field(
         default=None, gt=0, lt=1, description="osf: share of every weight's singular directions that stays fixed"
     )
+    gate_bias: float | None = Field(
+        default=None, description="disel: start of the gates' bias; they start near sigmoid of it"
+    )
+    gate_lr_ratio: float | None = Field(
+        default=None, gt=0, description="disel: rate of the gates as a multiple of the rate"
+    )
+    gate_rank: int | None = Field(default=None, gt=0, description="disel: rank of the gates' matrix; full unless given")
     penalty: Literal["l2", "ewc"] | None = Field(
         default=None,
         description="pull toward the weights after the previous domain: l2 (all alike) or ewc (by the diagonal Fisher "
