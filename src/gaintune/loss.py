@@ -77,16 +77,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if not (need_hidden or need_weight or need_bias):
                     continue
                 grad.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-                grad.masked_fill_(~scored.unsqueeze(1), 0.0)
                 if softcap is not None:
                     grad.mul_(1.0 - (logits.float() / softcap).square_())
                 product = grad.to(dtype)
+                # tokens not scored are left out of the small products, not of the wide matrix
                 if grad_hidden is not None:
-                    grad_hidden[piece] = product @ matrix
+                    grad_hidden[piece] = (product @ matrix).masked_fill_(~scored.unsqueeze(1), 0.0)
                 if grad_weight is not None:
-                    grad_weight += product.T @ chunk
+                    grad_weight += product.T @ chunk.masked_fill(~scored.unsqueeze(1), 0.0)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                    grad_bias += scored.to(grad.dtype) @ grad
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -152,7 +152,7 @@ class NextTokenLoss:
     """The next-token loss of a causal language model, with or without an adapter around it.
 
     The model itself is called (so that wrappers for several devices see the forward pass) but asked for the logits of
-    one position only; the hidden states before the vocabulary projection are picked up on the way. Whether this
+    no position; the hidden states before the vocabulary projection are picked up on the way. Whether this
     gives the model's own logits is checked once on a few tokens; where it does not, full logits are used.
 
     Args:
@@ -210,7 +210,9 @@ class NextTokenLoss:
         backbone: nn.Module = self._base.base_model
         handle = backbone.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))
         try:
-            model(**_inputs(batch), use_cache=False, logits_to_keep=1)
+            # no position at all: for the last one of each row, matmul would copy the whole projection once a row
+            nowhere = torch.empty(0, dtype=torch.long, device=batch["input_ids"].device)
+            model(**_inputs(batch), use_cache=False, logits_to_keep=nowhere)
         finally:
             handle.remove()
         return captured[0]
