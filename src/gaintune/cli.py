@@ -19,9 +19,14 @@ from gaintune.cli_plan import (
     Lr,
     Methods,
     Model,
+    Penalty,
+    PenaltyStrength,
     PlanFile,
+    Replay,
     Seed,
     Set,
+    Task,
+    Template,
     TrainTokens,
     ValidationTokens,
     assemble,
@@ -87,7 +92,12 @@ def sequence(
     ),
     model: Model = None,
     domain: Domains = None,
+    task: Task = None,
+    template: Template = None,
     method: Methods = None,
+    penalty: Penalty = None,
+    penalty_strength: PenaltyStrength = None,
+    replay: Replay = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -108,7 +118,12 @@ def adapt(
     plan: PlanFile = None,
     model: Model = None,
     domain: Domains = None,
+    task: Task = None,
+    template: Template = None,
     method: Methods = None,
+    penalty: Penalty = None,
+    penalty_strength: PenaltyStrength = None,
+    replay: Replay = None,
     start: Annotated[Path | None, typer.Option(help="Adapter to carry on from, such as the previous domain's.")] = None,
     allow_other_base: Annotated[bool, typer.Option(help="Use --start even if its base was another.")] = False,
     train_tokens: TrainTokens = None,
@@ -146,6 +161,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")],
     adapter: Annotated[list[Path] | None, typer.Option(help="Adapter to measure against the base; repeatable.")] = None,
     domain: Domains = None,
+    task: Task = None,
+    template: Template = None,
     allow_other_base: Annotated[bool, typer.Option(help="Load adapters that were trained on another base.")] = False,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -194,6 +211,8 @@ def merge(
     model: Annotated[str | None, typer.Option(help="Base; the one the adapter names unless given.")] = None,
     dtype: Annotated[str, typer.Option(help="Numbers of the merged weights: auto, bf16, fp16 or fp32.")] = "auto",
     domain: Domains = None,
+    task: Task = None,
+    template: Template = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
     tolerance: Annotated[float, typer.Option(help="Largest accepted change of perplexity, %.")] = 0.5,
@@ -222,7 +241,7 @@ def merge(
     certificate = merge_adapter(
         adapter,
         out_folder,
-        blocks=text.validation.input_ids,
+        blocks=text.validation,
         bytes_per_block=text.validation_bytes,
         model=settled.model,
         dtype=dtype,
@@ -251,8 +270,8 @@ def domains() -> None:
     """List the domains known by name; any local file or folder is one too (name=path)."""
     from gaintune.data.domains import CATALOGUE
 
-    rows = [[entry.name, entry.description, entry.source, entry.licence] for entry in CATALOGUE.values()]
-    out.print(table("", ["domain", "what it is", "from", "licence"], rows))
+    rows = [[entry.name, entry.task, entry.description, entry.source, entry.licence] for entry in CATALOGUE.values()]
+    out.print(table("", ["domain", "task", "what it is", "from", "licence"], rows))
 
 
 @app.command()

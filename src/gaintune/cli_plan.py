@@ -10,6 +10,7 @@ import typer
 
 from gaintune.config import (
     DataConfig,
+    MethodConfig,
     ModelConfig,
     Plan,
     Section,
@@ -45,6 +46,11 @@ Methods = Annotated[
     list[str] | None,
     typer.Option("--method", help="Method, such as gain-ffn or lora:rank=16,lr=2e-4,label=lora16; repeatable."),
 ]
+Task = Annotated[str | None, _option(DataConfig, "task", "--task")]
+Template = Annotated[str | None, _option(DataConfig, "template", "--template")]
+Penalty = Annotated[str | None, _option(MethodConfig, "penalty", "--penalty")]
+PenaltyStrength = Annotated[float | None, _option(MethodConfig, "penalty_strength", "--penalty-strength")]
+Replay = Annotated[float | None, _option(MethodConfig, "replay", "--replay")]
 TrainTokens = Annotated[int | None, _option(DataConfig, "train_tokens", "--train-tokens")]
 ValidationTokens = Annotated[int | None, _option(DataConfig, "validation_tokens", "--validation-tokens")]
 BlockSize = Annotated[int | None, _option(DataConfig, "block_size", "--block-size")]
@@ -61,6 +67,8 @@ PLACES = {
     "model": ("model.name",),
     "domains": ("data.domains",),
     "methods": ("methods",),
+    "task": ("data.task",),
+    "template": ("data.template",),
     "train_tokens": ("data.train_tokens",),
     "validation_tokens": ("data.validation_tokens",),
     "block_size": ("data.block_size",),
@@ -69,6 +77,8 @@ PLACES = {
     "batch_size": ("train.batch_size",),
     "seed": ("data.seed", "train.seed", "evaluate.seed"),
 }
+
+OF_EVERY_METHOD = ("penalty", "penalty_strength", "replay")
 
 
 def parse_method(text: str) -> dict[str, Any]:
@@ -84,7 +94,10 @@ def parse_method(text: str) -> dict[str, Any]:
 
 
 def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> Plan:
-    """The plan file if there is one, then the options that were given, then `--set`."""
+    """The plan file if there is one, then the options that were given, then `--set`.
+
+    Options of a method (`--penalty` and the like) are laid over every method.
+    """
     values: dict[str, Any] = read_values(plan) if plan else {}
     for option, keys in PLACES.items():
         value = given.get(option)
@@ -99,4 +112,8 @@ def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[
                 values[section] = {**(held if isinstance(held, dict) else {}), leaf: value}
             else:
                 values[section] = value
+    of_every = {option: given[option] for option in OF_EVERY_METHOD if given.get(option) is not None}
+    if of_every:
+        methods = values.get("methods") or [method.name for method in Plan().methods]
+        values["methods"] = [{**({"name": each} if isinstance(each, str) else each), **of_every} for each in methods]
     return build_plan(apply_overrides(values, assignments or ()), origin=str(plan) if plan else "plan")

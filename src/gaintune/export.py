@@ -21,8 +21,10 @@ from gaintune.adapters import adapter_weights, claimed_base, load_adapter, read_
 from gaintune.certificate import Certificate, write_certificate
 from gaintune.checkpoints import Checkpoint
 from gaintune.config import ModelConfig
+from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
 from gaintune.fingerprint import fingerprint_folder
+from gaintune.loss import IGNORED
 from gaintune.models import (
     DTYPE_NAMES,
     DTYPES,
@@ -51,7 +53,7 @@ class MergePlan:
     method: str
     device: torch.device
     dtype: torch.dtype
-    blocks: torch.Tensor
+    blocks: Examples
     bytes_per_block: tuple[int, ...]
     tolerance: float
     force: bool
@@ -64,7 +66,7 @@ def merge_adapter(
     adapter: str | Path,
     out: str | Path,
     *,
-    blocks: torch.Tensor | None = None,
+    blocks: torch.Tensor | Examples | None = None,
     texts: Sequence[str] | None = None,
     model: ModelConfig | None = None,
     dtype: str = "auto",
@@ -83,7 +85,8 @@ def merge_adapter(
     Args:
         adapter: folder of a mergeable adapter, or of fully fine-tuned weights.
         out: folder to write; must not exist, or be empty. It appears only when it is whole.
-        blocks: token ids `(blocks, block_size)` of the base's tokenizer to compare on; or give `texts`.
+        blocks: what to compare on: token ids `(blocks, block_size)` of the base's tokenizer, all scored but the first
+            of a block, or `Examples` that say themselves what is scored; or give `texts`.
         texts: plain text to compare on, instead of `blocks`.
         model: the base; default: the one the adapter names.
         dtype: numbers of the written model: bf16, fp16, fp32, or auto for the dtype the base is loaded in.
@@ -138,19 +141,26 @@ def merge_adapter(
 
 
 def _judging_text(
-    blocks: torch.Tensor | None, texts: Sequence[str] | None, counted: Sequence[int] | None, model: ModelConfig
-) -> tuple[torch.Tensor, tuple[int, ...]]:
+    blocks: torch.Tensor | Examples | None,
+    texts: Sequence[str] | None,
+    counted: Sequence[int] | None,
+    model: ModelConfig,
+) -> tuple[Examples, tuple[int, ...]]:
     """The blocks to compare on, and the UTF-8 bytes of the scored tokens of each."""
     if blocks is None and not texts:
         raise ConfigError("a merge is judged on text: give blocks of token ids, or texts")
     tokenizer: Any = load_tokenizer(model) if blocks is None or counted is None else None
-    if blocks is None:
-        blocks = blocks_of(texts or (), tokenizer)
-    if blocks.dim() != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2:
-        raise ConfigError(f"blocks of shape {tuple(blocks.shape)}: (blocks, block_size) of 2 tokens or more are needed")
+    ids = blocks.input_ids if isinstance(blocks, Examples) else blocks
+    if ids is None:
+        ids = blocks_of(texts or (), tokenizer)
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ConfigError(f"blocks of shape {tuple(ids.shape)}: (blocks, block_size) of 2 tokens or more are needed")
+    examples = blocks if isinstance(blocks, Examples) else Examples.of_blocks(ids)
     if counted is None:
-        counted = [max(1, len(tokenizer.decode(block[1:].tolist()).encode())) for block in blocks]
-    return blocks, tuple(counted)
+        scored = examples.labels[:, 1:] != IGNORED
+        pairs = zip(ids[:, 1:], scored, strict=True)
+        counted = [max(1, len(tokenizer.decode(row[kept].tolist()).encode())) for row, kept in pairs]
+    return examples, tuple(counted)
 
 
 def blocks_of(texts: Sequence[str], tokenizer: Any, block_size: int = 256) -> torch.Tensor:
@@ -243,7 +253,7 @@ def _certify(
 ) -> Certificate:
     apart = distance(before, after)
     change = 100 * (after.loss.perplexity / before.loss.perplexity - 1)
-    count, size = plan.blocks.shape
+    count, size = plan.blocks.input_ids.shape
     return Certificate(
         adapter=str(plan.adapter),
         adapter_sha256=runs.sha256_file(adapter_weights(plan.adapter)),

@@ -33,17 +33,18 @@ class Distance:
     same_choice: float
 
 
-def take_reading(model: nn.Module, blocks: torch.Tensor, bytes_per_block: Sequence[int], batch_size: int) -> Reading:
-    """Measure the loss on all blocks `(blocks, block_size)`, and keep the logits of evenly spread positions."""
-    loss = measure(model, Examples.of_blocks(blocks), bytes_per_block, batch_size=batch_size, title="comparing")
+def take_reading(model: nn.Module, examples: Examples, bytes_per_row: Sequence[int], batch_size: int) -> Reading:
+    """Measure the loss on all rows, and keep the logits of evenly spread positions."""
+    loss = measure(model, examples, bytes_per_row, batch_size=batch_size, title="comparing")
     device = next(model.parameters()).device
-    count, length = blocks.shape
+    count, length = examples.input_ids.shape
     chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()
     positions = torch.linspace(0, length - 1, min(length, LOGIT_POSITIONS // len(chosen))).long()
     kept = []
     with torch.inference_mode():
-        for block in blocks[chosen].split(1):
-            logits = model(block.to(device)).logits
+        for number in chosen.split(1):
+            inputs = {name: tensor.to(device) for name, tensor in examples[number].items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits
             kept.append(logits[0, positions.to(device)].float().cpu())
     return Reading(loss, torch.cat(kept))
 

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config import TrainConfig
 from gaintune.errors import ConfigError, TrainingError, one_line
+from gaintune.isolation import require_isolation
 from gaintune.loss import Objective
 from gaintune.progress import Progress, Silent
 from gaintune.runs import damage
@@ -91,10 +92,12 @@ def train(
 
     Raises:
         TrainingError: a loss or gradient that is not finite, before it reaches the weights.
-        ConfigError: a tracker that is not installed, or nothing to train.
+        ConfigError: a tracker that is not installed, nothing to train, or a model that mixes the texts of packed rows.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
+    if "position_ids" in rows[0]:
+        require_isolation(model)
     if plan.gradient_checkpointing:
         base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
         if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20 on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -22,11 +23,18 @@ PAPER_DOMAINS = {
     "sst2": "stanfordnlp/sst2",
     "hellaswag": "Rowan/hellaswag",
 }
+INSTRUCTIONS = {
+    "gsm8k": "openai/gsm8k",
+    "metamathqa": "meta-math/MetaMathQA",
+    "magicoder": "ise-uiuc/Magicoder-Evol-Instruct-110K",
+}
 
 
 def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
-    assert list(CATALOGUE) == ["medical", "law", "scripture", "manual", "code", *PAPER_DOMAINS]
-    assert {name: CATALOGUE[name].source for name in PAPER_DOMAINS} == PAPER_DOMAINS
+    assert list(CATALOGUE) == ["medical", "law", "scripture", "manual", "code", *PAPER_DOMAINS, *INSTRUCTIONS]
+    hub_domains = {**PAPER_DOMAINS, **INSTRUCTIONS}
+    assert {name: CATALOGUE[name].source for name in hub_domains} == hub_domains
+    assert {name for name, entry in CATALOGUE.items() if entry.task == "instruct"} == set(INSTRUCTIONS)
     for name, entry in CATALOGUE.items():
         assert entry.name == name
         assert entry.description
@@ -83,6 +91,38 @@ def test_hellaswag_gives_the_right_ending_without_markers():
     }
     expected = "Computers: How to make a gift. Write a card. Buy paper. Then write on it. Use ink."
     assert list(hub.gold_endings([row])) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("gsm8k", {"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"}),
+        (
+            "metamathqa",
+            {
+                "type": "GSM_SV",
+                "query": "Two and two?",
+                "original_question": "Two?",
+                "response": "2+2=<<2+2=4>>4\n#### 4",
+            },
+        ),
+        ("magicoder", {"instruction": "Two and two?", "response": "2+2=<<2+2=4>>4\n#### 4"}),
+    ],
+)
+def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplog):
+    """Rows in the Hub's schema, read through the entry's own way."""
+    empty = dict.fromkeys(row, "")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, empty, row)))
+    source = CATALOGUE[name].load.args[0]
+    local = replace(source, path=str(tmp_path), configuration=None)
+    rows = load_hub(local, name, characters=1000)
+    assert rows.validation is None
+    assert [each.origin for each in rows.train] == [f"{tmp_path} train: row 1", f"{tmp_path} train: row 3"]
+    assert rows.train[1].row == 3
+    asked, answered = rows.train[0].turns
+    assert (asked.content, asked.scored) == ("Two and two?", False)
+    assert (answered.content, answered.scored) == ("2+2=<<2+2=4>>4\n#### 4", True)
+    assert "left out 1 empty text(s)" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -1,4 +1,4 @@
-"""The catalogue of domains, and the way from a plan's domain to its documents."""
+"""The catalogue of domains, and the way from a plan's domain to its documents or rows."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gaintune import assets
-from gaintune.config import DomainConfig
+from gaintune.config import DataConfig, DomainConfig, Task
 from gaintune.data import embedded, hub
 from gaintune.data.documents import Document, Documents
+from gaintune.data.exchanges import Exchange, read_exchanges
 from gaintune.data.readers import read_documents
 from gaintune.errors import DataError
 
-__all__ = ["CATALOGUE", "CatalogueEntry", "Document", "Documents", "load_documents"]
+__all__ = ["CATALOGUE", "CatalogueEntry", "Document", "Documents", "load_documents", "load_exchanges"]
+
+# More characters than tokens of prose or code ever need: how far a streamed source is read for a budget in tokens.
+CHARACTERS_PER_TOKEN = 8
+LEAST_STREAMED_CHARACTERS = 2_000_000
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A domain by name; `load` takes the characters that are needed of each split (None: all there is)."""
+    """A domain by name; `load` takes the characters that are needed of each split (None: all there is).
+
+    What it loads are documents where `task` is text, and exchanges where it is instruct.
+    """
 
     name: str
     description: str
     licence: str
     source: str
-    load: Callable[[int | None], Documents]
+    load: Callable[[int | None], Documents[Any]]
+    task: Task = "text"
 
 
 def _embedded(name: str, description: str, licence: str, read: Callable[[], tuple[Document, ...]]) -> CatalogueEntry:
@@ -35,12 +45,8 @@ def _embedded(name: str, description: str, licence: str, read: Callable[[], tupl
     return CatalogueEntry(name, description, licence, source, lambda _: Documents(read(), source=name))
 
 
-def _hub(name: str, description: str, licence: str, source: hub.HubSource) -> CatalogueEntry:
-    return CatalogueEntry(name, description, licence, source.path, partial(_load_hub, source, name))
-
-
-def _load_hub(source: hub.HubSource, name: str, characters: int | None) -> Documents:
-    return hub.load_hub(source, name, characters)
+def _hub(name: str, description: str, licence: str, source: hub.HubSource[Any], task: Task = "text") -> CatalogueEntry:
+    return CatalogueEntry(name, description, licence, source.path, partial(hub.load_hub, source, name), task)
 
 
 def _licence(name: str) -> str:
@@ -109,12 +115,40 @@ CATALOGUE: dict[str, CatalogueEntry] = {
             "MIT",
             hub.HubSource("Rowan/hellaswag", hub.gold_endings, validation="validation"),
         ),
+        _hub(
+            "gsm8k",
+            "GSM8K: grade-school mathematics with worked answers (the training split; the test split is left alone)",
+            "MIT",
+            hub.HubSource("openai/gsm8k", hub.answers("question", "answer"), configuration="main"),
+            task="instruct",
+        ),
+        _hub(
+            "metamathqa",
+            "MetaMathQA: mathematics questions rewritten from GSM8K and MATH, with worked answers",
+            "MIT",
+            hub.HubSource("meta-math/MetaMathQA", hub.answers("query", "response"), streaming=True),
+            task="instruct",
+        ),
+        _hub(
+            "magicoder",
+            "Magicoder Evol-Instruct: programming tasks with answers",
+            "Apache-2.0",
+            hub.HubSource(
+                "ise-uiuc/Magicoder-Evol-Instruct-110K", hub.answers("instruction", "response"), streaming=True
+            ),
+            task="instruct",
+        ),
     )
 }
 
 
-def load_documents(domain: DomainConfig, *, characters: int | None = None) -> Documents:
-    """Load the documents of a domain: a catalogue name first, else a local file or folder.
+def characters_needed(data: DataConfig) -> int:
+    """How much text of each split is enough for a plan's budgets."""
+    return max(CHARACTERS_PER_TOKEN * max(data.train_tokens, data.validation_tokens), LEAST_STREAMED_CHARACTERS)
+
+
+def load_documents(domain: DomainConfig, *, characters: int | None = None) -> Documents[Document]:
+    """Load the documents of a domain of text: a catalogue name first, else a local file or folder.
 
     `characters` is how much text the caller needs of each split; only sources that are streamed heed it.
 
@@ -122,14 +156,46 @@ def load_documents(domain: DomainConfig, *, characters: int | None = None) -> Do
         DataError: no such domain or file, or a mistake in a file, with its line.
         AssetError: a download failed.
     """
+    entry = _entry(domain, "text")
+    if entry is None:
+        return read_documents(_path(domain), domain.text_column)
+    if domain.text_column is not None:
+        raise DataError(f"domain {domain.name!r}: text_column is for local files; {entry.name!r} brings its own")
+    return entry.load(characters)
+
+
+def load_exchanges(domain: DomainConfig, *, characters: int | None = None) -> Documents[Exchange]:
+    """Load the rows of a domain of instructions; arguments and errors as of `load_documents`."""
+    entry = _entry(domain, "instruct")
+    if domain.text_column is not None:
+        raise DataError(
+            f"domain {domain.name!r}: text_column is for task text; give prompt_column and completion_column"
+        )
+    if entry is None:
+        return read_exchanges(_path(domain), domain.prompt_column, domain.completion_column)
+    if domain.prompt_column is not None or domain.completion_column is not None:
+        raise DataError(
+            f"domain {domain.name!r}: prompt_column and completion_column are for local files; {entry.name!r} brings "
+            f"its own"
+        )
+    return entry.load(characters)
+
+
+def _entry(domain: DomainConfig, task: Task) -> CatalogueEntry | None:
+    """The catalogue's entry of a domain's name, None for a path; refuses one that is for another task."""
     entry = CATALOGUE.get(domain.source)
-    if entry is not None:
-        if domain.text_column is not None:
-            raise DataError(f"domain {domain.name!r}: text_column is for local files; {entry.name!r} brings its own")
-        return entry.load(characters)
+    if entry is not None and entry.task != task:
+        raise DataError(
+            f"domain {domain.name!r}: {entry.name!r} is for task {entry.task}, and the plan says {task}; set "
+            f"task: {entry.task} on the domain, or data.task={entry.task} for all"
+        )
+    return entry
+
+
+def _path(domain: DomainConfig) -> Path:
     path = Path(domain.source).expanduser()
-    if not path.exists():
-        near = get_close_matches(domain.source, CATALOGUE, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"the catalogue holds {', '.join(CATALOGUE)}"
-        raise DataError(f"domain {domain.name!r}: {domain.source} is no file, folder or catalogue name; {advice}")
-    return read_documents(path, domain.text_column)
+    if path.exists():
+        return path
+    near = get_close_matches(domain.source, CATALOGUE, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else f"the catalogue holds {', '.join(CATALOGUE)}"
+    raise DataError(f"domain {domain.name!r}: {domain.source} is no file, folder or catalogue name; {advice}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from gaintune.errors import BaseModelError
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -42,6 +44,53 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> It
         if len(ids):
             boundaries[-1] = len(text.encode())
         yield Encoded(ids, np.diff(boundaries, prepend=0))
+
+
+def encode_parts(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Encoded]]:
+    """Tokenise rows that are given in parts, such as a prompt and its completion, part by part.
+
+    What comes before a part has the tokens it has without it: those that a model is given when it has to go on from
+    there. A part's tokens are the ones that are added by tokenising all up to its end. Where that would change what
+    comes before (a token across the border, say, or a space that joins the next word), the part is tokenised by itself.
+    """
+    encoded = encode_texts(["".join(parts[: end + 1]) for parts in rows for end in range(len(parts))], tokenizer)
+    for parts in rows:
+        before = np.empty(0, np.int64)
+        pieces: list[Encoded] = []
+        for part, whole in zip(parts, encoded, strict=False):
+            count = len(before)
+            if np.array_equal(whole.ids[:count], before):
+                piece = Encoded(whole.ids[count:], whole.bytes[count:].copy())
+            else:
+                (piece,) = encode_texts([part], tokenizer)
+            if len(piece.ids):  # bytes at the border that no token covers belong to the part they come from
+                piece.bytes[0] += len(part.encode()) - piece.bytes.sum()
+            pieces.append(piece)
+            before = np.concatenate([before, piece.ids])
+        yield pieces
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a text; raises BaseModelError for a tokenizer without one."""
+    token = tokenizer.eos_token_id
+    if not isinstance(token, int):
+        raise BaseModelError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token to end a text with; "
+            f"set eos_token in its tokenizer_config.json"
+        )
+    return token
+
+
+def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text of its own accord: its beginning-of-text token, or nothing."""
+    added = tokenizer("")["input_ids"]
+    return added[:1] if added and added[0] == tokenizer.bos_token_id else []
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Tokens that stand for no text, such as the ends of a text and of a turn."""
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**dict(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True)), **added}
 
 
 def _byte_positions(text: str) -> np.ndarray:

@@ -59,3 +59,35 @@ class Examples:
         """All rows in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
+
+
+@dataclass(frozen=True)
+class DomainBlocks:
+    """A domain ready to train on and to be measured.
+
+    `train` and `validation` are blocks, `(blocks, block_size)`. `validation_bytes` are the UTF-8 bytes of the scored
+    tokens of each validation block, end-of-text and other special tokens counting none. `content_hash` is the SHA-256
+    of the tokens and of the settings that made them. Documents (of instruction data, rows) are counted where some of
+    their text is in a block; `removed_near_duplicates` counts those that were drawn for validation and found in one
+    that is trained on.
+    """
+
+    name: str
+    train: Examples
+    validation: Examples
+    validation_bytes: tuple[int, ...]
+    content_hash: str
+    train_documents: int
+    validation_documents: int
+    removed_near_duplicates: int
+
+    def describe(self) -> dict[str, str | int]:
+        """What a record keeps of the text: its content hash and how much there was."""
+        return {
+            "content_hash": self.content_hash,
+            "train_tokens": self.train.tokens,
+            "validation_tokens": self.validation.tokens,
+            "train_documents": self.train_documents,
+            "validation_documents": self.validation_documents,
+            "removed_near_duplicates": self.removed_near_duplicates,
+        }

@@ -1,37 +1,39 @@
-"""Domains from the Hub: which rows of which data set, and how a row reads as text."""
+"""Domains from the Hub: which rows of which data set, and how a row reads as text, or as prompt and completion."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from gaintune.data.documents import Document, Documents
+from gaintune.data.exchanges import Exchange, question_and_answer
 from gaintune.data.passages import cut_passages
 from gaintune.errors import AssetError
 
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
+Item = TypeVar("Item", str, Exchange)
 NOVEL_CHARACTERS = 16_384
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """A data set on the Hub (or a local folder of the same layout) and the way from its rows to texts."""
+class HubSource(Generic[Item]):
+    """A data set on the Hub (or a local folder of the same layout) and the way from its rows to texts or exchanges."""
 
     path: str
-    render: Callable[[Iterable[Row]], Iterator[str]]
+    render: Callable[[Iterable[Row]], Iterator[Item]]
     train: str = "train"
     validation: str | None = None
     configuration: str | None = None
     streaming: bool = False
 
 
-def load_hub(source: HubSource, name: str, characters: int | None = None) -> Documents:
-    """Load a domain from the Hub.
+def load_hub(source: HubSource[Item], name: str, characters: int | None = None) -> Documents[Any]:
+    """Load a domain from the Hub: texts as documents, exchanges as they are, each with its place.
 
     With `characters`, a streamed source is read only until each split holds that much text; a source that is not
     streamed is small and is read whole.
@@ -57,18 +59,19 @@ def unreachable(error: Exception, name: str, path: str) -> AssetError:
     )
 
 
-def _documents(source: HubSource, split: str, limit: int | None) -> tuple[Document, ...]:
+def _documents(source: HubSource[Item], split: str, limit: int | None) -> tuple[Document | Exchange, ...]:
     from datasets import load_dataset  # slow to import, and only these domains need it
 
     rows = load_dataset(source.path, source.configuration, split=split, streaming=source.streaming)
-    documents: list[Document] = []
+    documents: list[Document | Exchange] = []
     total = empty = 0
-    for number, text in enumerate(source.render(rows), start=1):  # type: ignore[arg-type]  # rows are mappings
-        if not text.strip():
+    for number, item in enumerate(source.render(rows), start=1):  # type: ignore[arg-type]  # rows are mappings
+        texts = [item] if isinstance(item, str) else [turn.content for turn in item.turns]
+        if not all(text.strip() for text in texts):
             empty += 1
             continue
-        documents.append(Document(text, f"{source.path} {split}: text {number}"))
-        total += len(text)
+        documents.append(_placed(item, f"{source.path} {split}", number))
+        total += sum(map(len, texts))
         if limit is not None and total >= limit:
             break
     if empty:
@@ -76,6 +79,22 @@ def _documents(source: HubSource, split: str, limit: int | None) -> tuple[Docume
     if not documents:
         raise ValueError(f"its split {split!r} holds no text")
     return tuple(documents)
+
+
+def _placed(item: str | Exchange, split: str, number: int) -> Document | Exchange:
+    if isinstance(item, str):
+        return Document(item, f"{split}: text {number}")
+    return replace(item, origin=f"{split}: row {number}", row=number)
+
+
+def answers(prompt: str, completion: str) -> Callable[[Iterable[Row]], Iterator[Exchange]]:
+    """The prompt of one column and the completion of another, as they stand."""
+
+    def exchanges(rows: Iterable[Row]) -> Iterator[Exchange]:
+        for row in rows:
+            yield question_and_answer(row[prompt], row[completion])
+
+    return exchanges
 
 
 def pubmedqa_contexts(rows: Iterable[Row]) -> Iterator[str]:

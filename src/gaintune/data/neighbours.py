@@ -9,6 +9,7 @@ import numpy as np
 
 SHINGLE_WORDS = 5
 CONTAINMENT = 0.5
+COMMON_DOCUMENTS = 3
 
 # Chinese and Japanese do not put spaces between words: there a character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
@@ -24,26 +25,36 @@ class NeighbourIndex:
 
     A text is one if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalised) occur
     in the same document; a text too short for a shingle, if a document or piece equals it after normalisation.
+
+    With `common`, shingles in more than that share of the documents (and in more than `COMMON_DOCUMENTS` of them) do
+    not count: they are what the documents have in common, such as an instruction that begins every prompt. A text that
+    holds nothing else is a near-duplicate of one that it equals after normalisation.
     """
 
-    def __init__(self, pieces: Iterable[tuple[int, str]]) -> None:
+    def __init__(self, pieces: Iterable[tuple[int, str]], *, common: float | None = None) -> None:
         """Index pieces of text, each with the number of the document it belongs to."""
         self._vocabulary: dict[str, int] = {}
         self._short: set[str] = set()
+        self._common = np.empty(0, np.int64)
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for document, text in pieces:
             shingles = self._shingles(text)
-            if len(shingles):
-                hashes.append(shingles)
-                owners.append(np.full(len(shingles), document, np.int64))
-            else:
+            hashes.append(shingles)
+            owners.append(np.full(len(shingles), document, np.int64))
+            if common is not None or not len(shingles):
                 self._short.add(normalise(text))
         pairs = np.stack([np.concatenate(hashes).view(np.int64), np.concatenate(owners)])
         pairs = np.unique(pairs, axis=1)  # sorted by hash, a shingle once for each document
+        if common is not None:
+            different, counts = np.unique(pairs[0], return_counts=True)
+            limit = max(common * len(np.unique(pairs[1])), COMMON_DOCUMENTS)
+            self._common = different[counts > limit]
+            pairs = pairs[:, ~np.isin(pairs[0], self._common)]
         self._hashes, self._owners = pairs[0], pairs[1]
 
     def __contains__(self, text: str) -> bool:
         shingles = self._shingles(text).view(np.int64)
+        shingles = shingles[~np.isin(shingles, self._common)]
         if not len(shingles):
             return normalise(text) in self._short
         first = np.searchsorted(self._hashes, shingles, side="left")

@@ -11,6 +11,7 @@ from torch import nn
 from gaintune.data.examples import Examples
 from gaintune.errors import TrainingError
 from gaintune.evaluate.losses import DomainLoss
+from gaintune.isolation import require_isolation
 from gaintune.loss import NextTokenLoss
 from gaintune.progress import Progress, Silent
 
@@ -46,8 +47,11 @@ def measure(
 
     Raises:
         TrainingError: the loss of some row is not finite; the model is broken.
+        ConfigError: rows hold several texts, and the model does not keep them apart.
     """
     device = next(model.parameters()).device
+    if examples.position_ids is not None:
+        require_isolation(model)
     loss = NextTokenLoss(model)
     training = model.training
     model.eval()

@@ -1,0 +1,169 @@
+"""Instruction data to blocks of tokens: split by row, written in a template, completions scored, packed or padded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gaintune.config import DataConfig, DomainConfig, Template
+from gaintune.data.domains import characters_needed, load_exchanges
+from gaintune.data.encode import beginning_of_text, encode_parts, end_of_text, special_tokens
+from gaintune.data.examples import DomainBlocks
+from gaintune.data.exchanges import Exchange
+from gaintune.data.neighbours import NeighbourIndex
+from gaintune.data.packing import Packed, TokenRow, pack
+from gaintune.data.split import drawn_order, split_documents
+from gaintune.data.templates import render
+from gaintune.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+ENCODED_AT_ONCE = 16
+NAMED_ROWS = 5
+# Instructions that many prompts share, word for word, make no near-duplicate of them.
+COMMON_SHARE = 0.05
+
+
+def load_instruct(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DomainBlocks:
+    """Load, split, render and pack a domain of instructions within its budgets, padding included.
+
+    Rows are drawn in an order the seed decides; those whose questions differ by case, spacing or punctuation alone are
+    on the same side, and a validation row whose question is nearly one that is trained on is left out. Scored are the
+    completions and the end-of-text token after them. A row longer than a block is cut and counted in a warning.
+
+    Raises:
+        DataError: rows are missing, broken, or have a prompt that leaves no room for the completion; names the line.
+        ConfigError: the chat template is asked for and the tokenizer has none.
+        AssetError: a download failed.
+        BaseModelError: the tokenizer has no end-of-text token.
+    """
+    end = end_of_text(tokenizer)
+    template = data.template_of(domain)
+    rows = split_documents(
+        load_exchanges(domain, characters=characters_needed(data)), data.seed, lambda exchange: exchange.question
+    )
+    held_out = rows.validation or ()
+
+    def packed(source: Sequence[Exchange], order: Iterable[int], budget: int) -> Packed:
+        return pack(
+            _token_rows(source, iter(order), template, tokenizer),
+            block_size=data.block_size,
+            blocks=budget // data.block_size,
+            filler=end,
+            packing=data.packing,
+        )
+
+    train = packed(rows.train, drawn_order(len(rows.train), data.seed, "train"), data.train_tokens)
+    _check(train, "training", rows.train, domain, rows.source, data, data.train_tokens)
+    trained_on = NeighbourIndex(((number, rows.train[number].question) for number in train.rows), common=COMMON_SHARE)
+    removed: set[int] = set()
+
+    def is_new(number: int) -> bool:
+        if held_out[number].question in trained_on:
+            removed.add(number)
+            return False
+        return True
+
+    order = filter(is_new, drawn_order(len(held_out), data.seed, "validation"))
+    validation = packed(held_out, order, data.validation_tokens)
+    if removed:
+        named = ", ".join(held_out[number].origin for number in sorted(removed)[:3])
+        logger.info(
+            "domain %s: left %d validation row(s) out, whose prompts are near-duplicates of training prompts: %s%s",
+            domain.name, len(removed), named, ", ..." if len(removed) > 3 else "",
+        )  # fmt: skip
+    note = f", after {len(removed)} near-duplicate(s) of training prompts were left out" if removed else ""
+    _check(validation, "validation", held_out, domain, rows.source, data, data.validation_tokens, note)
+    return DomainBlocks(
+        name=domain.name,
+        train=train.examples,
+        validation=validation.examples,
+        validation_bytes=validation.bytes,
+        content_hash=_content_hash(data, template, end, train, validation),
+        train_documents=len(train.rows),
+        validation_documents=len(validation.rows),
+        removed_near_duplicates=len(removed),
+    )
+
+
+def _token_rows(
+    rows: Sequence[Exchange], order: Iterator[int], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[TokenRow]:
+    """Tokens of the rows in an order: a few at a time, in parallel where the tokenizer can."""
+    begin, end = beginning_of_text(tokenizer), [end_of_text(tokenizer)]
+    special = np.array(sorted(special_tokens(tokenizer)))
+    while numbers := list(islice(order, ENCODED_AT_ONCE)):
+        rendered = [render(rows[number], template, tokenizer) for number in numbers]
+        encoded = encode_parts([[part.text for part in each.parts] for each in rendered], tokenizer)
+        for number, text, pieces in zip(numbers, rendered, encoded, strict=True):
+            before = [] if text.begins else begin
+            after = [] if text.ends else end
+            ids = np.concatenate([before, *(piece.ids for piece in pieces), after]).astype(np.int64)
+            scored = np.repeat(
+                [False, *(part.scored for part in text.parts), True],
+                [len(before), *(len(piece.ids) for piece in pieces), len(after)],
+            )
+            counted = np.concatenate([[0] * len(before), *(piece.bytes for piece in pieces), [0] * len(after)])
+            counted[np.isin(ids, special)] = 0
+            scored[0] = False  # nothing of its own row comes before it
+            yield TokenRow(ids, scored, counted.astype(np.int64), number)
+
+
+def _check(
+    packed: Packed,
+    side: str,
+    rows: Sequence[Exchange],
+    domain: DomainConfig,
+    source: str,
+    data: DataConfig,
+    budget: int,
+    note: str = "",
+) -> None:
+    """Refuse rows that cannot be learnt and a side without rows; warn of cut rows and of a budget that is not met."""
+    if packed.refused:
+        named = "; ".join(
+            f"{rows[row.number].origin} (row {rows[row.number].row}): a prompt of {row.prompt} tokens, "
+            f"{len(row.ids)} with its completion"
+            for row in packed.refused[:NAMED_ROWS]
+        )
+        more = f"; and {len(packed.refused) - NAMED_ROWS} more" if len(packed.refused) > NAMED_ROWS else ""
+        needed = max(len(row.ids) for row in packed.refused)
+        raise DataError(
+            f"domain {domain.name!r}: {len(packed.refused)} row(s) whose prompt fills a block of {data.block_size} "
+            f"tokens, so that nothing of the completion is left: {named}{more}. Set data.block_size={needed} or "
+            f"more, or shorten or delete these rows"
+        )
+    blocks, used = len(packed.examples), packed.examples.tokens
+    if not blocks:
+        raise DataError(f"domain {domain.name!r}, {source}: the {side} part holds no rows{note}; give more rows")
+    if packed.cut:
+        logger.warning(
+            "domain %s: %d of %d %s rows are longer than a block of %d tokens and are cut; the longest has %d "
+            "tokens: raise data.block_size to keep them whole",
+            domain.name, packed.cut, len(packed.rows), side, data.block_size, packed.longest,
+        )  # fmt: skip
+    if blocks < budget // data.block_size:
+        logger.warning(
+            "domain %s: the %s part fills %d tokens, fewer than the %d asked for; using %d blocks of %d%s",
+            domain.name, side, used, budget, blocks, data.block_size, note,
+        )  # fmt: skip
+    logger.info(
+        "domain %s: %d %s rows in %d blocks of %d tokens, %.0f %% of them padding",
+        domain.name, len(packed.rows), side, blocks, data.block_size, 100 * packed.padding / used,
+    )  # fmt: skip
+
+
+def _content_hash(data: DataConfig, template: Template, end: int, train: Packed, validation: Packed) -> str:
+    """SHA-256 over the settings and both sides' tokens, labels and positions, the same for either byte order."""
+    settings = (data.train_tokens, data.validation_tokens, data.block_size, data.seed, template, data.packing, end)
+    digest = hashlib.sha256(repr(settings).encode())
+    for packed in (train, validation):
+        for tensor in packed.examples[:].values():
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
