@@ -207,7 +207,7 @@ class NextTokenLoss:
     def _hidden(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
         captured: list[torch.Tensor] = []
-        backbone: nn.Module = self._base.base_model
+        backbone: nn.Module = self._base.get_decoder()  # OPT's forward passes its base model by
         handle = backbone.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))
         try:
             # no position at all: for the last one of each row, matmul would copy the whole projection once a row
