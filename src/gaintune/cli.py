@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from gaintune import cli_analysis
 from gaintune.cli_plan import (
     BatchSize,
     BlockSize,
@@ -297,6 +298,9 @@ def config(plan: PlanFile = None, set_: Set = None) -> None:
     from gaintune.config import plan_yaml_documented
 
     typer.echo(plan_yaml_documented(assemble(plan, {}, set_)), nl=False)
+
+
+cli_analysis.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,124 @@
+"""What gates did: where their layers sit in the model, and histograms and moments put together over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+BINS = 100
+CLOSED, OPEN = 0.05, 0.5
+"""A gate below `CLOSED` lets hardly anything of its part through; one above `OPEN` most of it. Both are bin edges."""
+EDGES_EVERY = 20  # numbers of bins that have both edges are its multiples
+DEPTHS = ("early", "middle", "late")
+Block = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a gated layer sits in the model.
+
+    Attributes:
+        name: module name, such as `model.layers.3.self_attn.q_proj` inside a PeftModel.
+        layer: index of its transformer layer, None outside of them (such as a vocabulary projection).
+        depth: `early`, `middle` or `late` third of the transformer layers; `outside` where `layer` is None.
+        projection: its own name, such as `q_proj`.
+        block: `attention` where some part of the name inside the layer says so, else `mlp`.
+    """
+
+    name: str
+    layer: int | None
+    depth: str
+    projection: str
+    block: Block
+
+
+def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+    """Read the places of layers off their names: the first number in a name counts transformer layers.
+
+    A projection goes by the last part of its name, or, where several of a layer share that (BERT's `dense`), by all of
+    its name inside the layer.
+    """
+    split: dict[str, tuple[str, int | None, tuple[str, ...]]] = {}
+    for name in names:
+        parts = tuple(name.split("."))
+        at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+        split[name] = (
+            (name, None, parts[-1:]) if at is None else (".".join(parts[:at]), int(parts[at]), parts[at + 1 :])
+        )
+    whole = {inside for _, layer, inside in split.values() if layer is not None}
+    shared = {inside[-1] for inside in whole if sum(other[-1] == inside[-1] for other in whole) > 1}
+    places = {}
+    for name, (above, layer, inside) in split.items():
+        projection = ".".join(inside) if inside[-1] in shared else inside[-1]
+        attention = any("attn" in part.lower() or "attention" in part.lower() for part in inside)
+        depth = "outside"
+        if layer is not None:
+            siblings = model.get_submodule(above)
+            depth = DEPTHS[3 * layer // len(siblings)] if isinstance(siblings, Sized) else "outside"
+        places[name] = Place(name, layer, depth, projection, "attention" if attention else "mlp")
+    return places
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """What one layer's gates did on one domain.
+
+    Attributes:
+        place: where the layer sits.
+        tokens: counted tokens.
+        histogram: gate values of each rank part in equal bins of [0, 1], the last one closed, int64 `(rank, bins)`.
+        total: sum of the values of each part, float64 `(rank,)`.
+        squares: sum of their squares, float64 `(rank,)`.
+    """
+
+    place: Place
+    tokens: int
+    histogram: np.ndarray
+    total: np.ndarray
+    squares: np.ndarray
+
+
+@dataclass(frozen=True)
+class GateSummary:
+    """Figures of some gate values: how many, mean, standard deviation, and the shares below 0.05 and from 0.5 up."""
+
+    values: int
+    mean: float
+    deviation: float
+    closed: float
+    open: float
+    histogram: np.ndarray
+
+
+def summarise(layers: Iterable[LayerGates], part: int | None = None) -> GateSummary:
+    """Put together the gate values of several layers, all rank parts or one of them; every value has equal weight.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    chosen = slice(None) if part is None else slice(part, part + 1)
+    histogram, total, squares = np.zeros(1, np.int64), 0.0, 0.0
+    for each in layers:
+        histogram = histogram + each.histogram[chosen].sum(axis=0)
+        total += float(each.total[chosen].sum())
+        squares += float(each.squares[chosen].sum())
+    values = int(histogram.sum())
+    if not values:
+        raise ValueError("no gate value was counted")
+    mean = total / values
+    bins = len(histogram)
+    closed, opened = histogram[: round(CLOSED * bins)].sum(), histogram[round(OPEN * bins) :].sum()
+    deviation = float(np.sqrt(max(squares / values - mean**2, 0.0)))
+    return GateSummary(values, mean, deviation, float(closed / values), float(opened / values), histogram)
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """Everything recorded of one adapter: for each domain its layers, in the order of the model."""
+
+    adapter: str
+    domains: Mapping[str, tuple[LayerGates, ...]]
