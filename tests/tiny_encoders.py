@@ -93,10 +93,10 @@ def rule_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def plan(model: Path, domain: Path, **changes) -> dict:
+def plan(base: Path, domain: Path, **changes) -> dict:
     """A plan of seconds over one domain of labelled rows, as nested values."""
     values = {
-        "model": {"name": str(model), "dtype": "fp32", "device": "cpu"},
+        "model": {"name": str(base), "dtype": "fp32", "device": "cpu"},
         "data": {"task": "classify", "domains": [f"{domain.stem}={domain}"]},
         "methods": ["gain-ffn"],
         "train": {"batch_size": 8, "checkpoint_steps": 3},
