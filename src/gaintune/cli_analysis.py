@@ -96,7 +96,7 @@ def linear_model(
     dimension: Annotated[int, typer.Option(help="Size of inputs and outputs.")] = 32,
     rank: Annotated[int, typer.Option(help="Rank of dW, and of what is trained.")] = 4,
     separation: Annotated[float, typer.Option(help="Distance between the means, in standard deviations.")] = 3.0,
-    steps: Annotated[int, typer.Option(help="Training steps of every method, Adam with a cosine schedule.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Training steps of every method, Adam with a cosine schedule.")] = 1500,
     batch_size: Annotated[int, typer.Option(help="Samples in a step, drawn anew each time.")] = 256,
     lr: Annotated[
         float, typer.Option(help="Learning rate at the start; gates learn at --gate-lr-ratio times it.")

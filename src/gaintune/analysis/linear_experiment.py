@@ -38,7 +38,7 @@ class Settings:
     dimension: int = 32
     rank: int = 4
     separation: float = 3.0
-    steps: int = 2000
+    steps: int = 1500
     seeds: int = 5
     batch_size: int = 256
     lr: float = 0.01
