@@ -71,8 +71,8 @@ def encode_parts(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBa
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a text; raises BaseModelError for a tokenizer without one."""
-    token = tokenizer.eos_token_id
+    """The token that ends a text: end-of-text, or BERT's separator; BaseModelError for a tokenizer without either."""
+    token = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if not isinstance(token, int):
         raise BaseModelError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token to end a text with; "

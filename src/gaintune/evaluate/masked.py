@@ -1,0 +1,222 @@
+"""Masked-LM perplexity of an encoder with the head it was pretrained with, before and after an adaptation.
+
+How the DISeL paper measures what RoBERTa forgets (arXiv 2605.19028, section 4.1 and appendix II.5): the adapted encoder
+is paired with its original masked-LM head, whatever head the adaptation trained. The masked tokens are the same for
+every model (`gaintune.data.masked`), so models are compared block by block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gaintune.adapters import load_adapter, read_record
+from gaintune.config import EvaluateConfig, Plan
+from gaintune.data.masked import MaskedBlocks, load_masked_blocks
+from gaintune.errors import AdapterError, ConfigError, TrainingError
+from gaintune.evaluate.bootstrap import LARGEST_EXPONENT, bounds, percent, replicate_means
+from gaintune.heads import load_classifier, load_masked, longest_input
+from gaintune.loss import IGNORED
+from gaintune.models import Base
+from gaintune.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class MaskedLoss:
+    """Loss of one model on one domain, block by block: sums over the masked tokens in nats, and their numbers."""
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss of a masked token."""
+        return math.exp(min(math.fsum(self.nll) / sum(self.tokens), LARGEST_EXPONENT))
+
+
+@dataclass(frozen=True)
+class MaskedFigure:
+    """One model on one domain; `change` and its interval in % of the base's perplexity, None for the base itself.
+
+    `masked` is the number of masked tokens behind it.
+    """
+
+    domain: str
+    label: str
+    perplexity: float
+    change: float | None
+    low: float | None
+    high: float | None
+    masked: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def compare_masked(
+    plan: Plan, adapters: Sequence[Path], *, allow_other_base: bool = False, progress: Progress | None = None
+) -> list[MaskedFigure]:
+    """Measure the plan's encoder, and the encoder with every adapter, on the plan's domains of text.
+
+    An adapter's own head is left out, and the original one put in its place. The masking's seed is the plan's
+    `data.seed`.
+
+    Returns:
+        For each domain the base, then the adapters in the order given, labelled by their folders.
+
+    Raises:
+        AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
+        BaseModelError: the base is no encoder with a masked-LM head.
+        ConfigError: blocks longer than the encoder takes, or an adapter named twice.
+    """
+    labels = [str(adapter) for adapter in adapters]
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
+    base = load_masked(plan.model)
+    longest = longest_input(base.model, base.tokenizer)
+    if longest is not None and plan.data.block_size > longest:
+        raise ConfigError(
+            f"data.block_size is {plan.data.block_size}, but model {base.name!r} takes {longest} tokens at most"
+        )
+    domains = [load_masked_blocks(each, plan.data, base.tokenizer, seed=plan.data.seed) for each in plan.data.domains]
+
+    def look(model: nn.Module, label: str) -> list[MaskedLoss]:
+        return [
+            measure_masked(
+                model,
+                domain,
+                batch_size=plan.evaluate.batch_size,
+                title=f"{label}: measuring {domain.name}",
+                progress=progress,
+            )
+            for domain in domains
+        ]
+
+    before = look(base.model, "base")
+    losses = []
+    for label, folder in zip(labels, adapters, strict=True):
+        if losses:  # the base is untouched for the first adapter only
+            base = load_masked(plan.model)
+        model = with_adapter(base, plan, folder, allow_other_base=allow_other_base)
+        losses.append((label, look(model, label)))
+        del model, base
+        gc.collect()
+    figures = []
+    for number, domain in enumerate(domains):
+        loss = before[number]
+        figures.append(MaskedFigure(domain.name, "base", loss.perplexity, None, None, None, sum(loss.tokens)))
+        for label, found in losses:
+            interval = paired_change(loss, found[number], domain.name, plan.evaluate)
+            figures.append(MaskedFigure(domain.name, label, found[number].perplexity, *interval, sum(loss.tokens)))
+    return figures
+
+
+def with_adapter(base: Base, plan: Plan, folder: Path, *, allow_other_base: bool = False) -> nn.Module:
+    """The masked language model of `base` with an adapter's encoder in it; `base.model` is changed in place.
+
+    A classifier is loaded whole, as `load_adapter` does, which finds whatever is missing or left over; its encoder then
+    takes the place of the one that stands before the original masked-LM head. Another adapter is put onto the masked
+    language model itself.
+    """
+    record = read_record(folder)
+    if record is None or not record.labels:
+        return load_adapter(base, folder, allow_other_base=allow_other_base)
+    classifier = load_classifier(plan.model, record.labels, seed=0)
+    adapted: Any = load_adapter(classifier, folder, allow_other_base=allow_other_base)
+    carrier: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+    model = base.model
+    if type(carrier.base_model) is not type(model.base_model):
+        raise AdapterError(f"{folder}: its encoder is a {type(carrier.base_model).__name__}, not {base.name!r}'s")
+    setattr(model, model.base_model_prefix, carrier.base_model)
+    return model.eval()
+
+
+def measure_masked(
+    model: nn.Module,
+    blocks: MaskedBlocks,
+    *,
+    batch_size: int = 4,
+    title: str = "measuring",
+    progress: Progress | None = None,
+) -> MaskedLoss:
+    """Measure the loss of the masked tokens of every block; logits are made for those alone.
+
+    Raises:
+        TrainingError: the loss of some block is not finite; the model is broken.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums: list[float] = []
+    try:
+        with torch.inference_mode(), (progress or Silent()).task(title, blocks.input_ids.numel(), "tokens") as advance:
+            for start in range(0, len(blocks.input_ids), batch_size):
+                seen = blocks.input_ids[start : start + batch_size].to(device)
+                labels = blocks.labels[start : start + batch_size].to(device)
+                sums.extend(_block_losses(model, seen, labels).tolist())
+                advance(seen.numel())
+    finally:
+        model.train(training)
+    if not all(map(math.isfinite, sums)):
+        raise TrainingError(f"{title}: the loss is not finite, so the model is broken")
+    return MaskedLoss(tuple(sums), blocks.scored)
+
+
+def _block_losses(model: Any, seen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed loss of each block's masked tokens, float64 `(blocks,)`."""
+    scored = labels != IGNORED
+    with _only(model, scored):
+        logits = model(input_ids=seen, attention_mask=torch.ones_like(seen)).logits[0]
+    losses = F.cross_entropy(logits.float(), labels[scored], reduction="none").double()
+    return torch.zeros(len(labels), dtype=torch.float64, device=labels.device).index_add(
+        0, scored.nonzero()[:, 0], losses
+    )
+
+
+@contextlib.contextmanager
+def _only(model: Any, scored: torch.Tensor) -> Iterator[None]:
+    """Hand the head the hidden states of the scored tokens alone, as one row `(1, scored, d_model)`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def pick(module: nn.Module, inputs: Any, output: Any) -> Any:
+        hidden = output[0][scored].unsqueeze(0)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+    handle = base.base_model.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def paired_change(
+    before: MaskedLoss, after: MaskedLoss, domain: str, settings: EvaluateConfig
+) -> tuple[float, float | None, float | None]:
+    """Change of perplexity in % with its paired bootstrap interval over blocks (None for a single block)."""
+    assert before.tokens == after.tokens, "the same blocks"
+    means = replicate_means(
+        np.array([before.nll, after.nll]),
+        np.array(before.tokens),
+        samples=settings.bootstrap_samples,
+        seed=settings.seed,
+        domain=domain,
+    )
+    change = percent(means[:, 1] - means[:, 0])
+    if len(before.tokens) < 2:
+        return float(change[0]), None, None
+    low, high = bounds(change, settings.confidence)
+    return float(change[0]), float(low), float(high)
