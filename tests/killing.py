@@ -25,6 +25,27 @@ class KillAt(Silent):
         return contextlib.nullcontext(advance)
 
 
+class Stopped(BaseException):
+    """What `StopAt` raises; nothing in the product catches it."""
+
+
+class StopAt(Silent):
+    """Raises at the n-th sign of progress of one task: a stop within the process, many times cheaper than a kill."""
+
+    def __init__(self, title: str, count: int) -> None:
+        self._title = title
+        self._left = count
+
+    def task(self, title, total, unit):
+        def advance(amount, **figures):
+            if title == self._title:
+                self._left -= 1
+                if self._left == 0:
+                    raise Stopped
+
+        return contextlib.nullcontext(advance)
+
+
 def killed(work, arguments, title, count):
     """Run `work(*arguments, progress=...)` in a process of its own until it is killed there."""
     process = multiprocessing.get_context("spawn").Process(target=_until, args=(work, arguments, title, count))

@@ -164,6 +164,11 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path)
     save_adapter(model, tmp_path / "first", record, keep=first.keep)
     assert (tmp_path / "first" / STATE).is_file()
     place = Place(previous=tmp_path / "first", first=10, total=20)
+    carried = BudgetSchedule(method, place)
+    carried.start(model, steps=10)
+    (tmp_path / "carried").mkdir()
+    carried.save(tmp_path / "carried")
+    assert (tmp_path / "carried" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
     taught(model, method, tmp_path / "b", steps=10, place=place)
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     assert sum(kept) == target * matrices

@@ -6,18 +6,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import gaintune
 import tiny_base
 import tiny_domains
+from gaintune.adapters import load_adapter
+from gaintune.config import build_plan
+from gaintune.data.blocks import load_domain
+from gaintune.fisher import fisher_information
+from gaintune.loss import NextTokenLoss
+from gaintune.models import load_base
+from gaintune.penalties import FISHER
 from gaintune.runs import damage, read_json
+from gaintune.updates import Lesson
 
 
 def test_two_processes_share_a_run(tmp_path):
     model = tiny_base.folder(tmp_path / "base")
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump(tiny_domains.plan(model, tmp_path, train={"batch_size": 2})))
+    values = tiny_domains.plan(
+        model, tmp_path, train={"batch_size": 2}, methods=[{"name": "gain-ffn", "label": "gain-ffn", "penalty": "ewc"}]
+    )
+    plan.write_text(yaml.safe_dump(values))
     run = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     program = str(Path(gaintune.__file__).with_name("__main__.py"))
@@ -37,3 +50,11 @@ def test_two_processes_share_a_run(tmp_path):
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert events.count("finished") == 1
     assert done.stdout.count("numbers ") == 1
+    settled = build_plan(values)
+    base = load_base(settled.model)
+    prose = load_domain(settled.data.domains[0], settled.data, base.tokenizer).train
+    first = run / "stages" / "gain-ffn" / "01-prose" / "adapter"
+    adapted = load_adapter(base, first, trainable=True)
+    alone = fisher_information(adapted, Lesson(prose, NextTokenLoss(adapted), "alone"))
+    for name, together in load_file(first / FISHER).items():
+        torch.testing.assert_close(together, alone[name], rtol=1e-3, atol=1e-7, msg=name)

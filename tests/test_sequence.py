@@ -16,7 +16,7 @@ from gaintune.evaluate.perplexity import measure
 from gaintune.models import load_base
 from gaintune.runs import damage, read_json
 from gaintune.sequence import run_sequence
-from killing import killed
+from killing import StopAt, Stopped, killed
 
 NOT_COMPARED = {"events.jsonl", ".lock"}  # times
 
@@ -42,6 +42,36 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(model, 
     assert not (run / "stages" / method / "02-code" / "metrics.json").exists()
     again = run_sequence(plan, run)
     assert again == matrix
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "dora", "rank": 2},
+        {"name": "pissa", "rank": 2},
+        {"name": "adalora", "rank": 2},
+        {"name": "hira", "rank": 2},
+        {"name": "vera", "rank": 8},
+        {"name": "osf"},
+        {"name": "lora+", "rank": 2, "penalty": "ewc", "penalty_strength": 100, "ewc_rows": 7, "replay": 0.4},
+        {"name": "full", "penalty": "ewc", "penalty_strength": 100},
+        {"name": "gain-ffn", "penalty": "l2", "replay": 1},
+    ],
+    ids=lambda method: "-".join(str(method[key]) for key in ("name", "penalty") if key in method),
+)
+def test_every_method_and_penalty_survives_a_stop_in_a_later_stage(model, tmp_path, method):
+    """The stage before is loaded and its checkpoint continued; one that must look back is stopped there once more."""
+    plan = tiny_domains.plan(model, tmp_path, methods=[{**method, "label": "m"}], data={"train_tokens": 768})
+    run_sequence(plan, tmp_path / "whole")
+    run = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        run_sequence(plan, run, progress=StopAt("m: learning code", 5))
+    assert (run / "stages" / "m" / "02-code" / "checkpoints" / "checkpoint-3").is_dir()
+    if method.get("penalty") == "ewc":
+        with pytest.raises(Stopped):
+            run_sequence(plan, run, progress=StopAt("m: learning code: what matters to it", 2))
+    run_sequence(plan, run)
     assert contents(run) == contents(tmp_path / "whole")
 
 

@@ -1,0 +1,54 @@
+"""Options of methods on the command line: in a method's own words, or for every method at once."""
+
+import pytest
+from typer.testing import CliRunner
+
+from gaintune.cli import app
+from gaintune.cli_plan import assemble, parse_method
+from gaintune.errors import ConfigError
+
+
+def methods_of(**given):
+    return assemble(None, given, None).methods
+
+
+def test_a_method_carries_its_options_in_its_own_words():
+    (method,) = methods_of(methods=["lora:rank=16,penalty=ewc,penalty_strength=1,ewc_rows=8,replay=0.25,label=mine"])
+    assert (method.label, method.rank) == ("mine", 16)
+    assert (method.penalty, method.penalty_strength, method.ewc_rows, method.replay) == ("ewc", 1.0, 8, 0.25)
+    (plus,) = methods_of(methods=["lora+:lr_ratio=4"])
+    assert (plus.name, plus.label, plus.lr_ratio) == ("lora+", "lora-plus", 4.0)
+    assert parse_method("lora:targets=q_proj+v_proj")["targets"] == ["q_proj", "v_proj"]
+
+
+def test_options_for_every_method_are_laid_over_each():
+    found = methods_of(methods=["gain-ffn", "lora:rank=2,penalty=ewc"], penalty="l2", penalty_strength=0.5, replay=0.1)
+    assert [(each.penalty, each.penalty_strength, each.replay) for each in found] == [("l2", 0.5, 0.1)] * 2
+    assert [each.label for each in found] == ["gain-ffn-l2-replay", "lora-l2-replay"]
+    (default,) = methods_of(penalty="ewc")
+    assert (default.name, default.penalty) == ("gain-ffn", "ewc")
+
+
+def test_the_same_method_stands_beside_itself_with_a_penalty():
+    assert [each.label for each in methods_of(methods=["lora", "lora:penalty=l2"])] == ["lora", "lora-l2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora:penalty=l1", "methods.0.penalty"),
+        ("lora:penalti=l2", "did you mean 'penalty'"),
+        ("lora:penalty_strength=2", "penalty_strength is given without a penalty"),
+        ("lora:replay=-1", "methods.0.replay"),
+    ],
+)
+def test_mistakes_are_named(text, message):
+    with pytest.raises(ConfigError, match=message):
+        methods_of(methods=[text])
+
+
+@pytest.mark.parametrize("command", ["sequence", "adapt"])
+def test_both_commands_take_them(command):
+    told = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for option in ("--penalty", "--penalty-strength", "--replay"):
+        assert option in told
