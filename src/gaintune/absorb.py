@@ -51,7 +51,7 @@ def check_mergeable(adapter: Path) -> None:
         return
     kind = read_config(adapter).get("peft_type")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(cast(Any, kind))
-    if tuner is not None and not hasattr(tuner, "merge_and_unload"):
+    if tuner is not None and not (hasattr(tuner, "merge_and_unload") and getattr(tuner, "mergeable", True)):
         raise AdapterError(f"{adapter}: an adapter of type {kind} has no weights to merge; serve it beside its base")
 
 

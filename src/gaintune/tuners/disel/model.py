@@ -22,6 +22,8 @@ class DiselModel(LoraModel):
     LoRA and weighted combination of adapters are refused: none of them can carry a gate.
     """
 
+    mergeable = False
+
     def _prepare_adapter_config(self, peft_config: DiselConfig, model_config: dict[str, Any]) -> DiselConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"

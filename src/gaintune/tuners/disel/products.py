@@ -14,6 +14,8 @@ def stacked_product(x: torch.Tensor, weights: tuple[torch.Tensor, ...], dtype: t
     Autograd's own way would keep a copy of `x` in `dtype`, one for each of the layers that read the same `x`; this
     keeps `x` itself, and reads it once for all weights.
     """
+    if not torch.is_grad_enabled():  # where torch.compile does not look into a function with a gradient of its own
+        return _StackedProduct.forward(x, dtype, *weights)
     return _StackedProduct.apply(x, dtype, *weights)  # type: ignore[return-value]  # apply is untyped
 
 
@@ -25,6 +27,8 @@ def add_product(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
         hidden: `(..., r)`.
         weight: `(out_features, r)`.
     """
+    if not torch.is_grad_enabled():
+        return _AddProduct.forward(result, hidden, weight, dtype)
     return _AddProduct.apply(result, hidden, weight, dtype)  # type: ignore[return-value]
 
 
