@@ -6,6 +6,7 @@ import datetime
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import IA3Config, get_peft_model
@@ -15,6 +16,8 @@ from gaintune.data.blocks import load_domain
 from gaintune.environment import describe_environment
 from gaintune.methods import attach
 from gaintune.models import Base, load_base
+from gaintune.tuners.disel.layer import DiselVariant, disel_layers, widened
+from gaintune.tuners.disel.products import stacked_product
 
 BATCH, BLOCK = 4, 256
 DOMAIN = "law"
@@ -33,10 +36,32 @@ def _ia3_where_gain_ffn_acts(base: Base) -> torch.nn.Module:
     return get_peft_model(base.model, config)
 
 
+def _disel_in_two_products(base: Base) -> torch.nn.Module:
+    """DISeL with `A x` and `G x` each for itself, all else as it is."""
+    model = _method(name="disel", rank=8)(base)
+    for _, layer in disel_layers(model):
+        layer.lora_variant["default"] = TwoProducts()
+    return model
+
+
+class TwoProducts(DiselVariant):
+    """The gate and A read the input one after the other."""
+
+    def hidden_and_gates(
+        self, module: Any, adapter_name: str, x: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gate = module.lora_G[adapter_name]
+        hidden = widened(stacked_product(x, (module.lora_A[adapter_name].weight,), dtype))
+        return hidden, torch.sigmoid(gate(widened(stacked_product(x, (gate.reads,), dtype))))
+
+
 VARIANTS: dict[str, Attach] = {
     "GAIN": _method(name="gain"),
     "GAIN-FFN": _method(name="gain-ffn"),
     "PEFT LoRA r=1, o_proj": _method(name="lora", rank=1),
+    "PEFT LoRA r=8, all linear": _method(name="lora", rank=8, targets="all-linear"),
+    "DISeL r=8, all linear": _method(name="disel", rank=8),
+    "DISeL r=8, two products": _disel_in_two_products,
     "PEFT LoRA r=16, all linear": _method(name="lora", rank=16, targets="all-linear"),
     "PEFT (IA)3, its modules": _method(name="ia3"),
     "PEFT (IA)3, GAIN-FFN's modules": _ia3_where_gain_ffn_acts,
