@@ -1,0 +1,239 @@
+"""A decoder as a classifier without a head: of the texts that may follow a prompt it chooses the likeliest.
+
+This is how the GAIN paper measures MedQA and sentiment (arXiv 2604.04516, appendix H), and what multiple-choice
+benchmarks report: by the summed log-likelihood of the choice's tokens, and by that sum per byte of the choice.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from gaintune.adapters import load_adapter
+from gaintune.config import Plan
+from gaintune.data.choices import ChoiceRow, read_choices
+from gaintune.errors import ConfigError, DataError, TrainingError
+from gaintune.evaluate.classification import Predictions, Share, difference, score
+from gaintune.heads import longest_input
+from gaintune.loss import IGNORED, NextTokenLoss
+from gaintune.models import load_base
+from gaintune.progress import Progress, Silent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Log-likelihood of every choice of every row, in nats summed over the choice's tokens."""
+
+    domain: str
+    rows: tuple[ChoiceRow, ...]
+    sums: tuple[tuple[float, ...], ...]
+
+    def chosen(self, *, per_byte: bool = False) -> Predictions:
+        """The likeliest choice of every row, the first of equals, by its sum or by its sum per byte.
+
+        Bytes are those of the choice's text in UTF-8, without the space before it.
+        """
+        numbers = []
+        for row, sums in zip(self.rows, self.sums, strict=True):
+            lengths = [len(choice.strip().encode()) if per_byte else 1 for choice in row.choices]
+            numbers.append(int(np.argmax(np.divide(sums, lengths))))
+        return Predictions(self.domain, _names(self.rows), tuple(row.answer for row in self.rows), tuple(numbers))
+
+
+@dataclass(frozen=True)
+class ChoiceFigure:
+    """One model on one set of questions.
+
+    Attributes:
+        accuracy: share of rows whose right choice has the largest summed log-likelihood.
+        accuracy_per_byte: the same by the sum per byte of the choice.
+        change: accuracy less that of the base, paired row by row; None for the base itself.
+        change_per_byte: likewise.
+        majority: share of the most frequent answer (for exam questions, of the most frequent letter).
+        rows: how many were asked.
+    """
+
+    domain: str
+    label: str
+    accuracy: Share
+    accuracy_per_byte: Share
+    change: Share | None
+    change_per_byte: Share | None
+    majority: float
+    rows: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def compare_choices(
+    plan: Plan,
+    sets: Mapping[str, Path],
+    adapters: Sequence[Path],
+    *,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> list[ChoiceFigure]:
+    """Ask the plan's base, and every adapter on it, the questions of every set.
+
+    `classify.validation_rows` limits the rows of a set, drawn in an order that `data.seed` decides.
+
+    Returns:
+        For each set the base, then the adapters in the order given, labelled by their folders.
+
+    Raises:
+        DataError: a set that cannot be read; see `read_choices`.
+        AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
+    """
+    labels = [str(adapter) for adapter in adapters]
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
+    limit = plan.classify.validation_rows
+    asked = {name: read_choices(name, path, limit=limit, seed=plan.data.seed) for name, path in sets.items()}
+    base = load_base(plan.model)
+    tokenizer = base.tokenizer
+
+    def look(model: nn.Module, label: str) -> list[Likelihoods]:
+        return [
+            choice_likelihoods(
+                model,
+                tokenizer,
+                rows,
+                name,
+                batch_size=plan.evaluate.batch_size,
+                title=f"{label}: answering {name}",
+                progress=progress,
+            )
+            for name, rows in asked.items()
+        ]
+
+    before = look(base.model, "base")
+    after = []
+    for label, folder in zip(labels, adapters, strict=True):
+        if after:  # the base is untouched for the first adapter only
+            base = load_base(plan.model)
+        model = load_adapter(base, folder, allow_other_base=allow_other_base)
+        after.append((label, look(model, label)))
+        del model, base
+        gc.collect()
+    return [
+        _figure(label, found[number], None if label is None else untouched, plan)
+        for number, untouched in enumerate(before)
+        for label, found in [(None, before), *after]
+    ]
+
+
+def choice_likelihoods(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[ChoiceRow],
+    name: str,
+    *,
+    batch_size: int = 4,
+    title: str = "answering",
+    progress: Progress | None = None,
+) -> Likelihoods:
+    """The log-likelihood of every choice of every row after its prompt.
+
+    Prompt and choice are tokenised together, and the tokens beyond the prompt's own are scored. A prompt that is too
+    long for the model loses its beginning, with a warning.
+
+    Args:
+        model: a causal language model, with or without an adapter; left in the mode it was in.
+        tokenizer: the base's.
+        rows: the questions.
+        name: what the set is called.
+        batch_size: choices in a forward pass.
+
+    Raises:
+        DataError: a choice that the tokenizer makes no token of.
+        TrainingError: a likelihood is not finite; the model is broken.
+    """
+    carrier: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    asked = _encode(rows, tokenizer, longest_input(carrier, tokenizer), name)
+    device = next(model.parameters()).device
+    loss = NextTokenLoss(model)
+    training = model.training
+    model.eval()
+    found: dict[int, float] = {}
+    order = sorted(range(len(asked)), key=lambda index: -len(asked[index][0]))  # rows of a batch alike in length
+    try:
+        with (
+            torch.inference_mode(),
+            (progress or Silent()).task(title, sum(len(ids) for ids, _ in asked), "tokens") as advance,
+        ):
+            for start in range(0, len(order), batch_size):
+                picked = order[start : start + batch_size]
+                ids = pad_sequence([asked[index][0] for index in picked], batch_first=True)
+                labels = pad_sequence([asked[index][1] for index in picked], batch_first=True, padding_value=IGNORED)
+                losses = loss.per_token(model, {"input_ids": ids.to(device), "labels": labels.to(device)})
+                found.update(zip(picked, (-losses.double().sum(dim=1)).tolist(), strict=True))
+                advance(sum(len(asked[index][0]) for index in picked))
+    finally:
+        model.train(training)
+    if not all(map(math.isfinite, found.values())):
+        raise TrainingError(f"{title}: a likelihood is not finite, so the model is broken")
+    in_order = iter(found[index] for index in range(len(asked)))
+    sums = tuple(tuple(next(in_order) for _ in row.choices) for row in rows)
+    return Likelihoods(name, tuple(rows), sums)
+
+
+def _encode(
+    rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, longest: int | None, name: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels `(tokens,)` of every choice after its prompt, -100 where a token is not scored."""
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    cut = 0
+    for row in rows:
+        seen = len(tokenizer(row.prompt, verbose=False)["input_ids"])
+        for choice in row.choices:
+            ids = torch.tensor(tokenizer(row.prompt + choice, verbose=False)["input_ids"], dtype=torch.long)
+            if not 0 < seen < len(ids) or (longest is not None and len(ids) - seen >= longest):
+                raise DataError(f"{row.origin}: the choice {choice!r} is no token, or too many, after its prompt")
+            labels = ids.clone()
+            labels[:seen] = IGNORED
+            if longest is not None and len(ids) > longest:
+                ids, labels, cut = ids[-longest:], labels[-longest:], cut + 1
+            made.append((ids, labels))
+    if cut:
+        logger.warning(
+            "%s: %d of %d prompts with a choice are longer than the model's %s tokens and lost their beginning",
+            name, cut, len(made), longest,
+        )  # fmt: skip
+    return made
+
+
+def _names(rows: Sequence[ChoiceRow]) -> tuple[str, ...]:
+    """What the choices are called: their texts where all rows have the same, else numbers from 1."""
+    if len({row.choices for row in rows}) == 1:
+        return tuple(choice.strip() for choice in rows[0].choices)
+    return tuple(str(number + 1) for number in range(max(len(row.choices) for row in rows)))
+
+
+def _figure(label: str | None, found: Likelihoods, base: Likelihoods | None, plan: Plan) -> ChoiceFigure:
+    by_sum, by_byte = found.chosen(), found.chosen(per_byte=True)
+    scores = score(by_sum, plan.evaluate)
+    return ChoiceFigure(
+        domain=found.domain,
+        label="base" if label is None else label,
+        accuracy=scores.accuracy,
+        accuracy_per_byte=score(by_byte, plan.evaluate).accuracy,
+        change=None if base is None else difference(base.chosen(), by_sum, plan.evaluate),
+        change_per_byte=None if base is None else difference(base.chosen(per_byte=True), by_byte, plan.evaluate),
+        majority=scores.majority,
+        rows=scores.rows,
+    )

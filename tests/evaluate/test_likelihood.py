@@ -1,0 +1,177 @@
+"""Choosing by likelihood: the choice is that of the model's own log-softmax, of questions read from real rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_base
+import tiny_encoders
+from gaintune.adaptation import adapt
+from gaintune.config import build_plan
+from gaintune.data.choices import ChoiceRow, read_choices, write_instruction_rows
+from gaintune.errors import DataError
+from gaintune.evaluate.likelihood import choice_likelihoods, compare_choices
+from gaintune.models import load_base
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+EXAM = {"question": "Which?", "options": {"B": "that", "A": "this"}, "answer_idx": "B"}
+LABELLED = [
+    {"text": "fine ", "label": "positive"},
+    {"text": "bad", "label": "negative"},
+    {"text": "so", "label": "neutral"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_base.folder(tmp_path_factory.mktemp("base"), dtype=torch.float32)
+
+
+def plan_of(model: Path, **changes):
+    values = {"model": {"name": str(model), "dtype": "fp32", "device": "cpu"}, "evaluate": {"bootstrap_samples": 50}}
+    return build_plan({**values, **changes})
+
+
+def written(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> Path:
+    return tiny_encoders.write_rows(folder / name, rows)
+
+
+def direct(model, tokenizer, row: ChoiceRow) -> list[float]:
+    """Log-likelihoods from the model's full logits, one choice at a time."""
+    found = []
+    for choice in row.choices:
+        prompt, text = tokenizer(row.prompt)["input_ids"], tokenizer(choice)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + text])).logits[0].double()
+        picked = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+        found.append(sum(picked[place, token].item() for place, token in enumerate(text)))
+    return found
+
+
+def test_an_exam_question_is_answered_by_its_letter(tmp_path):
+    (row,) = read_choices("medqa", written(tmp_path, [EXAM]))
+    assert row.prompt == "Which?\nA. this\nB. that\nAnswer:"
+    assert (row.choices, row.answer, row.completion) == ((" A", " B"), 1, " B")
+    assert row.origin.endswith("rows.jsonl:1")
+
+
+def test_a_labelled_text_is_answered_by_the_name_of_a_label(tmp_path):
+    rows = read_choices("finphrase", written(tmp_path, LABELLED))
+    assert rows[0].prompt == "fine\nSentiment:"
+    assert rows[0].choices == (" negative", " neutral", " positive")
+    assert [row.answer for row in rows] == [2, 0, 1]
+    numbered = written(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 0}], "numbered.jsonl")
+    assert [row.completion for row in read_choices("sst2", numbered)] == [" positive", " negative"]
+    with pytest.raises(DataError, match=r"numbered\.jsonl:1: the label is 1, which is no word"):
+        read_choices("reviews", numbered)
+    topics = written(tmp_path, [{"text": "a", "label": "law"}, {"text": "b", "label": "code"}], "topics.jsonl")
+    assert read_choices("topics", topics)[0].prompt == "a\nLabel:"
+
+
+def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
+    rows = [{"prompt": f"{n} is", "choices": ["odd", " even"], "answer": "odd" if n % 2 else 1} for n in range(20)]
+    file = written(tmp_path, rows)
+    read = read_choices("parity", file)
+    assert [row.answer for row in read] == [0 if n % 2 else 1 for n in range(20)]
+    assert read[0].choices == (" odd", " even")
+    drawn = read_choices("parity", file, limit=5)
+    assert len(drawn) == 5
+    assert drawn == read_choices("parity", file, limit=5)
+    assert drawn != read[:5]
+    assert drawn != read_choices("parity", file, limit=5, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**EXAM, "answer_idx": "C"}, r"rows\.jsonl:2: the answer 'C' is none of the 2 choices"),
+        ({**EXAM, "options": {}}, r"rows\.jsonl:2: column 'options'"),
+        ({**EXAM, "question": " "}, r"rows\.jsonl:2: column 'question' is empty"),
+    ],
+)
+def test_a_broken_question_is_named_by_its_line(row, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        read_choices("medqa", written(tmp_path, [EXAM, row]))
+
+
+def test_rows_of_another_kind_say_what_is_wanted(tmp_path):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: not a question with choices \(prompt \+ choices \+ answer"):
+        read_choices("x", written(tmp_path, [{"words": "a"}]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_likelihoods_are_those_of_the_models_own_logits(model, tmp_path, batch_size):
+    base = load_base(plan_of(model).model)
+    given = {"prompt": "Once", "choices": [" upon a time", " more"], "answer": 0}
+    rows = (
+        *read_choices("medqa", written(tmp_path, [EXAM])),
+        *read_choices("finphrase", written(tmp_path, LABELLED)),
+        *read_choices("given", written(tmp_path, [given])),
+    )
+    found = choice_likelihoods(base.model, base.tokenizer, rows, "mixed", batch_size=batch_size)
+    expected = [direct(base.model, base.tokenizer, row) for row in rows]
+    for sums, ours in zip(expected, found.sums, strict=True):
+        assert ours == pytest.approx(sums, rel=1e-4, abs=1e-4)
+    assert found.chosen().predicted == tuple(max(range(len(sums)), key=sums.__getitem__) for sums in expected)
+    per_byte = [
+        [value / len(choice.strip().encode()) for value, choice in zip(sums, row.choices, strict=True)]
+        for sums, row in zip(expected, rows, strict=True)
+    ]
+    assert found.chosen(per_byte=True).predicted == tuple(max(range(len(s)), key=s.__getitem__) for s in per_byte)
+    assert found.chosen().truth == tuple(row.answer for row in rows)
+
+
+def test_a_prompt_beyond_the_models_length_loses_its_beginning_with_a_warning(model, caplog):
+    base = load_base(plan_of(model).model)
+    longest = base.model.config.max_position_embeddings
+    long = ChoiceRow("x" * 300 + "yes or no?", (" yes", " no"), 0, "a:1")
+    short = ChoiceRow(long.prompt[-(longest - 4) :], (" yes", " no"), 0, "a:1")
+    found = choice_likelihoods(base.model, base.tokenizer, [long], "cut")
+    assert "2 of 2 prompts with a choice are longer than the model's 128 tokens" in caplog.text
+    expected = direct(base.model, base.tokenizer, short)
+    assert found.sums[0][0] == pytest.approx(expected[0], rel=1e-4)
+
+
+def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):
+    """Instruction rows of prompt and right choice, through adapt; base and adapter compared row by row."""
+    rows = [
+        {"prompt": f"{letter}{n % 7} is", "choices": ["low", "top"], "answer": "low" if letter in "abc" else "top"}
+        for n in range(40)
+        for letter in "abcxyz"
+    ]
+    file = written(tmp_path, rows)
+    asked = read_choices("letters", file)
+    write_instruction_rows(asked, tmp_path / "train.jsonl")
+    first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    assert first == {"prompt": "a0 is", "completion": " low"}
+    data = {"task": "instruct", "domains": [f"letters={tmp_path / 'train.jsonl'}"], "block_size": 64}
+    sizes = {"train_tokens": 2048, "validation_tokens": 128}
+    plan = plan_of(
+        model,
+        data={**data, **sizes},
+        methods=[{"name": "lora", "rank": 8, "targets": "all-linear"}],
+        train={"lr": 0.01, "epochs": 4, "checkpoint_steps": 100},
+    )
+    adapt(plan, tmp_path / "adapter")
+    base, adapted = compare_choices(plan, {"letters": file}, [tmp_path / "adapter"])
+    assert (base.label, base.change) == ("base", None)
+    assert adapted.accuracy.value > 0.9 > base.accuracy.value
+    assert adapted.change.value == pytest.approx(adapted.accuracy.value - base.accuracy.value)
+    assert adapted.change.low <= adapted.change.value <= adapted.change.high
+    assert (base.rows, base.majority) == (240, 0.5)
+    json.dumps([base.to_dict(), adapted.to_dict()])
+
+
+@pytest.mark.study_data
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the study datasets are not in {DATA}")
+def test_the_study_rows_read_as_questions():
+    exam = read_choices("medqa", DATA / "benchmarks" / "medqa" / "test.jsonl")
+    assert {row.choices for row in exam} == {(" A", " B", " C", " D")}
+    assert {row.answer for row in exam} == {0, 1, 2, 3}
+    reviews = read_choices("sst2", DATA / "domains" / "sst2")
+    assert {row.choices for row in reviews} == {(" negative", " positive")}
+    assert len(reviews) == 872
+    news = read_choices("finphrase", DATA / "domains" / "finphrase")
+    assert {row.choices for row in news} == {(" negative", " neutral", " positive")}
