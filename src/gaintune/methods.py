@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -138,12 +139,12 @@ def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: Met
     """Have PEFT train and save a head; those that it calls a classifier's it finds by itself."""
     if not hasattr(peft_config, "modules_to_save"):
         raise ConfigError(f"method {config.name!r} has no way to train a new head beside it; choose another method")
-    peft_config.modules_to_save = [name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None
+    cast(Any, peft_config).modules_to_save = [name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None
 
 
 def _require_all_adapted(model: PeftModel, config: MethodConfig) -> None:
     """Some methods of PEFT pass over a kind of layer they do not know, without a word."""
-    tuner = model.base_model
+    tuner: Any = model.base_model
     for name in tuner.targeted_module_names:
         module = tuner.model.get_submodule(name)
         if not isinstance(module, BaseTunerLayer):
