@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,14 @@ from safetensors import SafetensorError, safe_open
 from gaintune import runs
 from gaintune.checkpoints import Checkpoint
 from gaintune.config import ModelConfig
-from gaintune.errors import AdapterError, BaseMismatchError, BaseModelError, RunDirectoryError, one_line
+from gaintune.errors import (
+    AdapterError,
+    BaseMismatchError,
+    BaseModelError,
+    ConfigError,
+    RunDirectoryError,
+    one_line,
+)
 from gaintune.models import Base, load_model, save_model
 
 if TYPE_CHECKING:
@@ -113,6 +120,14 @@ def read_record(folder: Path) -> AdapterRecord | None:
         return AdapterRecord(**{key: value for key, value in values.items() if key in known})
     except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path}: damaged record ({error}); restore the folder from where it was saved") from None
+
+
+def adapter_labels(folders: Sequence[Path]) -> list[str]:
+    """What adapters are called beside one another: their folders; ConfigError where one is named twice."""
+    labels = [str(folder) for folder in folders]
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
+    return labels
 
 
 def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:

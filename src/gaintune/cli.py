@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -11,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from gaintune import cli_analysis
+from gaintune import cli_analysis, cli_evaluate
 from gaintune.cli_plan import (
     BatchSize,
     BlockSize,
@@ -136,15 +135,19 @@ def adapt(
     seed: Seed = None,
     set_: Set = None,
 ) -> None:
-    """Adapt to one domain with one method and save the adapter."""
+    """Adapt to one domain with one method and save the adapter; with --task classify, a new head beside it."""
     settled = assemble(plan, {**locals(), "domains": domain, "methods": method}, set_)
     quiet_libraries()
     from gaintune.adaptation import adapt as run_adapt
+    from gaintune.classification import ClassifierResult
     from gaintune.evaluate.losses import change
     from gaintune.runs import first_process
 
     result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
     if not first_process():
+        return
+    if isinstance(result, ClassifierResult):
+        cli_evaluate.print_classifier(result)
         return
     before, after = result.before, result.after
     out.print(
@@ -155,45 +158,6 @@ def adapt(
         highlight=False,
         soft_wrap=True,
     )
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")],
-    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter to measure against the base; repeatable.")] = None,
-    domain: Domains = None,
-    task: Task = None,
-    template: Template = None,
-    allow_other_base: Annotated[bool, typer.Option(help="Load adapters that were trained on another base.")] = False,
-    validation_tokens: ValidationTokens = None,
-    block_size: BlockSize = None,
-    seed: Seed = None,
-    set_: Set = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Measure perplexity and bits per byte of a model, and of adapters on it, with paired intervals."""
-    plan = Path(model) if Path(model).suffix in {".yaml", ".yml"} else None
-    given = {**locals(), "domains": domain, "model": None if plan else model}
-    settled = assemble(plan, given, set_)
-    quiet_libraries()
-    from gaintune.evaluate.compare import compare_adapters
-
-    figures = compare_adapters(settled, adapter or [], allow_other_base=allow_other_base, progress=progress_on(err))
-    if as_json:
-        typer.echo(json.dumps([figure.to_dict() for figure in figures], indent=1))
-        return
-    rows = [
-        [
-            each.domain,
-            each.label,
-            f"{each.perplexity:.2f}",
-            f"{each.bits_per_byte:.3f}",
-            percent(each.change, each.low, each.high),
-        ]
-        for each in figures
-    ]
-    heads = ["domain", "model", "perplexity", "bits per byte", "change against the base"]
-    out.print(table("", heads, rows, numeric=(2, 3, 4)))
 
 
 @app.command()
@@ -301,6 +265,7 @@ def config(plan: PlanFile = None, set_: Set = None) -> None:
 
 
 cli_analysis.register(app)
+cli_evaluate.register(app)
 
 
 def main() -> None:

@@ -200,6 +200,16 @@ class Plan(Section):
             raise ValueError(f"methods: every label must be different, got {', '.join(labels)}")
         return self
 
+    @model_validator(mode="after")
+    def _rows_not_tokens(self) -> Plan:
+        for field in ("train_tokens", "validation_tokens", "block_size") if self.classifies else ():
+            if getattr(self.data, field) != DataConfig.model_fields[field].default:
+                raise ValueError(
+                    f"data.{field} is for text and instructions; of labelled rows classify.train_rows, "
+                    "classify.validation_rows and classify.max_length say how many and how long"
+                )
+        return self
+
 
 def _says_classify(data: Any) -> bool:
     """Whether a plan's data, checked or not, says that labels are learnt."""

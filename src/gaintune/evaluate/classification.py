@@ -40,6 +40,11 @@ class Predictions:
         """1 where the prediction is right, else 0, `(rows,)`."""
         return np.asarray(np.equal(self.truth, self.predicted), np.float64)
 
+    @property
+    def names(self) -> list[str]:
+        """The true label of every row."""
+        return [self.labels[number] for number in self.truth]
+
     def confusion(self) -> NDArray[np.int64]:
         """Rows of each true label (first axis) that were given each label (second axis)."""
         counts = np.zeros((len(self.labels), len(self.labels)), np.int64)
@@ -124,7 +129,7 @@ def difference(first: Predictions, second: Predictions, settings: EvaluateConfig
     Raises:
         DataError: they are not of the same rows.
     """
-    if (first.domain, first.truth) != (second.domain, second.truth):
+    if (first.domain, first.names) != (second.domain, second.names):
         raise DataError(f"predictions for {first.domain} and {second.domain} are not of the same rows")
     return _share(second.right - first.right, first.domain, settings)
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from gaintune.adapters import load_adapter
+from gaintune.adapters import adapter_labels, load_adapter
 from gaintune.config import Plan
 from gaintune.data.blocks import load_domain
-from gaintune.errors import ConfigError
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
@@ -53,9 +52,7 @@ def compare_adapters(
     Raises:
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
     """
-    labels = [str(adapter) for adapter in adapters]
-    if len(set(labels)) != len(labels):
-        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
+    labels = adapter_labels(adapters)
     shown = progress or Silent()
     base = load_base(plan.model)
     domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.domains]

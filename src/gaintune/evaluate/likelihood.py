@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.adapters import load_adapter
+from gaintune.adapters import adapter_labels, load_adapter
 from gaintune.config import Plan
 from gaintune.data.choices import ChoiceRow, read_choices
-from gaintune.errors import ConfigError, DataError, TrainingError
+from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
 from gaintune.heads import longest_input
 from gaintune.loss import IGNORED, NextTokenLoss
@@ -99,9 +99,7 @@ def compare_choices(
         DataError: a set that cannot be read; see `read_choices`.
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
     """
-    labels = [str(adapter) for adapter in adapters]
-    if len(set(labels)) != len(labels):
-        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
+    labels = adapter_labels(adapters)
     limit = plan.classify.validation_rows
     asked = {name: read_choices(name, path, limit=limit, seed=plan.data.seed) for name, path in sets.items()}
     base = load_base(plan.model)

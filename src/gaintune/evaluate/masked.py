@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaintune.adapters import load_adapter, read_record
+from gaintune.adapters import adapter_labels, load_adapter, read_record
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.masked import MaskedBlocks, load_masked_blocks
 from gaintune.errors import AdapterError, ConfigError, TrainingError
@@ -80,9 +80,7 @@ def compare_masked(
         BaseModelError: the base is no encoder with a masked-LM head.
         ConfigError: blocks longer than the encoder takes, or an adapter named twice.
     """
-    labels = [str(adapter) for adapter in adapters]
-    if len(set(labels)) != len(labels):
-        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
+    labels = adapter_labels(adapters)
     base = load_masked(plan.model)
     longest = longest_input(base.model, base.tokenizer)
     if longest is not None and plan.data.block_size > longest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,9 +82,19 @@ def row_logits(
     return logits
 
 
-def predict(model: nn.Module, domain: ClassifyDomain, padding: Padding, **options: Any) -> Predictions:
-    """The most likely label of every validation row of a domain; options as for `row_logits`."""
+def predict(
+    model: nn.Module, domain: ClassifyDomain, padding: Padding, *, labels: Sequence[str] = (), **options: Any
+) -> Predictions:
+    """The most likely label of every validation row of a domain.
+
+    Args:
+        model: the classifier.
+        domain: its rows.
+        padding: what fills them up.
+        labels: names of the classifier's logits, where it knows more labels than the domain has.
+        options: as for `row_logits`.
+    """
+    names = tuple(labels) or domain.labels
     logits = row_logits(model, domain.validation, padding, **options)
-    return Predictions(
-        domain.name, domain.labels, tuple(domain.validation.labels.tolist()), tuple(logits.argmax(dim=1).tolist())
-    )
+    truth = tuple(names.index(domain.labels[number]) for number in domain.validation.labels.tolist())
+    return Predictions(domain.name, names, truth, tuple(logits.argmax(dim=1).tolist()))

@@ -1,0 +1,234 @@
+"""The command that measures a model and adapters on it, and what commands print of a classifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.config import Plan
+from gaintune.console import percent, progress_on, quiet_libraries, table
+from gaintune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gaintune.classification import ClassifierResult
+    from gaintune.evaluate.classification import Scores, Share
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Figure(Protocol):
+    """One row of a comparison."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        ...
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(evaluate)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")],
+    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter to measure against the base; repeatable.")] = None,
+    domain: Domains = None,
+    task: Task = None,
+    template: Template = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Masked-LM perplexity of an encoder with its original head, on text.")
+    ] = False,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE", help="Questions with choices: accuracy by the likelihood of each choice; repeatable."
+        ),
+    ] = None,
+    allow_other_base: Annotated[bool, typer.Option(help="Load adapters that were trained on another base.")] = False,
+    validation_tokens: ValidationTokens = None,
+    block_size: BlockSize = None,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure a model, and adapters on it, with paired intervals.
+
+    Perplexity and bits per byte of text and instructions; of classifiers the accuracy on labelled rows.
+    """
+    plan = Path(model) if Path(model).suffix in {".yaml", ".yml"} else None
+    adapters = adapter or []
+    if masked and (choices or task):
+        raise ConfigError("--masked measures text on its own: leave --choices and --task out")
+    if choices and (domain or task):
+        raise ConfigError("--choices asks questions on its own: leave --domain and --task out")
+    if not (plan or masked or choices or task) and adapters and _all_classifiers(adapters):
+        task = "classify"
+    given = {**locals(), "domains": domain, "model": None if plan else model}
+    settled = assemble(plan, given, set_)
+    quiet_libraries()
+    compare, draw = _measurement(settled, masked, choices or [])
+    figures = compare(settled, adapters, allow_other_base=allow_other_base, progress=progress_on(err))
+    if as_json:
+        typer.echo(json.dumps([figure.to_dict() for figure in figures], indent=1))
+        return
+    for drawn in draw(figures):
+        out.print(drawn)
+
+
+def _all_classifiers(adapters: Sequence[Path]) -> bool:
+    from gaintune.evaluate.compare_classifiers import is_classifier
+
+    return all(is_classifier(adapter) for adapter in adapters)
+
+
+def _measurement(plan: Plan, masked: bool, choices: Sequence[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What measures, and what draws its figures."""
+    if masked:
+        from gaintune.evaluate.masked import compare_masked
+
+        return compare_masked, _masked_tables
+    if choices:
+        from functools import partial
+
+        from gaintune.evaluate.likelihood import compare_choices
+
+        return partial(compare_choices, sets=_sets(choices)), _choice_tables
+    if plan.classifies:
+        from gaintune.evaluate.compare_classifiers import compare_classifiers
+
+        return compare_classifiers, _classifier_tables
+    from gaintune.evaluate.compare import compare_adapters
+
+    return compare_adapters, _perplexity_tables
+
+
+def _sets(choices: Sequence[str]) -> dict[str, Path]:
+    sets: dict[str, Path] = {}
+    for each in choices:
+        name, separator, path = each.partition("=")
+        if not separator or not name or not path or name in sets:
+            raise ConfigError(f"--choices {each}: write NAME=FILE, every name once, such as medqa=questions.jsonl")
+        sets[name] = Path(path).expanduser()
+    return sets
+
+
+def _perplexity_tables(figures: Sequence[Any]) -> list[Table]:
+    rows = [
+        [
+            each.domain,
+            each.label,
+            f"{each.perplexity:.2f}",
+            f"{each.bits_per_byte:.3f}",
+            percent(each.change, each.low, each.high),
+        ]
+        for each in figures
+    ]
+    heads = ["domain", "model", "perplexity", "bits per byte", "change against the base"]
+    return [table("", heads, rows, numeric=(2, 3, 4))]
+
+
+def _masked_tables(figures: Sequence[Any]) -> list[Table]:
+    rows = [
+        [
+            each.domain,
+            each.label,
+            f"{each.perplexity:.3f}",
+            f"{each.masked:,}",
+            percent(each.change, each.low, each.high),
+        ]
+        for each in figures
+    ]
+    heads = ["domain", "model", "masked-LM perplexity", "masked tokens", "change against the base"]
+    return [table("", heads, rows, numeric=(2, 3, 4))]
+
+
+def _choice_tables(figures: Sequence[Any]) -> list[Table]:
+    rows = [
+        [
+            each.domain,
+            each.label,
+            f"{each.rows:,}",
+            share(each.accuracy),
+            points(each.change),
+            share(each.accuracy_per_byte),
+            points(each.change_per_byte),
+            f"{100 * each.majority:.1f} %",
+        ]
+        for each in figures
+    ]
+    heads = ["questions", "model", "rows", "accuracy", "against the base", "accuracy, per byte", "against the base"]
+    return [table("", [*heads, "always the most frequent"], rows, numeric=range(2, 8))]
+
+
+def _classifier_tables(figures: Sequence[Any]) -> list[Table]:
+    rows = [[each.scores.domain, each.label, *overall(each.scores), points(each.change)] for each in figures]
+    heads = ["domain", "classifier", *OVERALL, "against the first"]
+    return [table("", heads, rows, numeric=range(2, 9)), *(classes(each.scores, each.label) for each in figures)]
+
+
+OVERALL = ("rows", "accuracy", "always the most frequent", "Matthews", "F1", "mean F1 of the classes")
+
+
+def overall(scores: Scores) -> list[str]:
+    """The cells under `OVERALL`."""
+    f1 = "—" if scores.f1 is None else f"{scores.f1:.3f}"
+    majority = f"{100 * scores.majority:.1f} %"
+    return [
+        f"{scores.rows:,}",
+        share(scores.accuracy),
+        majority,
+        f"{scores.matthews:.3f}",
+        f1,
+        f"{scores.macro_f1:.3f}",
+    ]
+
+
+def classes(scores: Scores, title: str) -> Table:
+    """Every class of one classifier on one domain."""
+    rows = [
+        [
+            each.label,
+            f"{each.rows:,}",
+            f"{each.predicted:,}",
+            f"{each.precision:.3f}",
+            f"{each.recall:.3f}",
+            f"{each.f1:.3f}",
+        ]
+        for each in scores.classes
+    ]
+    heads = ["label", "rows", "predicted", "precision", "recall", "F1"]
+    return table(f"{scores.domain}: {title}", heads, rows, numeric=range(1, 6))
+
+
+def share(value: Share) -> str:
+    """A share in % with its interval."""
+    interval = "" if value.low is None or value.high is None else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return f"{100 * value.value:.1f} %{interval}"
+
+
+def points(value: Share | None) -> str:
+    """A difference of two shares in points of % with its interval; a dash for none."""
+    if value is None:
+        return "—"
+    interval = "" if value.low is None or value.high is None else f" [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    return f"{100 * value.value:+.1f}{interval}"
+
+
+def print_classifier(result: ClassifierResult) -> None:
+    """What `gaintune adapt` says of a classifier."""
+    out.print(table(result.scores.domain, OVERALL, [overall(result.scores)], numeric=range(6)))
+    out.print(classes(result.scores, "every label"))
+    out.print(
+        f"{result.trainable_parameters:,} parameters trained, the new head's among them, on {result.tokens:,} tokens "
+        f"in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,285 @@
+"""Labelled rows: which columns, which labels, which side, what is cut, and every mistake by its line."""
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+import tiny_base
+import tiny_encoders
+from gaintune.config import ClassifyConfig, DomainConfig, build_plan
+from gaintune.data.classify import Padding, load_classification
+from gaintune.data.labelled import GLUE, GlueTask, load_glue, load_labelled
+from gaintune.errors import AssetError, ConfigError, DataError
+
+GLUE_ROWS = Path(__file__).parents[3] / "shared" / "data" / "glue"
+TOKENIZER = tiny_encoders.tokenizer()
+PAIR = {"text_a": "one", "text_b": "two", "label": "yes"}
+
+
+def domain(path: Path | str, **fields) -> DomainConfig:
+    return DomainConfig(name="rows", source=str(path), **fields)
+
+
+def rows_of(count: int = 60) -> list[dict]:
+    return [{"text": f"text number {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(count)]
+
+
+def load(path: Path, tokenizer=TOKENIZER, *, seed: int = 0, segments: bool = False, **settings):
+    return load_classification(domain(path), ClassifyConfig(**settings), tokenizer, seed=seed, segments=segments)
+
+
+def written(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> Path:
+    return tiny_encoders.write_rows(folder / name, rows)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("sentence",),
+        ("text",),
+        ("text_a", "text_b"),
+        ("sentence1", "sentence2"),
+        ("premise", "hypothesis"),
+        ("question", "sentence"),
+        ("question1", "question2"),
+    ],
+)
+def test_the_columns_of_glue_and_of_local_files_are_found(columns, tmp_path):
+    rows = [{**{column: f"{column} {n}" for column in columns}, "label": n % 2, "idx": n} for n in range(40)]
+    texts = load_labelled(domain(written(tmp_path, rows)), seed=0)
+    found = sorted([*texts.train, *texts.validation], key=lambda row: int(row.text_a.split()[-1]))
+    assert [row.text_a for row in found] == [f"{columns[0]} {n}" for n in range(40)]
+    assert [row.text_b for row in found] == [f"{columns[1]} {n}" if columns[1:] else None for n in range(40)]
+    assert [row.label for row in found] == [str(n % 2) for n in range(40)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(kind, tmp_path):
+    rows = [{**row, "text_b": None, "text_a": row["text"]} for row in rows_of()]
+    file = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        written(tmp_path, rows)
+    elif kind == "json":
+        file.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        with file.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    texts = load_labelled(domain(file), seed=0)
+    assert {(row.text_a, row.text_b, row.label) for row in (*texts.train, *texts.validation)} == {
+        (row["text"], None, row["label"]) for row in rows
+    }
+    assert len(texts.validation) == len(load_labelled(domain(written(tmp_path, rows, "again.jsonl")), 0).validation)
+
+
+def test_a_folders_own_split_is_kept_and_other_files_are_split_by_their_text(tmp_path):
+    folder = tmp_path / "split"
+    written(folder, rows_of(10), "train.jsonl")
+    written(folder, rows_of(4), "validation.jsonl")
+    texts = load_labelled(domain(folder), seed=0)
+    assert (len(texts.train), len(texts.validation)) == (10, 4)
+    twice = [*rows_of(100), *({**row, "text": row["text"].upper()} for row in rows_of(100))]
+    split = load_labelled(domain(written(tmp_path, twice)), seed=0)
+    sides = [{row.text_a.lower() for row in side} for side in (split.train, split.validation)]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) > 3
+    assert load_labelled(domain(tmp_path / "rows.jsonl"), seed=1).validation != split.validation
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text_a": "x", "text_b": "y"}, r"rows\.jsonl:3: has no column 'label'; the columns are text_a, text_b"),
+        ({"text_b": "y", "label": "no"}, r"rows\.jsonl:3: has no column 'text_a'"),
+        ({**PAIR, "text_a": "  "}, r"rows\.jsonl:3: column 'text_a' is empty"),
+        ({**PAIR, "text_b": None}, r"rows\.jsonl:3: column 'text_b' is null"),
+        ({**PAIR, "label": None}, r"rows\.jsonl:3: the label is None, expected a name or a whole number"),
+        ({**PAIR, "label": 0.5}, r"rows\.jsonl:3: the label is 0\.5"),
+        ({**PAIR, "label": " "}, r"rows\.jsonl:3: the label is ' '"),
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(row, message, tmp_path):
+    with pytest.raises(DataError, match=message) as caught:
+        load(written(tmp_path, [PAIR, {**PAIR, "label": "no"}, row]))
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_hold_no_text_to_classify_are_named(tmp_path):
+    file = written(tmp_path, [{"review": "good", "label": 1}, {"review": "bad", "label": 0}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no column holds the text.*\(the columns are review, label\)"):
+        load(file)
+    texts = load_labelled(domain(file, text_column="review"), seed=0)
+    assert {row.text_a for row in (*texts.train, *texts.validation)} == {"good", "bad"}
+    with pytest.raises(DataError, match=r"nowhere is no file or folder, and none of GLUE's tasks.*cola, mnli"):
+        load_labelled(domain("nowhere"), seed=0)
+
+
+def test_one_label_and_labels_unknown_to_training_are_refused(tmp_path):
+    folder = tmp_path / "split"
+    written(folder, rows_of(10), "train.jsonl")
+    file = written(folder, [*rows_of(4), {"text": "new", "label": "prime"}], "validation.jsonl")
+    with pytest.raises(DataError, match=r"validation\.jsonl:5: no training row has the label 'prime' \(they have even"):
+        load(folder)
+    file.unlink()
+    same = written(tmp_path, [{**row, "label": "same"} for row in rows_of()])
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: this and every other training row has the label 'same'"):
+        load(same)
+
+
+def test_labels_are_sorted_numbers_by_value(tmp_path):
+    file = written(tmp_path, [{"text": f"t{n}", "label": n % 12} for n in range(240)])
+    assert load(file).labels == tuple(str(number) for number in range(12))
+    named = written(tmp_path, [{"text": f"t{n}", "label": f"c{n % 12}"} for n in range(240)], "named.jsonl")
+    assert load(named).labels == tuple(sorted(f"c{number}" for number in range(12)))
+
+
+def test_rows_are_drawn_in_an_order_that_the_seed_decides(tmp_path):
+    file = written(tmp_path, rows_of(100))
+    whole, some = load(file), load(file, train_rows=10, validation_rows=3)
+    assert (len(some.train), len(some.validation)) == (10, 3)
+    assert all(torch.equal(some.train.input_ids[row], whole.train.input_ids[row]) for row in range(10))
+    other = load(file, train_rows=10, validation_rows=3, seed=1)
+    assert [row.tolist() for row in other.train.input_ids] != [row.tolist() for row in some.train.input_ids]
+    assert load(file, train_rows=10, validation_rows=3).content_hash == some.content_hash
+    assert len({whole.content_hash, some.content_hash, other.content_hash, load(file, max_length=99).content_hash}) == 4
+
+
+def test_the_hash_follows_labels_and_texts(tmp_path):
+    rows = rows_of(60)
+    relabelled = [{**row, "label": "even" if n == 7 else row["label"]} for n, row in enumerate(rows)]
+    changed = [{**row, "text": "other" if n == 7 else row["text"]} for n, row in enumerate(rows)]
+    hashes = {load(written(tmp_path, each)).content_hash for each in (rows, relabelled, changed)}
+    assert len(hashes) == 3
+    assert load(written(tmp_path, rows, "elsewhere.jsonl")).content_hash in hashes
+
+
+def test_pairs_are_joined_as_the_tokenizer_joins_them_and_cut_with_a_count(tmp_path, caplog):
+    rows = [{"text_a": f"a{n}" + "x" * 30, "text_b": "y" * (3 if n % 4 else 60), "label": n % 2} for n in range(80)]
+    loaded = load(written(tmp_path, rows), max_length=40)
+    assert all(len(row) <= 40 for row in loaded.train.input_ids)
+    long = sum(n % 4 == 0 for n in range(80))
+    assert loaded.train.truncated + loaded.validation.truncated == 80 - sum(
+        2 + 30 + len(str(n)) - 1 + 3 + 4 <= 40 for n in range(80) if n % 4
+    )
+    assert loaded.train.truncated + loaded.validation.truncated >= long
+    assert f"{loaded.train.truncated} of {len(loaded.train)} training rows are longer than classify.max_length (40" in (
+        caplog.text
+    )
+    first = loaded.train.input_ids[0].tolist()
+    assert first[0] == 0
+    assert first.count(2) == 3  # <s> a </s></s> b </s>
+    assert first[-1] == 2
+    bert = load(written(tmp_path, rows), tiny_encoders.bert_tokenizer(), max_length=40, segments=True)
+    kinds = bert.train.segments[0].tolist()
+    assert kinds == sorted(kinds)
+    assert set(kinds) == {0, 1}
+    assert len(kinds) == len(bert.train.input_ids[0])
+
+
+def test_a_decoders_pair_is_two_lines(tmp_path):
+    rows = [{"text_a": f"a{n}", "text_b": "b", "label": n % 2} for n in range(40)]
+    tokenizer = tiny_base.tokenizer()
+    loaded = load(written(tmp_path, rows), tokenizer)
+    texts = {tokenizer.decode(row) for row in (*loaded.train.input_ids, *loaded.validation.input_ids)}
+    assert texts == {f"a{n}\nb" for n in range(40)}
+
+
+def test_a_batch_is_padded_to_its_longest_row_and_masked():
+    rows = [
+        {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor(1), "token_type_ids": torch.tensor([0, 1, 1])}
+    ]
+    rows.append({"input_ids": torch.tensor([8]), "labels": torch.tensor(0), "token_type_ids": torch.tensor([0])})
+    batch = Padding(9)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_validation_rows_that_are_trained_on_are_counted(tmp_path, caplog):
+    folder = tmp_path / "split"
+    written(folder, rows_of(10), "train.jsonl")
+    written(folder, [{"text": "Text number 3.", "label": "odd"}, {"text": "new", "label": "odd"}], "validation.jsonl")
+    assert load(folder).repeated == 1
+    assert "1 validation row(s) also stand in the training rows" in caplog.text
+
+
+def hub_rows(folder: Path) -> GlueTask:
+    """Rows as the Hub has them: labels are numbers with names."""
+    features = datasets.Features(
+        {
+            "sentence1": datasets.Value("string"),
+            "sentence2": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["not_equivalent", "equivalent"]),
+            "idx": datasets.Value("int32"),
+        }
+    )
+    for split, count in (("train", 12), ("validation", 4)):
+        rows = [{"sentence1": f"{split} {n}", "sentence2": "other", "label": n % 2, "idx": n} for n in range(count)]
+        made = datasets.Dataset.from_list(rows, features=features)
+        (folder / "mrpc").mkdir(parents=True, exist_ok=True)
+        made.to_parquet(str(folder / "mrpc" / f"{split}-00000-of-00001.parquet"))
+    return GlueTask(None, path=str(folder / "mrpc"))
+
+
+def test_glue_on_the_hub_gives_labels_their_names(tmp_path):
+    assert {name: (task.path, task.configuration) for name, task in GLUE.items()} == {
+        name: ("nyu-mll/glue", name) for name in ("cola", "mnli", "mrpc", "qnli", "sst2")
+    }
+    assert GLUE["mnli"].validation == "validation_matched"
+    texts = load_glue(hub_rows(tmp_path), "mrpc")
+    assert (len(texts.train), len(texts.validation)) == (12, 4)
+    assert texts.train[1].label == "equivalent"
+    assert (texts.train[0].text_a, texts.train[0].text_b, texts.train[0].label) == (
+        "train 0",
+        "other",
+        "not_equivalent",
+    )
+    assert texts.validation[0].origin.endswith("mrpc validation: row 1")
+
+
+def test_a_task_that_is_not_reached_names_the_id_and_the_way_out(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AssetError) as caught:
+        load_labelled(domain("mrpc"), seed=0)
+    assert "nyu-mll/glue" in str(caught.value)
+    assert "give a local copy, a file or a folder: mrpc=PATH" in str(caught.value)
+
+
+def test_the_plan_of_a_classifier_has_an_encoder_and_no_token_budgets():
+    plan = build_plan({"data": {"task": "classify", "domains": ["mrpc"]}, "model": {"dtype": "fp32"}})
+    assert (plan.model.name, plan.model.dtype, plan.classifies) == ("FacebookAI/roberta-base", "fp32", True)
+    assert build_plan({"data": {"domains": [{"name": "x", "source": "y", "task": "classify"}]}}).classifies
+    assert build_plan({"data": {"task": "classify"}, "model": {"name": "demo"}}).model.name == "demo"
+    assert build_plan({}).model.name == "demo"
+    with pytest.raises(ConfigError, match=r"data\.train_tokens is for text and instructions.*classify\.train_rows"):
+        build_plan({"data": {"task": "classify", "train_tokens": 1024}})
+
+
+@pytest.mark.study_data
+@pytest.mark.skipif(not GLUE_ROWS.is_dir(), reason=f"the GLUE rows are not in {GLUE_ROWS}")
+@pytest.mark.parametrize(
+    ("task", "sizes", "labels"),
+    [
+        ("cola", (7695, 1043), ("0", "1")),
+        ("mnli", (6684, 1000), ("contradiction", "entailment", "neutral")),
+        ("mrpc", (3300, 408), ("0", "1")),
+        ("qnli", (5400, 1500), ("entailment", "not_entailment")),
+        ("sst2", (6917, 872), ("0", "1")),
+    ],
+)
+def test_the_study_rows_of_glue(task, sizes, labels):
+    texts = load_labelled(domain(GLUE_ROWS / task), seed=0)
+    assert (len(texts.train), len(texts.validation)) == sizes
+    assert (texts.train[0].text_b is None) == (task in ("cola", "sst2"))
+    drawn = load(GLUE_ROWS / task, train_rows=200, validation_rows=100)
+    assert drawn.labels == labels

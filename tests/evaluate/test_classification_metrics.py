@@ -1,0 +1,124 @@
+"""Scores of predicted labels, against formulae written another way and a table worked out by hand."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from gaintune.config import EvaluateConfig
+from gaintune.errors import DataError
+from gaintune.evaluate.classification import Predictions, difference, matthews_correlation, score
+
+SETTINGS = EvaluateConfig(bootstrap_samples=400)
+
+
+def predictions(truth, predicted, labels=("0", "1"), domain="rows") -> Predictions:
+    return Predictions(domain, tuple(labels), tuple(truth), tuple(predicted))
+
+
+def drawn(count: int, labels: int, seed: int = 0, right: float = 0.6) -> tuple[list[int], list[int]]:
+    generator = random.Random(seed)
+    truth = [generator.randrange(labels) for _ in range(count)]
+    return truth, [each if generator.random() < right else generator.randrange(labels) for each in truth]
+
+
+def test_every_figure_of_a_table_worked_out_by_hand():
+    """Six rows of the class 1, of which four are found; four rows of the class 0, of which three are."""
+    truth = [1] * 6 + [0] * 4
+    predicted = [1, 1, 1, 1, 0, 0, 0, 0, 0, 1]
+    scores = score(predictions(truth, predicted), SETTINGS)
+    assert scores.accuracy.value == pytest.approx(0.7)
+    assert scores.majority == pytest.approx(0.6)
+    assert scores.rows == 10
+    none, one = scores.classes
+    assert (none.precision, none.recall, none.rows, none.predicted) == (3 / 5, 3 / 4, 4, 5)
+    assert (one.precision, one.recall, one.rows, one.predicted) == (4 / 5, 4 / 6, 6, 5)
+    assert one.f1 == scores.f1 == pytest.approx(2 * 4 / (2 * 4 + 1 + 2))
+    assert scores.macro_f1 == pytest.approx((one.f1 + none.f1) / 2)
+    tp, tn, fp, fn = 4, 3, 1, 2
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert scores.matthews == pytest.approx(expected)
+    json.dumps(scores.to_dict())
+
+
+@pytest.mark.parametrize("labels", [2, 3, 5])
+def test_matthews_is_the_correlation_of_the_indicators(labels):
+    """Gorodkin's definition: covariances of one-hot rows, summed over the labels."""
+    truth, given = drawn(300, labels)
+    x, y = np.eye(labels)[truth], np.eye(labels)[given]
+
+    def covariance(a, b):
+        return np.sum((a - a.mean(axis=0)) * (b - b.mean(axis=0)))
+
+    expected = covariance(x, y) / math.sqrt(covariance(x, x) * covariance(y, y))
+    names = [str(number) for number in range(labels)]
+    assert matthews_correlation(predictions(truth, given, names).confusion()) == pytest.approx(expected)
+    if labels == 2:
+        assert expected == pytest.approx(np.corrcoef(truth, given)[0, 1])
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_each_class_is_counted_row_by_row(labels):
+    truth, given = drawn(200, labels, seed=1)
+    scores = score(predictions(truth, given, [f"c{n}" for n in range(labels)]), SETTINGS)
+    for number, each in enumerate(scores.classes):
+        right = sum(t == g == number for t, g in zip(truth, given, strict=True))
+        assert each.rows == truth.count(number)
+        assert each.predicted == given.count(number)
+        assert each.recall == right / truth.count(number)
+        assert each.precision == right / given.count(number)
+        assert each.f1 == pytest.approx(2 / (1 / each.recall + 1 / each.precision))
+    assert scores.f1 is None
+    weighted = sum(each.recall * each.rows for each in scores.classes) / 200
+    assert scores.accuracy.value == pytest.approx(weighted)
+
+
+def test_the_interval_of_an_accuracy_is_near_the_normal_one():
+    truth, given = drawn(400, 2, seed=2)
+    accuracy = score(predictions(truth, given), EvaluateConfig(bootstrap_samples=4000)).accuracy
+    half = 1.96 * math.sqrt(accuracy.value * (1 - accuracy.value) / 400)
+    assert accuracy.low == pytest.approx(accuracy.value - half, abs=0.006)
+    assert accuracy.high == pytest.approx(accuracy.value + half, abs=0.006)
+
+
+def test_differences_are_paired():
+    truth, given = drawn(300, 2, seed=3)
+    first = predictions(truth, given)
+    assert difference(first, first, SETTINGS).value == 0.0
+    assert difference(first, first, SETTINGS).low == difference(first, first, SETTINGS).high == 0.0
+    mended = list(given)
+    wrong = [row for row in range(300) if truth[row] != given[row]][:30]
+    for row in wrong:
+        mended[row] = truth[row]
+    gained = difference(first, predictions(truth, mended), SETTINGS)
+    assert gained.value == pytest.approx(0.1)
+    half = 1.96 * math.sqrt(0.1 * 0.9 / 300)  # of the differences, which are 0 or 1 here
+    assert gained.low == pytest.approx(0.1 - half, abs=0.015)
+    assert gained.low > 0
+    back = difference(predictions(truth, mended), first, SETTINGS)
+    assert (back.value, back.low, back.high) == pytest.approx((-gained.value, -gained.high, -gained.low))
+
+
+def test_labels_are_compared_by_name_and_rows_must_be_the_same():
+    first = predictions([0, 1, 1], [0, 1, 0], ("a", "b"))
+    turned = predictions([1, 0, 0], [1, 0, 0], ("b", "a"))
+    assert difference(first, turned, SETTINGS).value == pytest.approx(1 / 3)
+    with pytest.raises(DataError, match="not of the same rows"):
+        difference(first, predictions([0, 1, 0], [0, 1, 0], ("a", "b")), SETTINGS)
+
+
+def test_what_has_no_spread_has_no_correlation_and_no_interval():
+    always = score(predictions([0, 1, 0], [0, 0, 0]), SETTINGS)
+    assert always.matthews == 0.0
+    assert always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
+    one = score(predictions([1], [1]), SETTINGS)
+    assert (one.accuracy.value, one.accuracy.low, one.accuracy.high) == (1.0, None, None)
+
+
+def test_predictions_that_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="2 true and 1 predicted"):
+        predictions([0, 1], [0])
+    with pytest.raises(DataError, match="label numbers"):
+        predictions([0, 2], [0, 1])
