@@ -228,6 +228,9 @@ def methods() -> None:
         [m.name, m.description, f"{m.lr:g}", ", ".join(sorted(m.options)) or "—", m.needs] for m in METHODS.values()
     ]
     out.print(table("", ["method", "what it does", "rate", "options", "needs"], rows, numeric=(2,)))
+    out.print(
+        "every method: lr, label, penalty=l2 or ewc with penalty_strength (and ewc_rows), replay=RATIO", highlight=False
+    )
 
 
 @app.command()
