@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|end|>"
@@ -37,3 +37,20 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def chatty(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with ChatML's markers and template, and a beginning of text that the template writes itself."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|begin|>")
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    begin = made.bos_token_id
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|begin|> $A", "<|begin|> $A $B", [("<|begin|>", begin)]
+    )
+    made.chat_template = (
+        "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return made

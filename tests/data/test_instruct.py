@@ -114,6 +114,35 @@ def test_bytes_are_those_of_the_completions(write, tokenizer):
     assert sum(blocks.validation_bytes) == sum(len(said.encode()) for said in answered)
 
 
+def test_chats_are_what_the_chat_template_makes_of_them(tmp_path, chatty):
+    chats = [
+        [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": "why €?"},
+            {"role": "assistant", "content": f"so {said}"},
+        ]
+        for asked, said in ROWS
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    blocks = load(file, chatty, block_size=256)
+    rendered = {chatty.apply_chat_template(chat, tokenize=False).rstrip("\n"): chat for chat in chats}
+    seen = 0
+    for text, scored in texts(blocks.validation, chatty):
+        _, first, _, second = (message["content"] for message in rendered[text])
+        assert scored == f"{first}<|im_end|>{second}<|im_end|>", "each turn has one end, and the template's beginning"
+        seen += len((first + second).encode())
+    assert sum(blocks.validation_bytes) == seen, "markers stand for no text"
+
+
+def test_a_beginning_of_text_comes_before_every_row(write, chatty):
+    blocks = load(write("d.jsonl"), chatty)
+    for text, scored in texts(blocks.train, chatty):
+        assert text.startswith("<|begin|>") and text.count("<|begin|>") == 1
+        assert scored.endswith("<|im_end|>") and "<|begin|>" not in scored
+
+
 def test_padding_instead_of_packing(write, tokenizer):
     blocks = load(write("d.jsonl"), tokenizer, packing=False)
     assert blocks.train.position_ids is None

@@ -13,27 +13,12 @@ from gaintune.data.templates import Part, Rendered, render
 from gaintune.errors import ConfigError, DataError
 
 PAIR = question_and_answer("Two and two?", "Four.")
-CHAT_ML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def chat(*turns, scored=True):
     return Exchange(
         tuple(Turn(role, content, scored=scored and role == "assistant") for role, content in turns), True, "f:1", 1
     )
-
-
-@pytest.fixture
-def chatty(tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer with ChatML's markers and template."""
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<|im_end|>"
-    )
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    made.chat_template = CHAT_ML
-    return made
 
 
 def test_plain_adds_nothing(tokenizer):
@@ -80,7 +65,10 @@ def test_chat_scores_every_answer_up_to_its_end_of_turn(chatty):
     rendered = render(exchange, "auto", chatty)
     assert rendered == Rendered(
         (
-            Part("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", False),
+            Part(
+                "<|begin|><|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+                False,
+            ),
             Part("b<|im_end|>", True),
             Part("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
             Part("d<|im_end|>", True),
@@ -96,7 +84,7 @@ def test_chat_scores_every_answer_up_to_its_end_of_turn(chatty):
 
 def test_chat_of_a_prompt_and_a_completion(chatty):
     prompt, completion = render(PAIR, "chat", chatty).parts
-    assert prompt.text == "<|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.text == "<|begin|><|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n"
     assert completion == Part("Four.<|im_end|>", True)
 
 
@@ -162,6 +150,14 @@ def test_a_completion_has_no_space_that_only_the_beginning_of_a_text_has():
     (pieces,) = encode_parts([("a:", "b")], llama)
     assert [piece.ids.tolist() for piece in pieces] == [[2, 6], [4]]
     assert beginning_of_text(llama) == [0]
+
+
+def test_bytes_that_no_token_covers_stay_on_their_side_of_the_border():
+    words = {"one": 0, "two": 1, "<unk>": 2}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # its tokens leave the spaces out
+    (pieces,) = encode_parts([("one  ", "two ")], PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"))
+    assert [piece.bytes.tolist() for piece in pieces] == [[5], [4]]
 
 
 def test_a_tokenizer_that_adds_no_beginning_gets_none(tokenizer):
