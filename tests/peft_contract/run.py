@@ -1,4 +1,4 @@
-"""Run PEFT's own tests of its methods with GAIN as the method: `python tests/peft_contract/run.py [pytest options]`.
+"""Run PEFT's own tests of its methods with ours as the method: `python tests/peft_contract/run.py [pytest options]`.
 
 The tests ride in PEFT's source distribution. That of the installed version is downloaded once through pip, checked
 against its SHA-256 and unpacked below `.peft-tests/`; everything after that is offline. What is run, and which

@@ -94,6 +94,12 @@ def test_training_the_bases_biases(bias):
         DiselConfig(bias=bias)
 
 
+def test_a_setting_changed_after_the_fact():
+    config = DiselConfig()
+    config.bias = "all"
+    refuse(tiny_models.llama(), config, "past the gates", error=ConfigError)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -62,6 +62,10 @@ class DiselConfig(LoraConfig):
             self.lora_alpha = 2 * self.r
         super().__post_init__()
         self.peft_type = add_peft_type("DISEL")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for settings that mean nothing or cannot hold; fields may have been set since."""
         self._check_gates()
         self._refuse_variants()
 

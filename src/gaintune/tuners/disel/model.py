@@ -30,6 +30,7 @@ class DiselModel(LoraModel):
         return peft_config
 
     def _prepare_model(self, peft_config: DiselConfig, model: nn.Module) -> None:  # type: ignore[override]
+        peft_config.check()
         if peft_config.target_modules != DUMMY_TARGET_MODULES:
             check_modules(peft_config, model)
         super()._prepare_model(peft_config, model)
