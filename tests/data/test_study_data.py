@@ -43,3 +43,28 @@ def test_near_duplicate_headlines_are_found(tokenizer):
     )
     blocks = load_domain(data.domains[0], data, tokenizer)
     assert 10 < blocks.removed_near_duplicates < 250
+
+
+INSTRUCTIONS = DOMAINS.parent / "instruct" / "gsm8k"
+
+
+@pytest.mark.skipif(not INSTRUCTIONS.is_dir(), reason=f"the study's instructions are not in {INSTRUCTIONS}")
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_gsm8k_fills_its_budget_and_scores_completions(template, tokenizer):
+    data = DataConfig(
+        domains=(DomainConfig(name="gsm8k", source=str(INSTRUCTIONS)),),
+        task="instruct",
+        template=template,
+        train_tokens=32_768,
+        validation_tokens=8192,
+        block_size=2048,
+    )
+    blocks = load_domain(data.domains[0], data, tokenizer)
+    assert blocks.train.input_ids.shape == (16, 2048)
+    assert blocks.validation.input_ids.shape == (4, 2048)
+    assert blocks.train.position_ids is not None
+    ends = (blocks.train.labels == tokenizer.eos_token_id).sum().item()
+    assert ends == blocks.train_documents, "every row is whole and ends"
+    for row, labels in zip(blocks.validation.input_ids, blocks.validation.labels, strict=True):
+        scored = tokenizer.decode(row[labels != -100])
+        assert scored.count("####") == scored.count(tokenizer.eos_token) > 0, "every answer names its result"
