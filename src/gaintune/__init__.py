@@ -14,6 +14,7 @@ import wrapt
 if TYPE_CHECKING:
     from gaintune.adaptation import AdaptResult, adapt
     from gaintune.adapters import load_adapter, save_adapter
+    from gaintune.classification import ClassifierResult, adapt_classifier
     from gaintune.config import Plan
     from gaintune.errors import GaintuneError
     from gaintune.evaluate.perplexity import measure
@@ -33,6 +34,8 @@ _HOMES = {
     "adapt": "adaptation",
     "load_adapter": "adapters",
     "save_adapter": "adapters",
+    "ClassifierResult": "classification",
+    "adapt_classifier": "classification",
     "Plan": "config",
     "GaintuneError": "errors",
     "measure": "evaluate.perplexity",
@@ -53,6 +56,7 @@ _HOMES = {
 __all__ = [
     "AdaptResult",
     "AdapterOptimizerMixin",
+    "ClassifierResult",
     "DiselConfig",
     "DiselModel",
     "GainConfig",
@@ -61,6 +65,7 @@ __all__ = [
     "Matrix",
     "Plan",
     "adapt",
+    "adapt_classifier",
     "create_disel_optimizer",
     "load_adapter",
     "load_base",

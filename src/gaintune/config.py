@@ -12,26 +12,12 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from gaintune.errors import ConfigError
-from gaintune.sections import NAME, ClassifyConfig, MethodConfig, Section
+from gaintune.sections import NAME, ClassifyConfig, EvaluateConfig, MethodConfig, ModelConfig, Section, TrainConfig
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
 CLASSIFIER_BASE = "FacebookAI/roberta-base"
 Task = Literal["text", "instruct", "classify"]
 Template = Literal["auto", "plain", "alpaca", "magicoder", "chat"]
-
-
-class ModelConfig(Section):
-    """Which base model, and in which numbers."""
-
-    name: str = Field(default="demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)")
-    revision: str | None = Field(default=None, description="hub revision: a branch, tag or commit")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto",
-        description="numbers of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32",
-    )
-    quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="load the base through bitsandbytes")
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
 
 class DomainConfig(Section):
@@ -128,39 +114,6 @@ class DataConfig(Section):
     def template_of(self, domain: DomainConfig) -> Template:
         """How a domain's prompts and completions are written: its own template, else the plan's."""
         return domain.template or self.template
-
-
-class TrainConfig(Section):
-    """One adaptation: optimizer, schedule and bookkeeping."""
-
-    lr: float | None = Field(
-        default=None, gt=0, description="peak learning rate of every method; a method's own lr wins"
-    )
-    epochs: int = Field(default=1, gt=0, description="passes over the training blocks")
-    batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
-    gradient_accumulation: int = Field(default=1, gt=0, description="forward passes added up before an update")
-    schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
-    warmup_ratio: float = Field(
-        default=0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0"
-    )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay; never applied to gains")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's two averages")
-    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, about 30 % slower"
-    )
-    seed: int = Field(default=0, ge=0, description="seed of start values, order of blocks and dropout")
-    checkpoint_steps: int = Field(default=50, gt=0, description="steps between checkpoints inside a stage")
-    trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb and the other Trainer trackers")
-
-
-class EvaluateConfig(Section):
-    """How uncertainty is measured."""
-
-    batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass")
-    bootstrap_samples: int = Field(default=2000, gt=0, description="resamples behind an interval")
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="coverage of an interval")
-    seed: int = Field(default=0, ge=0, description="seed of the resampling")
 
 
 class Plan(Section):

@@ -56,11 +56,13 @@ class Bars:
                 if not self._console.is_terminal and time.perf_counter() - said > LINES_EVERY:
                     said = time.perf_counter()
                     left = (said - start) / done * (total - done)
-                    self._console.print(f"{title}: {done}/{total} {unit}, {pace()}, {left:.0f} s left", highlight=False)
+                    self._console.print(
+                        f"{title}: {done:,.0f}/{total:,.0f} {unit}, {pace()}, {left:.0f} s left", highlight=False
+                    )
 
             yield advance
         if time.perf_counter() - start > 2.0:
-            self.note(f"{title}: {done} {unit} in {time.perf_counter() - start:.1f} s ({pace()})")
+            self.note(f"{title}: {done:,.0f} {unit} in {time.perf_counter() - start:.1f} s ({pace()})")
 
     def note(self, text: str) -> None:
         """One plain line."""

@@ -110,6 +110,11 @@ def merge_adapter(
     if not tolerance > 0:
         raise ConfigError(f"tolerance is {tolerance} %, it must be above 0")
     record = read_record(adapter)
+    if record is not None and record.labels:
+        raise ConfigError(
+            f"{adapter} is a classifier: merging is for language models. Encoder, adapter and head are served as "
+            "they are, with PEFT"
+        )
     check_mergeable(adapter)
     model = model or claimed_base(adapter, record)
     blocks, counted = _judging_text(blocks, texts, bytes_per_block, model)

@@ -206,7 +206,7 @@ def read_weights(
 
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     """Write a model as safetensors, also where its generation settings contradict each other, as some of the hub do."""
-    settings = getattr(model, "generation_config", None)  # a classifier has none
+    settings: Any = getattr(model, "generation_config", None)  # a classifier has none
     try:
         if settings is not None:
             settings.validate(strict=True)

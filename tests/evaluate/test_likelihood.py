@@ -155,7 +155,7 @@ def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):
         train={"lr": 0.01, "epochs": 4, "checkpoint_steps": 100},
     )
     adapt(plan, tmp_path / "adapter")
-    base, adapted = compare_choices(plan, {"letters": file}, [tmp_path / "adapter"])
+    base, adapted = compare_choices(plan, [tmp_path / "adapter"], sets={"letters": file})
     assert (base.label, base.change) == ("base", None)
     assert adapted.accuracy.value > 0.9 > base.accuracy.value
     assert adapted.change.value == pytest.approx(adapted.accuracy.value - base.accuracy.value)

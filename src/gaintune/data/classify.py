@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -211,7 +212,7 @@ def encode_rows(
     second = [row.text_b for row in rows if row.text_b is not None] or None
     if second is not None and tokenizer.sep_token_id is None:
         first, second = [f"{a}\n{b}" for a, b in zip(first, second, strict=True)], None
-    options = {"return_token_type_ids": segments, "return_attention_mask": False, "verbose": False}
+    options: dict[str, Any] = {"return_token_type_ids": segments, "return_attention_mask": False, "verbose": False}
     whole = tokenizer(first, second, **options)
     cut = tokenizer(first, second, truncation=True, max_length=max_length, **options)
     for row, ids in zip(rows, cut["input_ids"], strict=True):

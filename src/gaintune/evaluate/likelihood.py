@@ -82,13 +82,13 @@ class ChoiceFigure:
 
 def compare_choices(
     plan: Plan,
-    sets: Mapping[str, Path],
     adapters: Sequence[Path],
     *,
+    sets: Mapping[str, Path],
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> list[ChoiceFigure]:
-    """Ask the plan's base, and every adapter on it, the questions of every set.
+    """Ask the plan's base, and every adapter on it, the questions of every set (a name and a file or folder).
 
     `classify.validation_rows` limits the rows of a set, drawn in an order that `data.seed` decides.
 
@@ -161,7 +161,8 @@ def choice_likelihoods(
         DataError: a choice that the tokenizer makes no token of.
         TrainingError: a likelihood is not finite; the model is broken.
     """
-    carrier: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    carrier = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     asked = _encode(rows, tokenizer, longest_input(carrier, tokenizer), name)
     device = next(model.parameters()).device
     loss = NextTokenLoss(model)
