@@ -9,6 +9,7 @@ from peft.tuners.osf.layer import OSFLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
+from gaintune.absorb import absorb
 from gaintune.adalora import STATE, BudgetSchedule
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
@@ -93,6 +94,8 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_
     again = load_adapter(base_of(folder), tmp_path / "adapter", trainable=True)
     assert torch.equal(logits(again), expected)
     assert trainable_parameters(again) == METHOD[name][1]
+    merged = absorb(base_of(folder), tmp_path / "adapter", torch.float32)[0]
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     save_adapter(again, tmp_path / "again", record)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes(), file

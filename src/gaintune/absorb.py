@@ -35,11 +35,16 @@ def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: b
                 layer.merge(safe_merge=True)
                 after: Any = layer.get_base_layer().weight
                 rounding += count_rounding(before, after.detach(), dtype)
+                setattr(layer, "merge", _no_second_merge)  # noqa: B010  # the next call asks, and OSF would obey
             merged = model.merge_and_unload(safe_merge=True)  # takes the adapter's layers out, and modules_to_save in
     except (ValueError, NotImplementedError, AttributeError) as error:
         reason = one_line(error)[:300]
         raise AdapterError(f"{adapter}: this adapter cannot be merged ({reason})") from error
     return merged.to(dtype), rounding
+
+
+def _no_second_merge(*args: Any, **kwargs: Any) -> None:
+    """Stands in for a layer's merge once it is merged."""
 
 
 def check_mergeable(adapter: Path) -> None:
