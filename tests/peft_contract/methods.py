@@ -67,7 +67,20 @@ _LAYERS = {
     "test_default_target_modules_str": "patches the table of another method",
     "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": "no bias setting, or refused (test_disel_refusals.py)",
 }
+_DEFAULT = "expects no default; DISeL adapts every linear layer unless told otherwise"
 _MERGING = "merges, which is refused (tests/tuners/test_disel_refusals.py)"
+
+_GATED_CASES: tuple[Case, ...] = (
+    ("Linear, low-rank gate", "MLP", {"target_modules": ["lin0"], "gate_rank": 2}),
+    ("Linear, Gated LoRA", "MLP", {"target_modules": ["lin0"], "gate_kind": "relu"}),
+    ("Linear, rslora", "MLP", {"target_modules": ["lin0"], "use_rslora": True, "r": 4, "lora_dropout": 0.1}),
+    ("Linear, patterns", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}}),
+    ("Conv1D, low-rank gate", "EmbConv1D", {"target_modules": ["conv1d"], "gate_rank": 2}),
+)
+
+# gates that are nearly shut move less in upstream's three steps than its tests can see
+_HALF_OPEN = tuple((name, model, {**given, "gate_bias_init": 0.0}) for name, model, given in (*CASES, *_GATED_CASES))
+_SATURATED = ("Linear behind Conv1D", "Linear, patterns")
 
 METHODS = (
     Method(
@@ -89,14 +102,7 @@ METHODS = (
         "Disel",
         DiselConfig,
         {"init_lora_weights": False},
-        (
-            *CASES,
-            ("Linear, low-rank gate", "MLP", {"target_modules": ["lin0"], "gate_rank": 2}),
-            ("Linear, Gated LoRA", "MLP", {"target_modules": ["lin0"], "gate_kind": "relu"}),
-            ("Linear, rslora", "MLP", {"target_modules": ["lin0"], "use_rslora": True, "r": 4, "lora_dropout": 0.1}),
-            ("Linear, patterns", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}}),
-            ("Conv1D, low-rank gate", "EmbConv1D", {"target_modules": ["conv1d"], "gate_rank": 2}),
-        ),
+        _HALF_OPEN,
         {
             **_LAYERS,
             **dict.fromkeys(
@@ -117,7 +123,18 @@ METHODS = (
                 ),
                 _MERGING,
             ),
+            "test_default_target_modules_not_set_raises": _DEFAULT,
+            "test_default_target_modules_not_set_model_type_set_raises": _DEFAULT,
             "test_adding_multiple_adapters_with_bias_raises": "trains biases, refused (test_disel_refusals.py)",
+        },
+        {
+            "test_only_params_are_updated": {
+                "test_name, model_id, config_cls, config_kwargs": (
+                    [(name, model, DiselConfig, given) for name, model, given in _HALF_OPEN if name not in _SATURATED],
+                    f"upstream's inputs (up to 89) and rate of 0.5 saturate the gates of {' and '.join(_SATURATED)!r}; "
+                    "see test_only_the_adapter_is_updated_and_all_of_it in test_disel_adapters.py",
+                )
+            }
         },
         mergeable=False,
     ),

@@ -47,6 +47,23 @@ def test_an_inactive_adapters_gates_do_not_train(two):
     assert all(torch.equal(before[name], p) for name, p in tiny_models.adapter_tensors(two).items())
 
 
+@pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2])
+@pytest.mark.parametrize(
+    "options", [{}, {"gate_rank": 2}, {"rank_pattern": {"o_proj": 2}}, {"gate_kind": "relu"}], ids=str
+)
+@pytest.mark.filterwarnings("ignore:The following rank_pattern", "ignore:fan_in_fan_out")
+def test_only_the_adapter_is_updated_and_all_of_it(build, options):
+    model = get_peft_model(build(), DiselConfig(**options)).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(2):  # at the first B is 0, and only B has a gradient
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(tiny_models.adapter_tensors(model))
+
+
 def test_active_adapters_add_up():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), DiselConfig(r=4))
     model.add_adapter("other", DiselConfig(r=2, gate_kind="relu"))

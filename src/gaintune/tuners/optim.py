@@ -114,8 +114,8 @@ class AdapterOptimizerMixin:
         """The optimizer that the arguments name, over our groups; one that was passed in is kept."""
         trainer: Any = self
         if trainer.optimizer is None:
-            model = trainer.model if model is None else model
-            chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+            trained: nn.Module = trainer.model if model is None else model
+            chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, trained)
             optimizer_cls, kwargs = chosen
             own_groups = {"params", "model", "optimizer_dict"} & set(kwargs)
             if own_groups or not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
@@ -124,7 +124,7 @@ class AdapterOptimizerMixin:
                     "choose one that takes groups, such as adamw_torch"
                 )
             groups = parameter_groups(
-                model, trainer.args.learning_rate, trainer.args.weight_decay, self.rate_multipliers
+                trained, trainer.args.learning_rate, trainer.args.weight_decay, self.rate_multipliers
             )
             trainer.optimizer = optimizer_cls(groups, **kwargs)
         return trainer.optimizer
