@@ -28,6 +28,7 @@ EVERY = "all"
 BLOCKS = ("attention", "mlp")
 NAMES = {"attention": "attention", "mlp": "MLP", EVERY: "all layers"}
 COLOURS = colormaps["viridis"]
+PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # keeps lines out of the letters
 SHOWN_BINS = 50  # bars of a drawn histogram, if the recorded bins can be put together so
 
 
@@ -152,7 +153,7 @@ def _histogram(axes: Axes, record: GateRecord, depth: str, block: str, lowest: f
         axes.stairs(density, edges, baseline=None, color=style.colour, linestyle=style.dashes, linewidth=1.4)
         place = {"xytext": (-3, -4 - 11 * index), "textcoords": "offset points", "ha": "right", "va": "top"}
         text = f"mean {summary.mean:.3f}"
-        axes.annotate(text, (1, 1), xycoords="axes fraction", color=style.colour, fontsize=8, **place)
+        axes.annotate(text, (1, 1), xycoords="axes fraction", color=style.colour, fontsize=8, bbox=PLATE, **place)
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
     axes.grid(axis="y", color=RULE, linewidth=0.6)
@@ -176,7 +177,9 @@ def histograms(survey: Survey) -> Figure:
                 axes = grid[row, column]
                 _histogram(axes, record, depth, block, lowest)
                 axes.set_title(f"{depth}, {NAMES[block]}", loc="left")
-        grid[0, 0].set_ylim(bottom=lowest)
+        grid[0, 0].set_ylim(lowest, 8 * grid[0, 0].get_ylim()[1])  # room for the means
+        grid[0, 0].yaxis.set_major_formatter("{x:g}")  # mathematics is off in labels
+        grid[0, 0].set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
         handles = []
         for style, domain in zip(map(look, range(len(record.domains))), record.domains, strict=True):
             label = f"{domain} ({survey.counted[domain]} tokens)"

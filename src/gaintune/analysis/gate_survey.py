@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
 from gaintune.tuners.disel.layer import disel_layers
 
+Counted = Literal["response", "all"]
 Tokens = Literal["auto", "response", "all"]
 """Which tokens count: the response's, all, or (auto) the response's in instruction domains and all in texts."""
 
@@ -29,10 +31,10 @@ class Survey:
     """A record with what it was made of: for each domain, which tokens were counted (`response` or `all`)."""
 
     record: GateRecord
-    counted: dict[str, str]
+    counted: Mapping[str, Counted]
 
 
-def counted_tokens(tokens: Tokens, data: DataConfig, domain: DomainConfig) -> Literal["response", "all"]:
+def counted_tokens(tokens: Tokens, data: DataConfig, domain: DomainConfig) -> Counted:
     """Which tokens of a domain count; by itself as in the paper: responses of instruction data, all of plain text."""
     if tokens != "auto":
         return tokens
@@ -59,7 +61,9 @@ def survey_gates(
     base = load_base(plan.model)
     model = load_adapter(base, adapter, allow_other_base=allow_other_base)
     domains = [(domain, load_domain(domain, plan.data, base.tokenizer)) for domain in plan.data.domains]
-    counted = {domain.name: counted_tokens(tokens, plan.data, domain) for domain, _ in domains}
+    counted: dict[str, Counted] = {
+        domain.name: counted_tokens(tokens, plan.data, domain) for domain in plan.data.domains
+    }
     with record_gates(model, bins=bins) as recorder:
         for domain, rows in domains:
             size, choice = plan.evaluate.batch_size, counted[domain.name]
@@ -72,7 +76,7 @@ def record_examples(
     recorder: GateRecorder,
     domain: str,
     examples: Examples,
-    counted: Literal["response", "all"],
+    counted: Counted,
     *,
     batch_size: int = 4,
     progress: Progress | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -114,10 +115,10 @@ def _line(problem: LinearModel) -> np.ndarray:
 def student(problem: LinearModel, method: str, settings: Settings, seed: int) -> nn.Module:
     """A linear layer that starts at W, ready to be trained by one method: `(samples, d_in)` to `(samples, d_out)`."""
     outputs, inputs = problem.weight.shape
-    model = nn.Sequential()
-    model.add_module("map", nn.Linear(inputs, outputs, bias=False))
+    pretrained = nn.Linear(inputs, outputs, bias=False)
     with torch.no_grad():
-        model.get_submodule("map").weight.copy_(torch.from_numpy(problem.weight))
+        pretrained.weight.copy_(torch.from_numpy(problem.weight))
+    model = nn.Sequential(OrderedDict(map=pretrained))
     if method == "full":
         return model
     common = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "target_modules": ["map"]}
