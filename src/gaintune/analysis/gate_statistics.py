@@ -9,12 +9,20 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from gaintune.errors import ConfigError
+
 BINS = 100
 CLOSED, OPEN = 0.05, 0.5
 """A gate below `CLOSED` lets hardly anything of its part through; one above `OPEN` most of it. Both are bin edges."""
 EDGES_EVERY = 20  # numbers of bins that have both edges are its multiples
 DEPTHS = ("early", "middle", "late")
 Block = Literal["attention", "mlp"]
+
+
+def check_bins(bins: int) -> None:
+    """Refuse a number of bins of which 0.05 or 0.5 would not be an edge."""
+    if bins < EDGES_EVERY or bins % EDGES_EVERY:
+        raise ConfigError(f"bins is {bins}: give a multiple of {EDGES_EVERY}, so that {CLOSED} and {OPEN} are edges")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gaintune.adapters import FULL, load_adapter, read_config, read_record
-from gaintune.analysis.gate_statistics import BINS, GateRecord
+from gaintune.analysis.gate_statistics import BINS, GateRecord, check_bins
 from gaintune.analysis.gates import GateRecorder, all_tokens, record_gates, response_tokens
 from gaintune.config import DataConfig, DomainConfig, Plan
 from gaintune.data.blocks import load_domain
@@ -53,10 +53,12 @@ def survey_gates(
     """Load an adapter onto the plan's base, and record its gates on the validation rows of the plan's domains.
 
     Raises:
+        ConfigError: a number of bins that is not a multiple of 20.
         AdapterError: not a DISeL adapter, or a damaged one.
         BaseMismatchError: an adapter of another base.
         DataError: a domain's text is missing or broken.
     """
+    check_bins(bins)
     _check_gated(adapter)
     base = load_base(plan.model)
     model = load_adapter(base, adapter, allow_other_base=allow_other_base)

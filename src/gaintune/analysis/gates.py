@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gaintune.analysis.gate_statistics import BINS, CLOSED, EDGES_EVERY, OPEN, GateRecord, LayerGates, Place, places_of
+from gaintune.analysis.gate_statistics import BINS, GateRecord, LayerGates, Place, check_bins, places_of
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.loss import IGNORED
 from gaintune.tuners.disel.layer import disel_layers
@@ -155,8 +155,7 @@ def record_gates(model: nn.Module, *, adapter: str | None = None, bins: int = BI
         AdapterError: no DISeL layer, no such adapter, several to choose from, or Gated LoRA (no sigmoid gates).
         ConfigError: a number of bins that is not a multiple of 20.
     """
-    if bins < EDGES_EVERY or bins % EDGES_EVERY:
-        raise ConfigError(f"bins is {bins}: give a multiple of {EDGES_EVERY}, so that {CLOSED} and {OPEN} are edges")
+    check_bins(bins)
     recorder = GateRecorder(model, _adapter_of(model, adapter), bins)
     recorder._attach()
     try:
