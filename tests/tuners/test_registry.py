@@ -1,4 +1,4 @@
-"""GAIN as a member of PEFT's own tables."""
+"""GAIN and DISeL as members of PEFT's own tables."""
 
 import copy
 import pickle
@@ -7,10 +7,11 @@ import sys
 
 import peft
 import pytest
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
 from gaintune.errors import GaintuneError
+from gaintune.tuners.disel import DiselConfig, DiselModel
 from gaintune.tuners.gain import GainConfig, GainModel
 from gaintune.tuners.registry import add_peft_type, register
 
@@ -28,15 +29,20 @@ def test_the_method_is_in_pefts_tables():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GAIN] is GainConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING["GAIN"] is GainModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.GAIN] == GainModel.prefix == "gain_"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DISEL] is DiselConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["DISEL"] is DiselModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.DISEL] == DiselModel.prefix == "lora_"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
 
 
 def test_registering_again_changes_nothing():
     tables = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
     before = [dict(table) for table in tables]
-    swap = peft.utils.hotswap.hotswap_adapter_from_state_dict
+    swap, pad = peft.utils.hotswap.hotswap_adapter_from_state_dict, peft.utils.hotswap._pad_lora_weights
     register()
     register()
     assert before == tables
+    assert peft.utils.hotswap._pad_lora_weights is pad
     assert peft.utils.hotswap.hotswap_adapter_from_state_dict is swap
 
 
@@ -54,9 +60,10 @@ def test_another_packages_gain_is_named(monkeypatch):
     "program",
     [
         "import peft, gaintune; peft.PeftType.GAIN",
+        "from gaintune.tuners.disel.config import DiselConfig as C; import peft; peft.get_peft_config(C().to_dict())",
         "from gaintune.tuners.gain.config import GainConfig; import peft; peft.get_peft_config(GainConfig().to_dict())",
     ],
 )
 def test_any_order_of_imports_registers(program):
-    check = "; assert peft.PEFT_TYPE_TO_TUNER_MAPPING['GAIN'].prefix == 'gain_'"
+    check = "; assert [peft.PEFT_TYPE_TO_TUNER_MAPPING[n].prefix for n in ('GAIN', 'DISEL')] == ['gain_', 'lora_']"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program + check], check=True, timeout=120)
