@@ -34,7 +34,7 @@ class _Accumulator:
         codes = (values * self.bins).to(torch.int64).clamp_(0, self.bins - 1).add_(self.offsets)
         self.histogram += torch.bincount(codes.view(-1), minlength=len(self.histogram))
         self.moments[0] += values.sum(0)
-        self.moments[1] += values.square_().sum(0) if values is not gates else values.square().sum(0)
+        self.moments[1] += values.square().sum(0)
         self.tokens += len(gates)
 
     def layer(self, place: Place) -> LayerGates:
