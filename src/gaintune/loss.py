@@ -200,6 +200,26 @@ class NextTokenLoss:
                 losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
         return losses.view(len(batch["labels"]), -1)
 
+    def at(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        """Loss of `targets[i]` coming after `input_ids[rows[i], : places[i] + 1]`, `(targets,)` in nats, no gradients.
+
+        Several targets may be asked for at one place; logits are made for those places alone.
+        """
+        batch = {"input_ids": input_ids}
+        with torch.no_grad():
+            if self.chunked:
+                hidden = self._hidden(model, batch)[rows, places]
+                return token_losses(hidden, self._head.weight, targets, self._head_bias, self._softcap)
+            logits = model(**_inputs(batch), use_cache=False).logits[rows, places]
+            return F.cross_entropy(logits.float(), targets, reduction="none")
+
     @property
     def _head_bias(self) -> torch.Tensor | None:
         return getattr(self._head, "bias", None)

@@ -26,7 +26,7 @@ from gaintune.data.choices import ChoiceRow, read_choices
 from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
 from gaintune.heads import longest_input
-from gaintune.loss import IGNORED, NextTokenLoss
+from gaintune.loss import NextTokenLoss
 from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
 
@@ -155,7 +155,7 @@ def choice_likelihoods(
         tokenizer: the base's.
         rows: the questions.
         name: what the set is called.
-        batch_size: choices in a forward pass.
+        batch_size: prompts in a forward pass.
 
     Raises:
         DataError: a choice that the tokenizer makes no token of.
@@ -164,50 +164,74 @@ def choice_likelihoods(
     wrapped: Any = model
     carrier = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     asked = _encode(rows, tokenizer, longest_input(carrier, tokenizer), name)
+    choices_after: dict[tuple[int, ...], list[int]] = {}
+    for number, each in enumerate(asked):
+        choices_after.setdefault(each.seen, []).append(number)
+    contexts = sorted(choices_after, key=lambda seen: (-len(seen), seen))  # alike in length in a batch
     device = next(model.parameters()).device
     loss = NextTokenLoss(model)
     training = model.training
     model.eval()
-    found: dict[int, float] = {}
-    order = sorted(range(len(asked)), key=lambda index: -len(asked[index][0]))  # rows of a batch alike in length
+    sums = [0.0] * len(asked)
     try:
         with (
             torch.inference_mode(),
-            (progress or Silent()).task(title, sum(len(ids) for ids, _ in asked), "tokens") as advance,
+            (progress or Silent()).task(title, sum(map(len, contexts)), "tokens") as advance,
         ):
-            for start in range(0, len(order), batch_size):
-                picked = order[start : start + batch_size]
-                ids = pad_sequence([asked[index][0] for index in picked], batch_first=True)
-                labels = pad_sequence([asked[index][1] for index in picked], batch_first=True, padding_value=IGNORED)
-                losses = loss.per_token(model, {"input_ids": ids.to(device), "labels": labels.to(device)})
-                found.update(zip(picked, (-losses.double().sum(dim=1)).tolist(), strict=True))
-                advance(sum(len(asked[index][0]) for index in picked))
+            for start in range(0, len(contexts), batch_size):
+                batch = contexts[start : start + batch_size]
+                places = torch.tensor(
+                    [
+                        (number, row, place, token)
+                        for row, seen in enumerate(batch)
+                        for number in choices_after[seen]
+                        for place, token in asked[number].placed()
+                    ]
+                )
+                ids = pad_sequence([torch.tensor(seen) for seen in batch], batch_first=True).to(device)
+                found = loss.at(model, ids, *places[:, 1:].T.to(device))
+                for number, nats in zip(places[:, 0].tolist(), found.double().tolist(), strict=True):
+                    sums[number] -= nats
+                advance(sum(map(len, batch)))
     finally:
         model.train(training)
-    if not all(map(math.isfinite, found.values())):
+    if not all(map(math.isfinite, sums)):
         raise TrainingError(f"{title}: a likelihood is not finite, so the model is broken")
-    in_order = iter(found[index] for index in range(len(asked)))
-    sums = tuple(tuple(next(in_order) for _ in row.choices) for row in rows)
-    return Likelihoods(name, tuple(rows), sums)
+    in_order = iter(sums)
+    return Likelihoods(name, tuple(rows), tuple(tuple(next(in_order) for _ in row.choices) for row in rows))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One choice after its prompt: what the model sees, all tokens but the last, and the choice's own tokens.
+
+    Choices of one token see the prompt alone, so all those of a row are answered by one forward pass.
+    """
+
+    seen: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+    def placed(self) -> list[tuple[int, int]]:
+        """Every wanted token with the place it is predicted at."""
+        return list(enumerate(self.wanted, start=len(self.seen) - len(self.wanted)))
 
 
 def _encode(
     rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, longest: int | None, name: str
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels `(tokens,)` of every choice after its prompt, -100 where a token is not scored."""
-    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+) -> list[_Asked]:
+    """Every choice of every row in order, cut from the left where it is too long."""
+    made: list[_Asked] = []
     cut = 0
     for row in rows:
-        seen = len(tokenizer(row.prompt, verbose=False)["input_ids"])
+        begin = len(tokenizer(row.prompt, verbose=False)["input_ids"])
         for choice in row.choices:
-            ids = torch.tensor(tokenizer(row.prompt + choice, verbose=False)["input_ids"], dtype=torch.long)
-            if not 0 < seen < len(ids) or (longest is not None and len(ids) - seen >= longest):
+            ids = tuple(tokenizer(row.prompt + choice, verbose=False)["input_ids"])
+            if not 0 < begin < len(ids) or (longest is not None and len(ids) - begin >= longest):
                 raise DataError(f"{row.origin}: the choice {choice!r} is no token, or too many, after its prompt")
-            labels = ids.clone()
-            labels[:seen] = IGNORED
+            wanted, seen = ids[begin:], ids[:-1]
             if longest is not None and len(ids) > longest:
-                ids, labels, cut = ids[-longest:], labels[-longest:], cut + 1
-            made.append((ids, labels))
+                seen, cut = ids[-longest:-1], cut + 1
+            made.append(_Asked(seen, wanted))
     if cut:
         logger.warning(
             "%s: %d of %d prompts with a choice are longer than the model's %s tokens and lost their beginning",
