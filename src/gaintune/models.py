@@ -206,10 +206,12 @@ def read_weights(
 
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     """Write a model as safetensors, also where its generation settings contradict each other, as some of the hub do."""
-    settings: Any = getattr(model, "generation_config", None)  # a classifier has none
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is None:  # as of a classifier
+        model.save_pretrained(folder, **options)
+        return
     try:
-        if settings is not None:
-            settings.validate(strict=True)
+        settings.validate(strict=True)
     except ValueError:  # a temperature without sampling: transformers reads such settings but refuses to write them
         settings.do_sample = True
         logger.info("generation settings name a temperature without sampling; writing them with sampling on")
