@@ -144,7 +144,7 @@ METHODS: dict[str, Method] = {
         Method(
             "adalora",
             "AdaLoRA: rank 8 on average over all linear layers, from 12 in each, by importance",
-            0.002,
+            0.01,
             _LOW_RANK | {"orthogonality"},
             f"{_FROZEN}; the number of updates of the whole sequence, known from the plan; three averages a number",
             peft_configs.adalora,
@@ -154,7 +154,7 @@ METHODS: dict[str, Method] = {
         Method(
             "hira",
             "HiRA: every weight times 1 + BA; rank 8 on all linear layers unless told otherwise",
-            0.002,
+            0.01,
             frozenset({"rank", "targets"}),
             f"{_FROZEN}; a matrix of the weight's size for every module in a forward pass: slower, more memory",
             peft_configs.hira,

@@ -61,11 +61,17 @@ class L2(StageRule):
         self._strength = strength
         self._pulls = place.previous is not None
         self._anchor: dict[str, torch.Tensor] = {}
+        # room for distances: to make it anew at every update would take most of the penalty's time
+        self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def start(self, model: nn.Module, steps: int) -> None:
         """Remember the weights at the end of the previous domain."""
         if self._pulls:
-            self._anchor = {name: value.detach().clone() for name, value in _trained(model).items()}
+            trained = _trained(model)
+            self._anchor = {name: value.detach().clone() for name, value in trained.items()}
+            by_size = sorted(trained.values(), key=torch.Tensor.numel)
+            largest = {(value.dtype, value.device): value for value in by_size}
+            self._scratch = {kind: torch.empty_like(value).flatten() for kind, value in largest.items()}
 
     @torch.no_grad()
     def before_update(self, model: nn.Module, step: int) -> None:
@@ -73,11 +79,14 @@ class L2(StageRule):
         if not self._pulls:
             return
         for name, value in _trained(model).items():
-            pull = self._weighted(name, value - self._anchor[name]).mul_(self._strength)
-            value.grad = pull if value.grad is None else value.grad.add_(pull)
+            room = self._scratch[value.dtype, value.device][: value.numel()].view_as(value)
+            distance = torch.sub(value, self._anchor[name], out=room)
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+            self._add_pull(value.grad, name, distance)
 
-    def _weighted(self, name: str, distance: torch.Tensor) -> torch.Tensor:
-        return distance
+    def _add_pull(self, gradient: torch.Tensor, name: str, distance: torch.Tensor) -> None:
+        gradient.add_(distance, alpha=self._strength)
 
 
 class Ewc(L2):
@@ -112,8 +121,8 @@ class Ewc(L2):
         if shapes != {name: value.shape for name, value in self._fisher.items()}:
             raise ConfigError(f"{self._origin} is about other parameters than those that train now")
 
-    def _weighted(self, name: str, distance: torch.Tensor) -> torch.Tensor:
-        return distance.mul_(self._fisher[name])
+    def _add_pull(self, gradient: torch.Tensor, name: str, distance: torch.Tensor) -> None:
+        gradient.addcmul_(distance, self._fisher[name], value=self._strength)
 
     def finish(self, model: nn.Module, lesson: Lesson) -> None:
         """Add the information of the domain just learnt."""
