@@ -38,7 +38,7 @@ def reference(layer, x):
     rows = []
     for token in x.reshape(-1, x.shape[-1]):
         if not gate:
-            g = (a @ token).clamp(min=0)
+            g = (a @ token > 0).double()
         else:
             c, matrix = gate[0], gate[1] if len(gate) == 2 else gate[1] @ gate[2]
             g = 1 / (1 + torch.exp(-(matrix @ token + c)))

@@ -32,8 +32,8 @@ class DiselConfig(LoraConfig):
     )
     gate_kind: Literal["sigmoid", "relu"] = field(
         default="sigmoid",
-        metadata={"help": "'sigmoid' is DISeL. 'relu' is Gated LoRA, g = relu(A x) without parameters of its own, for "
-                          "comparison; the other gate settings are not read then."},
+        metadata={"help": "'sigmoid' is DISeL. 'relu' is Gated LoRA, B relu(A x), for comparison: a part acts where "
+                          "its own feature is positive, and the other gate settings are not read."},
     )  # fmt: skip
     gate_bias_init: float = field(
         default=-3.0,

@@ -70,7 +70,7 @@ class DiselVariant(LoraVariant):
 
 
 class GatedLoraVariant(DiselVariant):
-    """Gated LoRA: `g(x) = relu(A x)`, so a rank-one part acts where A's own feature is positive. No gate parameters."""
+    """Gated LoRA: `B relu(A x)`, so a rank-one part acts where A's own feature is positive. Gates are 0 or 1."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, config: DiselConfig, **kwargs: Any) -> None:  # type: ignore[override]
@@ -80,7 +80,7 @@ class GatedLoraVariant(DiselVariant):
         self, module: Any, adapter_name: str, x: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = widened(stacked_product(x, (module.lora_A[adapter_name].weight,), dtype))
-        return hidden, torch.relu(hidden)
+        return hidden, (hidden > 0).to(hidden.dtype)
 
 
 def refusal_to_merge() -> MergeError:
