@@ -69,6 +69,8 @@ def logits(model, domain, base) -> torch.Tensor:
         ("deberta-v2", "gain"),
         ("distilbert", "gain-ffn"),
         ("roberta", {"name": "lora", "rank": 4, "targets": "all-linear"}),
+        ("roberta", {"name": "disel", "rank": 4}),
+        ("roberta", {"name": "adalora", "rank": 4, "targets": "all-linear"}),
         ("roberta", "ia3"),
         ("roberta", "full"),
     ],
