@@ -163,7 +163,7 @@ METHODS: dict[str, Method] = {
         Method(
             "vera",
             "VeRA: two vectors a module around one pair of random matrices; rank 256 on all linear layers",
-            0.01,
+            0.05,
             frozenset({"rank", "targets"}),
             f"{_FROZEN}; vectors only (fp32), and the shared matrices on disk",
             peft_configs.vera,
