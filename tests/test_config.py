@@ -21,6 +21,13 @@ from gaintune.errors import ConfigError
         ({"data": {"domains": ["../up=x.txt"]}}, "not a usable name"),
         ({"methods": ["lora", "lora"]}, "every label must be different"),
         ({"methods": []}, "methods"),
+        ({"train": {"learning_rate": 1}}, "unknown key 'train.learning_rate'; did you mean 'lr'?"),
+        ({"train": {"num_epochs": 1}}, "did you mean 'epochs'?"),
+        ({"train": {"per_device_train_batch_size": 1}}, "did you mean 'batch_size'?"),
+        ({"methods": [{"name": "lora", "r": 2}]}, "unknown key 'methods.0.r'; did you mean 'rank'?"),
+        ({"methods": [{"name": "lora", "lora_alpha": 2}]}, "did you mean 'alpha'?"),
+        ({"methods": ["lora:rank=2"]}, "in a plan a method's options are keys: {name: lora, rank: 16}"),
+        ({"methods": [{"name": "lora", "penalty_strength": 2}]}, "is given without a penalty"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
@@ -29,6 +36,7 @@ def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     assert message in str(caught.value)
     assert str(caught.value).startswith("plan.yaml: ")
     assert str(caught.value).count("\n") == 0
+    assert "{'" not in str(caught.value), "no dump of a section"
 
 
 def test_every_mistake_is_told_at_once():
@@ -57,6 +65,15 @@ def test_overrides_reach_nested_keys_and_leave_the_rest():
     plan = build_plan(values)
     assert (plan.train.lr, plan.train.seed) == (0.005, 3)
     assert [domain.name for domain in plan.data.domains] == ["law", "code"]
+
+
+def test_one_method_or_domain_needs_no_list():
+    plan = build_plan(apply_overrides({}, ["methods=lora", "data.domains=law"]))
+    assert [method.name for method in plan.methods] == ["lora"]
+    assert [domain.name for domain in plan.data.domains] == ["law"]
+    plan = build_plan(apply_overrides({}, ["methods=[gain, lora]"]))
+    assert [method.name for method in plan.methods] == ["gain", "lora"]
+    assert build_plan({"methods": {"name": "lora", "rank": 2}}).methods[0].rank == 2
 
 
 @pytest.mark.parametrize("text", ["train.lr", "=3", "train.lr=[1"])

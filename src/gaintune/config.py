@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from gaintune.errors import ConfigError
+from gaintune.plan_errors import explain
 from gaintune.sections import NAME, ClassifyConfig, EvaluateConfig, MethodConfig, ModelConfig, Section, TrainConfig
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
@@ -47,7 +47,12 @@ class DomainConfig(Section):
         return value
 
 
-def _as_domain(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """Accept one entry where a list of them is asked for, such as 'lora' for ['lora']."""
+    return [value] if isinstance(value, str | Mapping) else value
+
+
+def as_domain(value: Any) -> Any:
     """Accept 'law', 'contracts=./contracts.jsonl' or a mapping."""
     if not isinstance(value, str):
         return value
@@ -61,10 +66,12 @@ def _as_domain(value: Any) -> Any:
 class DataConfig(Section):
     """How much of each domain, and how it is cut."""
 
-    domains: tuple[Annotated[DomainConfig, BeforeValidator(_as_domain)], ...] = Field(
-        default=tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
-        description="domains in the order they are learnt",
-        min_length=1,
+    domains: Annotated[tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...], BeforeValidator(as_list)] = (
+        Field(
+            default=tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
+            description="domains in the order they are learnt",
+            min_length=1,
+        )
     )
     task: Task = Field(
         default="text",
@@ -121,7 +128,7 @@ class Plan(Section):
 
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
-    methods: tuple[MethodConfig, ...] = Field(
+    methods: Annotated[tuple[MethodConfig, ...], BeforeValidator(as_list)] = Field(
         default=(MethodConfig(name="gain-ffn", label="gain-ffn"),),
         min_length=1,
         description="each starts from the same base",
@@ -170,41 +177,9 @@ def _says_classify(data: Any) -> bool:
         return data.task_of(data.domains[0]) == "classify"
     if not isinstance(data, Mapping):
         return False
-    domains = data.get("domains")
+    domains = as_list(data.get("domains"))
     each = domains if isinstance(domains, list | tuple) else ()
     return data.get("task") == "classify" or any(isinstance(d, Mapping) and d.get("task") == "classify" for d in each)
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """Field names of the section an error location points into."""
-    section: Any = Plan
-    parts = {name: field.annotation for name, field in Plan.model_fields.items()}
-    if len(location) > 1:
-        section = {"methods": MethodConfig}.get(str(location[0]), parts.get(str(location[0]), Plan))
-        if len(location) > 2 and location[:2] == ("data", "domains"):
-            section = DomainConfig
-    return list(section.model_fields)
-
-
-def _explain(error: ValidationError, origin: str) -> ConfigError:
-    """One line for each mistake, with the key it is about and the nearest known key."""
-    lines = []
-    details = error.errors()
-    for detail in details:
-        if any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details):
-            continue  # a list called too short only because one of its entries is wrong
-        key = ".".join(str(part) for part in detail["loc"]) or "plan"
-        if detail["type"] == "extra_forbidden":
-            known = _known_keys(detail["loc"])
-            near = get_close_matches(str(detail["loc"][-1]), known, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"{origin}: unknown key {key!r}; {advice}")
-        else:
-            message = detail["msg"].removeprefix("Value error, ")
-            lines.append(
-                f"{origin}: {key}: {message} (got {detail['input']!r})" if key != "plan" else f"{origin}: {message}"
-            )
-    return ConfigError("\n".join(lines))
 
 
 def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
@@ -216,7 +191,7 @@ def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
     try:
         return Plan.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, origin) from None
+        raise explain(error, origin, Plan) from None
 
 
 def read_values(path: Path) -> dict[str, Any]:

@@ -127,6 +127,8 @@ class MethodConfig(Section):
     @classmethod
     def _default_label(cls, value: Any) -> Any:
         if isinstance(value, str):
+            if ":" in value:
+                raise ValueError("in a plan a method's options are keys: {name: lora, rank: 16}")
             value = {"name": value}
         if isinstance(value, dict) and not value.get("label"):
             value = {**value, "label": _label(value)}
