@@ -1,7 +1,10 @@
 """What is on disk survives: a crash in the middle leaves the old or the new, never half of one."""
 
+import contextlib
 import json
 import multiprocessing
+import os
+import shutil
 
 import pytest
 
@@ -38,6 +41,68 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert "does not match" in damage(folder)
     (folder / "weights").unlink()
     assert "missing" in damage(folder)
+
+
+def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with complete_folder(tmp_path / "adapter") as temporary:
+            (temporary / "part").mkdir()
+            (temporary / "part" / "weights").write_text("as safetensors writes them")
+            (temporary / "part" / "weights").chmod(0o600)
+        write_text(tmp_path / "plan.yaml", "")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    folders, files = {"adapter": 0o750, "part": 0o750}, {"weights": 0o640, "manifest.json": 0o640, "plan.yaml": 0o640}
+    assert modes == {**folders, **files}
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "run"
+    with pytest.raises(RunDirectoryError, match="cannot be made"), open_run(below, build_plan({}), {}):
+        pass
+    with pytest.raises(RunDirectoryError, match="cannot be made"), complete_folder(below / "adapter"):
+        pass
+    with pytest.raises(RunDirectoryError, match="cannot be made"):
+        write_text(below / "plan.yaml", "")
+
+
+def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
+    for kept in ((), ("checkpoints/checkpoint-3",), ("base",), ("mine.txt",)):
+        folder = tmp_path / "run"
+        with (
+            contextlib.suppress(KeyError),
+            open_run(folder, build_plan({}), {}, fleeting=True) as run,
+        ):
+            run.settle("inputs.json", {}, "")
+            run.event("begun")
+            (folder / "checkpoints").mkdir()
+            for name in kept:
+                (folder / name).mkdir(parents=True)
+            raise KeyError
+        assert folder.exists() == bool(kept), kept
+        assert all((folder / name).exists() for name in (*kept, *(("plan.yaml",) if kept else ())))
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(KeyError), open_run(tmp_path / "run", build_plan({}), {}):
+        raise KeyError
+    assert (tmp_path / "run" / "plan.yaml").exists()
+
+
+def test_differences_go_by_names_and_are_short(tmp_path):
+    folder = tmp_path / "run"
+    first = {"data": {"domains": ["law", "code"]}, "methods": ["gain", {"name": "lora", "rank": 2}]}
+    with open_run(folder, build_plan(first), {"python": "3"}):
+        (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
+    second = {"data": {"domains": ["law"], "seed": 3}, "methods": ["gain", {"name": "lora", "rank": 4}]}
+    with pytest.raises(RunDirectoryError) as caught, open_run(folder, build_plan(second), {"python": "3"}):
+        pass
+    told = str(caught.value)
+    assert (
+        "(data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4" in told
+    )
+    assert "{" not in told and len(told) < 400
 
 
 def test_broken_json_names_file_and_line(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,9 +19,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from gaintune.config import Plan, plan_yaml
+from gaintune.differences import differences
 from gaintune.errors import RunDirectoryError
 
 MANIFEST = "manifest.json"
+TAKING = {"plan.yaml", "environment.json", "inputs.json", "events.jsonl", ".lock"}
 
 
 def sha256_file(path: Path) -> str:
@@ -34,6 +37,23 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there; RunDirectoryError where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunDirectoryError(
+            f"folder {path} cannot be made ({error.strerror}); name one where files can be written"
+        ) from None
+
+
+def _beside(path: Path) -> Path:
+    """A name that is free, in the same folder: what is made under it has the mode that the user's umask gives."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -44,17 +64,16 @@ def _sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    make_folder(path.parent)
+    temporary = _beside(path)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+        with temporary.open("x", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
 
@@ -87,12 +106,16 @@ def complete_folder(path: Path) -> Iterator[Path]:
 
     An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    make_folder(path.parent)
+    temporary = _beside(path)
+    temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)  # safetensors writes for the owner's eyes only, whatever the umask says
         write_manifest(temporary)
-        temporary.chmod(0o755)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
@@ -114,18 +137,6 @@ def damage(path: Path) -> str | None:
         if sha256_file(file) != expected:
             return f"{file} does not match its SHA-256 in {MANIFEST} (cut short or changed)"
     return None
-
-
-def _differences(ours: Any, theirs: Any, key: str = "") -> list[str]:
-    """Dotted keys at which two nested values differ, with both values."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        names = sorted({*ours, *theirs})
-        return [
-            line
-            for name in names
-            for line in _differences(ours.get(name), theirs.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if ours == theirs else [f"{key}: {theirs!r} there, {ours!r} now"]
 
 
 def _wait_for_all(cpu: bool = False) -> None:
@@ -193,13 +204,21 @@ class Run:
         value = json.loads(canonical_json(value))
         if not path.exists():
             self.write_json(path, value)
-        elif changed := _differences(value, read_json(path)):
+        elif changed := differences(value, read_json(path)):
             raise RunDirectoryError(f"{path} says otherwise: {'; '.join(changed)}. {advice}")
 
 
 def _nothing_finished(folder: Path) -> bool:
     """Whether no training result of any kind lies in a run directory yet."""
     return not any(folder.glob("stages/*/*/adapter")) and not any(folder.rglob("checkpoint-*"))
+
+
+def _leave(folder: Path) -> None:
+    """Remove a run directory that holds nothing but what taking it made."""
+    with contextlib.suppress(OSError):
+        (folder / "checkpoints").rmdir()  # empty
+    if {entry.name for entry in folder.iterdir()} <= TAKING:
+        shutil.rmtree(folder)
 
 
 def _start_over(folder: Path) -> None:
@@ -212,10 +231,13 @@ def _start_over(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, plan: Plan, environment: Mapping[str, Any], *, cpu: bool = True) -> Iterator[Run]:
+def open_run(
+    folder: Path, plan: Plan, environment: Mapping[str, Any], *, cpu: bool = True, fleeting: bool = False
+) -> Iterator[Run]:
     """Take a run directory for a plan: a new one, or the one that plan began. One run at a time.
 
-    Of several processes (`accelerate launch`) the first takes it and the others join when it is ready.
+    Of several processes (`accelerate launch`) the first takes it and the others join when it is ready. One that is
+    `fleeting` is gone again if the block fails before anything is trained.
 
     Raises:
         RunDirectoryError: the directory belongs to another plan, holds something else, or is in use.
@@ -225,8 +247,13 @@ def open_run(folder: Path, plan: Plan, environment: Mapping[str, Any], *, cpu: b
         yield Run(folder, writes=False)
         return
     with _taken(folder, plan, environment) as run:
-        _wait_for_all(cpu)
-        yield run
+        try:
+            _wait_for_all(cpu)
+            yield run
+        except BaseException:
+            if fleeting and _nothing_finished(folder):
+                _leave(folder)
+            raise
 
 
 @contextlib.contextmanager
@@ -237,7 +264,7 @@ def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator
         raise RunDirectoryError(f"{folder} is a file; name a folder for the run")
     if folder.exists() and not plan_file.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise RunDirectoryError(f"{folder} is not empty and has no plan.yaml, so it is not a run; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
@@ -246,7 +273,7 @@ def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator
     try:
         run = Run(folder)
         if plan_file.exists():
-            changed = _differences(plan.model_dump(mode="json"), yaml.safe_load(plan_file.read_text(encoding="utf-8")))
+            changed = differences(plan.model_dump(mode="json"), yaml.safe_load(plan_file.read_text(encoding="utf-8")))
             if changed and _nothing_finished(folder):
                 _start_over(folder)  # such as after a mistake in the plan: the corrected one is welcome
                 write_text(plan_file, plan_yaml(plan))
@@ -257,7 +284,7 @@ def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator
                 )
             if (folder / "environment.json").exists():
                 then = read_json(folder / "environment.json")
-                if moved := _differences(json.loads(canonical_json(environment)), then):
+                if moved := differences(json.loads(canonical_json(environment)), then):
                     run.event("environment changed", differences=moved)
         else:
             write_text(plan_file, plan_yaml(plan))
