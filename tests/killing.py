@@ -46,6 +46,13 @@ class StopAt(Silent):
         return contextlib.nullcontext(advance)
 
 
+class Nothing(Silent):
+    """Fails where anything is trained or measured at all."""
+
+    def task(self, title, total, unit):
+        raise AssertionError(f"{title}: nothing should have begun")
+
+
 def killed(work, arguments, title, count):
     """Run `work(*arguments, progress=...)` in a process of its own until it is killed there."""
     process = multiprocessing.get_context("spawn").Process(target=_until, args=(work, arguments, title, count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,22 +17,24 @@ from gaintune.adapters import (
     load_adapter,
     save_adapter,
 )
-from gaintune.carry_on import check_replay, previous_record
+from gaintune.carry_on import check_replay, previous_record, require_one_of_each
 from gaintune.classification import ClassifierResult, adapt_classifier
 from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.data.replay import with_replay
 from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
-from gaintune.evaluate.losses import DomainLoss
+from gaintune.evaluate.losses import DomainLoss, change
 from gaintune.evaluate.perplexity import measure
 from gaintune.learning import learn
-from gaintune.methods import attach, check_method, numbers_of, rules_of, trainable_parameters
+from gaintune.methods import attach, check_method, learning_rate, numbers_of, rules_of, trainable_parameters
 from gaintune.models import load_base, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import open_run, sha256_file
 from gaintune.sequence import describe_inputs
 from gaintune.updates import Place
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,13 @@ def adapt(
     if settled.classifies:
         return adapt_classifier(settled, out, start=start, allow_other_base=allow_other_base, progress=progress)
     out = Path(out)
-    if len(settled.methods) != 1 or (len(settled.data.domains) != 1 and not settled.methods[0].replay):
-        raise ConfigError("adapt takes one domain and one method; `gaintune sequence` takes several")
+    require_one_of_each(settled)
     if out.exists():
         raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
     method, shown = settled.methods[0], progress or Silent()
     check_method(method)
     start = None if start is None else Path(start)
-    previous = None if start is None else previous_record(start, method)
+    previous = None if start is None else previous_record(start, settled, allow_other_base=allow_other_base)
     check_replay(settled, start, previous)
     place = Place(previous=start)
     rules_of(method, place, seed=settled.train.seed)  # refuses before the base is loaded
@@ -103,7 +105,7 @@ def adapt(
     device = resolve_device(settled.model.device)
     environment = describe_environment(device)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    with open_run(unfinished, settled, environment, cpu=device.type == "cpu") as run:
+    with open_run(unfinished, settled, environment, cpu=device.type == "cpu", fleeting=True) as run:
         base = load_base(settled.model, dtype=numbers.load)
         *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
         inputs = {
@@ -154,6 +156,7 @@ def adapt(
         )
         after = look(model, f"measuring {domain.name} after")
         if run.writes:
+            _warn_of_worse(domain.name, before, after, learning_rate(method, settled.train))
             save_adapter(model, out, record, keep=learnt.keep)
         run.wait()
     if run.writes:
@@ -168,3 +171,13 @@ def adapt(
         seconds=learnt.adaptation.seconds,
         tokens_per_second=learnt.adaptation.tokens_per_second,
     )
+
+
+def _warn_of_worse(domain: str, before: DomainLoss, after: DomainLoss, lr: float) -> None:
+    """Say it where a domain was unlearnt; the adapter is saved all the same, for whoever wants to look at it."""
+    if after.nats_per_token > before.nats_per_token:
+        logger.warning(
+            "%s got worse by learning it: its validation perplexity went from %.2f to %.2f (%+.1f %%). The learning "
+            "rate, %g, may be too high: try a lower one (--lr, train.lr). The adapter is saved all the same",
+            domain, before.perplexity, after.perplexity, change(before, after), lr,
+        )  # fmt: skip

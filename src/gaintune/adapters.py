@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,48 +13,55 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gaintune import runs
+from gaintune.adapter_folder import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    AdapterRecord,
+    adapter_labels,
+    adapter_weights,
+    check_adapter,
+    claimed_base,
+    read_config,
+    read_record,
+)
 from gaintune.checkpoints import Checkpoint
 from gaintune.config import ModelConfig
-from gaintune.errors import (
-    AdapterError,
-    BaseMismatchError,
-    BaseModelError,
-    ConfigError,
-    RunDirectoryError,
-    one_line,
-)
-from gaintune.models import Base, load_model, save_model
+from gaintune.errors import AdapterError, BaseModelError, one_line
+from gaintune.models import Base, base_fingerprint, load_model, save_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
-RECORD = "gaintune.json"
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+__all__ = [
+    "AdapterRecord",
+    "adapter_labels",
+    "adapter_weights",
+    "check_adapters",
+    "claimed_base",
+    "load_adapter",
+    "read_config",
+    "read_record",
+    "save_adapter",
+]
+
 FULL = "full"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class AdapterRecord:
-    """What an adapter was trained on and how.
+def check_adapters(folders: Sequence[Path], model: ModelConfig, *, allow_other_base: bool = False) -> None:
+    """Check adapters and the base they are meant for by their files alone, before any model is loaded.
 
-    `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`;
-    `labels` are the classes of a classifier, in the order of its logits, and empty for everything else.
+    Raises:
+        AdapterError, BaseMismatchError: as `load_adapter` would.
     """
-
-    base_name: str
-    base_fingerprint: str
-    method: str
-    label: str
-    domains: tuple[str, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    base_revision: str | None = None
-    content_hashes: dict[str, str] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
+    for folder in folders:
+        read_record(folder)  # a folder that is not there is said before a base is fetched
+    fingerprint = base_fingerprint(model) if folders else ""
+    for folder in folders:
+        check_adapter(folder, model.name, fingerprint, allow_other_base=allow_other_base)
 
 
 def save_adapter(
@@ -99,52 +106,6 @@ def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:
     runs.write_json(folder / CONFIG, config)
 
 
-def read_record(folder: Path) -> AdapterRecord | None:
-    """The record of an adapter; None for an adapter that PEFT wrote without us.
-
-    Raises:
-        AdapterError: not an adapter folder, or a damaged record.
-    """
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: no such adapter folder")
-    path = folder / RECORD
-    if not path.is_file():
-        if (folder / CONFIG).is_file():
-            return None
-        raise AdapterError(f"{folder}: not an adapter, it has neither {RECORD} nor {CONFIG}")
-    try:
-        values = runs.read_json(path)
-        values["domains"] = tuple(values["domains"])
-        values["labels"] = tuple(values.get("labels", ()))
-        known = {entry.name for entry in fields(AdapterRecord)}
-        return AdapterRecord(**{key: value for key, value in values.items() if key in known})
-    except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: damaged record ({error}); restore the folder from where it was saved") from None
-
-
-def adapter_labels(folders: Sequence[Path]) -> list[str]:
-    """What adapters are called beside one another: their folders; ConfigError where one is named twice."""
-    labels = [str(folder) for folder in folders]
-    if len(set(labels)) != len(labels):
-        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
-    return labels
-
-
-def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
-    """The base an adapter names as its own; AdapterError if it names none."""
-    if record is not None:
-        return ModelConfig(name=str(record.base_name), revision=record.base_revision)
-    config = read_config(folder)
-    if not config.get("base_model_name_or_path"):
-        raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
-    return ModelConfig(name=str(config["base_model_name_or_path"]), revision=config.get("revision"))
-
-
-def adapter_weights(folder: Path) -> Path:
-    """The file whose SHA-256 stands for the whole adapter: the manifest where there is one, else the weights."""
-    return folder / runs.MANIFEST if (folder / runs.MANIFEST).is_file() else folder / WEIGHTS
-
-
 def load_adapter(
     base: Base, folder: str | Path, *, trainable: bool = False, allow_other_base: bool = False
 ) -> torch.nn.Module:
@@ -161,51 +122,13 @@ def load_adapter(
         BaseMismatchError: it was trained on another base.
     """
     folder = Path(folder)
+    doubt = check_adapter(folder, base.name, base.fingerprint, allow_other_base=allow_other_base)
+    if doubt:
+        logger.warning("%s", doubt)
     record = read_record(folder)
-    _check_whole(folder)
-    if record is None:
-        claimed = read_config(folder).get("base_model_name_or_path")
-        logger.warning(
-            "%s has no %s: whether it was trained on this base cannot be checked (it names %s, this is %s)",
-            folder, RECORD, claimed, base.name,
-        )  # fmt: skip
-    elif record.base_fingerprint != base.fingerprint:
-        message = (
-            f"{folder} was trained on {record.base_name!r} (fingerprint {record.base_fingerprint[:12]}), "
-            f"this base is {base.name!r} (fingerprint {base.fingerprint[:12]})"
-        )
-        if not allow_other_base:
-            raise BaseMismatchError(
-                f"{message}. Load it on its own base, or, if you mean it, pass --allow-other-base "
-                "(Python: allow_other_base=True)"
-            )
-        logger.warning("%s; loading it all the same, as asked", message)
     if record is not None and record.method == FULL:
         return _load_full(base, folder, trainable)
     return _load_peft(base, folder, trainable)
-
-
-def _check_whole(folder: Path) -> None:
-    """An adapter of ours has a manifest; one without a record may have none."""
-    if (folder / runs.MANIFEST).is_file() or (folder / RECORD).is_file():
-        try:
-            problem = runs.damage(folder)
-        except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-            problem = f"{folder / runs.MANIFEST} is damaged"
-        if problem:
-            raise AdapterError(f"{folder}: the adapter is cut short or changed: {problem}")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The settings PEFT keeps with an adapter; AdapterError if there are none or they are damaged."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: not valid JSON ({error})") from None
-    return config if isinstance(config, dict) else {}
 
 
 def _read_tensors(folder: Path) -> set[str]:

@@ -1,37 +1,70 @@
-"""Whether an adapter can be carried on by a method: one that made it, with the options it was made with."""
+"""Whether one adaptation can begin: one domain, one method, and an adapter to carry on that this method made."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gaintune.adapters import AdapterRecord, read_config, read_record
+from gaintune.adapters import AdapterRecord, check_adapters, read_config, read_record
 from gaintune.config import MethodConfig, Plan
 from gaintune.errors import ConfigError
 from gaintune.methods import OPTIONS, TRAINING_OPTIONS, check_method
+from gaintune.progress import plural
 
 
-def previous_record(start: Path, method: MethodConfig) -> AdapterRecord | None:
-    """The record of the adapter to carry on, None for a foreign one.
+def require_one_of_each(plan: Plan) -> None:
+    """Refuse a plan of several methods, or of several domains where none is replayed."""
+    one_domain = len(plan.data.domains) == 1 or plan.methods[0].replay
+    if len(plan.methods) == 1 and one_domain:
+        return
+    domains = [domain.name for domain in plan.data.domains]
+    methods = [method.label for method in plan.methods]
+    held = " and ".join(
+        f"{plural(len(names), what)} ({', '.join(names)})" for what, names in (("domain", domains), ("method", methods))
+    )
+    options = " and ".join(
+        option for option, chosen in (("--domain", one_domain), ("--method", len(methods) == 1)) if not chosen
+    )
+    raise ConfigError(
+        f"adapt takes one domain and one method, and the plan has {held}: choose one with {options}; "
+        "`gaintune sequence` takes several"
+    )
+
+
+def previous_record(start: Path, plan: Plan, *, allow_other_base: bool = False) -> AdapterRecord | None:
+    """The record of the adapter that the plan's method is to carry on, None for a foreign one; nothing is loaded.
 
     Raises:
-        AdapterError: not an adapter folder.
+        AdapterError, BaseMismatchError: not an adapter folder, a damaged one, or one of another base.
         ConfigError: another method made it, or with other options than the plan gives.
     """
+    record = _of_this_method(start, plan.methods[0])
+    check_adapters([start], plan.model, allow_other_base=allow_other_base)
+    return record
+
+
+def _of_this_method(start: Path, method: MethodConfig) -> AdapterRecord | None:
     record = read_record(start)
     if record is None:
         wanted, found = check_method(method).peft_type, read_config(start).get("peft_type")
         if wanted != found:
             raise ConfigError(
-                f"{start} is a {found} adapter, method {method.name!r} carries on {wanted or 'full weights'}"
+                f"{start} is a {found} adapter, and method {method.name!r} carries on {wanted or 'full weights'}: "
+                "choose its own method with --method, or leave --start out to begin anew"
             )
         return None
     if record.method != method.name:
-        raise ConfigError(f"{start} was made by method {record.method!r}, the plan says {method.name!r}")
+        raise ConfigError(
+            f"{start} was made by method {record.method!r}, and {method.name!r} cannot carry it on: use --method "
+            f"{record.method}, or leave --start out to begin anew"
+        )
     had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
     for option in (option for option in OPTIONS if option not in TRAINING_OPTIONS):
         given = getattr(method, option)
         if given is not None and given != getattr(had, option):
-            raise ConfigError(f"{start} has {option} {getattr(had, option)!r}, the plan says {given!r}; leave it out")
+            raise ConfigError(
+                f"{start} was made with {option} {getattr(had, option)!r}, and cannot be carried on with {given!r}: "
+                f"leave {option} out, or leave --start out to begin anew"
+            )
     return record
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.adapters import AdapterRecord, adapter_weights, load_adapter, save_adapter
-from gaintune.carry_on import previous_record
-from gaintune.config import MethodConfig, Plan, read_plan
+from gaintune.carry_on import previous_record, require_one_of_each
+from gaintune.config import Plan, read_plan
 from gaintune.data.classify import ClassifyDomain, Padding, load_classification
 from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
@@ -80,22 +80,22 @@ def adapt_classifier(
     settled, out = read_plan(plan), Path(out)
     if not settled.classifies:
         raise ConfigError("adapt_classifier learns labels: set data.task=classify")
-    if len(settled.data.domains) != 1 or len(settled.methods) != 1:
-        raise ConfigError("adapt takes one domain and one method: name one of each")
+    if settled.methods[0].replay:
+        raise ConfigError("replay is for text and instructions; a classifier learns one domain's rows, leave it out")
+    require_one_of_each(settled)
     if out.exists():
         raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
     method, shown = settled.methods[0], progress or Silent()
     check_method(method)
-    if method.replay:
-        raise ConfigError("replay is for text and instructions; a classifier learns one domain's rows, leave it out")
     start = None if start is None else Path(start)
+    previous = None if start is None else _classifier_record(start, settled, allow_other_base)
     place = Place(previous=start)
     rules_of(method, place, seed=settled.train.seed)  # refuses before the base is loaded
     numbers = numbers_of(settled.model, method)
     device = resolve_device(settled.model.device)
     environment = describe_environment(device)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    with open_run(unfinished, settled, environment, cpu=device.type == "cpu") as run:
+    with open_run(unfinished, settled, environment, cpu=device.type == "cpu", fleeting=True) as run:
         domain = load_classification(
             settled.data.domains[0],
             settled.classify,
@@ -103,7 +103,8 @@ def adapt_classifier(
             seed=settled.data.seed,
             segments=reads_segments(settled.model),
         )
-        previous = None if start is None else _classifier_record(start, method, domain)
+        if previous is not None:
+            _require_labels(start, previous, domain)
         base = load_classifier(settled.model, domain.labels, seed=settled.train.seed, dtype=numbers.load)
         base.check_length(settled.classify.max_length)
         inputs = {
@@ -159,17 +160,21 @@ def adapt_classifier(
     )
 
 
-def _classifier_record(start: Path, method: MethodConfig, domain: ClassifyDomain) -> AdapterRecord:
-    """The record of the classifier to carry on; refuses an adapter without a head, or with one for other labels."""
-    record = previous_record(start, method)
+def _classifier_record(start: Path, plan: Plan, allow_other_base: bool) -> AdapterRecord:
+    """The record of the classifier to carry on; refuses an adapter without a head."""
+    record = previous_record(start, plan, allow_other_base=allow_other_base)
     if record is None or not record.labels:
         raise ConfigError(f"{start} is no classifier of ours to carry on; leave start out for a new adapter and head")
+    return record
+
+
+def _require_labels(start: Path | None, record: AdapterRecord, domain: ClassifyDomain) -> None:
+    """Refuse a head for other labels than the domain's."""
     if record.labels != domain.labels:
         raise ConfigError(
             f"{start} tells {', '.join(record.labels)} apart, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
-    return record
 
 
 def head_learning_rate(plan: Plan) -> float:

@@ -10,6 +10,11 @@ Advance = Callable[..., None]
 """`advance(amount, **figures)`: `amount` more units are done; figures such as `loss=2.31` are shown beside the bar."""
 
 
+def plural(count: int, word: str) -> str:
+    """A count with its noun."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
 class Progress(Protocol):
     """Shows tasks one after another; the command line draws bars, a library call shows nothing."""
 

@@ -155,6 +155,11 @@ def test_a_run_that_fell_apart_still_has_a_page(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path, two_methods):
+    with pytest.raises(RunDirectoryError, match="no such run directory: /"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(RunDirectoryError, match=r"is not a run directory, it has neither plan\.yaml nor matrix\.json"):
+        write_report(tmp_path)
+    write_text(tmp_path / "plan.yaml", "{}")
     with pytest.raises(RunDirectoryError, match=r"matrix\.json: nothing measured yet; run `gaintune sequence`"):
         write_report(tmp_path)
     run = write_run(tmp_path / "run", two_methods)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gaintune.adapters import adapter_labels, load_adapter
+from gaintune.adapters import adapter_labels, check_adapters, load_adapter
 from gaintune.config import Plan
 from gaintune.data.blocks import load_domain
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
@@ -53,6 +53,7 @@ def compare_adapters(
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
     """
     labels = adapter_labels(adapters)
+    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
     shown = progress or Silent()
     base = load_base(plan.model)
     domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.domains]

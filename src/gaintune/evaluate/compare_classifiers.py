@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters import AdapterRecord, adapter_labels, load_adapter, read_record
+from gaintune.adapters import AdapterRecord, adapter_labels, check_adapters, load_adapter, read_record
 from gaintune.config import Plan
 from gaintune.data.classify import ClassifyDomain, Padding, load_classification
 from gaintune.errors import ConfigError
@@ -62,6 +62,7 @@ def compare_classifiers(
         raise ConfigError("the base has no head of its own to classify with: name classifiers with --adapter")
     labels = adapter_labels(adapters)
     records = [_record(adapter) for adapter in adapters]
+    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
     tokenizer, segments = load_tokenizer(plan.model), reads_segments(plan.model)
     domains = [
         load_classification(domain, plan.classify, tokenizer, seed=plan.data.seed, segments=segments)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.adapters import adapter_labels, load_adapter
+from gaintune.adapters import adapter_labels, check_adapters, load_adapter
 from gaintune.config import Plan
 from gaintune.data.choices import ChoiceRow, read_choices
 from gaintune.errors import DataError, TrainingError
@@ -102,6 +102,7 @@ def compare_choices(
     labels = adapter_labels(adapters)
     limit = plan.classify.validation_rows
     asked = {name: read_choices(name, path, limit=limit, seed=plan.data.seed) for name, path in sets.items()}
+    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
     base = load_base(plan.model)
     tokenizer = base.tokenizer
 

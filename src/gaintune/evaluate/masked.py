@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaintune.adapters import adapter_labels, load_adapter, read_record
+from gaintune.adapters import adapter_labels, check_adapters, load_adapter, read_record
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.masked import MaskedBlocks, load_masked_blocks
 from gaintune.errors import AdapterError, ConfigError, TrainingError
@@ -81,6 +81,7 @@ def compare_masked(
         ConfigError: blocks longer than the encoder takes, or an adapter named twice.
     """
     labels = adapter_labels(adapters)
+    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
     base = load_masked(plan.model)
     longest = longest_input(base.model, base.tokenizer)
     if longest is not None and plan.data.block_size > longest:

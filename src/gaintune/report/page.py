@@ -11,6 +11,7 @@ from markupsafe import Markup
 from gaintune.config import Plan, build_plan, plan_yaml, read_values
 from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.matrix import Matrix
+from gaintune.progress import plural
 from gaintune.report import canvas, figures, palette, tables, words
 from gaintune.runs import read_json, write_text
 
@@ -22,11 +23,18 @@ def write_report(run: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        RunDirectoryError: no matrix.json yet, or a damaged one.
+        RunDirectoryError: not a run directory, or one with no matrix.json yet, or a damaged one.
         ConfigError: no plan.yaml, or one that is not a plan.
     """
     run = Path(run)
     source = run / "matrix.json"
+    if not run.is_dir():
+        raise RunDirectoryError(f"no such run directory: {run.absolute()}")
+    if not source.is_file() and not (run / "plan.yaml").is_file():
+        raise RunDirectoryError(
+            f"{run} is not a run directory, it has neither plan.yaml nor matrix.json; name the folder that "
+            "`gaintune sequence` or `gaintune demo` was given with --run"
+        )
     if not source.is_file():
         raise RunDirectoryError(f"{source}: nothing measured yet; run `gaintune sequence` on this run directory first")
     matrix = Matrix.from_dict(read_json(source))
@@ -130,7 +138,7 @@ def _facts(matrix: Matrix, plan: Plan) -> list[tuple[str, str]]:
     return [
         ("Base model", plan.model.name),
         ("Domains, in order", " → ".join(domain.name for domain in data.domains)),
-        ("Training text", f"{data.train_tokens:,} tokens a domain, {words.plural(train.epochs, 'epoch')}"),
+        ("Training text", f"{data.train_tokens:,} tokens a domain, {plural(train.epochs, 'epoch')}"),
         ("Validation text", f"{tables.budget(matrix)}, {data.block_size} tokens each"),
         ("Seeds", f"data {data.seed}, training {train.seed}, resampling {plan.evaluate.seed}"),
     ]

@@ -11,8 +11,9 @@ from markupsafe import escape
 from pandas.io.formats.style import Styler
 
 from gaintune.evaluate.matrix import Interval, Matrix, MethodMatrix
+from gaintune.progress import plural
 from gaintune.report.palette import bin_of, limit_of
-from gaintune.report.words import FIGURES, NONE, number, plural, signed, with_interval
+from gaintune.report.words import FIGURES, NONE, number, signed, with_interval
 
 
 def tidy(matrix: Matrix) -> pd.DataFrame:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gaintune.evaluate.matrix import Comparison, Interval, Matrix, MethodMatrix
+from gaintune.progress import plural
 
 NONE = "—"
 MINUS = "−"
@@ -64,11 +65,6 @@ def with_interval(figure: Interval | None, unit: str = "") -> str:
 def listed(names: list[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "nothing"
-
-
-def plural(count: int, word: str) -> str:
-    """A count with its noun."""
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 @dataclass(frozen=True)

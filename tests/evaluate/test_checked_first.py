@@ -1,0 +1,74 @@
+"""Adapters are checked before anything is measured, whatever is to be measured of them."""
+
+import json
+import shutil
+
+import pytest
+
+import tiny_base
+import tiny_domains
+import tiny_encoders
+from gaintune.adaptation import adapt
+from gaintune.config import build_plan
+from gaintune.errors import AdapterError, BaseMismatchError
+from gaintune.evaluate.compare import compare_adapters
+from gaintune.evaluate.compare_classifiers import compare_classifiers
+from gaintune.evaluate.likelihood import compare_choices
+from gaintune.evaluate.masked import compare_masked
+from killing import Nothing
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A decoder and an encoder with an adapter each, and another of both kinds of base."""
+    folder = tmp_path_factory.mktemp("work")
+    decoder, encoder = tiny_base.folder(folder / "decoder"), tiny_encoders.folder(folder / "encoder")
+    tiny_base.folder(folder / "other-decoder", seed=1)
+    tiny_encoders.folder(folder / "other-encoder", seed=1)
+    text = tiny_domains.plan(decoder, folder)
+    text["data"]["domains"] = text["data"]["domains"][:1]
+    adapt(text, folder / "text")
+    rule = tiny_encoders.write_rows(folder / "rule.jsonl", tiny_encoders.rule_rows(60))
+    adapt(tiny_encoders.plan(encoder, rule), folder / "classifier")
+    rows = [{"text": f"row {n}", "label": "good" if n % 3 else "poor"} for n in range(12)]
+    tiny_encoders.write_rows(folder / "moods.jsonl", rows)
+    return folder
+
+
+def of_text(work, base, **options):
+    return {"plan": build_plan(tiny_domains.plan(work / base, work)), **options}
+
+
+def of_rows(work, base):
+    return {"plan": build_plan(tiny_encoders.plan(work / base, work / "rule.jsonl"))}
+
+
+CASES = {
+    "perplexity": (compare_adapters, "text", lambda work, other: of_text(work, f"{other}decoder")),
+    "choices": (
+        compare_choices,
+        "text",
+        lambda work, other: of_text(work, f"{other}decoder", sets={"moods": work / "moods.jsonl"}),
+    ),
+    "masked": (compare_masked, "classifier", lambda work, other: of_text(work, f"{other}encoder")),
+    "classifiers": (compare_classifiers, "classifier", lambda work, other: of_rows(work, f"{other}encoder")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_that_is_none_a_damaged_one_and_another_base(work, tmp_path, case):
+    compare, good, arguments = CASES[case]
+    good, damaged = work / good, tmp_path / "damaged"
+    shutil.copytree(good, damaged)
+    record = json.loads((damaged / "gaintune.json").read_text())
+    (damaged / "gaintune.json").write_text(json.dumps({**record, "label": "changed"}))
+    for adapter, error, says in (
+        (tmp_path / "nowhere", AdapterError, "no such adapter folder"),
+        (damaged, AdapterError, "damaged adapter"),
+    ):
+        with pytest.raises(error, match=says):
+            compare(adapters=[good, adapter], progress=Nothing(), **arguments(work, ""))
+    with pytest.raises(BaseMismatchError, match="was trained on"):
+        compare(adapters=[good], progress=Nothing(), **arguments(work, "other-"))
+    with pytest.raises(AssertionError, match="nothing should have begun"):
+        compare(adapters=[good], progress=Nothing(), **arguments(work, ""))
