@@ -93,9 +93,16 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, content, says):
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [("scriptur", "did you mean 'scripture'"), ("./none.jsonl", "none.jsonl is no file, folder or catalogue name")],
+    [
+        ("scriptur", "did you mean 'scripture'"),
+        ("nowhere", "nowhere is no file, folder or catalogue name; the catalogue holds medical"),
+        ("./none.jsonl", r"^no such file: /.*/none\.jsonl$"),
+        ("none.txt", r"^no such file: /.*/none\.txt$"),
+        ("./none", "^no such file or folder: /.*/none$"),
+    ],
 )
-def test_a_source_that_is_not_there_is_named(source, says):
+def test_a_source_that_is_not_there_is_named(source, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=says):
         load_documents(DomainConfig(name="d", source=source))
 

@@ -49,8 +49,10 @@ def test_two_different_documents_are_enough(seed):
 
 
 def test_one_text_cannot_be_split():
-    with pytest.raises(DataError, match=r"f: 2 document\(s\), all with the same text"):
+    with pytest.raises(DataError, match=r"f: 2 documents, all with the same text, and at least 2 different ones are"):
         split_documents(documents(["same", "Same."]), 0)
+    with pytest.raises(DataError, match=r"f: 1 document, and at least 2 different ones are needed"):
+        split_documents(documents(["alone"]), 0)
 
 
 def test_a_split_that_the_source_brings_is_kept():

@@ -14,7 +14,7 @@ from gaintune.config import DataConfig, DomainConfig, Task
 from gaintune.data import embedded, hub
 from gaintune.data.documents import Document, Documents
 from gaintune.data.exchanges import Exchange, read_exchanges
-from gaintune.data.readers import read_documents
+from gaintune.data.readers import local_path, read_documents
 from gaintune.errors import DataError
 
 __all__ = ["CATALOGUE", "CatalogueEntry", "Document", "Documents", "load_documents", "load_exchanges"]
@@ -193,8 +193,8 @@ def _entry(domain: DomainConfig, task: Task) -> CatalogueEntry | None:
 
 
 def _path(domain: DomainConfig) -> Path:
-    path = Path(domain.source).expanduser()
-    if path.exists():
+    path = local_path(domain.source)
+    if path is not None:
         return path
     near = get_close_matches(domain.source, CATALOGUE, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"the catalogue holds {', '.join(CATALOGUE)}"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from gaintune.config import DomainConfig
 from gaintune.data.documents import Document, Documents
 from gaintune.data.hub import unreachable
-from gaintune.data.readers import split_files
+from gaintune.data.readers import local_path, split_files
 from gaintune.data.split import split_documents
 from gaintune.data.tables import ROW_SUFFIXES, Row, read_table, row_text
 from gaintune.errors import DataError
@@ -87,8 +86,8 @@ def load_labelled(domain: DomainConfig, seed: int) -> LabelledTexts:
         if domain.text_column is not None:
             raise DataError(f"domain {domain.name!r}: text_column is for local files; {domain.source!r} has its own")
         return load_glue(GLUE[domain.source], domain.source)
-    path = Path(domain.source).expanduser()
-    if not path.exists():
+    path = local_path(domain.source)
+    if path is None:
         raise DataError(
             f"domain {domain.name!r}: {domain.source} is no file or folder, and none of GLUE's tasks known by name: "
             f"{', '.join(GLUE)}"

@@ -40,6 +40,22 @@ def read_documents(path: Path, text_column: str | None = None) -> Documents[Docu
     )
 
 
+def local_path(source: str) -> Path | None:
+    """The file or folder of a domain's source, None where there is none and the source may be a name.
+
+    Raises:
+        DataError: there is none, and the source is written as a path.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.suffix.lower() in SUFFIXES:
+        raise DataError(f"no such file: {path.absolute()}")
+    if "/" in source:
+        raise DataError(f"no such file or folder: {path.absolute()}")
+    return None
+
+
 def split_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], list[Path]]:
     """Training and validation files of a domain; no validation files where a file stands alone or no split is named.
 

@@ -11,6 +11,7 @@ from gaintune.data.documents import Document, Documents, T
 from gaintune.data.neighbours import normalise
 from gaintune.data.passages import cut_passages
 from gaintune.errors import DataError
+from gaintune.progress import plural
 
 VALIDATION_SHARE = 0.1
 # A passage fills about two blocks: prose and code take four characters a token.
@@ -45,9 +46,10 @@ def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] 
         return documents
     draws = [_draw(seed, "split", normalise(key(document))) for document in documents.train]
     if len(set(draws)) < 2:
+        same = ", all with the same text" if len(draws) > 1 else ""
         raise DataError(
-            f"{documents.source}: {len(documents.train)} document(s), all with the same text, so none is left for "
-            f"validation; give more documents, or a folder with train and validation files"
+            f"{documents.source}: {plural(len(draws), 'document')}{same}, and at least 2 different ones are needed, "
+            f"to train on and to validate with; give more, or a folder with train and validation files"
         )
     threshold = max(int(VALIDATION_SHARE * 2**64), min(draws) + 1)
     if max(draws) < threshold:  # all of them fell below: leave something to train on
