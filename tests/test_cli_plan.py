@@ -47,6 +47,29 @@ def test_mistakes_are_named(text, message):
         methods_of(methods=[text])
 
 
+def test_a_text_column_is_laid_over_every_local_domain(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("data: {domains: [law, notes=./notes.csv]}\n")
+    for plan, given in ((file, {}), (None, {"domains": ["law", "notes=./notes.csv"]})):
+        found = assemble(plan, {**given, "text_column": "body"}, None).data.domains
+        assert [(each.name, each.text_column) for each in found] == [("law", None), ("notes", "body")]
+    for domains in (None, ["law", "mrpc"]):
+        with pytest.raises(ConfigError, match="--text-column names a column of local files"):
+            assemble(None, {"domains": domains, "text_column": "body"}, None)
+
+
+@pytest.mark.parametrize("command", ["sequence", "adapt", "evaluate", "merge"])
+def test_commands_take_a_text_column(command):
+    assert "--text-column" in CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+
+
+def test_one_method_in_a_plan_takes_options_for_every_method(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("methods: lora\n")
+    (method,) = assemble(file, {"penalty": "l2"}, None).methods
+    assert (method.name, method.penalty) == ("lora", "l2")
+
+
 @pytest.mark.parametrize("command", ["sequence", "adapt"])
 def test_both_commands_take_them(command):
     told = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output

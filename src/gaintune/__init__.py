@@ -13,9 +13,10 @@ import wrapt
 
 if TYPE_CHECKING:
     from gaintune.adaptation import AdaptResult, adapt
-    from gaintune.adapters import load_adapter, save_adapter
+    from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
     from gaintune.classification import ClassifierResult, adapt_classifier
-    from gaintune.config import Plan
+    from gaintune.config import ModelConfig, Plan
+    from gaintune.data.blocks import load_domain
     from gaintune.errors import GaintuneError
     from gaintune.evaluate.perplexity import measure
     from gaintune.evaluate.records import Matrix
@@ -32,11 +33,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaptResult": "adaptation",
     "adapt": "adaptation",
+    "AdapterRecord": "adapters",
     "load_adapter": "adapters",
     "save_adapter": "adapters",
     "ClassifierResult": "classification",
     "adapt_classifier": "classification",
+    "ModelConfig": "config",
     "Plan": "config",
+    "load_domain": "data.blocks",
     "GaintuneError": "errors",
     "measure": "evaluate.perplexity",
     "Matrix": "evaluate.records",
@@ -56,6 +60,7 @@ _HOMES = {
 __all__ = [
     "AdaptResult",
     "AdapterOptimizerMixin",
+    "AdapterRecord",
     "ClassifierResult",
     "DiselConfig",
     "DiselModel",
@@ -63,12 +68,14 @@ __all__ = [
     "GainModel",
     "GaintuneError",
     "Matrix",
+    "ModelConfig",
     "Plan",
     "adapt",
     "adapt_classifier",
     "create_disel_optimizer",
     "load_adapter",
     "load_base",
+    "load_domain",
     "measure",
     "merge_adapter",
     "parameter_groups",
@@ -94,4 +101,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

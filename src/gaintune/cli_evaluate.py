@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, TextColumn, ValidationTokens, assemble
 from gaintune.config import Plan
 from gaintune.console import percent, progress_on, quiet_libraries, table
 from gaintune.errors import ConfigError
+from gaintune.progress import plural
 
 if TYPE_CHECKING:
     from gaintune.classification import ClassifierResult
@@ -43,6 +44,7 @@ def evaluate(
     domain: Domains = None,
     task: Task = None,
     template: Template = None,
+    text_column: TextColumn = None,
     masked: Annotated[
         bool, typer.Option("--masked", help="Masked-LM perplexity of an encoder with its original head, on text.")
     ] = False,
@@ -228,7 +230,7 @@ def print_classifier(result: ClassifierResult) -> None:
     out.print(classes(result.scores, "every label"))
     out.print(
         f"{result.trainable_parameters:,} parameters trained, the new head's among them, on {result.tokens:,} tokens "
-        f"in {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
+        f"in {plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
         highlight=False,
         soft_wrap=True,
     )

@@ -16,6 +16,8 @@ from gaintune.config import (
     Section,
     TrainConfig,
     apply_overrides,
+    as_domain,
+    as_list,
     build_plan,
     read_values,
 )
@@ -51,6 +53,10 @@ Template = Annotated[str | None, _option(DataConfig, "template", "--template")]
 Penalty = Annotated[str | None, _option(MethodConfig, "penalty", "--penalty")]
 PenaltyStrength = Annotated[float | None, _option(MethodConfig, "penalty_strength", "--penalty-strength")]
 Replay = Annotated[float | None, _option(MethodConfig, "replay", "--replay")]
+TextColumn = Annotated[
+    str | None,
+    typer.Option("--text-column", help="Column that holds the text of every domain that is a local file or folder."),
+]
 TrainTokens = Annotated[int | None, _option(DataConfig, "train_tokens", "--train-tokens")]
 ValidationTokens = Annotated[int | None, _option(DataConfig, "validation_tokens", "--validation-tokens")]
 BlockSize = Annotated[int | None, _option(DataConfig, "block_size", "--block-size")]
@@ -93,10 +99,24 @@ def parse_method(text: str) -> dict[str, Any]:
     return {"name": name, **fields}
 
 
+def _with_text_column(domains: Any, column: str) -> list[Any]:
+    """Domains with the column that holds their text, where they are local files: all that no name stands for."""
+    from gaintune.data.domains import CATALOGUE
+    from gaintune.data.labelled import GLUE
+
+    known = {*CATALOGUE, *GLUE}
+    each = [as_domain(domain) for domain in as_list(domains) or ()]
+    local = [isinstance(domain, dict) and domain.get("source") not in known for domain in each]
+    if not any(local):
+        raise ConfigError("--text-column names a column of local files: give one with --domain, such as notes.csv")
+    return [{**domain, "text_column": column} if own else domain for domain, own in zip(each, local, strict=True)]
+
+
 def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> Plan:
     """The plan file if there is one, then the options that were given, then `--set`.
 
-    Options of a method (`--penalty` and the like) are laid over every method.
+    Options of a method (`--penalty` and the like) are laid over every method, and `--text-column` over every local
+    domain.
     """
     values: dict[str, Any] = read_values(plan) if plan else {}
     for option, keys in PLACES.items():
@@ -112,8 +132,12 @@ def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[
                 values[section] = {**(held if isinstance(held, dict) else {}), leaf: value}
             else:
                 values[section] = value
+    if given.get("text_column") is not None:
+        data = values.get("data")
+        data = data if isinstance(data, dict) else {}
+        values["data"] = {**data, "domains": _with_text_column(data.get("domains"), given["text_column"])}
     of_every = {option: given[option] for option in OF_EVERY_METHOD if given.get(option) is not None}
     if of_every:
-        methods = values.get("methods") or [method.name for method in Plan().methods]
+        methods = as_list(values.get("methods")) or [method.name for method in Plan().methods]
         values["methods"] = [{**({"name": each} if isinstance(each, str) else each), **of_every} for each in methods]
     return build_plan(apply_overrides(values, assignments or ()), origin=str(plan) if plan else "plan")

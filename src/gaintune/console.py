@@ -52,8 +52,9 @@ class Bars:
                 nonlocal done, said
                 done = min(total, done + amount)
                 figures.update(latest)
-                bar.update(row, completed=done, pace=pace())
-                if not self._console.is_terminal and time.perf_counter() - said > LINES_EVERY:
+                bar.update(row, completed=round(done), pace=pace())
+                waited = time.perf_counter() - said > LINES_EVERY
+                if waited and round(done) < total and not self._console.is_terminal:
                     said = time.perf_counter()
                     left = (said - start) / done * (total - done)
                     self._console.print(

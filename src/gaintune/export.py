@@ -68,7 +68,7 @@ def merge_adapter(
     *,
     blocks: torch.Tensor | Examples | None = None,
     texts: Sequence[str] | None = None,
-    model: ModelConfig | None = None,
+    model: ModelConfig | str | None = None,
     dtype: str = "auto",
     tolerance: float = TOLERANCE,
     force: bool = False,
@@ -88,7 +88,7 @@ def merge_adapter(
         blocks: what to compare on: token ids `(blocks, block_size)` of the base's tokenizer, all scored but the first
             of a block, or `Examples` that say themselves what is scored; or give `texts`.
         texts: plain text to compare on, instead of `blocks`.
-        model: the base; default: the one the adapter names.
+        model: the base, or its name alone; default: the one the adapter names.
         dtype: numbers of the written model: bf16, fp16, fp32, or auto for the dtype the base is loaded in.
         tolerance: largest change of perplexity, in %.
         force: write the model although it is beyond the tolerance; the certificate says so.
@@ -99,6 +99,7 @@ def merge_adapter(
         MergeError: beyond the tolerance, or the disk is full; nothing is left at `out`.
         AdapterError: damaged, of another base, or of a method that cannot be merged.
         ConfigError: `out` is in use, an unknown dtype, or no text.
+        RunDirectoryError: the folder that is to hold `out` cannot be made.
     """
     adapter, out = Path(adapter), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -116,7 +117,8 @@ def merge_adapter(
             "they are, with PEFT"
         )
     check_mergeable(adapter)
-    model = model or claimed_base(adapter, record)
+    model = ModelConfig(name=model) if isinstance(model, str) else model or claimed_base(adapter, record)
+    runs.make_folder(out.absolute().parent)
     blocks, counted = _judging_text(blocks, texts, bytes_per_block, model)
     device = resolve_device(model.device)
     plan = MergePlan(
@@ -215,7 +217,6 @@ def apply_merge(plan: MergePlan) -> Certificate:
 def _check_space(model: Any, plan: MergePlan) -> None:
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters()) + 2**26
     parent = plan.out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise MergeError(

@@ -27,14 +27,18 @@ def converted_folder(gguf: Path) -> Path:
     Raises:
         BaseModelError: transformers cannot read the file, or its architecture is unknown.
     """
-    models = assets.cache_dir() / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    folder = models / f"{sha256_file(gguf)[:16]}-{CONVERSION}"
+    folder = place_of(gguf)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / MANIFEST).is_file():
             logger.info("converting %s to safetensors, once: %s", gguf.name, folder)
             _convert(gguf, folder)
     return folder
+
+
+def place_of(gguf: Path) -> Path:
+    """Where the folder of a .gguf file lies once it is converted: a name made of its content."""
+    return assets.cache_dir() / "models" / f"{sha256_file(gguf)[:16]}-{CONVERSION}"
 
 
 def storage_dtype(gguf: Path) -> torch.dtype:

@@ -82,10 +82,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_fast_bf16() else torch.float32
 
 
-def load_base(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Base:
+def load_base(config: ModelConfig | str, *, dtype: torch.dtype | None = None) -> Base:
     """Load a causal language model, its tokenizer and its fingerprint.
 
     Args:
+        config: the base; or its name alone: hub id, local folder, .gguf file, or 'demo'.
         dtype: overrides `config.dtype`; full fine-tuning and merging ask for fp32.
 
     Raises:
@@ -93,6 +94,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Base:
         BaseModelError: they are not a causal language model that can be loaded as asked.
         ConfigError: the device is not there.
     """
+    config = ModelConfig(name=config) if isinstance(config, str) else config
     device = resolve_device(config.device)
     dtype = dtype or resolve_dtype(config.dtype, device)
     checkpoint = locate(config)
