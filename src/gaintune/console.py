@@ -107,6 +107,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()
     datasets_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only quantized bases use
     for library in ("peft", "torch", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)

@@ -150,7 +150,7 @@ def _find_columns(rows: Sequence[Row], text_column: str | None) -> tuple[str, ..
     known = ", ".join([*SINGLES, *(" + ".join(pair) for pair in PAIRS)])
     raise DataError(
         f"{first.origin}: no column holds the text to classify; name it one of {known}, or name the column with "
-        f"text_column (the columns are {', '.join(first.values) or 'none at all'})"
+        f"--text-column, or text_column in a plan (the columns are {', '.join(first.values) or 'none at all'})"
     )
 
 

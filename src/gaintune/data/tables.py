@@ -71,7 +71,8 @@ def _find_column(file: Path, rows: Sequence[Row]) -> str:
         return strings[0]
     found = f"which of {', '.join(strings)} holds the text?" if strings else "no column holds text;"
     raise DataError(
-        f"{rows[0].origin}: {found} name it with text_column (the columns are {', '.join(columns) or 'none at all'})"
+        f"{rows[0].origin}: {found} name it with --text-column, or text_column in a plan "
+        f"(the columns are {', '.join(columns) or 'none at all'})"
     )
 
 
