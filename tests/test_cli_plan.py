@@ -75,3 +75,10 @@ def test_both_commands_take_them(command):
     told = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
     for option in ("--penalty", "--penalty-strength", "--replay"):
         assert option in told
+
+
+def test_the_seed_leaves_the_split_alone():
+    """An adapter trained with another seed must not be measured on its own training documents."""
+    plan = assemble(None, {"seed": 3}, None)
+    assert (plan.data.seed, plan.train.seed, plan.evaluate.seed) == (0, 3, 3)
+    assert assemble(None, {"seed": 3}, ["data.seed=5"]).data.seed == 5
