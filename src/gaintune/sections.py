@@ -64,7 +64,7 @@ class EvaluateConfig(Section):
 
 
 class ClassifyConfig(Section):
-    """How labelled rows become a classifier; read where the task is classify."""
+    """How labelled rows become a classifier; `validation_rows` also limits the questions of `evaluate --choices`."""
 
     max_length: int = Field(default=128, ge=4, description="longest row, in tokens; longer ones are cut, and counted")
     train_rows: int | None = Field(

@@ -179,6 +179,7 @@ def test_rows_without_room_for_the_completion_are_refused_by_number(write, token
         load(file, tokenizer, train_tokens=10_000, validation_tokens=10_000)
     message = str(caught.value)
     prompts = {line: len(tokenizer(rows[line - 1][0])["input_ids"]) for line in (31, 42)}
+    assert any(f":{line} " in message for line in prompts)
     for line, prompt in prompts.items():
         if f":{line} " in message:  # one may be on the validation side, which is not reached
             needed = prompt + len(tokenizer("cat")["input_ids"]) + 1

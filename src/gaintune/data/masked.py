@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data.text import load_text
-from gaintune.errors import BaseModelError, ConfigError, DataError
+from gaintune.errors import BaseModelError, DataError
 from gaintune.loss import IGNORED
 
 SHARE = 0.15
@@ -53,12 +53,9 @@ def load_masked_blocks(
         seed: seed of the masking.
 
     Raises:
-        ConfigError: blocks too short to hold anything.
         BaseModelError: the tokenizer lacks the special tokens of an encoder.
         DataError, AssetError: as for `load_text`.
     """
-    if data.block_size <= ENDS:
-        raise ConfigError(f"data.block_size is {data.block_size}: {ENDS} tokens of a block are special ones")
     inner = data.model_copy(update={"block_size": data.block_size - ENDS})
     return mask_blocks(load_text(domain, inner, tokenizer).validation.input_ids, domain.name, tokenizer, seed=seed)
 
