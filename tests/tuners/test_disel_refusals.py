@@ -148,6 +148,7 @@ def test_fused_experts_are_refused_where_they_are_named():
     )
     model = AutoModelForCausalLM.from_config(config)
     refuse(model, DiselConfig(target_modules=["o_proj", "down_proj"]), r"experts\.down_proj is one parameter")
+    refuse(model, DiselConfig(), "fused experts")  # all linear layers, and the experts are none
     get_peft_model(model, DiselConfig(target_modules=["o_proj"]))
 
 

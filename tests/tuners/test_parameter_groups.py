@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from peft import get_peft_model
+from peft import AdaLoraConfig, IA3Config, get_peft_model
 from torch import nn
 
 from gaintune.tuners.gain import GainConfig
@@ -46,6 +46,20 @@ def test_a_rate_of_its_own():
     assert groups["decay"]["lr"] == 0.01
     with pytest.raises(ValueError, match="no trainable parameter is called so"):
         parameter_groups(model, 0.01, 0.1, rate_multipliers={"gate_": 5.0})
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [(IA3Config(task_type="CAUSAL_LM"), "ia3_l"), (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), "lora_E")],
+    ids=["ia3", "adalora"],
+)
+def test_factors_that_peft_keeps_as_matrices_are_not_decayed(config, part):
+    model = get_peft_model(tiny_models.llama(), config)
+    factors = {id(value) for name, value in model.named_parameters() if part in name}
+    assert factors
+    for group in parameter_groups(model, lr=0.1, weight_decay=0.5):
+        if group["weight_decay"]:
+            assert not factors & {id(value) for value in group["params"]}
 
 
 def test_a_step_with_decay_leaves_gains_without_gradient_alone():

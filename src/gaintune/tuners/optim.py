@@ -13,6 +13,9 @@ from gaintune.errors import ConfigError
 GATES = ".lora_G."
 """Part of the name of every parameter of a gate."""
 
+NEVER_DECAYED = (GATES, ".ia3_l.", ".lora_E.")
+"""Gates, and factors that PEFT keeps as matrices of one row or column: (IA)3's (where 1 is no change) and AdaLoRA's."""
+
 
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, rate_multipliers: Mapping[str, float] | None = None
@@ -20,8 +23,8 @@ def parameter_groups(
     """The trainable parameters of `model`, grouped for any torch optimizer.
 
     Never decayed: gains (decay pulls them back to the pretrained model), DISeL's gates (decay removes their dependence
-    on the input), biases, norms and every other vector. The gates of a DISeL adapter learn at its `gate_lr_ratio` times
-    `lr`, unless `rate_multipliers` says otherwise.
+    on the input), the factors of (IA)3 and AdaLoRA, biases, norms and every other vector. The gates of a DISeL adapter
+    learn at its `gate_lr_ratio` times `lr`, unless `rate_multipliers` says otherwise.
 
         optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.01, weight_decay=0.1))
         Trainer(model=model, ..., optimizers=(optimizer, None))       # TRL's trainers take `optimizers` too
@@ -51,7 +54,8 @@ def parameter_groups(
             continue
         part = next((part for part in multipliers if part in name), None)
         used.add(part)
-        decayed = parameter.dim() >= 2 and id(parameter) not in norms and GATES not in name
+        exempt = id(parameter) in norms or any(part in name for part in NEVER_DECAYED)
+        decayed = parameter.dim() >= 2 and not exempt
         group_name = ("decay" if decayed else "no_decay") + (f":{part.strip('.')}" if part else "")
         group = groups.setdefault(
             group_name,

@@ -33,8 +33,7 @@ def check_modules(config: DiselConfig, model: nn.Module) -> None:
         refuse_module(module, name)
     refuse_nested(matched)
     refuse_shared(matched, model)
-    if config.target_modules != "all-linear":
-        refuse_parameters(named, model, matched, any_experts=False)
+    refuse_parameters(named, model, matched, any_experts=config.target_modules == "all-linear")
 
 
 def refuse_module(module: nn.Module, name: str) -> None:
