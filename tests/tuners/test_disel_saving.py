@@ -121,6 +121,17 @@ def test_an_adapter_without_its_gates_is_not_loaded_silently(saved):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 
 
+def test_a_file_without_gates_is_not_swapped_in(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "lora_G" not in name}, file, metadata={"format": "pt"})
+    before = logits(model)
+    with pytest.raises(AdapterError, match="without their gates"):
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    assert torch.equal(logits(model), before)
+
+
 def test_modules_to_save_travel_with_the_adapter(tmp_path):
     model = adapted(modules_to_save=["lm_head"])
     with torch.no_grad():

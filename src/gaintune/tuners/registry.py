@@ -81,6 +81,7 @@ def _extend_hotswap() -> None:
     from peft.utils import hotswap
 
     from gaintune.tuners.disel import hotswap as gates
+    from gaintune.tuners.disel.checks import require_gates
     from gaintune.tuners.gain.hotswap import swap_values
 
     gain, disel = add_peft_type("GAIN"), add_peft_type("DISEL")
@@ -102,6 +103,8 @@ def _extend_hotswap() -> None:
             swap_values(model, state_dict, adapter_name)
             return
         if config.peft_type == disel:
+            if config.gate_kind == "sigmoid":
+                require_gates(state_dict, adapter_name)
             state_dict = gates.with_padded_biases(model, state_dict)
         lora_only(model, state_dict, adapter_name, config, parameter_prefix)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.errors import UnsupportedModuleError
+from gaintune.errors import AdapterError, UnsupportedModuleError
 from gaintune.tuners.disel.config import DiselConfig
 from gaintune.tuners.targets import (
     matched_modules,
@@ -62,4 +63,22 @@ def refuse_layer(layer: nn.Module, name: str) -> None:
         raise UnsupportedModuleError(
             f"{name} became a {type(layer).__name__}, whose forward pass does not know gates. Load the base "
             "unquantized or through bitsandbytes."
+        )
+
+
+def require_gates(keys: Iterable[str], adapter_name: str = "") -> None:
+    """Raise `AdapterError` where a file's keys, with the adapter's name in them if one is given, lack gates.
+
+    PEFT only warns of keys that are missing when it loads, and fills them with zeros when it swaps.
+    """
+    known, inner = set(keys), f".{adapter_name}" if adapter_name else ""
+    matrix = f".lora_A{inner}.weight"
+    modules = [key.removesuffix(matrix) for key in known if key.endswith(matrix)]
+    bare = sorted(
+        name for name in modules if not {f"{name}.lora_G{inner}.weight", f"{name}.lora_G{inner}.bias"} <= known
+    )
+    if bare:
+        raise AdapterError(
+            f"The file has {len(bare)} modules (first: {bare[0]}) without their gates (lora_G): it was not written "
+            "whole, or by another program. With other gates it would be another adapter."
         )

@@ -8,8 +8,8 @@ from peft.tuners.lora import LoraModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from gaintune.errors import AdapterError, ConfigError, UnsupportedModuleError
-from gaintune.tuners.disel.checks import check_modules, refuse_layer, refuse_module
+from gaintune.errors import ConfigError, UnsupportedModuleError
+from gaintune.tuners.disel.checks import check_modules, refuse_layer, refuse_module, require_gates
 from gaintune.tuners.disel.config import DiselConfig
 from gaintune.tuners.disel.layer import add_gates, refusal_to_merge
 from gaintune.tuners.targets import refuse_parent
@@ -84,13 +84,7 @@ class DiselModel(LoraModel):
     ) -> dict[str, Any]:
         """Called by PEFT as it loads a file; keys are without the adapter's name. PEFT only warns of missing ones."""
         if config.gate_kind == "sigmoid":
-            modules = [key.removesuffix(".lora_A.weight") for key in state_dict if key.endswith(".lora_A.weight")]
-            bare = [name for name in modules if not {f"{name}.lora_G.weight", f"{name}.lora_G.bias"} <= set(state_dict)]
-            if bare:
-                raise AdapterError(
-                    f"The file has {len(bare)} modules (first: {bare[0]}) without their gates (lora_G): it was not "
-                    "written whole, or by another program. With fresh gates it would be another adapter."
-                )
+            require_gates(state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @classmethod
