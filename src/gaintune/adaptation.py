@@ -143,16 +143,13 @@ def adapt(
             title=f"{method.label}: learning {domain.name}",
             progress=shown,
         )
-        record = AdapterRecord(
-            base_name=settled.model.name,
-            base_revision=settled.model.revision,
-            base_fingerprint=base.fingerprint,
-            method=method.name,
-            label=method.label,
-            domains=(*(previous.domains if previous else ()), domain.name),
-            content_hashes={**(previous.content_hashes if previous else {}), domain.name: domain.content_hash},
-            settings={"train": settled.train.model_dump(mode="json"), "method": method.model_dump(mode="json")},
+        record = AdapterRecord.of_plan(
+            settled,
+            method,
+            fingerprint=base.fingerprint,
+            learnt=[(domain.name, domain.content_hash)],
             versions=environment["packages"],
+            previous=previous,
         )
         after = look(model, f"measuring {domain.name} after")
         if run.writes:

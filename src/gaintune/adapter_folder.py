@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gaintune import runs
-from gaintune.config import ModelConfig
+from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 
 RECORD = "gaintune.json"
@@ -35,6 +35,48 @@ class AdapterRecord:
     base_revision: str | None = None
     content_hashes: dict[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+
+    @classmethod
+    def of_plan(
+        cls,
+        plan: Plan,
+        method: MethodConfig,
+        *,
+        fingerprint: str,
+        learnt: Sequence[tuple[str, str]],
+        versions: dict[str, str],
+        previous: AdapterRecord | None = None,
+        labels: tuple[str, ...] = (),
+        settings: dict[str, Any] | None = None,
+    ) -> AdapterRecord:
+        """The record of what a plan's method has made.
+
+        Args:
+            plan: the plan.
+            method: the one of its methods.
+            fingerprint: of the base.
+            learnt: name and content hash of each domain, in the order they were learnt.
+            versions: of the packages.
+            previous: the record of the adapter that was carried on.
+            labels: a classifier's classes.
+            settings: more settings than those of training and method, by section.
+        """
+        return cls(
+            base_name=plan.model.name,
+            base_revision=plan.model.revision,
+            base_fingerprint=fingerprint,
+            method=method.name,
+            label=method.label,
+            domains=(*(previous.domains if previous else ()), *(name for name, _ in learnt)),
+            content_hashes={**(previous.content_hashes if previous else {}), **dict(learnt)},
+            settings={
+                "train": plan.train.model_dump(mode="json"),
+                "method": method.model_dump(mode="json"),
+                **(settings or {}),
+            },
+            versions=versions,
+            labels=labels,
+        )
 
 
 def read_record(folder: Path) -> AdapterRecord | None:

@@ -142,7 +142,16 @@ def adapt_classifier(
             title=f"measuring {domain.name} after",
             progress=shown,
         )
-        record = _record(settled, base, domain, previous, environment["packages"])
+        record = AdapterRecord.of_plan(
+            settled,
+            method,
+            fingerprint=base.fingerprint,
+            learnt=[(domain.name, domain.content_hash)],
+            versions=environment["packages"],
+            previous=previous,
+            labels=domain.labels,
+            settings={"classify": {**settled.classify.model_dump(mode="json"), "head_lr": head_learning_rate(settled)}},
+        )
         if run.writes:
             save_adapter(model, out, record, keep=learnt.keep)
         run.wait()
@@ -186,29 +195,3 @@ def _head_rates(base: ClassifierBase, plan: Plan) -> dict[str, float]:
     """The factor on the method's rate for every part of the head, by the beginning of its parameters' names."""
     factor = head_learning_rate(plan) / learning_rate(plan.methods[0], plan.train)
     return {f"{name}.": factor for name in base.head}
-
-
-def _record(
-    plan: Plan,
-    base: ClassifierBase,
-    domain: ClassifyDomain,
-    previous: AdapterRecord | None,
-    versions: dict[str, str],
-) -> AdapterRecord:
-    method = plan.methods[0]
-    return AdapterRecord(
-        base_name=plan.model.name,
-        base_revision=plan.model.revision,
-        base_fingerprint=base.fingerprint,
-        method=method.name,
-        label=method.label,
-        domains=(*(previous.domains if previous else ()), domain.name),
-        content_hashes={**(previous.content_hashes if previous else {}), domain.name: domain.content_hash},
-        settings={
-            "train": plan.train.model_dump(mode="json"),
-            "method": method.model_dump(mode="json"),
-            "classify": {**plan.classify.model_dump(mode="json"), "head_lr": head_learning_rate(plan)},
-        },
-        versions=versions,
-        labels=domain.labels,
-    )

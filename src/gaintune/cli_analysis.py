@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.config import as_domain
 from gaintune.console import progress_on, quiet_libraries, table
 from gaintune.errors import ConfigError
 
@@ -88,8 +89,7 @@ def gates(
 
 
 def _instruct_domain(text: str) -> dict[str, Any]:
-    name, separator, source = text.partition("=")
-    return {"name": name, "source": source if separator else name, "task": "instruct"}
+    return {**as_domain(text), "task": "instruct"}
 
 
 def linear_model(

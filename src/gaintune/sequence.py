@@ -239,18 +239,11 @@ class _Sequence:
         self._run.wait()
 
     def _record(self, index: int) -> AdapterRecord:
-        return AdapterRecord(
-            base_name=self._plan.model.name,
-            base_revision=self._plan.model.revision,
-            base_fingerprint=self._fingerprint,
-            method=self._method.name,
-            label=self._method.label,
-            domains=tuple(domain.name for domain in self._domains[: index + 1]),
-            content_hashes={domain.name: domain.content_hash for domain in self._domains[: index + 1]},
-            settings={
-                "train": self._plan.train.model_dump(mode="json"),
-                "method": self._method.model_dump(mode="json"),
-            },
+        return AdapterRecord.of_plan(
+            self._plan,
+            self._method,
+            fingerprint=self._fingerprint,
+            learnt=[(domain.name, domain.content_hash) for domain in self._domains[: index + 1]],
             versions=describe_environment(torch.device("cpu"))["packages"],
         )
 

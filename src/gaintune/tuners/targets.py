@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from peft.config import PeftConfig
@@ -24,6 +25,16 @@ def matched_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module
         if isinstance(module, BaseTunerLayer):
             inside.append(f"{name}.")
     return matched
+
+
+def refuse_unfit(matched: dict[str, nn.Module], model: nn.Module, refuse: Callable[[nn.Module, str], None]) -> None:
+    """Raise for the first matched module that its parent would pass by, that `refuse` refuses, or that is met twice."""
+    for name, module in matched.items():
+        parent_name, _, _ = name.rpartition(".")
+        refuse_parent(model.get_submodule(parent_name), name)
+        refuse(module, name)
+    _refuse_nested(matched)
+    _refuse_shared(matched, model)
 
 
 def refuse_parent(parent: nn.Module, name: str) -> None:
@@ -53,7 +64,7 @@ def refuse_shard(module: nn.Module, name: str) -> None:
         )
 
 
-def refuse_nested(matched: dict[str, nn.Module]) -> None:
+def _refuse_nested(matched: dict[str, nn.Module]) -> None:
     """Refuse a target inside another target: both would act on the same input."""
     for name in matched:
         outer = next((other for other in matched if name.startswith(f"{other}.")), None)
@@ -64,7 +75,7 @@ def refuse_nested(matched: dict[str, nn.Module]) -> None:
             )
 
 
-def refuse_shared(matched: dict[str, nn.Module], model: nn.Module) -> None:
+def _refuse_shared(matched: dict[str, nn.Module], model: nn.Module) -> None:
     """A module that hangs in two places is replaced in the first only."""
     names = {id(module): name for name, module in matched.items()}
     places: dict[int, set[tuple[int, str]]] = {}

@@ -11,14 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gaintune.errors import AdapterError, UnsupportedModuleError
 from gaintune.tuners.disel.config import DiselConfig
-from gaintune.tuners.targets import (
-    matched_modules,
-    refuse_nested,
-    refuse_parameters,
-    refuse_parent,
-    refuse_shard,
-    refuse_shared,
-)
+from gaintune.tuners.targets import matched_modules, refuse_parameters, refuse_shard, refuse_unfit
 
 
 def check_modules(config: DiselConfig, model: nn.Module) -> None:
@@ -28,12 +21,7 @@ def check_modules(config: DiselConfig, model: nn.Module) -> None:
     # on a copy, since layer replication adds modules to what "all-linear" stands for
     named = _maybe_include_all_linear_layers(copy.copy(config), model)
     matched = matched_modules(named, model)
-    for name, module in matched.items():
-        parent_name, _, _ = name.rpartition(".")
-        refuse_parent(model.get_submodule(parent_name), name)
-        refuse_module(module, name)
-    refuse_nested(matched)
-    refuse_shared(matched, model)
+    refuse_unfit(matched, model, refuse_module)
     refuse_parameters(named, model, matched, any_experts=config.target_modules == "all-linear")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,25 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain.config import GainConfig
 from gaintune.tuners.gain.mapping import Projections
-from gaintune.tuners.targets import (
-    matched_modules,
-    refuse_nested,
-    refuse_parameters,
-    refuse_parent,
-    refuse_shard,
-    refuse_shared,
-)
+from gaintune.tuners.targets import matched_modules, refuse_parameters, refuse_shard, refuse_unfit
 
 
 def check_modules(config: GainConfig, model: nn.Module, quantization: dict[str, Any]) -> None:
     """Raise `UnsupportedModuleError` for the first module that is named but cannot be adapted correctly."""
     matched = matched_modules(config, model)
-    for name, module in matched.items():
-        parent_name, _, _ = name.rpartition(".")
-        refuse_parent(model.get_submodule(parent_name), name)
-        refuse_module(module, name, quantization)
-    refuse_nested(matched)
-    refuse_shared(matched, model)
+    refuse_unfit(matched, model, partial(refuse_module, quantization=quantization))
     refuse_parameters(config, model, matched, any_experts=config.ffn)
 
 
