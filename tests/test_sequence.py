@@ -8,6 +8,7 @@ import pytest
 
 import tiny_base
 import tiny_domains
+from gaintune.adaptation import adapt
 from gaintune.adapters import load_adapter
 from gaintune.config import build_plan
 from gaintune.data.blocks import load_domain
@@ -177,3 +178,25 @@ def test_a_method_that_cannot_be_is_refused_before_anything_is_written(model, tm
     with pytest.raises(ConfigError, match=message):
         run_sequence(tiny_domains.plan(model, tmp_path, methods=[method]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_watched_domain_is_measured_at_every_stage_and_never_learnt(model, tmp_path):
+    learnt = tiny_domains.plan(model, tmp_path)
+    _, code = learnt["data"]["domains"]
+    alone = run_sequence(
+        tiny_domains.plan(model, tmp_path, data={"domains": learnt["data"]["domains"][:1]}), tmp_path / "1"
+    )
+    plan = tiny_domains.plan(model, tmp_path, data={"domains": learnt["data"]["domains"][:1], "watched": [code]})
+    (method,) = run_sequence(plan, tmp_path / "2").methods
+    both = run_sequence(learnt, tmp_path / "3").methods[0]
+    assert [row.domain for row in method.stages] == ["prose"]
+    assert method.stages[0].cells == both.stages[0].cells
+    assert method.stages[0].cells["prose"] == alone.methods[0].stages[0].cells["prose"]
+    assert method.summary.forward_interference.value == method.stages[0].cells["code"].change
+
+
+def test_adapt_refuses_a_plan_that_watches_domains(model, tmp_path):
+    prose, code = tiny_domains.plan(model, tmp_path)["data"]["domains"]
+    plan = tiny_domains.plan(model, tmp_path, data={"domains": [prose], "watched": [code]})
+    with pytest.raises(ConfigError, match=r"data\.watched.*code"):
+        adapt(plan, tmp_path / "adapter")

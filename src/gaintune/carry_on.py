@@ -12,7 +12,12 @@ from gaintune.progress import plural
 
 
 def require_one_of_each(plan: Plan) -> None:
-    """Refuse a plan of several methods, or of several domains where none is replayed."""
+    """Refuse a plan of several methods, of several domains where none is replayed, or one that watches others."""
+    if plan.data.watched:
+        watched = ", ".join(domain.name for domain in plan.data.watched)
+        raise ConfigError(
+            f"data.watched: adapt measures its own domain only, and the plan watches {watched}: leave it out"
+        )
     one_domain = len(plan.data.domains) == 1 or plan.methods[0].replay
     if len(plan.methods) == 1 and one_domain:
         return

@@ -30,6 +30,7 @@ from gaintune.cli_plan import (
     TextColumn,
     TrainTokens,
     ValidationTokens,
+    Watched,
     assemble,
 )
 from gaintune.console import percent, progress_on, quiet_libraries, show_warnings, table
@@ -110,6 +111,7 @@ def sequence(
     ),
     model: Model = None,
     domain: Domains = None,
+    watch: Watched = None,
     task: Task = None,
     template: Template = None,
     text_column: TextColumn = None,
@@ -127,7 +129,7 @@ def sequence(
     set_: Set = None,
 ) -> None:
     """Adapt to domain after domain with each method, measure every domain after every stage, write the report."""
-    settled = assemble(plan, {**locals(), "domains": domain, "methods": method}, set_)
+    settled = assemble(plan, {**locals(), "domains": domain, "watched": watch, "methods": method}, set_)
     _sequence(settled, run)
 
 

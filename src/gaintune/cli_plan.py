@@ -53,6 +53,10 @@ Template = Annotated[str | None, _option(DataConfig, "template", "--template")]
 Penalty = Annotated[str | None, _option(MethodConfig, "penalty", "--penalty")]
 PenaltyStrength = Annotated[float | None, _option(MethodConfig, "penalty_strength", "--penalty-strength")]
 Replay = Annotated[float | None, _option(MethodConfig, "replay", "--replay")]
+Watched = Annotated[
+    list[str] | None,
+    typer.Option("--watch", help="Domain that is measured beside the others and never learnt; repeatable."),
+]
 TextColumn = Annotated[
     str | None,
     typer.Option("--text-column", help="Column that holds the text of every domain that is a local file or folder."),
@@ -75,6 +79,7 @@ Set = Annotated[
 PLACES = {
     "model": ("model.name",),
     "domains": ("data.domains",),
+    "watched": ("data.watched",),
     "methods": ("methods",),
     "task": ("data.task",),
     "template": ("data.template",),

@@ -73,6 +73,9 @@ class DataConfig(Section):
             min_length=1,
         )
     )
+    watched: Annotated[tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...], BeforeValidator(as_list)] = (
+        Field(default=(), description="sequence: domains that are measured beside the others and never learnt")
+    )
     task: Task = Field(
         default="text",
         description="what is learnt from the rows: text (every token), instruct (the completion of a prompt), "
@@ -94,17 +97,17 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        names = [domain.name for domain in self.domains]
+        names = [domain.name for domain in self.measured]
         if len(set(names)) != len(names):
             raise ValueError(f"domains: every name must be different, got {', '.join(names)}")
         for field in ("train_tokens", "validation_tokens"):
             if getattr(self, field) < self.block_size:
                 raise ValueError(f"{field} is {getattr(self, field)}, less than one block ({self.block_size} tokens)")
-        tasks = {domain.name: self.task_of(domain) for domain in self.domains}
+        tasks = {domain.name: self.task_of(domain) for domain in self.measured}
         if "classify" in tasks.values() and len(set(tasks.values())) > 1:
             others = ", ".join(f"{name} ({task})" for name, task in tasks.items() if task != "classify")
             raise ValueError(f"domains: a classifier's domains cannot be mixed with others: {others}")
-        for domain in self.domains:
+        for domain in self.measured:
             own = ("template", "prompt_column", "completion_column")
             given = [field for field in own if getattr(domain, field) is not None]
             if given and self.task_of(domain) != "instruct":
@@ -113,6 +116,11 @@ class DataConfig(Section):
             field = "packing" if self.template == "auto" else "template"
             raise ValueError(f"{field} is for task instruct, and no domain has it; set data.task=instruct")
         return self
+
+    @property
+    def measured(self) -> tuple[DomainConfig, ...]:
+        """The domains that are learnt, in their order, and those that are only watched."""
+        return (*self.domains, *self.watched)
 
     def task_of(self, domain: DomainConfig) -> Task:
         """What is learnt from a domain's rows: its own task, else the plan's."""

@@ -46,6 +46,8 @@ def run_sequence(
         run: the run directory, made if it is not there.
         progress: where to show progress; nowhere unless given.
 
+    Domains that the plan only watches are measured with the others and never learnt.
+
     Returns:
         The numbers of matrix.json.
 
@@ -65,7 +67,7 @@ def run_sequence(
     device = resolve_device(settled.model.device)
     with open_run(Path(run), settled, describe_environment(device), cpu=device.type == "cpu") as directory:
         tokenizer = load_tokenizer(settled.model)
-        domains = [load_domain(domain, settled.data, tokenizer) for domain in settled.data.domains]
+        domains = [load_domain(domain, settled.data, tokenizer) for domain in settled.data.measured]
         fingerprint = base_fingerprint(settled.model)
         directory.settle("inputs.json", describe_inputs(fingerprint, domains), SAME_INPUTS)
         sequences = [_Sequence(settled, directory, domains, fingerprint, shown, method) for method in settled.methods]
@@ -106,22 +108,23 @@ class _Sequence:
     ) -> None:
         self._plan = plan
         self._run = run
-        self._domains = domains
+        self._domains = domains[: len(plan.data.domains)]
+        self._measured = domains
         self._fingerprint = fingerprint
         self._progress = progress
         self._method = method
         self._numbers = numbers_of(plan.model, method)
-        self._stages = [run.stage(method.label, index, domain.name) for index, domain in enumerate(domains)]
+        self._stages = [run.stage(method.label, index, domain.name) for index, domain in enumerate(self._domains)]
 
     def run(self, after_stage: Callable[[], None]) -> None:
         """Do what is not on disk yet: measure the base, learn the stages that are missing, measure every cell."""
         unfinished = [index for index in range(len(self._stages)) if not self._finished(index)]
-        if not unfinished and all(self._base_file(domain).exists() for domain in self._domains):
+        if not unfinished and all(self._base_file(domain).exists() for domain in self._measured):
             self._progress.note(f"{self._method.label}: all {len(self._stages)} stages are finished")
             return
         self._run.event("method started", method=self._method.label)
         base = load_base(self._plan.model, dtype=self._numbers.load)
-        for domain in self._domains:
+        for domain in self._measured:
             self._measure(base.model, domain, self._base_file(domain), "base")
         self._run.wait()
         model: nn.Module | None = None
@@ -147,7 +150,7 @@ class _Sequence:
     def _finished(self, index: int) -> bool:
         """Whether a stage has its adapter, every cell, and the record that closes it."""
         folder = self._stages[index]
-        cells = (folder / "evaluations" / f"{domain.name}.json" for domain in self._domains)
+        cells = (folder / "evaluations" / f"{domain.name}.json" for domain in self._measured)
         return all(path.exists() for path in (folder / "metrics.json", folder / "adapter", *cells))
 
     def _base_file(self, domain: DomainBlocks) -> Path:
@@ -158,12 +161,12 @@ class _Sequence:
         stages = []
         info: dict[str, Any] = {"method": self._method.name, "lr": learning_rate(self._method, self._plan.train)}
         for domain, folder in zip(self._domains, self._stages, strict=True):
-            losses = self._losses({each.name: folder / "evaluations" / f"{each.name}.json" for each in self._domains})
+            losses = self._losses({each.name: folder / "evaluations" / f"{each.name}.json" for each in self._measured})
             if losses:
                 stages.append(Stage(domain.name, losses))
             if (folder / "metrics.json").exists():
                 info["trainable_parameters"] = read_json(folder / "metrics.json")["trainable_parameters"]
-        base = self._losses({each.name: self._base_file(each) for each in self._domains})
+        base = self._losses({each.name: self._base_file(each) for each in self._measured})
         info["numbers"] = self._numbers.name
         return MethodRun(self._method.label, base, tuple(stages), info)
 
@@ -227,7 +230,7 @@ class _Sequence:
     def _close(self, model: nn.Module, index: int) -> None:
         """Measure all domains after a stage, and mark the stage as finished."""
         folder, domain, label = self._stages[index], self._domains[index], self._method.label
-        for measured in self._domains:
+        for measured in self._measured:
             file = folder / "evaluations" / f"{measured.name}.json"
             self._measure(model, measured, file, f"{label} after {domain.name}")
         if self._run.writes:

@@ -56,7 +56,7 @@ def compare_adapters(
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
     shown = progress or Silent()
     base = load_base(plan.model)
-    domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.domains]
+    domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
 
     def look(model: nn.Module, label: str) -> dict[str, DomainLoss]:
         return {

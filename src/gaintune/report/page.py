@@ -138,6 +138,7 @@ def _facts(matrix: Matrix, plan: Plan) -> list[tuple[str, str]]:
     return [
         ("Base model", plan.model.name),
         ("Domains, in order", " → ".join(domain.name for domain in data.domains)),
+        *([("Measured, never learnt", ", ".join(domain.name for domain in data.watched))] if data.watched else []),
         ("Training text", f"{data.train_tokens:,} tokens a domain, {plural(train.epochs, 'epoch')}"),
         ("Validation text", f"{tables.budget(matrix)}, {data.block_size} tokens each"),
         ("Seeds", f"data {data.seed}, training {train.seed}, resampling {plan.evaluate.seed}"),
