@@ -18,6 +18,7 @@ from gaintune.data.examples import Examples
 from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError, RunDirectoryError
+from gaintune.evaluate.base_losses import BaseLosses
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
@@ -34,7 +35,11 @@ SAME_INPUTS = "A run is one base and one set of texts: name another folder for o
 
 
 def run_sequence(
-    plan: Plan | Mapping[str, Any] | str | Path, run: str | Path, *, progress: Progress | None = None
+    plan: Plan | Mapping[str, Any] | str | Path,
+    run: str | Path,
+    *,
+    progress: Progress | None = None,
+    base_losses: BaseLosses | None = None,
 ) -> Matrix:
     """Adapt to every domain in order with each method, and measure every domain after every stage.
 
@@ -45,6 +50,7 @@ def run_sequence(
         plan: a `Plan`, nested values such as `{"methods": ["gain-ffn", "lora"]}`, or the path of a YAML plan.
         run: the run directory, made if it is not there.
         progress: where to show progress; nowhere unless given.
+        base_losses: where several runs over the same base and texts share what was measured of the base.
 
     Domains that the plan only watches are measured with the others and never learnt.
 
@@ -70,7 +76,10 @@ def run_sequence(
         domains = [load_domain(domain, settled.data, tokenizer) for domain in settled.data.measured]
         fingerprint = base_fingerprint(settled.model)
         directory.settle("inputs.json", describe_inputs(fingerprint, domains), SAME_INPUTS)
-        sequences = [_Sequence(settled, directory, domains, fingerprint, shown, method) for method in settled.methods]
+        sequences = [
+            _Sequence(settled, directory, domains, fingerprint, shown, method, base_losses)
+            for method in settled.methods
+        ]
         for sequence in sequences:
             sequence.run(after_stage=lambda: _write_matrix(directory, settled, sequences))
         _write_matrix(directory, settled, sequences)
@@ -105,6 +114,7 @@ class _Sequence:
         fingerprint: str,
         progress: Progress,
         method: MethodConfig,
+        base_losses: BaseLosses | None = None,
     ) -> None:
         self._plan = plan
         self._run = run
@@ -113,6 +123,7 @@ class _Sequence:
         self._fingerprint = fingerprint
         self._progress = progress
         self._method = method
+        self._base_losses = base_losses
         self._numbers = numbers_of(plan.model, method)
         self._stages = [run.stage(method.label, index, domain.name) for index, domain in enumerate(self._domains)]
 
@@ -125,7 +136,7 @@ class _Sequence:
         self._run.event("method started", method=self._method.label)
         base = load_base(self._plan.model, dtype=self._numbers.load)
         for domain in self._measured:
-            self._measure(base.model, domain, self._base_file(domain), "base")
+            self._measure(base.model, domain, self._base_file(domain), "base", self._base_losses)
         self._run.wait()
         model: nn.Module | None = None
         holds = -1
@@ -250,17 +261,34 @@ class _Sequence:
             versions=describe_environment(torch.device("cpu"))["packages"],
         )
 
-    def _measure(self, model: nn.Module, domain: DomainBlocks, file: Path, title: str) -> None:
-        """Measure one cell unless it is on disk."""
+    def _measure(
+        self, model: nn.Module, domain: DomainBlocks, file: Path, title: str, shared: BaseLosses | None = None
+    ) -> None:
+        """Measure one cell unless it is on disk, or another run over the same base and text has shared it."""
         if file.exists():
             return
-        loss = measure(
-            model,
-            domain.validation,
-            domain.validation_bytes,
-            batch_size=self._plan.evaluate.batch_size,
-            mixed_precision=self._numbers.mixed,
-            title=f"{title}: measuring {domain.name}",
-            progress=self._progress,
-        )
+        batch_size = self._plan.evaluate.batch_size
+
+        def look() -> DomainLoss:
+            return measure(
+                model,
+                domain.validation,
+                domain.validation_bytes,
+                batch_size=batch_size,
+                mixed_precision=self._numbers.mixed,
+                title=f"{title}: measuring {domain.name}",
+                progress=self._progress,
+            )
+
+        if shared is None:
+            loss = look()
+        else:
+            loss = shared.get(
+                domain,
+                look,
+                fingerprint=self._fingerprint,
+                numbers=self._numbers.name,
+                device=next(model.parameters()).device.type,
+                batch_size=batch_size,
+            )
         self._run.write_json(file, loss.to_dict())
