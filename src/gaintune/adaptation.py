@@ -32,6 +32,7 @@ from gaintune.models import load_base, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import open_run, sha256_file
 from gaintune.sequence import describe_inputs
+from gaintune.snapshots import Shelf, Snapshots
 from gaintune.updates import Place
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def adapt(
     device = resolve_device(settled.model.device)
     environment = describe_environment(device)
     unfinished = out.with_name(f"{out.name}.unfinished")
+    shelf = Shelf.of(out, unfinished)
+    shelf.check()
     with open_run(unfinished, settled, environment, cpu=device.type == "cpu", fleeting=True) as run:
         base = load_base(settled.model, dtype=numbers.load)
         *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
@@ -129,6 +132,17 @@ def adapt(
             model = attach(base.model, method, seed=settled.train.seed)
         else:
             model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
+        record = AdapterRecord.of_plan(
+            settled,
+            method,
+            fingerprint=base.fingerprint,
+            learnt=[(domain.name, domain.content_hash)],
+            versions=environment["packages"],
+            previous=previous,
+        )
+        if run.writes:
+            shelf.reopen()
+        every = settled.train.snapshot_steps
         before = look(model, f"measuring {domain.name} before")
         learnt = learn(
             model,
@@ -138,22 +152,16 @@ def adapt(
             place,
             own_rows=domain.train,
             checkpoints=unfinished / "checkpoints",
+            snapshots=Snapshots(shelf.unfinished, every, record) if every else None,
             logs=out.with_name(f"{out.name}.tensorboard"),
             mixed_precision=numbers.mixed,
             title=f"{method.label}: learning {domain.name}",
             progress=shown,
         )
-        record = AdapterRecord.of_plan(
-            settled,
-            method,
-            fingerprint=base.fingerprint,
-            learnt=[(domain.name, domain.content_hash)],
-            versions=environment["packages"],
-            previous=previous,
-        )
         after = look(model, f"measuring {domain.name} after")
         if run.writes:
             _warn_of_worse(domain.name, before, after, learning_rate(method, settled.train))
+            shelf.close()
             save_adapter(model, out, record, keep=learnt.keep)
         run.wait()
     if run.writes:

@@ -22,6 +22,7 @@ from gaintune.methods import attach, check_method, learning_rate, numbers_of, ru
 from gaintune.models import load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import open_run, sha256_file
+from gaintune.snapshots import Shelf, Snapshots
 from gaintune.updates import Place
 
 HIGHEST_HEAD_LR = 1e-3  # gains learn at ten times what a random matrix bears
@@ -95,6 +96,8 @@ def adapt_classifier(
     device = resolve_device(settled.model.device)
     environment = describe_environment(device)
     unfinished = out.with_name(f"{out.name}.unfinished")
+    shelf = Shelf.of(out, unfinished)
+    shelf.check()
     with open_run(unfinished, settled, environment, cpu=device.type == "cpu", fleeting=True) as run:
         domain = load_classification(
             settled.data.domains[0],
@@ -118,6 +121,19 @@ def adapt_classifier(
         else:
             model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
         padding = Padding(base.padding)
+        record = AdapterRecord.of_plan(
+            settled,
+            method,
+            fingerprint=base.fingerprint,
+            learnt=[(domain.name, domain.content_hash)],
+            versions=environment["packages"],
+            previous=previous,
+            labels=domain.labels,
+            settings={"classify": {**settled.classify.model_dump(mode="json"), "head_lr": head_learning_rate(settled)}},
+        )
+        if run.writes:
+            shelf.reopen()
+        every = settled.train.snapshot_steps
         learnt = learn(
             model,
             method,
@@ -125,6 +141,7 @@ def adapt_classifier(
             settled.train,
             place,
             checkpoints=unfinished / "checkpoints",
+            snapshots=Snapshots(shelf.unfinished, every, record) if every else None,
             objective=LabelLoss(model),
             collate=padding,
             head_rates=_head_rates(base, settled),
@@ -142,17 +159,8 @@ def adapt_classifier(
             title=f"measuring {domain.name} after",
             progress=shown,
         )
-        record = AdapterRecord.of_plan(
-            settled,
-            method,
-            fingerprint=base.fingerprint,
-            learnt=[(domain.name, domain.content_hash)],
-            versions=environment["packages"],
-            previous=previous,
-            labels=domain.labels,
-            settings={"classify": {**settled.classify.model_dump(mode="json"), "head_lr": head_learning_rate(settled)}},
-        )
         if run.writes:
+            shelf.close()
             save_adapter(model, out, record, keep=learnt.keep)
         run.wait()
     if run.writes:

@@ -14,6 +14,7 @@ from gaintune.config import MethodConfig, TrainConfig
 from gaintune.loss import NextTokenLoss, Objective
 from gaintune.methods import learning_rate, rate_multipliers, rules_of
 from gaintune.progress import Progress, Silent
+from gaintune.snapshots import Snapshots
 from gaintune.train import Adaptation, train
 from gaintune.updates import Lesson, Place, Rows, StageRule
 
@@ -43,6 +44,7 @@ def learn(
     objective: Objective | None = None,
     collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, Any]] | None = None,
     head_rates: Mapping[str, float] | None = None,
+    snapshots: Snapshots | None = None,
     logs: Path | None = None,
     mixed_precision: torch.dtype | None = None,
     title: str = "learning",
@@ -75,6 +77,7 @@ def learn(
         collate=collate,
         rules=rules,
         rate_multipliers={**(head_rates or {}), **(rate_multipliers(method) or {})},
+        snapshots=snapshots,
         logs=logs,
         mixed_precision=mixed_precision,
         title=title,

@@ -51,6 +51,12 @@ class TrainConfig(Section):
     )
     seed: int = Field(default=0, ge=0, description="seed of start values, order of blocks and dropout")
     checkpoint_steps: int = Field(default=50, gt=0, description="steps between checkpoints inside a stage")
+    snapshot_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="steps between copies of the adapter that are kept beside it, for `gaintune retention`; none are "
+        "kept unless given",
+    )
     trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb and the other Trainer trackers")
 
 

@@ -28,6 +28,7 @@ from gaintune.methods import attach, check_method, learning_rate, numbers_of, tr
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import Run, damage, open_run, process_count, read_json, write_json
+from gaintune.snapshots import Snapshots
 from gaintune.train import count_updates
 from gaintune.updates import Place
 
@@ -202,6 +203,7 @@ class _Sequence:
                 f"{folder / 'adapter'} is missing or damaged, and later stages were learnt on top of it: delete "
                 f"{', '.join(later)} too, and they are learnt anew"
             )
+        every, record = self._plan.train.snapshot_steps, self._record(index)
         learnt = learn(
             model,
             self._method,
@@ -210,6 +212,7 @@ class _Sequence:
             self._place(index),
             own_rows=domain.train,
             checkpoints=folder / "checkpoints",
+            snapshots=Snapshots(folder / "snapshots", every, record) if every else None,
             logs=folder / "tensorboard",
             mixed_precision=self._numbers.mixed,
             title=f"{label}: learning {domain.name}",
@@ -221,7 +224,7 @@ class _Sequence:
         if self._run.writes:
             told = {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
             write_json(folder / "training.json", told)
-            save_adapter(model, folder / "adapter", self._record(index), keep=learnt.keep)
+            save_adapter(model, folder / "adapter", record, keep=learnt.keep)
 
     def _rows(self, index: int) -> Examples:
         """What a stage trains on: its domain's rows, and rows of the earlier ones where the method replays them."""

@@ -24,6 +24,7 @@ from gaintune.isolation import require_isolation
 from gaintune.loss import Objective
 from gaintune.progress import Progress, Silent
 from gaintune.runs import damage
+from gaintune.snapshots import KeepSnapshots, Snapshots
 from gaintune.trainer import AfterUpdate, RowTrainer, Watch
 from gaintune.updates import Rows, UpdateRule
 
@@ -67,6 +68,7 @@ def train(
     collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, torch.Tensor]] | None = None,
     rules: Sequence[UpdateRule] = (),
     rate_multipliers: Mapping[str, float] | None = None,
+    snapshots: Snapshots | None = None,
     logs: Path | None = None,
     mixed_precision: torch.dtype | None = None,
     title: str = "training",
@@ -85,6 +87,7 @@ def train(
         collate: rows to a batch; rows of one length are stacked unless given.
         rules: what acts on every update beside the loss, such as a penalty, in this order.
         rate_multipliers: part of a parameter's name -> factor on `lr`, as in `parameter_groups`.
+        snapshots: which copies of the adapter to keep on the way; none unless given.
         logs: folder for TensorBoard's logs; beside the checkpoints unless given.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
         title: what a progress bar says.
@@ -107,6 +110,7 @@ def train(
     device = next(model.parameters()).device
     arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
     trackers = _trackers(plan.trackers, logs or checkpoints.parent / "tensorboard")
+    kept = [KeepSnapshots(model, snapshots)] if snapshots else []
     trainer = RowTrainer(
         plan=plan,
         objective=objective,
@@ -116,7 +120,7 @@ def train(
         args=arguments,
         train_dataset=cast(Dataset, rows),
         data_collator=collate,
-        callbacks=[*trackers, AfterUpdate(model, rules)],
+        callbacks=[*trackers, AfterUpdate(model, rules), *kept],
     )
     trainer.remove_callback(PrinterCallback)
     steps = count_updates(len(rows), plan, arguments.world_size)

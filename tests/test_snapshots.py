@@ -1,0 +1,80 @@
+"""Copies of an adapter during training: each is the adapter as it was, and a stop changes none of them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_base
+import tiny_domains
+from gaintune.adaptation import adapt
+from gaintune.adapters import load_adapter, read_record
+from gaintune.errors import AdapterError, ConfigError
+from gaintune.models import load_base
+from gaintune.runs import read_json
+from gaintune.sequence import run_sequence
+from gaintune.snapshots import snapshots_of
+from killing import StopAt, Stopped
+
+
+@pytest.fixture
+def plan(tmp_path):
+    plan = tiny_domains.plan(tiny_base.folder(tmp_path / "base"), tmp_path, train={"snapshot_steps": 3})
+    plan["data"]["domains"] = plan["data"]["domains"][:1]
+    return plan
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one, other):
+    names = {file.relative_to(one) for file in one.rglob("*") if file.is_file()}
+    assert names == {file.relative_to(other) for file in other.rglob("*") if file.is_file()}
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(plan, tmp_path):
+    adapt(plan, tmp_path / "whole")
+    copies = snapshots_of(tmp_path / "whole")
+    assert list(copies) == [3, 6, 8]  # 32 blocks, 4 at a time; the last update always
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(copies[8])[name])
+        assert not torch.equal(tensor, weights(copies[3])[name])
+    record = read_record(copies[3])
+    assert record is not None and record.settings["snapshot"] == {"step": 3, "steps": 8}
+    assert {**record.settings, "snapshot": None} == {
+        **read_record(tmp_path / "whole").settings, "snapshot": None
+    }  # fmt: skip
+    model = load_adapter(load_base(str(tmp_path / "base")), copies[3])  # it loads as any adapter does
+    assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "gain_v" in name)
+
+    with pytest.raises(Stopped):
+        adapt(plan, tmp_path / "stopped", progress=StopAt("gain-ffn: learning prose", 7))
+    assert not (tmp_path / "stopped.snapshots").exists(), "not beside an adapter that is not there yet"
+    with pytest.raises(Stopped):
+        adapt(plan, tmp_path / "stopped", progress=StopAt("measuring prose after", 1))
+    adapt(plan, tmp_path / "stopped")
+    assert same(tmp_path / "whole.snapshots", tmp_path / "stopped.snapshots")
+    assert same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_another_adapters_copies_are_not_mixed_in(plan, tmp_path):
+    (tmp_path / "out.snapshots").mkdir()
+    with pytest.raises(ConfigError, match=r"out\.snapshots exists already"):
+        adapt(plan, tmp_path / "out")
+    del plan["train"]["snapshot_steps"]
+    adapt(plan, tmp_path / "none")
+    assert not (tmp_path / "none.snapshots").exists()
+    with pytest.raises(AdapterError, match=r"no snapshots of it were kept; .*snapshot_steps"):
+        snapshots_of(tmp_path / "none")
+
+
+def test_stages_of_a_run_keep_theirs(plan, tmp_path):
+    plan["data"]["domains"].append(f"code={tmp_path / 'code.jsonl'}")
+    run_sequence(plan, tmp_path / "run")
+    stage = tmp_path / "run" / "stages" / "gain-ffn" / "02-code"
+    copies = snapshots_of(stage / "adapter")
+    assert list(copies) == [3, 6, read_json(stage / "metrics.json")["steps"]]
+    assert read_record(copies[3]).domains == ("prose", "code")
+    first = weights(stage.with_name("01-prose") / "adapter")
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in weights(copies[3]).items())
