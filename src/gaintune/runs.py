@@ -100,6 +100,11 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"sha256": sums})
 
 
+def stage_folder(run: Path, label: str, index: int, domain: str) -> Path:
+    """Where a run directory keeps one stage of one method; `index` counts from 0."""
+    return run / "stages" / label / f"{index + 1:02d}-{domain}"
+
+
 @contextlib.contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
@@ -175,7 +180,7 @@ class Run:
 
     def stage(self, label: str, index: int, domain: str) -> Path:
         """Folder of one stage of one method; `index` counts from 0."""
-        return self.folder / "stages" / label / f"{index + 1:02d}-{domain}"
+        return stage_folder(self.folder, label, index, domain)
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened and when (UTC)."""

@@ -1,0 +1,1 @@
+"""Every experiment of both papers as data, and what runs them."""

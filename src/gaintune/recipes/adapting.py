@@ -1,0 +1,103 @@
+"""Steps that train: a sequence of domains, and domains learnt apart from each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gaintune.evaluate.matrix import Interval, Matrix
+from gaintune.evaluate.records import Summary
+from gaintune.recipes.outcome import Context, Outcome
+from gaintune.report import write_report
+from gaintune.report.tables import cell_frame, summary_frame
+from gaintune.report.words import FIGURES, NONE, with_interval
+from gaintune.runs import stage_folder
+from gaintune.sequence import run_sequence
+
+
+def sequence(settings: dict[str, Any], context: Context) -> Outcome:
+    """Domain after domain with each method: `gaintune sequence`.
+
+    Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.DOMAIN` after the
+    last stage; `LABEL.after-STAGE.DOMAIN`; `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
+    """
+    if not context.world.has_base(settings.get("base")):
+        why = f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
+        return Outcome(notes=(why,), left_out=True)
+    plan = context.world.plan(settings, origin=context.origin)
+    matrix = run_sequence(plan, context.folder, progress=context.progress)
+    write_report(context.folder)
+    tables = {"Summary": summary_frame(matrix)}
+    for method in matrix.methods:
+        tables[f"{method.label}, every domain after every stage"] = cell_frame(matrix, method).map(
+            lambda cell: NONE if cell is None else with_interval(cell)
+        )
+    return Outcome(
+        numbers=matrix_numbers(matrix),
+        tables=tables,
+        figures=tuple(sorted((context.folder / "figures").glob("*.png"))),
+        adapters=adapters_of(context.folder, matrix),
+        plan=plan,
+        notes=_left_out(settings, context),
+    )
+
+
+def separately(settings: dict[str, Any], context: Context) -> Outcome:
+    """Each domain learnt from the base by itself, every domain measured afterwards; numbers as `DOMAIN.LABEL.…`."""
+    asked = settings.pop("domains", [])
+    numbers: dict[str, Interval] = {}
+    tables, figures, adapters = {}, [], {}
+    plan = None
+    for domain in context.world.domains(asked):
+        others = [other for other in context.world.domains(asked) if other["name"] != domain["name"]]
+        watched = [*others, *settings.get("watched", [])]
+        plan = context.world.plan({**settings, "domains": [domain], "watched": watched}, origin=context.origin)
+        run = context.folder / str(domain["name"])
+        matrix = run_sequence(plan, run, progress=context.progress)
+        write_report(run)
+        numbers |= {f"{domain['name']}.{name}": value for name, value in matrix_numbers(matrix).items()}
+        tables[f"{domain['name']} learnt by itself"] = summary_frame(matrix)
+        figures += sorted((run / "figures").glob("*.png"))
+        adapters |= adapters_of(run, matrix)
+    return Outcome(numbers, tables, tuple(figures), adapters, plan, _left_out({"domains": asked, **settings}, context))
+
+
+def _left_out(settings: dict[str, Any], context: Context) -> tuple[str, ...]:
+    """Say which of the paper's domains have no text here."""
+    names = [*settings.get("domains", ()), *settings.get("watched", ())]
+    missing = context.world.missing(names)
+    stand_ins = [
+        f"{each['name']} is {each['source']}"
+        for each in context.world.domains(names)
+        if context.world.scale == "small" and "/" not in each["source"] and each["source"] != each["name"]
+    ]
+    notes = [f"left out for want of a text (give --data FOLDER): {', '.join(missing)}"] if missing else []
+    return (*notes, *([f"embedded texts stand in: {', '.join(stand_ins)}"] if stand_ins else []))
+
+
+def adapters_of(run: Path, matrix: Matrix) -> dict[str, Path]:
+    """The adapter folders of a run, by `label/domain`."""
+    return {
+        f"{method.label}/{row.domain}": stage_folder(run, method.label, index, row.domain) / "adapter"
+        for method in matrix.methods
+        for index, row in enumerate(method.stages)
+    }
+
+
+def matrix_numbers(matrix: Matrix) -> dict[str, Interval]:
+    """Every number of a matrix under the name that a claim uses."""
+    found: dict[str, Interval] = {}
+    for method in matrix.methods:
+        found |= _summary(method.label, method.summary)
+        for row in method.stages:
+            found |= {f"{method.label}.after-{row.domain}.{name}": cell.interval for name, cell in row.cells.items()}
+        if method.stages:
+            found |= {f"{method.label}.{name}": cell.interval for name, cell in method.stages[-1].cells.items()}
+    for comparison in matrix.comparisons:
+        found |= _summary(f"{comparison.label}-minus-{comparison.against}", comparison.summary)
+    return found
+
+
+def _summary(label: str, summary: Summary) -> dict[str, Interval]:
+    figures = ((name, getattr(summary, name)) for name in FIGURES)
+    return {f"{label}.{name}": interval for name, interval in figures if interval is not None}

@@ -1,0 +1,93 @@
+"""What a step of a recipe gives: numbers with intervals, tables, figures, and the adapters it trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from gaintune.config import Plan
+from gaintune.errors import ConfigError
+from gaintune.evaluate.records import Interval
+from gaintune.progress import Progress
+from gaintune.recipes.world import World
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gave.
+
+    Attributes:
+        numbers: what claims may name, without the step's own name in front; an interval without ends is a bare value.
+        tables: by title; the paper's table among them.
+        figures: PNG files.
+        adapters: folders, by `label/domain`: what a method was after it learnt that domain.
+        plan: the plan behind the adapters; None where there is none.
+        notes: what a reader must know, such as a domain that was left out.
+        left_out: whether this scale has not what the step needs; its claims stay undecided.
+    """
+
+    numbers: Mapping[str, Interval] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    figures: tuple[Path, ...] = ()
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    plan: Plan | None = None
+    notes: tuple[str, ...] = ()
+    left_out: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step may use.
+
+    Attributes:
+        name: the step's name.
+        folder: where it writes; made by the step.
+        world: base, texts and budgets.
+        earlier: outcomes of the steps before, by name.
+        progress: where to show progress.
+        allow_code_execution: whether generated programs may be run.
+    """
+
+    name: str
+    folder: Path
+    world: World
+    earlier: Mapping[str, Outcome]
+    progress: Progress
+    allow_code_execution: bool = False
+
+    @property
+    def origin(self) -> str:
+        """How errors name the step."""
+        return f"step {self.name}"
+
+    def of(self, settings: dict[str, Any]) -> Outcome:
+        """Take `of`, the name of an earlier step, out of the settings and give that step's outcome.
+
+        Raises:
+            ConfigError: there is none, or no step of that name came before.
+        """
+        name = settings.pop("of", None)
+        if name not in self.earlier:
+            known = ", ".join(self.earlier) or "none"
+            raise ConfigError(f"{self.origin}: `of` names the step it works on, got {name!r}; steps before it: {known}")
+        return self.earlier[name]
+
+    def refuse_unknown(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that no one took."""
+        if settings:
+            raise ConfigError(f"{self.origin}: unknown key {next(iter(settings))!r}")
+
+
+class Kind(Protocol):
+    """Does one kind of step."""
+
+    def __call__(self, settings: dict[str, Any], context: Context) -> Outcome: ...
+
+
+def bare(value: float) -> Interval:
+    """A number without an interval."""
+    return Interval(float(value), None, None)

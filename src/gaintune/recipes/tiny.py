@@ -1,0 +1,96 @@
+"""A base of a few thousand random weights and texts of the standard library: what a smoke run computes on."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gaintune.runs import complete_folder, damage, write_text
+
+END = "<end>"
+DOCUMENTS = 24
+LONGEST = 400  # characters of a document
+MODULES = {
+    "pubmedqa": "argparse",
+    "wikitext": "typing",
+    "finphrase": "_pydecimal",
+    "pg19": "email.message",
+    "medqa": "ftplib",
+    "lambada": "logging",
+    "sst2": "pathlib",
+    "hellaswag": "unittest.mock",
+}
+"""Whose functions stand for a paper's domain; sixteen documents of source text each are enough to learn something."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and one that begins and ends a text."""
+    vocabulary = {token: number for number, token in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    model = Tokenizer(models.BPE(vocabulary, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END, bos_token=END)
+
+
+def base(folder: Path, seed: int = 0) -> Path:
+    """Write a base, unless it is there."""
+    if folder.is_dir() and damage(folder) is None:
+        return folder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=300,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=3,  # one for each depth third
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    with complete_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer().save_pretrained(temporary)
+    return folder
+
+
+def texts(folder: Path) -> Path:
+    """Write a domain for each of the papers' names, and prompts with completions."""
+    for name, module in MODULES.items():
+        documents = [{"text": text} for _, text in _functions(module)]
+        _write(folder / f"{name}.jsonl", documents)
+    exchanges = [
+        {"prompt": f"What does {name} do?", "completion": f" {text[:120]}"} for name, text in _functions("ast")
+    ]
+    for name in ("gsm8k", "metamathqa", "magicoder"):
+        _write(folder / f"{name}.jsonl", exchanges)
+    return folder
+
+
+def _functions(module: str) -> Iterator[tuple[str, str]]:
+    """Name and source of functions of a module of the standard library, as many as are wanted, each once."""
+    import importlib
+
+    tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+    seen: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and len(seen) < DOCUMENTS:
+            text = ast.unparse(node)[:LONGEST]
+            if text not in seen:
+                seen.add(text)
+                yield node.name, text
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    if not path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,94 @@
+"""What a recipe leaves: results.md to read, results.csv and results.json to compute with, figures beside them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from gaintune.report.tables import markdown_table
+from gaintune.report.words import NONE, number
+from gaintune.runs import make_folder, write_json, write_text
+
+if TYPE_CHECKING:
+    from gaintune.evaluate.records import Interval
+    from gaintune.recipes.runner import RecipeResult
+
+
+def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
+    """Write results.md, results.csv (every number), results.json, environment.json, and figures/."""
+    folder = result.folder
+    make_folder(folder / "figures")
+    for step, outcome in result.outcomes.items():
+        for figure in outcome.figures:
+            part = figure.parent.relative_to(folder / step).as_posix().replace("figures", "").strip("/.")
+            name = "-".join(filter(None, (step, part.replace("/", "-"), figure.name)))
+            shutil.copyfile(figure, folder / "figures" / name)
+    rows = [
+        {"step": step, "number": name, "value": one.value, "low": one.low, "high": one.high}
+        for step, outcome in result.outcomes.items()
+        for name, one in outcome.numbers.items()
+    ]
+    frame = pd.DataFrame(rows, columns=["step", "number", "value", "low", "high"])
+    write_text(folder / "results.csv", frame.to_csv(index=False, lineterminator="\n"))
+    write_json(
+        folder / "results.json",
+        {
+            "recipe": result.recipe.id,
+            "scale": result.scale,
+            "numbers": {f"{row['step']}.{row['number']}": [row["value"], row["low"], row["high"]] for row in rows},
+            "claims": [finding.to_dict() for finding in result.findings],
+            "notes": {step: list(outcome.notes) for step, outcome in result.outcomes.items()},
+        },
+    )
+    write_json(folder / "environment.json", dict(environment))
+    write_text(folder / "results.md", markdown(result))
+
+
+def markdown(result: RecipeResult) -> str:
+    """The page: what was asked, a verdict on every claim, and each step's tables."""
+    recipe = result.recipe
+    lines = [
+        f"# {recipe.id}: {recipe.title}",
+        "",
+        f"{recipe.source}; scale {result.scale}.",
+        "",
+        recipe.asks.strip(),
+        "",
+    ]
+    if result.scale == "smoke":
+        lines += ["Random weights and a few steps: the verdicts show that everything runs, and nothing else.", ""]
+    lines += _verdicts(result)
+    for step, outcome in result.outcomes.items():
+        lines += [f"## {step}", ""]
+        lines += [f"- {note}" for note in outcome.notes]
+        lines += [""] if outcome.notes else []
+        for title, table in outcome.tables.items():
+            lines += [f"{title}:", "", markdown_table(table, ""), ""]
+    return "\n".join(lines)
+
+
+def _verdicts(result: RecipeResult) -> Iterator[str]:
+    if not result.findings:
+        return
+    rows = {
+        finding.claim.says: [finding.verdict, shown(finding.number), str(finding.claim.expect), finding.claim.number]
+        for finding in result.findings
+    }
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Verdict here", "Found", "Claimed", "Number"])
+    yield markdown_table(frame, "Claim")
+    yield ""
+
+
+def shown(one: Interval | None) -> str:
+    """A number and its interval, the bare number, or a dash."""
+    if one is None:
+        return NONE
+    ends = f" [{_digits(one.low)}, {_digits(one.high)}]" if one.low is not None and one.high is not None else ""
+    return _digits(one.value) + ends
+
+
+def _digits(value: float) -> str:
+    return f"{'−' if value < 0 else ''}{number(abs(value))}" if abs(value) >= 1 else f"{value:.3g}".replace("-", "−")
