@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from gaintune import peft_configs
 from gaintune.adalora import BudgetSchedule
 from gaintune.errors import ConfigError
+from gaintune.gain_signs import SignFlips
 from gaintune.osf import SubspaceProjection
 from gaintune.sections import MethodConfig
 from gaintune.tuners.optim import GATES
@@ -65,6 +66,7 @@ METHODS: dict[str, Method] = {
             f"{_FROZEN}; gains only (fp32)",
             peft_configs.gain(ffn=False),
             "GAIN",
+            rule=lambda config, place: SignFlips(),
         ),
         Method(
             "gain-ffn",
@@ -74,6 +76,7 @@ METHODS: dict[str, Method] = {
             f"{_FROZEN}; gains only (fp32)",
             peft_configs.gain(ffn=True),
             "GAIN",
+            rule=lambda config, place: SignFlips(),
         ),
         Method(
             "disel",

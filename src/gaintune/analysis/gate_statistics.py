@@ -44,11 +44,11 @@ class Place:
     block: Block
 
 
-def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+def places_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, Place]:
     """Read the places of layers off their names: the first number in a name counts transformer layers.
 
     A projection goes by the last part of its name, or, where several of a layer share that (BERT's `dense`), by all of
-    its name inside the layer.
+    its name inside the layer. Without a model, as many transformer layers are taken to be there as the names count.
     """
     split: dict[str, tuple[str, int | None, tuple[str, ...]]] = {}
     for name in names:
@@ -58,6 +58,7 @@ def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
             (name, None, parts[-1:]) if at is None else (".".join(parts[:at]), int(parts[at]), parts[at + 1 :])
         )
     whole = {inside for _, layer, inside in split.values() if layer is not None}
+    named = 1 + max((layer for _, layer, _ in split.values() if layer is not None), default=-1)
     shared = {inside[-1] for inside in whole if sum(other[-1] == inside[-1] for other in whole) > 1}
     places = {}
     for name, (above, layer, inside) in split.items():
@@ -65,7 +66,7 @@ def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
         attention = any("attn" in part.lower() or "attention" in part.lower() for part in inside)
         depth = "outside"
         if layer is not None:
-            siblings = model.get_submodule(above)
+            siblings = range(named) if model is None else model.get_submodule(above)
             depth = DEPTHS[3 * layer // len(siblings)] if isinstance(siblings, Sized) else "outside"
         places[name] = Place(name, layer, depth, projection, "attention" if attention else "mlp")
     return places

@@ -1,0 +1,75 @@
+"""Where an analysed adapter comes from: what its folder says of itself, kept beside every table and figure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaintune.adapter_folder import adapter_weights, check_whole, read_config, read_record
+from gaintune.environment import describe_environment
+from gaintune.errors import AdapterError
+from gaintune.runs import sha256_file
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One adapter's identity and making.
+
+    Attributes:
+        adapter: the folder, as it was named.
+        sha256: of its manifest, or of its weights where PEFT wrote it without us.
+        method: catalogue name; PEFT's type for an adapter without a record.
+        label: what the run called the method.
+        domains: what it has learnt, in order; empty where nobody wrote it down.
+        base: name of its base.
+        base_fingerprint: identity of its base; None where nobody wrote it down.
+        settings: training and method settings, by section.
+    """
+
+    adapter: str
+    sha256: str
+    method: str
+    label: str
+    domains: tuple[str, ...]
+    base: str
+    base_fingerprint: str | None
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "domains": list(self.domains)}
+
+
+def origin_of(folder: Path) -> Origin:
+    """Read what an adapter's folder says of itself; AdapterError where it is damaged or no adapter."""
+    record = read_record(folder)
+    check_whole(folder)
+    weights = adapter_weights(folder)
+    if not weights.is_file():
+        raise AdapterError(f"{weights} is missing; restore the folder from where it was saved")
+    digest = sha256_file(weights)
+    if record is None:
+        config = read_config(folder)
+        kind = str(config.get("peft_type"))
+        return Origin(str(folder), digest, kind, kind, (), str(config.get("base_model_name_or_path")), None, {})
+    return Origin(
+        adapter=str(folder),
+        sha256=digest,
+        method=record.method,
+        label=record.label,
+        domains=tuple(record.domains),
+        base=record.base_name,
+        base_fingerprint=record.base_fingerprint,
+        settings=record.settings,
+    )
+
+
+def provenance(*origins: Origin, device: torch.device | None = None) -> dict[str, Any]:
+    """What a record of an analysis keeps beside its numbers: the adapters, and what it was computed with."""
+    return {
+        "adapters": [each.to_dict() for each in origins],
+        "environment": describe_environment(device or torch.device("cpu")),
+    }
