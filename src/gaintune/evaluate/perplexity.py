@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -49,13 +49,67 @@ def measure(
         TrainingError: the loss of some row is not finite; the model is broken.
         ConfigError: rows hold several texts, and the model does not keep them apart.
     """
+    sums: list[float] = []
+    _each_batch(
+        model,
+        examples,
+        lambda losses: sums.extend(losses.double().sum(dim=1).tolist()),
+        batch_size=batch_size,
+        mixed_precision=mixed_precision,
+        title=title,
+        progress=progress,
+    )
+    if not all(torch.isfinite(torch.tensor(sums))):
+        raise _broken(title)
+    return DomainLoss(nll=tuple(sums), tokens=examples.scored, bytes=tuple(bytes_per_row))
+
+
+def measure_tokens(
+    model: nn.Module,
+    examples: Examples,
+    *,
+    batch_size: int = 4,
+    mixed_precision: torch.dtype | None = None,
+    title: str = "measuring",
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """The loss of every token but the first of each row, `(rows, length - 1)` in nats, fp32 on the CPU.
+
+    Tokens that are not scored have 0. Arguments and errors are those of `measure`.
+    """
+    kept: list[torch.Tensor] = []
+    _each_batch(
+        model,
+        examples,
+        lambda losses: kept.append(losses.float().cpu()),
+        batch_size=batch_size,
+        mixed_precision=mixed_precision,
+        title=title,
+        progress=progress,
+    )
+    losses = torch.cat(kept)
+    if not bool(losses.isfinite().all()):
+        raise _broken(title)
+    return losses
+
+
+def _each_batch(
+    model: nn.Module,
+    examples: Examples,
+    take: Callable[[torch.Tensor], None],
+    *,
+    batch_size: int,
+    mixed_precision: torch.dtype | None,
+    title: str,
+    progress: Progress | None,
+) -> None:
+    """Hand over the losses of one batch after the other, `(rows, length - 1)`, in inference mode."""
     device = next(model.parameters()).device
     if examples.position_ids is not None:
         require_isolation(model)
     loss = NextTokenLoss(model)
     training = model.training
     model.eval()
-    sums: list[float] = []
     try:
         with (
             torch.inference_mode(),
@@ -63,13 +117,13 @@ def measure(
             (progress or Silent()).task(title, examples.tokens, "tokens") as advance,
         ):
             for batch in examples.batches(batch_size):
-                losses = loss.per_token(model, {name: tensor.to(device) for name, tensor in batch.items()})
-                sums.extend(losses.double().sum(dim=1).tolist())
+                take(loss.per_token(model, {name: tensor.to(device) for name, tensor in batch.items()}))
                 advance(batch["input_ids"].numel())
     finally:
         model.train(training)
-    if not all(torch.isfinite(torch.tensor(sums))):
-        raise TrainingError(
-            f"{title}: the loss is not finite, so the model is broken; lower the learning rate and run it anew"
-        )
-    return DomainLoss(nll=tuple(sums), tokens=examples.scored, bytes=tuple(bytes_per_row))
+
+
+def _broken(title: str) -> TrainingError:
+    return TrainingError(
+        f"{title}: the loss is not finite, so the model is broken; lower the learning rate and run it anew"
+    )
