@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
 test-unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not real_model and not study_data"
+	$(BIN)/python -m pytest -m "not real_model and not study_data and not cluster"
 
 test-peft: $(VENV)/.installed-dev
 	$(BIN)/python tests/peft_contract/run.py

@@ -61,6 +61,10 @@ class TrainingError(GaintuneError, RuntimeError):
     """Training stopped before it could do harm: a non-finite loss or gradient, or an interrupted stage."""
 
 
+class SweepError(GaintuneError, RuntimeError):
+    """Some runs of a sweep failed, or its workers cannot work: run it again, what is finished is kept."""
+
+
 class MergeError(GaintuneError, RuntimeError):
     """An adapter cannot be merged, or the merged model is further from it than the stated tolerance."""
 

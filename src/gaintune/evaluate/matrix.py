@@ -51,6 +51,7 @@ __all__ = [
     "Summary",
     "build_matrix",
     "change",
+    "summary_replicates",
 ]
 
 
@@ -162,6 +163,24 @@ def _figures(
     """Summary figures after the stages in `learnt`, over the columns that have a base."""
     kept = [domains[column] for column in columns]
     return summary_figures(nats[:, : len(learnt)][:, :, columns], [kept.index(domain) for domain in learnt])
+
+
+def summary_replicates(
+    run: MethodRun, evaluate: EvaluateConfig, planned: Sequence[str]
+) -> dict[str, FloatArray | None]:
+    """The summary figures of a finished run with their block resamples, each `(1 + samples,)` in %; 0 is the sample.
+
+    Resample b takes the same blocks of a domain in every run with the same settings and texts, so that differences and
+    means of several runs can be taken resample by resample. None where a figure has no cell.
+
+    Raises:
+        DataError: the run is not finished.
+    """
+    domains = _order([run], planned)
+    if _finished_stages(run, planned) < len(planned):
+        raise DataError(f"{run.label}: not every planned stage is finished and measured")
+    columns = [column for column, name in enumerate(domains) if name in run.base]
+    return _figures(_replicates([run], domains, evaluate)[0], domains, columns, planned)
 
 
 def _interval(replicates: FloatArray | None, confidence: float) -> Interval | None:

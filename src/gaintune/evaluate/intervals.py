@@ -1,0 +1,162 @@
+"""Intervals over paired items and over repeated runs.
+
+A run is repeated with other seeds and other orders of the domains. Each repetition is a replicate; what differs
+between replicates is uncertainty that the text a run was measured on says nothing of. Figures of a replicate may
+bring block resamples with them: column 0 is the sample itself, and column b of every replicate was drawn with the
+same blocks, so that both kinds of uncertainty are in an interval.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
+
+from gaintune.errors import DataError
+from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
+from gaintune.evaluate.records import Interval
+
+SAMPLES = 2000
+CONFIDENCE = 0.95
+EXACT_FLIPS = 14  # 2 ** 14 ways to choose signs are all looked at; of more, a sample
+
+
+def t_quantile(confidence: float, replicates: int) -> float:
+    """How many standard errors a two-sided interval over so few replicates reaches (Student's t)."""
+    return float(stdtrit(replicates - 1, 0.5 + confidence / 2))
+
+
+def expanded(confidence: float, items: int) -> float:
+    """The confidence at which a percentile interval over few items covers what is asked.
+
+    Percentiles of a bootstrap are too narrow by sqrt((n - 1) / n) and use the normal's quantiles for Student's; both
+    are made up for by taking outer percentiles (Hesterberg, What Teachers Should Know About the Bootstrap, 2015).
+    """
+    reach = t_quantile(confidence, items) * np.sqrt(items / (items - 1))
+    return float(1.0 - 2.0 * ndtr(-reach))
+
+
+def paired_bootstrap(
+    differences: Sequence[float] | FloatArray,
+    *,
+    samples: int = SAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval:
+    """Mean of paired differences, such as adapted minus base on each item, with a bootstrap interval over the items.
+
+    Args:
+        differences: one for each item, `(items,)`, in any unit; the interval is in the same.
+        samples: resamples to draw.
+        confidence: share of such intervals that cover the true mean.
+        seed: seed of the resampling.
+
+    Returns:
+        The interval; without ends where there is one item, which cannot be resampled.
+
+    Raises:
+        DataError: no item, or one that is not finite.
+    """
+    values = _finite(differences, 1)
+    items = len(values)
+    ones = np.ones(items, dtype=np.int64)
+    means = replicate_means(values[None], ones, samples=samples, seed=seed, domain="")[:, 0]
+    if items < 2:
+        return Interval(float(means[0]), None, None)
+    low, high = bounds(means, expanded(confidence, items))
+    return Interval(float(means[0]), float(low), float(high))
+
+
+def replicated(
+    values: Sequence[float] | FloatArray,
+    *,
+    groups: Sequence[int] | None = None,
+    how: Literal["t", "bootstrap"] = "t",
+    confidence: float = CONFIDENCE,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean over replicates with an interval that covers what other replicates, and other blocks, would have given.
+
+    Args:
+        values: a figure of each replicate, `(replicates,)`; or with block resamples, `(replicates, 1 + resamples)`,
+            column 0 the figure itself and column b of every row drawn with the same blocks.
+        groups: what each row belongs to, such as the order that a seed was run in: rows of one group are averaged
+            first, and the groups are the replicates. Every row by itself unless given.
+        how: `t` spreads the mean over replicates as Student's t says, right for as few as two; `bootstrap` draws
+            replicates with replacement, for ten and more whose figures are far from normal.
+        confidence: share of such intervals that cover the true mean.
+        samples: draws, where the values bring no block resamples of their own.
+        seed: seed of the draws.
+
+    Returns:
+        The interval; without ends where there is one replicate, which says nothing of others.
+
+    Raises:
+        DataError: no replicate, or a figure that is not finite.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    plain = rows.ndim == 1
+    rows = _group_means(_finite(rows[:, None] if plain else rows, 2), groups)
+    count = len(rows)
+    value = float(rows[:, 0].mean())
+    if count < 2:
+        return Interval(value, None, None)
+    if plain and how == "t":
+        reach = t_quantile(confidence, count) * float(rows[:, 0].std(ddof=1)) / np.sqrt(count)
+        return Interval(value, value - float(reach), value + float(reach))
+    drawn = np.broadcast_to(rows, (count, 1 + samples)) if plain else rows
+    generator = np.random.default_rng(seed)
+    if how == "t":
+        error = drawn[:, 0].std(ddof=1) / np.sqrt(count)
+        spread = drawn.mean(axis=0) + error * generator.standard_t(count - 1, size=drawn.shape[1])
+        low, high = bounds(spread, confidence)
+    else:
+        picked = generator.multinomial(count, np.full(count, 1.0 / count), size=drawn.shape[1])
+        low, high = bounds(np.einsum("br,rb->b", picked / count, drawn), expanded(confidence, count))
+    return Interval(value, float(low), float(high))
+
+
+def sign_flip_test(differences: Sequence[float] | FloatArray, *, samples: int = 20000, seed: int = 0) -> float:
+    """Two-sided p-value that paired differences have mean 0, if they are symmetric around it.
+
+    Compares the mean with the means under every choice of signs: exact up to 14 pairs, beyond that over a seeded
+    sample of choices. With n pairs p cannot be below 2 / 2 ** n, so five pairs never reach 0.05.
+
+    Raises:
+        DataError: no difference, or one that is not finite.
+    """
+    values = _finite(differences, 1)
+    if len(values) <= EXACT_FLIPS:
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(values))))
+        extra = 0
+    else:
+        signs = np.random.default_rng(seed).choice((1.0, -1.0), size=(samples, len(values)))
+        extra = 1  # the choice that was observed
+    flipped = np.abs(np.einsum("fn,n->f", signs, values))
+    observed = abs(float(values.sum()))
+    as_large = int((flipped >= observed - 1e-12 * max(float(np.abs(values).sum()), 1e-300)).sum())
+    return (as_large + extra) / (len(signs) + extra)
+
+
+def _group_means(rows: FloatArray, groups: Sequence[int] | None) -> FloatArray:
+    """Rows of one group averaged, in the order in which the groups appear."""
+    if groups is None:
+        return rows
+    if len(groups) != len(rows):
+        raise DataError(f"{len(rows)} replicates, but a group for {len(groups)}")
+    members: NDArray[np.int64] = np.asarray(groups)
+    return np.array([rows[members == group].mean(axis=0) for group in dict.fromkeys(groups)])
+
+
+def _finite(values: Sequence[float] | FloatArray, dimensions: int) -> FloatArray:
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != dimensions or not found.size:
+        raise DataError(f"an interval needs at least one figure, got an array of shape {found.shape}")
+    if not np.isfinite(found).all():
+        raise DataError("an interval cannot be made of figures that are not finite")
+    return found

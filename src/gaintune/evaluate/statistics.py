@@ -1,0 +1,51 @@
+"""Statistics of everything measured: paired intervals, replicates, curves over rates, and verdicts on claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from gaintune.evaluate.curves import Curve, CurveDifference, curve_difference
+from gaintune.evaluate.intervals import paired_bootstrap, replicated, sign_flip_test
+from gaintune.evaluate.records import Interval
+
+__all__ = [
+    "Claim",
+    "Curve",
+    "CurveDifference",
+    "Interval",
+    "Verdict",
+    "curve_difference",
+    "judge",
+    "paired_bootstrap",
+    "replicated",
+    "sign_flip_test",
+]
+
+Verdict = Literal["reproduced", "refuted", "undecided"]
+Claim = Callable[[float], bool] | tuple[float | None, float | None]
+LOOKS = 101  # values of an interval that a claim is asked about
+
+
+def judge(interval: Interval | None, claim: Claim) -> Verdict:
+    """Whether an interval bears out a claim about its value.
+
+    Args:
+        interval: what was measured; None or without ends decides nothing.
+        claim: the values the claim allows: between `(low, high)`, both left out, and None where there is no bound,
+            such as `(None, 0.0)` for "below zero"; or a function that says whether a value agrees with it.
+
+    Returns:
+        `reproduced` where every value of the interval agrees, `refuted` where none does, `undecided` otherwise.
+    """
+    if interval is None or interval.low is None or interval.high is None:
+        return "undecided"
+    if callable(claim):
+        agrees = [bool(claim(float(value))) for value in np.linspace(interval.low, interval.high, LOOKS)]
+        return "reproduced" if all(agrees) else "undecided" if any(agrees) else "refuted"
+    least, most = (-np.inf if claim[0] is None else claim[0]), (np.inf if claim[1] is None else claim[1])
+    if least < interval.low and interval.high < most:
+        return "reproduced"
+    return "refuted" if interval.high <= least or most <= interval.low else "undecided"

@@ -1,0 +1,146 @@
+"""A sweep's comparison as Markdown, JSON and the trade-off figure: in-domain against earlier domains, over rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gaintune.environment import describe_environment
+from gaintune.evaluate.records import Interval
+from gaintune.progress import plural
+from gaintune.report.canvas import INK, RULE, figure_files, styled
+from gaintune.report.palette import look
+from gaintune.report.tables import markdown_table, setting
+from gaintune.report.words import FIGURES, signed, with_interval
+from gaintune.runs import write_json, write_text
+from gaintune.sweep_compare import CurvePair, Pair, Point, SweepComparison
+
+
+def heading(figure: str) -> str:
+    """What a figure is called in tables."""
+    return FIGURES[figure][0]
+
+
+def point_frame(points: tuple[Point, ...], comparison: SweepComparison) -> pd.DataFrame:
+    """A row for each variant and rate: its figures with intervals over replicates, in %."""
+    return pd.DataFrame(
+        [
+            [setting(one.lr), with_interval(one.in_domain), with_interval(one.figure), str(one.replicates)]
+            for one in points
+        ],
+        index=[one.variant for one in points],
+        columns=["LR", "In-domain", heading(comparison.figure), comparison.over.capitalize()],
+        dtype=object,
+    )
+
+
+def pair_sentence(pair: Pair, comparison: SweepComparison) -> str:
+    """Two variants at matched in-domain change, and no winner that the interval does not name."""
+    told = f"{pair.better} is better" if pair.better else "no difference shown"
+    return (
+        f"{pair.first} minus {pair.second}: {with_interval(pair.difference, 'points')} on {_lower(comparison)}, with "
+        f"{with_interval(pair.in_domain, 'points')} left in-domain ({_counted(pair.replicates, comparison)}, sign-flip "
+        f"p = {pair.p:.3g}): {told}"
+    )
+
+
+def curve_sentence(pair: CurvePair, comparison: SweepComparison) -> str:
+    """Two variants by their curves over all rates."""
+    names = f"{pair.first} minus {pair.second}"
+    if pair.curve is None:
+        return f"{names}: not compared by curve ({pair.reason})"
+    curve = pair.curve
+    told = f"{pair.better} is better" if pair.better else "no difference shown"
+    left = [
+        f"{name}'s {', '.join(f'{rate:g}' for rate in rates)}"
+        for name, rates in zip((pair.first, pair.second), curve.left_out, strict=True)
+        if rates
+    ]
+    beyond = f"; beyond the best in-domain change, so not on the curve: {', '.join(left)}" if left else ""
+    return (
+        f"{names}: {with_interval(curve.difference, 'points')} on {_lower(comparison)}, mean over in-domain changes "
+        f"from {signed(curve.high)} to {signed(curve.low)} % ({_counted(curve.replicates, comparison)}{beyond}): {told}"
+    )
+
+
+def _counted(count: int, comparison: SweepComparison) -> str:
+    return plural(count, comparison.over.removesuffix("s"))
+
+
+def _lower(comparison: SweepComparison) -> str:
+    name = heading(comparison.figure)
+    return name[0].lower() + name[1:]
+
+
+def markdown(comparison: SweepComparison) -> str:
+    """All comparisons as Markdown."""
+    parts = [
+        f"Change of validation perplexity against the base in %, lower is better; intervals over {comparison.over} and "
+        "validation blocks.\n",
+        markdown_table(point_frame(comparison.points, comparison), "Method"),
+        f"At the rates whose in-domain change is nearest {signed(comparison.target)} %:\n",
+        markdown_table(point_frame(comparison.matched, comparison), "Method"),
+        *(f"- {pair_sentence(pair, comparison)}" for pair in comparison.pairs),
+    ]
+    if comparison.curves:
+        parts += [
+            "\nBy curves over all rates:\n",
+            *(f"- {curve_sentence(one, comparison)}" for one in comparison.curves),
+        ]
+    if comparison.unfinished:
+        parts.append(f"\n{plural(comparison.unfinished, 'run')} of the grid did not finish and count nowhere here.")
+    return "\n".join([*parts, ""])
+
+
+def tradeoff(comparison: SweepComparison) -> Figure:
+    """Earlier domains (up) against in-domain change (across): a line through each variant's rates, with intervals."""
+
+    def draw() -> Figure:
+        sheet = Figure(figsize=(5.6, 4.2), layout="constrained")
+        axes = sheet.subplots()
+        for index, variant in enumerate(dict.fromkeys(point.variant for point in comparison.points)):
+            _draw_variant(axes, [point for point in comparison.points if point.variant == variant], index)
+        axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
+        axes.set(xlabel="in-domain change, %", ylabel=f"{_lower(comparison)}, %")
+        axes.grid(color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.set_title("Left and down is better; numbers are learning rates", loc="left")
+        axes.legend(frameon=False, handlelength=3)
+        return sheet
+
+    return styled(draw)
+
+
+def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
+    style = look(index)
+    x, y = [point.in_domain.value for point in points], [point.figure.value for point in points]
+    axes.plot(
+        x, y, color=style.colour, linestyle=style.dashes, marker=style.marker, markersize=5, label=points[0].variant
+    )
+    across, up = zip(*((_reach(point.in_domain), _reach(point.figure)) for point in points), strict=True)
+    bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
+    axes.errorbar(x, y, xerr=list(zip(*across, strict=True)), yerr=list(zip(*up, strict=True)), **bars)
+    for point in points:
+        place = (point.in_domain.value, point.figure.value)
+        axes.annotate(f"{point.lr:g}", place, xytext=(5, 4), textcoords="offset points", color=style.colour, fontsize=7)
+
+
+def _reach(interval: Interval) -> tuple[float, float]:
+    """How far an interval's ends are from its value; 0 where it has none."""
+    if interval.low is None or interval.high is None:
+        return 0.0, 0.0
+    return max(interval.value - interval.low, 0.0), max(interval.high - interval.value, 0.0)
+
+
+def write(comparison: SweepComparison, folder: Path) -> None:
+    """Write comparison.md, comparison.json, and the figure as tradeoff.png and tradeoff.svg into a folder."""
+    write_text(folder / "comparison.md", markdown(comparison))
+    environment = describe_environment(torch.device("cpu"))
+    write_json(folder / "comparison.json", {**comparison.to_dict(), "environment": environment})
+    for name, content in figure_files("tradeoff", tradeoff(comparison)).items():
+        (folder / name).write_bytes(content)
