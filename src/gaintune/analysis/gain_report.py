@@ -173,7 +173,12 @@ def heatmap(survey: FactorSurvey) -> Figure:
         for axes in grid[-1]:
             axes.set_xlabel("transformer layer")
         for columns, colours, scale, label in (
-            (slice(0, 2), diverging(), distance, "factor (1 leaves the feature as it was)"),
+            (
+                slice(0, 2),
+                diverging(),
+                distance,
+                "factor (1 leaves the feature as it was; a dot marks a layer with one at or below 0)",
+            ),
             (slice(2, 3), colormaps["viridis"], share, f"share {TIGHT}"),
         ):
             bar = sheet.colorbar(

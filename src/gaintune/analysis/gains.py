@@ -188,6 +188,10 @@ def _of_run(run: Path, prefix: str) -> tuple[list[FactorSequence], list[str]]:
 def _stage(index: int, domain: str, adapter: Path) -> StageFactors:
     factors = read_factors(adapter)
     places = places_of(None, factors.values)
-    order = sorted(factors.values, key=lambda name: (places[name].layer is None, places[name].layer or 0, name))
+    # attention first in each layer, as in the model; safetensors keeps names in alphabetical order
+    order = sorted(
+        factors.values,
+        key=lambda name: (places[name].layer is None, places[name].layer or 0, places[name].block, name),
+    )
     layers = tuple(LayerFactors(places[name], factors.values[name]) for name in order)
     return StageFactors(index, domain, origin_of(adapter), layers)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from gaintune.adapters import adapter_labels, check_adapters, read_config
+from gaintune.adapters import check_adapters, read_config
 from gaintune.analysis.adapted_weights import AdaptedWeights, check_weights
 from gaintune.analysis.gate_statistics import Place, places_of
-from gaintune.analysis.origin import Origin, origin_of
+from gaintune.analysis.origin import Origin
+from gaintune.analysis.provenance import Provenance, named_origins
 from gaintune.analysis.subspace import SubspaceFigures, SubspaceSettings, compare_weights
 from gaintune.config import ModelConfig
+from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
-from gaintune.models import load_base
+from gaintune.models import load_base, resolve_device
 from gaintune.progress import Progress, Silent
 
 
@@ -33,7 +35,7 @@ class AdapterSubspace:
     """One adapter on its base.
 
     Attributes:
-        label: its folder.
+        label: what tables call it: method and last domain, or its folder where that does not tell adapters apart.
         origin: what the folder says of itself.
         scales_inputs: whether it multiplies the weight's columns, as GAIN does, so that the column space is kept by
             construction; other methods may keep it too.
@@ -55,12 +57,12 @@ class AdapterSubspace:
     @property
     def outside(self) -> float | None:
         """Share of the update outside the column space, over the modules that have an outside; None without any."""
-        return _share([(each.figures, each.figures.outside) for each in self.modules if each.figures.has_outside])
+        return share_of([(each.figures, each.figures.outside) for each in self.modules if each.figures.has_outside])
 
     @property
     def outside_leading(self) -> float | None:
         """Share of the update outside the leading directions, over all modules; None for an update of zeros."""
-        return _share([(each.figures, each.figures.outside_leading) for each in self.modules])
+        return share_of([(each.figures, each.figures.outside_leading) for each in self.modules])
 
     @property
     def relative_update(self) -> float:
@@ -80,7 +82,7 @@ class AdapterSubspace:
         return sum(similarity < epsilon for each in self.modules for similarity in each.figures.similarities)
 
 
-def _share(parts: Sequence[tuple[SubspaceFigures, float | None]]) -> float | None:
+def share_of(parts: Sequence[tuple[SubspaceFigures, float | None]]) -> float | None:
     """Shares put together by the energy of their updates."""
     energy = sum(figures.update_energy for figures, share in parts if share is not None)
     outside = sum(share * figures.update_energy for figures, share in parts if share is not None)
@@ -92,9 +94,8 @@ class SubspaceSurvey:
     """Adapters on one base, and what was counted."""
 
     settings: SubspaceSettings
-    base: str
-    base_fingerprint: str
     adapters: tuple[AdapterSubspace, ...]
+    provenance: Provenance
 
 
 def survey_subspace(
@@ -122,15 +123,15 @@ def survey_subspace(
     """
     if not adapters:
         raise ConfigError("name at least one adapter")
-    labels = adapter_labels(adapters)
+    origins = named_origins(adapters)
     for adapter in adapters:
         check_weights(adapter, gate)
     check_adapters(adapters, model, allow_other_base=allow_other_base)
     chosen, shown = settings or SubspaceSettings(), progress or Silent()
     found = []
-    for label, adapter in zip(labels, adapters, strict=True):
+    for (label, origin), adapter in zip(origins.items(), adapters, strict=True):
         base = load_base(model.model_copy(update={"quantization": None}), dtype=torch.float32)
-        name, fingerprint = base.name, base.fingerprint
+        name, revision, fingerprint = base.name, base.revision, base.fingerprint
         weights = AdaptedWeights(base, adapter, gate=gate, allow_other_base=allow_other_base)
         places = places_of(base.model, weights.names)
         modules = []
@@ -141,7 +142,16 @@ def survey_subspace(
                 )
                 advance(1)
         scales = (adapter / "adapter_config.json").is_file() and read_config(adapter).get("peft_type") == "GAIN"
-        found.append(AdapterSubspace(label, origin_of(adapter), scales, gate, tuple(modules)))
+        found.append(AdapterSubspace(label, origin, scales, gate, tuple(modules)))
         del base, weights
         gc.collect()
-    return SubspaceSurvey(chosen, name, fingerprint, tuple(found))
+    provenance = Provenance(
+        base=name,
+        base_revision=revision,
+        base_fingerprint=fingerprint,
+        adapters=origins,
+        texts={},
+        settings={"subspace": asdict(chosen), "gate": gate, "model": model.model_dump(mode="json")},
+        environment=describe_environment(resolve_device(model.device)),
+    )
+    return SubspaceSurvey(chosen, tuple(found), provenance)

@@ -1,0 +1,163 @@
+"""Commands that look into what was learnt: gains, the space an update lies in, and the loss of single tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.console import progress_on, quiet_libraries, table
+
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str | None, typer.Option(help="Base; the one the first adapter names unless given.")]
+OtherBase = Annotated[bool, typer.Option(help="Take adapters that were trained on another base.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(gains)
+    app.command()(subspace)
+    app.command()(tokens)
+
+
+def gains(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run directories, or GAIN and (IA)3 adapters.")
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("runs/gains"),
+) -> None:
+    """Read what gains learnt, stage by stage: smallest, largest, share within [0.95, 1.05], sign flips, regime.
+
+    Loads no model. Writes gains.csv, gains-layers.csv, gains.md, gains.json and two figures as PNG and SVG.
+    """
+    quiet_libraries()
+    from gaintune.analysis.gain_report import TIGHT, verdict, write
+    from gaintune.analysis.gains import survey_gains
+
+    survey = survey_gains(paths)
+    write(survey, out_folder)
+    rows = []
+    for sequence in survey.sequences:
+        for stage in sequence.stages:
+            one = stage.figures
+            near = f"{100 * one.near:.1f} %"
+            figures = [f"{one.smallest:.3f}", f"{one.largest:.3f}", near, f"{one.flipped:,}", f"{one.count:,}"]
+            rows.append([sequence.label, f"{stage.index + 1} {stage.domain}", *figures])
+    heads = ["method", "after stage", "smallest", "largest", TIGHT, "at or below 0", "factors"]
+    out.print(table("", heads, rows, numeric=range(2, 7)))
+    for sequence in survey.sequences:
+        _say(f"{sequence.label}: {verdict(sequence)}")
+    if survey.left_out:
+        _say(f"without factors, left out: {', '.join(survey.left_out)}")
+    _say(f"tables and figures {out_folder}")
+
+
+def subspace(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders on one base.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path(
+        "runs/subspace"
+    ),
+    model: Model = None,
+    top: Annotated[int, typer.Option(help="Leading singular vectors of each adapted weight that are looked at.")] = 10,
+    epsilon: Annotated[
+        float, typer.Option(help="A vector is an intruder if its largest |cosine| to a pretrained one is below this.")
+    ] = 0.5,
+    leading: Annotated[float, typer.Option(help="Share of a weight's energy that its leading directions hold.")] = 0.9,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Singular values up to this share of the largest count as zero in a weight's rank; max(out, in) "
+            "times fp32's epsilon unless given."
+        ),
+    ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(help="DISeL and Gated LoRA: the value at which every gate is held; without it they are refused."),
+    ] = None,
+    allow_other_base: OtherBase = False,
+    set_: Set = None,
+) -> None:
+    """Share of an update's energy outside the pretrained weight's column space, and intruder dimensions.
+
+    Writes subspace.csv, .md, .json, .png and .svg. Two singular value decompositions for every adapted weight, in
+    float64, on the model's device.
+    """
+    name, revision = _base_of(adapters, model)
+    settled = assemble(None, {"model": name}, [*revision, *(set_ or [])])
+    quiet_libraries()
+    from gaintune.analysis.subspace import SubspaceSettings
+    from gaintune.analysis.subspace_report import heads, remarks, summary_rows, write
+    from gaintune.analysis.subspace_survey import survey_subspace
+
+    survey = survey_subspace(
+        adapters,
+        settled.model,
+        settings=SubspaceSettings(top, epsilon, leading, tolerance),
+        gate=gate,
+        allow_other_base=allow_other_base,
+        progress=progress_on(err),
+    )
+    write(survey, out_folder)
+    out.print(table("", heads(survey), summary_rows(survey), numeric=range(2, 7)))
+    for remark in remarks(survey):
+        _say(remark)
+    _say(f"tables and figure {out_folder}")
+
+
+def tokens(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders on one base.")],
+    domain: Domains = None,
+    task: Task = None,
+    template: Template = None,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path("runs/tokens"),
+    model: Model = None,
+    validation_tokens: ValidationTokens = None,
+    block_size: BlockSize = None,
+    bins: Annotated[int, typer.Option(help="Bins of a histogram, an odd number.")] = 101,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="Nats at which histograms end; where 99.5 % of a domain's changes lie unless given."),
+    ] = None,
+    allow_other_base: OtherBase = False,
+    seed: Seed = None,
+    set_: Set = None,
+) -> None:
+    """Change of the loss of every token between base and adapter: histogram, mean, skew and coherence.
+
+    Writes tokens.csv, tokens-histogram.csv, tokens.md, .json, .png and .svg. Coherence is |mean| / mean size.
+    """
+    name, revision = _base_of(adapters, model)
+    given = {**locals(), "domains": domain or ["law", "code"], "model": name}
+    settled = assemble(None, given, [*revision, *(set_ or [])])
+    quiet_libraries()
+    from gaintune.analysis.tokens import survey_tokens
+    from gaintune.analysis.tokens_report import HEADS, cells, write
+
+    survey = survey_tokens(
+        settled, adapters, bins=bins, limit=limit, allow_other_base=allow_other_base, progress=progress_on(err)
+    )
+    write(survey, out_folder)
+    rows: list[list[str]] = [
+        [text, label, *cells(one)] for text, found in survey.changes.items() for label, one in found.items()
+    ]
+    out.print(table("", ["domain", "adapter", *HEADS], rows, numeric=range(2, 9)))
+    _say(f"tables and figure {out_folder}")
+
+
+def _base_of(adapters: list[Path], model: str | None) -> tuple[str, list[str]]:
+    """The base's name, the one the first adapter names unless given, and its revision as an assignment to a plan."""
+    from gaintune.adapters import claimed_base, read_record
+
+    if model is not None:
+        return model, []
+    base = claimed_base(adapters[0], read_record(adapters[0]))
+    return base.name, [f"model.revision={base.revision}"] if base.revision else []
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
