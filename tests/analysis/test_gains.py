@@ -1,52 +1,42 @@
-"""Factors read from saved adapters are those that were put there; regimes, sign flips, and the warning in training."""
+"""Figures of factors read from saved adapters, by stage and layer; regimes, tables, and what is refused."""
 
 import json
-import logging
-import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import saved_factors
 import torch
-from peft import IA3Config, get_peft_model
-from safetensors.torch import load_file, save_file
 
-import tiny_base
-import tiny_domains
 from gaintune.analysis.gain_factors import read_factors
 from gaintune.analysis.gain_report import layer_table, markdown, stage_table, verdict, write
 from gaintune.analysis.gains import describe, regime_of, survey_gains
-from gaintune.errors import AdapterError, ConfigError
-from gaintune.runs import write_manifest
-from gaintune.sequence import run_sequence
-from gaintune.tuners.gain import GainConfig
+from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 
-O_PROJ, DOWN = "model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"
-WEIGHTS = "adapter_model.safetensors"
+O_PROJ = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]
+DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A tiny run of two stages, with gains, (IA)3 and LoRA."""
-    folder = tmp_path_factory.mktemp("gains")
-    base = tiny_base.folder(folder / "base")
-    plan = tiny_domains.plan(base, folder, methods=["gain-ffn", "ia3", {"name": "lora", "rank": 2}])
-    run_sequence(plan, folder / "run")
-    return folder / "run"
+def gains(seed: int, scale: float = 0.04) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {**dict.fromkeys(O_PROJ, 6), **dict.fromkeys(DOWN, 10)}
+    return {name: scale * torch.randn(size, generator=generator) for name, size in sizes.items()}
 
 
-def stage(run, label, name):
-    return run / "stages" / label / name / "adapter"
+def flipped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One gain of -0.25, and one whole layer at exactly 0."""
+    tensors[O_PROJ[0]][3] = -1.25
+    tensors[DOWN[2]] = torch.full((10,), -1.0)
+    return tensors
 
 
-def put(folder, changes: dict[str, torch.Tensor]):
-    """Write values into an adapter's tensors, as training would have left them."""
-    tensors = load_file(folder / WEIGHTS)
-    for name, values in changes.items():
-        key = f"base_model.model.{name}.gain_v"
-        tensors[key] = values.expand_as(tensors[key]).clone()
-    save_file(tensors, folder / WEIGHTS)
-    write_manifest(folder)
+@pytest.fixture
+def run(tmp_path):
+    stages = [gains(0), gains(1, 0.08), flipped(gains(2, 0.1))]
+    lora = {name: torch.ones(1, 6) for name in O_PROJ}
+    ia3 = {"model.layers.0.self_attn.k_proj": torch.tensor([[1.0], [0.9], [1.2]])}
+    methods = {"gain-ffn": ("GAIN", stages), "lora": ("LORA", [lora]), "ia3": ("IA3", [ia3])}
+    return saved_factors.run(tmp_path / "run", methods, ["prose", "code", "law", "news"])
 
 
 def test_figures_count_both_ends_and_everything_at_or_below_zero():
@@ -54,12 +44,13 @@ def test_figures_count_both_ends_and_everything_at_or_below_zero():
     assert (figures.count, figures.smallest, figures.largest, figures.flipped) == (8, -0.5, 1.06, 2)
     assert figures.near == pytest.approx(4 / 8)
     assert figures.mean == pytest.approx(5.5599001 / 8)
+    assert describe(1 + torch.tensor([0.05, -0.05]).double().numpy()).near == 1.0  # as fp32 keeps them
     with pytest.raises(ValueError, match="no factor"):
         describe(np.array([]))
 
 
 @pytest.mark.parametrize(
-    ("flipped", "planned", "regime"),
+    ("flips", "planned", "regime"),
     [
         ([0, 0, 0], 8, "stable"),
         ([0, 3, 9], 8, "unstable"),  # the paper: negative by domain 2
@@ -68,132 +59,94 @@ def test_figures_count_both_ends_and_everything_at_or_below_zero():
         ([5], 1, "unstable"),
     ],
 )
-def test_the_regime_is_when_the_first_sign_flips(flipped, planned, regime):
-    assert regime_of(flipped, planned) == regime
+def test_the_regime_is_when_the_first_sign_flips(flips, planned, regime):
+    assert regime_of(flips, planned) == regime
 
 
 def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run):
     survey = survey_gains([run])
-    assert [(each.label, len(each.stages)) for each in survey.sequences] == [("gain-ffn", 2), ("ia3", 2)]
-    assert survey.left_out == ("lora",)
-    assert "left out: lora" in markdown(survey)
-    gains, ia3 = survey.sequences
-    assert gains.regime == "stable" and gains.planned == 2
-    for index, (one, name) in enumerate(zip(gains.stages, ("01-prose", "02-code"), strict=True)):
-        saved = load_file(stage(run, "gain-ffn", name) / WEIGHTS)
-        values = 1 + torch.cat([tensor.double() for tensor in saved.values()]).numpy()
-        assert (one.index, one.domain, one.figures.count) == (index, name[3:], 2 * (32 + 48))
-        assert one.figures.smallest == values.min() and one.figures.largest == values.max()
-        assert one.figures.near == ((values >= 0.95 - 1e-6) & (values <= 1.05 + 1e-6)).mean()
-        assert one.figures.deviation == pytest.approx(values.std())
-        assert [each.place.projection for each in one.layers] == ["o_proj", "down_proj"] * 2
-    assert ia3.stages[0].figures.count == 2 * (16 + 16 + 48)  # keys, values and what enters the down-projection
-    saved = load_file(stage(run, "ia3", "01-prose") / WEIGHTS)
-    assert ia3.stages[0].figures.largest == max(float(tensor.max()) for tensor in saved.values())
+    assert [(each.label, len(each.stages), each.planned) for each in survey.sequences] == [
+        ("gain-ffn", 3, 4),
+        ("ia3", 1, 4),
+    ]
+    assert survey.left_out == ("lora",) and "left out: lora" in markdown(survey)
+    for index, (stage, domain) in enumerate(zip(survey.sequences[0].stages, ("prose", "code", "law"), strict=True)):
+        tensors = [gains(0), gains(1, 0.08), flipped(gains(2, 0.1))][index]
+        values = 1 + torch.cat(list(tensors.values())).double().numpy()
+        assert (stage.index, stage.domain, stage.figures.count) == (index, domain, 48)
+        assert (stage.figures.smallest, stage.figures.largest) == (values.min(), values.max())
+        assert stage.figures.near == np.mean([0.95 <= value <= 1.05 for value in values])
+        assert stage.figures.deviation == pytest.approx(values.std())
+        assert stage.figures.flipped == (0, 0, 11)[index]
+        assert [each.place.name for each in stage.layers] == [
+            O_PROJ[0],
+            DOWN[0],
+            O_PROJ[1],
+            DOWN[1],
+            O_PROJ[2],
+            DOWN[2],
+        ]
+        assert [each.place.depth for each in stage.layers] == ["early"] * 2 + ["middle"] * 2 + ["late"] * 2
+        assert stage.of("o_proj").count == 18 and stage.of("down_proj").count == 30
+    assert survey.sequences[1].stages[0].figures.largest == pytest.approx(1.2)  # (IA)3 stores the factor itself
+    assert survey.sequences[0].regime == "mildly unstable" and survey.sequences[1].regime == "stable"
+    assert "from stage 3 (law) on, 3 of 4 stages looked at" in verdict(survey.sequences[0])
+    assert "positive after 1 of 4 stages" in verdict(survey.sequences[1])
 
 
-def test_sign_flips_change_the_regime_and_stand_in_the_tables(run, tmp_path):
-    copied = tmp_path / "run"
-    shutil.copytree(run, copied)
-    put(stage(copied, "gain-ffn", "02-code"), {O_PROJ: torch.tensor(-1.25), DOWN: torch.tensor(-1.0)})
-    survey = survey_gains([copied])
-    gains = survey.sequences[0]
-    assert gains.regime == "mildly unstable"
-    assert "from stage 2 (code) on" in verdict(gains)
+def test_tables_figures_and_provenance_are_written(run, tmp_path):
     out = tmp_path / "out"
-    write(survey, out)
+    write(survey_gains([run]), out)
     stages = pd.read_csv(out / "gains.csv").set_index(["sequence", "stage", "projection"])
-    assert stages.loc[("gain-ffn", 2, "all"), "flipped"] == 32 + 48
-    assert stages.loc[("gain-ffn", 2, "o_proj"), "flipped"] == 32
-    assert stages.loc[("gain-ffn", 1, "all"), "flipped"] == 0
+    assert stages.loc[("gain-ffn", 3, "all"), "flipped"] == 11
+    assert stages.loc[("gain-ffn", 3, "o_proj"), "flipped"] == 1
+    assert stages.loc[("gain-ffn", 3, "o_proj"), "smallest"] == -0.25
     layers = pd.read_csv(out / "gains-layers.csv").set_index(["sequence", "stage", "module"])
-    assert layers.loc[("gain-ffn", 2, O_PROJ), "smallest"] == -0.25
-    assert layers.loc[("gain-ffn", 2, DOWN), "largest"] == 0
+    assert len(layers) == 3 * 6 + 1
+    assert layers.loc[("gain-ffn", 3, DOWN[2]), "largest"] == 0
     told = json.loads((out / "gains.json").read_text())
-    assert told["sequences"][0]["regime"] == "mildly unstable"
-    assert len(told["provenance"]["adapters"]) == 4
-    assert told["provenance"]["adapters"][0]["base_fingerprint"]
+    assert told["sequences"][0]["regime"] == "mildly unstable" and told["left_out"] == ["lora"]
+    assert [each["domains"] for each in told["provenance"]["adapters"]][2] == ["prose", "code", "law"]
+    assert told["provenance"]["adapters"][0]["base_fingerprint"] == "f" * 64
+    assert told["provenance"]["environment"]["packages"]["torch"]
     figures = {f"gains-{name}.{kind}" for name in ("heatmap", "trajectory") for kind in ("png", "svg")}
-    assert {file.name for file in out.iterdir()} == figures | {
-        "gains.csv", "gains-layers.csv", "gains.md", "gains.json",
-    }  # fmt: skip
+    texts = {"gains.csv", "gains-layers.csv", "gains.md", "gains.json"}
+    assert {file.name for file in out.iterdir()} == figures | texts
+    assert "| 3 law | -0.250 |" in (out / "gains.md").read_text()
 
 
-def test_an_adapter_alone_is_one_stage_and_half_precision_is_widened(tmp_path):
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_base.model(), GainConfig(task_type="CAUSAL_LM", init_weights=False))
-    model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
-    survey = survey_gains([tmp_path / "plain"])
-    (sequence,) = survey.sequences
-    assert (len(sequence.stages), sequence.planned) == (1, 1)
-    saved = load_file(tmp_path / "plain" / WEIGHTS)
-    halved = {name: tensor.bfloat16() for name, tensor in saved.items()}
-    save_file(halved, tmp_path / "plain" / WEIGHTS)
-    factors = read_factors(tmp_path / "plain")
-    key = f"base_model.model.{O_PROJ}.gain_v"
-    assert (factors.values[O_PROJ] == 1 + halved[key].double().numpy()).all()
-    assert len(stage_table(survey)) == 2 and len(layer_table(survey)) == 2  # one projection, and all; two layers
-
-
-def test_ia3_of_plain_peft_is_read_as_its_own_factors(tmp_path):
-    torch.manual_seed(0)
-    config = IA3Config(
-        target_modules=["k_proj", "down_proj"],
-        feedforward_modules=["down_proj"],
-        init_ia3_weights=False,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(tiny_base.model(), config)
-    model.save_pretrained(tmp_path / "ia3", save_embedding_layers=False)
-    factors = read_factors(tmp_path / "ia3")
-    layer = model.base_model.model.model.layers[1].mlp.down_proj
-    assert (factors.values[DOWN] == layer.ia3_l["default"].detach().double().flatten().numpy()).all()
-    assert factors.values["model.layers.0.self_attn.k_proj"].shape == (16,)
+def test_several_runs_and_adapters_stand_beside_one_another(run, tmp_path):
+    half = {name: tensor.bfloat16() for name, tensor in gains(5).items()}
+    alone = saved_factors.adapter(tmp_path / "alone", half, domains=("prose", "law"))
+    factors = read_factors(alone)
+    assert (factors.values[DOWN[1]] == 1 + half[DOWN[1]].double().numpy()).all()
+    survey = survey_gains([run, alone])
+    assert [each.label for each in survey.sequences] == ["run: gain-ffn", "run: ia3", str(alone)]
+    single = survey.sequences[2]
+    assert (single.stages[0].domain, single.planned, single.regime) == ("law", 1, "stable")
+    assert len(stage_table(survey)) == 3 * 3 + 2 + 3
+    assert len(layer_table(survey)) == 18 + 1 + 6
 
 
 def test_what_has_no_factors_is_refused_in_one_line(run, tmp_path):
     with pytest.raises(AdapterError, match="method lora has no gains"):
-        survey_gains([stage(run, "lora", "01-prose")])
+        survey_gains([run / "stages" / "lora" / "01-prose" / "adapter"])
     with pytest.raises(AdapterError, match="no such folder"):
         survey_gains([tmp_path / "missing"])
     with pytest.raises(AdapterError, match="not an adapter"):
         survey_gains([tmp_path])
-    with pytest.raises(ConfigError, match="each once"):
-        survey_gains([run, run])
-    with pytest.raises(ConfigError, match="each once"):
-        survey_gains([])
-    copied = tmp_path / "adapter"
-    shutil.copytree(stage(run, "gain-ffn", "01-prose"), copied)
-    put(copied, {O_PROJ: torch.tensor(float("nan"))})
-    with pytest.raises(AdapterError, match=rf"gains of {O_PROJ} are not finite"):
-        survey_gains([copied])
-    (copied / "manifest.json").unlink()
+    for paths in ([], [run, run]):
+        with pytest.raises(ConfigError, match="each once"):
+            survey_gains(paths)
+    broken = saved_factors.adapter(tmp_path / "broken", {O_PROJ[1]: torch.tensor([0.1, float("nan")])})
+    with pytest.raises(AdapterError, match=rf"gains of {O_PROJ[1]} are not finite"):
+        survey_gains([broken])
+    (broken / "manifest.json").unlink()
     with pytest.raises(AdapterError, match="damaged adapter"):
-        survey_gains([copied])
-
-
-@pytest.mark.parametrize(("lr", "stages_warned"), [(0.01, 0), (0.6, 2)])
-def test_training_warns_once_a_stage_when_gains_fall_below_zero(tmp_path, caplog, lr, stages_warned):
-    base = tiny_base.folder(tmp_path / "base")
-    plan = tiny_domains.plan(base, tmp_path, methods=[{"name": "gain", "lr": lr}])
-    with caplog.at_level(logging.WARNING, logger="gaintune.gain_signs"):
-        run_sequence(plan, tmp_path / "run")
-    told = [record.getMessage() for record in caplog.records if record.name == "gaintune.gain_signs"]
-    assert len(told) == stages_warned
-    assert all("are at or below 0 (the lowest, -" in each and "self_attn.o_proj" in each for each in told)
-    flipped = [each.figures.flipped > 0 for each in survey_gains([tmp_path / "run"]).sequences[0].stages]
-    assert flipped == [stages_warned > 0] * 2
-
-
-def test_the_check_changes_no_byte_of_what_is_learnt(tmp_path, monkeypatch):
-    """The same stage with and without it; a mock of nothing, the rule is only left out."""
-    from gaintune import learning
-
-    base = tiny_base.folder(tmp_path / "base")
-    plan = tiny_domains.plan(base, tmp_path, methods=["gain-ffn"])
-    run_sequence(plan, tmp_path / "with")
-    monkeypatch.setattr(learning, "rules_of", lambda *_, **__: [])
-    run_sequence(plan, tmp_path / "without")
-    for name in ("01-prose", "02-code"):
-        pair = [load_file(stage(tmp_path / each, "gain-ffn", name) / WEIGHTS) for each in ("with", "without")]
-        assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
+        survey_gains([broken])
+    lora = saved_factors.run(tmp_path / "loras", {"lora": ("LORA", [{O_PROJ[0]: torch.ones(1, 6)}])}, ["prose"])
+    with pytest.raises(AdapterError, match="none of its methods has gains"):
+        survey_gains([lora])
+    empty = saved_factors.run(tmp_path / "empty", {"gain": ("GAIN", [])}, ["prose"])
+    with pytest.raises(RunDirectoryError, match="no adapter yet"):
+        survey_gains([empty])

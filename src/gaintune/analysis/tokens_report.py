@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gaintune.analysis.tokens import QUANTILES, TokenChanges, TokenSurvey
+from gaintune.analysis.token_statistics import QUANTILES, TokenChanges
+from gaintune.analysis.tokens import TokenSurvey
 from gaintune.evaluate.records import Interval
 from gaintune.report.canvas import INK, RULE, figure_files, styled
 from gaintune.report.palette import look

@@ -1,0 +1,94 @@
+"""Training warns once a stage when gains fall to 0 or below, and learns the same bytes with the check and without."""
+
+import logging
+
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from safetensors.torch import load_file
+
+import tiny_base
+import tiny_domains
+from gaintune import learning
+from gaintune.analysis.gain_factors import read_factors
+from gaintune.analysis.gains import survey_gains
+from gaintune.gain_signs import SignFlips
+from gaintune.sequence import run_sequence
+from gaintune.tuners.gain import GainConfig
+
+LOGGER = "gaintune.gain_signs"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+
+
+def test_the_first_gain_at_or_below_zero_is_warned_of_once(caplog):
+    model = get_peft_model(tiny_base.model(), GainConfig(ffn=True, task_type="CAUSAL_LM"))
+    rule = SignFlips()
+    v = model.base_model.model.model.layers[1].mlp.down_proj.gain_v["default"]
+    with caplog.at_level(logging.WARNING, logger=LOGGER), torch.no_grad():
+        rule.after_update(model, 0)
+        v[7] = -0.999
+        rule.after_update(model, 1)
+        assert not warnings(caplog)
+        v[7], v[8] = -1.0, -1.5
+        rule.after_update(model, 2)
+        rule.after_update(model, 3)
+    (told,) = warnings(caplog)
+    assert "after update 3, 2 of 160 gains" in told
+    assert "the lowest, -0.500, in model.layers.1.mlp.down_proj" in told
+
+
+def test_gains_that_do_not_train_are_not_looked_at(caplog):
+    model = get_peft_model(tiny_base.model(), GainConfig(task_type="CAUSAL_LM"))
+    model.base_model.model.model.layers[0].self_attn.o_proj.gain_v["default"].data.fill_(-2)
+    model.requires_grad_(False)
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        SignFlips().after_update(model, 0)
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize(("lr", "stages_warned"), [(0.01, 0), (0.6, 2)])
+def test_a_sequence_warns_once_a_stage_and_the_adapters_say_the_same(tmp_path, caplog, lr, stages_warned):
+    base = tiny_base.folder(tmp_path / "base")
+    plan = tiny_domains.plan(base, tmp_path, methods=[{"name": "gain", "lr": lr}])
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        run_sequence(plan, tmp_path / "run")
+    told = warnings(caplog)
+    assert len(told) == stages_warned
+    assert all("self_attn.o_proj" in each for each in told)
+    stages = survey_gains([tmp_path / "run"]).sequences[0].stages
+    assert [each.figures.flipped > 0 for each in stages] == [stages_warned > 0] * 2
+    saved = load_file(tmp_path / "run" / "stages" / "gain" / "01-prose" / "adapter" / WEIGHTS)
+    assert stages[0].figures.largest == 1 + max(float(tensor.max()) for tensor in saved.values())
+
+
+def test_the_check_changes_no_byte_of_what_is_learnt(tmp_path, monkeypatch):
+    base = tiny_base.folder(tmp_path / "base")
+    plan = tiny_domains.plan(base, tmp_path, methods=["gain-ffn"])
+    run_sequence(plan, tmp_path / "with")
+    monkeypatch.setattr(learning, "rules_of", lambda *_, **__: [])  # the same training, the rule left out
+    run_sequence(plan, tmp_path / "without")
+    for name in ("01-prose", "02-code"):
+        place = f"stages/gain-ffn/{name}/adapter/{WEIGHTS}"
+        assert (tmp_path / "with" / place).read_bytes() == (tmp_path / "without" / place).read_bytes()
+
+
+def test_ia3_of_plain_peft_is_read_as_its_own_factors(tmp_path):
+    torch.manual_seed(0)
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(tiny_base.model(), config)
+    model.save_pretrained(tmp_path / "ia3", save_embedding_layers=False)
+    factors = read_factors(tmp_path / "ia3")
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    assert (
+        factors.values["model.layers.1.mlp.down_proj"] == layer.ia3_l["default"].detach().double().flatten().numpy()
+    ).all()
+    assert factors.values["model.layers.0.self_attn.k_proj"].shape == (16,)
