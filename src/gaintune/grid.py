@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from gaintune.config import MethodConfig, Plan, apply_overrides, as_list, read_values
 from gaintune.methods import check_method, learning_rate, numbers_of
@@ -30,12 +30,18 @@ class Grid(Section):
     methods: Annotated[tuple[MethodConfig, ...], BeforeValidator(as_list)] = Field(
         default=(), description="each is run by itself; the plan's unless given"
     )
-    rates: Rates | dict[str, Rates] = Field(
+    rates: Annotated[
+        Annotated[Rates, Tag("every method")] | Annotated[dict[str, Rates], Tag("by label")],
+        Discriminator(lambda value: "by label" if isinstance(value, Mapping) else "every method"),
+    ] = Field(
         default=(),
         description="learning rates: of every method, or a list for each by its label. A method's own lr wins; one "
         "that has neither is run at its default",
     )
-    orders: int | tuple[tuple[str, ...], ...] = Field(
+    orders: Annotated[
+        Annotated[int, Tag("how many")] | Annotated[tuple[tuple[str, ...], ...], Tag("lists")],
+        Discriminator(lambda value: "lists" if isinstance(value, list | tuple) else "how many"),
+    ] = Field(
         default=1,
         description="orders of the plan's domains: lists of names, or how many: the plan's own, then random ones",
     )

@@ -39,6 +39,8 @@ LOOK_EVERY = 0.5
 BEGUN, PUT_OFF, FINISHED, FAILED = "begun", "put off", "finished", "failed"
 LIVES = 2
 """How many workers a run may lose before it is given up."""
+GRACE = 60.0
+"""Seconds to wait for a run directory that another process still holds."""
 KILLED = "its worker was killed, twice (out of memory?)"
 _ALONE = threading.Lock()  # a run sets the process's seeds, so a worker of several threads does one at a time
 
@@ -177,40 +179,37 @@ def _run_all(
         while lost:
             for job in lost:
                 _tell(job, PUT_OFF)
-            (alone,) = _work_through(pool, lost, 1)[:1] or (None,)
-            if alone is not None:
-                _tell(alone, FAILED, error=KILLED)
+            for job in _work_through(pool, lost, 1, until_lost=True):
+                _tell(job, FAILED, error=KILLED)
             lost = [job for job in lost if _state(job) == PUT_OFF]
 
 
-def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int) -> list[Job]:
-    """Do jobs that have not begun; those that were under way when workers were lost come back.
-
-    With one at a time it stops there; of several the others go on.
-    """
+def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost: bool = False) -> list[Job]:
+    """Do jobs; those that were under way when a worker was lost come back, the others go on, or stop `until_lost`."""
     lost: list[Job] = []
     todo = list(jobs)
     while todo:
+        broken: WorkersLostError | None = None
         try:
             pool.run(work, todo, at_a_time)
         except WorkersLostError as error:
-            under_way = [job for job in todo if _state(job) == BEGUN]
-            if not under_way:
-                raise SweepError(f"the {pool.engine} workers cannot work ({error})") from error
-            lost += under_way
-            if at_a_time == 1:
-                return lost
+            broken = error
+        under_way = [job for job in todo if _state(job) == BEGUN]
+        lost += under_way
+        todo = [job for job in todo if _state(job) in (None, PUT_OFF)]
+        if under_way:
             logger.warning(
-                "a worker was lost (%s); done again at the end, one at a time: %s",
-                error, ", ".join(job.id for job in under_way),
+                "a worker was lost (%s); its runs are done again when the others are over, one at a time: %s",
+                broken, ", ".join(job.id for job in under_way),
             )  # fmt: skip
-            todo = [job for job in todo if _state(job) is None]
-            continue
-        if unseen := [job for job in todo if _state(job) not in (FINISHED, FAILED)]:
+            if until_lost:
+                break
+        elif broken is not None:
+            raise SweepError(f"the {pool.engine} workers cannot work ({broken})") from broken
+        elif todo:
             raise SweepError(
-                f"workers finished {len(unseen)} runs of which nothing is in {jobs[0].folder}: all nodes must share it"
+                f"workers finished {len(todo)} runs of which nothing is in {jobs[0].folder}: all nodes must share it"
             )
-        break
     return lost
 
 
@@ -221,15 +220,13 @@ def _watched(jobs: Sequence[Job], shown: Progress) -> Iterator[None]:
 
     def look() -> None:
         with shown.task("sweep", len(jobs), "runs") as advance:
-            told = 0
-            while True:
+            left, last = list(jobs), False
+            while left and not last:
                 last = done.wait(LOOK_EVERY)
-                over = sum(_state(job) in (FINISHED, FAILED) for job in jobs)
-                if over > told:
-                    advance(over - told)
-                told = max(told, over)
-                if last:
-                    return
+                still = [job for job in left if _state(job) not in (FINISHED, FAILED)]
+                if len(still) < len(left):
+                    advance(len(left) - len(still))
+                left = still
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -268,6 +265,9 @@ def work(job: Job) -> None:
                 torch.set_num_threads(job.threads)
             if job.prepare is not None:
                 job.prepare()
+            if job.run.is_dir():  # whoever held it is about to be gone, such as the worker that was lost with it
+                with contextlib.suppress(Timeout), FileLock(job.run / ".lock", timeout=GRACE):
+                    pass
             run_sequence(job.plan, job.run, base_losses=BaseLosses(job.folder / "base"))
         except Exception as error:
             known = isinstance(error, GaintuneError)

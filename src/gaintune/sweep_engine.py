@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -137,6 +138,7 @@ def _dask(jobs: int, address: str | None) -> Iterator[int]:
     if client is None:
         known = address or dask.config.get("scheduler-address", None)
         local: dict[str, Any] = {"n_workers": max(2, jobs), "threads_per_worker": 1, "dashboard_address": None}
+        local["silence_logs"] = logging.ERROR
         try:
             client = Client(address=known) if known else Client(**local)
         except OSError as error:

@@ -97,7 +97,7 @@ class SweepTable:
             }
             for row in self.rows
         ]
-        return _typed(pd.DataFrame(rows), columns[1:])
+        return _typed(pd.DataFrame(rows), columns[1:]).astype({"error": "string"})
 
     def cells(self) -> pd.DataFrame:
         """A row for each domain measured after each stage of each finished run; changes in % of the base."""

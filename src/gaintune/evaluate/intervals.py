@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtri, stdtrit
 
 from gaintune.errors import DataError
 from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
@@ -30,14 +30,13 @@ def t_quantile(confidence: float, replicates: int) -> float:
     return float(stdtrit(replicates - 1, 0.5 + confidence / 2))
 
 
-def expanded(confidence: float, items: int) -> float:
-    """The confidence at which a percentile interval over few items covers what is asked.
+def widening(confidence: float, items: int) -> float:
+    """What deviations of a bootstrap over few items are multiplied by, so that its percentiles cover what is asked.
 
-    Percentiles of a bootstrap are too narrow by sqrt((n - 1) / n) and use the normal's quantiles for Student's; both
-    are made up for by taking outer percentiles (Hesterberg, What Teachers Should Know About the Bootstrap, 2015).
+    Resampled means vary too little by sqrt((n - 1) / n), and their percentiles are the normal's where Student's are
+    wanted; for normal items the product is Student's interval.
     """
-    reach = t_quantile(confidence, items) * np.sqrt(items / (items - 1))
-    return float(1.0 - 2.0 * ndtr(-reach))
+    return t_quantile(confidence, items) / float(ndtri(0.5 + confidence / 2)) * float(np.sqrt(items / (items - 1)))
 
 
 def paired_bootstrap(
@@ -67,7 +66,7 @@ def paired_bootstrap(
     means = replicate_means(values[None], ones, samples=samples, seed=seed, domain="")[:, 0]
     if items < 2:
         return Interval(float(means[0]), None, None)
-    low, high = bounds(means, expanded(confidence, items))
+    low, high = bounds(means[0] + widening(confidence, items) * (means - means[0]), confidence)
     return Interval(float(means[0]), float(low), float(high))
 
 
@@ -111,13 +110,14 @@ def replicated(
         return Interval(value, value - float(reach), value + float(reach))
     drawn = np.broadcast_to(rows, (count, 1 + samples)) if plain else rows
     generator = np.random.default_rng(seed)
+    blocks = drawn.mean(axis=0)
     if how == "t":
         error = drawn[:, 0].std(ddof=1) / np.sqrt(count)
-        spread = drawn.mean(axis=0) + error * generator.standard_t(count - 1, size=drawn.shape[1])
-        low, high = bounds(spread, confidence)
+        spread = error * generator.standard_t(count - 1, size=drawn.shape[1])
     else:
-        picked = generator.multinomial(count, np.full(count, 1.0 / count), size=drawn.shape[1])
-        low, high = bounds(np.einsum("br,rb->b", picked / count, drawn), expanded(confidence, count))
+        picked = generator.multinomial(count, np.full(count, 1.0 / count), size=drawn.shape[1]) / count
+        spread = widening(confidence, count) * (np.einsum("br,rb->b", picked, drawn) - blocks)
+    low, high = bounds(blocks + spread, confidence)
     return Interval(value, float(low), float(high))
 
 
