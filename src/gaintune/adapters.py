@@ -39,12 +39,14 @@ __all__ = [
     "AdapterRecord",
     "adapter_labels",
     "adapter_weights",
+    "add_adapter",
     "check_adapters",
     "claimed_base",
     "load_adapter",
     "read_config",
     "read_record",
     "save_adapter",
+    "strip_adapters",
 ]
 
 FULL = "full"
@@ -150,38 +152,75 @@ def _read_tensors(folder: Path) -> set[str]:
     return names
 
 
+def add_adapter(model: PeftModel, base: Base, folder: str | Path, name: str, *, allow_other_base: bool = False) -> None:
+    """Put one more saved adapter beside those on a model that `load_adapter` made, under a name and not active.
+
+    Raises:
+        AdapterError, BaseMismatchError: as `load_adapter` does, and for another method's adapter.
+    """
+    folder = Path(folder)
+    doubt = check_adapter(folder, base.name, base.fingerprint, allow_other_base=allow_other_base)
+    if doubt:
+        logger.warning("%s", doubt)
+    saved = _known_tensors(folder)
+    try:
+        model.load_adapter(str(folder), name, torch_device=str(base.model.device))
+    except Exception as error:
+        raise _refusal(folder, base, error) from error
+    problem = _wrong_keys(model, name, saved)
+    if problem:
+        model.delete_adapter(name)
+        raise AdapterError(f"{folder}: its tensors are not those its config calls for on {base.name!r}: {problem}")
+
+
 def _load_peft(base: Base, folder: Path, trainable: bool) -> torch.nn.Module:
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
+
+    saved = _known_tensors(folder)
+    try:
+        model = PeftModel.from_pretrained(
+            base.model, str(folder), is_trainable=trainable, torch_device=str(base.model.device)
+        )
+        problem = _wrong_keys(model, "default", saved)
+    except Exception as error:
+        strip_adapters(base.model)
+        raise _refusal(folder, base, error) from error
+    if problem:
+        strip_adapters(base.model)
+        raise AdapterError(f"{folder}: its tensors are not those its config calls for on {base.name!r}: {problem}")
+    if not trainable:
+        model.requires_grad_(False)  # PEFT leaves some methods' adapters open
+    return model
+
+
+def _known_tensors(folder: Path) -> set[str]:
+    """The names of an adapter's tensors, once its kind is found to be known."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = read_config(folder).get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(str(getattr(entry, "value", entry)) for entry in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise AdapterError(f"{folder / CONFIG}: unknown peft_type {kind!r}; this installation knows {known}")
-    saved = _read_tensors(folder)
-    try:
-        model = PeftModel.from_pretrained(
-            base.model, str(folder), is_trainable=trainable, torch_device=str(base.model.device)
-        )
-        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    except Exception as error:  # PEFT raises whatever the wrong shape, name or config happens to break
-        _strip(base.model)
-        reason = one_line(error)[:400]
-        raise AdapterError(f"{folder}: PEFT cannot load it onto {base.name!r} ({reason})") from error
+    return _read_tensors(folder)
+
+
+def _refusal(folder: Path, base: Base, error: Exception) -> AdapterError:
+    """PEFT raises whatever the wrong shape, name or config happens to break."""
+    return AdapterError(f"{folder}: PEFT cannot load it onto {base.name!r} ({one_line(error)[:400]})")
+
+
+def _wrong_keys(model: PeftModel, name: str, saved: set[str]) -> str:
+    """Which saved tensors the model has no place for, and which it lacks, in words; nothing where all is well."""
+    from peft import get_peft_model_state_dict
+
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     unexpected = sorted(saved - wanted - set(model.state_dict()))
-    missing = sorted(wanted - saved)
-    if missing or unexpected:
-        _strip(base.model)
-        groups = (("missing", missing), ("unexpected", unexpected))
-        found = ", ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in groups if names)
-        raise AdapterError(f"{folder}: its tensors are not those its config calls for on {base.name!r}: {found}")
-    if not trainable:
-        model.requires_grad_(False)  # PEFT leaves some methods' adapters open
-    return model
+    groups = (("missing", sorted(wanted - saved)), ("unexpected", unexpected))
+    return ", ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in groups if names)
 
 
-def _strip(model: torch.nn.Module) -> None:
-    """Take every adapter layer out of a base again, after loading one has failed half-way."""
+def strip_adapters(model: torch.nn.Module) -> None:
+    """Take every adapter layer out of a base again, which leaves its weights as they are."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

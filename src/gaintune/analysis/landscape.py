@@ -1,0 +1,239 @@
+"""Loss along the way from a pretrained model to an adapted one, and on the plane of two separate adaptations.
+
+The GAIN paper's Figures 3 and 4 (arXiv 2604.04516, appendix E): "interpolates from pretrained (alpha = 0) to adapted
+(alpha = 1) weights", and "a 2D grid combining both adaptation directions", with the cosine between them. What is scaled
+for which method: `gaintune.analysis.directions.WAYS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaintune.adapters import check_adapters
+from gaintune.analysis.directions import WAYS, Geometry, Way, directions, way_of
+from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
+from gaintune.config import EvaluateConfig, Plan
+from gaintune.data.blocks import DomainBlocks, load_domain
+from gaintune.errors import ConfigError
+from gaintune.evaluate.changes import paired_change
+from gaintune.evaluate.losses import DomainLoss
+from gaintune.evaluate.perplexity import measure
+from gaintune.evaluate.records import Interval
+from gaintune.models import Base, load_base
+from gaintune.progress import Progress, Silent
+
+LINE = tuple(step / 8 for step in range(-2, 11))
+GRID = tuple(step / 4 for step in range(-1, 6))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Losses on every domain at one place; 0 in all coordinates is the pretrained model, 1 an adapted one."""
+
+    place: tuple[float, ...]
+    losses: Mapping[str, DomainLoss]
+
+
+@dataclass(frozen=True)
+class DomainFigures:
+    """What a line or a plane says of one domain.
+
+    Attributes:
+        at_adapted: change of perplexity at the adapted model in %; on a plane, at each of the two, then at their sum.
+        best: where between pretrained and adapted (0 to 1 in every coordinate) the loss is lowest.
+        best_change: the change of perplexity there.
+        range_nats: highest less lowest loss in nats a token (log perplexity) between pretrained and adapted.
+        barrier_nats: how far, on a line, the loss rises above the straight line between its ends; None on a plane.
+    """
+
+    at_adapted: tuple[Interval, ...]
+    best: tuple[float, ...]
+    best_change: Interval
+    range_nats: float
+    barrier_nats: float | None
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Losses along one direction (a line) or two (a plane).
+
+    Attributes:
+        labels: what its adapters are called.
+        way: how the model was moved; see `WAYS`.
+        numbers: what the model computed in, such as bfloat16.
+        geometry: lengths of the directions and the angle between them.
+        points: what was measured, in the order of their coordinates.
+        settings: what the intervals are made with.
+    """
+
+    labels: tuple[str, ...]
+    way: Way
+    numbers: str
+    geometry: Geometry
+    points: tuple[Point, ...]
+    settings: EvaluateConfig
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains measured."""
+        return tuple(self.points[0].losses)
+
+    def at(self, *place: float) -> Point:
+        """What was measured at a place; KeyError where nothing was."""
+        return {point.place: point for point in self.points}[tuple(map(float, place))]
+
+    def change(self, point: Point, domain: str) -> Interval:
+        """Change of perplexity against the pretrained model in %, paired block by block."""
+        origin = self.at(*[0.0] * len(self.labels))
+        return paired_change(origin.losses[domain], point.losses[domain], domain, self.settings)
+
+    def figures(self, domain: str) -> DomainFigures:
+        """The figures of one domain."""
+        ends = [(1.0,)] if len(self.labels) == 1 else [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
+        between = [point for point in self.points if all(0.0 <= t <= 1.0 for t in point.place)]
+        nats = [point.losses[domain].nats_per_token for point in between]
+        best = between[nats.index(min(nats))]
+        barrier = None
+        if len(self.labels) == 1:
+            first, last = (self.at(t).losses[domain].nats_per_token for t in (0.0, 1.0))
+            chord = [first + point.place[0] * (last - first) for point in between]
+            barrier = max(0.0, *(loss - straight for loss, straight in zip(nats, chord, strict=True)))
+        return DomainFigures(
+            at_adapted=tuple(self.change(self.at(*end), domain) for end in ends),
+            best=best.place,
+            best_change=self.change(best, domain),
+            range_nats=max(nats) - min(nats),
+            barrier_nats=barrier,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        points = [
+            {
+                "place": list(point.place),
+                "domains": {
+                    domain: {
+                        "nats_per_token": loss.nats_per_token,
+                        "perplexity": loss.perplexity,
+                        "change": asdict(self.change(point, domain)),
+                    }
+                    for domain, loss in point.losses.items()
+                },
+            }
+            for point in self.points
+        ]
+        return {
+            "adapters": list(self.labels),
+            "interpolated": WAYS[self.way],
+            "numbers": self.numbers,
+            "geometry": asdict(self.geometry),
+            "figures": {domain: asdict(self.figures(domain)) for domain in self.domains},
+            "points": points,
+        }
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A line for each adapter, the plane of two of them if it was asked for, and what all of it was made from."""
+
+    lines: tuple[Surface, ...]
+    plane: Surface | None
+    provenance: Provenance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "lines": [line.to_dict() for line in self.lines],
+            "plane": None if self.plane is None else self.plane.to_dict(),
+            "provenance": self.provenance.to_dict(),
+        }
+
+
+def survey_landscape(
+    plan: Plan,
+    adapters: Sequence[Path],
+    *,
+    plane: bool = False,
+    line: Sequence[float] = LINE,
+    grid: Sequence[float] = GRID,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> Landscape:
+    """Measure the plan's domains (learnt and watched ones) along the way to every adapter, and on the plane of two.
+
+    Args:
+        plan: base, domains and how uncertainty is measured.
+        adapters: adapter folders on one base, each trained from the pretrained model.
+        plane: measure the plane of the first two adapters too, of which there must be two.
+        line: places along a line; 0 and 1 are always measured.
+        grid: places along each side of the plane; 0 and 1 are always measured.
+        allow_other_base: take adapters that were trained on another base.
+        progress: where to show progress; nowhere unless given.
+
+    Raises:
+        AdapterError, BaseMismatchError: damaged, of another base, or of a method that has no such directions.
+        ConfigError: a plane of more or fewer than two adapters, or of adapters that span none.
+        DataError: a domain's text is missing or broken.
+    """
+    adapters = [Path(folder) for folder in adapters]
+    if not adapters or (plane and len(adapters) != 2):
+        raise ConfigError(f"a plane is spanned by two adapters, and {len(adapters)} were given")
+    origins = named_origins(adapters)
+    labels = tuple(origins)
+    way_of(adapters if plane else adapters[:1])  # refuses before anything is loaded
+    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
+    shown = progress or Silent()
+    wanted = [((folder,), (one,), line) for folder, one in zip(adapters, labels, strict=True)]
+    if plane:
+        wanted.append((tuple(adapters), labels, grid))
+    surfaces, told = [], None
+    for folders, named, places in wanted:
+        way = way_of(folders)
+        base = load_base(plan.model, dtype=torch.float32 if way == "weights" else None)
+        domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
+        surfaces.append(_measured(plan, base, domains, folders, named, places, allow_other_base, shown))
+        if told is None:
+            warn_of_other_texts(adapters, domains)
+            told = provenance(plan, base, domains, origins)
+        del base
+    assert told is not None, "at least one adapter"
+    lines = surfaces[: len(adapters)]
+    return Landscape(tuple(lines), surfaces[-1] if plane else None, told)
+
+
+def _measured(
+    plan: Plan,
+    base: Base,
+    domains: Sequence[DomainBlocks],
+    folders: Sequence[Path],
+    labels: tuple[str, ...],
+    places: Iterable[float],
+    allow_other_base: bool,
+    progress: Progress,
+) -> Surface:
+    """Move along one direction or two, and measure every domain at every place."""
+    steps = sorted({0.0, 1.0, *map(float, places)})
+    points = []
+    with directions(base, folders, allow_other_base=allow_other_base) as moving:
+        for place in [(t,) for t in steps] if len(folders) == 1 else [(t, u) for t in steps for u in steps]:
+            moving.move(place)
+            losses = {
+                domain.name: measure(
+                    moving.model,
+                    domain.validation,
+                    domain.validation_bytes,
+                    batch_size=plan.evaluate.batch_size,
+                    title=f"{' and '.join(labels)}: {domain.name} at {', '.join(f'{t:g}' for t in place)}",
+                    progress=progress,
+                )
+                for domain in domains
+            }
+            points.append(Point(place, losses))
+        geometry = moving.geometry()
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    return Surface(labels, way_of(folders), dtype, geometry, tuple(points), plan.evaluate)

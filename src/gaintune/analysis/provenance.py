@@ -1,0 +1,79 @@
+"""What a measurement of saved adapters was made from: base, adapters, texts, settings, software."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gaintune.adapters import adapter_labels, read_record
+from gaintune.analysis.origin import Origin, origin_of
+from gaintune.config import Plan
+from gaintune.data.blocks import DomainBlocks
+from gaintune.environment import describe_environment
+from gaintune.models import Base, resolve_device
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Everything that the numbers depend on; `adapters` by what they are called in tables."""
+
+    base: str
+    base_revision: str | None
+    base_fingerprint: str
+    adapters: Mapping[str, Origin]
+    texts: Mapping[str, Mapping[str, str | int]]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "adapters": {label: origin.to_dict() for label, origin in self.adapters.items()}}
+
+
+def named_origins(folders: Sequence[Path]) -> dict[str, Origin]:
+    """Adapters by what tables call them, from their files alone.
+
+    That is method and last domain, such as `gain-ffn on law`, or the folder where it does not tell them apart.
+
+    Raises:
+        AdapterError: a folder that is no adapter, or a damaged one.
+        ConfigError: an adapter named twice.
+    """
+    adapter_labels(folders)
+    origins = [origin_of(folder) for folder in folders]
+    labels = [f"{one.label} on {one.domains[-1]}" if one.domains else Path(one.adapter).name for one in origins]
+    seen = Counter(labels)
+    return {label if seen[label] == 1 else one.adapter: one for label, one in zip(labels, origins, strict=True)}
+
+
+def provenance(plan: Plan, base: Base, domains: Sequence[DomainBlocks], adapters: Mapping[str, Origin]) -> Provenance:
+    """Put together what a measurement of `adapters` on `base` and these texts depends on."""
+    return Provenance(
+        base=base.name,
+        base_revision=base.revision,
+        base_fingerprint=base.fingerprint,
+        adapters=adapters,
+        texts={domain.name: domain.describe() for domain in domains},
+        settings={name: getattr(plan, name).model_dump(mode="json") for name in ("model", "data", "evaluate")},
+        environment=describe_environment(resolve_device(plan.model.device)),
+    )
+
+
+def warn_of_other_texts(adapters: Iterable[Path], domains: Sequence[DomainBlocks]) -> None:
+    """Say where a domain is cut otherwise here than an adapter learnt it: it may have seen what it is measured on."""
+    here = {domain.name: domain.content_hash for domain in domains}
+    for folder in adapters:
+        record = read_record(folder)
+        for name, learnt in (record.content_hashes if record else {}).items():
+            if here.get(name, learnt) != learnt:
+                logger.warning(
+                    "%s learnt %s with other text or other data settings than it is measured with here, so it may be "
+                    "measured on what it was trained on: give the plan it was trained with",
+                    folder, name,
+                )  # fmt: skip

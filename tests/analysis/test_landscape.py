@@ -1,0 +1,169 @@
+"""Losses along directions equal those of models whose weights were put together by hand; the base comes back."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+import tiny_base
+import tiny_domains
+from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
+from gaintune.analysis.directions import directions, way_of
+from gaintune.analysis.landscape import survey_landscape
+from gaintune.config import build_plan
+from gaintune.errors import AdapterError, ConfigError
+from gaintune.models import load_base
+from gaintune.tuners.disel import DiselConfig
+from gaintune.tuners.gain import GainConfig
+
+CONFIGS = {
+    "gain": lambda: GainConfig(),
+    "gain-ffn": lambda: GainConfig(ffn=True),
+    "lora": lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj"]),
+    "dora": lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj"], use_dora=True),
+    "disel": lambda: DiselConfig(r=2, target_modules=["o_proj", "up_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny base in fp32 with one random adapter of each kind on it, and fully trained weights."""
+    folder = tmp_path_factory.mktemp("landscape")
+    tiny_base.folder(folder / "base", dtype=torch.float32)
+    for name in (*CONFIGS, "gain-ffn2", "lora2", "disel2", "full"):
+        make(folder, name)
+    return folder
+
+
+def make(folder, name):
+    base = load_base(str(folder / "base"), dtype=torch.float32)
+    method = name.rstrip("2")
+    model = base.model if method == "full" else get_peft_model(base.model, CONFIGS[method]())
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    record = AdapterRecord(str(folder / "base"), base.fingerprint, method, method, (f"{name}-text",))
+    save_adapter(model, folder / name, record)
+
+
+def weights_of(base, folder):
+    """The weights of the model with an adapter merged into it, by name."""
+    apart = replace(base, model=copy.deepcopy(base.model))
+    model = load_adapter(apart, folder)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    return {name: weight.detach().double() for name, weight in model.named_parameters()}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=tiny_base.blocks()).logits
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["gain"], ["gain-ffn"], ["lora"], ["dora"], ["full"], ["gain-ffn", "gain-ffn2"], ["gain", "gain-ffn2"],
+     ["lora", "lora2"], ["gain-ffn", "lora"], ["full", "dora"]],
+    ids="+".join,
+)  # fmt: skip
+def test_a_place_is_the_sum_of_weights_and_the_base_comes_back_bit_for_bit(place, names):
+    base = load_base(str(place / "base"), dtype=torch.float32)
+    kept = {name: weight.detach().clone() for name, weight in base.model.named_parameters()}
+    flags = [weight.requires_grad for weight in base.model.parameters()]
+    before = logits(base.model)
+    merged = [weights_of(base, place / name) for name in names]
+    by_hand = copy.deepcopy(base.model).double()
+    own = {name: weight.detach().clone() for name, weight in by_hand.named_parameters()}
+    with directions(base, [place / name for name in names]) as moving:
+        for spot in ([0.3, -0.7], [1.0, 0.0], [0.0, 0.0], [1.25, 1.0]):
+            spot = spot[: len(names)]
+            moving.move(spot)
+            with torch.no_grad():
+                for name, weight in by_hand.named_parameters():
+                    weight.copy_(own[name] + sum(t * (m[name] - own[name]) for t, m in zip(spot, merged, strict=True)))
+            expected = logits(by_hand)
+            assert torch.allclose(logits(moving.model).double(), expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(logits(moving.model), before) == (not any(spot))
+        moving.move([0.5] * len(names))
+        geometry = moving.geometry()
+    found = {name: weight.detach() for name, weight in base.model.named_parameters()}
+    assert found.keys() == kept.keys() and all(torch.equal(found[name], kept[name]) for name in kept)
+    assert [weight.requires_grad for weight in base.model.parameters()] == flags
+    assert torch.equal(logits(base.model), before)
+    deltas = [torch.cat([(each[name] - own[name]).flatten() for name in own]) for each in merged]
+    assert geometry.lengths == pytest.approx([delta.norm().item() for delta in deltas], rel=1e-5)
+    touched = [name for name in own if any(not torch.equal(each[name], own[name]) for each in merged)]
+    assert geometry.base_length == pytest.approx(math.sqrt(sum(float(own[name].square().sum()) for name in touched)))
+    if len(names) == 2:
+        assert geometry.cosine == pytest.approx(F.cosine_similarity(*deltas, dim=0).item(), abs=1e-6)
+    else:
+        assert geometry.cosine is None
+    gains = all(name.startswith("gain") for name in names)
+    assert (geometry.parameter_cosine is not None) == (gains and len(names) == 2)
+
+
+def test_gated_updates_are_scaled_with_their_gates_as_they_are(place):
+    base = load_base(str(place / "base"), dtype=torch.float32)
+    before = logits(base.model)
+    by_hand = load_adapter(load_base(str(place / "base"), dtype=torch.float32), place / "disel")
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.4)
+    with directions(base, [place / "disel"]) as moving:
+        moving.move([0.4])
+        assert torch.allclose(logits(moving.model), logits(by_hand), rtol=1e-4, atol=1e-4)
+        moving.move([0.0])
+        assert torch.equal(logits(moving.model), before)
+    assert torch.equal(logits(base.model), before)
+    with directions(base, [place / "disel", place / "disel2"]) as moving:
+        moving.move([0.4, 0.0])
+        assert torch.allclose(logits(moving.model), logits(by_hand), rtol=1e-4, atol=1e-4)
+        assert moving.geometry().cosine is not None
+
+
+def test_what_spans_no_plane_is_refused(place):
+    with pytest.raises(ConfigError, match=r"disel has gates.*spans no plane"):
+        way_of([place / "lora", place / "disel"])
+    assert way_of([place / "gain", place / "lora"]) == "weights"
+    base = load_base(str(place / "base"), dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="interpolated in fp32"), directions(base, [place / "full"]):
+        pass
+    with pytest.raises(AdapterError, match="no such adapter folder"):
+        way_of([place / "missing"])
+
+
+@pytest.fixture(scope="module")
+def plan(place):
+    return build_plan(tiny_domains.plan(place / "base", place))
+
+
+def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
+    adapters = [place / "gain-ffn", place / "gain-ffn2"]
+    found = survey_landscape(plan, adapters, plane=True, line=[0.5, -0.25], grid=[0.5])
+    first, _ = found.lines
+    assert [point.place for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
+    assert found.plane is not None
+    assert len(found.plane.points) == 9
+    for domain in ("prose", "code"):
+        for t in (0.0, 0.5, 1.0):
+            assert first.at(t).losses[domain] == found.plane.at(t, 0.0).losses[domain]
+        start, middle, end = (first.at(t).losses[domain].nats_per_token for t in (0, 0.5, 1))
+        figures = first.figures(domain)
+        assert figures.range_nats == pytest.approx(max(start, middle, end) - min(start, middle, end))
+        assert figures.barrier_nats == pytest.approx(max(0.0, middle - (start + end) / 2))
+        assert figures.at_adapted[0].value == pytest.approx(100 * (math.exp(end - start) - 1))
+        assert first.change(first.at(0.0), domain).value == 0.0
+        assert len(found.plane.figures(domain).at_adapted) == 3
+        assert found.plane.figures(domain).barrier_nats is None
+    told = found.to_dict()
+    assert told["provenance"]["adapters"]["gain-ffn on gain-ffn-text"]["method"] == "gain-ffn"
+    assert set(told["provenance"]["texts"]) == {"prose", "code"}
+    with pytest.raises(ConfigError, match="spanned by two adapters, and 1 were given"):
+        survey_landscape(plan, adapters[:1], plane=True)
