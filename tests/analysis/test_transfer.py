@@ -1,0 +1,170 @@
+"""What gains share equals NumPy's own figures, and parts of adapters are measured as the adapters they would be."""
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+
+import tiny_base
+import tiny_domains
+from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
+from gaintune.analysis.sharing import read_gain_vectors, sharing_of
+from gaintune.analysis.transfer import Ablation, shared_component, survey_transfer
+from gaintune.config import EvaluateConfig, build_plan
+from gaintune.errors import AdapterError, ConfigError
+from gaintune.evaluate.compare import compare_adapters
+from gaintune.evaluate.losses import DomainLoss
+from gaintune.models import load_base
+from gaintune.tuners.gain import GainConfig
+from gaintune.tuners.gain.layer import GainLayer
+
+NAMES = ("prose", "code", "more")
+
+
+def write_adapter(folder, base, v, domains, ffn=True):
+    """A GAIN-FFN adapter whose vectors are `v`, module names in alphabetical order."""
+    model = get_peft_model(base.model, GainConfig(ffn=ffn))
+    layers = sorted((name, each) for name, each in model.named_modules() if isinstance(each, GainLayer))
+    ends = np.cumsum([each.in_features for _, each in layers])[:-1]
+    with torch.no_grad():
+        for (_, each), part in zip(layers, np.split(v[: ends[-1] + layers[-1][1].in_features], ends), strict=True):
+            each.gain_v["default"].copy_(torch.from_numpy(part))
+    record = AdapterRecord(base.name, base.fingerprint, "gain-ffn", "gain-ffn", domains)
+    save_adapter(model, folder, record)
+    strip_adapters(base.model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Three adapters with a common part and parts of their own, and the plan of the domains they claim."""
+    folder = tmp_path_factory.mktemp("transfer")
+    name = str(tiny_base.folder(folder / "base", dtype=torch.float32))
+    values = tiny_domains.plan(name, folder)
+    values["data"]["domains"].append(f"more={folder / 'prose.jsonl'}")
+    values["data"]["watched"] = [f"unseen={folder / 'code.jsonl'}"]
+    base = load_base(name, dtype=torch.float32)
+    generator = np.random.default_rng(0)
+    common = generator.normal(size=160)
+    vectors = np.float32(0.1) * np.stack([common + generator.normal(size=160) for _ in NAMES]).astype(np.float32)
+    for v, domain in zip(vectors, NAMES, strict=True):
+        write_adapter(folder / domain, base, v, (domain,))
+    return folder, build_plan(values), vectors.astype(np.float64)
+
+
+def test_shares_and_correlations_equal_those_computed_pair_by_pair(place):
+    folder, _, v = place
+    vectors = read_gain_vectors({name: folder / name for name in NAMES})
+    assert np.allclose(vectors.values, v, atol=1e-12)
+    found = sharing_of(vectors)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    assert found.pairs == pytest.approx([np.corrcoef(v[i], v[j])[0, 1] for i, j in pairs])
+    squares = [float(np.sum(row**2)) for row in v]
+    products = [float(np.sum(v[i] * v[j])) for i, j in pairs]
+    assert found.common_share == pytest.approx(np.mean(products) / np.mean(squares))
+    assert found.mean_share == pytest.approx(np.sum(np.broadcast_to(v.mean(0), v.shape) ** 2) / np.sum(squares))
+    assert found.principal_share == pytest.approx(np.linalg.svd(v)[1][0] ** 2 / np.sum(squares))
+    agree = np.all(v > 0, axis=0) | np.all(v < 0, axis=0)
+    assert found.agreeing == pytest.approx(agree.mean())
+    assert found.agreeing_energy == pytest.approx(np.sum(v[:, agree] ** 2) / np.sum(squares))
+    others = (v[1] + v[2]) / 2
+    cosine = v[0] @ others / np.linalg.norm(v[0]) / np.linalg.norm(others)
+    assert found.explained_by_others[0] == pytest.approx(cosine**2)
+    assert 0.3 < found.common_share < 0.7  # half of the variance was made common
+
+
+def test_nothing_in_common_is_zero_and_all_in_common_is_one(place):
+    folder, _, _ = place
+    vectors = read_gain_vectors({name: folder / name for name in NAMES})
+    generator = np.random.default_rng(1)
+    apart = type(vectors)(vectors.labels, vectors.modules, generator.normal(size=(3, 100_000)))
+    assert sharing_of(apart).common_share == pytest.approx(0.0, abs=0.01)
+    assert sharing_of(apart).mean_share == pytest.approx(1 / 3, abs=0.01)
+    alike = type(vectors)(vectors.labels, vectors.modules, np.tile(generator.normal(size=50), (3, 1)))
+    assert sharing_of(alike).common_share == pytest.approx(1.0)
+    assert sharing_of(alike).principal_share == pytest.approx(1.0)
+
+
+def test_components_are_what_they_say(place):
+    folder, _, v = place
+    vectors = read_gain_vectors({name: folder / name for name in NAMES})
+    assert np.allclose(shared_component(vectors, "mean", "prose", "code"), v.mean(0))
+    held_out = shared_component(vectors, "held-out", "prose", "code")
+    assert np.allclose(held_out, (v[0] + v[2]) / 2), "nothing of what learnt the measured domain"
+    assert np.allclose(shared_component(vectors, "held-out", "prose", "unseen"), v.mean(0))
+    _, _, right = np.linalg.svd(v)
+    assert np.allclose(shared_component(vectors, "principal", "code", "prose"), (v[1] @ right[0]) * right[0])
+
+
+def test_parts_are_measured_as_adapters_of_their_own(place):
+    folder, plan, v = place
+    found = survey_transfer(plan, [folder / name for name in NAMES], components=["mean", "held-out"])
+    one, held = found.ablations
+    base = load_base(plan.model)
+    write_adapter(folder / "mean", base, v.mean(0), ("mean",))
+    write_adapter(folder / "own", base, v[0] - v.mean(0), ("own",))
+    write_adapter(folder / "others", base, (v[0] + v[2]) / 2, ("others",))
+    paths = [folder / name for name in ("prose", "mean", "own", "others")]
+    expected = {(each.domain, each.label): each for each in compare_adapters(plan, paths)}
+    for domain in (*NAMES, "unseen"):
+        for part, path in (("whole", "prose"), ("shared", "mean"), ("own", "own")):
+            told = expected[domain, str(folder / path)]
+            assert one.losses[part, "prose", domain].perplexity == pytest.approx(told.perplexity, rel=1e-6)
+            change = one.change(part, "prose", domain)
+            assert change.value == pytest.approx(told.change, abs=1e-4)
+            assert (change.low, change.high) == pytest.approx((told.low, told.high), abs=1e-4)
+    assert held.losses["shared", "prose", "code"].perplexity == pytest.approx(
+        expected["code", str(folder / "others")].perplexity, rel=1e-6
+    )
+    across = [(a, b) for a in NAMES for b in NAMES if a != b]
+    changes = [one.change("own", a, b).value for a, b in across]
+    assert one.transfer("own").value == pytest.approx(np.mean(changes))
+    assert one.in_domain("whole").value == pytest.approx(np.mean([one.change("whole", a, a).value for a in NAMES]))
+    assert one.unseen("whole").value == pytest.approx(np.mean([one.change("whole", a, "unseen").value for a in NAMES]))
+
+
+def test_what_is_left_is_a_ratio_and_is_not_told_of_a_transfer_that_may_be_none():
+    generator = np.random.default_rng(0)
+    tokens = (31,) * 40
+    base = {name: generator.normal(90, 3, 40) for name in "ab"}
+
+    def moved(name, nats, noise=0.3):
+        shift = 31 * nats + generator.normal(0, noise, 40)
+        return DomainLoss(tuple(base[name] + shift), tokens, tokens)
+
+    shifts = {"whole": -0.2, "shared": -0.1, "own": -0.05}
+    losses = {(part, a, b): moved(b, nats) for part, nats in shifts.items() for a in "ab" for b in "ab"}
+    plain = {name: DomainLoss(tuple(nll), tokens, tokens) for name, nll in base.items()}
+    settings = EvaluateConfig(bootstrap_samples=500)
+    found = Ablation("mean", ("a", "b"), (), plain, losses, settings)
+    left = found.left("shared")
+    wanted = 100 * found.transfer("shared").value / found.transfer("whole").value
+    assert left.value == pytest.approx(wanted)
+    assert left.value == pytest.approx(100 * np.expm1(-0.1) / np.expm1(-0.2), rel=0.05)
+    assert left.low < left.value < left.high < 100
+    assert found.left("whole").value == found.left("whole").low == 100.0
+    assert found.unseen("whole") is None
+    noisy = {**losses, **{("whole", a, b): moved(b, 0.0, noise=30.0) for a in "ab" for b in "ab"}}
+    assert Ablation("mean", ("a", "b"), (), plain, noisy, settings).left("shared") is None
+
+
+def test_what_cannot_be_compared_is_refused(place, tmp_path):
+    folder, plan, v = place
+    base = load_base(plan.model)
+    several = write_adapter(tmp_path / "several", base, v[0], ("prose", "code"))
+    with pytest.raises(ConfigError, match=r"several has learnt prose, code: give adapters that were each trained"):
+        survey_transfer(plan, [folder / "prose", several])
+    with pytest.raises(ConfigError, match="has learnt elsewhere, which is not measured"):
+        survey_transfer(plan, [folder / "prose", write_adapter(tmp_path / "elsewhere", base, v[0], ("elsewhere",))])
+    with pytest.raises(ConfigError, match="takes two or more"):
+        survey_transfer(plan, [folder / "prose"])
+    with pytest.raises(ConfigError, match=r"held-out.*three or more, and 2 were given"):
+        survey_transfer(plan, [folder / "prose", folder / "code"], components=["held-out"])
+    narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
+    with pytest.raises(ConfigError, match="in other places"):
+        survey_transfer(plan, [folder / "prose", narrow])
+    still = write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))
+    with pytest.raises(ConfigError, match="code are all alike"):
+        survey_transfer(plan, [folder / "prose", still])
+    with pytest.raises(AdapterError, match="no such adapter folder"):
+        survey_transfer(plan, [folder / "prose", tmp_path / "missing"])
