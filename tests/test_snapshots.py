@@ -6,8 +6,11 @@ from safetensors.torch import load_file
 
 import tiny_base
 import tiny_domains
+import tiny_encoders
 from gaintune.adaptation import adapt
 from gaintune.adapters import load_adapter, read_record
+from gaintune.classification import adapt_classifier
+from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models import load_base
 from gaintune.runs import read_json
@@ -78,3 +81,40 @@ def test_stages_of_a_run_keep_theirs(plan, tmp_path):
     assert read_record(copies[3]).domains == ("prose", "code")
     first = weights(stage.with_name("01-prose") / "adapter")
     assert any(not torch.equal(tensor, first[name]) for name, tensor in weights(copies[3]).items())
+
+
+@pytest.mark.parametrize("method", ["adalora", "pissa", "disel", "full"])
+def test_copies_of_every_kind_load_again(plan, tmp_path, method):
+    plan["methods"] = [method]
+    plan["data"]["train_tokens"] = 512
+    plan["train"]["snapshot_steps"] = 2
+    adapt(plan, tmp_path / "out")
+    copies = snapshots_of(tmp_path / "out")
+    assert list(copies) == [2, 4]
+    ids = tiny_base.blocks()
+    with torch.no_grad():
+        found = {
+            path: load_adapter(load_base(ModelConfig(name=str(tmp_path / "base"), dtype="fp32")), path)(ids).logits
+            for path in (*copies.values(), tmp_path / "out")
+        }
+    assert torch.equal(found[copies[4]], found[tmp_path / "out"])
+    assert not torch.equal(found[copies[2]], found[copies[4]])
+
+
+def test_a_classifier_keeps_its_head_with_every_copy(tmp_path):
+    rows = tiny_encoders.write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
+    base = tiny_encoders.folder(tmp_path / "roberta")
+    values = {
+        "model": {"name": str(base), "dtype": "fp32", "device": "cpu"},
+        "data": {"task": "classify", "domains": [f"rule={rows}"]},
+        "methods": ["gain-ffn"],
+        "train": {"batch_size": 16, "snapshot_steps": 2},
+    }
+    adapt_classifier(values, tmp_path / "out")
+    copies = snapshots_of(tmp_path / "out")
+    last = max(copies)
+    record = read_record(copies[2])
+    assert record is not None and record.labels == read_record(tmp_path / "out").labels
+    names = {name for name in weights(copies[2]) if "classifier" in name}
+    assert names, "the head is in the copy"
+    assert all(torch.equal(weights(copies[last])[name], weights(tmp_path / "out")[name]) for name in names)
