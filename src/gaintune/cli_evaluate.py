@@ -11,6 +11,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gaintune import cli_benchmarks
+from gaintune.cli_benchmarks import (
+    AllowCode,
+    BenchmarkData,
+    Benchmarks,
+    BenchmarkSource,
+    Fewshot,
+    FewshotSeed,
+    GeneratedTokens,
+    Limit,
+)
 from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, TextColumn, ValidationTokens, assemble
 from gaintune.config import Plan
 from gaintune.console import percent, progress_on, quiet_libraries, table
@@ -54,6 +65,14 @@ def evaluate(
             metavar="NAME=FILE", help="Questions with choices: accuracy by the likelihood of each choice; repeatable."
         ),
     ] = None,
+    benchmarks: Benchmarks = None,
+    fewshot: Fewshot = None,
+    fewshot_seed: FewshotSeed = None,
+    limit: Limit = None,
+    benchmark_data: BenchmarkData = None,
+    benchmark_source: BenchmarkSource = None,
+    generated_tokens: GeneratedTokens = None,
+    allow_code_execution: AllowCode = False,
     allow_other_base: Annotated[bool, typer.Option(help="Load adapters that were trained on another base.")] = False,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -63,7 +82,8 @@ def evaluate(
 ) -> None:
     """Measure a model, and adapters on it, with paired intervals.
 
-    Perplexity and bits per byte of text and instructions; of classifiers the accuracy on labelled rows.
+    Perplexity and bits per byte of text and instructions; of classifiers the accuracy on labelled rows. With
+    --benchmarks lm-eval's scores, and of domains only those that are named with --domain.
     """
     plan = Path(model) if Path(model).suffix in {".yaml", ".yml"} else None
     adapters = adapter or []
@@ -71,18 +91,24 @@ def evaluate(
         raise ConfigError("--masked measures text on its own: leave --choices and --task out")
     if choices and (domain or task):
         raise ConfigError("--choices asks questions on its own: leave --domain and --task out")
-    if not (plan or masked or choices or task) and adapters and _all_classifiers(adapters):
+    if benchmarks and (masked or choices):
+        raise ConfigError("--benchmarks goes with --domain alone: leave --masked and --choices out")
+    if not (plan or masked or choices or task or benchmarks) and adapters and _all_classifiers(adapters):
         task = "classify"
     given = {**locals(), "domains": domain, "model": None if plan else model}
     settled = assemble(plan, given, set_)
+    asked = cli_benchmarks.config_of(given, settled)
     quiet_libraries()
     compare, draw = _measurement(settled, masked, choices or [])
-    figures = compare(settled, adapters, allow_other_base=allow_other_base, progress=progress_on(err))
+    options: dict[str, Any] = {"allow_other_base": allow_other_base, "progress": progress_on(err)}
+    report = cli_benchmarks.measure(settled, adapters, asked, **options) if asked else None
+    figures = compare(settled, adapters, **options) if domain or not asked else []
     if as_json:
-        typer.echo(json.dumps([figure.to_dict() for figure in figures], indent=1))
+        values = [figure.to_dict() for figure in figures]
+        typer.echo(json.dumps({"domains": values, "benchmarks": report.to_dict()} if report else values, indent=1))
         return
-    for drawn in draw(figures):
-        out.print(drawn)
+    for drawn in [*(draw(figures) if figures else []), *(cli_benchmarks.tables(report) if report else [])]:
+        out.print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
 
 
 def _all_classifiers(adapters: Sequence[Path]) -> bool:

