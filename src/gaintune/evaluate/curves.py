@@ -25,13 +25,13 @@ class Curve:
         rates: learning rates, rising, `(rates,)`.
         in_domain: change on the domains as they were learnt, `(rates,)` or `(rates, 1 + resamples)`.
         earlier: change on earlier domains at the end, of the same shape.
-        group: what the replicate belongs to, as in `replicated`.
+        group: what the replicate belongs to, as in `replicated`; None where it stands for itself.
     """
 
     rates: tuple[float, ...]
     in_domain: FloatArray
     earlier: FloatArray
-    group: int = 0
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if self.in_domain.shape != self.earlier.shape or len(self.rates) != len(self.in_domain):
@@ -106,9 +106,7 @@ def curve_difference(
         )
     grid = np.linspace(low, high, PLACES)
     apart = np.array([_along(one, grid) - _along(other, grid) for one, other in zip(first, second, strict=True)])
-    groups = [one.group for one in first]
-    if len(set(groups)) < 2:
-        groups = list(range(len(first)))
+    groups = [-1 - place if one.group is None else one.group for place, one in enumerate(first)]
     settings: dict[str, Any] = {"groups": groups, "how": how, "confidence": confidence, "seed": seed}
 
     def interval(values: FloatArray) -> Interval:

@@ -1,0 +1,194 @@
+"""Intervals cover the truth as often as they say, replicates and blocks both count, and verdicts follow intervals."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gaintune.errors import DataError
+from gaintune.evaluate.records import Interval
+from gaintune.evaluate.statistics import (
+    Curve,
+    curve_difference,
+    judge,
+    paired_bootstrap,
+    replicated,
+    sign_flip_test,
+)
+
+
+def coverage(make, truth, trials):
+    """Share of intervals that hold the truth."""
+    found = [make(trial) for trial in range(trials)]
+    return sum(each.low <= truth <= each.high for each in found) / trials
+
+
+@pytest.mark.parametrize(("items", "confidence"), [(8, 0.95), (40, 0.95), (40, 0.8)])
+def test_paired_bootstrap_covers_at_the_nominal_rate(items, confidence):
+    """Of 1000 intervals the share that covers lies within 2.6 standard errors of the rate (seeded)."""
+    generator = np.random.default_rng(7)
+    samples = generator.normal(0.3, 1.0, (1000, items))
+    rate = coverage(
+        lambda trial: paired_bootstrap(samples[trial], samples=400, confidence=confidence, seed=trial), 0.3, 1000
+    )
+    assert abs(rate - confidence) < 2.6 * math.sqrt(confidence * (1 - confidence) / 1000)
+
+
+def test_paired_bootstrap_covers_for_differences_of_right_and_wrong_answers():
+    generator = np.random.default_rng(8)
+    samples = generator.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=(600, 100))
+    rate = coverage(lambda trial: paired_bootstrap(samples[trial], samples=600, seed=trial), 0.1, 600)
+    assert 0.925 < rate < 0.975
+
+
+def test_paired_bootstrap_agrees_with_a_plain_loop():
+    values = np.random.default_rng(0).exponential(1.0, 300) - 0.8
+    found = paired_bootstrap(values, samples=4000)
+    generator = np.random.default_rng(99)
+    means = [values[generator.integers(0, 300, 300)].mean() for _ in range(4000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(low, abs=0.012) and found.high == pytest.approx(high, abs=0.012)
+    assert paired_bootstrap(values, samples=4000) == found
+    assert paired_bootstrap(values, samples=4000, seed=1) != found
+
+
+def test_one_item_or_one_replicate_has_no_interval():
+    assert paired_bootstrap([2.0]) == Interval(2.0, None, None)
+    assert replicated([2.0]) == Interval(2.0, None, None)
+    assert replicated(np.ones((1, 50))) == Interval(1.0, None, None)
+    assert replicated([1.0, 3.0], groups=[4, 4]) == Interval(2.0, None, None)
+    for empty in ([], [math.nan]):
+        with pytest.raises(DataError):
+            paired_bootstrap(empty)
+        with pytest.raises(DataError):
+            replicated(empty)
+
+
+def test_plain_replicates_get_student_s_interval():
+    values = [-1.0, 0.5, -0.3, -2.0]
+    low, high = stats.t.interval(0.9, 3, np.mean(values), stats.sem(values))
+    found = replicated(values, confidence=0.9)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_rows_of_one_group_count_once():
+    """Five seeds of two orders are two replicates, however alike the seeds are."""
+    values = [1.0, 1.1, 0.9, 1.0, 1.0, 3.0, 3.1, 2.9, 3.0, 3.0]
+    groups = [0] * 5 + [1] * 5
+    assert replicated(values, groups=groups) == replicated([1.0, 3.0])
+    assert replicated(values, groups=groups).sign == 0 and replicated(values).sign == 1
+
+
+@pytest.mark.parametrize(("how", "replicates"), [("t", 3), ("bootstrap", 20)])
+def test_intervals_over_replicates_and_blocks_cover_both(how, replicates):
+    """Crossed: every replicate is measured on the same blocks, whose draw moves all of them together."""
+    generator, found = np.random.default_rng(3), []
+    for trial in range(400):
+        blocks = 0.25 + generator.normal(0, 1.0, 30)
+        own = generator.normal(0, 0.2, (replicates, 1))
+        values = blocks + own
+        drawn = generator.multinomial(30, np.full(30, 1 / 30), size=400) / 30
+        draws = np.concatenate([values.mean(axis=1, keepdims=True), values @ drawn.T], axis=1)
+        found.append(replicated(draws, how=how, seed=trial))
+    share = sum(each.low <= 0.25 <= each.high for each in found) / 400
+    assert 0.92 < share < 0.985
+    if how == "bootstrap":  # twenty replicates without their blocks would be far too sure of themselves
+        alone = replicated(draws[:, 0])
+        assert alone.high - alone.low < 0.5 * (found[-1].high - found[-1].low)
+
+
+def test_bootstrap_over_few_but_equal_replicates_is_the_blocks_alone():
+    draws = np.concatenate([[[0.0]], np.random.default_rng(0).normal(0, 1, (1, 3000))], axis=1).repeat(4, axis=0)
+    for how in ("t", "bootstrap"):
+        found = replicated(draws, how=how)
+        assert found.low < -1.85 and found.high > 1.85
+    assert replicated(draws).high == pytest.approx(np.quantile(draws[0, 1:], 0.975))
+
+
+def test_sign_flips_are_counted_exactly():
+    values = [0.5, -0.1, 0.7, 0.2]
+    means = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in itertools.product((1, -1), repeat=4)
+    ]
+    expected = sum(mean >= abs(sum(values)) - 1e-12 for mean in means) / 16
+    assert sign_flip_test(values) == expected
+    assert sign_flip_test([1.0] * 5) == 2 / 32
+    assert sign_flip_test([0.0, 0.0]) == 1.0
+    many = np.random.default_rng(0).normal(0.35, 1.0, 40)
+    assert sign_flip_test(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("interval", "claim", "verdict"),
+    [
+        (Interval(-2, -3, -1), (None, 0.0), "reproduced"),
+        (Interval(2, 1, 3), (None, 0.0), "refuted"),
+        (Interval(-2, -5, 1), (None, 0.0), "undecided"),
+        (Interval(0.0, 0.0, 0.0), (None, 0.0), "refuted"),
+        (Interval(-2, None, None), (None, 0.0), "undecided"),
+        (None, (None, 0.0), "undecided"),
+        (Interval(9, 8, 10), (7, 13), "reproduced"),
+        (Interval(12, 11, 14), (7, 13), "undecided"),
+        (Interval(15, 14, 16), (7, 13), "refuted"),
+        (Interval(0, -3, 3), lambda value: abs(value) < 1, "undecided"),
+        (Interval(0, -0.5, 0.5), lambda value: abs(value) < 1, "reproduced"),
+        (Interval(4, 3, 5), lambda value: abs(value) < 1, "refuted"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(interval, claim, verdict):
+    assert judge(interval, claim) == verdict
+
+
+def curve(in_domain, earlier):
+    rates = tuple(0.001 * 2**i for i in range(len(in_domain)))
+    return Curve(rates, np.array(in_domain, dtype=float), np.array(earlier, dtype=float))
+
+
+def test_curves_are_compared_where_both_are():
+    """y = x / 2 against y = x / 2 + 3, over rates that reach other in-domain changes: 3 apart from -20 to -10."""
+    first = [curve([-10 - s, -20 - s, -30 - s], [(-10 - s) / 2, (-20 - s) / 2, (-30 - s) / 2]) for s in (0, 0.1, 0.3)]
+    second = [curve([-2, -14, -20 + s], [2, -4, (-20 + s) / 2 + 3]) for s in (0, 0.1, 0.2)]
+    found = curve_difference(first, second)
+    assert (found.low, found.high) == (pytest.approx(-19.8), pytest.approx(-10.3))
+    assert found.difference.value == pytest.approx(-3.0)
+    assert found.difference.sign == -1 and found.replicates == 3
+    assert [point.value for _, point in found.points] == pytest.approx([-3.0] * 9)
+    swapped = curve_difference(second, first).difference
+    assert swapped.value == pytest.approx(3.0)
+
+
+def test_a_curve_ends_at_its_best_rate():
+    """A rate too high adapts less and forgets more; it must not stand for the same in-domain change at a lower rate."""
+    first = [curve([-10, -20, -12], [-5, -10, 40]) for _ in range(2)]
+    second = [curve([-10, -20], [-5, -10]) for _ in range(2)]
+    found = curve_difference(first, second)
+    assert found.difference.value == pytest.approx(0.0, abs=1e-12)
+    assert found.left_out == ((0.004,), ())
+
+
+def test_curves_with_block_resamples_and_orders():
+    generator = np.random.default_rng(5)
+    first, second = [], []
+    for order in range(3):
+        for _ in range(2):
+            noise = generator.normal(0, 0.05, (3, 1)) + np.concatenate([[0.0], generator.normal(0, 0.05, 200)])
+            x = np.array([[-5.0], [-10.0], [-20.0]]) + noise
+            first.append(Curve((0.001, 0.01, 0.1), x, x / 2 - 2 + order / 10, order))
+            second.append(Curve((0.001, 0.01, 0.1), x, x / 2, order))
+    found = curve_difference(first, second)
+    assert found.replicates == 3
+    assert found.difference.value == pytest.approx(-1.9, abs=0.01) and found.difference.sign == -1
+
+
+def test_curves_that_share_nothing_or_do_not_pair_are_refused():
+    far = [curve([-30, -40], [0, 0])] * 2
+    near = [curve([-1, -5], [0, 0])] * 2
+    with pytest.raises(DataError, match="no in-domain change in common"):
+        curve_difference(far, near)
+    with pytest.raises(DataError, match="do not pair"):
+        curve_difference(far, near[:1])
+    with pytest.raises(DataError, match="rates must rise"):
+        Curve((0.1, 0.1), np.zeros(2), np.zeros(2))

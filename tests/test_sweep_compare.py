@@ -1,0 +1,116 @@
+"""Methods of a sweep compared: at matched in-domain change and by curve; the intervals alone say who is ahead."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import tiny_sweep
+from gaintune.errors import DataError
+from gaintune.runs import read_json
+from gaintune.sweep_compare import compare_sweep
+from gaintune.sweep_report import curve_sentence, markdown, pair_sentence, write
+
+
+def noise(*key, scale=0.2):
+    return float(np.random.default_rng([7, *key]).normal(0, scale))
+
+
+def keeping(lr, order, seed):
+    own = {0.001: -8.0, 0.01: -16.0}[lr] + noise(1, order, seed)
+    return own, 0.8 * own + noise(2, order, seed)
+
+
+def forgetting(lr, order, seed):
+    own = {0.001: -10.0, 0.01: -24.0}[lr] + noise(3, order, seed)
+    return own, 0.2 * own + noise(4, order, seed)
+
+
+def the_same(lr, order, seed):
+    own = {0.001: -8.0, 0.01: -16.0}[lr] + noise(5, order, seed)
+    return own, 0.8 * own + noise(6, order, seed)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return tiny_sweep.synthetic(tmp_path_factory.mktemp("runs"), {"keeping": keeping, "forgetting": forgetting})
+
+
+def test_each_method_is_taken_at_the_rate_nearest_the_target(table):
+    found = compare_sweep(table, target=-11.0)
+    assert [(point.variant, point.lr) for point in found.matched] == [("keeping", 0.001), ("forgetting", 0.001)]
+    found = compare_sweep(table, target=-21.0)
+    assert [(point.variant, point.lr) for point in found.matched] == [("keeping", 0.01), ("forgetting", 0.01)]
+    found = compare_sweep(table)
+    assert found.target == pytest.approx(-16.0, abs=0.5)  # the strongest that both reach
+    assert (found.over, len(found.points), found.unfinished) == ("seeds", 4, 0)
+
+
+def test_the_difference_is_paired_run_by_run_and_as_uncertain_as_seeds_are(table):
+    (pair,) = compare_sweep(table, target=-9.0).pairs
+    frame = table.frame()
+    one = frame[(frame["label"] == "keeping") & (frame["lr"] == 0.001)].set_index("seed")["backward_transfer"]
+    other = frame[(frame["label"] == "forgetting") & (frame["lr"] == 0.001)].set_index("seed")["backward_transfer"]
+    apart = (one - other).to_numpy()
+    assert pair.difference.value == pytest.approx(apart.mean())
+    low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
+    assert pair.difference.low == pytest.approx(low, rel=0.25)  # blocks add a little to seeds
+    assert pair.difference.high == pytest.approx(high, rel=0.25)
+    assert pair.replicates == 3
+    assert pair.p == 0.25  # three pairs with one sign
+    assert pair.better == "keeping"
+    assert pair.in_domain.value == pytest.approx(2.0, abs=0.6)
+
+
+def test_no_winner_without_an_interval_that_excludes_zero(tmp_path):
+    found = compare_sweep(tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "the-same": the_same}))
+    assert [pair.better for pair in found.pairs] == [None]
+    assert [pair.better for pair in found.curves] == [None]
+    assert "no difference shown" in pair_sentence(found.pairs[0], found)
+    assert "no difference shown" in curve_sentence(found.curves[0], found)
+    alone = compare_sweep(
+        tiny_sweep.synthetic(tmp_path / "one", {"keeping": keeping, "forgetting": forgetting}, seeds=1)
+    )
+    assert alone.pairs[0].difference.low is None
+    assert alone.pairs[0].better is None  # one seed says nothing of others, however far apart
+
+
+def test_curves_are_compared_over_the_range_both_reach(table):
+    (pair,) = compare_sweep(table).curves
+    assert pair.better == "keeping"
+    assert pair.curve.low == pytest.approx(-16, abs=0.6) and pair.curve.high == pytest.approx(-10, abs=0.6)
+    # 0.8 x - 0.2 x over x from -10 to -16
+    assert pair.curve.difference.value == pytest.approx(-0.6 * 13, abs=0.8)
+
+
+def test_orders_are_the_replicates_where_there_are_several(tmp_path):
+    found = compare_sweep(
+        tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "forgetting": forgetting}, orders=2, seeds=2)
+    )
+    assert found.over == "orders"
+    assert (found.pairs[0].replicates, found.points[0].replicates, found.points[0].runs) == (2, 2, 4)
+
+
+def test_a_domain_of_one_block_leaves_intervals_over_seeds(tmp_path):
+    table = tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "forgetting": forgetting}, blocks=1)
+    (pair,) = compare_sweep(table).pairs
+    assert pair.difference.low is not None and pair.better == "keeping"
+
+
+def test_everything_is_written(table, tmp_path):
+    found = compare_sweep(table)
+    write(found, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "comparison.md", "comparison.json", "tradeoff.png", "tradeoff.svg"
+    }  # fmt: skip
+    told = read_json(tmp_path / "comparison.json")
+    assert told["pairs"][0]["better"] == "keeping"
+    assert told["curves"][0]["curve"]["difference"]["high"] < 0
+    text = markdown(found)
+    assert "keeping is better" in text and "3 seeds" in text and "Earlier domains, against the base" in text
+    assert len(pd.DataFrame(told["points"])) == 4
+
+
+def test_what_cannot_be_compared_is_said(table):
+    with pytest.raises(DataError, match="no figure is called 'retention'"):
+        compare_sweep(table, figure="retention")

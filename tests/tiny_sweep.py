@@ -1,0 +1,98 @@
+"""Grids of seconds over a tiny base, workers that are killed, and sweeps whose losses are made up."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import tiny_domains
+from gaintune.config import build_plan
+from gaintune.evaluate.matrix import build_matrix
+from gaintune.grid import PlannedRun, plan_id
+from gaintune.runs import Run, read_json, write_json
+from gaintune.sweep_table import SweepRow, SweepTable
+from report.synthetic_run import make_runs
+
+
+def grid(model: Path, folder: Path, **changes) -> dict:
+    """Two methods over a tiny base and both domains, as nested values."""
+    plan = tiny_domains.plan(model, folder, data={"train_tokens": 512})
+    return {"plan": plan, "methods": [*plan.pop("methods"), {"name": "lora", "rank": 2}], **changes}
+
+
+def numbers(folder: Path) -> dict[str, bytes]:
+    """The matrix of every run by its id."""
+    return {file.parent.name: file.read_bytes() for file in (folder / "runs").glob("*/matrix.json")}
+
+
+def events(folder: Path) -> dict[str, str]:
+    """What was done in every run, with its times: any work on a run changes it."""
+    return {file.parent.name: file.read_text() for file in (folder / "runs").glob("*/events.jsonl")}
+
+
+class Killer(threading.Thread):
+    """Kills the worker of the first run that has learnt its first domain, as the kernel does when memory is out."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self._folder = folder
+        self.killed: str | None = None
+
+    def run(self) -> None:
+        end = time.monotonic() + 500
+        while self.killed is None and time.monotonic() < end:
+            for stage in self._folder.glob("runs/*/stages/*/01-*/adapter"):
+                outcome = self._folder / "outcomes" / f"{stage.parents[3].name}.json"
+                told = read_json(outcome)
+                if told["state"] == "begun":
+                    assert told["process"] != os.getpid()
+                    os.kill(told["process"], signal.SIGKILL)
+                    self.killed = stage.parents[3].name
+                    return
+            time.sleep(0.002)
+
+
+def die() -> None:
+    """What no worker survives."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def note_node() -> None:
+    """Leave the id of the Ray node this runs on in the folder that NODES names."""
+    import ray
+
+    (Path(os.environ["NODES"]) / ray.get_runtime_context().get_node_id()).touch()
+
+
+def synthetic(folder: Path, effects, *, rates=(0.001, 0.01), orders=1, seeds=3, blocks=12) -> SweepTable:
+    """A finished sweep; `effects` maps a label to (lr, order, seed) -> (in-domain %, earlier %)."""
+    rows = []
+    for order in range(orders):
+        for seed in range(seeds):
+            for label, effect in effects.items():
+                for lr in rates:
+                    own, earlier = effect(lr, order, seed)
+
+                    def percent(stage, place, own=own, earlier=earlier):
+                        return own if place == stage else earlier if place < stage else 0.0
+
+                    names = ("a", "b", "c")
+                    values = {
+                        "data": {"domains": list(names)}, "methods": [{"name": "gain", "label": label, "lr": lr}],
+                        "train": {"seed": seed}, "evaluate": {"bootstrap_samples": 300},
+                    }  # fmt: skip
+                    plan = build_plan(values)
+                    (made,) = make_runs(names, {label: percent}, blocks=blocks)
+                    made.info["numbers"] = "float32"
+                    run = Run(folder / f"{plan_id(plan)}-{order}")
+                    for name, loss in made.base.items():
+                        write_json(run.base("float32", name), loss.to_dict())
+                    for index, stage in enumerate(made.stages):
+                        for name, loss in stage.losses.items():
+                            file = run.stage(label, index, stage.domain) / "evaluations" / f"{name}.json"
+                            write_json(file, loss.to_dict())
+                    matrix = build_matrix([made], plan.evaluate, planned=names)
+                    planned = PlannedRun(plan_id(plan), label, "gain", None, lr, order, names, seed, 8192, plan)
+                    rows.append(SweepRow(planned, run.folder, matrix, None))
+    return SweepTable(tuple(rows))
