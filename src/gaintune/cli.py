@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from gaintune import __version__, cli_analysis, cli_evaluate, cli_gains, cli_lists, cli_sweep, cli_recipe
+from gaintune import __version__, cli_analysis, cli_evaluate, cli_gains, cli_lists, cli_recipe, cli_surveys, cli_sweep
 from gaintune.cli_plan import (
     BatchSize,
     BlockSize,
@@ -246,6 +246,7 @@ def merge(
 cli_lists.register(app)
 cli_analysis.register(app)
 cli_gains.register(app)
+cli_surveys.register(app)
 cli_evaluate.register(app)
 cli_sweep.register(app)
 app.add_typer(cli_recipe.app, name="recipe")

@@ -98,8 +98,10 @@ def snapshots_of(adapter: Path) -> dict[int, Path]:
         adapter: an adapter's folder (of `gaintune adapt`, or of a stage of a run), or the folder of the copies itself.
 
     Raises:
-        AdapterError: no copies were kept.
+        AdapterError: no such folder, or no copies were kept.
     """
+    if not adapter.is_dir():
+        raise AdapterError(f"{adapter}: no such adapter folder")
     places = [adapter, adapter.with_name(f"{adapter.name}.snapshots")]
     if adapter.name == "adapter":
         places.append(adapter.with_name("snapshots"))
@@ -109,7 +111,7 @@ def snapshots_of(adapter: Path) -> dict[int, Path]:
             return dict(sorted(found.items()))
     raise AdapterError(
         f"{adapter}: no snapshots of it were kept; adapt with --set train.snapshot_steps=N, and it keeps one every N "
-        f"updates in {places[1].name}"
+        f"updates in {places[-1].name}"
     )
 
 

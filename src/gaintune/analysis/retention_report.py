@@ -1,0 +1,186 @@
+"""Adaptations over time as a table and a figure: the target, what is kept, and one against the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gaintune.analysis.retention import Course, Moment, Retention
+from gaintune.evaluate.records import Interval
+from gaintune.report.canvas import INK, RULE, figure_files, styled
+from gaintune.report.palette import Look, look
+from gaintune.report.tables import markdown_table
+from gaintune.report.words import NONE, with_interval
+from gaintune.runs import write_json, write_text
+
+Read = Callable[[Course, Moment], Interval | None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One thing to draw over time: its name with unit, and how it is read from a moment."""
+
+    name: str
+    read: Read
+
+
+def sides(found: Retention) -> list[tuple[Side, Side]]:
+    """Target and retention, in perplexity and in benchmarks, as far as they were measured."""
+    pairs = []
+    if found.texts:
+        pairs.append(
+            (
+                Side("target, % of perplexity", lambda course, moment: found.change(course, moment, found.target)),
+                Side("other texts, % of perplexity", lambda course, moment: found.change(course, moment, found.texts)),
+            )
+        )
+    scores = found.base.scores
+    if scores is not None and scores.retention is not None:
+        kept = Side("benchmarks, points of %", lambda _, moment: moment.scores and moment.scores.retention_change)
+        own = Side("target task, points of %", lambda _, moment: moment.scores and moment.scores.target_change)
+        pairs.append((own if scores.target is not None else pairs[0][0] if pairs else _target(found), kept))
+    alone = _target(found)
+    return pairs or [(alone, alone)]
+
+
+def _target(found: Retention) -> Side:
+    return Side("target, % of perplexity", lambda course, moment: found.change(course, moment, found.target))
+
+
+def table(found: Retention) -> pd.DataFrame:
+    """One row for each adaptation, snapshot and domain or benchmark.
+
+    `value` is a perplexity or a metric in %, `change` against the pretrained model in % of perplexity; benchmarks have
+    their mean change, in points of %, in rows of their own.
+    """
+    rows = []
+    for course in found.courses:
+        for moment in course.moments:
+            place = {"adaptation": course.label, "method": course.method, "step": moment.step}
+            for domain, loss in moment.losses.items():
+                change = found.change(course, moment, [domain])
+                kind = "target" if domain in found.target else "text"
+                rows.append({**place, "kind": kind, "name": domain, "value": loss.perplexity, **_columns(change)})
+            if moment.scores is None:
+                continue
+            for score in moment.scores.tasks:
+                rows.append(
+                    {**place, "kind": "benchmark", "name": f"{score.task} {score.metric}", "value": score.value}
+                )
+            for name in ("target", "retention"):
+                value, change = getattr(moment.scores, name), getattr(moment.scores, f"{name}_change")
+                if value is not None:
+                    kind = "mean of benchmarks"
+                    rows.append({**place, "kind": kind, "name": name, "value": value, **_columns(change)})
+    return pd.DataFrame(
+        rows, columns=["adaptation", "method", "step", "kind", "name", "value", "change", "low", "high"]
+    )
+
+
+def _columns(figure: Interval | None) -> dict[str, float | None]:
+    return {} if figure is None else {"change": figure.value, "low": figure.low, "high": figure.high}
+
+
+def markdown(found: Retention) -> str:
+    """Each adaptation at its best and at its last snapshot."""
+    rows, names = [], []
+    shown = list(dict.fromkeys(side for pair in sides(found) for side in pair))
+    for course in found.courses:
+        best, last = found.best(course), course.moments[-1]
+        for word, moment in (("best", best), ("last", last)):
+            figures = [side.read(course, moment) for side in shown]
+            rows.append([word, str(moment.step), *(NONE if one is None else with_interval(one) for one in figures)])
+            names.append(course.label)
+    heads = ["Snapshot", "Updates", *(side.name for side in shown)]
+    frame = pd.DataFrame(rows, index=names, columns=heads, dtype=object)
+    texts = f"; never learnt: {', '.join(found.texts)}" if found.texts else ""
+    lines = [
+        f"Learnt: {', '.join(found.target)}{texts}. Changes against the pretrained model, paired; a mean over domains"
+    ]
+    scores = found.base.scores
+    if scores is None:
+        lines[0] += "."
+    else:
+        lines[0] += " or benchmarks."
+        tasks = ", ".join(f"{each.task} ({each.metric}) {each.value:.1f} %" for each in scores.tasks)
+        lines.append(f"The pretrained model's benchmarks: {tasks}.")
+    note = "Best is the snapshot at which the target is best: by its benchmark where there is one, else by perplexity."
+    return "\n\n".join([*lines, markdown_table(frame, "Adaptation").rstrip("\n"), note]) + "\n"
+
+
+def _over_time(axes: Axes, found: Retention, side: Side) -> None:
+    """One side over the updates, a line for each adaptation, with its interval."""
+    for index, course in enumerate(found.courses):
+        style = look(index)
+        figures = [(moment.step, side.read(course, moment)) for moment in course.moments]
+        points = [(step, one) for step, one in figures if one is not None]
+        steps = [step for step, _ in points]
+        lows = [one.value if one.low is None else one.low for _, one in points]
+        highs = [one.value if one.high is None else one.high for _, one in points]
+        axes.fill_between(steps, lows, highs, color=style.colour, alpha=0.16, linewidth=0)
+        values = [one.value for _, one in points]
+        _line(axes, steps, values, style)
+    axes.axhline(0, color=INK, linewidth=0.9, zorder=0)
+    axes.set_xlabel("updates")
+    axes.set_title(side.name, loc="left")
+
+
+def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], style: Look) -> None:
+    axes.plot(xs, ys, color=style.colour, linestyle=style.dashes, marker=style.marker, linewidth=1.5, markersize=3.5)
+
+
+def _against(axes: Axes, found: Retention, target: Side, kept: Side) -> None:
+    """Retention against the target: each adaptation is a path, larger where it ends."""
+    for index, course in enumerate(found.courses):
+        style = look(index)
+        pairs = [(target.read(course, moment), kept.read(course, moment)) for moment in course.moments]
+        places = [(one.value, other.value) for one, other in pairs if one is not None and other is not None]
+        if not places:
+            continue
+        xs, ys = zip(*places, strict=True)
+        _line(axes, xs, ys, style)
+        axes.plot(xs[-1:], ys[-1:], style.marker, color=style.colour, markersize=8, markeredgecolor=INK)
+    for line in (axes.axhline, axes.axvline):
+        line(0, color=INK, linewidth=0.9, zorder=0)
+    axes.set(xlabel=target.name, ylabel=kept.name)
+    axes.set_title("one against the other", loc="left")
+
+
+def figure(found: Retention) -> Figure:
+    """Target over time, retention over time, and one against the other (DISeL paper, Figures 6 to 9)."""
+
+    def draw() -> Figure:
+        rows = sides(found)
+        sheet = Figure(figsize=(10.2, 0.7 + 2.9 * len(rows)), layout="constrained")
+        grid = sheet.subplots(len(rows), 3, squeeze=False)
+        for (target, kept), (left, middle, right) in zip(rows, grid, strict=True):
+            _over_time(left, found, target)
+            _over_time(middle, found, kept)
+            _against(right, found, target, kept)
+            for axes in (left, middle, right):
+                axes.grid(color=RULE, linewidth=0.6)
+                axes.set_axisbelow(True)
+                axes.tick_params(length=0)
+        handles = [
+            Line2D([], [], color=look(i).colour, linestyle=look(i).dashes, marker=look(i).marker, label=course.label)
+            for i, course in enumerate(found.courses)
+        ]
+        sheet.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, handlelength=3)
+        return sheet
+
+    return styled(draw)
+
+
+def write(found: Retention, folder: Path) -> None:
+    """Write retention.csv, .md and .json, and the figure as PNG and SVG into a folder."""
+    write_text(folder / "retention.csv", table(found).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "retention.md", markdown(found))
+    write_json(folder / "retention.json", found.to_dict())
+    for name, content in figure_files("retention", figure(found)).items():
+        (folder / name).write_bytes(content)

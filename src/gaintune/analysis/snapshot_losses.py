@@ -1,0 +1,98 @@
+"""Losses of snapshots, one after another on one base, kept on disk so that a stopped survey continues."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from gaintune.adapters import adapter_weights, load_adapter, strip_adapters
+from gaintune.analysis.directions import way_of
+from gaintune.analysis.origin import origin_of
+from gaintune.config import Plan
+from gaintune.data.blocks import DomainBlocks
+from gaintune.errors import ConfigError
+from gaintune.evaluate.losses import DomainLoss
+from gaintune.evaluate.perplexity import measure
+from gaintune.models import Base, load_base
+from gaintune.progress import Progress
+from gaintune.runs import canonical_json, read_json, sha256_file, write_json
+from gaintune.snapshots import snapshots_of
+
+
+def taken_snapshots(adapters: Sequence[Path], every: int) -> dict[str, dict[int, Path]]:
+    """The snapshots to measure, by label and step: labels of the methods, or folders where those are not enough."""
+    names = [str(folder) for folder in adapters]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"name adapters with snapshots, each once (given: {', '.join(names) or 'none'})")
+    copies = [snapshots_of(folder) for folder in adapters]
+    labels = [origin_of(next(iter(each.values()))).label for each in copies]
+    seen = Counter(labels)
+    chosen = {}
+    for name, label, each in zip(names, labels, copies, strict=True):
+        steps = [*list(each)[every - 1 :: every], list(each)[-1]]
+        chosen[label if seen[label] == 1 else name] = {step: each[step] for step in dict.fromkeys(steps)}
+    return chosen
+
+
+class SnapshotLosses:
+    """Measures a base and adapters on it, one after another; what is in the cache is not measured again."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        base: Base,
+        domains: Sequence[DomainBlocks],
+        cache: Path | None,
+        allow_other_base: bool,
+        progress: Progress,
+    ) -> None:
+        self._plan = plan
+        self._base: Base | None = base
+        self._domains = domains
+        self._cache = cache
+        self._allow_other_base = allow_other_base
+        self._progress = progress
+        self._facts = [base.fingerprint, str(base.model.dtype), base.model.device.type, plan.evaluate.batch_size]
+
+    def at(self, adapter: Path | None, title: str) -> dict[str, DomainLoss]:
+        """Losses by domain of the base with an adapter, or without one."""
+        files = {domain.name: self._file(adapter, domain) for domain in self._domains}
+        if all(file is not None and file.exists() for file in files.values()):
+            return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file is not None}
+        base = self._base = self._base or load_base(self._plan.model)
+        model = base.model
+        if adapter is not None:
+            model = load_adapter(base, adapter, allow_other_base=self._allow_other_base)
+        losses = {}
+        for domain in self._domains:
+            losses[domain.name] = measure(
+                model,
+                domain.validation,
+                domain.validation_bytes,
+                batch_size=self._plan.evaluate.batch_size,
+                title=f"{title}: measuring {domain.name}",
+                progress=self._progress,
+            )
+        if adapter is not None and way_of([adapter]) == "weights":  # these may change the base's own weights
+            self.close()
+        else:
+            strip_adapters(base.model)
+        for name, file in files.items():
+            if file is not None:
+                write_json(file, losses[name].to_dict())
+        return losses
+
+    def _file(self, adapter: Path | None, domain: DomainBlocks) -> Path | None:
+        if self._cache is None:
+            return None
+        which = None if adapter is None else sha256_file(adapter_weights(adapter))
+        key = canonical_json([*self._facts, which, domain.content_hash])
+        return self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+    def close(self) -> None:
+        """Let go of the base."""
+        self._base = None
+        gc.collect()

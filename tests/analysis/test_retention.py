@@ -1,0 +1,116 @@
+"""Snapshots measured over training equal adapters measured one by one; benchmarks are averaged row by row."""
+
+import json
+
+import numpy as np
+import pytest
+
+import tiny_base
+import tiny_domains
+from gaintune.adaptation import adapt
+from gaintune.analysis.retention import survey_retention
+from gaintune.analysis.retention_report import markdown, table, write
+from gaintune.analysis.retention_scores import counting_score, scores_of
+from gaintune.config import build_plan
+from gaintune.errors import AdapterError, ConfigError
+from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts
+from gaintune.evaluate.compare import compare_adapters
+from gaintune.snapshots import snapshots_of
+from killing import Nothing
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A LoRA and a fully trained adaptation with their snapshots, and the plan that measures them."""
+    folder = tmp_path_factory.mktemp("retention")
+    values = tiny_domains.plan(tiny_base.folder(folder / "base"), folder, train={"snapshot_steps": 3})
+    prose, code = values["data"]["domains"]
+    values["data"]["domains"] = [prose]
+    for method in ("lora", "full"):
+        adapt({**values, "methods": [method]}, folder / method)
+    values["data"]["watched"] = [code]
+    return folder, build_plan(values)
+
+
+def test_every_snapshot_is_measured_as_an_adapter_of_its_own(place, tmp_path):
+    folder, plan = place
+    found = survey_retention(plan, [folder / "lora", folder / "full"], cache=tmp_path / "measured")
+    assert (found.target, found.texts) == (("prose",), ("code",))
+    assert [course.label for course in found.courses] == ["lora", "full"]
+    paths = [path for name in ("lora", "full") for path in snapshots_of(folder / name).values()]
+    expected = {(each.domain, each.label): each for each in compare_adapters(plan, paths)}
+    for course in found.courses:
+        assert [moment.step for moment in course.moments] == [0, 3, 6, 8]
+        start = course.moments[0]
+        assert found.change(course, start, ["prose"]).value == 0.0
+        for moment in course.moments[1:]:
+            path = str(snapshots_of(folder / course.label)[moment.step])
+            for domain in ("prose", "code"):
+                change, told = found.change(course, moment, [domain]), expected[domain, path]
+                assert moment.losses[domain].perplexity == told.perplexity
+                assert (change.value, change.low, change.high) == (told.change, told.low, told.high)
+            both = found.change(course, moment, ["prose", "code"])
+            means = [found.change(course, moment, [domain]).value for domain in ("prose", "code")]
+            assert both.value == pytest.approx(np.mean(means))
+        changes = [found.change(course, moment, ["prose"]).value for moment in course.moments]
+        assert found.best(course).step == [0, 3, 6, 8][int(np.argmin(changes))]
+
+    again = survey_retention(plan, [folder / "lora"], every=2, cache=tmp_path / "measured", progress=Nothing())
+    assert [moment.step for moment in again.courses[0].moments] == [0, 6, 8]
+    assert again.courses[0].moments[-1] == found.courses[0].moments[-1]
+    write(found, tmp_path / "out")
+    names = {f"retention.{kind}" for kind in ("csv", "md", "json", "png", "svg")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    told = json.loads((tmp_path / "out" / "retention.json").read_text())
+    assert told["courses"][1]["moments"][3]["domains"]["code"]["change"]["value"] == expected[
+        "code", str(snapshots_of(folder / "full")[8])
+    ].change  # fmt: skip
+    rows = table(found)
+    assert len(rows) == 2 * 4 * 2 and set(rows["kind"]) == {"target", "text"}
+    assert "| lora | last | 8 |" in markdown(found)
+
+
+def test_adapters_without_snapshots_and_odd_counts_are_refused(place, tmp_path):
+    folder, plan = place
+    with pytest.raises(AdapterError, match="no snapshots of it were kept"):
+        survey_retention(plan, [folder / "base"])
+    with pytest.raises(ConfigError, match="every is 0"):
+        survey_retention(plan, [folder / "lora"], every=0)
+    with pytest.raises(ConfigError, match="each once"):
+        survey_retention(plan, [folder / "lora", folder / "lora"])
+
+
+def score(task, items, metric="acc"):
+    facts = TaskFacts("made up", "test", 0, "1")
+    return BenchmarkScore(task, metric, float(np.mean(items)), 0.01, tuple(items), len(items), "mean", True, facts)
+
+
+def test_benchmarks_are_averaged_over_tasks_and_paired_over_rows():
+    generator = np.random.default_rng(0)
+    tasks = {"gsm8k": 40, "arc_easy": 60, "boolq": 200}
+    base = [score(task, generator.integers(0, 2, rows).astype(float)) for task, rows in tasks.items()]
+    model = [score(each.task, np.abs(np.array(each.items) - (generator.random(each.rows) < 0.1))) for each in base]
+    config = BenchmarkConfig(tasks=tuple(tasks))
+    found = scores_of(base, model, list(tasks), ["gsm8k"], config)
+    by_task = {one.task: 100 * (np.mean(two.items) - np.mean(one.items)) for one, two in zip(base, model, strict=True)}
+    assert found.target == pytest.approx(100 * model[0].value)
+    assert found.target_change.value == pytest.approx(by_task["gsm8k"])
+    assert found.retention == pytest.approx(np.mean([100 * model[1].value, 100 * model[2].value]))
+    change = found.retention_change
+    assert change.value == pytest.approx(np.mean([by_task["arc_easy"], by_task["boolq"]]))
+    variances = [
+        np.var(100 * np.subtract(two.items, one.items)) / one.rows for one, two in zip(base, model, strict=True)
+    ]
+    error = np.sqrt(variances[1] + variances[2]) / 2
+    assert (change.high - change.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    same = scores_of(base, base, list(tasks), [], config)
+    assert same.target is None and same.retention_change.value == same.retention_change.high == 0.0
+
+
+def test_the_papers_metric_counts():
+    both = [score("hellaswag", [1.0, 0.0], "acc"), score("hellaswag", [1.0, 1.0], "acc_norm")]
+    assert counting_score(both, "hellaswag").metric == "acc_norm"
+    assert counting_score([score("boolq", [1.0], "acc,none")], "boolq").metric == "acc,none"
+    with pytest.raises(ConfigError, match="no metric that is a share of rows"):
+        counting_score([score("wikitext", [40.0], "word_perplexity")], "wikitext")
