@@ -33,10 +33,10 @@ PROBE_TOKENS = 16
 
 def run_benchmarks(
     base: Base,
-    adapters: Mapping[str, Path],
+    adapters: Mapping[str, str | Path],
     config: BenchmarkConfig,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     suite: Suite | None = None,
     allow_other_base: bool = False,
     progress: Progress | None = None,
@@ -63,10 +63,10 @@ def run_benchmarks(
     if BASE in adapters:
         raise ConfigError(f"an adapter cannot be called {BASE!r}")
     suite = suite or load_suite(config)
-    measuring = _Measuring(suite, config, base, ScoreStore(cache), progress)
+    measuring = _Measuring(suite, config, base, ScoreStore(None if cache is None else Path(cache)), progress)
     untouched = measuring.keys(None)
     adapted: dict[str, tuple[BenchmarkScore, ...]] = {}
-    for label, folder in adapters.items():
+    for label, folder in ((label, Path(folder)) for label, folder in adapters.items()):
         keys = measuring.keys(folder)
         if not measuring.missing([*keys, *untouched]):
             adapted[label] = measuring.scores(keys, label, base.model)  # nothing is asked: all of them are there
