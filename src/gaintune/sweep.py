@@ -189,7 +189,7 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
     lost: list[Job] = []
     todo = list(jobs)
     while todo:
-        broken: WorkersLostError | None = None
+        broken, asked = None, len(todo)
         try:
             pool.run(work, todo, at_a_time)
         except WorkersLostError as error:
@@ -205,12 +205,23 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
             if until_lost:
                 break
         elif broken is not None:
-            raise SweepError(f"the {pool.engine} workers cannot work ({broken})") from broken
-        elif todo:
+            if len(todo) == asked:
+                raise SweepError(f"the {pool.engine} workers cannot work ({broken})") from broken
+        elif todo and (unseen := _unseen(todo)):
             raise SweepError(
-                f"workers finished {len(todo)} runs of which nothing is in {jobs[0].folder}: all nodes must share it"
+                f"workers finished {len(unseen)} runs of which nothing is in {jobs[0].folder}: all nodes must share it"
             )
+        else:
+            break
     return lost
+
+
+def _unseen(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs whose outcome does not appear: a network file system may take a while to show what another node wrote."""
+    end = time.monotonic() + GRACE
+    while (unseen := [job for job in jobs if _state(job) in (None, PUT_OFF)]) and time.monotonic() < end:
+        time.sleep(LOOK_EVERY)
+    return unseen
 
 
 @contextlib.contextmanager
