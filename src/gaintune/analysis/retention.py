@@ -197,7 +197,6 @@ def survey_retention(
     last = {label: list(copies.values())[-1] for label, copies in taken.items()}
     told = provenance(plan, base, domains, {label: origin_of(folder) for label, folder in last.items()})
     looking = SnapshotLosses(plan, base, domains, cache, allow_other_base, shown)
-    del base  # `looking` lets go of it where an adapter changes it
     before = looking.at(None, "base")
     courses = []
     for label, copies in taken.items():
@@ -205,12 +204,11 @@ def survey_retention(
         origin = told.adapters[label]
         start = [Moment(0, before)] if len(origin.domains) == 1 else []  # else it started from another adapter
         courses.append(Course(label, origin.method, (*start, *moments)))
-    looking.close()
     first = Moment(0, before)
     if benchmarks is not None:
         named = {(label, step): folder for label, copies in taken.items() for step, folder in copies.items()}
         scores = measure_scores(
-            plan,
+            base,
             named,
             benchmarks,
             target_tasks,

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from gaintune.config import Plan
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig, read_config
 from gaintune.evaluate.benchmark_records import BenchmarkScore
 from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
 from gaintune.evaluate.records import Interval
-from gaintune.models import load_base
+from gaintune.models import Base
 from gaintune.progress import Progress
 
 METRICS = {
@@ -129,7 +128,7 @@ def _difference(pairs: Sequence[tuple[BenchmarkScore, BenchmarkScore]], config: 
 
 
 def measure_scores(
-    plan: Plan,
+    base: Base,
     snapshots: Mapping[tuple[str, int], Path],
     benchmarks: BenchmarkConfig | Mapping[str, Any],
     target: Sequence[str],
@@ -138,7 +137,7 @@ def measure_scores(
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> MeasuredScores:
-    """Measure the plan's base, and every snapshot on it, on benchmarks; the adapters are not merged.
+    """Measure a base, and every snapshot on it, on benchmarks; the adapters are not merged.
 
     Raises:
         ConfigError: a target that is none of the tasks, or a task without a share of rows to count.
@@ -152,7 +151,7 @@ def measure_scores(
         raise ConfigError(f"target {unknown[0]} is none of the benchmarks ({', '.join(tasks)}): add it to them")
     named = {f"{label}, step {step}": (label, step) for label, step in snapshots}
     report = run_benchmarks(
-        load_base(plan.model),
+        base,
         {name: snapshots[key] for name, key in named.items()},
         config,
         cache=cache,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from gaintune.adapters import adapter_weights, load_adapter, strip_adapters
-from gaintune.analysis.directions import way_of
+from torch import nn
+
+from gaintune.adapters import adapter_weights
 from gaintune.analysis.origin import origin_of
 from gaintune.config import Plan
 from gaintune.data.blocks import DomainBlocks
 from gaintune.errors import ConfigError
+from gaintune.evaluate.benchmarks import attached
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
-from gaintune.models import Base, load_base
+from gaintune.models import Base
 from gaintune.progress import Progress
 from gaintune.runs import canonical_json, read_json, sha256_file, write_json
 from gaintune.snapshots import snapshots_of
@@ -50,7 +53,7 @@ class SnapshotLosses:
         progress: Progress,
     ) -> None:
         self._plan = plan
-        self._base: Base | None = base
+        self._base = base
         self._domains = domains
         self._cache = cache
         self._allow_other_base = allow_other_base
@@ -62,24 +65,23 @@ class SnapshotLosses:
         files = {domain.name: self._file(adapter, domain) for domain in self._domains}
         if all(file is not None and file.exists() for file in files.values()):
             return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file is not None}
-        base = self._base = self._base or load_base(self._plan.model)
-        model = base.model
-        if adapter is not None:
-            model = load_adapter(base, adapter, allow_other_base=self._allow_other_base)
-        losses = {}
-        for domain in self._domains:
-            losses[domain.name] = measure(
-                model,
-                domain.validation,
-                domain.validation_bytes,
-                batch_size=self._plan.evaluate.batch_size,
-                title=f"{title}: measuring {domain.name}",
-                progress=self._progress,
-            )
-        if adapter is not None and way_of([adapter]) == "weights":  # these may change the base's own weights
-            self.close()
-        else:
-            strip_adapters(base.model)
+        with contextlib.ExitStack() as stack:
+            model: nn.Module = self._base.model
+            if adapter is not None:
+                lent = attached(self._base, adapter, allow_other_base=self._allow_other_base)
+                model, _ = stack.enter_context(lent)
+            losses = {
+                domain.name: measure(
+                    model,
+                    domain.validation,
+                    domain.validation_bytes,
+                    batch_size=self._plan.evaluate.batch_size,
+                    title=f"{title}: measuring {domain.name}",
+                    progress=self._progress,
+                )
+                for domain in self._domains
+            }
+        gc.collect()
         for name, file in files.items():
             if file is not None:
                 write_json(file, losses[name].to_dict())
@@ -91,8 +93,3 @@ class SnapshotLosses:
         which = None if adapter is None else sha256_file(adapter_weights(adapter))
         key = canonical_json([*self._facts, which, domain.content_hash])
         return self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-    def close(self) -> None:
-        """Let go of the base."""
-        self._base = None
-        gc.collect()
