@@ -19,7 +19,7 @@ import numpy as np
 from gaintune.adapters import check_adapters
 from gaintune.analysis.origin import origin_of
 from gaintune.analysis.provenance import Provenance, provenance, warn_of_other_texts
-from gaintune.analysis.retention_scores import MeasuredScores, Scores, measure_scores
+from gaintune.analysis.retention_scores import MeasuredScores, Scores, checked_config, measure_scores
 from gaintune.analysis.snapshot_losses import SnapshotLosses, taken_snapshots
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.blocks import load_domain
@@ -187,6 +187,7 @@ def survey_retention(
     """
     if every < 1:
         raise ConfigError(f"every is {every}: take every snapshot (1), every second one (2), and so on")
+    config = None if benchmarks is None else checked_config(benchmarks, target_tasks)
     taken = taken_snapshots([Path(folder) for folder in adapters], every)
     folders = [folder for copies in taken.values() for folder in copies.values()]
     check_adapters(folders, plan.model, allow_other_base=allow_other_base)
@@ -205,12 +206,12 @@ def survey_retention(
         start = [Moment(0, before)] if len(origin.domains) == 1 else []  # else it started from another adapter
         courses.append(Course(label, origin.method, (*start, *moments)))
     first = Moment(0, before)
-    if benchmarks is not None:
+    if config is not None:
         named = {(label, step): folder for label, copies in taken.items() for step, folder in copies.items()}
         scores = measure_scores(
             base,
             named,
-            benchmarks,
+            config,
             target_tasks,
             cache=benchmark_cache,
             allow_other_base=allow_other_base,

@@ -127,10 +127,20 @@ def _difference(pairs: Sequence[tuple[BenchmarkScore, BenchmarkScore]], config: 
     return Interval(float(mean[0]), float(low), float(high))
 
 
+def checked_config(benchmarks: BenchmarkConfig | Mapping[str, Any], target: Sequence[str]) -> BenchmarkConfig:
+    """What is asked, with the target's tasks among it; ConfigError otherwise."""
+    config = benchmarks if isinstance(benchmarks, BenchmarkConfig) else read_config(dict(benchmarks))
+    tasks = [task.name for task in config.tasks]
+    unknown = [task for task in target if task not in tasks]
+    if unknown:
+        raise ConfigError(f"target {unknown[0]} is none of the benchmarks ({', '.join(tasks)}): add it to them")
+    return config
+
+
 def measure_scores(
     base: Base,
     snapshots: Mapping[tuple[str, int], Path],
-    benchmarks: BenchmarkConfig | Mapping[str, Any],
+    config: BenchmarkConfig,
     target: Sequence[str],
     *,
     cache: Path | None = None,
@@ -140,15 +150,11 @@ def measure_scores(
     """Measure a base, and every snapshot on it, on benchmarks; the adapters are not merged.
 
     Raises:
-        ConfigError: a target that is none of the tasks, or a task without a share of rows to count.
+        ConfigError: a task without a share of rows to count; and whatever `run_benchmarks` raises.
     """
     from gaintune.evaluate.benchmarks import run_benchmarks
 
-    config = benchmarks if isinstance(benchmarks, BenchmarkConfig) else read_config(dict(benchmarks))
     tasks = [task.name for task in config.tasks]
-    unknown = [task for task in target if task not in tasks]
-    if unknown:
-        raise ConfigError(f"target {unknown[0]} is none of the benchmarks ({', '.join(tasks)}): add it to them")
     named = {f"{label}, step {step}": (label, step) for label, step in snapshots}
     report = run_benchmarks(
         base,
