@@ -13,9 +13,11 @@ from gaintune.analysis.retention_report import markdown, table, write
 from gaintune.analysis.retention_scores import counting_score, scores_of
 from gaintune.config import build_plan
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_config import BenchmarkConfig, read_config
 from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts
+from gaintune.evaluate.benchmarks import run_benchmarks
 from gaintune.evaluate.compare import compare_adapters
+from gaintune.models import load_base
 from gaintune.snapshots import snapshots_of
 from killing import Nothing
 
@@ -24,7 +26,9 @@ from killing import Nothing
 def place(tmp_path_factory):
     """A LoRA and a fully trained adaptation with their snapshots, and the plan that measures them."""
     folder = tmp_path_factory.mktemp("retention")
-    values = tiny_domains.plan(tiny_base.folder(folder / "base"), folder, train={"snapshot_steps": 3})
+    values = tiny_domains.plan(
+        tiny_base.folder(folder / "base", max_position_embeddings=1024), folder, train={"snapshot_steps": 3}
+    )
     prose, code = values["data"]["domains"]
     values["data"]["domains"] = [prose]
     for method in ("lora", "full"):
@@ -114,3 +118,39 @@ def test_the_papers_metric_counts():
     assert counting_score([score("boolq", [1.0], "acc,none")], "boolq").metric == "acc,none"
     with pytest.raises(ConfigError, match="no metric that is a share of rows"):
         counting_score([score("wikitext", [40.0], "word_perplexity")], "wikitext")
+
+
+def test_snapshots_are_asked_benchmarks_of_target_and_retention(place, tmp_path):
+    pytest.importorskip("lm_eval")
+    folder, plan = place
+    words = [chr(97 + n) * 4 for n in range(26)]
+    questions = [
+        {
+            "question": f"Which is {one}?",
+            "choices": {"text": [one, "b" * (n + 1)], "label": ["A", "B"]},
+            "answerKey": "AB"[n % 2],
+        }
+        for n, one in enumerate(words)
+    ]
+    claims = [{"passage": f"All of {one}.", "question": f"is it {one}", "label": n % 2} for n, one in enumerate(words)]
+    for name, rows in (("arc_easy", questions), ("boolq", claims)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"tasks": ["arc_easy", "boolq"], "source": "local", "data": [str(tmp_path)], "bootstrap_samples": 100}
+    found = survey_retention(
+        plan, [folder / "lora"], benchmarks=asked, target_tasks=["boolq"], every=4, benchmark_cache=tmp_path / "cache"
+    )
+    (course,) = found.courses
+    start, end = course.moments
+    assert (start.step, end.step) == (0, 8)
+    report = run_benchmarks(load_base(plan.model), {"it": snapshots_of(folder / "lora")[8]}, read_config(asked))
+    assert end.scores.target == pytest.approx(100 * report.score("boolq", "acc", "it").value)
+    assert end.scores.retention == pytest.approx(100 * report.score("arc_easy", "acc_norm", "it").value)
+    assert start.scores == found.base.scores
+    assert start.scores.target == pytest.approx(100 * report.score("boolq", "acc").value)
+    assert start.scores.target_change.value == start.scores.retention_change.value == 0.0
+    told = {(each.task, each.metric): each.difference for each in report.comparisons}
+    assert end.scores.target_change.value == pytest.approx(told["boolq", "acc"].value)
+    write(found, tmp_path / "out")
+    assert set(table(found)["kind"]) == {"target", "text", "benchmark", "mean of benchmarks"}
+    with pytest.raises(ConfigError, match="target gsm8k is none of the benchmarks"):
+        survey_retention(plan, [folder / "lora"], benchmarks=asked, target_tasks=["gsm8k"])
