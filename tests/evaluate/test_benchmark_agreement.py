@@ -1,5 +1,6 @@
 """Our scores are lm-eval's: `simple_evaluate` with its own task files on local copies of the rows says the same."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,38 @@ def test_local_rows_score_as_lm_eval_scores_them(model, theirs, work, written):
         check(ours, theirs, name)
     accuracies = {score.task: score.value for score in ours if score.metric == "acc"}
     assert len(set(accuracies.values())) > 3, "a model that always says the same would agree with anything"
+
+
+def hub_columns(name: str, row: dict) -> dict:
+    """A real row, kept as a rendered question, with the columns it has on the Hub."""
+    query, choices, gold = row["query"], row["choices"], row["gold"]
+    if name == "arc_easy":
+        question = query.split("Question: ", 1)[1].rsplit("\nAnswer:", 1)[0]
+        letters = ["A", "B", "C", "D", "E"][: len(choices)]
+        return {"question": question, "choices": {"text": choices, "label": letters}, "answerKey": letters[gold]}
+    if name == "boolq":
+        passage, question = query.rsplit("?\nAnswer:", 1)[0].rsplit("\nQuestion: ", 1)
+        return {"passage": passage, "question": question, "label": ["no", "yes"].index(choices[gold])}
+    if name == "piqa":
+        return {"goal": query[6:-8], "sol1": choices[0], "sol2": choices[1], "label": gold}
+    if name == "hellaswag":
+        activity, context = query.split(": ", 1)
+        return {"activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": choices, "label": str(gold)}
+    return {"sentence": query, "option1": choices[0], "option2": choices[1], "answer": str(gold + 1)}
+
+
+@pytest.mark.study_data
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the study's benchmarks are not in {SHARED}")
+def test_real_rows_score_as_lm_eval_scores_them(model, tmp_path):
+    names, tasks = ("arc_easy", "boolq", "piqa", "hellaswag", "winogrande"), []
+    for name in names:
+        lines = (SHARED / name / "validation.jsonl").read_text(encoding="utf-8").split("\n")[:ROWS]
+        rows = [hub_columns(name, json.loads(line)) for line in lines]
+        tasks.append(
+            tiny_benchmarks.stock_task(name, tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows), tmp_path)
+        )
+    theirs = reference(model, tasks)
+    config = BenchmarkConfig(tasks=names, source="local", data=(str(SHARED),), limit=ROWS, batch_size=6)
+    ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
+    for name in names:
+        check(ours, theirs, name)

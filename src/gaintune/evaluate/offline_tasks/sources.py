@@ -64,9 +64,10 @@ class Places:
         folders: list[Path] = []
         tasks: dict[str, Path] = {}
         for each in written:
-            name, separator, place = each.rpartition("=")
-            path = Path(place).expanduser()
-            if separator and name:
+            name, separator, place = each.partition("=")
+            named = bool(separator) and "/" not in name
+            path = Path(place if named else each).expanduser()
+            if named:
                 if not path.exists():
                     raise DataError(f"benchmark data {each}: no such file or folder")
                 tasks[name] = path
