@@ -113,7 +113,9 @@ def replicated(
     blocks = drawn.mean(axis=0)
     if how == "t":
         error = drawn[:, 0].std(ddof=1) / np.sqrt(count)
-        spread = error * generator.standard_t(count - 1, size=drawn.shape[1])
+        # every quantile once, in random order: with few replicates the tails are long, and chance would move the ends
+        levels = (generator.permutation(drawn.shape[1]) + 0.5) / drawn.shape[1]
+        spread = error * stdtrit(count - 1, levels)
     else:
         picked = generator.multinomial(count, np.full(count, 1.0 / count), size=drawn.shape[1]) / count
         spread = widening(confidence, count) * (np.einsum("br,rb->b", picked, drawn) - blocks)
