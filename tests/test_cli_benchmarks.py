@@ -1,7 +1,6 @@
 """Benchmarks on the command line: what is printed, kept and refused."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,6 @@ def test_what_does_not_go_together_is_refused(work, arguments, monkeypatch):
         run(*arguments, "--benchmark-source", "elsewhere")
     with pytest.raises(ConfigError, match="--allow-code-execution"):
         run("evaluate", work / "base", "--benchmarks", "humaneval", "--benchmark-source", "local")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     with pytest.raises(ConfigError, match=r"pip install 'gaintune\[benchmarks\]'"):
         run(*arguments)
