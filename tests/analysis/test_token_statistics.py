@@ -49,6 +49,8 @@ def test_symmetric_changes_have_no_coherence_and_one_sided_ones_all():
     scored = np.ones((6, 100), bool)
     symmetric = summarise_changes(np.concatenate([half, -half], axis=1), scored, limit=1.0)
     assert symmetric.coherence.value == pytest.approx(0, abs=1e-12) and symmetric.skew == pytest.approx(0, abs=1e-9)
+    noise = summarise_changes(np.random.default_rng(4).normal(size=(20, 30)), np.ones((20, 30), bool), limit=1.0)
+    assert noise.mean.low < 0 < noise.mean.high and noise.coherence.low == 0 < noise.coherence.high < 0.3
     coherent = summarise_changes(np.concatenate([half, half], axis=1), scored, limit=1.0)
     assert coherent.coherence.value == coherent.coherence.low == coherent.coherence.high == 1.0
     assert coherent.worse == 1.0

@@ -88,7 +88,7 @@ def test_the_mean_is_the_change_that_perplexity_shows(made):
     adapted = load_adapter(base, folder / "gain-ffn")
     after = measure(adapted, domain.validation, domain.validation_bytes, batch_size=3)
     (one,) = survey_tokens(plan, [folder / "gain-ffn"]).changes["prose"].values()
-    assert one.mean.value == pytest.approx(after.nats_per_token - whole.nats_per_token, abs=1e-6)
+    assert one.mean.value == pytest.approx(after.nats_per_token - whole.nats_per_token, abs=1e-5)
 
 
 def test_several_adapters_share_a_range_and_are_written(made, tmp_path):

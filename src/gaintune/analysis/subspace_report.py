@@ -110,11 +110,10 @@ def remarks(survey: SubspaceSurvey) -> list[str]:
     modules = [each for adapter in survey.adapters for each in adapter.modules]
     without = [each for each in modules if not each.figures.has_outside]
     if without:
-        every = "Every" if len(without) == len(modules) else f"{len(without)} of {len(modules)}"
+        which = "Every weight" if len(without) == len(modules) else f"{len(without)} of {len(modules)} weights"
         told.append(
-            f"{every} pretrained weight{'' if every == 'Every' else 's'} compared has as many independent columns as "
-            "outputs (its rank is its number of outputs): its column space is the whole output, no update of any "
-            "method can leave it, and proposition 1 of the GAIN paper excludes nothing there."
+            f"{which} compared: the pretrained rank is the number of outputs, so the column space is the whole output, "
+            "no update of any method can leave it, and proposition 1 of the GAIN paper excludes nothing there."
         )
     scaled = [adapter.label for adapter in survey.adapters if adapter.scales_inputs]
     if scaled:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
+from gaintune.evaluate.intervals import widening
 from gaintune.evaluate.records import Interval
 
 BINS = 101
@@ -35,7 +36,8 @@ class TokenChanges:
         mean_absolute: mean size of a change.
         deviation: standard deviation over tokens.
         skew: third standardized moment (population); 0 for a symmetric distribution, None where nothing changes.
-        coherence: |mean| / mean |.|, with its interval from the same resamples; None where nothing changes.
+        coherence: |mean| / mean |.|, with an interval from the same resamples that reaches 0 where the sign of the mean
+            is in doubt; None where nothing changes.
         better: share of tokens whose loss fell.
         worse: share of tokens whose loss rose.
         quantiles: of the changes, at `QUANTILES`.
@@ -103,15 +105,16 @@ def summarise_changes(
     changed = bool(size.any())
     deviation = float(kept.std())
     centred = kept - kept.mean()
-    ratios = np.abs(means[:, :1]) / means[:, 1:] if changed else None
+    total, absolute = means[:, :1], means[:, 1:]
+    ratios = np.divide(total, absolute, out=np.zeros_like(total), where=absolute > 0) if changed else None
     return TokenChanges(
         tokens=len(kept),
         blocks=len(counts),
-        mean=_interval(means[:, :1], confidence),
+        mean=_interval(means[:, :1], len(counts), confidence),
         mean_absolute=float(size.mean()),
         deviation=deviation,
         skew=float((centred**3).mean() / deviation**3) if deviation > 0 else None,
-        coherence=None if ratios is None else _interval(ratios, confidence),
+        coherence=None if ratios is None else _size(_interval(ratios, len(counts), confidence)),
         better=float((kept < 0).mean()),
         worse=float((kept > 0).mean()),
         quantiles=tuple(np.quantile(kept, QUANTILES).tolist()),
@@ -128,13 +131,21 @@ def check_histogram(bins: int, limit: float | None) -> None:
         raise ConfigError(f"limit is {limit}: the histogram's range in nats must be above 0")
 
 
-def _interval(replicates: FloatArray, confidence: float) -> Interval:
-    """The sample's figure with its percentile interval; no ends where one block leaves nothing to resample."""
+def _interval(replicates: FloatArray, blocks: int, confidence: float) -> Interval:
+    """The sample's figure with its bootstrap interval; no ends where one block leaves nothing to resample."""
     value = float(replicates[0, 0])
-    if len(replicates) < 2 or np.isnan(replicates[1:]).any():
+    if blocks < 2:
         return Interval(value, None, None)
-    low, high = bounds(replicates, confidence)
+    low, high = bounds(value + widening(confidence, blocks) * (replicates - value), confidence)
     return Interval(value, float(low[0]), float(high[0]))
+
+
+def _size(signed: Interval) -> Interval:
+    """The interval of a figure's size: it reaches down to 0 where the sign is in doubt, as resampled sizes never do."""
+    if signed.low is None or signed.high is None:
+        return Interval(abs(signed.value), None, None)
+    low = 0.0 if signed.sign == 0 else min(abs(signed.low), abs(signed.high))
+    return Interval(abs(signed.value), low, min(max(abs(signed.low), abs(signed.high)), 1.0))
 
 
 def _histogram(values: FloatArray, bins: int, limit: float) -> list[int]:
