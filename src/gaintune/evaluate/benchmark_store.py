@@ -104,7 +104,7 @@ def identity_of(base: Base, adapter: Path | None = None) -> ModelIdentity:
 def _adapter_content(folder: Path) -> str:
     """Hash over an adapter's files; the manifest where there is one stands for all of them."""
     names = (MANIFEST,) if (folder / MANIFEST).is_file() else (CONFIG, WEIGHTS)
-    return _hash([[name, sha256_file(folder / name)] for name in names])
+    return _hash([[name, sha256_file(folder / name)] for name in names if (folder / name).is_file()])
 
 
 def score_key(model: ModelIdentity, asked: AskedTask, questions: str, config: BenchmarkConfig) -> str:
