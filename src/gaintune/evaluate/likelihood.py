@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from gaintune.adapters import adapter_labels, check_adapters, load_adapter
 from gaintune.config import Plan
 from gaintune.data.choices import ChoiceRow, read_choices
+from gaintune.data.encode import beginning_of_text, encode_parts
 from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
 from gaintune.heads import longest_input
@@ -148,8 +149,9 @@ def choice_likelihoods(
 ) -> Likelihoods:
     """The log-likelihood of every choice of every row after its prompt.
 
-    Prompt and choice are tokenised together, and the tokens beyond the prompt's own are scored. A prompt that is too
-    long for the model loses its beginning, with a warning.
+    Prompt and choice are tokenised as a prompt and its completion are in training (`encode_parts`), and the choice's
+    tokens are scored. A prompt that is too long for the model loses its beginning, with a warning; the tokenizer's
+    beginning-of-text token stays.
 
     Args:
         model: a causal language model, with or without an adapter; left in the mode it was in.
@@ -220,19 +222,21 @@ class _Asked:
 def _encode(
     rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, longest: int | None, name: str
 ) -> list[_Asked]:
-    """Every choice of every row in order, cut from the left where it is too long."""
+    """Every choice of every row in order, tokenised as training does; of a context that is too long the end is kept."""
+    begin = tuple(beginning_of_text(tokenizer))
+    room = None if longest is None else longest - len(begin)
     made: list[_Asked] = []
     cut = 0
     for row in rows:
-        begin = len(tokenizer(row.prompt, verbose=False)["input_ids"])
-        for choice in row.choices:
-            ids = tuple(tokenizer(row.prompt + choice, verbose=False)["input_ids"])
-            if not 0 < begin < len(ids) or (longest is not None and len(ids) - begin >= longest):
+        pairs = encode_parts([(row.prompt, choice) for choice in row.choices], tokenizer)
+        for choice, parts in zip(row.choices, pairs, strict=True):
+            prompt, wanted = (tuple(part.ids.tolist()) for part in parts)
+            if not (begin or prompt) or not wanted or (room is not None and len(wanted) > room):
                 raise DataError(f"{row.origin}: the choice {choice!r} is no token, or too many, after its prompt")
-            wanted, seen = ids[begin:], ids[:-1]
-            if longest is not None and len(ids) > longest:
-                seen, cut = ids[-longest:-1], cut + 1
-            made.append(_Asked(seen, wanted))
+            seen = (*prompt, *wanted[:-1])
+            if room is not None and len(seen) > room:
+                seen, cut = seen[-room:], cut + 1
+            made.append(_Asked((*begin, *seen), wanted))
     if cut:
         logger.warning(
             "%s: %d of %d prompts with a choice are longer than the model's %s tokens and lost their beginning",
