@@ -11,13 +11,8 @@ from typing import Any
 
 import torch
 
-from gaintune.adapters import (
-    AdapterRecord,
-    adapter_weights,
-    load_adapter,
-    save_adapter,
-)
-from gaintune.carry_on import check_replay, previous_record, require_one_of_each
+from gaintune.adapters import AdapterRecord, adapter_weights, save_adapter
+from gaintune.carry_on import carried_on, check_replay, open_adapter, require_one_of_each, warn_of_other_text
 from gaintune.classification import ClassifierResult, adapt_classifier
 from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
@@ -97,7 +92,9 @@ def adapt(
     method, shown = settled.methods[0], progress or Silent()
     check_method(method)
     start = None if start is None else Path(start)
-    previous = None if start is None else previous_record(start, settled, allow_other_base=allow_other_base)
+    previous = None
+    if start is not None:
+        previous, method = carried_on(start, settled, allow_other_base=allow_other_base)
     check_replay(settled, start, previous)
     place = Place(previous=start)
     rules_of(method, place, seed=settled.train.seed)  # refuses before the base is loaded
@@ -108,6 +105,8 @@ def adapt(
     with open_run(unfinished, settled, environment, cpu=device.type == "cpu", fleeting=True) as run:
         base = load_base(settled.model, dtype=numbers.load)
         *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
+        if start is not None and previous is not None:
+            warn_of_other_text(start, previous, earlier)
         inputs = {
             **describe_inputs(base.fingerprint, [*earlier, domain]),
             "start": None if start is None else sha256_file(adapter_weights(start)),
@@ -128,7 +127,7 @@ def adapt(
         if start is None:
             model = attach(base.model, method, seed=settled.train.seed)
         else:
-            model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
+            model = open_adapter(base, start, method, allow_other_base=allow_other_base)
         before = look(model, f"measuring {domain.name} before")
         learnt = learn(
             model,

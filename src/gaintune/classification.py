@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters import AdapterRecord, adapter_weights, load_adapter, save_adapter
-from gaintune.carry_on import previous_record, require_one_of_each
+from gaintune.adapters import AdapterRecord, adapter_weights, save_adapter
+from gaintune.carry_on import carried_on, open_adapter, require_one_of_each
 from gaintune.config import Plan, read_plan
 from gaintune.data.classify import ClassifyDomain, Padding, load_classification
 from gaintune.environment import describe_environment
@@ -88,7 +88,13 @@ def adapt_classifier(
     method, shown = settled.methods[0], progress or Silent()
     check_method(method)
     start = None if start is None else Path(start)
-    previous = None if start is None else _classifier_record(start, settled, allow_other_base)
+    previous = None
+    if start is not None:
+        previous, method = carried_on(start, settled, allow_other_base=allow_other_base)
+        if previous is None or not previous.labels:
+            raise ConfigError(
+                f"{start} is no classifier of ours to carry on; leave start out for a new adapter and head"
+            )
     place = Place(previous=start)
     rules_of(method, place, seed=settled.train.seed)  # refuses before the base is loaded
     numbers = numbers_of(settled.model, method)
@@ -116,7 +122,7 @@ def adapt_classifier(
         if start is None:
             model = attach(base.model, method, seed=settled.train.seed, task_type="SEQ_CLS", head=base.head)
         else:
-            model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
+            model = open_adapter(base, start, method, allow_other_base=allow_other_base)
         padding = Padding(base.padding)
         learnt = learn(
             model,
@@ -167,14 +173,6 @@ def adapt_classifier(
         seconds=learnt.adaptation.seconds,
         tokens_per_second=learnt.adaptation.tokens_per_second,
     )
-
-
-def _classifier_record(start: Path, plan: Plan, allow_other_base: bool) -> AdapterRecord:
-    """The record of the classifier to carry on; refuses an adapter without a head."""
-    record = previous_record(start, plan, allow_other_base=allow_other_base)
-    if record is None or not record.labels:
-        raise ConfigError(f"{start} is no classifier of ours to carry on; leave start out for a new adapter and head")
-    return record
 
 
 def _require_labels(start: Path | None, record: AdapterRecord, domain: ClassifyDomain) -> None:
