@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gaintune.adapters import FULL, load_adapter, read_config, read_record
+from gaintune.adapters import FULL, check_adapters, load_adapter, read_config, read_record
 from gaintune.analysis.gate_statistics import BINS, GateRecord, check_bins
 from gaintune.analysis.gates import GateRecorder, all_tokens, record_gates, response_tokens
 from gaintune.config import DataConfig, DomainConfig, Plan
@@ -60,6 +60,7 @@ def survey_gates(
     """
     check_bins(bins)
     _check_gated(adapter)
+    check_adapters([adapter], plan.model, plan.data, allow_other_base=allow_other_base)
     base = load_base(plan.model)
     model = load_adapter(base, adapter, allow_other_base=allow_other_base)
     domains = [(domain, load_domain(domain, plan.data, base.tokenizer)) for domain in plan.data.domains]

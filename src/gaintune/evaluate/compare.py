@@ -53,7 +53,7 @@ def compare_adapters(
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
     """
     labels = adapter_labels(adapters)
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
+    check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
     shown = progress or Silent()
     base = load_base(plan.model)
     domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.domains]

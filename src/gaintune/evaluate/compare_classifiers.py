@@ -62,7 +62,7 @@ def compare_classifiers(
         raise ConfigError("the base has no head of its own to classify with: name classifiers with --adapter")
     labels = adapter_labels(adapters)
     records = [_record(adapter) for adapter in adapters]
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
+    check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
     tokenizer, segments = load_tokenizer(plan.model), reads_segments(plan.model)
     domains = [
         load_classification(domain, plan.classify, tokenizer, seed=plan.data.seed, segments=segments)

@@ -81,7 +81,7 @@ def compare_masked(
         ConfigError: blocks longer than the encoder takes, or an adapter named twice.
     """
     labels = adapter_labels(adapters)
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
+    check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
     base = load_masked(plan.model)
     longest = longest_input(base.model, base.tokenizer)
     if longest is not None and plan.data.block_size > longest:
