@@ -16,6 +16,7 @@ from gaintune.analysis.gates import GateRecorder, all_tokens, record_gates, resp
 from gaintune.config import DataConfig, DomainConfig, Plan
 from gaintune.data.blocks import load_domain
 from gaintune.data.examples import Examples
+from gaintune.environment import describe_environment
 from gaintune.errors import AdapterError
 from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
@@ -28,10 +29,23 @@ Tokens = Literal["auto", "response", "all"]
 
 @dataclass(frozen=True)
 class Survey:
-    """A record with what it was made of: for each domain, which tokens were counted (`response` or `all`)."""
+    """A record with what it was made of.
+
+    Attributes:
+        record: the gates.
+        counted: for each domain, which tokens were counted (`response` or `all`).
+        adapter: the adapter's folder.
+        base_fingerprint: of the base it was put on.
+        plan: base, domains and budgets.
+        environment: as `describe_environment` has it.
+    """
 
     record: GateRecord
     counted: Mapping[str, Counted]
+    adapter: Path
+    base_fingerprint: str
+    plan: Plan
+    environment: Mapping[str, Any]
 
 
 def counted_tokens(tokens: Tokens, data: DataConfig, domain: DomainConfig) -> Counted:
@@ -71,7 +85,8 @@ def survey_gates(
         for domain, rows in domains:
             size, choice = plan.evaluate.batch_size, counted[domain.name]
             record_examples(model, recorder, domain.name, rows.validation, choice, batch_size=size, progress=progress)
-    return Survey(recorder.result(), counted)
+    environment = describe_environment(next(model.parameters()).device)
+    return Survey(recorder.result(), counted, adapter, base.fingerprint, plan, environment)
 
 
 def record_examples(
