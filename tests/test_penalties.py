@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
@@ -153,6 +153,17 @@ def test_strengths_and_what_is_not_a_penalty():
             method(**wrong)
     labels = [method(**more).label for more in ({}, {"penalty": "ewc"}, {"penalty": "l2", "replay": 0.5})]
     assert labels == ["lora", "lora-ewc", "lora-l2-replay"]
+
+
+def test_the_earlier_information_lies_where_each_weight_does(tmp_path):
+    model = torch.nn.Module()
+    model.near = torch.nn.Parameter(torch.zeros(2))
+    model.far = torch.nn.Parameter(torch.zeros(3, device="meta"))  # any other device
+    save_file({"near": torch.ones(2), "far": torch.ones(3)}, tmp_path / FISHER)
+    rule = penalty_of(method(penalty="ewc"), Place(previous=tmp_path), seed=0)
+    rule.start(model, steps=1)
+    rule.before_update(model, 0)
+    assert (model.near.grad.device.type, model.far.grad.device.type) == ("cpu", "meta")
 
 
 @pytest.fixture(scope="module")
