@@ -30,6 +30,10 @@ class DiselConfig(LoraConfig):
     (`model.add_adapter`, `model.load_adapter`). A file that lacks gates is refused by PEFT's loading and hot swap;
     transformers' own loader asks no tuner and only names them in its report (`missing_keys`), leaving random gates:
     load with `PeftModel.from_pretrained`.
+
+    The forward pass reads A, B and G from their layer without calling them, so a wrapper must gather whole decoder
+    layers: FSDP-2 does by default. Under FSDP-1 PEFT's policy wraps each of these matrices by itself, and the first
+    forward pass stops at a size mismatch; `AdapterOptimizerMixin` and `parameter_groups` refuse FSDP-1 with a word.
     """
 
     lora_alpha: int = field(
