@@ -117,13 +117,13 @@ def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None)
         raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {learnt}")
 
 
-def warn_of_other_text(start: Path, previous: AdapterRecord, earlier: Sequence[DomainBlocks]) -> None:
+def warn_of_other_text(start: Path | None, previous: AdapterRecord | None, earlier: Sequence[DomainBlocks]) -> None:
     """Say which domains to replay are not, by their content hashes, what the adapter has learnt under their names.
 
     Budgets and cut are in the hash too and may well be others than they were, so it is no error.
     """
     for domain in earlier:
-        if domain.content_hash != previous.content_hashes.get(domain.name):
+        if previous is not None and domain.content_hash != previous.content_hashes.get(domain.name):
             logger.warning(
                 "replay: %s is not as %s learnt it: another text, or other budgets, blocks or seed (data.*). Its "
                 "rows are replayed as they are now",
