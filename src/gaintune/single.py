@@ -37,7 +37,7 @@ class Result:
         adapter: folder of the adapter.
         trainable_parameters: numbers trained.
         steps: optimizer updates.
-        tokens: tokens of the training blocks seen, prompts and padding included.
+        tokens: training tokens seen; those of blocks with prompts and padding.
         seconds: training time in this process.
         tokens_per_second: training tokens per second.
     """
