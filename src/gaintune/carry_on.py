@@ -107,9 +107,12 @@ def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None)
     if not method.replay:
         return
     if not earlier or start is None:
+        learnt = previous.domains if previous else ("earlier",)
+        named = " ".join(f"--domain {name}" for name in [*learnt, plan.data.domains[-1].name])
+        given, wanted = ("", "--start, and those") if start is None else (f", which {start} has learnt", "those")
         raise ConfigError(
-            "replay mixes in rows of earlier domains: give --start, and the domains it has learnt before the new one "
-            "(--domain earlier --domain new); or leave replay out"
+            f"replay mixes in rows of earlier domains{given}: give {wanted} before the new one ({named}); or leave "
+            "replay out"
         )
     unknown = [name for name in earlier if previous is not None and name not in previous.domains]
     if unknown:

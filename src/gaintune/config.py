@@ -116,7 +116,9 @@ class DataConfig(Section):
                 raise ValueError(f"domains: {domain.name}: {given[0]} is for task instruct")
         for field in () if "instruct" in tasks.values() else ("template", "packing", "end_of_text"):
             if getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field} is for task instruct, and no domain has it; set data.task=instruct")
+                raise ValueError(
+                    f"{field} is for task instruct, and no domain has it: set data.task=instruct (--task instruct)"
+                )
         return self
 
     def task_of(self, domain: DomainConfig) -> Task:

@@ -20,6 +20,7 @@ from gaintune.data.packing import Packed, TokenRow, pack
 from gaintune.data.split import drawn_order, split_documents
 from gaintune.data.templates import render
 from gaintune.errors import DataError
+from gaintune.progress import plural
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +156,8 @@ def _check(
         )  # fmt: skip
     if blocks < budget // data.block_size:
         logger.warning(
-            "domain %s: the %s part fills %d tokens, fewer than the %d asked for; using %d blocks of %d%s",
-            domain.name, side, used, budget, blocks, data.block_size, note,
+            "domain %s: the %s part fills %d tokens, fewer than the %d asked for; using %s of %d%s",
+            domain.name, side, used, budget, plural(blocks, "block"), data.block_size, note,
         )  # fmt: skip
     logger.info(
         "domain %s: %d %s rows in %d blocks of %d tokens, %.0f %% of them padding",
