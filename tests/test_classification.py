@@ -12,13 +12,16 @@ from transformers.models.gpt2 import GPT2LMHeadModel
 
 import tiny_base
 import tiny_encoders
+import tiny_glue
 from gaintune.adaptation import adapt
 from gaintune.adapters import load_adapter, read_record
 from gaintune.classification import ClassifierResult, adapt_classifier
 from gaintune.config import EvaluateConfig, ModelConfig, build_plan
+from gaintune.data import labelled
 from gaintune.data.classify import Padding, load_classification
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError, RunDirectoryError
 from gaintune.evaluate.classification import score
+from gaintune.evaluate.compare_classifiers import compare_classifiers
 from gaintune.evaluate.predict import predict, row_logits
 from gaintune.heads import load_classifier, reads_segments
 from gaintune.models import base_fingerprint, load_tokenizer
@@ -208,29 +211,37 @@ def test_a_base_that_lacks_more_than_its_head_is_refused(rule, tmp_path):
         adapt(tiny_encoders.plan(folder, rule), tmp_path / "out")
 
 
+@pytest.mark.parametrize("task", tiny_glue.SCHEMAS)
+def test_a_task_of_glue_by_name_end_to_end(task, roberta, tmp_path, monkeypatch):
+    """By name from rows in the Hub's schema; the classifier then measures a local copy of the same task."""
+    monkeypatch.setitem(labelled.GLUE, task, tiny_glue.write(tmp_path, task))
+    limits = {"max_length": 96, "train_rows": 16, "validation_rows": 8}
+    values = tiny_encoders.plan(roberta, Path(task), classify=limits)
+    assert values["data"]["domains"] == [f"{task}={task}"]
+    check_glue(values, task, tmp_path / "out", 16, 8)
+    copy = build_plan({**values, "data": {"task": "classify", "domains": [str(tmp_path / task)]}})
+    (figure,) = compare_classifiers(copy, [tmp_path / "out"])
+    assert (figure.scores.domain, figure.scores.rows) == (task, 8)
+
+
 @pytest.mark.study_data
 @pytest.mark.skipif(not GLUE.is_dir(), reason=f"the GLUE rows are not in {GLUE}")
-@pytest.mark.parametrize(
-    ("task", "labels", "paired"),
-    [
-        ("cola", ("0", "1"), False),
-        ("mnli", ("contradiction", "entailment", "neutral"), True),
-        ("mrpc", ("0", "1"), True),
-        ("qnli", ("entailment", "not_entailment"), True),
-        ("sst2", ("0", "1"), False),
-    ],
-)
-def test_a_task_of_glue_end_to_end(task, labels, paired, roberta, tmp_path):
+@pytest.mark.parametrize("task", tiny_glue.SCHEMAS)
+def test_the_study_rows_of_glue_end_to_end(task, roberta, tmp_path):
     limits = {"max_length": 96, "train_rows": 48, "validation_rows": 32}
-    values = tiny_encoders.plan(roberta, GLUE / task, classify=limits)
-    result = adapt(values, tmp_path / "out")
-    assert result.labels == labels
-    assert result.scores.rows == 32
+    check_glue(tiny_encoders.plan(roberta, GLUE / task, classify=limits), task, tmp_path / "out", 48, 32)
+
+
+def check_glue(values: dict, task: str, out: Path, train: int, validation: int) -> None:
+    """Learn a task, restore the classifier, and see that it scores the same."""
+    result, schema = adapt(values, out), tiny_glue.SCHEMAS[task]
+    assert result.labels == tuple(sorted(schema.labels))
+    assert result.scores.rows == validation
     assert result.scores.domain == task
-    assert (result.scores.f1 is not None) == (labels == ("0", "1"))
-    assert sum(each.rows for each in result.scores.classes) == 32
-    domain, base, loaded = restored(values, tmp_path / "out")
+    assert (result.scores.f1 is not None) == (task == "mrpc")
+    assert sum(each.rows for each in result.scores.classes) == validation
+    domain, base, loaded = restored(values, out)
     predictions = predict(loaded, domain, Padding(base.padding), batch_size=16)
     assert score(predictions, EvaluateConfig(bootstrap_samples=50)) == result.scores
     separators = sum((row == base.tokenizer.sep_token_id).sum().item() for row in domain.train.input_ids)
-    assert separators == 48 * (3 if paired else 1)  # RoBERTa puts two between the texts of a pair
+    assert separators == train * (3 if schema.columns[1:] else 1)  # RoBERTa puts two between the texts of a pair

@@ -38,6 +38,14 @@ def test_gates_of_an_adapter_are_written_as_tables_and_figures(trained, tmp_path
     figures = {f"gate-{name}.{kind}" for name in ("histograms", "heatmap") for kind in ("png", "svg")}
     assert {file.name for file in out.iterdir()} == figures | {f"{a}.{b}" for a, kinds in stems.items() for b in kinds}
     told = json.loads((out / "gates.json").read_text())
+    assert told["adapter"] == str(trained / "disel")
+    record = json.loads((trained / "disel" / "gaintune.json").read_text())
+    assert told["base_fingerprint"] == record["base_fingerprint"]
+    assert (told["plan"]["data"]["validation_tokens"], told["plan"]["data"]["seed"]) == (128, 0)
+    assert told["environment"]["packages"] == record["versions"]
+    said = (out / "gates.md").read_text()
+    assert f"Adapter {trained / 'disel'} on {trained / 'base'} (fingerprint {record['base_fingerprint'][:12]})" in said
+    assert "up to 128 tokens a domain in blocks of 32, template auto, data.seed 0; gaintune " in said
     assert told["counted"] == {"prose": "all", "sums": "response"}
     assert told["tokens"]["prose"] == 128
     assert 0 < told["tokens"]["sums"] < 128

@@ -74,7 +74,8 @@ def test_choices_of_a_decoder(tmp_path):
     (figure,) = json.loads(run("evaluate", model, "--choices", f"moods={file}", *NUMBERS, "--json"))
     assert (figure["domain"], figure["label"], figure["rows"]) == ("moods", "base", 12)
     assert figure["majority"] == pytest.approx(8 / 12)
-    assert "accuracy, per byte" in run("evaluate", model, "--choices", f"moods={file}", *NUMBERS)
+    printed = run("evaluate", model, "--choices", file, *NUMBERS)  # named after its file
+    assert all(word in printed for word in ("questions", "rows", "base", "accuracy, per byte", "66.7 %"))
 
 
 def test_what_does_not_go_together_is_refused(work):
@@ -83,8 +84,9 @@ def test_what_does_not_go_together_is_refused(work):
         run("evaluate", base, "--masked", "--task", "classify", "--domain", rows)
     with pytest.raises(ConfigError, match="--choices asks questions on its own"):
         run("evaluate", base, "--choices", f"x={rows}", "--domain", rows)
-    with pytest.raises(ConfigError, match="write NAME=FILE"):
-        run("evaluate", base, "--choices", rows)
+    for twice in ((f"x={rows}", f"x={base}"), (rows, f"rule={rows}"), ("x=",)):
+        with pytest.raises(ConfigError, match="write NAME=FILE, every name once"):
+            run("evaluate", base, *(each for name in twice for each in ("--choices", name)))
     with pytest.raises(ConfigError, match="the base has no head of its own"):
         run("evaluate", base, "--task", "classify", "--domain", rows)
     with pytest.raises(ConfigError, match="is a classifier: merging is for language models"):

@@ -1,15 +1,17 @@
 """Options of methods on the command line: in a method's own words, or for every method at once."""
 
+from dataclasses import fields
+
 import pytest
 from typer.testing import CliRunner
 
 from gaintune.cli import app
-from gaintune.cli_plan import assemble, parse_method
+from gaintune.cli_plan import OF_EVERY_METHOD, PLACES, Options, assemble, parse_method
 from gaintune.errors import ConfigError
 
 
 def methods_of(**given):
-    return assemble(None, given, None).methods
+    return assemble(None, Options(**given), None).methods
 
 
 def test_a_method_carries_its_options_in_its_own_words():
@@ -51,11 +53,11 @@ def test_a_text_column_is_laid_over_every_local_domain(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text("data: {domains: [law, notes=./notes.csv]}\n")
     for plan, given in ((file, {}), (None, {"domains": ["law", "notes=./notes.csv"]})):
-        found = assemble(plan, {**given, "text_column": "body"}, None).data.domains
+        found = assemble(plan, Options(**given, text_column="body"), None).data.domains
         assert [(each.name, each.text_column) for each in found] == [("law", None), ("notes", "body")]
     for domains in (None, ["law", "mrpc"]):
         with pytest.raises(ConfigError, match="--text-column names a column of local files"):
-            assemble(None, {"domains": domains, "text_column": "body"}, None)
+            assemble(None, Options(domains=domains, text_column="body"), None)
 
 
 @pytest.mark.parametrize("command", ["sequence", "adapt", "evaluate", "merge"])
@@ -66,7 +68,7 @@ def test_commands_take_a_text_column(command):
 def test_one_method_in_a_plan_takes_options_for_every_method(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text("methods: lora\n")
-    (method,) = assemble(file, {"penalty": "l2"}, None).methods
+    (method,) = assemble(file, Options(penalty="l2"), None).methods
     assert (method.name, method.penalty) == ("lora", "l2")
 
 
@@ -77,8 +79,12 @@ def test_both_commands_take_them(command):
         assert option in told
 
 
+def test_every_option_has_its_place():
+    assert {each.name for each in fields(Options)} == {*PLACES, *OF_EVERY_METHOD, "text_column"}
+
+
 def test_the_seed_leaves_the_split_alone():
     """An adapter trained with another seed must not be measured on its own training documents."""
-    plan = assemble(None, {"seed": 3}, None)
+    plan = assemble(None, Options(seed=3), None)
     assert (plan.data.seed, plan.train.seed, plan.evaluate.seed) == (0, 3, 3)
-    assert assemble(None, {"seed": 3}, ["data.seed=5"]).data.seed == 5
+    assert assemble(None, Options(seed=3), ["data.seed=5"]).data.seed == 5

@@ -90,8 +90,10 @@ def test_paths_that_are_no_model_are_explained(tiny, tmp_path):
     assert "no such .gguf file" in refused(at(tmp_path / "lost.gguf"))
     assert "has no config.json" in refused(at(tmp_path))
     assert "a file that is not .gguf" in refused(at(tiny / "config.json"))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "it is an adapter" in refused(at(tmp_path))
+    for folder in (tmp_path, tiny):  # beside a whole model it would be put onto another base than the folder's
+        (folder / "adapter_config.json").write_text("{}")
+        assert "holds an adapter: give its base here" in refused(at(folder))
+        (folder / "adapter_config.json").unlink()
 
 
 def test_an_address_with_a_password_is_not_repeated():

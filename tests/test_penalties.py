@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
@@ -155,6 +155,17 @@ def test_strengths_and_what_is_not_a_penalty():
     assert labels == ["lora", "lora-ewc", "lora-l2-replay"]
 
 
+def test_the_earlier_information_lies_where_each_weight_does(tmp_path):
+    model = torch.nn.Module()
+    model.near = torch.nn.Parameter(torch.zeros(2))
+    model.far = torch.nn.Parameter(torch.zeros(3, device="meta"))  # any other device
+    save_file({"near": torch.ones(2), "far": torch.ones(3)}, tmp_path / FISHER)
+    rule = penalty_of(method(penalty="ewc"), Place(previous=tmp_path), seed=0)
+    rule.start(model, steps=1)
+    rule.before_update(model, 0)
+    assert (model.near.grad.device.type, model.far.grad.device.type) == ("cpu", "meta")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny_base.folder(tmp_path_factory.mktemp("base"))
@@ -230,7 +241,9 @@ def test_a_single_adaptation_replays_the_domains_it_is_given(base, tmp_path):
     ours = (tmp_path / "second" / "adapter_model.safetensors").read_bytes()
     assert ours == (stages / "02-code" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert read_json(tmp_path / "second" / "gaintune.json")["domains"] == ["prose", "code"]
-    with pytest.raises(ConfigError, match="replay mixes in rows of earlier domains: give --start"):
+    with pytest.raises(ConfigError, match=r"which .*first has learnt: give those.*\(--domain prose --domain code\)"):
         adapt(domain(code), tmp_path / "third", start=tmp_path / "first")
+    with pytest.raises(ConfigError, match="replay mixes in rows of earlier domains: give --start"):
+        adapt(domain(code), tmp_path / "third")
     with pytest.raises(ConfigError, match="first has not learnt code; it has learnt prose"):
         adapt(domain(code, prose), tmp_path / "third", start=tmp_path / "first")

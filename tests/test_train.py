@@ -11,6 +11,7 @@ import tiny_base
 from gaintune.config import MethodConfig, TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError, TrainingError
+from gaintune.loss import NextTokenLoss
 from gaintune.methods import attach
 from gaintune.runs import damage
 from gaintune.train import newest_checkpoint, train
@@ -200,3 +201,15 @@ def test_an_unknown_tracker_and_nothing_to_train_are_refused(tmp_path):
     frozen = copy.deepcopy(tiny_base.model()).requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
         train(frozen, examples(blocks), TrainConfig(), lr=0.1, seed=0, checkpoints=tmp_path)
+
+
+def test_what_was_trained_under_autocast_computes_in_its_own_numbers_afterwards(tmp_path):
+    blocks = tiny_base.blocks(4, 16)
+    model = tiny_base.model()
+    plan, bf16 = TrainConfig(batch_size=2), torch.bfloat16
+    train(model, examples(blocks), plan, lr=0.01, seed=0, checkpoints=tmp_path, mixed_precision=bf16)
+    twin = tiny_base.model()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(blocks).logits, twin.eval()(blocks).logits)
+    assert NextTokenLoss(model).chunked

@@ -97,11 +97,11 @@ class BudgetSchedule(StageRule):
         if not (folder / STATE).is_file():
             raise ConfigError(f"{folder} has no {STATE}, without which AdaLoRA's budget cannot be continued")
         allocator = self._tuner.rankallocator
-        device = next(value for _, value in self._directions()).device
+        devices = {name: value.device for name, value in self._tuner.model.named_parameters()}
         parts: dict[str, dict[str, torch.Tensor]] = {"importance": {}, "uncertainty": {}, "kept": {}}
-        for key, value in load_file(folder / STATE, device=str(device)).items():
+        for key, value in load_file(folder / STATE).items():
             part, _, name = key.partition("/")
-            parts[part][name] = value
+            parts[part][name] = value if part == "kept" else value.to(devices[name])
         allocator.exp_avg_ipt, allocator.exp_avg_unc = parts["importance"], parts["uncertainty"]
         allocator.ipt = {name: torch.zeros_like(value) for name, value in parts["importance"].items()}
         self._kept = {name: value.tolist() for name, value in parts["kept"].items()} or None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,56 +10,32 @@ from typing import Any
 
 import torch
 
-from gaintune.adapters import (
-    AdapterRecord,
-    adapter_weights,
-    load_adapter,
-    save_adapter,
-)
-from gaintune.carry_on import check_replay, previous_record, require_one_of_each
+from gaintune.carry_on import warn_of_other_text
 from gaintune.classification import ClassifierResult, adapt_classifier
 from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.data.replay import with_replay
-from gaintune.environment import describe_environment
-from gaintune.errors import ConfigError
 from gaintune.evaluate.losses import DomainLoss, change
 from gaintune.evaluate.perplexity import measure
-from gaintune.learning import learn
-from gaintune.methods import attach, check_method, learning_rate, numbers_of, rules_of, trainable_parameters
-from gaintune.models import load_base, resolve_device
-from gaintune.progress import Progress, Silent
-from gaintune.runs import open_run, sha256_file
-from gaintune.sequence import describe_inputs
-from gaintune.snapshots import Shelf, Snapshots
-from gaintune.updates import Place
+from gaintune.methods import learning_rate
+from gaintune.models import load_base
+from gaintune.progress import Progress
+from gaintune.single import Result, Single
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AdaptResult:
-    """What one adaptation did.
+@dataclass(frozen=True, kw_only=True)
+class AdaptResult(Result):
+    """What one adaptation to text or instructions did; see `Result`.
 
     Attributes:
-        adapter: folder of the adapter.
         before: loss of the model it started from, on the domain's validation text.
         after: loss of the adapted model on the same text.
-        trainable_parameters: numbers trained.
-        steps: optimizer updates.
-        tokens: training tokens seen.
-        seconds: training time in this process.
-        tokens_per_second: training tokens per second.
     """
 
-    adapter: Path
     before: DomainLoss
     after: DomainLoss
-    trainable_parameters: int
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
 
 
 def adapt(
@@ -91,91 +66,35 @@ def adapt(
     settled = read_plan(plan)
     if settled.classifies:
         return adapt_classifier(settled, out, start=start, allow_other_base=allow_other_base, progress=progress)
-    out = Path(out)
-    require_one_of_each(settled)
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
-    method, shown = settled.methods[0], progress or Silent()
-    check_method(method)
-    start = None if start is None else Path(start)
-    previous = None if start is None else previous_record(start, settled, allow_other_base=allow_other_base)
-    check_replay(settled, start, previous)
-    place = Place(previous=start)
-    rules_of(method, place, seed=settled.train.seed)  # refuses before the base is loaded
-    numbers = numbers_of(settled.model, method)
-    device = resolve_device(settled.model.device)
-    environment = describe_environment(device)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shelf = Shelf.of(out, unfinished)
-    shelf.check()
-    with open_run(unfinished, settled, environment, cpu=device.type == "cpu", fleeting=True) as run:
-        base = load_base(settled.model, dtype=numbers.load)
+    single = Single.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
+    with single.run() as run:
+        base = load_base(settled.model, dtype=single.numbers.load)
         *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
-        inputs = {
-            **describe_inputs(base.fingerprint, [*earlier, domain]),
-            "start": None if start is None else sha256_file(adapter_weights(start)),
-        }
-        run.settle("inputs.json", inputs, f"To begin anew, delete {unfinished}")
+        warn_of_other_text(single.start, single.previous, earlier)
+        single.settle(run, base.fingerprint, [*earlier, domain])
 
-        def look(model: torch.nn.Module, title: str) -> DomainLoss:
+        def look(model: torch.nn.Module, when: str) -> DomainLoss:
             return measure(
                 model,
                 domain.validation,
                 domain.validation_bytes,
                 batch_size=settled.evaluate.batch_size,
-                mixed_precision=numbers.mixed,
-                title=title,
-                progress=shown,
+                mixed_precision=single.numbers.mixed,
+                title=f"measuring {domain.name} {when}",
+                progress=single.progress,
             )
 
-        if start is None:
-            model = attach(base.model, method, seed=settled.train.seed)
-        else:
-            model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
-        record = AdapterRecord.of_plan(
-            settled,
-            method,
-            fingerprint=base.fingerprint,
-            learnt=[(domain.name, domain.content_hash)],
-            versions=environment["packages"],
-            previous=previous,
-        )
+        model = single.model(base)
+        before = look(model, "before")
+        replay, seed = single.method.replay, settled.train.seed
+        rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
+        record = single.record(base, domain)
+        learnt = single.learn(run, model, rows, domain, record, own_rows=domain.train)
+        after = look(model, "after")
         if run.writes:
-            shelf.reopen()
-        every = settled.train.snapshot_steps
-        before = look(model, f"measuring {domain.name} before")
-        learnt = learn(
-            model,
-            method,
-            with_replay(domain.train, [each.train for each in earlier], method.replay, settled.train.seed),
-            settled.train,
-            place,
-            own_rows=domain.train,
-            checkpoints=unfinished / "checkpoints",
-            snapshots=Snapshots(shelf.unfinished, every, record) if every else None,
-            logs=out.with_name(f"{out.name}.tensorboard"),
-            mixed_precision=numbers.mixed,
-            title=f"{method.label}: learning {domain.name}",
-            progress=shown,
-        )
-        after = look(model, f"measuring {domain.name} after")
-        if run.writes:
-            _warn_of_worse(domain.name, before, after, learning_rate(method, settled.train))
-            shelf.close()
-            save_adapter(model, out, record, keep=learnt.keep)
-        run.wait()
-    if run.writes:
-        shutil.rmtree(unfinished)
-    return AdaptResult(
-        adapter=out,
-        before=before,
-        after=after,
-        trainable_parameters=trainable_parameters(model),
-        steps=learnt.adaptation.steps,
-        tokens=learnt.adaptation.tokens,
-        seconds=learnt.adaptation.seconds,
-        tokens_per_second=learnt.adaptation.tokens_per_second,
-    )
+            _warn_of_worse(domain.name, before, after, learning_rate(single.method, settled.train))
+        single.save(run, model, learnt, record)
+    return single.result(AdaptResult, model, learnt, before=before, after=after)
 
 
 def _warn_of_worse(domain: str, before: DomainLoss, after: DomainLoss, lr: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from gaintune import runs
 from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
+from gaintune.learnt_domain import LearntDomain
 
 RECORD = "gaintune.json"
 CONFIG = "adapter_config.json"
@@ -21,8 +22,9 @@ WEIGHTS = "adapter_model.safetensors"
 class AdapterRecord:
     """What an adapter was trained on and how.
 
-    `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`;
-    `labels` are the classes of a classifier, in the order of its logits, and empty for everything else.
+    `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`, and
+    `data` how its rows were made; `labels` are the classes of a classifier, in the order of its logits, and empty for
+    everything else.
     """
 
     base_name: str
@@ -35,6 +37,7 @@ class AdapterRecord:
     base_revision: str | None = None
     content_hashes: dict[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    data: dict[str, LearntDomain] = field(default_factory=dict)
 
     @classmethod
     def of_plan(
@@ -61,6 +64,7 @@ class AdapterRecord:
             labels: a classifier's classes.
             settings: more settings than those of training and method, by section.
         """
+        made = {domain.name: LearntDomain.of(domain, plan.data) for domain in plan.data.domains}
         return cls(
             base_name=plan.model.name,
             base_revision=plan.model.revision,
@@ -69,6 +73,7 @@ class AdapterRecord:
             label=method.label,
             domains=(*(previous.domains if previous else ()), *(name for name, _ in learnt)),
             content_hashes={**(previous.content_hashes if previous else {}), **dict(learnt)},
+            data={**(previous.data if previous else {}), **{name: made[name] for name, _ in learnt}},
             settings={
                 "train": plan.train.model_dump(mode="json"),
                 "method": method.model_dump(mode="json"),
@@ -96,6 +101,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
         values = runs.read_json(path)
         values["domains"] = tuple(values["domains"])
         values["labels"] = tuple(values.get("labels", ()))
+        values["data"] = {name: LearntDomain(**each) for name, each in values.get("data", {}).items()}
         known = {entry.name for entry in fields(AdapterRecord)}
         return AdapterRecord(**{key: value for key, value in values.items() if key in known})
     except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:

@@ -26,8 +26,9 @@ from gaintune.adapter_folder import (
     read_record,
 )
 from gaintune.checkpoints import Checkpoint
-from gaintune.config import ModelConfig
+from gaintune.config import DataConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseModelError, one_line
+from gaintune.learnt_domain import warn_of_other_rows
 from gaintune.models import Base, base_fingerprint, load_model, save_model
 
 if TYPE_CHECKING:
@@ -53,17 +54,26 @@ FULL = "full"
 FORMAT = 1
 
 
-def check_adapters(folders: Sequence[Path], model: ModelConfig, *, allow_other_base: bool = False) -> None:
+def check_adapters(
+    folders: Sequence[Path], model: ModelConfig, data: DataConfig | None = None, *, allow_other_base: bool = False
+) -> None:
     """Check adapters and the base they are meant for by their files alone, before any model is loaded.
+
+    Args:
+        folders: the adapters.
+        model: the base.
+        data: domains to measure or to learn: warns where an adapter has learnt one with another split or template.
+        allow_other_base: let adapters pass that were trained on another base.
 
     Raises:
         AdapterError, BaseMismatchError: as `load_adapter` would.
     """
-    for folder in folders:
-        read_record(folder)  # a folder that is not there is said before a base is fetched
+    records = [read_record(folder) for folder in folders]  # a folder that is not there is said before a base is fetched
     fingerprint = base_fingerprint(model) if folders else ""
-    for folder in folders:
+    for folder, record in zip(folders, records, strict=True):
         check_adapter(folder, model.name, fingerprint, allow_other_base=allow_other_base)
+        if record is not None and data is not None:
+            warn_of_other_rows(folder, record.data, data)
 
 
 def save_adapter(

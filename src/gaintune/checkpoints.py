@@ -102,13 +102,16 @@ def _check_config(checkpoint: Checkpoint) -> None:
         raise BaseModelError(
             f"model {checkpoint.name!r} is a file that is not .gguf: give the folder that holds config.json"
         )
+    if (folder / "adapter_config.json").is_file():  # transformers would put it onto the base that it names
+        raise BaseModelError(
+            f"model {checkpoint.name!r}: {folder} holds an adapter: give its base here, and the adapter where one is "
+            "asked for"
+        )
     if not config.is_file():
         gguf = sorted(folder.glob("*.gguf"))
         advice = (
             f"name the file itself: {gguf[0]}" if gguf else "a model folder holds config.json and safetensors weights"
         )
-        if (folder / "adapter_config.json").is_file():
-            advice = "it is an adapter: give its base here, and the adapter where an adapter is asked for"
         raise BaseModelError(f"model {checkpoint.name!r}: {folder} has no config.json; {advice}")
 
 

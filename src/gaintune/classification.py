@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters import AdapterRecord, adapter_weights, load_adapter, save_adapter
-from gaintune.carry_on import previous_record, require_one_of_each
 from gaintune.config import Plan, read_plan
 from gaintune.data.classify import ClassifyDomain, Padding, load_classification
-from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
 from gaintune.evaluate.classification import Scores, score
 from gaintune.evaluate.predict import LabelLoss, predict
 from gaintune.heads import ClassifierBase, load_classifier, reads_segments
-from gaintune.learning import learn
-from gaintune.methods import attach, check_method, learning_rate, numbers_of, rules_of, trainable_parameters
-from gaintune.models import load_tokenizer, resolve_device
-from gaintune.progress import Progress, Silent
-from gaintune.runs import open_run, sha256_file
-from gaintune.snapshots import Shelf, Snapshots
-from gaintune.updates import Place
+from gaintune.methods import learning_rate
+from gaintune.models import load_tokenizer
+from gaintune.progress import Progress
+from gaintune.single import Result, Single
 
 HIGHEST_HEAD_LR = 1e-3  # gains learn at ten times what a random matrix bears
 
 
-@dataclass(frozen=True)
-class ClassifierResult:
-    """What one adaptation to labelled rows did.
+@dataclass(frozen=True, kw_only=True)
+class ClassifierResult(Result):
+    """What one adaptation to labelled rows did; see `Result`. The numbers trained are also the head's.
 
     Attributes:
-        adapter: folder of the adapter with its head; the label names are in its record.
         labels: name of each class, in the order of the logits.
         scores: how well the domain's validation rows are classified. (There is no score of the base: its head is
             random. `scores.majority` is what always giving the most frequent label would reach.)
-        trainable_parameters: numbers trained, the head's among them.
-        steps: optimizer updates.
-        tokens: training tokens seen.
-        seconds: training time in this process.
-        tokens_per_second: training tokens per second.
     """
 
-    adapter: Path
     labels: tuple[str, ...]
     scores: Scores
-    trainable_parameters: int
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
 
 
 def adapt_classifier(
@@ -78,27 +59,15 @@ def adapt_classifier(
     Raises:
         GaintuneError: bad input, or training that had to stop; see each subclass.
     """
-    settled, out = read_plan(plan), Path(out)
+    settled = read_plan(plan)
     if not settled.classifies:
         raise ConfigError("adapt_classifier learns labels: set data.task=classify")
     if settled.methods[0].replay:
         raise ConfigError("replay is for text and instructions; a classifier learns one domain's rows, leave it out")
-    require_one_of_each(settled)
-    if out.exists():
-        raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
-    method, shown = settled.methods[0], progress or Silent()
-    check_method(method)
-    start = None if start is None else Path(start)
-    previous = None if start is None else _classifier_record(start, settled, allow_other_base)
-    place = Place(previous=start)
-    rules_of(method, place, seed=settled.train.seed)  # refuses before the base is loaded
-    numbers = numbers_of(settled.model, method)
-    device = resolve_device(settled.model.device)
-    environment = describe_environment(device)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shelf = Shelf.of(out, unfinished)
-    shelf.check()
-    with open_run(unfinished, settled, environment, cpu=device.type == "cpu", fleeting=True) as run:
+    single = Single.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
+    if single.start is not None and not (single.previous and single.previous.labels):
+        raise ConfigError(f"{start} is no classifier of ours to carry on; leave start out for a new adapter and head")
+    with single.run() as run:
         domain = load_classification(
             settled.data.domains[0],
             settled.classify,
@@ -106,90 +75,43 @@ def adapt_classifier(
             seed=settled.data.seed,
             segments=reads_segments(settled.model),
         )
-        if previous is not None:
-            _require_labels(start, previous, domain)
-        base = load_classifier(settled.model, domain.labels, seed=settled.train.seed, dtype=numbers.load)
+        _require_labels(single, domain)
+        base = load_classifier(settled.model, domain.labels, seed=settled.train.seed, dtype=single.numbers.load)
         base.check_length(settled.classify.max_length)
-        inputs = {
-            "base_fingerprint": base.fingerprint,
-            "domains": {domain.name: domain.describe()},
-            "start": None if start is None else sha256_file(adapter_weights(start)),
-        }
-        run.settle("inputs.json", inputs, f"To begin anew, delete {unfinished}")
-        if start is None:
-            model = attach(base.model, method, seed=settled.train.seed, task_type="SEQ_CLS", head=base.head)
-        else:
-            model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
+        single.settle(run, base.fingerprint, [domain])
+        model = single.model(base, task_type="SEQ_CLS", head=base.head)
+        classify = {**settled.classify.model_dump(mode="json"), "head_lr": head_learning_rate(settled)}
+        record = single.record(base, domain, labels=domain.labels, settings={"classify": classify})
         padding = Padding(base.padding)
-        record = AdapterRecord.of_plan(
-            settled,
-            method,
-            fingerprint=base.fingerprint,
-            learnt=[(domain.name, domain.content_hash)],
-            versions=environment["packages"],
-            previous=previous,
-            labels=domain.labels,
-            settings={"classify": {**settled.classify.model_dump(mode="json"), "head_lr": head_learning_rate(settled)}},
-        )
-        if run.writes:
-            shelf.reopen()
-        every = settled.train.snapshot_steps
-        learnt = learn(
+        learnt = single.learn(
+            run,
             model,
-            method,
             domain.train,
-            settled.train,
-            place,
-            checkpoints=unfinished / "checkpoints",
-            snapshots=Snapshots(shelf.unfinished, every, record) if every else None,
+            domain,
+            record,
             objective=LabelLoss(model),
             collate=padding,
             head_rates=_head_rates(base, settled),
-            logs=out.with_name(f"{out.name}.tensorboard"),
-            mixed_precision=numbers.mixed,
-            title=f"{method.label}: learning {domain.name}",
-            progress=shown,
         )
         predictions = predict(
             model,
             domain,
             padding,
             batch_size=settled.evaluate.batch_size,
-            mixed_precision=numbers.mixed,
+            mixed_precision=single.numbers.mixed,
             title=f"measuring {domain.name} after",
-            progress=shown,
+            progress=single.progress,
         )
-        if run.writes:
-            shelf.close()
-            save_adapter(model, out, record, keep=learnt.keep)
-        run.wait()
-    if run.writes:
-        shutil.rmtree(unfinished)
-    return ClassifierResult(
-        adapter=out,
-        labels=domain.labels,
-        scores=score(predictions, settled.evaluate),
-        trainable_parameters=trainable_parameters(model),
-        steps=learnt.adaptation.steps,
-        tokens=learnt.adaptation.tokens,
-        seconds=learnt.adaptation.seconds,
-        tokens_per_second=learnt.adaptation.tokens_per_second,
-    )
+        single.save(run, model, learnt, record)
+    scores = score(predictions, settled.evaluate)
+    return single.result(ClassifierResult, model, learnt, labels=domain.labels, scores=scores)
 
 
-def _classifier_record(start: Path, plan: Plan, allow_other_base: bool) -> AdapterRecord:
-    """The record of the classifier to carry on; refuses an adapter without a head."""
-    record = previous_record(start, plan, allow_other_base=allow_other_base)
-    if record is None or not record.labels:
-        raise ConfigError(f"{start} is no classifier of ours to carry on; leave start out for a new adapter and head")
-    return record
-
-
-def _require_labels(start: Path | None, record: AdapterRecord, domain: ClassifyDomain) -> None:
+def _require_labels(single: Single, domain: ClassifyDomain) -> None:
     """Refuse a head for other labels than the domain's."""
-    if record.labels != domain.labels:
+    if single.previous is not None and single.previous.labels != domain.labels:
         raise ConfigError(
-            f"{start} tells {', '.join(record.labels)} apart, domain {domain.name!r} has the labels "
+            f"{single.start} tells {', '.join(single.previous.labels)} apart, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
 

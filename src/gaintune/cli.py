@@ -19,6 +19,7 @@ from gaintune.cli_plan import (
     Lr,
     Methods,
     Model,
+    Options,
     Penalty,
     PenaltyStrength,
     PlanFile,
@@ -97,10 +98,8 @@ def demo(
     set_: Set = None,
 ) -> None:
     """Run the main job on the embedded model and texts: five domains, gain-ffn and lora, then the report."""
-    defaults = {} if plan else {"methods": DEMO_METHODS, "validation_tokens": DEMO_VALIDATION_TOKENS}
-    given = {key: value for key, value in (("methods", method), ("domains", domain)) if value}
-    settled = assemble(plan, {**defaults, **given}, set_)
-    _sequence(settled, run)
+    methods, tokens = (method, None) if plan else (method or DEMO_METHODS, DEMO_VALIDATION_TOKENS)
+    _sequence(assemble(plan, Options(methods=methods, domains=domain, validation_tokens=tokens), set_), run)
 
 
 @app.command()
@@ -129,8 +128,13 @@ def sequence(
     set_: Set = None,
 ) -> None:
     """Adapt to domain after domain with each method, measure every domain after every stage, write the report."""
-    settled = assemble(plan, {**locals(), "domains": domain, "watched": watch, "methods": method}, set_)
-    _sequence(settled, run)
+    given = Options(
+        model=model, domains=domain, watched=watch, methods=method, task=task, template=template,
+        text_column=text_column, penalty=penalty, penalty_strength=penalty_strength, replay=replay, train_tokens=train_tokens,
+        validation_tokens=validation_tokens, block_size=block_size, lr=lr, epochs=epochs, batch_size=batch_size,
+        seed=seed,
+    )  # fmt: skip
+    _sequence(assemble(plan, given, set_), run)
 
 
 @app.command()
@@ -158,7 +162,13 @@ def adapt(
     set_: Set = None,
 ) -> None:
     """Adapt to one domain with one method and save the adapter; with --task classify, a new head beside it."""
-    settled = assemble(plan, {**locals(), "domains": domain, "methods": method}, set_)
+    given = Options(
+        model=model, domains=domain, methods=method, task=task, template=template, text_column=text_column,
+        penalty=penalty, penalty_strength=penalty_strength, replay=replay, train_tokens=train_tokens,
+        validation_tokens=validation_tokens, block_size=block_size, lr=lr, epochs=epochs, batch_size=batch_size,
+        seed=seed,
+    )  # fmt: skip
+    settled = assemble(plan, given, set_)
     quiet_libraries()
     from gaintune.adaptation import adapt as run_adapt
     from gaintune.classification import ClassifierResult
@@ -176,7 +186,7 @@ def adapt(
     out.print(
         f"{settled.data.domains[-1].name}: perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} "
         f"({change(before, after):+.1f} %), {before.bits_per_byte:.3f} -> {after.bits_per_byte:.3f} bits per byte\n"
-        f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens in "
+        f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens of blocks in "
         f"{plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
         highlight=False,
         soft_wrap=True,
@@ -217,7 +227,10 @@ def merge(
     from gaintune.adapters import claimed_base, read_record
 
     base = None if model or plan else claimed_base(adapter, read_record(adapter))
-    given = {**locals(), "domains": domain or (None if plan else ["law"]), "model": base.name if base else model}
+    given = Options(
+        model=base.name if base else model, domains=domain or (None if plan else ["law"]), task=task,
+        template=template, text_column=text_column, validation_tokens=validation_tokens, block_size=block_size,
+    )  # fmt: skip
     settled = assemble(
         plan, given, [*([f"model.revision={base.revision}"] if base and base.revision else []), *(set_ or [])]
     )

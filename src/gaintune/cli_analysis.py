@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.cli_plan import BlockSize, Domains, Options, Seed, Set, Task, Template, ValidationTokens, assemble
 from gaintune.config import as_domain
 from gaintune.console import progress_on, quiet_libraries, table
 from gaintune.errors import ConfigError
@@ -61,7 +61,10 @@ def gates(
     instructions = [_instruct_domain(each) for each in instruct or ()]
     domains: list[Any] = [*(domain or ()), *instructions] or ["law", "code"]
     revision = [f"model.revision={base.revision}"] if base and base.revision else []
-    given = {**locals(), "domains": domains, "model": base.name if base else model}
+    given = Options(
+        model=base.name if base else model, domains=domains, task=task, template=template,
+        validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+    )  # fmt: skip
     settled = assemble(None, given, [*revision, *(set_ or [])])
     quiet_libraries()
     from gaintune.analysis.gate_report import groups, write

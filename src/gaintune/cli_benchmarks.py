@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,20 +39,27 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, which humaneval needs.")
 ]
 
-ONLY_WITH = ("fewshot", "fewshot_seed", "limit", "benchmark_data", "benchmark_source", "generated_tokens")
 FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}
 
 
-def config_of(given: Mapping[str, Any], plan: Plan) -> BenchmarkConfig | None:
+def config_of(
+    plan: Plan, benchmarks: str | None, *, allow_code_execution: bool, **options: Any
+) -> BenchmarkConfig | None:
     """The benchmarks that options ask for; None for none.
+
+    Args:
+        plan: where the batch size and what intervals rest on are from.
+        benchmarks: their names.
+        allow_code_execution: whether programs that the model writes may run.
+        options: the other options of benchmarks by their names; None for what was not given.
 
     Raises:
         ConfigError: an option of benchmarks without --benchmarks, or a wrong value.
     """
-    named = {name: given[name] for name in ONLY_WITH if given.get(name) is not None}
-    if not given.get("benchmarks"):
-        if named or given.get("allow_code_execution"):
-            option = next(iter(named), "allow_code_execution").replace("_", "-")
+    given = {name: value for name, value in options.items() if value is not None}
+    if not benchmarks:
+        if given or allow_code_execution:
+            option = next(iter(given), "allow_code_execution").replace("_", "-")
             raise ConfigError(f"--{option} is for benchmarks: name some with --benchmarks")
         return None
     from gaintune.evaluate.benchmark_config import read_config
@@ -60,9 +67,9 @@ def config_of(given: Mapping[str, Any], plan: Plan) -> BenchmarkConfig | None:
     uncertainty = plan.evaluate
     return read_config(
         {
-            "tasks": given["benchmarks"],
-            **{FIELDS.get(name, name): value for name, value in named.items()},
-            "allow_code_execution": given["allow_code_execution"],
+            "tasks": benchmarks,
+            **{FIELDS.get(name, name): value for name, value in given.items()},
+            "allow_code_execution": allow_code_execution,
             "batch_size": uncertainty.batch_size,
             "bootstrap_samples": uncertainty.bootstrap_samples,
             "confidence": uncertainty.confidence,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -22,8 +23,19 @@ from gaintune.cli_benchmarks import (
     GeneratedTokens,
     Limit,
 )
-from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, TextColumn, ValidationTokens, assemble
-from gaintune.config import Plan
+from gaintune.cli_plan import (
+    BlockSize,
+    Domains,
+    Options,
+    Seed,
+    Set,
+    Task,
+    Template,
+    TextColumn,
+    ValidationTokens,
+    assemble,
+)
+from gaintune.config import Plan, as_domain
 from gaintune.console import percent, progress_on, quiet_libraries, table
 from gaintune.errors import ConfigError
 from gaintune.progress import plural
@@ -62,7 +74,8 @@ def evaluate(
     choices: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FILE", help="Questions with choices: accuracy by the likelihood of each choice; repeatable."
+            metavar="FILE|NAME=FILE",
+            help="Questions with choices: accuracy by the likelihood of each choice; repeatable.",
         ),
     ] = None,
     benchmarks: Benchmarks = None,
@@ -95,9 +108,22 @@ def evaluate(
         raise ConfigError("--benchmarks goes with --domain alone: leave --masked and --choices out")
     if not (plan or masked or choices or task or benchmarks) and adapters and _all_classifiers(adapters):
         task = "classify"
-    given = {**locals(), "domains": domain, "model": None if plan else model}
+    given = Options(
+        model=None if plan else model, domains=domain, task=task, template=template, text_column=text_column,
+        validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+    )  # fmt: skip
     settled = assemble(plan, given, set_)
-    asked = cli_benchmarks.config_of(given, settled)
+    asked = cli_benchmarks.config_of(
+        settled,
+        benchmarks,
+        fewshot=fewshot,
+        fewshot_seed=fewshot_seed,
+        limit=limit,
+        benchmark_data=benchmark_data,
+        benchmark_source=benchmark_source,
+        generated_tokens=generated_tokens,
+        allow_code_execution=allow_code_execution,
+    )
     quiet_libraries()
     compare, draw = _measurement(settled, masked, choices or [])
     options: dict[str, Any] = {"allow_other_base": allow_other_base, "progress": progress_on(err)}
@@ -122,78 +148,60 @@ def _measurement(plan: Plan, masked: bool, choices: Sequence[str]) -> tuple[Call
     if masked:
         from gaintune.evaluate.masked import compare_masked
 
-        return compare_masked, _masked_tables
+        return compare_masked, partial(_figures_table, of="domain", columns=MASKED)
     if choices:
-        from functools import partial
-
         from gaintune.evaluate.likelihood import compare_choices
 
-        return partial(compare_choices, sets=_sets(choices)), _choice_tables
+        return partial(compare_choices, sets=_sets(choices)), partial(_figures_table, of="questions", columns=CHOICES)
     if plan.classifies:
         from gaintune.evaluate.compare_classifiers import compare_classifiers
 
         return compare_classifiers, _classifier_tables
     from gaintune.evaluate.compare import compare_adapters
 
-    return compare_adapters, _perplexity_tables
+    return compare_adapters, partial(_figures_table, of="domain", columns=PERPLEXITY)
 
 
 def _sets(choices: Sequence[str]) -> dict[str, Path]:
     sets: dict[str, Path] = {}
     for each in choices:
-        name, separator, path = each.partition("=")
-        if not separator or not name or not path or name in sets:
+        domain = as_domain(each)
+        if domain["name"] in sets or not all(domain.values()):
             raise ConfigError(f"--choices {each}: write NAME=FILE, every name once, such as medqa=questions.jsonl")
-        sets[name] = Path(path).expanduser()
+        sets[domain["name"]] = Path(domain["source"]).expanduser()
     return sets
 
 
-def _perplexity_tables(figures: Sequence[Any]) -> list[Table]:
-    rows = [
-        [
-            each.domain,
-            each.label,
-            f"{each.perplexity:.2f}",
-            f"{each.bits_per_byte:.3f}",
-            percent(each.change, each.low, each.high),
-        ]
-        for each in figures
-    ]
-    heads = ["domain", "model", "perplexity", "bits per byte", "change against the base"]
-    return [table("", heads, rows, numeric=(2, 3, 4))]
+def _change(figure: Any) -> str:
+    return percent(figure.change, figure.low, figure.high)
 
 
-def _masked_tables(figures: Sequence[Any]) -> list[Table]:
-    rows = [
-        [
-            each.domain,
-            each.label,
-            f"{each.perplexity:.3f}",
-            f"{each.masked:,}",
-            percent(each.change, each.low, each.high),
-        ]
-        for each in figures
-    ]
-    heads = ["domain", "model", "masked-LM perplexity", "masked tokens", "change against the base"]
-    return [table("", heads, rows, numeric=(2, 3, 4))]
+Columns = tuple[tuple[str, Callable[[Any], str]], ...]
+PERPLEXITY: Columns = (
+    ("perplexity", lambda each: f"{each.perplexity:.2f}"),
+    ("bits per byte", lambda each: f"{each.bits_per_byte:.3f}"),
+    ("change against the base", _change),
+)
+MASKED: Columns = (
+    ("masked-LM perplexity", lambda each: f"{each.perplexity:.3f}"),
+    ("masked tokens", lambda each: f"{each.masked:,}"),
+    ("change against the base", _change),
+)
+CHOICES: Columns = (
+    ("rows", lambda each: f"{each.rows:,}"),
+    ("accuracy", lambda each: share(each.accuracy)),
+    ("against the base", lambda each: points(each.change)),
+    ("accuracy, per byte", lambda each: share(each.accuracy_per_byte)),
+    ("against the base", lambda each: points(each.change_per_byte)),
+    ("always the most frequent", lambda each: f"{100 * each.majority:.1f} %"),
+)
 
 
-def _choice_tables(figures: Sequence[Any]) -> list[Table]:
-    rows = [
-        [
-            each.domain,
-            each.label,
-            f"{each.rows:,}",
-            share(each.accuracy),
-            points(each.change),
-            share(each.accuracy_per_byte),
-            points(each.change_per_byte),
-            f"{100 * each.majority:.1f} %",
-        ]
-        for each in figures
-    ]
-    heads = ["questions", "model", "rows", "accuracy", "against the base", "accuracy, per byte", "against the base"]
-    return [table("", [*heads, "always the most frequent"], rows, numeric=range(2, 8))]
+def _figures_table(figures: Sequence[Any], of: str, columns: Columns) -> list[Table]:
+    """A row for every model on every domain; `of` is what a domain is called."""
+    rows = [[each.domain, each.label, *(cell(each) for _, cell in columns)] for each in figures]
+    heads = [of, "model", *(head for head, _ in columns)]
+    return [table("", heads, rows, numeric=range(2, len(heads)))]
 
 
 def _classifier_tables(figures: Sequence[Any]) -> list[Table]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gaintune.cli_plan import BlockSize, Domains, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.cli_plan import BlockSize, Domains, Options, Seed, Set, Task, Template, ValidationTokens, assemble
 from gaintune.console import progress_on, quiet_libraries, table
 
 out = Console()
@@ -88,7 +88,7 @@ def subspace(
     float64, on the model's device.
     """
     name, revision = _base_of(adapters, model)
-    settled = assemble(None, {"model": name}, [*revision, *(set_ or [])])
+    settled = assemble(None, Options(model=name), [*revision, *(set_ or [])])
     quiet_libraries()
     from gaintune.analysis.subspace import SubspaceSettings
     from gaintune.analysis.subspace_report import heads, remarks, summary_rows, write
@@ -132,7 +132,10 @@ def tokens(
     Writes tokens.csv, tokens-histogram.csv, tokens.md, .json, .png and .svg. Coherence is |mean| / mean size.
     """
     name, revision = _base_of(adapters, model)
-    given = {**locals(), "domains": domain or ["law", "code"], "model": name}
+    given = Options(
+        model=name, domains=domain or ["law", "code"], task=task, template=template,
+        validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+    )  # fmt: skip
     settled = assemble(None, given, [*revision, *(set_ or [])])
     quiet_libraries()
     from gaintune.analysis.tokens import survey_tokens

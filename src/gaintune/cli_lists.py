@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gaintune.cli_plan import PlanFile, Set, assemble
+from gaintune.cli_plan import Options, PlanFile, Set, assemble
 from gaintune.console import table
 
 out = Console()
@@ -66,4 +66,4 @@ def config(plan: PlanFile = None, set_: Set = None) -> None:
     """Print a complete plan with every default: save it, change it, run it. With a PLAN, check it and fill it in."""
     from gaintune.config import plan_yaml_documented
 
-    typer.echo(plan_yaml_documented(assemble(plan, {}, set_)), nl=False)
+    typer.echo(plan_yaml_documented(assemble(plan, Options(), set_)), nl=False)

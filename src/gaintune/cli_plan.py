@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,6 +96,29 @@ PLACES = {
 OF_EVERY_METHOD = ("penalty", "penalty_strength", "replay")
 
 
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line of the options that several commands share; None for what was not."""
+
+    model: str | None = None
+    domains: Sequence[Any] | None = None
+    watched: Sequence[str] | None = None
+    methods: Sequence[str] | None = None
+    task: str | None = None
+    template: str | None = None
+    text_column: str | None = None
+    penalty: str | None = None
+    penalty_strength: float | None = None
+    replay: float | None = None
+    train_tokens: int | None = None
+    validation_tokens: int | None = None
+    block_size: int | None = None
+    lr: float | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+
+
 def parse_method(text: str) -> dict[str, Any]:
     """`lora:rank=16,targets=q_proj+v_proj` as the fields of a method."""
     name, _, options = text.partition(":")
@@ -120,7 +144,7 @@ def _with_text_column(domains: Any, column: str) -> list[Any]:
     return [{**domain, "text_column": column} if own else domain for domain, own in zip(each, local, strict=True)]
 
 
-def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[str] | None) -> Plan:
+def assemble(plan: Path | None, given: Options, assignments: Sequence[str] | None) -> Plan:
     """The plan file if there is one, then the options that were given, then `--set`.
 
     Options of a method (`--penalty` and the like) are laid over every method, and `--text-column` over every local
@@ -128,7 +152,7 @@ def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[
     """
     values: dict[str, Any] = read_values(plan) if plan else {}
     for option, keys in PLACES.items():
-        value = given.get(option)
+        value = getattr(given, option)
         if value is None:
             continue
         if option == "methods":
@@ -140,11 +164,11 @@ def assemble(plan: Path | None, given: Mapping[str, Any], assignments: Sequence[
                 values[section] = {**(held if isinstance(held, dict) else {}), leaf: value}
             else:
                 values[section] = value
-    if given.get("text_column") is not None:
+    if given.text_column is not None:
         data = values.get("data")
         data = data if isinstance(data, dict) else {}
-        values["data"] = {**data, "domains": _with_text_column(data.get("domains"), given["text_column"])}
-    of_every = {option: given[option] for option in OF_EVERY_METHOD if given.get(option) is not None}
+        values["data"] = {**data, "domains": _with_text_column(data.get("domains"), given.text_column)}
+    of_every = {option: getattr(given, option) for option in OF_EVERY_METHOD if getattr(given, option) is not None}
     if of_every:
         methods = as_list(values.get("methods")) or [method.name for method in Plan().methods]
         values["methods"] = [{**({"name": each} if isinstance(each, str) else each), **of_every} for each in methods]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from gaintune.cli_benchmarks import (
 from gaintune.cli_plan import (
     BlockSize,
     Domains,
+    Options,
     Seed,
     Set,
     Task,
@@ -85,7 +87,11 @@ def landscape(
     GAIN's v is scaled, LoRA's B A, DISeL's B with its gates as they are, and the weights of all others, in fp32.
     Writes landscape.csv, .md and .json, and two figures as PNG and SVG.
     """
-    settled = _settled(plan, adapters, locals())
+    given = Options(
+        model=model, domains=domain, watched=watch, task=task, template=template, text_column=text_column,
+        train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+    )  # fmt: skip
+    settled = _settled(plan, adapters, given, set_)
     quiet_libraries()
     from gaintune.analysis.landscape import GRID, LINE, survey_landscape
     from gaintune.analysis.landscape_report import write
@@ -145,7 +151,11 @@ def transfer(
 
     Writes transfer.csv, .md and .json, transfer-correlations.csv, and a figure as PNG and SVG.
     """
-    settled = _settled(plan, adapters, locals())
+    given = Options(
+        model=model, domains=domain, watched=watch, task=task, template=template, text_column=text_column,
+        train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+    )  # fmt: skip
+    settled = _settled(plan, adapters, given, set_)
     quiet_libraries()
     from gaintune.analysis.transfer import PARTS, survey_transfer
     from gaintune.analysis.transfer_report import NAMES, write
@@ -214,9 +224,24 @@ def retention(
     """
     from gaintune.snapshots import snapshots_of
 
-    settled = _settled(plan, [next(iter(snapshots_of(folder).values())) for folder in adapters], locals())
+    given = Options(
+        model=model, domains=domain, watched=watch, task=task, template=template, text_column=text_column,
+        train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+    )  # fmt: skip
+    firsts = [next(iter(snapshots_of(folder).values())) for folder in adapters]
+    settled = _settled(plan, firsts, given, set_)
     asked = ",".join(names for names in (target_benchmarks, benchmarks) if names)
-    config = config_of({**locals(), "benchmarks": asked}, settled)
+    config = config_of(
+        settled,
+        asked,
+        fewshot=fewshot,
+        fewshot_seed=fewshot_seed,
+        limit=limit,
+        benchmark_data=benchmark_data,
+        benchmark_source=benchmark_source,
+        generated_tokens=generated_tokens,
+        allow_code_execution=allow_code_execution,
+    )
     own = [name.partition(":")[0].strip() for name in (target_benchmarks or "").split(",") if name.strip()]
     quiet_libraries()
     from gaintune.analysis.retention import survey_retention
@@ -246,21 +271,20 @@ def retention(
     _say(f"tables and figure {out_folder}")
 
 
-def _settled(plan: Path | None, adapters: Sequence[Path], options: dict[str, Any]) -> Plan:
+def _settled(plan: Path | None, adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> Plan:
     """The plan of a survey: a file's if there is one, then the options; base and domains by the adapters' records."""
     from gaintune.adapters import claimed_base, read_record
 
     records = [read_record(folder) for folder in adapters]
-    given = {**options, "domains": options["domain"], "watched": options["watch"], "seed": options["seed"]}
-    assignments = list(options["set_"] or ())
+    settled = list(assignments or ())
     if plan is None:
-        if options["model"] is None:
+        if given.model is None:
             base = claimed_base(adapters[0], records[0])
-            given["model"] = base.name
-            assignments = [*([f"model.revision={base.revision}"] if base.revision else []), *assignments]
+            given = replace(given, model=base.name)
+            settled = [*([f"model.revision={base.revision}"] if base.revision else []), *settled]
         learnt = dict.fromkeys(record.domains[-1] for record in records if record and record.domains)
-        given["domains"] = options["domain"] or list(learnt) or None
-    return assemble(plan, given, assignments)
+        given = replace(given, domains=given.domains or list(learnt) or None)
+    return assemble(plan, given, settled)
 
 
 def _numbers(option: str, text: str) -> list[float]:

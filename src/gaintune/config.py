@@ -90,6 +90,11 @@ class DataConfig(Section):
         default=True,
         description="instruct: several rows in a block, none attending to another; false pads every row to a block",
     )
+    end_of_text: bool = Field(
+        default=True,
+        description="instruct: learn the end-of-text token after every completion; false leaves it out, to learn "
+        "answers alone. A chat template's own end of turn stays",
+    )
     train_tokens: int = Field(default=8192, gt=0, description="training budget of a domain, in tokens")
     validation_tokens: int = Field(default=4096, gt=0, description="validation budget of a domain, in tokens")
     block_size: int = Field(default=256, ge=8, description="length of a packed block, in tokens")
@@ -112,9 +117,11 @@ class DataConfig(Section):
             given = [field for field in own if getattr(domain, field) is not None]
             if given and self.task_of(domain) != "instruct":
                 raise ValueError(f"domains: {domain.name}: {given[0]} is for task instruct")
-        if "instruct" not in tasks.values() and (self.template != "auto" or not self.packing):
-            field = "packing" if self.template == "auto" else "template"
-            raise ValueError(f"{field} is for task instruct, and no domain has it; set data.task=instruct")
+        for field in () if "instruct" in tasks.values() else ("template", "packing", "end_of_text"):
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(
+                    f"{field} is for task instruct, and no domain has it: set data.task=instruct (--task instruct)"
+                )
         return self
 
     @property

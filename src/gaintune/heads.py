@@ -105,7 +105,7 @@ def load_classifier(
     )
     head = _head_of(model, missing, checkpoint)
     for name in head:
-        _in_float32(model.get_submodule(name))
+        _in_float32(model.get_submodule(name), name, checkpoint)
     base = with_identity(model, tokenizer, checkpoint, config)
     return ClassifierBase(
         **vars(base),
@@ -198,8 +198,13 @@ def _head_of(model: PreTrainedModel, missing: Sequence[str], checkpoint: Checkpo
     return tuple(head)
 
 
-def _in_float32(head: nn.Module) -> None:
+def _in_float32(head: nn.Module, name: str, checkpoint: Checkpoint) -> None:
     """Keep a head in fp32, and its input with it: small updates are lost in fewer bits."""
+    if not all(parameter.is_floating_point() for parameter in head.parameters()):
+        raise BaseModelError(
+            f"model {checkpoint.name!r}: {name}, a part of its new head, was quantized with the base and cannot be "
+            "trained: leave model.quantization out"
+        )
     head.float()
     head.register_forward_pre_hook(_float_input)
 

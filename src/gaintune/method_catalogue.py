@@ -29,7 +29,7 @@ class Method:
         options: fields of `MethodConfig` the method understands, beside `lr` and `label`.
         needs: what it costs or asks for.
         build: makes the PEFT configuration; None where every weight of the base trains.
-        peft_type: PEFT's name for what `build` makes.
+        kind: what `build` makes, in the words of `peft_configs.kind_of`.
         rates: rate multipliers by part of a parameter's name, as in `parameter_groups`; None where all learn alike.
         quantized: whether the base may be quantized.
         rule: makes what acts on every update of one adaptation, for its place in the sequence; None where nothing does.
@@ -41,7 +41,7 @@ class Method:
     options: frozenset[str]
     needs: str
     build: peft_configs.Build | None
-    peft_type: str | None = None
+    kind: str | None = None
     rates: Callable[[MethodConfig], Mapping[str, float]] | None = None
     quantized: bool = True
     rule: Callable[[MethodConfig, Place], StageRule] | None = None
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
             _LOW_RANK | {"gate_bias", "gate_lr_ratio", "gate_rank"},
             f"{_FROZEN}; three thin matrices a module (fp32); cannot be merged",
             peft_configs.disel("sigmoid"),
-            "DISEL",
+            "DISEL sigmoid",
             rates=lambda config: {} if config.gate_lr_ratio is None else {GATES: config.gate_lr_ratio},
         ),
         Method(
@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
             _LOW_RANK,
             f"{_FROZEN}; two thin matrices a module (fp32); cannot be merged",
             peft_configs.disel("relu"),
-            "DISEL",
+            "DISEL relu",
         ),
         Method(
             "ia3",
@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
             _LOW_RANK,
             f"{_FROZEN}; the whole weight is put together in every forward pass: slower, more memory",
             peft_configs.lora(use_dora=True),
-            "LORA",
+            "LORA use_dora",
         ),
         Method(
             "pissa",
@@ -141,7 +141,7 @@ METHODS: dict[str, Method] = {
             _LOW_RANK,
             "an exact SVD of every adapted weight at each start and load; not for quantized bases",
             peft_configs.lora(init_lora_weights="pissa"),
-            "LORA",
+            "LORA pissa",
             quantized=False,
         ),
         Method(

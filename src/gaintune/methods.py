@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
-from gaintune.method_catalogue import Method, get_method
+from gaintune.method_catalogue import METHODS, Method, get_method
 from gaintune.models import resolve_device, resolve_dtype
 from gaintune.penalties import penalty_of
 from gaintune.updates import Place, StageRule
@@ -46,17 +46,26 @@ class Numbers:
 
 def numbers_of(model: ModelConfig, method: MethodConfig) -> Numbers:
     """Adapters leave the base in its own numbers; a method that trains the base keeps it in fp32 under autocast."""
-    dtype = resolve_dtype(model.dtype, resolve_device(model.device))
-    short = str(dtype).removeprefix("torch.")
     found = check_method(method)
     if model.quantization and not found.quantized:
         raise ConfigError(
             f"method {method.name!r} works on the base's own weights: leave model.quantization={model.quantization} out"
         )
-    if not found.trains_base:
-        return Numbers(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
-    if dtype is torch.float16:
+    numbers = measuring_numbers(model, method.name)
+    if numbers.mixed is torch.float16:
         raise ConfigError(f"method {method.name!r} trains the base itself, not with fp16: use model.dtype bf16 or fp32")
+    return numbers
+
+
+def measuring_numbers(model: ModelConfig, method: str | None = None) -> Numbers:
+    """The numbers in which what a method made is measured: those it was trained in.
+
+    `method` is the name in an adapter's record; None for a base, or an adapter that we did not write.
+    """
+    dtype = resolve_dtype(model.dtype, resolve_device(model.device))
+    short = str(dtype).removeprefix("torch.")
+    if method not in METHODS or not METHODS[method].trains_base:
+        return Numbers(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
     if dtype is torch.float32:
         return Numbers("float32", dtype, None)
     return Numbers(f"float32-autocast-{short}", torch.float32, dtype)

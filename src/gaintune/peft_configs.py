@@ -1,9 +1,10 @@
-"""PEFT's configuration of every method that PEFT computes: a plan's method in PEFT's words."""
+"""PEFT's configuration of every method that PEFT computes: a plan's method in PEFT's words, and read back from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 import torch
@@ -121,3 +122,34 @@ def osf(model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
 def _alpha(config: MethodConfig, rank: int) -> int:
     alpha = 2.0 * rank if config.alpha is None else config.alpha
     return cast(int, alpha)  # PEFT says int and divides floats as well
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """What adapter an `adapter_config.json` describes: PEFT's type, and what tells adapters of one type apart.
+
+    "LORA use_dora", "LORA pissa" and "DISEL relu" are other methods than "LORA" and "DISEL sigmoid".
+    """
+    kind = str(config.get("peft_type"))
+    if kind == "DISEL":
+        return f"{kind} {config.get('gate_kind')}"
+    if kind != "LORA":
+        return kind
+    variants = [each.name for each in fields(LoraConfig) if each.metadata.get("is_lora_variant")]
+    marks = [name for name in (*variants, "use_qalora") if config.get(name)]
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        marks.append("pissa")
+    return " ".join([kind, *marks])
+
+
+def method_of(config: Mapping[str, Any], name: str, options: Set[str]) -> MethodConfig:
+    """A method with those of its `options` that an `adapter_config.json` of its kind holds."""
+    places = {
+        "rank": "target_r" if config.get("peft_type") == "ADALORA" else "r",
+        "alpha": "lora_alpha",
+        "targets": "target_modules",
+        "gate_bias": "gate_bias_init",
+        "gate_lr_ratio": "gate_lr_ratio",
+        "gate_rank": "gate_rank",
+    }
+    held = {option: config.get(places[option]) for option in places.keys() & options}
+    return MethodConfig.model_validate({"name": name, **held})

@@ -115,11 +115,12 @@ class Ewc(L2):
         if self._origin is None:
             return
         trained = _trained(model)
-        device = next(iter(trained.values())).device
-        self._fisher = load_file(self._origin, device=str(device))
-        shapes = {name: value.shape for name, value in trained.items()}
-        if shapes != {name: value.shape for name, value in self._fisher.items()}:
+        saved = load_file(self._origin)
+        if {name: value.shape for name, value in trained.items()} != {
+            name: value.shape for name, value in saved.items()
+        }:
             raise ConfigError(f"{self._origin} is about other parameters than those that train now")
+        self._fisher = {name: value.to(trained[name].device) for name, value in saved.items()}
 
     def _add_pull(self, gradient: torch.Tensor, name: str, distance: torch.Tensor) -> None:
         gradient.addcmul_(distance, self._fisher[name], value=self._strength)

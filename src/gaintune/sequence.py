@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, Plan, read_plan
 from gaintune.data.blocks import DomainBlocks, load_domain
+from gaintune.data.classify import ClassifyDomain
 from gaintune.data.examples import Examples
 from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.environment import describe_environment
@@ -89,7 +90,7 @@ def run_sequence(
         return Matrix.from_dict(read_json(directory.matrix))
 
 
-def describe_inputs(fingerprint: str, domains: list[DomainBlocks]) -> dict[str, Any]:
+def describe_inputs(fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> dict[str, Any]:
     """What identifies the base and the texts of a run."""
     return {"base_fingerprint": fingerprint, "domains": {domain.name: domain.describe() for domain in domains}}
 

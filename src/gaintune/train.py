@@ -142,6 +142,7 @@ def train(
                 "train.gradient_checkpointing=true; finished work is kept"
             ) from None
         seconds = time.perf_counter() - start
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward stays under autocast otherwise
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     return Adaptation(trainer.state.global_step, total, losses, seconds, max(total - done, 0) / seconds)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -12,9 +13,10 @@ import torch
 
 import tiny_base
 import tiny_encoders
+import tiny_glue
 from gaintune.config import ClassifyConfig, DomainConfig, build_plan
 from gaintune.data.classify import Padding, load_classification
-from gaintune.data.labelled import GLUE, GlueTask, load_glue, load_labelled
+from gaintune.data.labelled import GLUE, load_labelled
 from gaintune.errors import AssetError, ConfigError, DataError
 
 GLUE_ROWS = Path(__file__).parents[3] / "shared" / "data" / "glue"
@@ -105,6 +107,8 @@ def test_a_folders_own_split_is_kept_and_other_files_are_split_by_their_text(tmp
         ({**PAIR, "label": None}, r"rows\.jsonl:3: the label is None, expected a name or a whole number"),
         ({**PAIR, "label": 0.5}, r"rows\.jsonl:3: the label is 0\.5"),
         ({**PAIR, "label": " "}, r"rows\.jsonl:3: the label is ' '"),
+        ({**PAIR, "label": -1}, r"rows\.jsonl:3: the label is -1, which data sets give to rows without one"),
+        ({**PAIR, "label": "-1"}, r"rows\.jsonl:3: the label is -1, which"),
     ],
 )
 def test_a_broken_row_is_named_by_its_line(row, message, tmp_path):
@@ -166,11 +170,9 @@ def test_pairs_are_joined_as_the_tokenizer_joins_them_and_cut_with_a_count(tmp_p
     rows = [{"text_a": f"a{n}" + "x" * 30, "text_b": "y" * (3 if n % 4 else 60), "label": n % 2} for n in range(80)]
     loaded = load(written(tmp_path, rows), max_length=40)
     assert all(len(row) <= 40 for row in loaded.train.input_ids)
-    long = sum(n % 4 == 0 for n in range(80))
     assert loaded.train.truncated + loaded.validation.truncated == 80 - sum(
         2 + 30 + len(str(n)) - 1 + 3 + 4 <= 40 for n in range(80) if n % 4
     )
-    assert loaded.train.truncated + loaded.validation.truncated >= long
     assert f"{loaded.train.truncated} of {len(loaded.train)} training rows are longer than classify.max_length (40" in (
         caplog.text
     )
@@ -213,38 +215,32 @@ def test_validation_rows_that_are_trained_on_are_counted(tmp_path, caplog):
     assert "1 validation row(s) also stand in the training rows" in caplog.text
 
 
-def hub_rows(folder: Path) -> GlueTask:
-    """Rows as the Hub has them: labels are numbers with names."""
-    features = datasets.Features(
-        {
-            "sentence1": datasets.Value("string"),
-            "sentence2": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["not_equivalent", "equivalent"]),
-            "idx": datasets.Value("int32"),
-        }
-    )
-    for split, count in (("train", 12), ("validation", 4)):
-        rows = [{"sentence1": f"{split} {n}", "sentence2": "other", "label": n % 2, "idx": n} for n in range(count)]
-        made = datasets.Dataset.from_list(rows, features=features)
-        (folder / "mrpc").mkdir(parents=True, exist_ok=True)
-        made.to_parquet(str(folder / "mrpc" / f"{split}-00000-of-00001.parquet"))
-    return GlueTask(None, path=str(folder / "mrpc"))
+@pytest.mark.parametrize("name", tiny_glue.SCHEMAS)
+def test_glue_has_the_same_rows_by_name_and_as_a_local_copy(name, tmp_path, monkeypatch, caplog):
+    schema, task = tiny_glue.SCHEMAS[name], tiny_glue.write(tmp_path, name)
+    assert (GLUE[name].labels, GLUE[name].validation) == (task.labels, task.validation)
+    assert (GLUE[name].path, GLUE[name].configuration) == ("nyu-mll/glue", name)
+    monkeypatch.setitem(GLUE, name, task)
+    hub = load_labelled(DomainConfig(name="x", source=name), seed=0)
+    local = load_labelled(DomainConfig(name=name, source=str(tmp_path / name)), seed=0)
+    assert (len(hub.train), len(hub.validation)) == (24, 9)
+    assert hub.validation[0].origin.endswith(f"{name} {task.validation}: row 1")
+    for ours, copied in zip((*hub.train, *hub.validation), (*local.train, *local.validation), strict=True):
+        assert replace(ours, origin="") == replace(copied, origin="")
+    for number, row in enumerate(hub.train):
+        assert row.text_a == f"train {schema.columns[0]} {number}"
+        assert row.text_b == (f"train {schema.columns[1]} {number}" if schema.columns[1:] else None)
+        assert row.label == schema.labels[number % len(schema.labels)]
+    left_out = "not part of the domain: README.md, validation_mismatched-00000-of-00001.parquet"
+    assert (left_out in caplog.text) == (name == "mnli")
 
 
-def test_glue_on_the_hub_gives_labels_their_names(tmp_path):
-    assert {name: (task.path, task.configuration) for name, task in GLUE.items()} == {
-        name: ("nyu-mll/glue", name) for name in ("cola", "mnli", "mrpc", "qnli", "sst2")
-    }
-    assert GLUE["mnli"].validation == "validation_matched"
-    texts = load_glue(hub_rows(tmp_path), "mrpc")
-    assert (len(texts.train), len(texts.validation)) == (12, 4)
-    assert texts.train[1].label == "equivalent"
-    assert (texts.train[0].text_a, texts.train[0].text_b, texts.train[0].label) == (
-        "train 0",
-        "other",
-        "not_equivalent",
-    )
-    assert texts.validation[0].origin.endswith("mrpc validation: row 1")
+def test_numbers_keep_their_names_off_where_they_are_not_the_tasks(tmp_path):
+    rows = [{"text": f"t{n}", "label": n % 3} for n in range(60)]
+    texts = load_labelled(DomainConfig(name="sst2", source=str(written(tmp_path, rows))), seed=0)
+    assert {row.label for row in texts.train} == {"0", "1", "2"}
+    two = written(tmp_path, [{**row, "label": n % 2} for n, row in enumerate(rows)], "two.jsonl")
+    assert {row.label for row in load_labelled(domain(two), seed=0).train} == {"0", "1"}
 
 
 def test_a_task_that_is_not_reached_names_the_id_and_the_way_out(monkeypatch):
@@ -270,16 +266,15 @@ def test_the_plan_of_a_classifier_has_an_encoder_and_no_token_budgets():
 @pytest.mark.parametrize(
     ("task", "sizes", "labels"),
     [
-        ("cola", (7695, 1043), ("0", "1")),
+        ("cola", (7695, 1043), ("acceptable", "unacceptable")),
         ("mnli", (6684, 1000), ("contradiction", "entailment", "neutral")),
-        ("mrpc", (3300, 408), ("0", "1")),
+        ("mrpc", (3300, 408), ("equivalent", "not_equivalent")),
         ("qnli", (5400, 1500), ("entailment", "not_entailment")),
-        ("sst2", (6917, 872), ("0", "1")),
+        ("sst2", (6917, 872), ("negative", "positive")),
     ],
 )
 def test_the_study_rows_of_glue(task, sizes, labels):
-    texts = load_labelled(domain(GLUE_ROWS / task), seed=0)
+    texts = load_labelled(DomainConfig(name=task, source=str(GLUE_ROWS / task)), seed=0)
     assert (len(texts.train), len(texts.validation)) == sizes
     assert (texts.train[0].text_b is None) == (task in ("cola", "sst2"))
-    drawn = load(GLUE_ROWS / task, train_rows=200, validation_rows=100)
-    assert drawn.labels == labels
+    assert {row.label for row in texts.train} == set(labels)

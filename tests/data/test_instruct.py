@@ -65,6 +65,15 @@ def test_the_completion_and_its_end_are_scored_and_nothing_else(write, tokenizer
     assert len(texts(blocks.validation, tokenizer)) == blocks.validation_documents
 
 
+def test_the_end_of_text_can_be_left_out(write, tokenizer):
+    blocks = load(write("d.jsonl"), tokenizer, end_of_text=False)
+    rows = {asked + said: said for asked, said in ROWS}
+    for side in (blocks.train, blocks.validation):
+        for text, scored in texts(side, tokenizer):
+            assert rows[text] == scored
+    assert blocks.content_hash != load(write("d.jsonl"), tokenizer).content_hash
+
+
 def test_budgets_are_in_tokens_and_nest_and_sides_are_disjoint(write, tokenizer):
     file = write("d.jsonl")
     small, large = load(file, tokenizer, train_tokens=512), load(file, tokenizer, train_tokens=1100)
@@ -231,6 +240,7 @@ def test_text_and_instructions_go_together_and_other_tasks_are_refused(write, wr
         ({"domains": ["a", {"name": "b", "source": "b", "task": "classify"}]}, "cannot be mixed with others: a .text."),
         ({"domains": ["a"], "template": "alpaca"}, "template is for task instruct, and no domain has it"),
         ({"domains": ["a"], "packing": False}, "packing is for task instruct"),
+        ({"domains": ["a"], "end_of_text": False}, "end_of_text is for task instruct"),
         ({"domains": [{"name": "a", "source": "a", "template": "chat"}]}, "domains: a: template is for task instruct"),
         ({"domains": [{"name": "a", "source": "a", "prompt_column": "q"}]}, "prompt_column is for task instruct"),
     ],

@@ -25,7 +25,7 @@ def trl_rows(rows: list[dict], tokenizer, folder) -> list[tuple[list[int], list[
 
 
 def our_rows(exchanges: list[Exchange], tokenizer) -> list[tuple[list[int], list[int]]]:
-    rows = _token_rows(exchanges, iter(range(len(exchanges))), "auto", tokenizer)
+    rows = _token_rows(exchanges, iter(range(len(exchanges))), "auto", tokenizer, ends=True)
     return [(row.ids.tolist(), row.scored.astype(int).tolist()) for row in rows]
 
 

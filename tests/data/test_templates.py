@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from gaintune.data.encode import beginning_of_text, encode_parts
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
-from gaintune.data.templates import Part, Rendered, render
+from gaintune.data.templates import Part, Rendered, render, undated
 from gaintune.errors import ConfigError, DataError
 
 PAIR = question_and_answer("Two and two?", "Four.")
@@ -86,6 +89,32 @@ def test_chat_of_a_prompt_and_a_completion(chatty):
     prompt, completion = render(PAIR, "chat", chatty).parts
     assert prompt.text == "<|begin|><|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n"
     assert completion == Part("Four.<|im_end|>", True)
+
+
+@pytest.mark.parametrize("asks", ["strftime_now('%d %B %Y')", "(strftime_now(format='%Y') if strftime_now is defined)"])
+def test_a_template_that_writes_todays_date_writes_the_same_on_every_day(chatty, monkeypatch, caplog, asks):
+    chatty.chat_template = "\n{{- 'Today: ' ~ " + asks + " ~ '\n' }}" + chatty.chat_template
+    written = set()
+    for day in (datetime(2026, 1, 2), datetime(2027, 3, 4)):
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, today=day):
+                return today
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        direct = chatty.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        assert str(day.year) in direct
+        written.add(render(PAIR, "chat", chatty).parts)
+    (parts,) = written
+    assert parts[0].text.startswith("Today: 26 Jul 2024\n<|begin|>")
+    assert caplog.text.count("writes today's date; 26 Jul 2024 is written instead") == 1
+
+
+def test_a_template_that_writes_no_date_is_left_as_it_is(chatty):
+    assert undated(chatty.chat_template, "x") is chatty.chat_template
+    kept = chatty.apply_chat_template([{"role": "user", "content": "a"}], chat_template=undated("\nstrftime_now", "x"))
+    assert chatty.decode(kept["input_ids"]) == "\nstrftime_now", "the line end that a template begins with stays"
 
 
 def test_a_template_without_an_end_of_turn_leaves_the_end_to_us(chatty):

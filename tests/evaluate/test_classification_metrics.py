@@ -75,12 +75,32 @@ def test_each_class_is_counted_row_by_row(labels):
     assert scores.accuracy.value == pytest.approx(weighted)
 
 
-def test_the_interval_of_an_accuracy_is_near_the_normal_one():
-    truth, given = drawn(400, 2, seed=2)
-    accuracy = score(predictions(truth, given), EvaluateConfig(bootstrap_samples=4000)).accuracy
-    half = 1.96 * math.sqrt(accuracy.value * (1 - accuracy.value) / 400)
-    assert accuracy.low == pytest.approx(accuracy.value - half, abs=0.006)
-    assert accuracy.high == pytest.approx(accuracy.value + half, abs=0.006)
+@pytest.mark.parametrize(("right", "rows"), [(32, 32), (0, 32), (7, 10), (1, 1), (390, 400)])
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_the_interval_of_an_accuracy_holds_the_shares_it_is_likely_for(right, rows, confidence):
+    """Wilson's bounds are the shares p of which the one seen is just z standard errors of p away."""
+    truth = [0] * rows
+    accuracy = score(
+        predictions(truth, [0] * right + [1] * (rows - right)), EvaluateConfig(confidence=confidence)
+    ).accuracy
+    assert accuracy.value == right / rows
+    z = {0.95: 1.959964, 0.8: 1.281552}[confidence]
+    for bound, edge in ((accuracy.low, 0.0), (accuracy.high, 1.0)):
+        if bound != pytest.approx(edge, abs=1e-12):
+            error = math.sqrt(bound * (1 - bound) / rows)
+            assert abs(accuracy.value - bound) == pytest.approx(z * error, rel=1e-5)
+    if (right, rows, confidence) == (32, 32, 0.95):
+        assert (accuracy.low, accuracy.high) == (pytest.approx(0.8928, abs=1e-4), 1.0)
+
+
+def test_classes_that_no_row_has_or_is_given_do_not_count():
+    """A classifier of three labels on a domain that has two of them."""
+    truth, given = [0, 0, 1, 1, 1], [0, 1, 1, 1, 0]
+    two = score(predictions(truth, given, ("0", "1")), SETTINGS)
+    three = score(predictions(truth, given, ("0", "1", "2")), SETTINGS)
+    assert three.macro_f1 == two.macro_f1 == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert three.f1 == two.f1 == pytest.approx(2 / 3)
+    assert score(predictions(truth, [0, 1, 1, 1, 2], ("0", "1", "2")), SETTINGS).f1 is None
 
 
 def test_differences_are_paired():
@@ -113,8 +133,8 @@ def test_what_has_no_spread_has_no_correlation_and_no_interval():
     always = score(predictions([0, 1, 0], [0, 0, 0]), SETTINGS)
     assert always.matthews == 0.0
     assert always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
-    one = score(predictions([1], [1]), SETTINGS)
-    assert (one.accuracy.value, one.accuracy.low, one.accuracy.high) == (1.0, None, None)
+    one = predictions([1], [1])
+    assert (difference(one, one, SETTINGS).low, difference(one, one, SETTINGS).high) == (None, None)
 
 
 def test_predictions_that_do_not_fit_are_refused():

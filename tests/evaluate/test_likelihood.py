@@ -1,15 +1,19 @@
 """Choosing by likelihood: the choice is that of the model's own log-softmax, of questions read from real rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 import tiny_base
 import tiny_encoders
 from gaintune.adaptation import adapt
 from gaintune.config import build_plan
+from gaintune.data.blocks import load_domain
 from gaintune.data.choices import ChoiceRow, read_choices, write_instruction_rows
 from gaintune.errors import DataError
 from gaintune.evaluate.likelihood import choice_likelihoods, compare_choices
@@ -66,8 +70,54 @@ def test_a_labelled_text_is_answered_by_the_name_of_a_label(tmp_path):
     assert [row.completion for row in read_choices("sst2", numbered)] == [" positive", " negative"]
     with pytest.raises(DataError, match=r"numbered\.jsonl:1: the label is 1, which is no word"):
         read_choices("reviews", numbered)
+    copied = written(tmp_path, [{"sentence": "a", "label": 1}, {"sentence": "b", "label": 0}], "cola.jsonl")
+    assert [row.completion for row in read_choices("cola", copied)] == [" acceptable", " unacceptable"]
+    pair = {"premise": "It rains. ", "hypothesis": "It is wet.", "label": "entailment"}
+    (first, _) = read_choices("mnli", written(tmp_path, [pair, {**pair, "label": "neutral"}], "pairs.jsonl"))
+    assert (first.prompt, first.choices) == ("It rains.\nIt is wet.\nLabel:", (" entailment", " neutral"))
     topics = written(tmp_path, [{"text": "a", "label": "law"}, {"text": "b", "label": "code"}], "topics.jsonl")
     assert read_choices("topics", topics)[0].prompt == "a\nLabel:"
+
+
+def test_the_answers_are_those_of_both_sides_of_a_folder(tmp_path, caplog):
+    written(tmp_path / "news", LABELLED, "train.jsonl")
+    written(tmp_path / "news", LABELLED[:2], "validation.jsonl")
+    rows = read_choices("news", tmp_path / "news")
+    assert [row.origin.rpartition("/")[2] for row in rows] == ["validation.jsonl:1", "validation.jsonl:2"]
+    assert {row.choices for row in rows} == {(" negative", " neutral", " positive")}
+    assert not caplog.text
+    (tmp_path / "news" / "validation.jsonl").rename(tmp_path / "news" / "test.jsonl")
+    assert len(read_choices("news", tmp_path / "news")) == 2
+    assert "news: no validation files; measured is test.jsonl" in caplog.text
+    (tmp_path / "news" / "test.jsonl").unlink()
+    assert len(read_choices("news", tmp_path / "news")) == 3
+    assert "news: no validation files; asked is train.jsonl" in caplog.text
+
+
+def test_rows_on_one_line_are_told_apart(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(LABELLED))
+    assert [row.answer for row in read_choices("rows", tmp_path / "rows.json")] == [2, 0, 1]
+
+
+def test_a_space_is_put_between_prompt_and_choice_where_there_is_none(tmp_path):
+    row = {"choices": ["A", "B"], "answer": "B"}
+    prompts = ["Answer:", "Answer: ", "Answer:\n"]
+    read = read_choices("given", written(tmp_path, [{**row, "prompt": prompt} for prompt in prompts]))
+    assert [each.prompt + each.completion for each in read] == ["Answer: B", "Answer: B", "Answer:\nB"]
+
+
+def test_the_answers_alone_are_scored_without_the_end_of_text(tmp_path):
+    """One token of an exam's row is learnt, its letter after the space: a classification loss over the vocabulary."""
+    asked = [EXAM, {**EXAM, "question": "What?", "answer_idx": "A"}] * 20
+    rows = [{**row, "question": f"{row['question']} {number}"} for number, row in enumerate(asked)]
+    write_instruction_rows(read_choices("medqa", written(tmp_path, rows)), tmp_path / "train.jsonl")
+    data = {"task": "instruct", "template": "plain", "domains": [str(tmp_path / "train.jsonl")], "end_of_text": False}
+    plan = build_plan({"data": {**data, "train_tokens": 512, "validation_tokens": 128, "block_size": 64}})
+    tokenizer = tiny_base.tokenizer()
+    train = load_domain(plan.data.domains[0], plan.data, tokenizer).train
+    scored = [tokenizer.decode(labels[labels != -100]) for labels in train.labels]
+    assert len(scored) > 5
+    assert set(scored) == {" A", " B"}
 
 
 def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
@@ -123,15 +173,54 @@ def test_likelihoods_are_those_of_the_models_own_logits(model, tmp_path, batch_s
     assert found.chosen().truth == tuple(row.answer for row in rows)
 
 
+def with_merge(*pair: str) -> PreTrainedTokenizerFast:
+    """The bytes' tokenizer with one more token, of two letters."""
+    plain = tiny_base.tokenizer()
+    vocabulary = {**plain.get_vocab(), "".join(pair): len(plain)}
+    merged = Tokenizer(models.BPE(vocabulary, [pair]))
+    merged.pre_tokenizer = plain.backend_tokenizer.pre_tokenizer
+    merged.decoder = plain.backend_tokenizer.decoder
+    return PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="<end>", bos_token="<end>")
+
+
+@pytest.mark.parametrize("template", ["$A <end>", "<end> $A", "<end> $A <end>"])
+def test_special_tokens_of_the_tokenizer_are_seen_before_a_text_and_never_scored(model, tmp_path, template):
+    base, rows = load_base(plan_of(model).model), read_choices("moods", written(tmp_path, LABELLED))
+    plain, adding = base.tokenizer, tiny_base.tokenizer()
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        template, f"{template} $B", [("<end>", plain.eos_token_id)]
+    )
+    begins = "<end>" if template.startswith("<end>") else ""
+    expected = [direct(base.model, plain, replace(row, prompt=begins + row.prompt)) for row in rows]
+    found = choice_likelihoods(base.model, adding, rows, "moods")
+    for sums, ours in zip(expected, found.sums, strict=True):
+        assert ours == pytest.approx(sums, rel=1e-4, abs=1e-4)
+
+
+def test_a_token_across_the_border_is_not_made(model):
+    """As in training, where a prompt has the tokens it has without its completion."""
+    base, merging = load_base(plan_of(model).model), with_merge("b", "c")
+    assert len(merging("abcd")["input_ids"]) == 3
+    row = ChoiceRow("ab", ("cd", " no"), 0, "a:1")
+    (ours,) = choice_likelihoods(base.model, merging, [row], "border").sums
+    assert ours == pytest.approx(direct(base.model, base.tokenizer, row), rel=1e-4)
+
+
 def test_a_prompt_beyond_the_models_length_loses_its_beginning_with_a_warning(model, caplog):
     base = load_base(plan_of(model).model)
     longest = base.model.config.max_position_embeddings
     long = ChoiceRow("x" * 300 + "yes or no?", (" yes", " no"), 0, "a:1")
-    short = ChoiceRow(long.prompt[-(longest - 4) :], (" yes", " no"), 0, "a:1")
     found = choice_likelihoods(base.model, base.tokenizer, [long], "cut")
     assert "2 of 2 prompts with a choice are longer than the model's 128 tokens" in caplog.text
-    expected = direct(base.model, base.tokenizer, short)
-    assert found.sums[0][0] == pytest.approx(expected[0], rel=1e-4)
+    short = replace(long, prompt=long.prompt[-(longest - 3) :])  # the last letter of the answer is not seen
+    assert found.sums[0][0] == pytest.approx(direct(base.model, base.tokenizer, short)[0], rel=1e-4)
+    beginning = tiny_base.tokenizer()
+    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<end> $A", "<end> $A $B", [("<end>", 0)]
+    )
+    found = choice_likelihoods(base.model, beginning, [long], "cut")
+    kept = replace(long, prompt="<end>" + long.prompt[-(longest - 4) :])
+    assert found.sums[0][0] == pytest.approx(direct(base.model, base.tokenizer, kept)[0], rel=1e-4)
 
 
 def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):

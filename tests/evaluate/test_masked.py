@@ -114,7 +114,7 @@ def test_the_adapted_encoder_meets_the_original_head(encoder, gains, tmp_path):
     adapter = classifier_adapter(encoder, tmp_path / "adapter", gains=gains)
     settings = ModelConfig(name=str(encoder), dtype="fp32", device="cpu")
     untouched, base = load_masked(settings), load_masked(settings)
-    model = with_adapter(base, build_plan({"model": settings.model_dump()}), adapter)
+    model = with_adapter(base, adapter, build_plan({"model": settings.model_dump()}))
     masked = mask_blocks(blocks(6), "prose", base.tokenizer)
     before, after = measure_masked(untouched.model, masked), measure_masked(model, masked)
     assert (after == before) == (gains == 0)
@@ -137,7 +137,7 @@ def test_full_weights_replace_the_encoder_and_leave_the_head_alone(roberta, tmp_
     base = load_masked(build_plan(values).model)
     head = {name: tensor.clone() for name, tensor in base.model.lm_head.state_dict().items()}
     encoder = base.model.roberta.encoder.layer[0].output.dense.weight.clone()
-    model = with_adapter(base, build_plan(values), tmp_path / "full")
+    model = with_adapter(base, tmp_path / "full", build_plan(values))
     assert all(torch.equal(tensor, head[name]) for name, tensor in model.lm_head.state_dict().items())
     assert not torch.equal(model.roberta.encoder.layer[0].output.dense.weight, encoder)
 

@@ -82,6 +82,16 @@ _GATED_CASES: tuple[Case, ...] = (
 _HALF_OPEN = tuple((name, model, {**given, "gate_bias_init": 0.0}) for name, model, given in (*CASES, *_GATED_CASES))
 _SATURATED = ("Linear behind Conv1D", "Linear, patterns")
 
+_ALWAYS_WIDE = {
+    "test_adapter_dtype_autocast": {
+        "autocast_adapter_dtype": (
+            [True],
+            "expects the base's dtype; gains and gates are always float32 (tests/tuners/test_gain_saving.py and "
+            "test_disel_saving.py)",
+        )
+    }
+}
+
 METHODS = (
     Method(
         "Gain",
@@ -89,14 +99,7 @@ METHODS = (
         {"init_weights": False},
         CASES,
         _LAYERS,
-        {
-            "test_adapter_dtype_autocast": {
-                "autocast_adapter_dtype": (
-                    [True],
-                    "expects the base's dtype; gains are always float32 (tests/tuners/test_gain_saving.py)",
-                )
-            }
-        },
+        _ALWAYS_WIDE,
     ),
     Method(
         "Disel",
@@ -128,13 +131,14 @@ METHODS = (
             "test_adding_multiple_adapters_with_bias_raises": "trains biases, refused (test_disel_refusals.py)",
         },
         {
+            **_ALWAYS_WIDE,
             "test_only_params_are_updated": {
                 "test_name, model_id, config_cls, config_kwargs": (
                     [(name, model, DiselConfig, given) for name, model, given in _HALF_OPEN if name not in _SATURATED],
                     f"upstream's inputs (up to 89) and rate of 0.5 saturate the gates of {' and '.join(_SATURATED)!r}; "
                     "see test_only_the_adapter_is_updated_and_all_of_it in test_disel_adapters.py",
                 )
-            }
+            },
         },
         mergeable=False,
     ),

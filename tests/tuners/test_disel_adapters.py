@@ -94,8 +94,22 @@ def test_mixed_batches(two):
 
 def test_a_mixed_batch_in_bf16(two):
     two.bfloat16()
-    mixed = logits(two, adapter_names=["default", "other", "__base__", "other"])
-    torch.testing.assert_close(mixed[0], logits(two)[0], rtol=0.05, atol=0.02)
+    names = ["default", "other", "__base__", "other"]
+    mixed = logits(two, adapter_names=names)
+    with two.disable_adapter():
+        base = logits(two)
+    ungated = copy.deepcopy(two)
+    for _, layer in disel_layers(ungated):
+        for gate in layer.lora_G.values():
+            gate.bias.data += 60
+    close = {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(mixed[2], base[2], **close)
+    for row, name in ((0, "default"), (1, "other"), (3, "other")):
+        for model in (two, ungated):
+            model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], logits(two)[row], **close)
+        for other in (base, logits(ungated)):  # what no update, or an ungated one, would give is far outside of that
+            assert (mixed[row] - other[row]).abs().max() > 0.1
 
 
 def test_disabling_gives_the_base_back_to_the_bit(two):

@@ -4,7 +4,8 @@ import pytest
 import tiny_models
 import torch
 from peft import get_peft_model
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from gaintune.errors import ConfigError
@@ -135,3 +136,16 @@ def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path):
     trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": []})
     with pytest.raises(ConfigError, match="makes parameter groups of its own"):
         trainer.create_optimizer()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+def test_fsdp_1_is_refused(tmp_path):
+    model = get_peft_model(tiny_models.llama(), DiselConfig(r=2))
+    trainer = GroupedTrainer(model, arguments(tmp_path), train_dataset=ROWS)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ConfigError, match=r"FSDP 1 flattens parameters .*fsdp_version: 2"):
+            trainer.create_optimizer(wrapped)
+    finally:
+        distributed.destroy_process_group()

@@ -98,6 +98,10 @@ def test_merging_is_refused(build):
 def test_a_layer_that_knows_no_gates_is_refused():
     from peft.tuners import lora
 
-    other = lora.Embedding(nn.Embedding(4, 8), "default", lora.LoraConfig(r=2), r=2)
-    with pytest.raises(UnsupportedModuleError, match="proj became a Embedding"):
-        refuse_layer(other, "proj")
+    class OtherBackend(lora.Linear):
+        """As PEFT derives its layers over torchao's weights and others: merging there knows no variants."""
+
+    made = (nn.Linear(4, 8), "default", lora.LoraConfig(r=2))
+    refuse_layer(lora.Linear(*made, r=2), "proj")
+    with pytest.raises(UnsupportedModuleError, match="proj became a OtherBackend"):
+        refuse_layer(OtherBackend(*made, r=2), "proj")

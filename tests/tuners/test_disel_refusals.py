@@ -43,6 +43,13 @@ def test_merging(model, how, safe_merge):
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
+def test_an_update_that_is_one_matrix(model):
+    layer = model.base_model.model.model.layers[0].self_attn.o_proj
+    for name in ("default", "other"):
+        with pytest.raises(MergeError, match="gates depend on the input"):
+            layer.get_delta_weight(name)
+
+
 def test_weighted_combination(model):
     with pytest.raises(ConfigError, match="cannot be combined"):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")

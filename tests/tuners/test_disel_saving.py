@@ -110,13 +110,67 @@ def test_transformers_integration(saved, tmp_path):
     assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_gates_are_loaded_bit_for_bit_on_a_bf16_base(saved, low_cpu_mem_usage):
+    base, adapter, _, held = saved
+    gates = {name: t for name, t in held.items() if ".lora_G." in name}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert same({name: t for name, t in tensors(model).items() if ".lora_G." in name}, gates)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.load_adapter(adapter, adapter_name="mine", low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = tensors(model, "mine")
+    rounded = {name: t if name in gates else t.bfloat16() for name, t in held.items()}  # A and B as of plain LoRA
+    assert same(loaded, rounded) and {loaded[name].dtype for name in gates} <= {torch.float32}
+
+
+def test_transformers_trains_gates_in_fp32_on_a_bf16_base():
+    model = tiny_models.llama().bfloat16()
+    model.add_adapter(DiselConfig(r=2))
+    before = {name: t.clone() for name, t in tensors(model).items() if ".lora_G." in name}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+    tiny_models.randomise_disel(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_G.default.bias"):
+                parameter.fill_(-3.0)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("lora_G.default.bias")}
+    assert before and {t.dtype for t in before.values()} == {torch.float32}
+    assert any(0 < (p + 3).abs().max() < 2**-7 for p in biases.values())  # less than half a step of bf16 there
+
+
+def test_gates_stay_in_fp32_whatever_the_model_is_cast_to(tmp_path):
+    model = adapted()
+    held = {name: t.clone() for name, t in tensors(model).items() if ".lora_G." in name}
+    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double().float()):
+        cast(model)
+        assert same({name: t for name, t in tensors(model).items() if ".lora_G." in name}, held)
+    assert model.half().lm_head.weight.dtype == torch.float16
+
+
+def without_gates(adapter):
+    """Take the gates out of a saved adapter."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "lora_G" not in name}, file, metadata={"format": "pt"})
+
+
+def test_transformers_own_loader_reports_missing_gates_and_goes_on(tmp_path):
+    """It never calls a tuner with the file's keys, so nothing of ours can refuse there; `DiselConfig` says so."""
+    adapted().save_pretrained(tmp_path)
+    without_gates(tmp_path)
+    report = tiny_models.llama().load_adapter(tmp_path)
+    assert len([key for key in report.missing_keys if ".lora_G." in key]) == 2 * 14
+    assert not [key for key in report.missing_keys if ".lora_G." not in key]
+
+
 def test_an_adapter_without_its_gates_is_not_loaded_silently(saved):
     base, adapter, _, _ = saved
     config = json.loads((adapter / "adapter_config.json").read_text())
     if config["gate_kind"] == "relu":
         pytest.skip("Gated LoRA has no gates in the file")
-    stored = {name: t for name, t in load_file(adapter / "adapter_model.safetensors").items() if "lora_G" not in name}
-    save_file(stored, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    without_gates(adapter)
     with pytest.raises(AdapterError, match=r"14 modules \(first: .*down_proj\) without their gates"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 
@@ -124,8 +178,7 @@ def test_an_adapter_without_its_gates_is_not_loaded_silently(saved):
 def test_a_file_without_gates_is_not_swapped_in(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({name: t for name, t in load_file(file).items() if "lora_G" not in name}, file, metadata={"format": "pt"})
+    without_gates(tmp_path)
     before = logits(model)
     with pytest.raises(AdapterError, match="without their gates"):
         hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")

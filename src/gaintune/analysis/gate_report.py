@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.gate_statistics import CLOSED, DEPTHS, OPEN, GateRecord, GateSummary, LayerGates, summarise
 from gaintune.analysis.gate_survey import Survey
+from gaintune.progress import plural
 from gaintune.report.canvas import MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
@@ -104,7 +105,19 @@ def markdown(survey: Survey) -> str:
         f"- {domain}: {_tokens(layers):,} tokens ({survey.counted[domain]} tokens)"
         for domain, layers in survey.record.domains.items()
     )
-    return f"Gate values over validation text.\n\n{counted}\n\n{markdown_table(frame, 'Domain')}"
+    return f"Gate values over validation text. {_origin(survey)}\n\n{counted}\n\n{markdown_table(frame, 'Domain')}"
+
+
+def _origin(survey: Survey) -> str:
+    """One sentence of what was measured, and with what."""
+    data, packages = survey.plan.data, survey.environment["packages"]
+    named = [f"{name} {packages[name]}" for name in ("gaintune", "torch", "transformers", "peft") if name in packages]
+    return (
+        f"Adapter {survey.adapter} on {survey.plan.model.name} (fingerprint {survey.base_fingerprint[:12]}), up to "
+        f"{data.validation_tokens:,} tokens a domain in blocks of {data.block_size}, template {data.template}, "
+        f"data.seed {data.seed}; {', '.join(named)}; {survey.environment['processor']}, "
+        f"{survey.environment['device']}, {plural(survey.environment['threads'], 'thread')}."
+    )
 
 
 def _tokens(layers: tuple[LayerGates, ...]) -> int:
@@ -112,14 +125,17 @@ def _tokens(layers: tuple[LayerGates, ...]) -> int:
 
 
 def record_values(survey: Survey) -> dict[str, Any]:
-    """Everything as plain values for JSON: figures and histograms by group, and by layer."""
+    """Everything as plain values for JSON: what was measured, and figures and histograms by group, and by layer."""
 
     def plain(summary: GateSummary) -> dict[str, Any]:
         return {**_figures(summary), "histogram": summary.histogram.tolist()}
 
     record = survey.record
     return {
-        "adapter": record.adapter,
+        "adapter": str(survey.adapter),
+        "base_fingerprint": survey.base_fingerprint,
+        "plan": survey.plan.model_dump(mode="json", include={"model", "data", "evaluate"}),
+        "environment": dict(survey.environment),
         "counted": survey.counted,
         "tokens": {domain: _tokens(layers) for domain, layers in record.domains.items()},
         "groups": [

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gaintune.adapters import FULL, load_adapter, read_config, read_record
+from gaintune.adapters import FULL, check_adapters, load_adapter, read_config, read_record
 from gaintune.analysis.gate_statistics import BINS, GateRecord, check_bins
 from gaintune.analysis.gates import GateRecorder, all_tokens, record_gates, response_tokens
 from gaintune.config import DataConfig, DomainConfig, Plan
 from gaintune.data.blocks import load_domain
 from gaintune.data.examples import Examples
+from gaintune.environment import describe_environment
 from gaintune.errors import AdapterError
 from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
@@ -28,10 +29,23 @@ Tokens = Literal["auto", "response", "all"]
 
 @dataclass(frozen=True)
 class Survey:
-    """A record with what it was made of: for each domain, which tokens were counted (`response` or `all`)."""
+    """A record with what it was made of.
+
+    Attributes:
+        record: the gates.
+        counted: for each domain, which tokens were counted (`response` or `all`).
+        adapter: the adapter's folder.
+        base_fingerprint: of the base it was put on.
+        plan: base, domains and budgets.
+        environment: as `describe_environment` has it.
+    """
 
     record: GateRecord
     counted: Mapping[str, Counted]
+    adapter: Path
+    base_fingerprint: str
+    plan: Plan
+    environment: Mapping[str, Any]
 
 
 def counted_tokens(tokens: Tokens, data: DataConfig, domain: DomainConfig) -> Counted:
@@ -60,6 +74,7 @@ def survey_gates(
     """
     check_bins(bins)
     _check_gated(adapter)
+    check_adapters([adapter], plan.model, plan.data, allow_other_base=allow_other_base)
     base = load_base(plan.model)
     model = load_adapter(base, adapter, allow_other_base=allow_other_base)
     domains = [(domain, load_domain(domain, plan.data, base.tokenizer)) for domain in plan.data.domains]
@@ -70,7 +85,8 @@ def survey_gates(
         for domain, rows in domains:
             size, choice = plan.evaluate.batch_size, counted[domain.name]
             record_examples(model, recorder, domain.name, rows.validation, choice, batch_size=size, progress=progress)
-    return Survey(recorder.result(), counted)
+    environment = describe_environment(next(model.parameters()).device)
+    return Survey(recorder.result(), counted, adapter, base.fingerprint, plan, environment)
 
 
 def record_examples(

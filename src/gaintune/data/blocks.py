@@ -25,7 +25,7 @@ def load_domain(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTok
     task = data.task_of(domain)
     if task == "classify":
         raise ConfigError(
-            f"domain {domain.name!r} has task classify: this command learns and measures text and instructions; "
-            f"`gaintune adapt` and `gaintune evaluate` take classifiers"
+            f"domain {domain.name!r} has task classify, and this is for text and instructions alone: `gaintune "
+            "adapt` and `gaintune evaluate` take classifiers, and PEFT loads one with its head onto the base"
         )
     return (load_instruct if task == "instruct" else load_text)(domain, data, tokenizer)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gaintune.data.hub import exam_question
+from gaintune.data.labelled import LABEL, LabelledText, glue_labels, read_labelled
 from gaintune.data.readers import split_files
 from gaintune.data.split import drawn_order
 from gaintune.data.tables import ROW_SUFFIXES, Row, read_table, row_text
 from gaintune.errors import DataError
 from gaintune.runs import write_text
 
+logger = logging.getLogger(__name__)
+
 SENTIMENTS = ("negative", "neutral", "positive")
-NUMBERED = {"sst2": {"0": "negative", "1": "positive"}}  # data sets known to number what others name
-KINDS = "prompt + choices + answer, question + options + answer_idx, or text + label"
+KINDS = "prompt + choices + answer, question + options + answer_idx, or a text and its label"
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,10 @@ def read_choices(name: str, path: Path, *, limit: int | None = None, seed: int =
     """Read a file of rows, or the validation files of a folder, as questions with choices.
 
     Rows of `question`, `options` (letter -> text) and `answer_idx` list the options and are answered by a letter. Rows
-    of `text` and `label` are answered by a label's name, any that is in the file; where the names are sentiments the
-    prompt asks for one. Labels that are numbers have no name to answer with, except in `sst2`. Rows of `prompt`,
-    `choices` and `answer` (the right one's text, or its number from 0) are taken as they are.
+    of `text` (or another column, or a pair, as for classification) and `label` are answered by a label's name, any that
+    is in the file or folder; where the names are sentiments the prompt asks for one. Labels that are numbers have no
+    name to answer with, except in a set called like one of GLUE's tasks. Rows of `prompt`, `choices` and `answer` (the
+    right one's text, or its number from 0) are taken as they are, with a space between them where there is none.
 
     Args:
         name: what the set is called.
@@ -51,31 +56,34 @@ def read_choices(name: str, path: Path, *, limit: int | None = None, seed: int =
         DataError: a row without the columns above, or with an answer that is none of its choices, by file and line.
     """
     train, validation = split_files(path, ROW_SUFFIXES)
+    if path.is_dir() and not validation:
+        logger.warning("%s: no validation files; asked is %s", path, ", ".join(each.name for each in train))
     rows = [row for file in validation or train for row in read_table(file)]
-    made = _renderer(name, rows)
+    others = [row for file in train for row in read_table(file)] if validation and LABEL in rows[0].values else []
+    questions = _questions(name, rows, others)
     order = drawn_order(len(rows), seed, "choices") if limit is not None else range(len(rows))
-    return tuple(made(rows[index]) for index in list(order)[:limit])
+    return tuple(questions[index] for index in list(order)[:limit])
 
 
 def write_instruction_rows(rows: Sequence[ChoiceRow], file: Path) -> None:
     """Write the questions with their right answers as a .jsonl file of `prompt` and `completion`.
 
-    Adapting to it with task instruct and template plain trains on the answer's tokens alone: a classification loss over
-    the vocabulary.
+    Adapting to it with task instruct, template plain and `data.end_of_text` false trains on the answer's tokens alone:
+    a classification loss over the vocabulary. Otherwise the end-of-text token after the answer is learnt as well.
     """
     lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in rows]
     write_text(file, "".join(f"{line}\n" for line in lines))
 
 
-def _renderer(name: str, rows: Sequence[Row]) -> Callable[[Row], ChoiceRow]:
-    """How the rows of a set become questions, by the columns of the first one."""
+def _questions(name: str, rows: Sequence[Row], others: Sequence[Row]) -> list[ChoiceRow]:
+    """The rows of a set as questions, by the columns of the first one; `others` may have more labels."""
     columns = set(rows[0].values)
     if {"prompt", "choices", "answer"} <= columns:
-        return _given
+        return [_given(row) for row in rows]
     if {"question", "options", "answer_idx"} <= columns:
-        return _exam
-    if {"text", "label"} <= columns:
-        return _labelled(name, rows)
+        return [_exam(row) for row in rows]
+    if LABEL in columns:
+        return _labelled(read_labelled([*rows, *others], glue_labels(name)))[: len(rows)]
     raise DataError(f"{rows[0].origin}: not a question with choices ({KINDS}); its columns are {', '.join(columns)}")
 
 
@@ -85,7 +93,8 @@ def _given(row: Row) -> ChoiceRow:
         raise DataError(f"{row.origin}: column 'choices' must be a list of two texts at least")
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
-    return _checked(row, row_text(row, "prompt"), [_spaced(each) for each in choices], answer)
+    prompt = row_text(row, "prompt")
+    return _checked(row, prompt, [each if prompt[-1].isspace() else _spaced(each) for each in choices], answer)
 
 
 def _exam(row: Row) -> ChoiceRow:
@@ -93,34 +102,26 @@ def _exam(row: Row) -> ChoiceRow:
     if not isinstance(options, dict) or len(options) < 2:
         raise DataError(f"{row.origin}: column 'options' must map two letters at least to texts")
     letters = sorted(options)
-    listed = [f"{each}. {options[each]}" for each in letters]
-    prompt = "\n".join([row_text(row, "question"), *listed, "Answer:"])
+    prompt = f"{exam_question(row_text(row, 'question'), options)}\nAnswer:"
     answer = letters.index(letter) if letter in letters else letter
     return _checked(row, prompt, [f" {each}" for each in letters], answer)
 
 
-def _labelled(name: str, rows: Sequence[Row]) -> Callable[[Row], ChoiceRow]:
-    numbered = NUMBERED.get(name, {})
-
-    def named(row: Row) -> str:
-        label = str(row.values.get("label", "")).strip()
-        label = numbered.get(label, label)
-        if not label or label.lstrip("-").isdecimal() or row.values.get("label") is None:
-            raise DataError(
-                f"{row.origin}: the label is {row.values.get('label')!r}, which is no word to answer with; give names"
-            )
-        return label
-
-    labels = sorted({named(row) for row in rows})
+def _labelled(texts: Sequence[LabelledText]) -> list[ChoiceRow]:
+    for text in texts:
+        if text.label.isdecimal():
+            raise DataError(f"{text.origin}: the label is {text.label}, which is no word to answer with; give names")
+    labels = sorted({text.label for text in texts})
     if len(labels) < 2:
-        raise DataError(f"{rows[0].origin}: every row has the label {labels[0]!r}, so there is nothing to choose")
+        raise DataError(f"{texts[0].origin}: every row has the label {labels[0]!r}, so there is nothing to choose")
     asked = "Sentiment" if set(labels) <= set(SENTIMENTS) else "Label"
-
-    def render(row: Row) -> ChoiceRow:
-        prompt = f"{row_text(row, 'text').rstrip()}\n{asked}:"
-        return _checked(row, prompt, [f" {each}" for each in labels], labels.index(named(row)))
-
-    return render
+    choices = tuple(f" {label}" for label in labels)
+    questions = []
+    for text in texts:
+        lines = [each.rstrip() for each in (text.text_a, text.text_b) if each is not None]
+        prompt = "\n".join([*lines, f"{asked}:"])
+        questions.append(ChoiceRow(prompt, choices, labels.index(text.label), text.origin))
+    return questions
 
 
 def _spaced(choice: str) -> str:

@@ -123,7 +123,7 @@ def label_names(texts: LabelledTexts) -> tuple[str, ...]:
             f"{first.origin}: this and every other training row has the label {first.label!r}; "
             "a classifier needs two different labels at least"
         )
-    numbers = all(label.lstrip("-").isdecimal() for label in found)
+    numbers = all(label.isdecimal() for label in found)
     names = tuple(sorted(found, key=int) if numbers else sorted(found))
     for row in texts.validation:
         if row.label not in found:

@@ -83,7 +83,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before every text of its own accord: its beginning-of-text token, or nothing."""
-    added = tokenizer("")["input_ids"]
+    added = tokenizer("a")["input_ids"]  # of an empty text the end, which may be the same token, would come first
     return added[:1] if added and added[0] == tokenizer.bos_token_id else []
 
 

@@ -131,8 +131,13 @@ def novels(rows: Iterable[Row]) -> Iterator[str]:
 def exam_questions(rows: Iterable[Row]) -> Iterator[str]:
     """A question, its options by letter, and the answer."""
     for row in rows:
-        options = [f"{letter}. {text}" for letter, text in sorted(row["options"].items())]
-        yield "\n".join([row["question"], *options, f"Answer: {row['answer_idx']}. {row['answer']}"])
+        question = exam_question(row["question"], row["options"])
+        yield f"{question}\nAnswer: {row['answer_idx']}. {row['answer']}"
+
+
+def exam_question(question: str, options: Mapping[str, str]) -> str:
+    """A question with its options below it, each after its letter."""
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in sorted(options.items()))])
 
 
 def gold_endings(rows: Iterable[Row]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from gaintune.data.packing import Packed, TokenRow, pack
 from gaintune.data.split import drawn_order, split_documents
 from gaintune.data.templates import render
 from gaintune.errors import DataError
+from gaintune.progress import plural
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ def load_instruct(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedT
 
     Rows are drawn in an order the seed decides; those whose questions differ by case, spacing or punctuation alone are
     on the same side, and a validation row whose question is nearly one that is trained on is left out. Scored are the
-    completions and the end-of-text token after them. A row longer than a block is cut and counted in a warning.
+    completions and, unless `data.end_of_text` is false, the end-of-text token after them. A row longer than a block is
+    cut and counted in a warning.
 
     Raises:
         DataError: rows are missing, broken, or have a prompt that leaves no room for the completion; names the line.
@@ -51,7 +53,7 @@ def load_instruct(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedT
 
     def packed(source: Sequence[Exchange], order: Iterable[int], budget: int) -> Packed:
         return pack(
-            _token_rows(source, iter(order), template, tokenizer),
+            _token_rows(source, iter(order), template, tokenizer, ends=data.end_of_text),
             block_size=data.block_size,
             blocks=budget // data.block_size,
             filler=end,
@@ -92,10 +94,15 @@ def load_instruct(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedT
 
 
 def _token_rows(
-    rows: Sequence[Exchange], order: Iterator[int], template: Template, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Exchange],
+    order: Iterator[int],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ends: bool,
 ) -> Iterator[TokenRow]:
-    """Tokens of the rows in an order: a few at a time, in parallel where the tokenizer can."""
-    begin, end = beginning_of_text(tokenizer), [end_of_text(tokenizer)]
+    """Tokens of the rows in an order, each with an end if `ends`: a few at a time, in parallel where that works."""
+    begin, end = beginning_of_text(tokenizer), [end_of_text(tokenizer)] if ends else []
     special = np.array(sorted(special_tokens(tokenizer)))
     while numbers := list(islice(order, ENCODED_AT_ONCE)):
         rendered = [render(rows[number], template, tokenizer) for number in numbers]
@@ -149,8 +156,8 @@ def _check(
         )  # fmt: skip
     if blocks < budget // data.block_size:
         logger.warning(
-            "domain %s: the %s part fills %d tokens, fewer than the %d asked for; using %d blocks of %d%s",
-            domain.name, side, used, budget, blocks, data.block_size, note,
+            "domain %s: the %s part fills %d tokens, fewer than the %d asked for; using %s of %d%s",
+            domain.name, side, used, budget, plural(blocks, "block"), data.block_size, note,
         )  # fmt: skip
     logger.info(
         "domain %s: %d %s rows in %d blocks of %d tokens, %.0f %% of them padding",

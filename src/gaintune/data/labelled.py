@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from gaintune.config import DomainConfig
@@ -55,19 +55,23 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task of GLUE on the Hub (or in a local folder of the same layout): its configuration and validation split."""
+    """One task of GLUE on the Hub (or in a local folder of the same layout): its configuration and validation split.
+
+    `labels` are the names of its labels 0, 1, ...
+    """
 
     configuration: str | None
+    labels: tuple[str, ...]
     validation: str = "validation"
     path: str = "nyu-mll/glue"
 
 
 GLUE = {
-    "cola": GlueTask("cola"),
-    "mnli": GlueTask("mnli", "validation_matched"),
-    "mrpc": GlueTask("mrpc"),
-    "qnli": GlueTask("qnli"),
-    "sst2": GlueTask("sst2"),
+    "cola": GlueTask("cola", ("unacceptable", "acceptable")),
+    "mnli": GlueTask("mnli", ("entailment", "neutral", "contradiction"), "validation_matched"),
+    "mrpc": GlueTask("mrpc", ("not_equivalent", "equivalent")),
+    "qnli": GlueTask("qnli", ("entailment", "not_entailment")),
+    "sst2": GlueTask("sst2", ("negative", "positive")),
 }
 
 
@@ -76,7 +80,8 @@ def load_labelled(domain: DomainConfig, seed: int) -> LabelledTexts:
 
     The texts are in the columns of `PAIRS` or `SINGLES` (the first that are there; a second text that is null in every
     row is none), or in the domain's own `text_column`; the label is in `label`. Files without a validation split are
-    split by a hash of the text, as texts are.
+    split by a hash of the text, as texts are. A domain that is called like one of GLUE's tasks has that task's labels
+    in place of their numbers.
 
     Raises:
         DataError: no such domain or file, or a row without text or label, with its file and line.
@@ -94,39 +99,52 @@ def load_labelled(domain: DomainConfig, seed: int) -> LabelledTexts:
         )
     files = split_files(path, ROW_SUFFIXES)
     train, validation = ([row for file in side for row in read_table(file)] for side in files)
-    columns = _find_columns([*train, *validation], domain.text_column)
-    texts = tuple(_labelled(row, columns) for row in train)
+    texts = read_labelled([*train, *validation], glue_labels(domain.name), domain.text_column)
     if validation:
-        return LabelledTexts(texts, tuple(_labelled(row, columns) for row in validation), str(path))
+        return LabelledTexts(texts[: len(train)], texts[len(train) :], str(path))
     return _split(texts, str(path), seed)
 
 
+def glue_labels(name: str) -> tuple[str, ...]:
+    """What the labels 0, 1, ... of a set of this name are called; nothing where it is none of GLUE's tasks."""
+    return GLUE[name].labels if name in GLUE else ()
+
+
+def read_labelled(
+    rows: Sequence[Row], labels: Sequence[str] = (), text_column: str | None = None
+) -> tuple[LabelledText, ...]:
+    """The texts and labels of rows; where all labels are numbers below that of `labels`, they get those names.
+
+    Raises:
+        DataError: no column holds a text, or a row has no text or no label, with its file and line.
+    """
+    columns = _find_columns(rows, text_column)
+    texts = tuple(_labelled(row, columns) for row in rows)
+    names = {str(number): label for number, label in enumerate(labels)}
+    if not all(text.label in names for text in texts):
+        return texts
+    return tuple(replace(text, label=names[text.label]) for text in texts)
+
+
 def load_glue(task: GlueTask, name: str) -> LabelledTexts:
-    """Read a task of GLUE; labels stored as numbers get the names that the data set gives them.
+    """Read a task of GLUE; its labels are numbers there, and get their names.
 
     Raises:
         AssetError: the data set cannot be reached or has changed; names the id and how to give a local copy.
     """
     try:
-        sides = [_hub_rows(task, split) for split in ("train", task.validation)]
+        train, validation = (_hub_rows(task, split) for split in ("train", task.validation))
     except Exception as error:  # the hub client raises errors of many unrelated kinds
         raise unreachable(error, name, task.path) from error
-    columns = _find_columns([row for rows in sides for row in rows], None)
-    train, validation = (tuple(_labelled(row, columns) for row in rows) for rows in sides)
-    return LabelledTexts(train, validation, task.path)
+    texts = read_labelled([*train, *validation], task.labels)
+    return LabelledTexts(texts[: len(train)], texts[len(train) :], task.path)
 
 
 def _hub_rows(task: GlueTask, split: str) -> list[Row]:
-    from datasets import ClassLabel, load_dataset  # slow to import, and only these domains need it
+    from datasets import load_dataset  # slow to import, and only these domains need it
 
     rows = cast(Any, load_dataset(task.path, task.configuration, split=split))
-    feature = rows.features[LABEL]
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    found: list[Row] = []
-    for number, values in enumerate(rows, start=1):
-        label = values[LABEL]
-        named = names[label] if names is not None and label in range(len(names)) else label
-        found.append(Row({**values, LABEL: named}, f"{task.path} {split}: row {number}"))
+    found = [Row(values, f"{task.path} {split}: row {number}") for number, values in enumerate(rows, start=1)]
     if not found:
         raise ValueError(f"its split {split!r} holds no row")
     return found
@@ -160,16 +178,22 @@ def _labelled(row: Row, columns: Sequence[str]) -> LabelledText:
 
 
 def _label(row: Row) -> str:
-    """A label as text: a name, or a whole number."""
+    """A label as text: a name, or a whole number from 0."""
     if LABEL not in row.values:
         columns = ", ".join(row.values) or "none at all"
         raise DataError(f"{row.origin}: has no column {LABEL!r}; the columns are {columns}")
     value = row.values[LABEL]
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, int):
-        return str(value)
-    raise DataError(f"{row.origin}: the label is {value!r}, expected a name or a whole number; correct or delete it")
+    label = str(value).strip() if isinstance(value, str | int) else ""
+    if label.startswith("-") and label[1:].isdecimal():
+        raise DataError(
+            f"{row.origin}: the label is {label}, which data sets give to rows without one; delete the row, or name "
+            "the labels in words"
+        )
+    if not label:
+        raise DataError(
+            f"{row.origin}: the label is {value!r}, expected a name or a whole number; correct or delete it"
+        )
+    return label
 
 
 def _split(texts: Sequence[LabelledText], source: str, seed: int) -> LabelledTexts:

@@ -27,7 +27,8 @@ def read_documents(path: Path, text_column: str | None = None) -> Documents[Docu
     A row of a .jsonl, .json, .csv or .parquet file is one document. A .txt or .md file is one document, except where a
     split consists of that single file: it is then cut into sections of at most `SECTION_CHARACTERS` at blank lines, so
     that there is something to split. A folder that holds both `train*` and `validation*` (or `valid*`, `val*`, `dev*`,
-    else `test*`) files uses that split; otherwise its files are taken together.
+    else `test*`) files uses that split; otherwise its files are taken together. Beside others, files called
+    `*mismatched*` are left out of validation (MNLI).
 
     Raises:
         DataError: naming the file, and the line where there is one.
@@ -82,14 +83,22 @@ def _split_folder(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], 
     if not usable:
         raise DataError(f"{folder}: holds no file that ends in one of {', '.join(suffixes)}")
     train = [file for file in usable if _named(_TRAIN, file, folder)]
-    validation = [file for file in usable if _named(_VALIDATION, file, folder)]
-    validation = validation or [file for file in usable if _named(_TEST, file, folder)]
+    validation = _matched([file for file in usable if _named(_VALIDATION, file, folder)], folder)
+    tests = [file for file in usable if _named(_TEST, file, folder)]
+    if train and tests and not validation:
+        validation = _matched(tests, folder)
+        logger.warning("%s: no validation files; measured is %s", folder, ", ".join(each.name for each in validation))
     if not train or not validation:
         train, validation = usable, []
     used = {*train, *validation}
     if unused := [file.relative_to(folder).as_posix() for file in visible if file not in used]:
         logger.warning("%s: %d file(s) not part of the domain: %s", folder, len(unused), ", ".join(unused[:5]))
     return train, validation
+
+
+def _matched(files: list[Path], folder: Path) -> list[Path]:
+    """Of MNLI's two validation sets the matched one, as for `mnli` by name; the other is told of as no part."""
+    return [file for file in files if "mismatched" not in file.relative_to(folder).as_posix().lower()] or files
 
 
 def _named(pattern: re.Pattern[str], file: Path, folder: Path) -> bool:

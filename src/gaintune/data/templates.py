@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,6 +14,11 @@ from gaintune.config import Template
 from gaintune.data.encode import special_tokens
 from gaintune.data.exchanges import Exchange
 from gaintune.errors import ConfigError, DataError, one_line
+
+logger = logging.getLogger(__name__)
+
+DATE = "26 Jul 2024"
+"""The date of a chat template that asks for today's: what Llama 3 writes where it cannot ask."""
 
 # The formats of Stanford Alpaca (without an input) and of Magicoder, as DISeL uses them (appendix III.1). A completion
 # follows "### Response:" on a new line, as the paper prints it.
@@ -54,7 +61,7 @@ def render(exchange: Exchange, template: Template, tokenizer: PreTrainedTokenize
     `auto` is `chat` for rows of messages and `plain` for a prompt and its completion. `plain` puts the completion
     right after the prompt, adding nothing. `chat` renders what comes before each scored turn as the tokenizer's chat
     template does for generation; what the template adds once the turn is there is scored, up to and including its
-    end-of-turn token.
+    end-of-turn token. Where a template writes today's date, `DATE` stands, so that rows are the same on every day.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
@@ -108,6 +115,22 @@ def _chat(exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> Rendered:
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], origin: str, *, add_generation_prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        template = undated(tokenizer.get_chat_template(), str(tokenizer.name_or_path))
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"{origin}: the model's chat template refuses this row ({one_line(error)})") from None
+
+
+@cache  # also so that it is said once
+def undated(template: str, tokenizer: str) -> str:
+    """A chat template that writes `DATE` where it would ask transformers for today's date, in whatever format."""
+    if "strftime_now" not in template:
+        return template
+    logger.warning(
+        "the chat template of %s writes today's date; %s is written instead, so that rows are the same on every day",
+        tokenizer, DATE,
+    )  # fmt: skip
+    # the plus keeps a line end that the template may begin with
+    return f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro +%}}{template}"

@@ -19,6 +19,7 @@ from gaintune.data.examples import DomainBlocks, Examples
 from gaintune.data.neighbours import NeighbourIndex
 from gaintune.data.split import Passage, in_drawn_order, split_documents
 from gaintune.errors import DataError
+from gaintune.progress import plural
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +142,8 @@ def _check_size(
         )
     if used < budget // block_size * block_size:
         logger.warning(
-            "domain %s: the %s part holds %d tokens, fewer than the %d asked for; using %d (%d blocks of %d)%s",
-            domain.name, side, packed.available, budget, used, len(packed.tokens), block_size, note,
+            "domain %s: the %s part holds %d tokens, fewer than the %d asked for; using %d (%s of %d)%s",
+            domain.name, side, packed.available, budget, used, plural(len(packed.tokens), "block"), block_size, note,
         )  # fmt: skip
 
 

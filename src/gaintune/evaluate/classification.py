@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of rows, or a difference of two shares, with its bootstrap interval; None for a single row."""
+    """A share of rows with its Wilson interval, or a difference of two with its bootstrap one (None for one row)."""
 
     value: float
     low: float | None
@@ -85,9 +86,9 @@ class Scores:
         majority: share of the most frequent label: what always giving it would reach.
         matthews: Matthews correlation (CoLA's metric in GLUE; more than two classes after Gorodkin 2004), -1 to 1; 0
             where one label is never given, or all rows have the same.
-        macro_f1: unweighted mean of the classes' F1.
-        f1: F1 of the class called 1 or equivalent (MRPC's metric in GLUE); None where there are not two classes, or
-            neither is called so.
+        macro_f1: unweighted mean of the F1 of the classes that some row has or was given.
+        f1: F1 of the class called 1 or equivalent (MRPC's metric in GLUE); None where there are more than two such
+            classes, or none is called so.
         classes: each class, in the order of the labels.
         rows: how many rows were measured.
     """
@@ -110,13 +111,14 @@ def score(predictions: Predictions, settings: EvaluateConfig) -> Scores:
     """All figures of one model on one domain."""
     counts = predictions.confusion()
     classes = tuple(_class_figures(label, number, counts) for number, label in enumerate(predictions.labels))
-    positive = [each.f1 for each in classes if each.label in POSITIVE] if len(classes) == 2 else []
+    present = [each for each in classes if each.rows + each.predicted]
+    positive = [each.f1 for each in present if each.label in POSITIVE] if len(present) <= 2 else []
     return Scores(
         domain=predictions.domain,
-        accuracy=_share(predictions.right, predictions.domain, settings),
+        accuracy=wilson(int(np.trace(counts)), len(predictions.truth), settings.confidence),
         majority=int(counts.sum(axis=1).max()) / int(counts.sum()),
         matthews=matthews_correlation(counts),
-        macro_f1=math.fsum(each.f1 for each in classes) / len(classes),
+        macro_f1=math.fsum(each.f1 for each in present) / len(present),
         f1=positive[0] if positive else None,
         classes=classes,
         rows=len(predictions.truth),
@@ -131,20 +133,25 @@ def difference(first: Predictions, second: Predictions, settings: EvaluateConfig
     """
     if (first.domain, first.names) != (second.domain, second.names):
         raise DataError(f"predictions for {first.domain} and {second.domain} are not of the same rows")
-    return _share(second.right - first.right, first.domain, settings)
-
-
-def _share(values: NDArray[np.float64], domain: str, settings: EvaluateConfig) -> Share:
-    """The mean over rows, and the interval of its resamples."""
+    values = second.right - first.right
     ones = np.ones(len(values), np.int64)
     replicates = replicate_means(
-        values[None], ones, samples=settings.bootstrap_samples, seed=settings.seed, domain=domain
+        values[None], ones, samples=settings.bootstrap_samples, seed=settings.seed, domain=first.domain
     )
     value = float(replicates[0, 0])
     if len(values) < 2:
         return Share(value, None, None)
     low, high = bounds(replicates[:, 0], settings.confidence)
     return Share(value, float(low), float(high))
+
+
+def wilson(right: int, rows: int, confidence: float) -> Share:
+    """A share of rows with Wilson's score interval (1927), which has a width at 0 and at 1 too."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, spread = right / rows, z**2 / rows
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return Share(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def _class_figures(label: str, number: int, counts: NDArray[np.int64]) -> ClassFigures:

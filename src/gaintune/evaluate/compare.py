@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from gaintune.data.blocks import load_domain
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
-from gaintune.models import load_base
-from gaintune.progress import Progress, Silent
+from gaintune.evaluate.walk import BASE, look_at_base_and_adapters
+from gaintune.models import Base, load_base
+from gaintune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -47,48 +48,46 @@ def compare_adapters(
     """Measure the plan's base, and every adapter on it, on the plan's domains.
 
     Returns:
-        For each domain the base, then the adapters in the order given, labelled by their folders.
+        For each domain the base, then the adapters in the order given, labelled by their folders. Each is measured in
+        the numbers it was trained in, and compared with the base in the same; the base shown is the first one's.
 
     Raises:
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
     """
-    labels = adapter_labels(adapters)
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
-    shown = progress or Silent()
-    base = load_base(plan.model)
-    domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
+    adapter_labels(adapters)  # refuses an adapter that is named twice
+    check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
 
-    def look(model: nn.Module, label: str) -> dict[str, DomainLoss]:
-        return {
-            domain.name: measure(
-                model,
-                domain.validation,
-                domain.validation_bytes,
-                batch_size=plan.evaluate.batch_size,
-                title=f"{label}: measuring {domain.name}",
-                progress=shown,
-            )
-            for domain in domains
-        }
+    def prepare(base: Base) -> Callable[[nn.Module, str], dict[str, DomainLoss]]:
+        domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
 
-    losses = look(base.model, "base")
-    runs = []
-    for label, folder in zip(labels, adapters, strict=True):
-        if runs:  # the base is untouched for the first adapter only
-            base = load_base(plan.model)
-        model = load_adapter(base, folder, allow_other_base=allow_other_base)
-        runs.append(MethodRun(label, losses, (Stage(domains[0].name, look(model, label)),)))
-        del model, base
-        gc.collect()
+        def look(model: nn.Module, label: str) -> dict[str, DomainLoss]:
+            return {
+                domain.name: measure(
+                    model,
+                    domain.validation,
+                    domain.validation_bytes,
+                    batch_size=plan.evaluate.batch_size,
+                    title=f"{label}: measuring {domain.name}",
+                    progress=progress,
+                )
+                for domain in domains
+            }
+
+        return look
+
+    put_on = partial(load_adapter, allow_other_base=allow_other_base)
+    losses, adapted = look_at_base_and_adapters(plan, adapters, load_base, put_on, prepare)
+    names = [domain.name for domain in plan.data.measured]
+    runs = [MethodRun(each.label, each.base, (Stage(names[0], each.found),)) for each in adapted]
     cells = (
         {method.label: method.stages[0].cells for method in build_matrix(runs, plan.evaluate).methods} if runs else {}
     )
     figures = []
-    for domain in domains:
-        loss = losses[domain.name]
-        figures.append(Figure(domain.name, "base", loss.perplexity, loss.bits_per_byte, None, None, None))
-        for label in labels:
-            cell = cells[label][domain.name]
+    for name in names:
+        loss = losses[name]
+        figures.append(Figure(name, BASE, loss.perplexity, loss.bits_per_byte, None, None, None))
+        for each in adapted:
+            cell = cells[each.label][name]
             interval = (cell.change, cell.low, cell.high)
-            figures.append(Figure(domain.name, label, cell.perplexity, cell.bits_per_byte, *interval))
+            figures.append(Figure(name, each.label, cell.perplexity, cell.bits_per_byte, *interval))
     return figures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,9 @@ from gaintune.data.classify import ClassifyDomain, Padding, load_classification
 from gaintune.errors import ConfigError
 from gaintune.evaluate.classification import Predictions, Scores, Share, difference, score
 from gaintune.evaluate.predict import predict
+from gaintune.evaluate.walk import look_at_adapters
 from gaintune.heads import load_classifier, reads_segments
+from gaintune.methods import measuring_numbers
 from gaintune.models import load_tokenizer
 from gaintune.progress import Progress
 
@@ -61,36 +62,36 @@ def compare_classifiers(
     if not adapters:
         raise ConfigError("the base has no head of its own to classify with: name classifiers with --adapter")
     labels = adapter_labels(adapters)
-    records = [_record(adapter) for adapter in adapters]
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
+    records = {adapter: _record(adapter) for adapter in adapters}
+    check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
     tokenizer, segments = load_tokenizer(plan.model), reads_segments(plan.model)
     domains = [
         load_classification(domain, plan.classify, tokenizer, seed=plan.data.seed, segments=segments)
         for domain in plan.data.domains
     ]
-    for adapter, record in zip(adapters, records, strict=True):
+    for adapter, record in records.items():
         _check(adapter, record, domains, plan)
-    found: list[list[Predictions]] = []
-    for label, adapter, record in zip(labels, adapters, records, strict=True):
-        base = load_classifier(plan.model, record.labels, seed=0)
+
+    def look(label: str, adapter: Path) -> list[Predictions]:
+        names, numbers = records[adapter].labels, measuring_numbers(plan.model, records[adapter].method)
+        base = load_classifier(plan.model, names, seed=0, dtype=numbers.load)
         base.check_length(plan.classify.max_length)
         model = load_adapter(base, adapter, allow_other_base=allow_other_base)
-        found.append(
-            [
-                predict(
-                    model,
-                    domain,
-                    Padding(base.padding),
-                    labels=record.labels,
-                    batch_size=plan.evaluate.batch_size,
-                    title=f"{label}: measuring {domain.name}",
-                    progress=progress,
-                )
-                for domain in domains
-            ]
-        )
-        del model, base
-        gc.collect()
+        return [
+            predict(
+                model,
+                domain,
+                Padding(base.padding),
+                labels=names,
+                batch_size=plan.evaluate.batch_size,
+                mixed_precision=numbers.mixed,
+                title=f"{label}: measuring {domain.name}",
+                progress=progress,
+            )
+            for domain in domains
+        ]
+
+    found = look_at_adapters(adapters, look)
     return [
         ClassifierFigure(
             label,

@@ -6,11 +6,11 @@ benchmarks report: by the summed log-likelihood of the choice's tokens, and by t
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from gaintune.adapters import adapter_labels, check_adapters, load_adapter
 from gaintune.config import Plan
 from gaintune.data.choices import ChoiceRow, read_choices
+from gaintune.data.encode import beginning_of_text, encode_parts
 from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
+from gaintune.evaluate.walk import BASE, look_at_base_and_adapters
 from gaintune.heads import longest_input
 from gaintune.loss import NextTokenLoss
-from gaintune.models import load_base
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
@@ -99,41 +101,37 @@ def compare_choices(
         DataError: a set that cannot be read; see `read_choices`.
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
     """
-    labels = adapter_labels(adapters)
+    adapter_labels(adapters)  # refuses an adapter that is named twice
     limit = plan.classify.validation_rows
     asked = {name: read_choices(name, path, limit=limit, seed=plan.data.seed) for name, path in sets.items()}
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
-    base = load_base(plan.model)
-    tokenizer = base.tokenizer
 
-    def look(model: nn.Module, label: str) -> list[Likelihoods]:
-        return [
-            choice_likelihoods(
-                model,
-                tokenizer,
-                rows,
-                name,
-                batch_size=plan.evaluate.batch_size,
-                title=f"{label}: answering {name}",
-                progress=progress,
-            )
-            for name, rows in asked.items()
-        ]
+    def prepare(base: Base) -> Callable[[nn.Module, str], list[Likelihoods]]:
+        tokenizer = base.tokenizer
 
-    before = look(base.model, "base")
-    after = []
-    for label, folder in zip(labels, adapters, strict=True):
-        if after:  # the base is untouched for the first adapter only
-            base = load_base(plan.model)
-        model = load_adapter(base, folder, allow_other_base=allow_other_base)
-        after.append((label, look(model, label)))
-        del model, base
-        gc.collect()
-    return [
-        _figure(label, found[number], None if label is None else untouched, plan)
-        for number, untouched in enumerate(before)
-        for label, found in [(None, before), *after]
-    ]
+        def look(model: nn.Module, label: str) -> list[Likelihoods]:
+            return [
+                choice_likelihoods(
+                    model,
+                    tokenizer,
+                    rows,
+                    name,
+                    batch_size=plan.evaluate.batch_size,
+                    title=f"{label}: answering {name}",
+                    progress=progress,
+                )
+                for name, rows in asked.items()
+            ]
+
+        return look
+
+    put_on = partial(load_adapter, allow_other_base=allow_other_base)
+    before, adapted = look_at_base_and_adapters(plan, adapters, load_base, put_on, prepare)
+    figures = []
+    for number, untouched in enumerate(before):
+        figures.append(_figure(BASE, untouched, None, plan))
+        figures += [_figure(each.label, each.found[number], each.base[number], plan) for each in adapted]
+    return figures
 
 
 def choice_likelihoods(
@@ -148,8 +146,9 @@ def choice_likelihoods(
 ) -> Likelihoods:
     """The log-likelihood of every choice of every row after its prompt.
 
-    Prompt and choice are tokenised together, and the tokens beyond the prompt's own are scored. A prompt that is too
-    long for the model loses its beginning, with a warning.
+    Prompt and choice are tokenised as a prompt and its completion are in training (`encode_parts`), and the choice's
+    tokens are scored. A prompt that is too long for the model loses its beginning, with a warning; the tokenizer's
+    beginning-of-text token stays.
 
     Args:
         model: a causal language model, with or without an adapter; left in the mode it was in.
@@ -220,19 +219,21 @@ class _Asked:
 def _encode(
     rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, longest: int | None, name: str
 ) -> list[_Asked]:
-    """Every choice of every row in order, cut from the left where it is too long."""
+    """Every choice of every row in order, tokenised as training does; of a context that is too long the end is kept."""
+    begin = tuple(beginning_of_text(tokenizer))
+    room = None if longest is None else longest - len(begin)
     made: list[_Asked] = []
     cut = 0
     for row in rows:
-        begin = len(tokenizer(row.prompt, verbose=False)["input_ids"])
-        for choice in row.choices:
-            ids = tuple(tokenizer(row.prompt + choice, verbose=False)["input_ids"])
-            if not 0 < begin < len(ids) or (longest is not None and len(ids) - begin >= longest):
+        pairs = encode_parts([(row.prompt, choice) for choice in row.choices], tokenizer)
+        for choice, parts in zip(row.choices, pairs, strict=True):
+            prompt, wanted = (tuple(part.ids.tolist()) for part in parts)
+            if not (begin or prompt) or not wanted or (room is not None and len(wanted) > room):
                 raise DataError(f"{row.origin}: the choice {choice!r} is no token, or too many, after its prompt")
-            wanted, seen = ids[begin:], ids[:-1]
-            if longest is not None and len(ids) > longest:
-                seen, cut = ids[-longest:-1], cut + 1
-            made.append(_Asked(seen, wanted))
+            seen = (*prompt, *wanted[:-1])
+            if room is not None and len(seen) > room:
+                seen, cut = seen[-room:], cut + 1
+            made.append(_Asked((*begin, *seen), wanted))
     if cut:
         logger.warning(
             "%s: %d of %d prompts with a choice are longer than the model's %s tokens and lost their beginning",
@@ -248,12 +249,12 @@ def _names(rows: Sequence[ChoiceRow]) -> tuple[str, ...]:
     return tuple(str(number + 1) for number in range(max(len(row.choices) for row in rows)))
 
 
-def _figure(label: str | None, found: Likelihoods, base: Likelihoods | None, plan: Plan) -> ChoiceFigure:
+def _figure(label: str, found: Likelihoods, base: Likelihoods | None, plan: Plan) -> ChoiceFigure:
     by_sum, by_byte = found.chosen(), found.chosen(per_byte=True)
     scores = score(by_sum, plan.evaluate)
     return ChoiceFigure(
         domain=found.domain,
-        label="base" if label is None else label,
+        label=label,
         accuracy=scores.accuracy,
         accuracy_per_byte=score(by_byte, plan.evaluate).accuracy,
         change=None if base is None else difference(base.chosen(), by_sum, plan.evaluate),

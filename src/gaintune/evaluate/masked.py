@@ -8,10 +8,10 @@ every model (`gaintune.data.masked`), so models are compared block by block.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.masked import MaskedBlocks, load_masked_blocks
 from gaintune.errors import AdapterError, ConfigError, TrainingError
 from gaintune.evaluate.bootstrap import LARGEST_EXPONENT, bounds, percent, replicate_means
+from gaintune.evaluate.walk import BASE, look_at_base_and_adapters
 from gaintune.heads import load_classifier, load_masked, longest_input
 from gaintune.loss import IGNORED
 from gaintune.models import Base
@@ -80,48 +81,46 @@ def compare_masked(
         BaseModelError: the base is no encoder with a masked-LM head.
         ConfigError: blocks longer than the encoder takes, or an adapter named twice.
     """
-    labels = adapter_labels(adapters)
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
-    base = load_masked(plan.model)
-    longest = longest_input(base.model, base.tokenizer)
-    if longest is not None and plan.data.block_size > longest:
-        raise ConfigError(
-            f"data.block_size is {plan.data.block_size}, but model {base.name!r} takes {longest} tokens at most"
-        )
-    domains = [load_masked_blocks(each, plan.data, base.tokenizer, seed=plan.data.seed) for each in plan.data.domains]
+    adapter_labels(adapters)  # refuses an adapter that is named twice
+    check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
 
-    def look(model: nn.Module, label: str) -> list[MaskedLoss]:
-        return [
-            measure_masked(
-                model,
-                domain,
-                batch_size=plan.evaluate.batch_size,
-                title=f"{label}: measuring {domain.name}",
-                progress=progress,
+    def prepare(base: Base) -> Callable[[nn.Module, str], list[MaskedLoss]]:
+        longest = longest_input(base.model, base.tokenizer)
+        if longest is not None and plan.data.block_size > longest:
+            raise ConfigError(
+                f"data.block_size is {plan.data.block_size}, but model {base.name!r} takes {longest} tokens at most"
             )
-            for domain in domains
-        ]
+        data = plan.data
+        domains = [load_masked_blocks(each, data, base.tokenizer, seed=data.seed) for each in data.domains]
 
-    before = look(base.model, "base")
-    losses = []
-    for label, folder in zip(labels, adapters, strict=True):
-        if losses:  # the base is untouched for the first adapter only
-            base = load_masked(plan.model)
-        model = with_adapter(base, plan, folder, allow_other_base=allow_other_base)
-        losses.append((label, look(model, label)))
-        del model, base
-        gc.collect()
+        def look(model: nn.Module, label: str) -> list[MaskedLoss]:
+            return [
+                measure_masked(
+                    model,
+                    domain,
+                    batch_size=plan.evaluate.batch_size,
+                    title=f"{label}: measuring {domain.name}",
+                    progress=progress,
+                )
+                for domain in domains
+            ]
+
+        return look
+
+    put_on = partial(with_adapter, plan=plan, allow_other_base=allow_other_base)
+    before, adapted = look_at_base_and_adapters(plan, adapters, load_masked, put_on, prepare)
     figures = []
-    for number, domain in enumerate(domains):
+    for number, domain in enumerate(plan.data.domains):
         loss = before[number]
-        figures.append(MaskedFigure(domain.name, "base", loss.perplexity, None, None, None, sum(loss.tokens)))
-        for label, found in losses:
-            interval = paired_change(loss, found[number], domain.name, plan.evaluate)
-            figures.append(MaskedFigure(domain.name, label, found[number].perplexity, *interval, sum(loss.tokens)))
+        figures.append(MaskedFigure(domain.name, BASE, loss.perplexity, None, None, None, sum(loss.tokens)))
+        for each in adapted:
+            found = each.found[number]
+            interval = paired_change(each.base[number], found, domain.name, plan.evaluate)
+            figures.append(MaskedFigure(domain.name, each.label, found.perplexity, *interval, sum(loss.tokens)))
     return figures
 
 
-def with_adapter(base: Base, plan: Plan, folder: Path, *, allow_other_base: bool = False) -> nn.Module:
+def with_adapter(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False) -> nn.Module:
     """The masked language model of `base` with an adapter's encoder in it; `base.model` is changed in place.
 
     A classifier is loaded whole, as `load_adapter` does, which finds whatever is missing or left over; its encoder then
@@ -131,7 +130,7 @@ def with_adapter(base: Base, plan: Plan, folder: Path, *, allow_other_base: bool
     record = read_record(folder)
     if record is None or not record.labels:
         return load_adapter(base, folder, allow_other_base=allow_other_base)
-    classifier = load_classifier(plan.model, record.labels, seed=0)
+    classifier = load_classifier(plan.model, record.labels, seed=0, dtype=base.model.dtype)
     adapted: Any = load_adapter(classifier, folder, allow_other_base=allow_other_base)
     carrier: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
     model = base.model

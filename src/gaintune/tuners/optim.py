@@ -38,7 +38,11 @@ def parameter_groups(
 
     Returns:
         Groups `{"params": [...], "lr": ..., "weight_decay": ..., "name": ...}`, empty ones left out.
+
+    Raises:
+        ConfigError: a model that FSDP-1 has wrapped; FSDP-2 wraps it after the groups are made.
     """
+    _refuse_flattened(model)
     asked = dict(rate_multipliers or {})
     multipliers = {**asked, **{part: ratio for part, ratio in _gate_ratios(model).items() if part not in asked}}
     norms = {
@@ -132,6 +136,19 @@ class AdapterOptimizerMixin:
             )
             trainer.optimizer = optimizer_cls(groups, **kwargs)
         return trainer.optimizer
+
+
+def _refuse_flattened(model: nn.Module) -> None:
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(model, FullyShardedDataParallel):
+        raise ConfigError(
+            "FSDP 1 flattens parameters before an optimizer is made, so that matrices, which are decayed, cannot be "
+            "told from vectors, and its wrapping takes DISeL's matrices out of their layer's reach: use FSDP 2 "
+            "(fsdp_version: 2)"
+        )
 
 
 def _gate_ratios(model: nn.Module) -> dict[str, float]:

@@ -47,7 +47,7 @@ def refuse_layer(layer: nn.Module, name: str) -> None:
     from peft.tuners import lora
 
     supported = [lora.Linear, *(getattr(lora, kind, lora.Linear) for kind in ("Linear8bitLt", "Linear4bit"))]
-    if not isinstance(layer, tuple(supported)):
+    if type(layer) not in supported:  # other quantized layers derive from lora.Linear
         raise UnsupportedModuleError(
             f"{name} became a {type(layer).__name__}, whose forward pass does not know gates. Load the base "
             "unquantized or through bitsandbytes."

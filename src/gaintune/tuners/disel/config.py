@@ -24,6 +24,16 @@ class DiselConfig(LoraConfig):
     LoRA's other settings mean what they mean there; `target_modules` is "all-linear" unless given. With `rank_pattern`
     a module's scale is still its alpha over its own rank. What cannot hold with gates is refused: other LoRA variants,
     starts that change the base's weights, biases (they would act on every token, past the gates).
+
+    Gates are kept in float32 whatever the base and however they are loaded; A and B are what PEFT makes of LoRA's,
+    which is float32 through PEFT, and the base's own dtype where transformers adds or loads the adapter itself
+    (`model.add_adapter`, `model.load_adapter`). A file that lacks gates is refused by PEFT's loading and hot swap;
+    transformers' own loader asks no tuner and only names them in its report (`missing_keys`), leaving random gates:
+    load with `PeftModel.from_pretrained`.
+
+    The forward pass reads A, B and G from their layer without calling them, so a wrapper must gather whole decoder
+    layers: FSDP-2 does by default. Under FSDP-1 PEFT's policy wraps each of these matrices by itself, and the first
+    forward pass stops at a size mismatch; `AdapterOptimizerMixin` and `parameter_groups` refuse FSDP-1 with a word.
     """
 
     lora_alpha: int = field(

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gaintune.tuners.precision import AtLeastFloat32
 
-class Gate(nn.Module):
+
+class Gate(AtLeastFloat32):
     """`z(x) = G x + c` for one layer, `(..., in_features)` to `(..., r)`; G is `weight`, or `weight @ weight_in`.
 
     The first product is left to the caller, who has another matrix to multiply the same `x` with: `reads` is that
-    matrix, and `forward` takes `x @ reads.T`.
+    matrix, and `forward` takes `x @ reads.T`. Kept in float32 also where A and B are narrower.
     """
 
     def __init__(

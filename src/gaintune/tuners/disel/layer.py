@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -91,6 +91,11 @@ def refusal_to_merge() -> MergeError:
     )
 
 
+def refuse_delta_weight(adapter: str) -> NoReturn:
+    """Stands in for the layer's own method, which gives the update with all gates open."""
+    raise refusal_to_merge()
+
+
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, else the adapter's own."""
     if torch.is_autocast_enabled(x.device.type):
@@ -120,6 +125,7 @@ def add_gates(layer: Any, adapter_name: str, config: DiselConfig) -> None:
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_G")
         layer.cast_input_dtype_enabled = False  # `stacked_product` casts, and keeps the input as it is
         layer.resolve_lora_variant = resolve_variant
+        layer.get_delta_weight = refuse_delta_weight
     if adapter_name not in layer.lora_variant:
         layer.lora_variant[adapter_name] = variant = resolve_variant(config)
         variant.init(layer, adapter_name, config)

@@ -37,7 +37,7 @@ class _StackedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return F.linear(x.to(dtype), torch.cat(weights).to(dtype))
+        return F.linear(x.to(dtype), torch.cat([weight.to(dtype) for weight in weights]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -47,16 +47,16 @@ class _StackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, *weights = ctx.saved_tensors
-        stacked = torch.cat(weights)
-        grad_x = grad_weights = None
+        grad_x, grad_weights = None, [None] * len(weights)
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ stacked.to(ctx.dtype)).to(x.dtype)
+            stacked = torch.cat([weight.to(ctx.dtype) for weight in weights])
+            grad_x = (grad @ stacked).to(x.dtype)
         if any(ctx.needs_input_grad[2:]):
             rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            grad_weights = (grad.reshape(-1, grad.shape[-1]).T @ rows).to(stacked.dtype)
-        if grad_weights is None:
-            return grad_x, None, *[None] * len(weights)
-        return grad_x, None, *grad_weights.split([len(weight) for weight in weights])
+            stacked = grad.reshape(-1, grad.shape[-1]).T @ rows
+            parts = stacked.split([len(weight) for weight in weights])
+            grad_weights = [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
+        return grad_x, None, *grad_weights
 
 
 class _AddProduct(torch.autograd.Function):

@@ -14,8 +14,8 @@ from torch import nn
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain.config import GainConfig
 from gaintune.tuners.gain.merging import OriginalWeight, merge_gain, refuse_unmergeable
-from gaintune.tuners.gain.parameters import Float32ParameterDict
 from gaintune.tuners.gain.scale import scale_features
+from gaintune.tuners.precision import Float32ParameterDict
 
 BASE = "__base__"  # PEFT's name, in mixed batches, for the model without adapters
 
