@@ -11,22 +11,11 @@ import numpy as np
 
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig, read_config
+from gaintune.evaluate.benchmark_means import counting_score, mean_difference
 from gaintune.evaluate.benchmark_records import BenchmarkScore
-from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
 from gaintune.evaluate.records import Interval
 from gaintune.models import Base
 from gaintune.progress import Progress
-
-METRICS = {
-    "hellaswag": "acc_norm",
-    "arc_challenge": "acc_norm",
-    "arc_easy": "acc_norm",
-    "piqa": "acc_norm",
-    "openbookqa": "acc_norm",
-    "gsm8k": "exact_match,strict-match",
-}
-"""Which metric of a task counts, as in the DISeL paper (table 10 and appendix III.6), where it is not the accuracy."""
-USUAL = ("acc", "exact_match", "pass@1")
 
 
 @dataclass(frozen=True)
@@ -75,19 +64,6 @@ class MeasuredScores:
         return self.base if step == 0 else self.snapshots[label, step]
 
 
-def counting_score(scores: Sequence[BenchmarkScore], task: str) -> BenchmarkScore:
-    """The metric that counts of a task; ConfigError where it has none that is a share of rows."""
-    found = {score.metric: score for score in scores if score.task == task}
-    for metric in (METRICS.get(task), *USUAL):
-        for name in (metric, f"{metric},none"):
-            if name in found and found[name].is_share:
-                return found[name]
-    shares = [score for score in found.values() if score.is_share]
-    if not shares:
-        raise ConfigError(f"benchmark {task} has no metric that is a share of rows ({', '.join(found) or 'no score'})")
-    return shares[0]
-
-
 def scores_of(
     base: Sequence[BenchmarkScore], model: Sequence[BenchmarkScore], tasks: Sequence[str], target: Sequence[str],
     config: BenchmarkConfig,
@@ -103,28 +79,10 @@ def scores_of(
     return Scores(
         tasks=tuple(told),
         target=float(np.mean([values[task] for task in target])) if target else None,
-        target_change=_difference([pairs[task] for task in target], config),
+        target_change=mean_difference([pairs[task] for task in target], config) if target else None,
         retention=float(np.mean([values[task] for task in kept])) if kept else None,
-        retention_change=_difference([pairs[task] for task in kept], config),
+        retention_change=mean_difference([pairs[task] for task in kept], config) if kept else None,
     )
-
-
-def _difference(pairs: Sequence[tuple[BenchmarkScore, BenchmarkScore]], config: BenchmarkConfig) -> Interval | None:
-    """Unweighted mean over tasks of the paired differences in points of %, rows resampled within each task."""
-    if not pairs:
-        return None
-    rows: list[FloatArray] = []
-    for base, model in pairs:
-        differences = 100.0 * np.subtract(model.items, base.items)
-        ones = np.ones(len(differences), dtype=np.int64)
-        samples, seed = config.bootstrap_samples, config.bootstrap_seed
-        means = replicate_means(differences[None], ones, samples=samples, seed=seed, domain=base.task)
-        rows.append(means[:, 0])
-    mean = np.mean(rows, axis=0)
-    if np.isnan(mean[1:]).any():
-        return Interval(float(mean[0]), None, None)
-    low, high = bounds(mean, config.confidence)
-    return Interval(float(mean[0]), float(low), float(high))
 
 
 def checked_config(benchmarks: BenchmarkConfig | Mapping[str, Any], target: Sequence[str]) -> BenchmarkConfig:
