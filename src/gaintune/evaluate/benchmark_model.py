@@ -8,12 +8,12 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
-import lm_eval
 import numpy as np
 import torch
 from lm_eval.api.metrics import mean, mean_stderr, perplexity
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -27,8 +27,10 @@ from gaintune.progress import Advance, Progress, Silent
 
 logger = logging.getLogger(__name__)
 
+_HFLM = cast(Any, HFLM)  # the decorator that registers it hides what it is from type checkers
 
-class AskedModel(HFLM):
+
+class AskedModel(_HFLM):
     """A loaded causal language model as lm-eval asks it; progress is counted in requests.
 
     Log-probabilities are taken in fp32 whatever the model computes in: in bf16 many choices would tie.
@@ -46,7 +48,7 @@ class AskedModel(HFLM):
     ) -> None:
         super().__init__(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # type: ignore[arg-type]  # its annotation leaves the base class out
+            tokenizer=copy.deepcopy(tokenizer),
             backend="causal",
             batch_size=batch_size,
             softmax_dtype="float32",
@@ -101,7 +103,7 @@ class AskedModel(HFLM):
         """A bar that advances with every answer, which lm-eval hands to its cache hook."""
         kept = self.cache_hook
         with self._progress.task(self._title, requests, "requests") as advance:
-            self.cache_hook = _Count(advance)  # type: ignore[assignment]  # only its one method is called
+            self.cache_hook = _Count(advance)
             try:
                 yield
             finally:
@@ -140,7 +142,7 @@ def ask(
             title = f"{label}: {asked.name}"
             shown = progress or Silent()
             wrapped = AskedModel(model, tokenizer, batch_size=config.batch_size, title=title, progress=shown)
-            found: Any = lm_eval.evaluate(
+            found: Any = evaluate(
                 lm=wrapped,
                 task_dict={"tasks": {asked.name: asked.task}},
                 limit=config.limit,
@@ -153,8 +155,9 @@ def ask(
 
 
 def _scores(asked: AskedTask, found: dict[str, Any]) -> Iterator[BenchmarkScore]:
-    aggregations: dict[str, Callable[..., float]] = asked.task.aggregation()
-    better = asked.task.higher_is_better()
+    task: Any = asked.task  # what these two return is annotated as None
+    aggregations: dict[str, Callable[..., float]] = task.aggregation()
+    better: dict[str, bool] = task.higher_is_better()
     samples = found["samples"][asked.name]
     for key, value in found["results"][asked.name].items():
         metric, separator, kept = key.partition(",")

@@ -28,7 +28,7 @@ def redirected(
     from datasets import DatasetDict
 
     own = settings.get("test_split") or settings.get("validation_split")
-    splits = {own if rows.alone else name: data for name, data in rows.splits.items()}
+    splits = {str(own) if rows.alone else name: data for name, data in rows.splits.items()}
     if "validation" not in splits and "dev" in splits and settings.get("fewshot_split") != "dev":
         splits["validation"] = splits.pop("dev")  # another word for it everywhere but in MMLU
     measured = next((name for name in (own, "validation", "test") if name in splits), None)
@@ -42,7 +42,7 @@ def redirected(
         "training_split": _kept(settings.get("training_split"), splits),
         "validation_split": "validation" if "validation" in splits else None,
         "test_split": measured if measured != "validation" else None,
-        "custom_dataset": lambda **_: DatasetDict(splits),
+        "custom_dataset": lambda **_: DatasetDict({**splits}),
         **_examples(settings, splits, measured, fewshot, rows.origin),
     }
     examples = changes["fewshot_split"] or changes["training_split"] or changes["validation_split"]
