@@ -122,6 +122,19 @@ def reads_segments(config: ModelConfig) -> bool:
     return (getattr(architecture, "type_vocab_size", None) or 0) > 1
 
 
+def is_masked(config: ModelConfig) -> bool:
+    """Whether a base is a masked language model, by its config alone; raises as `load_masked` does."""
+    return _masks(read_architecture(locate(config), config))
+
+
+def _masks(architecture: PreTrainedConfig) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    own_code = "AutoModelForMaskedLM" in (getattr(architecture, "auto_map", None) or {})
+    known = own_code or architecture.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known and not architecture.is_encoder_decoder
+
+
 def load_masked(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Base:
     """Load an encoder with the masked-LM head it was pretrained with; every weight must be there.
 
@@ -131,14 +144,10 @@ def load_masked(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Bas
         ConfigError: the device is not there.
     """
     from transformers import AutoModelForMaskedLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     checkpoint = locate(config)
     architecture = read_architecture(checkpoint, config)
-    own_code = "AutoModelForMaskedLM" in (getattr(architecture, "auto_map", None) or {})
-    if architecture.is_encoder_decoder or not (
-        own_code or architecture.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    ):
+    if not _masks(architecture):
         raise BaseModelError(
             f"model {checkpoint.name!r} is a {_kind(architecture)}; masked-LM perplexity needs an encoder with the "
             f"head it was pretrained with, such as {CLASSIFIER_BASE}"

@@ -23,6 +23,11 @@ PAPER_DOMAINS = {
     "sst2": "stanfordnlp/sst2",
     "hellaswag": "Rowan/hellaswag",
 }
+RETENTION = {
+    "wikitext2": "Salesforce/wikitext",
+    "bookcorpusopen": "lucadiliello/bookcorpusopen",
+    "cc-news": "vblagoje/cc_news",
+}
 INSTRUCTIONS = {
     "gsm8k": "openai/gsm8k",
     "metamathqa": "meta-math/MetaMathQA",
@@ -31,8 +36,17 @@ INSTRUCTIONS = {
 
 
 def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
-    assert list(CATALOGUE) == ["medical", "law", "scripture", "manual", "code", *PAPER_DOMAINS, *INSTRUCTIONS]
-    hub_domains = {**PAPER_DOMAINS, **INSTRUCTIONS}
+    assert list(CATALOGUE) == [
+        "medical",
+        "law",
+        "scripture",
+        "manual",
+        "code",
+        *PAPER_DOMAINS,
+        *RETENTION,
+        *INSTRUCTIONS,
+    ]
+    hub_domains = {**PAPER_DOMAINS, **RETENTION, **INSTRUCTIONS}
     assert {name: CATALOGUE[name].source for name in hub_domains} == hub_domains
     assert {name for name, entry in CATALOGUE.items() if entry.task == "instruct"} == set(INSTRUCTIONS)
     for name, entry in CATALOGUE.items():
@@ -91,6 +105,23 @@ def test_hellaswag_gives_the_right_ending_without_markers():
     }
     expected = "Computers: How to make a gift. Write a card. Buy paper. Then write on it. Use ink."
     assert list(hub.gold_endings([row])) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("bookcorpusopen", {"title": "a-book.epub.txt", "text": "It was late."}),
+        ("cc-news", {"title": "News", "text": "It was late.", "domain": "a.org", "date": "2017-01-01", "url": "u"}),
+        ("wikitext2", {"text": "It was late."}),
+    ],
+)
+def test_texts_to_be_retained_are_read_in_the_hubs_schema(tmp_path, name, row):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    local = replace(CATALOGUE[name].load.args[0], path=str(tmp_path), configuration=None)
+    documents = load_hub(local, name, characters=20)
+    assert documents.train[0].text.strip().startswith("It was late.")
+    assert (documents.validation is None) == (name != "wikitext2")
 
 
 @pytest.mark.parametrize(

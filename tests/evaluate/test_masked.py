@@ -13,11 +13,16 @@ import tiny_encoders
 from gaintune.adaptation import adapt
 from gaintune.adapters import AdapterRecord, save_adapter
 from gaintune.config import ModelConfig, build_plan
+from gaintune.data.blocks import load_domain
 from gaintune.data.masked import load_masked_blocks, mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
-from gaintune.evaluate.masked import MaskedLoss, compare_masked, measure_masked, paired_change, with_adapter
-from gaintune.heads import load_classifier, load_masked
+from gaintune.evaluate.backbone import with_adapter
+from gaintune.evaluate.compare import compare_adapters
+from gaintune.evaluate.masked import MaskedLoss, compare_masked, measure_masked, paired_change
+from gaintune.evaluate.perplexity import measure
+from gaintune.heads import is_masked, load_classifier, load_masked
 from gaintune.methods import attach
+from gaintune.models import load_base
 
 TOKENIZER = tiny_encoders.tokenizer()
 
@@ -158,6 +163,26 @@ def test_base_and_adapters_are_compared_on_text(roberta, tmp_path):
     assert moved.change == pytest.approx(100 * (moved.perplexity / base.perplexity - 1))
     assert base.masked == moved.masked > 60
     json.dumps([figure.to_dict() for figure in figures])
+
+
+def test_a_decoders_classifier_is_measured_on_text_under_the_causal_head(tmp_path):
+    """As the same gains do inside the causal language model; and gains of 1 change nothing at all."""
+    decoder = tiny_base.folder(tmp_path / "decoder", dtype=torch.float32)
+    plan = text_plan(decoder, tmp_path)
+    adapters = [
+        classifier_adapter(decoder, tmp_path / "same"),
+        classifier_adapter(decoder, tmp_path / "moved", gains=0.5),
+    ]
+    base, same, moved = compare_adapters(plan, adapters)[:3]
+    assert (same.change, same.perplexity) == (0.0, base.perplexity)
+    by_hand = load_base(plan.model)
+    for name, module in by_hand.model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            module.weight.data.mul_(1.5)
+    domain = load_domain(plan.data.domains[0], plan.data, by_hand.tokenizer)
+    expected = measure(by_hand.model, domain.validation, domain.validation_bytes).perplexity
+    assert moved.perplexity == pytest.approx(expected, rel=1e-4)
+    assert not is_masked(plan.model)
 
 
 def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):

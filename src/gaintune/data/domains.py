@@ -116,6 +116,29 @@ CATALOGUE: dict[str, CatalogueEntry] = {
             hub.HubSource("Rowan/hellaswag", hub.gold_endings, validation="validation"),
         ),
         _hub(
+            "wikitext2",
+            "WikiText-2: Wikipedia articles, a small part of WikiText-103's",
+            "CC BY-SA 3.0",
+            hub.HubSource(
+                "Salesforce/wikitext",
+                hub.wikitext_articles,
+                validation="validation",
+                configuration="wikitext-2-raw-v1",
+            ),
+        ),
+        _hub(
+            "bookcorpusopen",
+            "BookCorpusOpen: novels that their authors give away",
+            "not stated",
+            hub.HubSource("lucadiliello/bookcorpusopen", hub.novels, streaming=True),
+        ),
+        _hub(
+            "cc-news",
+            "CC-News: English news articles of 2017 to 2019",
+            "not stated",
+            hub.HubSource("vblagoje/cc_news", hub.column("text"), streaming=True),
+        ),
+        _hub(
             "gsm8k",
             "GSM8K: grade-school mathematics with worked answers (the training split; the test split is left alone)",
             "MIT",

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from gaintune.adapters import adapter_labels, check_adapters, load_adapter
+from gaintune.adapters import adapter_labels, check_adapters
 from gaintune.config import Plan
 from gaintune.data.blocks import load_domain
+from gaintune.evaluate.backbone import with_adapter
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
@@ -47,6 +48,8 @@ def compare_adapters(
 ) -> list[Figure]:
     """Measure the plan's base, and every adapter on it, on the plan's domains.
 
+    Of a classifier the backbone is measured, under the base's own language-model head.
+
     Returns:
         For each domain the base, then the adapters in the order given, labelled by their folders. Each is measured in
         the numbers it was trained in, and compared with the base in the same; the base shown is the first one's.
@@ -75,7 +78,7 @@ def compare_adapters(
 
         return look
 
-    put_on = partial(load_adapter, allow_other_base=allow_other_base)
+    put_on = partial(with_adapter, plan=plan, allow_other_base=allow_other_base)
     losses, adapted = look_at_base_and_adapters(plan, adapters, load_base, put_on, prepare)
     names = [domain.name for domain in plan.data.measured]
     runs = [MethodRun(each.label, each.base, (Stage(names[0], each.found),)) for each in adapted]

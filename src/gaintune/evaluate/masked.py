@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaintune.adapters import adapter_labels, check_adapters, load_adapter, read_record
+from gaintune.adapters import adapter_labels, check_adapters
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.masked import MaskedBlocks, load_masked_blocks
-from gaintune.errors import AdapterError, ConfigError, TrainingError
+from gaintune.errors import ConfigError, TrainingError
+from gaintune.evaluate.backbone import with_adapter
 from gaintune.evaluate.bootstrap import LARGEST_EXPONENT, bounds, percent, replicate_means
 from gaintune.evaluate.walk import BASE, look_at_base_and_adapters
-from gaintune.heads import load_classifier, load_masked, longest_input
+from gaintune.heads import load_masked, longest_input
 from gaintune.loss import IGNORED
 from gaintune.models import Base
 from gaintune.progress import Progress, Silent
@@ -118,26 +119,6 @@ def compare_masked(
             interval = paired_change(each.base[number], found, domain.name, plan.evaluate)
             figures.append(MaskedFigure(domain.name, each.label, found.perplexity, *interval, sum(loss.tokens)))
     return figures
-
-
-def with_adapter(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False) -> nn.Module:
-    """The masked language model of `base` with an adapter's encoder in it; `base.model` is changed in place.
-
-    A classifier is loaded whole, as `load_adapter` does, which finds whatever is missing or left over; its encoder then
-    takes the place of the one that stands before the original masked-LM head. Another adapter is put onto the masked
-    language model itself.
-    """
-    record = read_record(folder)
-    if record is None or not record.labels:
-        return load_adapter(base, folder, allow_other_base=allow_other_base)
-    classifier = load_classifier(plan.model, record.labels, seed=0, dtype=base.model.dtype)
-    adapted: Any = load_adapter(classifier, folder, allow_other_base=allow_other_base)
-    carrier: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
-    model = base.model
-    if type(carrier.base_model) is not type(model.base_model):
-        raise AdapterError(f"{folder}: its encoder is a {type(carrier.base_model).__name__}, not {base.name!r}'s")
-    setattr(model, model.base_model_prefix, carrier.base_model)
-    return model.eval()
 
 
 def measure_masked(
