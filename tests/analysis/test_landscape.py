@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import tiny_base
@@ -108,6 +109,14 @@ def test_a_place_is_the_sum_of_weights_and_the_base_comes_back_bit_for_bit(place
     assert (geometry.parameter_cosine is not None) == (gains and len(names) == 2)
 
 
+def opened_update(folder):
+    """`(alpha / r) B A` of all modules of a saved adapter with alpha = 2 r, as one vector."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    names = sorted(name for name in saved if "lora_A" in name)
+    pairs = [(saved[name.replace("lora_A", "lora_B")].double(), saved[name].double()) for name in names]
+    return torch.cat([2 * (b @ a).flatten() for b, a in pairs])
+
+
 def test_gated_updates_are_scaled_with_their_gates_as_they_are(place):
     base = load_base(str(place / "base"), dtype=torch.float32)
     before = logits(base.model)
@@ -125,7 +134,10 @@ def test_gated_updates_are_scaled_with_their_gates_as_they_are(place):
     with directions(base, [place / "disel", place / "disel2"]) as moving:
         moving.move([0.4, 0.0])
         assert torch.allclose(logits(moving.model), logits(by_hand), rtol=1e-4, atol=1e-4)
-        assert moving.geometry().cosine is not None
+        geometry = moving.geometry()
+    updates = [opened_update(place / name) for name in ("disel", "disel2")]
+    assert geometry.cosine == pytest.approx(F.cosine_similarity(*updates, dim=0).item(), abs=1e-6)
+    assert geometry.lengths == pytest.approx([update.norm().item() for update in updates], rel=1e-5)
 
 
 def test_what_spans_no_plane_is_refused(place):

@@ -219,10 +219,10 @@ class _Scales(_Attached):
     def geometry(self) -> Geometry:
         gram, base = _Gram(len(self._names)), 0.0
         for layer, scales in zip(self._layers, self._scales, strict=True):
-            opened: Any = layer
+            kind: Any = type(layer)  # its update is with all gates open, which a gated layer itself refuses to give
             now = dict(layer.scaling)
             layer.scaling.update(scales)
-            gram.add({self._names.index(name): opened.get_delta_weight(name).double() for name in scales})
+            gram.add({self._names.index(name): kind.get_delta_weight(layer, name).double() for name in scales})
             layer.scaling.update(now)
             base += float(dequantize_module_weight(layer.get_base_layer()).double().square().sum())
         return Geometry(gram.lengths(), math.sqrt(base), gram.cosine())
