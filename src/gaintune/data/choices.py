@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaintune.data.hub import exam_question
+from gaintune.data.hub import exam_question, pubmedqa_contexts
 from gaintune.data.labelled import LABEL, LabelledText, glue_labels, read_labelled
 from gaintune.data.readers import split_files
 from gaintune.data.split import drawn_order
@@ -19,7 +19,16 @@ from gaintune.runs import write_text
 logger = logging.getLogger(__name__)
 
 SENTIMENTS = ("negative", "neutral", "positive")
-KINDS = "prompt + choices + answer, question + options + answer_idx, or a text and its label"
+DECISIONS = ("yes", "no", "maybe")
+NAMED_LABELS = {"finphrase": SENTIMENTS}
+"""What the labels 0, 1, ... of a set of this name are called; GLUE's tasks are named in `data.labelled`."""
+COLUMNS = (
+    {"prompt", "choices", "answer"},
+    {"question", "options", "answer_idx"},
+    {"question", "context", "final_decision"},
+    {LABEL},
+)
+KINDS = "prompt + choices + answer, question + options + answer_idx, PubMedQA's columns, or a text and its label"
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ def read_choices(name: str, path: Path, *, limit: int | None = None, seed: int =
     of `text` (or another column, or a pair, as for classification) and `label` are answered by a label's name, any that
     is in the file or folder; where the names are sentiments the prompt asks for one. Labels that are numbers have no
     name to answer with, except in a set called like one of GLUE's tasks. Rows of `prompt`, `choices` and `answer` (the
-    right one's text, or its number from 0) are taken as they are, with a space between them where there is none.
+    right one's text, or its number from 0) are taken as they are, with a space between them where there is none. Rows
+    of PubMedQA (`question`, `context`, `final_decision`) show the abstract, and are answered by yes, no or maybe.
 
     Args:
         name: what the set is called.
@@ -60,7 +70,7 @@ def read_choices(name: str, path: Path, *, limit: int | None = None, seed: int =
         logger.warning("%s: no validation files; asked is %s", path, ", ".join(each.name for each in train))
     rows = [row for file in validation or train for row in read_table(file)]
     others = [row for file in train for row in read_table(file)] if validation and LABEL in rows[0].values else []
-    questions = _questions(name, rows, others)
+    questions = questions_of(name, rows, others)
     order = drawn_order(len(rows), seed, "choices") if limit is not None else range(len(rows))
     return tuple(questions[index] for index in list(order)[:limit])
 
@@ -75,15 +85,34 @@ def write_instruction_rows(rows: Sequence[ChoiceRow], file: Path) -> None:
     write_text(file, "".join(f"{line}\n" for line in lines))
 
 
-def _questions(name: str, rows: Sequence[Row], others: Sequence[Row]) -> list[ChoiceRow]:
-    """The rows of a set as questions, by the columns of the first one; `others` may have more labels."""
+def write_choice_rows(rows: Sequence[ChoiceRow], file: Path) -> None:
+    """Write the questions as a .jsonl file of `prompt`, `choices` and `answer`, which `read_choices` reads back."""
+    values = [{"prompt": row.prompt, "choices": row.choices, "answer": row.answer} for row in rows]
+    write_text(file, "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in values))
+
+
+def are_questions(rows: Sequence[Row]) -> bool:
+    """Whether the first of some rows has the columns of a question with choices."""
+    return any(columns <= set(rows[0].values) for columns in COLUMNS)
+
+
+def questions_of(name: str, rows: Sequence[Row], others: Sequence[Row] = ()) -> tuple[ChoiceRow, ...]:
+    """The rows of a set as questions, by the columns of the first one; `others` may have more labels.
+
+    Raises:
+        DataError: as `read_choices`.
+    """
+    given, exam, research, labelled = COLUMNS
     columns = set(rows[0].values)
-    if {"prompt", "choices", "answer"} <= columns:
-        return [_given(row) for row in rows]
-    if {"question", "options", "answer_idx"} <= columns:
-        return [_exam(row) for row in rows]
-    if LABEL in columns:
-        return _labelled(read_labelled([*rows, *others], glue_labels(name)))[: len(rows)]
+    if given <= columns:
+        return tuple(_given(row) for row in rows)
+    if exam <= columns:
+        return tuple(_exam(row) for row in rows)
+    if research <= columns:
+        return tuple(_research(row) for row in rows)
+    if labelled <= columns:
+        names = NAMED_LABELS.get(name) or glue_labels(name)
+        return tuple(_labelled(read_labelled([*rows, *others], names))[: len(rows)])
     raise DataError(f"{rows[0].origin}: not a question with choices ({KINDS}); its columns are {', '.join(columns)}")
 
 
@@ -105,6 +134,16 @@ def _exam(row: Row) -> ChoiceRow:
     prompt = f"{exam_question(row_text(row, 'question'), options)}\nAnswer:"
     answer = letters.index(letter) if letter in letters else letter
     return _checked(row, prompt, [f" {each}" for each in letters], answer)
+
+
+def _research(row: Row) -> ChoiceRow:
+    context, decision = row.values.get("context"), row.values.get("final_decision")
+    if not isinstance(context, dict) or not {"contexts", "labels"} <= set(context):
+        raise DataError(f"{row.origin}: column 'context' must hold PubMedQA's contexts and labels")
+    (abstract,) = pubmedqa_contexts([row.values])
+    prompt = f"{abstract}\nQuestion: {row_text(row, 'question')}\nAnswer:"
+    answer = DECISIONS.index(decision) if decision in DECISIONS else decision
+    return _checked(row, prompt, [f" {each}" for each in DECISIONS], answer)
 
 
 def _labelled(texts: Sequence[LabelledText]) -> list[ChoiceRow]:
