@@ -100,6 +100,12 @@ class Retention:
         rows = [self._changes[course.label, moment.step, domain] for domain in domains]
         return interval_of(np.mean(rows, axis=0), self.settings)
 
+    def apart(self, one: Course, other: Course, domains: Sequence[str]) -> Interval:
+        """The same at the last snapshots of two adaptations: one minus the other in points of %, paired by blocks."""
+        ends = [self._changes[each.label, each.moments[-1].step, domain] for each in (one, other) for domain in domains]
+        half = len(domains)
+        return interval_of(np.mean(ends[:half], axis=0) - np.mean(ends[half:], axis=0), self.settings)
+
     def best(self, course: Course) -> Moment:
         """The moment at which the target is best: by its benchmarks where there are any, else by its perplexity."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
         figures=tuple(sorted((context.folder / "figures").glob("*.png"))),
         adapters=adapters_of(context.folder, matrix),
         plan=plan,
-        notes=_left_out(settings, context),
+        notes=left_out(settings, context),
     )
 
 
@@ -59,10 +60,10 @@ def separately(settings: dict[str, Any], context: Context) -> Outcome:
         tables[f"{domain['name']} learnt by itself"] = summary_frame(matrix)
         figures += sorted((run / "figures").glob("*.png"))
         adapters |= adapters_of(run, matrix)
-    return Outcome(numbers, tables, tuple(figures), adapters, plan, _left_out({"domains": asked, **settings}, context))
+    return Outcome(numbers, tables, tuple(figures), adapters, plan, left_out({"domains": asked, **settings}, context))
 
 
-def _left_out(settings: dict[str, Any], context: Context) -> tuple[str, ...]:
+def left_out(settings: Mapping[str, Any], context: Context) -> tuple[str, ...]:
     """Say which of the paper's domains have no text here."""
     names = [*settings.get("domains", ()), *settings.get("watched", ())]
     missing = context.world.missing(names)

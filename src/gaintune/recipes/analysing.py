@@ -1,4 +1,4 @@
-"""Steps that look at what others trained, or at the linear model: gates and the closed forms."""
+"""Steps that look into what others trained, or at the linear model: gates, factors, subspaces, tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from typing import Any
 
 import pandas as pd
 
+from gaintune.analysis import gain_report, subspace_report, tokens_report
+from gaintune.analysis.gains import FactorFigures, survey_gains
 from gaintune.analysis.gate_report import groups
 from gaintune.analysis.gate_report import write as write_gates
+from gaintune.analysis.gate_statistics import GateSummary, summarise
 from gaintune.analysis.gate_survey import survey_gates
 from gaintune.analysis.linear_experiment import Settings, run_experiment
 from gaintune.analysis.linear_report import checks, summary
 from gaintune.analysis.linear_report import write as write_linear
+from gaintune.analysis.subspace import SubspaceSettings
+from gaintune.analysis.subspace_survey import survey_subspace
+from gaintune.analysis.tokens import survey_tokens
+from gaintune.errors import ConfigError
 from gaintune.evaluate.records import Interval
-from gaintune.recipes.outcome import Context, Outcome, bare
+from gaintune.recipes.outcome import Context, Outcome, bare, exact, last_of_each
 
 
 def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
@@ -63,7 +70,110 @@ def gates(settings: dict[str, Any], context: Context) -> Outcome:
         for domain, depth, block, one in groups(survey.record):
             name = f"{domain}.{depth}" if block == "all" else f"{domain}.{depth}.{block}"
             numbers[f"{label}.{name}.mean"] = bare(one.mean)
-            rows[domain, depth, block] = [f"{one.mean:.4f}", f"{one.deviation:.4f}", f"{100 * one.closed:.1f} %"]
+            rows[f"{domain}, {depth}, {block}"] = _gate_cells(one)
+        for domain, layers in survey.record.domains.items():
+            for projection in dict.fromkeys(layer.place.projection for layer in layers):
+                one = summarise([layer for layer in layers if layer.place.projection == projection])
+                numbers[f"{label}.{domain}.{projection}.mean"] = bare(one.mean)
+                rows[f"{domain}, {projection}"] = _gate_cells(one)
         tables[f"Gates of {key}"] = pd.DataFrame.from_dict(rows, orient="index", columns=["Mean", "SD", "Below 0.05"])
         figures += sorted(folder.glob("*.png"))
     return Outcome(numbers, tables, tuple(figures), notes=())
+
+
+def _gate_cells(one: GateSummary) -> list[str]:
+    return [f"{one.mean:.4f}", f"{one.deviation:.4f}", f"{100 * one.closed:.1f} %"]
+
+
+def gains(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune gains` on the run of the step `of`; methods without factors are left out.
+
+    Numbers, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
+    `.flipped` after the last domain, and `LABEL.after-DOMAIN.…` after each.
+    """
+    run = context.folder.with_name(str(settings.get("of")))
+    context.of(settings)
+    context.refuse_unknown(settings)
+    survey = survey_gains([run])
+    gain_report.write(survey, context.folder)
+    numbers: dict[str, Interval] = {}
+    tables, notes = {}, []
+    for sequence in survey.sequences:
+        label = sequence.label.rpartition("/")[2]
+        rows = {}
+        for stage in sequence.stages:
+            own = _factors(stage.figures)
+            numbers |= {f"{label}.after-{stage.domain}.{name}": exact(value) for name, value in own.items()}
+            numbers |= {f"{label}.{name}": exact(value) for name, value in own.items()}  # the last stage stays
+            cells = [f"{own['smallest']:.3f}", f"{own['largest']:.3f}", f"{own['near']:.1f} %", str(own["flipped"])]
+            rows[f"+{stage.domain}"] = cells
+        heads = ["Smallest", "Largest", "Within [0.95, 1.05]", "At or below 0"]
+        tables[f"Factors of {label}"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
+        notes.append(f"{label}: {gain_report.verdict(sequence)}")
+    return Outcome(numbers, tables, tuple(sorted(context.folder.glob("*.png"))), notes=tuple(notes))
+
+
+def _factors(figures: FactorFigures) -> dict[str, float]:
+    return {
+        "smallest": figures.smallest,
+        "largest": figures.largest,
+        "near": 100 * figures.near,
+        "flipped": figures.flipped,
+    }
+
+
+def subspace(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune subspace` on what each method of the step `of` ended with; `labels` picks some.
+
+    Numbers, counted and not sampled: `LABEL.outside` and `LABEL.outside_leading`, shares of the update's energy in %;
+    `LABEL.intruders`.
+    """
+    trained = context.of(settings)
+    adapters = last_of_each(trained, settings.pop("labels", None))
+    if trained.plan is None:
+        raise ConfigError(f"{context.origin}: the step it is `of` trained nothing")
+    chosen = SubspaceSettings(**settings)
+    survey = survey_subspace(list(adapters.values()), trained.plan.model, settings=chosen, progress=context.progress)
+    subspace_report.write(survey, context.folder)
+    numbers, without = {}, {}
+    for label, one in zip(adapters, survey.adapters, strict=True):
+        numbers[f"{label}.intruders"] = exact(one.intruders())
+        for name, share in (("outside", one.outside), ("outside_leading", one.outside_leading)):
+            if share is None:
+                without[f"{label}.{name}"] = "no adapted weight has such directions"
+            else:
+                numbers[f"{label}.{name}"] = exact(100 * share)
+    rows = pd.DataFrame(subspace_report.summary_rows(survey), columns=subspace_report.heads(survey)).set_index(
+        "adapter"
+    )
+    figures = tuple(sorted(context.folder.glob("*.png")))
+    return Outcome(numbers, {"Updates": rows}, figures, notes=tuple(subspace_report.remarks(survey)), without=without)
+
+
+def tokens(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune tokens` on `domains` for what each method of the step `of` ended with; `labels` and `after` pick some.
+
+    Numbers: `LABEL.DOMAIN.mean` in nats and `LABEL.DOMAIN.coherence`, with intervals over blocks; `.size`, the mean
+    size of a change, and `.skew`, without.
+    """
+    trained = context.of(settings)
+    adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
+    plan = context.world.plan(settings, origin=context.origin)
+    survey = survey_tokens(plan, list(adapters.values()), progress=context.progress)
+    tokens_report.write(survey, context.folder)
+    numbers: dict[str, Interval] = {}
+    tables, without = {}, {}
+    for domain, found in survey.changes.items():
+        rows = {}
+        for label, one in zip(adapters, found.values(), strict=True):
+            name = f"{label}.{domain}"
+            numbers |= {f"{name}.mean": one.mean, f"{name}.size": bare(one.mean_absolute)}
+            for figure, value in (("coherence", one.coherence), ("skew", None if one.skew is None else bare(one.skew))):
+                if value is None:
+                    without[f"{name}.{figure}"] = "no loss changed"
+                else:
+                    numbers[f"{name}.{figure}"] = value
+            rows[label] = tokens_report.cells(one)
+        heads = [head[:1].upper() + head[1:] for head in tokens_report.HEADS]
+        tables[f"{domain}: change of every token's loss"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
+    return Outcome(numbers, tables, tuple(sorted(context.folder.glob("*.png"))), without=without)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from gaintune.recipes import adapting, analysing
+from gaintune.recipes import adapting, analysing, benchmarking, surveying, sweeping
 from gaintune.recipes.outcome import Kind
 
 KINDS: dict[str, Kind] = {
     "sequence": adapting.sequence,
     "separately": adapting.separately,
+    "sweep": sweeping.sweep,
+    "benchmarks": benchmarking.benchmarks,
     "gates": analysing.gates,
     "linear-model": analysing.linear_model,
+    "gains": analysing.gains,
+    "subspace": analysing.subspace,
+    "tokens": analysing.tokens,
+    "landscape": surveying.landscape,
+    "transfer": surveying.transfer,
+    "retention": surveying.retention,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ class Outcome:
         plan: the plan behind the adapters; None where there is none.
         notes: what a reader must know, such as a domain that was left out.
         left_out: whether this scale has not what the step needs; its claims stay undecided.
+        without: numbers that could not be had, each with the reason; claims about them stay undecided.
     """
 
     numbers: Mapping[str, Interval] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Outcome:
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
     left_out: bool = False
+    without: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,5 +91,29 @@ class Kind(Protocol):
 
 
 def bare(value: float) -> Interval:
-    """A number without an interval."""
+    """A number without an interval, which decides no claim."""
     return Interval(float(value), None, None)
+
+
+def exact(value: float) -> Interval:
+    """A number that was counted and not sampled, such as the smallest of an adapter's factors."""
+    return Interval(float(value), float(value), float(value))
+
+
+def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:
+    """Of each method the adapter it ended with, or the one it had `after` a domain, by label; `labels` picks some.
+
+    Raises:
+        ConfigError: no such label, or none that learnt the domain.
+    """
+    found: dict[str, Path] = {}
+    for key, folder in outcome.adapters.items():
+        label, _, domain = key.partition("/")
+        if after in (None, domain):
+            found[label] = folder
+    if not found:
+        raise ConfigError(f"no adapter learnt {after!r}; there are {', '.join(outcome.adapters) or 'none'}")
+    for label in labels or ():
+        if label not in found:
+            raise ConfigError(f"no adapter is called {label!r}; there are {', '.join(found)}")
+    return {label: found[label] for label in labels or found}

@@ -125,7 +125,7 @@ def numbers_of(outcomes: Mapping[str, Outcome]) -> dict[str, Interval]:
 
 def _judged(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:
     step, _, name = claim.number.partition(".")
-    if outcomes[step].left_out:
+    if outcomes[step].left_out or name in outcomes[step].without:
         return Finding(claim, None, "undecided")
     if name not in outcomes[step].numbers:
         known = ", ".join(outcomes[step].numbers)

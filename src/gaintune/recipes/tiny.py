@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gaintune.recipes import tiny_benchmarks
 from gaintune.runs import complete_folder, damage, write_text
 
 END = "<end>"
@@ -72,8 +74,11 @@ def texts(folder: Path) -> Path:
     exchanges = [
         {"prompt": f"What does {name} do?", "completion": f" {text[:120]}"} for name, text in _functions("ast")
     ]
-    for name in ("gsm8k", "metamathqa", "magicoder"):
+    for name in ("metamathqa", "magicoder"):
         _write(folder / f"{name}.jsonl", exchanges)
+    for name, rows in tiny_benchmarks.rows().items():
+        _write(folder / "benchmarks" / f"{name}.jsonl", rows)
+    _write(folder / "gsm8k.jsonl", tiny_benchmarks.rows()["gsm8k"])
     return folder
 
 
@@ -91,6 +96,6 @@ def _functions(module: str) -> Iterator[tuple[str, str]]:
                 yield node.name, text
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if not path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

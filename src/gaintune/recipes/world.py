@@ -72,6 +72,13 @@ class World:
             values["methods"] = settings["methods"]
         return build_plan(laid_over(values, dict(self.overrides)), origin)
 
+    @property
+    def benchmarks(self) -> list[Path] | None:
+        """Folders of local copies that may hold rows of benchmarks; None where there are no local copies."""
+        if self.data is None:
+            return None
+        return [each for each in (self.data / "benchmarks", self.data / "instruct", self.data) if each.is_dir()]
+
     def has_base(self, asked: str | None) -> bool:
         """Whether there is a base for another of the paper's models; scale small has one base alone."""
         return asked is None or self.scale != "small"

@@ -41,6 +41,9 @@ def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
             "numbers": {f"{row['step']}.{row['number']}": [row["value"], row["low"], row["high"]] for row in rows},
             "claims": [finding.to_dict() for finding in result.findings],
             "notes": {step: list(outcome.notes) for step, outcome in result.outcomes.items()},
+            "without": {
+                f"{step}.{name}": why for step, one in result.outcomes.items() for name, why in one.without.items()
+            },
         },
     )
     write_json(folder / "environment.json", dict(environment))
@@ -63,8 +66,9 @@ def markdown(result: RecipeResult) -> str:
     lines += _verdicts(result)
     for step, outcome in result.outcomes.items():
         lines += [f"## {step}", ""]
-        lines += [f"- {note}" for note in outcome.notes]
-        lines += [""] if outcome.notes else []
+        notes = [*outcome.notes, *(f"no number {name}: {why}" for name, why in outcome.without.items())]
+        lines += [f"- {note}" for note in notes]
+        lines += [""] if notes else []
         for title, table in outcome.tables.items():
             lines += [f"{title}:", "", markdown_table(table, ""), ""]
     return "\n".join(lines)

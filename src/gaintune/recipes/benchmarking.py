@@ -1,0 +1,193 @@
+"""Steps that ask benchmarks of what others trained: scores, paired differences, the rate picked by a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gaintune.assets import cache_dir
+from gaintune.config import Plan
+from gaintune.errors import AssetError, ConfigError, DataError, one_line
+from gaintune.evaluate.benchmark_config import BenchmarkConfig, BenchmarkTask, as_task, read_config
+from gaintune.evaluate.benchmark_means import counting_score, mean_difference
+from gaintune.evaluate.benchmark_records import BenchmarkReport, BenchmarkScore
+from gaintune.evaluate.benchmark_tasks import load_suite
+from gaintune.evaluate.benchmarks import run_benchmarks
+from gaintune.evaluate.records import Interval
+from gaintune.models import load_base
+from gaintune.recipes.outcome import Context, Outcome, last_of_each
+from gaintune.report.words import NONE, with_interval
+from gaintune.runs import write_json
+
+CONFIG = ("fewshot", "limit", "batch_size", "generated_tokens", "seed")
+RUNS_CODE = ("humaneval",)
+
+
+def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune evaluate --benchmarks` for the adapters of the step `of`, each against its base.
+
+    Settings: `of`; `labels` and `after` pick adapters; `tasks`, and `target` for those that the training was for; those
+    of a `BenchmarkConfig`; `pick: true` for labels such as lora@0.001, of which the one best on `target` stands for
+    lora. Numbers, in points of % against the base: `LABEL.TASK`; `LABEL.kept` and `LABEL.target`, means over tasks;
+    `A-minus-B.kept` and so on, paired row by row. Their scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
+    """
+    trained = context.of(settings)
+    if trained.left_out or trained.plan is None:
+        return Outcome(notes=("left out: there are no adapters to ask",), left_out=True)
+    adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
+    target, tasks, pick = (
+        settings.pop(key, default) for key, default in (("target", []), ("tasks", []), ("pick", False))
+    )
+    config, missing = asked_config(settings, [*target, *tasks], trained.plan, context)
+    notes = tuple(f"left out, {name}: {why}" for name, why in missing.items())
+    if config is None:
+        return Outcome(notes=notes, left_out=True)
+    report = run_benchmarks(
+        load_base(trained.plan.model), adapters, config, cache=cache_dir() / "benchmarks", progress=context.progress
+    )
+    write_json(context.folder / "benchmarks.json", report.to_dict())
+    names = [task.name for task in config.tasks]
+    wanted = [as_task(each)["name"] for each in target]
+    groups = {
+        "target": [name for name in names if name in wanted],
+        "kept": [name for name in names if name not in wanted],
+    }
+    found = _Found(report, names, {key: tasks for key, tasks in groups.items() if tasks}, config)
+    labels = list(adapters)
+    if pick:
+        labels, picked = _picked(found, labels)
+        notes = (*notes, *picked)
+    numbers = found.numbers(labels)
+    without = {f"{label}.{name}": why for label in labels for name, why in missing.items()}
+    for key, asked in (("target", target), ("kept", tasks)):
+        if asked and not groups[key]:
+            without |= {f"{label}.{key}": "none of its benchmarks is to be had" for label in labels}
+            without |= {f"{one}-minus-{other}.{key}": "likewise" for one in labels for other in labels if one != other}
+    return Outcome(numbers, {"Benchmarks": found.table(labels)}, notes=(*notes, *found.about()), without=without)
+
+
+def asked_config(
+    settings: dict[str, Any], tasks: Sequence[Any], plan: Plan, context: Context
+) -> tuple[BenchmarkConfig | None, dict[str, str]]:
+    """What is asked, and the tasks that this scale has no rows for, each with the reason."""
+    given = {key: settings.pop(key) for key in CONFIG if key in settings}
+    context.refuse_unknown(settings)
+    world, uncertainty = context.world, plan.evaluate
+    local = world.benchmarks
+    common: dict[str, Any] = {
+        "batch_size": uncertainty.batch_size,
+        "bootstrap_samples": uncertainty.bootstrap_samples,
+        "confidence": uncertainty.confidence,
+        "bootstrap_seed": uncertainty.seed,
+        "allow_code_execution": context.allow_code_execution,
+        "data": [] if local is None else [str(each) for each in local],
+        "source": "local" if world.scale == "smoke" else "auto",
+        **given,
+    }
+    kept: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    for task in tasks:
+        asked = BenchmarkTask.model_validate(as_task(task))
+        if asked.name in RUNS_CODE and not context.allow_code_execution and world.scale != "paper":
+            missing[asked.name] = "it runs what the model writes: give --allow-code-execution"
+            continue
+        try:
+            load_suite(read_config({**common, "tasks": [asked.model_dump()]}))
+        except (AssetError, DataError) as error:
+            if world.scale == "paper":
+                raise
+            missing[asked.name] = f"no rows ({one_line(error)[:160]})"
+            continue
+        kept.append(asked.model_dump())
+    return (read_config({**common, "tasks": kept}) if kept else None), missing
+
+
+def _picked(found: _Found, labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of labels that differ after @ the one that is best on the target, and a sentence about each."""
+    if "target" not in found.groups:
+        raise ConfigError("pick: there is no target benchmark to pick by")
+    best: dict[str, str] = {}
+    for label in labels:
+        stem = label.partition("@")[0]
+        if stem not in best or found.mean(label, "target") > found.mean(best[stem], "target"):
+            best[stem] = label
+    found.rename({label: stem for stem, label in best.items()})
+    return list(best), [f"{stem} is {label}, the best on the target" for stem, label in best.items() if stem != label]
+
+
+class _Found:
+    """The scores that count, of the base and of each adapter."""
+
+    def __init__(
+        self,
+        report: BenchmarkReport,
+        tasks: Sequence[str],
+        groups: Mapping[str, Sequence[str]],
+        config: BenchmarkConfig,
+    ) -> None:
+        self.groups = groups
+        self._tasks = tasks
+        self._config = config
+        self._scores: dict[str, dict[str, BenchmarkScore]] = {
+            label: {task: counting_score(scores, task) for task in tasks}
+            for label, scores in {"base": report.base, **report.adapted}.items()
+        }
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let adapters stand under other names too."""
+        self._scores |= {new: self._scores[old] for old, new in names.items()}
+
+    def mean(self, label: str, group: str) -> float:
+        """Mean score of a model over a group's tasks, in %."""
+        return 100.0 * float(np.mean([self._scores[label][task].value for task in self.groups[group]]))
+
+    def difference(self, label: str, against: str, tasks: Sequence[str]) -> Interval:
+        """Mean over tasks of the paired differences of two models in points of %."""
+        return mean_difference(
+            [(self._scores[against][task], self._scores[label][task]) for task in tasks], self._config
+        )
+
+    def numbers(self, labels: Sequence[str]) -> dict[str, Interval]:
+        """Every number by the name that a claim uses."""
+        numbers: dict[str, Interval] = {}
+        for label in labels:
+            for task in self._tasks:
+                numbers[f"{label}.{task}"] = self.difference(label, "base", [task])
+        for label in ("base", *labels):
+            for task in self._tasks:
+                score = self._scores[label][task]
+                numbers[f"{label}.{task}.score"] = Interval(100.0 * score.value, None, None)
+        for group, tasks in self.groups.items():
+            for label in labels:
+                numbers[f"{label}.{group}"] = self.difference(label, "base", tasks)
+            for one in labels:
+                for other in labels:
+                    if one != other:
+                        numbers[f"{one}-minus-{other}.{group}"] = self.difference(one, other, tasks)
+        return numbers
+
+    def table(self, labels: Sequence[str]) -> pd.DataFrame:
+        """A row for each task and mean: the base's score, and each adapter's difference to it."""
+        rows: dict[str, list[str]] = {}
+        for task in self._tasks:
+            score = self._scores["base"][task]
+            differences = [with_interval(self.difference(label, "base", [task])) for label in labels]
+            rows[f"{task} ({score.metric}, {score.rows:,} rows)"] = [f"{100.0 * score.value:.1f}", *differences]
+        for group, tasks in self.groups.items():
+            if len(tasks) > 1:
+                differences = [with_interval(self.difference(label, "base", tasks)) for label in labels]
+                rows[f"Mean, {group}"] = [f"{self.mean('base', group):.1f}", *differences]
+        heads = ["Base, %", *(f"{label}, points" for label in labels)]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=heads) if rows else pd.DataFrame({NONE: []})
+
+    def about(self) -> list[str]:
+        """Where the rows of each task are from and how they were asked."""
+        told = []
+        for task in self._tasks:
+            facts = self._scores["base"][task].facts
+            parts = [f"{facts.split} rows of {facts.source}", f"{facts.fewshot} worked examples", *facts.notes]
+            told.append(f"{task}: {'; '.join(parts)}")
+        return told

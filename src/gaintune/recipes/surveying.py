@@ -1,0 +1,199 @@
+"""Steps that measure what others trained elsewhere than training left it: landscapes, parts of gains, snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gaintune.analysis import landscape_report, retention_report, transfer_report
+from gaintune.analysis.landscape import GRID, LINE, survey_landscape
+from gaintune.analysis.retention import Course, Retention, survey_retention
+from gaintune.analysis.transfer import PARTS, survey_transfer
+from gaintune.assets import cache_dir
+from gaintune.config import Plan
+from gaintune.errors import ConfigError
+from gaintune.evaluate.benchmark_config import as_task
+from gaintune.evaluate.records import Interval
+from gaintune.recipes.benchmarking import asked_config
+from gaintune.recipes.outcome import Context, Outcome, exact, last_of_each
+from gaintune.report.words import NONE, with_interval
+
+
+def landscape(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune landscape` for every label of the step `of`, on all domains it measured.
+
+    Adapters of two domains span a plane too. Settings: `of`, `line` and `grid`. Numbers: `LABEL.cosine` of the two
+    directions; `LABEL.DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT; `LABEL.DOMAIN.both` where
+    both directions are added; `LABEL.LEARNT.barrier`, nats.
+    """
+    trained, plan = _trained(settings, context)
+    line, grid = settings.pop("line", LINE), settings.pop("grid", GRID)
+    context.refuse_unknown(settings)
+    numbers: dict[str, Interval] = {}
+    tables, figures, without = {}, [], {}
+    for label, adapters in _by_label(trained).items():
+        folder = context.folder / label
+        found = survey_landscape(
+            plan, list(adapters.values()), plane=len(adapters) == 2, line=line, grid=grid, progress=context.progress
+        )
+        landscape_report.write(found, folder)
+        rows = {}
+        for learnt, one in zip(adapters, found.lines, strict=True):
+            for domain in one.domains:
+                figure = one.figures(domain)
+                numbers[f"{label}.{domain}.at-{learnt}"] = figure.at_adapted[0]
+                if domain == learnt and figure.barrier_nats is not None:
+                    numbers[f"{label}.{learnt}.barrier"] = exact(figure.barrier_nats)
+                lowest = f"{figure.best[0]:g}"
+                spread = [f"{figure.range_nats:.4f}", f"{figure.barrier_nats:.4f}"]
+                rows[f"{learnt}, {domain}"] = [with_interval(figure.at_adapted[0]), lowest, *spread]
+        if found.plane is not None:
+            cosine = found.plane.geometry.cosine
+            if cosine is None:
+                without[f"{label}.cosine"] = "a direction has no length"
+            else:
+                numbers[f"{label}.cosine"] = exact(cosine)
+            for domain in found.plane.domains:
+                numbers[f"{label}.{domain}.both"] = found.plane.figures(domain).at_adapted[2]
+                rows[f"both, {domain}"] = [with_interval(numbers[f"{label}.{domain}.both"]), NONE, NONE, NONE]
+        heads = ["Change there, %", "Lowest at", "Range, nats", "Barrier, nats"]
+        tables[f"{label}: learnt, measured"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
+        figures += sorted(folder.glob("*.png"))
+    return Outcome(numbers, tables, tuple(figures), without=without)
+
+
+def transfer(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune transfer` over the gains that the step `of` trained separately.
+
+    Settings: `of`, `label` (gain-ffn) and `components`. Numbers: `correlation.smallest`, `.largest` and `.mean`;
+    `common_share` in %; `COMPONENT.PART.transfer`, `.in_domain` and `.left` in %, for the parts whole, shared and own.
+    """
+    trained, plan = _trained(settings, context)
+    label, components = settings.pop("label", "gain-ffn"), settings.pop("components", ["mean", "held-out"])
+    context.refuse_unknown(settings)
+    found = survey_transfer(plan, _of_label(trained, label, context), components=components, progress=context.progress)
+    transfer_report.write(found, context.folder)
+    pairs = found.sharing.pairs
+    numbers = {
+        "correlation.smallest": exact(min(pairs)),
+        "correlation.largest": exact(max(pairs)),
+        "correlation.mean": exact(sum(pairs) / len(pairs)),
+        "common_share": exact(100 * found.sharing.common_share),
+    }
+    without, tables = {}, {}
+    for one in found.ablations:
+        rows = {}
+        for part in PARTS:
+            name, left = f"{one.component}.{part}", one.left(part)
+            numbers |= {f"{name}.transfer": one.transfer(part), f"{name}.in_domain": one.in_domain(part)}
+            if left is None:
+                without[f"{name}.left"] = "the interval of the whole's transfer holds 0"
+            else:
+                numbers[f"{name}.left"] = left
+            shown = NONE if left is None else with_interval(left, "%")
+            rows[transfer_report.NAMES[part]] = [
+                with_interval(one.transfer(part)),
+                shown,
+                with_interval(one.in_domain(part)),
+            ]
+        heads = ["Transfer to other domains, %", "Left of it", "Own domain, %"]
+        tables[f"Shared is {transfer_report.MEANINGS[one.component]}"] = pd.DataFrame.from_dict(
+            rows, orient="index", columns=heads
+        )
+    return Outcome(numbers, tables, tuple(sorted(context.folder.glob("*.png"))), without=without)
+
+
+def retention(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune retention` over the snapshots of the step `of` (`train.snapshot_steps`): its domains are the target.
+
+    Settings: `of`, `labels`, `every`; `tasks` and `target` as in a step of benchmarks. Numbers: `LABEL.target` and
+    `LABEL.texts`, change of perplexity in % at the last snapshot; `LABEL.texts.worst` at the worst one;
+    `A-minus-B.texts` and `A-minus-B.target` at the last; with benchmarks `LABEL.kept`, points, and `LABEL.kept.worst`.
+    """
+    trained, plan = _trained(settings, context)
+    adapters = last_of_each(trained, settings.pop("labels", None))
+    every, tasks, target = (
+        settings.pop(key, default) for key, default in (("every", 1), ("tasks", []), ("target", []))
+    )
+    config, missing = asked_config(settings, [*target, *tasks], plan, context)
+    there = [] if config is None else [task.name for task in config.tasks]
+    found = survey_retention(
+        plan,
+        list(adapters.values()),
+        benchmarks=config,
+        target_tasks=[name for name in (as_task(each)["name"] for each in target) if name in there],
+        every=every,
+        cache=context.folder / "measured",
+        benchmark_cache=cache_dir() / "benchmarks",
+        progress=context.progress,
+    )
+    retention_report.write(found, context.folder)
+    courses = dict(zip(adapters, found.courses, strict=True))
+    numbers: dict[str, Interval] = {}
+    rows: dict[str, list[str]] = {}
+    for label, course in courses.items():
+        own = _course_numbers(found, course)
+        numbers |= {f"{label}.{name}": value for name, value in own.items()}
+        rows[label] = [with_interval(own[name]) if name in own else NONE for name in COURSE]
+    for one in courses:
+        for other in courses:
+            if one != other:
+                for name, domains in (("target", found.target), ("texts", found.texts)):
+                    numbers[f"{one}-minus-{other}.{name}"] = found.apart(courses[one], courses[other], domains)
+    without = {f"{label}.{name}": "no benchmark is to be had" for label in courses for name in ("kept", "kept.worst")}
+    return Outcome(
+        numbers,
+        {"At the last snapshot": pd.DataFrame.from_dict(rows, orient="index", columns=list(COURSE.values()))},
+        tuple(sorted(context.folder.glob("*.png"))),
+        notes=tuple(f"left out, {name}: {why}" for name, why in missing.items()),
+        without={name: why for name, why in without.items() if name not in numbers} if tasks else {},
+    )
+
+
+COURSE = {
+    "target": "Target, % of perplexity",
+    "texts": "Other texts, %",
+    "texts.worst": "Other texts at their worst, %",
+    "kept": "Benchmarks, points",
+    "kept.worst": "Benchmarks at their worst, points",
+}
+"""The numbers of a course, and how tables call them."""
+
+
+def _course_numbers(found: Retention, course: Course) -> dict[str, Interval]:
+    """The numbers of one adaptation over time, by their names."""
+    last = course.moments[-1]
+    numbers = {"target": found.change(course, last, found.target), "texts": found.change(course, last, found.texts)}
+    over_time = [found.change(course, moment, found.texts) for moment in course.moments if moment.step]
+    numbers["texts.worst"] = max((one for one in over_time if one), key=lambda one: one.value, default=None)
+    kept = [moment.scores.retention_change for moment in course.moments if moment.step and moment.scores]
+    numbers["kept"] = kept[-1] if kept else None
+    numbers["kept.worst"] = min((one for one in kept if one), key=lambda one: one.value, default=None)
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _trained(settings: dict[str, Any], context: Context) -> tuple[Outcome, Plan]:
+    """The step `of` and its plan."""
+    trained = context.of(settings)
+    if trained.plan is None:
+        raise ConfigError(f"{context.origin}: the step it is `of` trained nothing")
+    return trained, trained.plan
+
+
+def _by_label(trained: Outcome) -> dict[str, dict[str, Path]]:
+    """Adapters by label and the domain they learnt last."""
+    found: dict[str, dict[str, Path]] = {}
+    for key, folder in trained.adapters.items():
+        label, _, domain = key.partition("/")
+        found.setdefault(label, {})[domain] = folder
+    return found
+
+
+def _of_label(trained: Outcome, label: str, context: Context) -> Sequence[Path]:
+    own = _by_label(trained)
+    if label not in own:
+        raise ConfigError(f"{context.origin}: no adapter is called {label!r}; there are {', '.join(own)}")
+    return list(own[label].values())

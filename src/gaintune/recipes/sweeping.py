@@ -1,0 +1,106 @@
+"""Steps that repeat a sequence over rates, orders and seeds: `gaintune sweep`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from gaintune.config import Plan
+from gaintune.errors import SweepError
+from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER
+from gaintune.evaluate.records import Interval
+from gaintune.grid import read_grid
+from gaintune.recipes.adapting import left_out
+from gaintune.recipes.outcome import Context, Outcome
+from gaintune.report.tables import markdown_table
+from gaintune.runs import write_text
+from gaintune.sweep import run_sweep
+from gaintune.sweep_compare import SweepComparison, compare_sweep
+from gaintune.sweep_report import curve_sentence, heading, pair_sentence, point_frame, write
+from gaintune.sweep_table import SweepTable
+
+AXES = ("rates", "orders", "order_seed", "seeds", "ranks", "budgets")
+
+
+def sweep(settings: dict[str, Any], context: Context) -> Outcome:
+    """Every combination of methods, rates, orders and seeds; numbers over replicates, in % of perplexity.
+
+    Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. Numbers:
+    `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
+    `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE.
+    """
+    axes = {key: settings.pop(key) for key in AXES if key in settings}
+    target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
+    plan = context.world.plan(settings, origin=context.origin)
+    grid = {**axes, "methods": settings.get("methods", []), "plan": _without_methods(plan)}
+    table = run_sweep(read_grid(grid), context.folder, engine="sequential", progress=context.progress)
+    if table.failed:
+        raise SweepError(
+            f"{context.origin}: {len(table.failed)} runs did not finish, such as {table.failed[0].run.id}: "
+            f"{table.failed[0].error}"
+        )
+    comparison = compare_sweep(table, target=target, figure=figure, confidence=plan.evaluate.confidence)
+    write(comparison, context.folder)
+    numbers, without = numbers_of(comparison)
+    tables = {
+        f"Every rate, intervals over {comparison.over}": point_frame(comparison.points, comparison),
+        f"At the rates nearest {comparison.target:.1f} % in-domain": point_frame(comparison.matched, comparison),
+        "Every run": runs_frame(table, figure),
+    }
+    write_text(context.folder / "runs.md", markdown_table(tables["Every run"], "Method"))
+    told = [pair_sentence(each, comparison) for each in comparison.pairs]
+    told += [curve_sentence(each, comparison) for each in comparison.curves]
+    return Outcome(
+        numbers=numbers,
+        tables=tables,
+        figures=tuple(sorted(context.folder.glob("*.png"))),
+        plan=plan,
+        notes=(*left_out(settings, context), *told),
+        without=without,
+    )
+
+
+def _without_methods(plan: Plan) -> dict[str, Any]:
+    """A plan's values for a grid, which has the methods itself."""
+    return {key: value for key, value in plan.model_dump(mode="json").items() if key != "methods"}
+
+
+def numbers_of(comparison: SweepComparison) -> tuple[dict[str, Interval], dict[str, str]]:
+    """The numbers of a comparison by the names that claims use, and those it has not with the reason."""
+    numbers: dict[str, Interval] = {}
+    without: dict[str, str] = {}
+    for variant in dict.fromkeys(point.variant for point in comparison.points):
+        own = [point for point in comparison.points if point.variant == variant]
+        name = _plain(variant)
+        for point in own:
+            numbers[f"{name}@{point.lr:g}.in_domain"] = point.in_domain
+            numbers[f"{name}@{point.lr:g}.{comparison.figure}"] = point.figure
+        numbers[f"{name}.worst"] = max(own, key=lambda point: point.figure.value).figure
+        numbers[f"{name}.best"] = min(own, key=lambda point: point.figure.value).figure
+    for pair in comparison.pairs:
+        numbers[f"matched.{_plain(pair.first)}-minus-{_plain(pair.second)}"] = pair.difference
+    for each in comparison.curves:
+        name = f"curve.{_plain(each.first)}-minus-{_plain(each.second)}"
+        if each.curve is None:
+            without[name] = str(each.reason)
+        else:
+            numbers[name] = each.curve.difference
+    return numbers, without
+
+
+def _plain(variant: str) -> str:
+    """A variant's name as a part of a number's."""
+    return variant.replace(" ", "-").replace(",", "")
+
+
+def runs_frame(table: SweepTable, figure: str) -> pd.DataFrame:
+    """A row for each run: rate, order, seed, in-domain change and the figure that is compared, in %."""
+    frame = table.frame()
+    shown = frame[["lr", "domains", "seed", "in_domain", figure]].copy()
+    for column in ("in_domain", figure):
+        shown[column] = shown[column].map(lambda value: f"{value:+.1f}".replace("-", "−"))
+    shown.index = pd.Index(frame["label"])
+    return shown.rename(
+        columns={"lr": "LR", "domains": "Order", "seed": "Seed", "in_domain": "In-domain", figure: heading(figure)}
+    ).astype(str)
