@@ -18,6 +18,7 @@ EXPECTED = (  # what lm-eval warns of by design of ours, or what is said here on
     "is defined, but higher_is_better is not",
     "num_fewshot > 0 but fewshot_split is None",
     "using test_docs as fewshot_docs",
+    "doc_to_target returned a list",
 )
 
 

@@ -120,6 +120,8 @@ TASKS: dict[str, OfflineTask] = {
         ),
         _lambada("lambada_openai"),
         _lambada("lambada_standard"),
+        OfflineTask("triviaqa", "triviaqa", (Form(("question", "answer"), forms.aliases),), known_as=("trivia_qa",)),
+        OfflineTask("nq_open", "nq_open", (Form(("question", "answer"), forms.answers),)),
         _gsm8k("gsm8k"),
         _gsm8k("gsm8k_cot"),
         OfflineTask(

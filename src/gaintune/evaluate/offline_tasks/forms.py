@@ -128,9 +128,30 @@ def options(row: Row) -> dict[str, Any]:
     return {"sent1": _text(row, "question"), **endings, "label": "ABCD".index(letter)}
 
 
+def aliases(row: Row) -> dict[str, Any]:
+    """TriviaQA: every way to write the answer, under the Hub's name for them; other keys of the answer are not read."""
+    answer = row.values["answer"]
+    listed = answer.get("aliases") if isinstance(answer, dict) else None
+    if not _are_texts(listed):
+        raise DataError(f"{row.origin}: column 'answer' must map 'aliases' to a list of texts")
+    return {"question": _text(row, "question"), "answer": {"aliases": listed}}
+
+
+def answers(row: Row) -> dict[str, Any]:
+    """NaturalQuestions-Open: every right answer."""
+    listed = row.values["answer"]
+    if not _are_texts(listed):
+        raise DataError(f"{row.origin}: column 'answer' must be a list of texts")
+    return {"question": _text(row, "question"), "answer": listed}
+
+
 def exchange(row: Row) -> dict[str, Any]:
     """GSM8K as prompt and completion."""
     return {"question": _text(row, "prompt"), "answer": _text(row, "completion")}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
 
 
 def _text(row: Row, column: str) -> str:
@@ -142,7 +163,7 @@ def _text(row: Row, column: str) -> str:
 
 def _choices(row: Row, count: int | None = None) -> tuple[list[str], int]:
     choices, gold = row.values["choices"], row.values["gold"]
-    if not isinstance(choices, list) or not all(isinstance(each, str) and each for each in choices):
+    if not _are_texts(choices):
         raise DataError(f"{row.origin}: column 'choices' must be a list of texts")
     if not 2 <= len(choices) <= len(LETTERS) or (count is not None and len(choices) != count):
         raise DataError(f"{row.origin}: {len(choices)} choices, expected {count or f'2 to {len(LETTERS)}'}")

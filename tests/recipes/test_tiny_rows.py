@@ -1,0 +1,48 @@
+"""A smoke run's rows: every benchmark the papers ask is there, is asked as lm-eval asks it, and has a right answer."""
+
+import math
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
+
+from gaintune.config import ModelConfig
+from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_means import counting_score
+from gaintune.evaluate.benchmarks import measure_benchmarks
+from gaintune.models import load_base
+from gaintune.recipes import tiny, tiny_rows
+
+RETENTION = "hellaswag,winogrande,arc_challenge,arc_easy,lambada_openai,boolq,piqa,triviaqa,openbookqa,sciq,mmlu"
+RETENTION += ",medqa_4options,commonsense_qa,nq_open:5"
+
+
+def test_a_tiny_base_is_asked_every_benchmark(tmp_path, caplog):
+    base = load_base(ModelConfig(name=str(tiny.base(tmp_path / "base")), device="cpu", dtype="fp32"))
+    config = BenchmarkConfig.model_validate(
+        {
+            "tasks": f"{RETENTION},gsm8k:8,humaneval",
+            "source": "local",
+            "data": (str(tiny_rows.rows(tmp_path / "rows")),),
+            "generated_tokens": 16,
+            "allow_code_execution": True,
+            "code_seconds": 20.0,
+        }
+    )
+    scores = measure_benchmarks(base.model, base.tokenizer, config)
+    names = [task.name for task in config.tasks]
+    assert {score.task for score in scores} == set(names) == set(tiny_rows.BENCHMARKS)
+    counted = [counting_score(scores, name) for name in names]
+    assert all(score.rows == tiny_rows.ROWS and math.isfinite(score.value) for score in counted)
+    assert len({score.value for score in counted}) > 2
+    differing = {score.task: score.facts.notes for score in counted if score.facts.notes}
+    assert differing == {"mmlu": ("no subjects: one set, its prompts name none",)}
+    assert not caplog.text, "prompts fit into the tiny base"
+
+
+def test_rows_that_are_there_are_kept(tmp_path):
+    folder = tiny_rows.rows(tmp_path)
+    file = folder / "piqa" / "validation.jsonl"
+    file.write_text("mine")
+    assert tiny_rows.rows(tmp_path) == folder
+    assert file.read_text() == "mine"
