@@ -7,6 +7,12 @@ from pathlib import Path
 
 import lm_eval.tasks
 
+import tiny_base
+from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_model import AskedModel
+from gaintune.evaluate.benchmark_tasks import load_suite
+from gaintune.progress import Silent
+
 LM_EVAL = Path(lm_eval.tasks.__file__).parent
 STOCK = {  # lm-eval's own task files
     "arc_easy": "arc/arc_easy.yaml",
@@ -20,6 +26,8 @@ STOCK = {  # lm-eval's own task files
     "commonsense_qa": "commonsense_qa/default.yaml",
     "medqa_4options": "medqa/medqa.yaml",
     "lambada_openai": "lambada/lambada_openai.yaml",
+    "triviaqa": "triviaqa/default.yaml",
+    "nq_open": "nq_open/nq_open.yaml",
 }
 WORDS = (
     "the",
@@ -85,7 +93,14 @@ def _hub_row(name: str, rng: random.Random, number: int) -> dict:
         return {"sent1": question, **endings, "label": rng.randrange(4)}
     if name == "lambada_openai":
         return {"text": f"{_text(rng, 8, 14)}"}
+    if name in {"triviaqa", "nq_open"}:
+        return {"question": question, **answered(name, [_text(rng, 1, 2), _text(rng, 1, 2)])}
     raise AssertionError(name)
+
+
+def answered(name: str, right: list[str]) -> dict:
+    """Right answers as the Hub has them."""
+    return {"answer": {"value": right[0], "aliases": right} if name == "triviaqa" else right}
 
 
 def normalised(name: str, row: dict) -> dict:
@@ -114,6 +129,14 @@ def normalised(name: str, row: dict) -> dict:
     return row
 
 
+def said(model, name: str, config: BenchmarkConfig) -> list[str]:
+    """What a model answers to each row, without spaces at the ends."""
+    asked = AskedModel(model, tiny_base.tokenizer(), batch_size=4, title=name, progress=Silent())
+    (task,) = (each.task for each in load_suite(config).tasks if each.name == name)
+    task.build_all_requests()
+    return [each.strip() for each in asked.generate_until(task.instances)]
+
+
 def _plain(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
@@ -128,16 +151,17 @@ def write(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def stock_task(name: str, rows: Path, work: Path, split: str = "validation") -> str:
-    """A task file that includes lm-eval's own and points it at a local copy of the rows; its path."""
+def stock_task(name: str, rows: Path, work: Path, split: str = "validation", lines: tuple[str, ...] = ()) -> str:
+    """A task file that includes lm-eval's own and points it at a local copy of the rows, with more lines; its path."""
     splits = dict.fromkeys(("training_split", "validation_split", "test_split"), "null") | {f"{split}_split": split}
-    lines = [
+    written = [
         f"include: {LM_EVAL / STOCK[name]}",
         "dataset_path: json",
         "dataset_name: null",
         f"dataset_kwargs: {{data_files: {{{split}: {rows}}}, cache_dir: {work / 'datasets'}}}",
         *(f"{key}: {value}" for key, value in splits.items()),
+        *lines,
     ]
     file = work / f"{name}.yaml"
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text("\n".join(written) + "\n", encoding="utf-8")
     return str(file)
