@@ -168,10 +168,10 @@ def compare_sweep(
         ]
         for variant, rates in measured.items()
     }
-    if target is None:
-        target = max(min(point.in_domain.value for point in found) for found in points.values())
+    strongest = max(min(point.in_domain.value for point in found) for found in points.values())
+    wanted = strongest if target is None else target
     matched = {
-        variant: min(found, key=lambda point: (abs(point.in_domain.value - target), point.lr))
+        variant: min(found, key=lambda point: (abs(point.in_domain.value - wanted), point.lr))
         for variant, found in points.items()
     }
     couples = [(one, other) for one, other in itertools.combinations(measured, 2) if one.budget == other.budget]
@@ -185,7 +185,7 @@ def compare_sweep(
             pairs.append(_pair(names[one], names[other], apart, left, interval, over_orders))
     return SweepComparison(
         figure,
-        target,
+        wanted,
         "orders" if over_orders else "seeds",
         tuple(itertools.chain.from_iterable(points.values())),
         tuple(matched.values()),

