@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gaintune.adapters import adapter_labels, check_adapters
@@ -17,7 +18,7 @@ from gaintune.evaluate.backbone import with_adapter
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure
-from gaintune.evaluate.walk import BASE, look_at_base_and_adapters
+from gaintune.evaluate.walk import BASE, Look, look_at_base_and_adapters
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 
@@ -60,16 +61,17 @@ def compare_adapters(
     adapter_labels(adapters)  # refuses an adapter that is named twice
     check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
 
-    def prepare(base: Base) -> Callable[[nn.Module, str], dict[str, DomainLoss]]:
+    def prepare(base: Base) -> Look[dict[str, DomainLoss]]:
         domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
 
-        def look(model: nn.Module, label: str) -> dict[str, DomainLoss]:
+        def look(model: nn.Module, label: str, mixed: torch.dtype | None) -> dict[str, DomainLoss]:
             return {
                 domain.name: measure(
                     model,
                     domain.validation,
                     domain.validation_bytes,
                     batch_size=plan.evaluate.batch_size,
+                    mixed_precision=mixed,
                     title=f"{label}: measuring {domain.name}",
                     progress=progress,
                 )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from gaintune.data.choices import ChoiceRow, read_choices
 from gaintune.data.encode import beginning_of_text, encode_parts
 from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
-from gaintune.evaluate.walk import BASE, look_at_base_and_adapters
+from gaintune.evaluate.perplexity import autocast
+from gaintune.evaluate.walk import BASE, Look, look_at_base_and_adapters
 from gaintune.heads import longest_input
 from gaintune.loss import NextTokenLoss
 from gaintune.models import Base, load_base
@@ -66,6 +67,7 @@ class ChoiceFigure:
         change_per_byte: likewise.
         majority: share of the most frequent answer (for exam questions, of the most frequent letter).
         rows: how many were asked.
+        answers: the choice with the largest sum for every row, of which two models' can be paired.
     """
 
     domain: str
@@ -76,10 +78,13 @@ class ChoiceFigure:
     change_per_byte: Share | None
     majority: float
     rows: int
+    answers: Predictions = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON: the figures, without the answers behind them."""
+        values = asdict(self)
+        del values["answers"]
+        return values
 
 
 def compare_choices(
@@ -106,10 +111,10 @@ def compare_choices(
     asked = {name: read_choices(name, path, limit=limit, seed=plan.data.seed) for name, path in sets.items()}
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
 
-    def prepare(base: Base) -> Callable[[nn.Module, str], list[Likelihoods]]:
+    def prepare(base: Base) -> Look[list[Likelihoods]]:
         tokenizer = base.tokenizer
 
-        def look(model: nn.Module, label: str) -> list[Likelihoods]:
+        def look(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[Likelihoods]:
             return [
                 choice_likelihoods(
                     model,
@@ -117,6 +122,7 @@ def compare_choices(
                     rows,
                     name,
                     batch_size=plan.evaluate.batch_size,
+                    mixed_precision=mixed,
                     title=f"{label}: answering {name}",
                     progress=progress,
                 )
@@ -141,6 +147,7 @@ def choice_likelihoods(
     name: str,
     *,
     batch_size: int = 4,
+    mixed_precision: torch.dtype | None = None,
     title: str = "answering",
     progress: Progress | None = None,
 ) -> Likelihoods:
@@ -156,6 +163,7 @@ def choice_likelihoods(
         rows: the questions.
         name: what the set is called.
         batch_size: prompts in a forward pass.
+        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
 
     Raises:
         DataError: a choice that the tokenizer makes no token of.
@@ -176,6 +184,7 @@ def choice_likelihoods(
     try:
         with (
             torch.inference_mode(),
+            autocast(device, mixed_precision),
             (progress or Silent()).task(title, sum(map(len, contexts)), "tokens") as advance,
         ):
             for start in range(0, len(contexts), batch_size):
@@ -261,4 +270,5 @@ def _figure(label: str, found: Likelihoods, base: Likelihoods | None, plan: Plan
         change_per_byte=None if base is None else difference(base.chosen(per_byte=True), by_byte, plan.evaluate),
         majority=scores.majority,
         rows=scores.rows,
+        answers=by_sum,
     )

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from gaintune.adapters import adapter_labels, check_adapters
-from gaintune.config import EvaluateConfig, Plan
+from gaintune.config import Plan
 from gaintune.data.masked import MaskedBlocks, load_masked_blocks
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.evaluate.backbone import with_adapter
-from gaintune.evaluate.bootstrap import LARGEST_EXPONENT, bounds, percent, replicate_means
-from gaintune.evaluate.walk import BASE, look_at_base_and_adapters
+from gaintune.evaluate.bootstrap import LARGEST_EXPONENT
+from gaintune.evaluate.changes import paired_change
+from gaintune.evaluate.perplexity import autocast
+from gaintune.evaluate.walk import BASE, Look, look_at_base_and_adapters
 from gaintune.heads import load_masked, longest_input
 from gaintune.loss import IGNORED
 from gaintune.models import Base
@@ -85,7 +86,7 @@ def compare_masked(
     adapter_labels(adapters)  # refuses an adapter that is named twice
     check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
 
-    def prepare(base: Base) -> Callable[[nn.Module, str], list[MaskedLoss]]:
+    def prepare(base: Base) -> Look[list[MaskedLoss]]:
         longest = longest_input(base.model, base.tokenizer)
         if longest is not None and plan.data.block_size > longest:
             raise ConfigError(
@@ -94,12 +95,13 @@ def compare_masked(
         data = plan.data
         domains = [load_masked_blocks(each, data, base.tokenizer, seed=data.seed) for each in data.domains]
 
-        def look(model: nn.Module, label: str) -> list[MaskedLoss]:
+        def look(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[MaskedLoss]:
             return [
                 measure_masked(
                     model,
                     domain,
                     batch_size=plan.evaluate.batch_size,
+                    mixed_precision=mixed,
                     title=f"{label}: measuring {domain.name}",
                     progress=progress,
                 )
@@ -117,7 +119,8 @@ def compare_masked(
         for each in adapted:
             found = each.found[number]
             interval = paired_change(each.base[number], found, domain.name, plan.evaluate)
-            figures.append(MaskedFigure(domain.name, each.label, found.perplexity, *interval, sum(loss.tokens)))
+            change = (interval.value, interval.low, interval.high)
+            figures.append(MaskedFigure(domain.name, each.label, found.perplexity, *change, sum(loss.tokens)))
     return figures
 
 
@@ -126,10 +129,13 @@ def measure_masked(
     blocks: MaskedBlocks,
     *,
     batch_size: int = 4,
+    mixed_precision: torch.dtype | None = None,
     title: str = "measuring",
     progress: Progress | None = None,
 ) -> MaskedLoss:
     """Measure the loss of the masked tokens of every block; logits are made for those alone.
+
+    `mixed_precision` is the autocast dtype of a model kept in fp32, or None for the model's own numbers.
 
     Raises:
         TrainingError: the loss of some block is not finite; the model is broken.
@@ -139,7 +145,11 @@ def measure_masked(
     model.eval()
     sums: list[float] = []
     try:
-        with torch.inference_mode(), (progress or Silent()).task(title, blocks.input_ids.numel(), "tokens") as advance:
+        with (
+            torch.inference_mode(),
+            autocast(device, mixed_precision),
+            (progress or Silent()).task(title, blocks.input_ids.numel(), "tokens") as advance,
+        ):
             for start in range(0, len(blocks.input_ids), batch_size):
                 seen = blocks.input_ids[start : start + batch_size].to(device)
                 labels = blocks.labels[start : start + batch_size].to(device)
@@ -180,22 +190,3 @@ def _only(model: Any, scored: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def paired_change(
-    before: MaskedLoss, after: MaskedLoss, domain: str, settings: EvaluateConfig
-) -> tuple[float, float | None, float | None]:
-    """Change of perplexity in % with its paired bootstrap interval over blocks (None for a single block)."""
-    assert before.tokens == after.tokens, "the same blocks"
-    means = replicate_means(
-        np.array([before.nll, after.nll]),
-        np.array(before.tokens),
-        samples=settings.bootstrap_samples,
-        seed=settings.seed,
-        domain=domain,
-    )
-    change = percent(means[:, 1] - means[:, 0])
-    if len(before.tokens) < 2:
-        return float(change[0]), None, None
-    low, high = bounds(change, settings.confidence)
-    return float(change[0]), float(low), float(high)

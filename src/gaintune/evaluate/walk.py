@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
 from torch import nn
 
 from gaintune.adapters import adapter_labels, read_record
 from gaintune.config import Plan
-from gaintune.evaluate.perplexity import autocast
 from gaintune.methods import Numbers, measuring_numbers
 from gaintune.models import Base
 
 T = TypeVar("T")
 BASE = "base"
+
+Look = Callable[[nn.Module, str, torch.dtype | None], T]
+"""What looks at a model, given the model, what it is called, and the autocast dtype to measure it in, if any."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def look_at_base_and_adapters(
     adapters: Sequence[Path],
     load: Callable[..., Base],
     put_on: Callable[[Base, Path], nn.Module],
-    prepare: Callable[[Base], Callable[[nn.Module, str], T]],
+    prepare: Callable[[Base], Look[T]],
 ) -> tuple[T, list[Looked[T]]]:
     """What is found with the plan's untouched base, and then with each adapter on a base of its own.
 
@@ -55,21 +58,19 @@ def look_at_base_and_adapters(
         adapters: their folders.
         load: makes the base of `plan.model` and a `dtype`.
         put_on: a base with an adapter; the base is changed in place.
-        prepare: what looks at a model, given the model and what it is called, once the base is there.
+        prepare: what looks at models, once the base is there.
     """
     first = _numbers(plan, adapters[0] if adapters else None)
     bases = [load(plan.model, dtype=first.load)]
     look = prepare(bases[0])
-    with autocast(bases[0].model.device, first.mixed):
-        untouched = {first: look(bases[0].model, BASE)}
+    untouched = {first: look(bases[0].model, BASE, first.mixed)}
 
     def with_adapter(label: str, folder: Path) -> Looked[T]:
         numbers = _numbers(plan, folder)
         base = bases.pop() if bases else load(plan.model, dtype=numbers.load)  # the first goes onto what was looked at
-        with autocast(base.model.device, numbers.mixed):
-            if numbers not in untouched:
-                untouched[numbers] = look(base.model, BASE)
-            return Looked(label, look(put_on(base, folder), label), untouched[numbers])
+        if numbers not in untouched:
+            untouched[numbers] = look(base.model, BASE, numbers.mixed)
+        return Looked(label, look(put_on(base, folder), label, numbers.mixed), untouched[numbers])
 
     looked = look_at_adapters(adapters, with_adapter)
     return untouched[first], looked
