@@ -29,6 +29,7 @@ def place(tmp_path_factory):
     values = tiny_domains.plan(
         tiny_base.folder(folder / "base", max_position_embeddings=1024), folder, train={"snapshot_steps": 3}
     )
+    values["model"]["dtype"] = "bf16"  # weights trained whole are fp32 all the same
     prose, code = values["data"]["domains"]
     values["data"]["domains"] = [prose]
     for method in ("lora", "full"):

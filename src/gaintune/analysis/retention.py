@@ -9,7 +9,7 @@ it needs no benchmark and moves long before an accuracy does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gaintune.evaluate.bootstrap import FloatArray
 from gaintune.evaluate.changes import change_replicates, interval_of
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.records import Interval
+from gaintune.methods import measuring_numbers
 from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
 
@@ -55,11 +56,15 @@ class Course:
     Attributes:
         label: what it is called.
         method: its method.
+        numbers: what it was trained and is measured in, such as bfloat16.
+        base: the pretrained model's losses in the same numbers, by domain.
         moments: its snapshots in order; the pretrained model first, where that is what it started from.
     """
 
     label: str
     method: str
+    numbers: str
+    base: Mapping[str, DomainLoss]
     moments: tuple[Moment, ...]
 
 
@@ -70,7 +75,7 @@ class Retention:
     Attributes:
         target: the domains that were learnt.
         texts: the domains that were not.
-        base: the pretrained model's losses, and its scores where benchmarks were asked.
+        base: the pretrained model's losses in its own numbers, and its scores where benchmarks were asked.
         courses: one for each adaptation.
         settings: what intervals are made with.
     """
@@ -85,12 +90,13 @@ class Retention:
     @cached_property
     def _changes(self) -> dict[tuple[str, int, str], FloatArray]:
         """Change in % by course, step and domain, with its resamples."""
-        places = [(course, moment) for course in self.courses for moment in course.moments]
         changes: dict[tuple[str, int, str], FloatArray] = {}
-        for domain, base in self.base.losses.items():
-            rows = change_replicates(base, [moment.losses[domain] for _, moment in places], domain, self.settings)
-            for (course, moment), row in zip(places, rows, strict=True):
-                changes[course.label, moment.step, domain] = row
+        for course in self.courses:
+            for domain, base in course.base.items():
+                losses = [moment.losses[domain] for moment in course.moments]
+                rows = change_replicates(base, losses, domain, self.settings)
+                for moment, row in zip(course.moments, rows, strict=True):
+                    changes[course.label, moment.step, domain] = row
         return changes
 
     def change(self, course: Course, moment: Moment, domains: Sequence[str]) -> Interval | None:
@@ -151,6 +157,7 @@ class Retention:
                 {
                     "label": course.label,
                     "method": course.method,
+                    "numbers": course.numbers,
                     "best_step": self.best(course).step,
                     "moments": [told(course, moment) for moment in course.moments],
                 }
@@ -204,14 +211,18 @@ def survey_retention(
     last = {label: list(copies.values())[-1] for label, copies in taken.items()}
     told = provenance(plan, base, domains, {label: origin_of(folder) for label, folder in last.items()})
     looking = SnapshotLosses(plan, base, domains, cache, allow_other_base, shown)
-    before = looking.at(None, "base")
+    first = Moment(0, looking.at(None, measuring_numbers(plan.model), "base"))
     courses = []
     for label, copies in taken.items():
-        moments = [Moment(step, looking.at(folder, f"{label}, step {step}")) for step, folder in copies.items()]
         origin = told.adapters[label]
+        numbers = measuring_numbers(plan.model, origin.method)
+        before = looking.at(None, numbers, "base")
+        moments = [
+            Moment(step, looking.at(folder, numbers, f"{label}, step {step}")) for step, folder in copies.items()
+        ]
         start = [Moment(0, before)] if len(origin.domains) == 1 else []  # else it started from another adapter
-        courses.append(Course(label, origin.method, (*start, *moments)))
-    first = Moment(0, before)
+        courses.append(Course(label, origin.method, numbers.name, before, (*start, *moments)))
+    del looking  # and with it every base but the plan's
     if config is not None:
         named = {(label, step): folder for label, copies in taken.items() for step, folder in copies.items()}
         scores = measure_scores(
@@ -223,9 +234,9 @@ def survey_retention(
             allow_other_base=allow_other_base,
             progress=shown,
         )
-        first = Moment(0, before, scores.base)
+        first = replace(first, scores=scores.base)
         courses = [
-            Course(each.label, each.method, tuple(_scored(each.label, moment, scores) for moment in each.moments))
+            replace(each, moments=tuple(_scored(each.label, moment, scores) for moment in each.moments))
             for each in courses
         ]
     target = tuple(domain.name for domain in plan.data.domains)
@@ -234,4 +245,4 @@ def survey_retention(
 
 
 def _scored(label: str, moment: Moment, scores: MeasuredScores) -> Moment:
-    return Moment(moment.step, moment.losses, scores.at(label, moment.step))
+    return replace(moment, scores=scores.at(label, moment.step))

@@ -1,4 +1,4 @@
-"""Losses of snapshots, one after another on one base, kept on disk so that a stopped survey continues."""
+"""Losses of snapshots, each in the numbers it was trained in, kept on disk so that a stopped survey continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks import attached
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
-from gaintune.models import Base
+from gaintune.methods import Numbers, measuring_numbers
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 from gaintune.runs import canonical_json, read_json, sha256_file, write_json
 from gaintune.snapshots import snapshots_of
@@ -41,7 +42,11 @@ def taken_snapshots(adapters: Sequence[Path], every: int) -> dict[str, dict[int,
 
 
 class SnapshotLosses:
-    """Measures a base and adapters on it, one after another; what is in the cache is not measured again."""
+    """Measures a base and adapters on it, one after another; what is in the cache is not measured again.
+
+    What a method made is measured in the numbers it was trained in: weights trained whole are fp32, and lose small
+    steps in the base's bf16.
+    """
 
     def __init__(
         self,
@@ -53,22 +58,23 @@ class SnapshotLosses:
         progress: Progress,
     ) -> None:
         self._plan = plan
-        self._base = base
+        self._bases = {measuring_numbers(plan.model): base}
         self._domains = domains
         self._cache = cache
         self._allow_other_base = allow_other_base
         self._progress = progress
-        self._facts = [base.fingerprint, str(base.model.dtype), base.model.device.type, plan.evaluate.batch_size]
+        self._facts = [base.fingerprint, base.model.device.type, plan.evaluate.batch_size]
 
-    def at(self, adapter: Path | None, title: str) -> dict[str, DomainLoss]:
-        """Losses by domain of the base with an adapter, or without one."""
-        files = {domain.name: self._file(adapter, domain) for domain in self._domains}
+    def at(self, adapter: Path | None, numbers: Numbers, title: str) -> dict[str, DomainLoss]:
+        """Losses by domain of the base with an adapter, or without one, in some numbers."""
+        files = {domain.name: self._file(adapter, numbers, domain) for domain in self._domains}
         if all(file is not None and file.exists() for file in files.values()):
             return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file is not None}
         with contextlib.ExitStack() as stack:
-            model: nn.Module = self._base.model
+            base = self._in(numbers)
+            model: nn.Module = base.model
             if adapter is not None:
-                lent = attached(self._base, adapter, allow_other_base=self._allow_other_base)
+                lent = attached(base, adapter, allow_other_base=self._allow_other_base)
                 model, _ = stack.enter_context(lent)
             losses = {
                 domain.name: measure(
@@ -76,6 +82,7 @@ class SnapshotLosses:
                     domain.validation,
                     domain.validation_bytes,
                     batch_size=self._plan.evaluate.batch_size,
+                    mixed_precision=numbers.mixed,
                     title=f"{title}: measuring {domain.name}",
                     progress=self._progress,
                 )
@@ -87,9 +94,15 @@ class SnapshotLosses:
                 write_json(file, losses[name].to_dict())
         return losses
 
-    def _file(self, adapter: Path | None, domain: DomainBlocks) -> Path | None:
+    def _in(self, numbers: Numbers) -> Base:
+        """The base in some numbers; those that it is needed in stay."""
+        if numbers not in self._bases:
+            self._bases[numbers] = load_base(self._plan.model, dtype=numbers.load)
+        return self._bases[numbers]
+
+    def _file(self, adapter: Path | None, numbers: Numbers, domain: DomainBlocks) -> Path | None:
         if self._cache is None:
             return None
         which = None if adapter is None else sha256_file(adapter_weights(adapter))
-        key = canonical_json([*self._facts, which, domain.content_hash])
+        key = canonical_json([*self._facts, numbers.name, which, domain.content_hash])
         return self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
