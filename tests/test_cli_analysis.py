@@ -85,6 +85,8 @@ def test_linear_model_writes_its_table_and_figure(tmp_path):
         f"linear-model.{kind}" for kind in ("csv", "json", "md", "png", "svg")
     }
     assert json.loads((out / "linear-model.json").read_text())["settings"]["steps"] == 30
+    said = "The claims presuppose 1500 training steps, the default; after 30, a NO may say"
+    assert "NO " in done.stdout and said in done.stdout and said in (out / "linear-model.md").read_text()
     assert "rank is 9" in refused(gaintune("linear-model", "--dimension", 4, "--rank", 9))
 
 

@@ -116,7 +116,7 @@ def linear_model(
     """
     quiet_libraries()
     from gaintune.analysis.linear_experiment import Settings, run_experiment
-    from gaintune.analysis.linear_report import checks, summary, write
+    from gaintune.analysis.linear_report import checks, summary, too_short, write
 
     settings = Settings(dimension, rank, separation, steps, seeds, batch_size, lr, gate_lr_ratio)
     results = run_experiment(settings, progress_on(err))
@@ -136,6 +136,9 @@ def linear_model(
     out.print(table(f"Linear model, mean of {settings.seeds} seeds", heads, rows, numeric=range(1, 6)))
     for check in checks(results):
         _say(f"{'yes' if check.holds else 'NO '}  {check.claim} (worst seed: {check.worst:.4f} times)")
+    short = too_short(settings, results)
+    if short is not None:
+        _say(short)
     _say(f"tables and figure {out_folder}")
 
 

@@ -187,6 +187,7 @@ def test_tables_tell_losses_and_verdicts(short):
     settings, results = short
     text = markdown(settings, results)
     assert "| DISeL |" in text and "dimension 8" in text and text.count("yes (worst seed") == 4
+    assert "presuppose" not in text, "few steps were enough"
     frame = table(results)
     assert len(frame) == 2 * 5
     mixed = (frame["in_domain"] + frame["retention"]) / 2

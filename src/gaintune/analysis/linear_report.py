@@ -82,6 +82,16 @@ def checks(results: Sequence[SeedResult]) -> tuple[Check, ...]:
     return tuple(Check(claim, worst, bool(worst <= bound)) for claim, worst, bound in figures)
 
 
+def too_short(settings: Settings, results: Sequence[SeedResult]) -> str | None:
+    """One line where a check failed and training was shorter than the checks presuppose; None otherwise."""
+    if settings.steps >= Settings.steps or all(check.holds for check in checks(results)):
+        return None
+    return (
+        f"The claims presuppose {Settings.steps} training steps, the default; after {settings.steps}, a NO may say "
+        "no more than that they were too few."
+    )
+
+
 def _range(values: tuple[float, float, float]) -> str:
     mean, low, high = values
     return f"{mean:.4f}" if low == high else f"{mean:.4f} ({low:.4f}–{high:.4f})"
@@ -108,6 +118,7 @@ def markdown(settings: Settings, results: Sequence[SeedResult]) -> str:
         f"- {check.claim}: {'yes' if check.holds else 'NO'} (worst seed: {check.worst:.4f} times)"
         for check in checks(results)
     ]
+    short = too_short(settings, results)
     return "\n".join(
         [
             f"Linear model of the DISeL paper: {told}.\n",
@@ -116,6 +127,7 @@ def markdown(settings: Settings, results: Sequence[SeedResult]) -> str:
             "asks for the update, retention on the one that does not, loss over the equal mixture of both. Ratios are",
             "taken seed by seed: mean (smallest–largest).\n",
             *lines,
+            *([] if short is None else ["", short]),
             "",
         ]
     )
