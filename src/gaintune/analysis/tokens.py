@@ -5,27 +5,30 @@ GAIN paper, figure 1; the figures are those of `token_statistics`.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from gaintune.adapters import check_adapters, load_adapter
-from gaintune.analysis.provenance import Provenance, named_origins, provenance
+from gaintune.adapters import check_adapters
+from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
 from gaintune.analysis.token_statistics import BINS, TokenChanges, check_histogram, range_of, summarise_changes
 from gaintune.config import Plan
-from gaintune.data.blocks import load_domain
+from gaintune.data.blocks import DomainBlocks, load_domain
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError
+from gaintune.evaluate.backbone import with_adapter
 from gaintune.evaluate.bootstrap import FloatArray
 from gaintune.evaluate.perplexity import measure_tokens
+from gaintune.evaluate.walk import Look, look_at_base_and_adapters
 from gaintune.loss import IGNORED
-from gaintune.models import load_base
-from gaintune.progress import Progress, Silent
+from gaintune.models import Base, load_base
+from gaintune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ def survey_tokens(
 ) -> TokenSurvey:
     """Measure every scored token of the plan's domains with its base and with adapters on it.
 
+    Each adapter is measured in the numbers it was trained in, and compared with the base in the same; of a classifier
+    the backbone, under the base's own language-model head.
+
     Args:
-        plan: base, domains, validation budget and how uncertainty is measured.
+        plan: base, domains (those learnt and those watched), validation budget and how uncertainty is measured.
         adapters: folders of adapters of any method, or of fully fine-tuned weights.
         bins: bins of a histogram, an odd number.
         limit: nats at which the histograms end; for each domain where 99.5 % of all adapters' changes lie, unless
@@ -65,38 +71,25 @@ def survey_tokens(
     if not adapters:
         raise ConfigError("name at least one adapter")
     origins = named_origins(adapters)
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
-    shown = progress or Silent()
-    base = load_base(plan.model)
-    domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.domains]
-    made_from = provenance(plan, base, domains, origins)
+    check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
+    domains: list[DomainBlocks] = []
+    made_from: list[Provenance] = []
 
-    def look(model: Any, label: str) -> dict[str, FloatArray]:
-        return {
-            domain.name: measure_tokens(
-                model,
-                domain.validation,
-                batch_size=plan.evaluate.batch_size,
-                title=f"{label}: every token of {domain.name}",
-                progress=shown,
-            )
-            .double()
-            .numpy()
-            for domain in domains
-        }
+    def prepare(base: Base) -> Look[dict[str, FloatArray]]:
+        domains.extend(load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured)
+        warn_of_other_texts(adapters, domains)
+        made_from.append(provenance(plan, base, domains, origins))
+        return partial(_losses, domains=domains, plan=plan, progress=progress)
 
-    before = look(base.model, "base")
-    after: dict[str, dict[str, FloatArray]] = {}
-    for label, adapter in zip(origins, adapters, strict=True):
-        if after:  # the base is untouched for the first adapter only
-            base = load_base(plan.model)
-        after[label] = look(load_adapter(base, adapter, allow_other_base=allow_other_base), label)
-        del base
-        gc.collect()
+    put_on = partial(with_adapter, plan=plan, allow_other_base=allow_other_base)
+    _, adapted = look_at_base_and_adapters(plan, adapters, load_base, put_on, prepare)
     changes = {}
     for domain in domains:
         scored = scored_tokens(domain.validation)
-        moved = {label: losses[domain.name] - before[domain.name] for label, losses in after.items()}
+        moved = {
+            label: each.found[domain.name] - each.base[domain.name]
+            for label, each in zip(origins, adapted, strict=True)
+        }
         end = limit or range_of([each[scored] for each in moved.values()])
         changes[domain.name] = {
             label: summarise_changes(
@@ -105,7 +98,32 @@ def survey_tokens(
             )
             for label, each in moved.items()
         }  # fmt: skip
-    return TokenSurvey(changes, made_from)
+    return TokenSurvey(changes, made_from[0])
+
+
+def _losses(
+    model: nn.Module,
+    label: str,
+    mixed: torch.dtype | None,
+    *,
+    domains: Sequence[DomainBlocks],
+    plan: Plan,
+    progress: Progress | None,
+) -> dict[str, FloatArray]:
+    """The losses of every token of each domain, float64 `(rows, length - 1)` in nats."""
+    return {
+        domain.name: measure_tokens(
+            model,
+            domain.validation,
+            batch_size=plan.evaluate.batch_size,
+            mixed_precision=mixed,
+            title=f"{label}: every token of {domain.name}",
+            progress=progress,
+        )
+        .double()
+        .numpy()
+        for domain in domains
+    }
 
 
 def scored_tokens(examples: Examples) -> NDArray[np.bool_]:
