@@ -17,8 +17,9 @@ from gaintune.data.blocks import load_domain
 from gaintune.data.masked import load_masked_blocks, mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
 from gaintune.evaluate.backbone import with_adapter
+from gaintune.evaluate.changes import paired_change
 from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.masked import MaskedLoss, compare_masked, measure_masked, paired_change
+from gaintune.evaluate.masked import MaskedLoss, compare_masked, measure_masked
 from gaintune.evaluate.perplexity import measure
 from gaintune.heads import is_masked, load_classifier, load_masked
 from gaintune.methods import attach
@@ -197,9 +198,9 @@ def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):
 def test_one_block_has_no_interval():
     loss = MaskedLoss((3.0,), (2,))
     settings = build_plan({}).evaluate
-    change, low, high = paired_change(loss, MaskedLoss((4.0,), (2,)), "prose", settings)
-    assert change == pytest.approx(100 * (math.exp(0.5) - 1))
-    assert low is high is None
+    change = paired_change(loss, MaskedLoss((4.0,), (2,)), "prose", settings)
+    assert change.value == pytest.approx(100 * (math.exp(0.5) - 1))
+    assert change.low is change.high is None
 
 
 def test_what_has_no_masked_head_or_another_base_is_refused(roberta, tmp_path):
