@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import tiny_base
 import tiny_domains
 from gaintune.cli import app
+from gaintune.cli_benchmarks import _short
 from gaintune.errors import ConfigError
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
@@ -51,7 +52,7 @@ def arguments(work, tmp_path, monkeypatch):
 def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_path):
     printed = run(*arguments)
     assert all(word in printed for word in ("benchmark", "acc_norm", "base", "±", "against the base"))
-    assert f"arc_easy: given rows of {work / 'rows' / 'arc_easy.jsonl'}; 0 worked examples" in printed
+    assert f"arc_easy: 8 given rows of {work / 'rows' / 'arc_easy.jsonl'}; 0 worked examples" in printed
     assert len(list((tmp_path / "cache" / "benchmarks").glob("*.json"))) == 2
     report = json.loads(run(*arguments, "--json"))["benchmarks"]
     assert report["asked"] == ["arc_easy"]
@@ -62,7 +63,19 @@ def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_p
     assert accuracy["unit"] == "points"
     expected = 100 * (accuracy["adapted"] - accuracy["base"])
     assert accuracy["difference"]["value"] == pytest.approx(expected)
-    assert f"{100 * accuracy['base']:.2f} %" in printed
+    assert f"{100 * accuracy['base']:.2f} ± " in printed
+    assert f"{accuracy['difference']['value']:+.2f} [" in printed
+
+
+def test_adapters_are_told_apart_by_what_differs_in_their_paths():
+    assert _short(["runs/a/lora/05/adapter", "runs/a/gain/05/adapter"]) == {
+        "runs/a/lora/05/adapter": "lora",
+        "runs/a/gain/05/adapter": "gain",
+    }
+    assert list(_short(["runs/a", "runs/a/b", "other"]).values()) == ["runs/a", "runs/a/b", "other"]
+    assert list(_short(["runs/a", "runs/a/b"]).values()) == ["a", "a/b"]
+    assert _short(["runs/a/adapter"]) == {"runs/a/adapter": "adapter"}
+    assert _short([]) == {}
 
 
 def test_domains_and_benchmarks_in_one_go(work, arguments):

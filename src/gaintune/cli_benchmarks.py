@@ -99,23 +99,37 @@ def tables(report: BenchmarkReport) -> Iterator[Table | str]:
     """The scores of what was asked for, and a line for each benchmark about its rows."""
     rows = []
     about = {}
+    names = _short(list(report.adapted))
     for score in (score for name in report.asked for score in report.base if score.task == name):
-        rows.append([score.task, score.metric, "base", f"{score.rows:,}", _value(score), "—"])
+        rows.append([score.task, score.metric, "base", _value(score), "—"])
         for each in (one for one in report.comparisons if (one.task, one.metric) == (score.task, score.metric)):
-            cells = [each.label, f"{each.adapted.rows:,}", _value(each.adapted), _difference(each)]
-            rows.append([score.task, score.metric, *cells])
+            rows.append(["", "", names[each.label], _value(each.adapted), _difference(each)])
         facts = score.facts
-        told = [f"{facts.split} rows of {facts.source}", f"{facts.fewshot} worked examples", *facts.notes]
+        told = [
+            f"{score.rows:,} {facts.split} rows of {facts.source}",
+            f"{facts.fewshot} worked examples",
+            *facts.notes,
+        ]
         about[score.task] = f"{score.task}: {'; '.join(told)}"
-    heads = ["benchmark", "metric", "model", "rows", "score ± standard error", "against the base"]
-    yield table("", heads, rows, numeric=(3, 4, 5))
+    heads = ["benchmark", "metric", "model", "score ± standard error", "against the base, in points"]
+    yield table("", heads, rows, numeric=(3, 4))
     yield from about.values()
+
+
+def _short(labels: Sequence[str]) -> dict[str, str]:
+    """Paths without the folders that all of them begin and end with; a single one by its last part."""
+    parts = [list(Path(label).parts) for label in labels]
+    while len(parts) > 1 and all(len(each) > 1 and each[0] == parts[0][0] for each in parts):
+        parts = [each[1:] for each in parts]
+    while len(parts) > 1 and all(len(each) > 1 and each[-1] == parts[0][-1] for each in parts):
+        parts = [each[:-1] for each in parts]
+    return {label: "/".join(each if len(parts) > 1 else each[-1:]) for label, each in zip(labels, parts, strict=True)}
 
 
 def _value(score: BenchmarkScore) -> str:
     factor, unit = (100.0, " %") if score.is_share else (1.0, "")
     error = "" if score.stderr is None else f" ± {factor * score.stderr:.2f}"
-    return f"{factor * score.value:.2f}{unit}{error}"
+    return f"{factor * score.value:.2f}{error}{unit}"
 
 
 def _difference(each: BenchmarkComparison) -> str:
