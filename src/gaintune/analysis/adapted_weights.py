@@ -170,8 +170,9 @@ def _warn_of_rest(modules: dict[str, nn.Module], adapter: Path, compared: set[st
 def _held_open(layer: LoraLayer, weight: torch.Tensor, gate: float) -> torch.Tensor:
     """`W + gate * alpha / r * B A`: a gated layer with every gate at one value."""
     (name,) = layer.active_adapters
-    update = layer.lora_B[name].weight.detach().double() @ layer.lora_A[name].weight.detach().double()
-    update = gate * layer.scaling[name] * update
+    down: Any = layer.lora_A[name]
+    up: Any = layer.lora_B[name]
+    update = gate * layer.scaling[name] * (up.weight.detach().double() @ down.weight.detach().double())
     return weight + (update.T if isinstance(layer.get_base_layer(), Conv1D) else update)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -119,7 +120,8 @@ def remarks(survey: SubspaceSurvey) -> list[str]:
     if scaled:
         told.append(
             f"{', '.join(scaled)}: the update is W diag(v), so that its share outside the column space is zero by "
-            "construction; what is shown was measured all the same."
+            "construction; what is shown was measured all the same, and holds what W itself has along directions that "
+            "its rank counts as zero."
         )
     gated = {adapter.label: adapter.gate for adapter in survey.adapters if adapter.gate is not None}
     for label, gate in gated.items():
@@ -172,16 +174,14 @@ def record_values(survey: SubspaceSurvey) -> dict[str, Any]:
 
 
 def _by_layer(adapter: AdapterSubspace, pick: Pick) -> tuple[list[int], list[float]]:
-    """Shares of each transformer layer, its modules put together by the energy of their updates."""
+    """Shares of each transformer layer, its modules put together by the energy of their updates; NaN for no share."""
     numbers = sorted({each.place.layer for each in adapter.modules if each.place.layer is not None})
-    layers, shares = [], []
+    shares = []
     for number in numbers:
         parts = [(each.figures, pick(each)) for each in adapter.modules if each.place.layer == number]
         share = share_of(parts)
-        if share is not None:
-            layers.append(number)
-            shares.append(max(share, LOWEST))
-    return layers, shares
+        shares.append(math.nan if share is None else max(share, LOWEST))
+    return numbers, shares
 
 
 def _shares_panel(axes: Axes, survey: SubspaceSurvey, title: str, pick: Pick, *, logarithmic: bool) -> None:
@@ -190,12 +190,12 @@ def _shares_panel(axes: Axes, survey: SubspaceSurvey, title: str, pick: Pick, *,
         layers, shares = _by_layer(adapter, pick)
         style = look(index)
         line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 3.5}
-        if layers:
+        if not all(map(math.isnan, shares)):
             axes.plot(layers, shares if logarithmic else [100 * share for share in shares], linewidth=1.4, **line)
             drawn = True
     axes.set_title(title, loc="left")
     axes.set_xlabel("transformer layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if not drawn:
         text = "no weight compared has an outside:\nits column space is the whole output"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
@@ -203,7 +203,8 @@ def _shares_panel(axes: Axes, survey: SubspaceSurvey, title: str, pick: Pick, *,
         axes.set_yticks([])
     elif logarithmic:
         axes.set_yscale("log")
-        axes.set_ylim(top=2)
+        low, _ = axes.get_ylim()
+        axes.set_ylim(min(low, 1e-4), 2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     else:
         axes.set_ylim(0, 102)

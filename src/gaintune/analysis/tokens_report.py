@@ -112,15 +112,16 @@ def record_values(survey: TokenSurvey) -> dict[str, Any]:
 
 
 def _panel(axes: Axes, domain: str, adapters: dict[str, TokenChanges]) -> None:
-    """Histograms of one domain: a line for each adapter, a tick at its mean, log scale."""
+    """Histograms of one domain: a line for each adapter, an upright one at its mean, log scale down to one token."""
     for index, one in enumerate(adapters.values()):
         style = look(index)
         edges = np.linspace(-one.limit, one.limit, len(one.histogram) + 1)
-        shares = 100 * np.maximum(np.array(one.histogram), 0.5) / one.tokens  # an empty bin sits below one token
-        axes.stairs(shares, edges, baseline=None, color=style.colour, linestyle=style.dashes, linewidth=1.3)
+        shares = 100 * np.maximum(np.array(one.histogram), 0.1) / one.tokens  # an empty bin is below what is shown
+        axes.stairs(shares, edges, baseline=None, color=style.colour, linewidth=1.2, alpha=0.9)
         axes.axvline(one.mean.value, color=style.colour, linestyle=style.dashes, linewidth=0.9, alpha=0.8)
     axes.axvline(0, color=INK, linewidth=0.8, zorder=0)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=70 / max(one.tokens for one in adapters.values()))
     axes.yaxis.set_major_formatter("{x:g}")
     limit = max(one.limit for one in adapters.values())
     axes.set_xlim(-limit, limit)
@@ -150,7 +151,8 @@ def figure(survey: TokenSurvey) -> Figure:
         ]
         across = min(3, len(handles))
         sheet.legend(handles=handles, loc="outside upper center", ncols=across, frameon=False, handlelength=3)
-        sheet.supxlabel("change of a token's loss, nats (left is better; upright lines are means)", fontsize=9)
+        told = "left is better; upright lines are means; the outermost bins hold all beyond"
+        sheet.supxlabel(f"change of a token's loss, nats ({told})", fontsize=9)
         sheet.supylabel("tokens in a bin, %", fontsize=9)
         return sheet
 
