@@ -161,6 +161,13 @@ CATALOGUE: dict[str, CatalogueEntry] = {
             ),
             task="instruct",
         ),
+        _hub(
+            "humaneval",
+            "HumanEval: Python functions to complete (a benchmark: look at it, do not learn it)",
+            "MIT",
+            hub.HubSource("openai/openai_humaneval", hub.answers("prompt", "canonical_solution"), train="test"),
+            task="instruct",
+        ),
     )
 }
 

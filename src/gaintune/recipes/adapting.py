@@ -22,8 +22,7 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
     Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.DOMAIN` after the
     last stage; `LABEL.after-STAGE.DOMAIN`; `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
     """
-    if not context.world.has_base(settings.get("base")):
-        why = f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
+    if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
     plan = context.world.plan(settings, origin=context.origin)
     matrix = run_sequence(plan, context.folder, progress=context.progress)
@@ -45,6 +44,8 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
 
 def separately(settings: dict[str, Any], context: Context) -> Outcome:
     """Each domain learnt from the base by itself, every domain measured afterwards; numbers as `DOMAIN.LABEL.…`."""
+    if why := nothing_to_learn(settings, context):
+        return Outcome(notes=(why,), left_out=True)
     asked = settings.pop("domains", [])
     numbers: dict[str, Interval] = {}
     tables, figures, adapters = {}, [], {}
@@ -61,6 +62,16 @@ def separately(settings: dict[str, Any], context: Context) -> Outcome:
         figures += sorted((run / "figures").glob("*.png"))
         adapters |= adapters_of(run, matrix)
     return Outcome(numbers, tables, tuple(figures), adapters, plan, left_out({"domains": asked, **settings}, context))
+
+
+def nothing_to_learn(settings: Mapping[str, Any], context: Context) -> str | None:
+    """Why this scale has not what a step learns; None where it has."""
+    if not context.world.has_base(settings.get("base")):
+        return f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
+    if context.world.scale == "small" and not context.world.domains(settings.get("domains", ())):
+        names = ", ".join(context.world.missing(settings.get("domains", ())))
+        return f"left out: there is no text for {names}; give --data FOLDER with a local copy"
+    return None
 
 
 def left_out(settings: Mapping[str, Any], context: Context) -> tuple[str, ...]:

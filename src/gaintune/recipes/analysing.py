@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pandas as pd
 
 from gaintune.analysis import gain_report, subspace_report, tokens_report
 from gaintune.analysis.gains import FactorFigures, survey_gains
-from gaintune.analysis.gate_report import groups
+from gaintune.analysis.gate_report import EVERY, groups, select
 from gaintune.analysis.gate_report import write as write_gates
-from gaintune.analysis.gate_statistics import GateSummary, summarise
+from gaintune.analysis.gate_statistics import DEPTHS, GateRecord, GateSummary, summarise
 from gaintune.analysis.gate_survey import survey_gates
 from gaintune.analysis.linear_experiment import Settings, run_experiment
 from gaintune.analysis.linear_report import checks, summary
@@ -18,8 +19,10 @@ from gaintune.analysis.linear_report import write as write_linear
 from gaintune.analysis.subspace import SubspaceSettings
 from gaintune.analysis.subspace_survey import survey_subspace
 from gaintune.analysis.tokens import survey_tokens
+from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.records import Interval
+from gaintune.evaluate.statistics import paired_bootstrap
 from gaintune.recipes.outcome import Context, Outcome, bare, exact, last_of_each
 
 
@@ -55,7 +58,8 @@ def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
 
 
 def gates(settings: dict[str, Any], context: Context) -> Outcome:
-    """`gaintune gates` on every DISeL adapter of the step `of`, on `domains`; numbers `LABEL.DOMAIN.DEPTH.mean`."""
+    """`gaintune gates` on every DISeL adapter of the step `of`, on `domains`; numbers `LABEL.DOMAIN.DEPTH.mean`,
+    `LABEL.DOMAIN.PROJECTION.mean`, and `LABEL.A-minus-B.mean` and `.DEPTH.mean`, paired module by module."""
     trained = context.of(settings)
     label = settings.pop("label", "disel")
     plan = context.world.plan(settings, origin=context.origin)
@@ -76,9 +80,24 @@ def gates(settings: dict[str, Any], context: Context) -> Outcome:
                 one = summarise([layer for layer in layers if layer.place.projection == projection])
                 numbers[f"{label}.{domain}.{projection}.mean"] = bare(one.mean)
                 rows[f"{domain}, {projection}"] = _gate_cells(one)
+        numbers |= _gates_apart(survey.record, label, plan.evaluate)
         tables[f"Gates of {key}"] = pd.DataFrame.from_dict(rows, orient="index", columns=["Mean", "SD", "Below 0.05"])
         figures += sorted(folder.glob("*.png"))
     return Outcome(numbers, tables, tuple(figures), notes=())
+
+
+def _gates_apart(record: GateRecord, label: str, settings: EvaluateConfig) -> dict[str, Interval]:
+    """Mean gate on one domain less that on another, paired module by module, over all depths and at each."""
+    numbers = {}
+    for one, other in itertools.permutations(record.domains, 2):
+        for depth in (EVERY, *DEPTHS):
+            pairs = zip(select(record.domains[one], depth), select(record.domains[other], depth), strict=True)
+            apart = [summarise([first]).mean - summarise([second]).mean for first, second in pairs]
+            if apart:
+                samples, confidence, seed = settings.bootstrap_samples, settings.confidence, settings.seed
+                name = f"{label}.{one}-minus-{other}{'' if depth == EVERY else f'.{depth}'}.mean"
+                numbers[name] = paired_bootstrap(apart, samples=samples, confidence=confidence, seed=seed)
+    return numbers
 
 
 def _gate_cells(one: GateSummary) -> list[str]:

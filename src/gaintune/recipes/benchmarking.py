@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,42 +24,48 @@ from gaintune.runs import write_json
 
 CONFIG = ("fewshot", "limit", "batch_size", "generated_tokens", "seed")
 RUNS_CODE = ("humaneval",)
+RATE = "-lr"
+"""What stands between a label and its rate, such as in lora-lr0.001."""
 
 
 def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
     """`gaintune evaluate --benchmarks` for the adapters of the step `of`, each against its base.
 
     Settings: `of`; `labels` and `after` pick adapters; `tasks`, and `target` for those that the training was for; those
-    of a `BenchmarkConfig`; `pick: true` for labels such as lora@0.001, of which the one best on `target` stands for
-    lora. Numbers, in points of % against the base: `LABEL.TASK`; `LABEL.kept` and `LABEL.target`, means over tasks;
-    `A-minus-B.kept` and so on, paired row by row. Their scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
+    of a `BenchmarkConfig`; `pick`, target or in_domain, for labels such as lora-lr0.001, of which the one that is best
+    on the target's benchmarks, or on the text that was learnt, stands for lora. Numbers, in points of % against the
+    base: `LABEL.TASK`; `LABEL.kept` and `LABEL.target`, means over tasks; `A-minus-B.kept` and so on, paired row by
+    row. Scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
     """
     trained = context.of(settings)
     if trained.left_out or trained.plan is None:
         return Outcome(notes=("left out: there are no adapters to ask",), left_out=True)
     adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
-    target, tasks, pick = (
-        settings.pop(key, default) for key, default in (("target", []), ("tasks", []), ("pick", False))
-    )
+    target, tasks, pick = settings.pop("target", []), settings.pop("tasks", []), settings.pop("pick", None)
+    stems = {label: label.partition(RATE)[0] for label in adapters}
+    picked: dict[str, str] = {}
+    if pick == "in_domain":
+        picked = _best(stems, lambda label: -trained.numbers[f"{label}.in_domain"].value)
+        adapters = {label: adapters[label] for label in picked.values()}
     config, missing = asked_config(settings, [*target, *tasks], trained.plan, context)
     notes = tuple(f"left out, {name}: {why}" for name, why in missing.items())
     if config is None:
         return Outcome(notes=notes, left_out=True)
+    names, wanted = [task.name for task in config.tasks], [as_task(each)["name"] for each in target]
+    groups = {"target": [name for name in names if name in wanted]}
+    groups["kept"] = [name for name in names if name not in wanted]
+    if pick not in (None, "in_domain", "target") or (pick == "target" and not groups["target"]):
+        raise ConfigError(f"{context.origin}: pick {pick!r}: use in_domain, or target where target names benchmarks")
     report = run_benchmarks(
         load_base(trained.plan.model), adapters, config, cache=cache_dir() / "benchmarks", progress=context.progress
     )
     write_json(context.folder / "benchmarks.json", report.to_dict())
-    names = [task.name for task in config.tasks]
-    wanted = [as_task(each)["name"] for each in target]
-    groups = {
-        "target": [name for name in names if name in wanted],
-        "kept": [name for name in names if name not in wanted],
-    }
-    found = _Found(report, names, {key: tasks for key, tasks in groups.items() if tasks}, config)
-    labels = list(adapters)
-    if pick:
-        labels, picked = _picked(found, labels)
-        notes = (*notes, *picked)
+    found = _Found(report, names, {key: members for key, members in groups.items() if members}, config)
+    if pick == "target":
+        picked = _best(stems, lambda label: found.mean(label, "target"))
+    found.rename({label: stem for stem, label in picked.items()})
+    labels = list(picked or adapters)
+    notes = (*notes, *(f"{stem} is {label}, the best by {pick}" for stem, label in picked.items() if stem != label))
     numbers = found.numbers(labels)
     without = {f"{label}.{name}": why for label in labels for name, why in missing.items()}
     for key, asked in (("target", target), ("kept", tasks)):
@@ -105,17 +111,13 @@ def asked_config(
     return (read_config({**common, "tasks": kept}) if kept else None), missing
 
 
-def _picked(found: _Found, labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of labels that differ after @ the one that is best on the target, and a sentence about each."""
-    if "target" not in found.groups:
-        raise ConfigError("pick: there is no target benchmark to pick by")
+def _best(stems: Mapping[str, str], merit: Callable[[str], float]) -> dict[str, str]:
+    """By each stem the label with the greatest merit, the first of equals."""
     best: dict[str, str] = {}
-    for label in labels:
-        stem = label.partition("@")[0]
-        if stem not in best or found.mean(label, "target") > found.mean(best[stem], "target"):
+    for label, stem in stems.items():
+        if stem not in best or merit(label) > merit(best[stem]):
             best[stem] = label
-    found.rename({label: stem for stem, label in best.items()})
-    return list(best), [f"{stem} is {label}, the best on the target" for stem, label in best.items() if stem != label]
+    return best
 
 
 class _Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gaintune.recipes import adapting, analysing, benchmarking, surveying, sweeping
+from gaintune.recipes import adapting, analysing, benchmarking, classifying, surveying, sweeping
 from gaintune.recipes.outcome import Kind
 
 KINDS: dict[str, Kind] = {
@@ -10,6 +10,7 @@ KINDS: dict[str, Kind] = {
     "separately": adapting.separately,
     "sweep": sweeping.sweep,
     "benchmarks": benchmarking.benchmarks,
+    "classify": classifying.classify,
     "gates": analysing.gates,
     "linear-model": analysing.linear_model,
     "gains": analysing.gains,

@@ -104,6 +104,9 @@ def run_recipe(
     for step in chosen.steps:
         context = Context(step.name, folder / step.name, world, outcomes, progress or Silent(), allow_code_execution)
         outcomes[step.name] = KINDS[step.do](chosen.settings(step, scale), context)
+    if all(outcome.left_out for outcome in outcomes.values()):
+        told = "; ".join(f"step {step}: {note}" for step, one in outcomes.items() for note in one.notes)
+        raise ConfigError(f"recipe {chosen.id}: nothing of it can be run at scale {scale} ({told})")
     findings = tuple(_judged(claim, outcomes) for claim in chosen.claims)
     result = RecipeResult(chosen, scale, folder, outcomes, findings)
     write_results(result, describe_environment(resolve_device("auto")))

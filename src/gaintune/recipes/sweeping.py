@@ -11,7 +11,7 @@ from gaintune.errors import SweepError
 from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER
 from gaintune.evaluate.records import Interval
 from gaintune.grid import read_grid
-from gaintune.recipes.adapting import left_out
+from gaintune.recipes.adapting import left_out, nothing_to_learn
 from gaintune.recipes.outcome import Context, Outcome
 from gaintune.report.tables import markdown_table
 from gaintune.runs import write_text
@@ -30,6 +30,8 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
     `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE.
     """
+    if why := nothing_to_learn(settings, context):
+        return Outcome(notes=(why,), left_out=True)
     axes = {key: settings.pop(key) for key in AXES if key in settings}
     target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
     plan = context.world.plan(settings, origin=context.origin)

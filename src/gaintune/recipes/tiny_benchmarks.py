@@ -17,9 +17,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     found["hellaswag"] = [_choice(f"{NAMES[n]}, and after that comes", n, 4) for n in range(ROWS)]
     found["piqa"] = [_choice(f"Goal: count on from {NAMES[n]}\nAnswer:", n, 2) for n in range(ROWS)]
     found["winogrande"] = [_choice(f"After {NAMES[n]} comes _ in order.", n, 2) for n in range(ROWS)]
-    found["sciq"] = [
-        {**_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", n, 4), "gold": 3} for n in range(ROWS)
-    ]
+    found["sciq"] = [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", 3, 4) for n in range(ROWS)]
     found["boolq"] = [
         {
             "query": f"After {NAMES[n]} comes {NAMES[n + 1]}.\nQuestion: does {NAMES[n + n % 2]} come first?\nAnswer:",
@@ -53,7 +51,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
             "canonical_solution": f"    return x + {n}\n",
             "test": f"def check(candidate):\n    assert candidate(1) == {1 + n}\n",
         }
-        for n in range(2)
+        for n in range(24)
     ]
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.config import Plan, build_plan
+from gaintune.data.domains import CATALOGUE
 from gaintune.errors import ConfigError
 from gaintune.recipes import tiny
 from gaintune.recipes.schema import Scale, laid_over
@@ -104,6 +105,8 @@ class World:
         values = {"name": asked} if isinstance(asked, str) else dict(asked)
         name = str(values["name"])
         source = values.get("source") or self._source(name)
+        if source in CATALOGUE:  # it brings its own columns
+            values = {key: value for key, value in values.items() if not key.endswith("_column")}
         return None if source is None else {**values, "source": str(source)}
 
     def _source(self, name: str) -> str | Path | None:
