@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
 import tiny_domains
@@ -74,6 +75,21 @@ def logits(model):
     ids="+".join,
 )  # fmt: skip
 def test_a_place_is_the_sum_of_weights_and_the_base_comes_back_bit_for_bit(place, names):
+    check_places(place, names)
+
+
+def test_weights_stored_as_in_by_out_are_measured_alike(tmp_path):
+    sizes = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(sizes).save_pretrained(tmp_path / "base")
+    tiny_base.tokenizer().save_pretrained(tmp_path / "base")
+    for name in ("gain-ffn", "gain-ffn2"):
+        make(tmp_path, name)
+    check_places(tmp_path, ["gain-ffn", "gain-ffn2"])
+
+
+def check_places(place, names):
+    """Compare logits, lengths and angles at some places with those of weights summed by hand in float64."""
     base = load_base(str(place / "base"), dtype=torch.float32)
     kept = {name: weight.detach().clone() for name, weight in base.model.named_parameters()}
     flags = [weight.requires_grad for weight in base.model.parameters()]
@@ -177,5 +193,11 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     told = found.to_dict()
     assert told["provenance"]["adapters"]["gain-ffn on gain-ffn-text"]["method"] == "gain-ffn"
     assert set(told["provenance"]["texts"]) == {"prose", "code"}
+    mixed = survey_landscape(plan, [place / "dora", place / "gain-ffn"], line=[], plane=True, grid=[])
+    assert [line.way for line in mixed.lines] == ["weights", "gains"]
+    assert mixed.plane is not None and mixed.plane.way == "weights"
+    for domain in ("prose", "code"):
+        assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
+        assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
     with pytest.raises(ConfigError, match="spanned by two adapters, and 1 were given"):
         survey_landscape(plan, adapters[:1], plane=True)

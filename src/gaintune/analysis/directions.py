@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -81,7 +81,7 @@ def way_of(adapters: Sequence[Path]) -> Way:
         AdapterError: a folder that is no adapter.
         ConfigError: a DISeL adapter beside one of another method: they share no space to move in.
     """
-    ways = {folder: _own_way(folder) for folder in adapters}
+    ways: dict[Path, Way] = {folder: _own_way(folder) for folder in adapters}
     if len(set(ways.values())) == 1:
         return next(iter(ways.values()))
     gated = [str(folder) for folder, way in ways.items() if way == "gated"]
@@ -133,14 +133,16 @@ def directions(base: Base, adapters: Sequence[Path], *, allow_other_base: bool =
     """
     way = way_of(adapters)
     flags = {name: parameter.requires_grad for name, parameter in base.model.named_parameters()}
-    kinds = {"gains": _Gains, "scale": _Scales, "gated": _Scales, "weights": _Weights}
-    opened: Directions | None = None
+    kinds: dict[Way, Callable[[Base, Sequence[Path], bool], Directions]] = {
+        "gains": _Gains, "scale": _Scales, "gated": _Scales, "weights": _Weights
+    }  # fmt: skip
     try:
         opened = kinds[way](base, adapters, allow_other_base)
-        yield opened
-    finally:
-        if opened is not None:
+        try:
+            yield opened
+        finally:
             opened.close()
+    finally:
         for name, parameter in base.model.named_parameters():
             parameter.requires_grad_(flags[name])
 

@@ -7,7 +7,7 @@ for which method: `gaintune.analysis.directions.WAYS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -185,42 +185,51 @@ def survey_landscape(
         raise ConfigError(f"a plane is spanned by two adapters, and {len(adapters)} were given")
     origins = named_origins(adapters)
     labels = tuple(origins)
-    way_of(adapters if plane else adapters[:1])  # refuses before anything is loaded
-    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
-    shown = progress or Silent()
-    wanted = [((folder,), (one,), line) for folder, one in zip(adapters, labels, strict=True)]
+    wanted = [_Wanted((folder,), (one,), line) for folder, one in zip(adapters, labels, strict=True)]
     if plane:
-        wanted.append((tuple(adapters), labels, grid))
-    surfaces, told = [], None
-    for folders, named, places in wanted:
-        way = way_of(folders)
-        base = load_base(plan.model, dtype=torch.float32 if way == "weights" else None)
-        domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
-        surfaces.append(_measured(plan, base, domains, folders, named, places, allow_other_base, shown))
-        if told is None:
-            warn_of_other_texts(adapters, domains)
-            told = provenance(plan, base, domains, origins)
-        del base
-    assert told is not None, "at least one adapter"
+        wanted.append(_Wanted(tuple(adapters), labels, grid))
+    dtypes = [each.dtype() for each in wanted]  # refuses before anything is loaded
+    check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
+    base = load_base(plan.model, dtype=dtypes[0])
+    domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
+    warn_of_other_texts(adapters, domains)
+    told = provenance(plan, base, domains, origins)
+    surfaces = []
+    for each, before, dtype in zip(wanted, (dtypes[0], *dtypes[:-1]), dtypes, strict=True):
+        if dtype is not before:
+            del base  # it goes before the next one comes
+            base = load_base(plan.model, dtype=dtype)
+        surfaces.append(_measured(plan, base, domains, each, allow_other_base, progress or Silent()))
     lines = surfaces[: len(adapters)]
     return Landscape(tuple(lines), surfaces[-1] if plane else None, told)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A line to measure, or a plane: adapter folders, what they are called, and the places along each direction."""
+
+    folders: tuple[Path, ...]
+    labels: tuple[str, ...]
+    places: Sequence[float]
+
+    def dtype(self) -> torch.dtype | None:
+        """What the base has to be loaded in; None for the plan's own. Raises as `way_of` does."""
+        return torch.float32 if way_of(self.folders) == "weights" else None
 
 
 def _measured(
     plan: Plan,
     base: Base,
     domains: Sequence[DomainBlocks],
-    folders: Sequence[Path],
-    labels: tuple[str, ...],
-    places: Iterable[float],
+    wanted: _Wanted,
     allow_other_base: bool,
     progress: Progress,
 ) -> Surface:
     """Move along one direction or two, and measure every domain at every place."""
-    steps = sorted({0.0, 1.0, *map(float, places)})
+    steps = sorted({0.0, 1.0, *map(float, wanted.places)})
     points = []
-    with directions(base, folders, allow_other_base=allow_other_base) as moving:
-        for place in [(t,) for t in steps] if len(folders) == 1 else [(t, u) for t in steps for u in steps]:
+    with directions(base, wanted.folders, allow_other_base=allow_other_base) as moving:
+        for place in [(t,) for t in steps] if len(wanted.folders) == 1 else [(t, u) for t in steps for u in steps]:
             moving.move(place)
             losses = {
                 domain.name: measure(
@@ -228,7 +237,7 @@ def _measured(
                     domain.validation,
                     domain.validation_bytes,
                     batch_size=plan.evaluate.batch_size,
-                    title=f"{' and '.join(labels)}: {domain.name} at {', '.join(f'{t:g}' for t in place)}",
+                    title=f"{' and '.join(wanted.labels)}: {domain.name} at {', '.join(f'{t:g}' for t in place)}",
                     progress=progress,
                 )
                 for domain in domains
@@ -236,4 +245,4 @@ def _measured(
             points.append(Point(place, losses))
         geometry = moving.geometry()
     dtype = str(base.model.dtype).removeprefix("torch.")
-    return Surface(labels, way_of(folders), dtype, geometry, tuple(points), plan.evaluate)
+    return Surface(wanted.labels, way_of(wanted.folders), dtype, geometry, tuple(points), plan.evaluate)

@@ -120,7 +120,7 @@ def sharing_of(vectors: GainVectors) -> Sharing:
     agree = np.abs(np.sign(v).sum(axis=0)) == count
     return Sharing(
         labels=vectors.labels,
-        correlations=np.corrcoef(v),
+        correlations=np.atleast_2d(np.corrcoef(v)),
         cosines=gram / np.sqrt(np.outer(np.diag(gram), np.diag(gram))),
         mean_share=mean_share,
         common_share=(count * mean_share - 1.0) / (count - 1.0),

@@ -128,7 +128,7 @@ def _dots(axes: Axes, found: Transfer) -> None:
     labels, height = [], 0
     drawn: list[tuple[str, Part, Ablation]] = [("", "whole", found.ablations[0])]
     for one in found.ablations:
-        drawn += [(one.component, part, one) for part in PARTS if part != "whole"]
+        drawn += [(one.component, part, one) for part in PARTS[1:]]
     for component, part, one in drawn:
         style = look(PARTS.index(part))
         _dot(axes, height - 0.12, one.transfer(part), style.colour, style.marker, filled=True)
