@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gaintune.recipes import adapting, analysing, benchmarking, classifying, surveying, sweeping
+from gaintune.recipes import adapting, analysing, answering, benchmarking, classifying, surveying, sweeping
 from gaintune.recipes.outcome import Kind
 
 KINDS: dict[str, Kind] = {
@@ -11,6 +11,7 @@ KINDS: dict[str, Kind] = {
     "sweep": sweeping.sweep,
     "benchmarks": benchmarking.benchmarks,
     "classify": classifying.classify,
+    "answers": answering.answers,
     "gates": analysing.gates,
     "linear-model": analysing.linear_model,
     "gains": analysing.gains,

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gaintune.recipes import tiny_benchmarks
+from gaintune.recipes import tiny_benchmarks, tiny_labels
 from gaintune.runs import complete_folder, damage, write_text
 
 END = "<end>"
@@ -67,7 +67,7 @@ def base(folder: Path, seed: int = 0) -> Path:
 
 
 def texts(folder: Path) -> Path:
-    """Write a domain for each of the papers' names, and prompts with completions."""
+    """Write a domain for each of the papers' names, prompts with completions, and rows to classify and to ask."""
     for name, module in MODULES.items():
         documents = [{"text": text} for _, text in _functions(module)]
         _write(folder / f"{name}.jsonl", documents)
@@ -78,8 +78,9 @@ def texts(folder: Path) -> Path:
         _write(folder / f"{name}.jsonl", exchanges)
     for name, rows in tiny_benchmarks.rows().items():
         _write(folder / "benchmarks" / f"{name}.jsonl", rows)
-    _write(folder / "gsm8k.jsonl", tiny_benchmarks.rows()["gsm8k"])
-    return folder
+    for name in ("gsm8k", "humaneval"):
+        _write(folder / f"{name}.jsonl", tiny_benchmarks.rows()[name])
+    return tiny_labels.write(folder)
 
 
 def _functions(module: str) -> Iterator[tuple[str, str]]:
