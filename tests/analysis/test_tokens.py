@@ -16,6 +16,7 @@ from gaintune.analysis.tokens_report import cells, markdown, write
 from gaintune.config import MethodConfig, build_plan
 from gaintune.data.blocks import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError
+from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.perplexity import measure, measure_tokens
 from gaintune.methods import attach
 from gaintune.models import load_base
@@ -32,15 +33,21 @@ def made(tmp_path_factory):
     domains = [*values["data"]["domains"], {"name": "sums", "source": str(folder / "sums.jsonl"), "task": "instruct"}]
     values["data"] = {**values["data"], "domains": domains}
     for name in ("gain-ffn", "disel", "full"):
-        loaded = load_base(str(base), dtype=torch.float32)
-        model = attach(loaded.model, MethodConfig(name=name, label=name), seed=0)
-        generator = torch.Generator().manual_seed(4)
-        with torch.no_grad():
-            for _, parameter in sorted(model.named_parameters()):
-                if parameter.requires_grad:
-                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        save_adapter(model, folder / name, AdapterRecord(str(base), loaded.fingerprint, name, name, ("prose",)))
+        adapter(base, folder / name, name)
     return folder, build_plan(values)
+
+
+def adapter(base, folder, name):
+    """An adapter with an effect, of parameters moved at random."""
+    loaded = load_base(str(base), dtype=torch.float32)
+    model = attach(loaded.model, MethodConfig(name=name, label=name), seed=0)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, folder, AdapterRecord(str(base), loaded.fingerprint, name, name, ("prose",)))
+    return folder
 
 
 def whole_losses(model, examples) -> np.ndarray:
@@ -89,6 +96,17 @@ def test_the_mean_is_the_change_that_perplexity_shows(made):
     after = measure(adapted, domain.validation, domain.validation_bytes, batch_size=3)
     (one,) = survey_tokens(plan, [folder / "gain-ffn"]).changes["prose"].values()
     assert one.mean.value == pytest.approx(after.nats_per_token - whole.nats_per_token, abs=1e-5)
+
+
+def test_each_adapter_is_measured_in_its_own_numbers_as_perplexity_is(tmp_path):
+    """Weights trained whole are kept in fp32, adapters leave the base in bf16: each is compared with its own base."""
+    base = tiny_base.folder(tmp_path / "base")
+    plan = build_plan(tiny_domains.plan(base, tmp_path))
+    folders = [adapter(base, tmp_path / name, name) for name in ("gain-ffn", "full")]
+    changes = survey_tokens(plan, folders).changes.values()
+    means = [each.mean.value for adapters in changes for each in adapters.values()]
+    told = [each.change for each in compare_adapters(plan, folders) if each.change is not None]
+    assert 100 * np.expm1(means) == pytest.approx(told, abs=1e-4)
 
 
 def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
