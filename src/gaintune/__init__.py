@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from gaintune.config import ModelConfig, Plan
     from gaintune.data.blocks import load_domain
     from gaintune.errors import GaintuneError
+    from gaintune.evaluate.benchmark_config import BenchmarkConfig
+    from gaintune.evaluate.benchmarks import run_benchmarks
     from gaintune.evaluate.perplexity import measure
     from gaintune.evaluate.records import Matrix
     from gaintune.export import merge_adapter
     from gaintune.models import load_base
+    from gaintune.recipes.runner import run_recipe
     from gaintune.report import write_report
     from gaintune.sequence import run_sequence
+    from gaintune.sweep import run_sweep
     from gaintune.tuners.disel import DiselConfig, DiselModel
     from gaintune.tuners.gain import GainConfig, GainModel
     from gaintune.tuners.optim import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
@@ -42,12 +46,16 @@ _HOMES = {
     "Plan": "config",
     "load_domain": "data.blocks",
     "GaintuneError": "errors",
+    "BenchmarkConfig": "evaluate.benchmark_config",
+    "run_benchmarks": "evaluate.benchmarks",
     "measure": "evaluate.perplexity",
     "Matrix": "evaluate.records",
     "merge_adapter": "export",
     "load_base": "models",
+    "run_recipe": "recipes.runner",
     "write_report": "report",
     "run_sequence": "sequence",
+    "run_sweep": "sweep",
     "DiselConfig": "tuners.disel",
     "DiselModel": "tuners.disel",
     "GainConfig": "tuners.gain",
@@ -61,6 +69,7 @@ __all__ = [
     "AdaptResult",
     "AdapterOptimizerMixin",
     "AdapterRecord",
+    "BenchmarkConfig",
     "ClassifierResult",
     "DiselConfig",
     "DiselModel",
@@ -79,7 +88,10 @@ __all__ = [
     "measure",
     "merge_adapter",
     "parameter_groups",
+    "run_benchmarks",
+    "run_recipe",
     "run_sequence",
+    "run_sweep",
     "save_adapter",
     "write_report",
 ]

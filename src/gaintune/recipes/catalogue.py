@@ -17,12 +17,14 @@ def recipes() -> dict[str, Recipe]:
 
 
 def recipe_named(name: str) -> Recipe:
-    """A recipe by its id, in capitals or not.
+    """A recipe by its id, in capitals or not, or from a YAML file of one's own.
 
     Raises:
-        ConfigError: there is none of that id.
+        ConfigError: there is none of that id, or the file cannot be read as a recipe.
     """
+    if Path(name).suffix in (".yaml", ".yml"):
+        return read_recipe(Path(name))
     known = recipes()
     if name.upper() not in known:
-        raise ConfigError(f"no recipe {name!r}; there are {', '.join(known)} (`gaintune recipe list`)")
+        raise ConfigError(f"no recipe {name!r}; there are {', '.join(known)} (`gaintune recipe list`), or name a .yaml file")
     return known[name.upper()]
