@@ -1,6 +1,7 @@
 """Snapshots measured over training equal adapters measured one by one; benchmarks are averaged row by row."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tiny_base
 import tiny_domains
 from gaintune.adaptation import adapt
 from gaintune.analysis.retention import survey_retention
-from gaintune.analysis.retention_report import markdown, table, write
+from gaintune.analysis.retention_report import figure, markdown, sides, table, write
 from gaintune.analysis.retention_scores import counting_score, scores_of
 from gaintune.config import build_plan
 from gaintune.errors import AdapterError, ConfigError
@@ -153,5 +154,15 @@ def test_snapshots_are_asked_benchmarks_of_target_and_retention(place, tmp_path)
     assert end.scores.target_change.value == pytest.approx(told["boolq", "acc"].value)
     write(found, tmp_path / "out")
     assert set(table(found)["kind"]) == {"target", "text", "benchmark", "mean of benchmarks"}
+    names = [[side.name.partition(":")[0] for side in pair] for pair in sides(found)]
+    assert names == [["target", "other texts"], ["target task", "benchmarks"]]
+    assert [[side.read(course, end) for side in pair] for pair in sides(found)] == [
+        [found.change(course, end, ["prose"]), found.change(course, end, ["code"])],
+        [end.scores.target_change, end.scores.retention_change],
+    ]
+    without = replace(found, texts=(), base=replace(found.base, scores=replace(found.base.scores, retention=None)))
+    assert [side.name.partition(":")[0] for pair in sides(without) for side in pair] == ["target task", "target"]
+    alone = replace(found, texts=(), base=replace(found.base, scores=None))
+    assert [len(figure(each).axes) for each in (found, without, alone)] == [6, 3, 1]
     with pytest.raises(ConfigError, match="target gsm8k is none of the benchmarks"):
         survey_retention(plan, [folder / "lora"], benchmarks=asked, target_tasks=["gsm8k"])

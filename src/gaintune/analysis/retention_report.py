@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.retention import Course, Moment, Retention
 from gaintune.evaluate.records import Interval
@@ -31,26 +32,19 @@ class Side:
 
 
 def sides(found: Retention) -> list[tuple[Side, Side]]:
-    """Target and retention, in perplexity and in benchmarks, as far as they were measured."""
-    pairs = []
-    if found.texts:
-        pairs.append(
-            (
-                Side("target, % of perplexity", lambda course, moment: found.change(course, moment, found.target)),
-                Side("other texts, % of perplexity", lambda course, moment: found.change(course, moment, found.texts)),
-            )
-        )
+    """Target and retention, in perplexity and in benchmarks, as far as measured; the target twice where it is alone."""
+    target = Side("target: change of perplexity, %", lambda course, moment: found.change(course, moment, found.target))
+    texts = Side(
+        "other texts: change of perplexity, %", lambda course, moment: found.change(course, moment, found.texts)
+    )
+    task = Side("target task: change, points of %", lambda _, moment: moment.scores and moment.scores.target_change)
+    kept = Side("benchmarks: change, points of %", lambda _, moment: moment.scores and moment.scores.retention_change)
+    rest = texts if found.texts else target
     scores = found.base.scores
-    if scores is not None and scores.retention is not None:
-        kept = Side("benchmarks, points of %", lambda _, moment: moment.scores and moment.scores.retention_change)
-        own = Side("target task, points of %", lambda _, moment: moment.scores and moment.scores.target_change)
-        pairs.append((own if scores.target is not None else pairs[0][0] if pairs else _target(found), kept))
-    alone = _target(found)
-    return pairs or [(alone, alone)]
-
-
-def _target(found: Retention) -> Side:
-    return Side("target, % of perplexity", lambda course, moment: found.change(course, moment, found.target))
+    if scores is None:
+        return [(target, rest)]
+    asked = (task if scores.target is not None else target, kept if scores.retention is not None else rest)
+    return [(target, rest), asked] if found.texts else [asked]
 
 
 def table(found: Retention) -> pd.DataFrame:
@@ -128,6 +122,7 @@ def _over_time(axes: Axes, found: Retention, side: Side) -> None:
         _line(axes, steps, values, style)
     axes.axhline(0, color=INK, linewidth=0.9, zorder=0)
     axes.set_xlabel("updates")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_title(side.name, loc="left")
 
 
@@ -157,13 +152,15 @@ def figure(found: Retention) -> Figure:
 
     def draw() -> Figure:
         rows = sides(found)
-        sheet = Figure(figsize=(10.2, 0.7 + 2.9 * len(rows)), layout="constrained")
-        grid = sheet.subplots(len(rows), 3, squeeze=False)
-        for (target, kept), (left, middle, right) in zip(rows, grid, strict=True):
-            _over_time(left, found, target)
-            _over_time(middle, found, kept)
-            _against(right, found, target, kept)
-            for axes in (left, middle, right):
+        columns = 1 if rows[0][0] is rows[0][1] else 3
+        sheet = Figure(figsize=(0.6 + 3.2 * columns, 0.7 + 2.9 * len(rows)), layout="constrained")
+        grid = sheet.subplots(len(rows), columns, squeeze=False)
+        for (target, kept), panels in zip(rows, grid, strict=True):
+            _over_time(panels[0], found, target)
+            if columns > 1:
+                _over_time(panels[1], found, kept)
+                _against(panels[2], found, target, kept)
+            for axes in panels:
                 axes.grid(color=RULE, linewidth=0.6)
                 axes.set_axisbelow(True)
                 axes.tick_params(length=0)

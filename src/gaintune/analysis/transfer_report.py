@@ -126,9 +126,10 @@ def _correlations(axes: Axes, sharing: Sharing) -> None:
 def _dots(axes: Axes, found: Transfer) -> None:
     """Transfer of the whole adapters and of their parts, with intervals; in-domain as hollow marks."""
     labels, height = [], 0
-    drawn: list[tuple[str, Part, Ablation]] = [("", "whole", found.ablations[0])]
+    whole, *parts = PARTS
+    drawn: list[tuple[str, Part, Ablation]] = [("", whole, found.ablations[0])]
     for one in found.ablations:
-        drawn += [(one.component, part, one) for part in PARTS[1:]]
+        drawn.extend((one.component, part, one) for part in parts)
     for component, part, one in drawn:
         style = look(PARTS.index(part))
         _dot(axes, height - 0.12, one.transfer(part), style.colour, style.marker, filled=True)
