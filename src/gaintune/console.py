@@ -35,7 +35,8 @@ class Bars:
 
         def pace() -> str:
             shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items())
-            return f"{done / max(time.perf_counter() - start, 1e-9):,.0f} {unit}/s{shown}"
+            rate = done / max(time.perf_counter() - start, 1e-9)
+            return f"{rate:,.{0 if rate >= 10 else 2}f} {unit}/s{shown}"
 
         columns = (
             SpinnerColumn(),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -134,6 +135,20 @@ def test_what_is_asked_otherwise_is_measured_anew(tiny, data, tmp_path, changes)
     watch = Watch()
     run_benchmarks(base_of(tiny), {}, config_of(data, **changes), cache=cache, progress=watch)
     assert len(watch.titles) == len(NAMES)
+
+
+def test_scores_belong_to_the_weights_and_the_numbers(tiny, data, tmp_path):
+    """Another base, and the same in other numbers, are measured; a copy of a base under another name is not."""
+    measured = run_benchmarks(base_of(tiny), {}, config_of(data), cache=tmp_path / "cache")
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32, max_position_embeddings=1024)
+    titles = []
+    for folder, dtype in ((copy, "fp32"), (other, "fp32"), (tiny, "bf16")):
+        base, watch = load_base(ModelConfig(name=str(folder), device="cpu", dtype=dtype)), Watch()
+        report = run_benchmarks(base, {}, config_of(data), cache=tmp_path / "cache", progress=watch)
+        titles.append(len(watch.titles))
+        assert (report.base == measured.base) is (folder == copy)
+    assert titles == [0, len(NAMES), len(NAMES)]
 
 
 def test_other_rows_under_the_same_name_and_damaged_scores_are_measured_anew(tiny, data, tmp_path, caplog):

@@ -151,8 +151,8 @@ class _Loader:
         if rows is None:
             raise AssetError(
                 f"benchmark {name}: its rows ({data}) cannot be had ({reason}). Check the "
-                f"network, or give a local copy: --benchmark-data {name}=PATH (Python: data=('{name}=PATH',)); without "
-                f"the Hub there are {', '.join(offline_names())}"
+                f"network, or give a local copy: --benchmark-data {name}=PATH (Python: data=('{name}=PATH',)); local "
+                f"copies are read of {', '.join(offline_names())}"
             )
         logger.info("%s: rows from %s (%s)", name, rows.origin, reason)
         return self._over_rows(name, settings, rows, shots)
@@ -246,7 +246,7 @@ def _index_with(name: str) -> TaskManager:
         return _index(folder)
     manager = _index(None)
     if name not in manager.task_index:
-        near = difflib.get_close_matches(name, [*offline_names(), *manager.all_tasks], n=3)
+        near = difflib.get_close_matches(name, {*offline_names(), *manager.all_tasks}, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "lm-eval lists its tasks with `lm-eval ls tasks`"
         raise ConfigError(f"lm-eval knows no benchmark {name!r}; {hint}")
     return manager
