@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
-from gaintune.evaluate.benchmark_records import compare_scores, find_score
+from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts, compare_scores, find_score
 from gaintune.evaluate.benchmark_tasks import load_suite
 from gaintune.evaluate.benchmarks import (
     attached,
@@ -199,6 +200,19 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     same = compare_scores(report.base, report.base, "base", config)
     assert {(each.difference.value, each.difference.low, each.difference.high) for each in same} == {(0.0, 0.0, 0.0)}
     assert "items" not in json.dumps(report.to_dict())
+
+
+def test_rows_answered_alike_make_a_narrow_interval():
+    """Two models with the same accuracy: sure where they answer the same rows, unsure where they answer others."""
+    answers = tuple(float(row % 2) for row in range(60))
+    facts = TaskFacts("rows", "test", 0, "1")
+    base = BenchmarkScore("quiz", "acc", 0.5, None, answers, 60, "mean", True, facts)
+    config = BenchmarkConfig.model_validate({"tasks": "quiz"})
+    for items, narrow in (((1.0, *answers[1:]), True), ((1.0, *sorted(answers[1:])), False)):
+        adapted = replace(base, items=items, value=float(np.mean(items)))
+        (found,) = compare_scores([base], [adapted], "mine", config)
+        assert found.difference.value == pytest.approx(100 / 60)
+        assert (found.difference.high - found.difference.low < 10) is narrow
 
 
 def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, tmp_path):
