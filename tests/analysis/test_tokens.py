@@ -101,7 +101,8 @@ def test_the_mean_is_the_change_that_perplexity_shows(made):
 def test_each_adapter_is_measured_in_its_own_numbers_as_perplexity_is(tmp_path):
     """Weights trained whole are kept in fp32, adapters leave the base in bf16: each is compared with its own base."""
     base = tiny_base.folder(tmp_path / "base")
-    plan = build_plan(tiny_domains.plan(base, tmp_path))
+    values = tiny_domains.plan(base, tmp_path)
+    plan = build_plan({**values, "model": {**values["model"], "dtype": "bf16"}})
     folders = [adapter(base, tmp_path / name, name) for name in ("gain-ffn", "full")]
     changes = survey_tokens(plan, folders).changes.values()
     means = [each.mean.value for adapters in changes for each in adapters.values()]
