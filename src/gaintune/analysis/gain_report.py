@@ -217,7 +217,7 @@ def _panel(
 
 def _mark_flips(axes: Axes, sequence: FactorSequence, projection: str) -> None:
     flipped = np.argwhere(_grid(sequence, projection, lambda figures: figures.flipped) > 0) + 0.5
-    axes.plot(flipped[:, 1], flipped[:, 0], linestyle="none", marker=".", markersize=4, color=INK)
+    axes.plot(flipped[:, 1], flipped[:, 0], linestyle="none", marker=".", markersize=4, color="white")
 
 
 def trajectory(survey: FactorSurvey) -> Figure:
@@ -239,7 +239,7 @@ def trajectory(survey: FactorSurvey) -> Figure:
         left.set_ylim(min(low, -0.05), high)
         left.set_title("Smallest and largest factor", loc="left")
         right.set_title(f"Factors {TIGHT}, %", loc="left")
-        right.set_ylim(0, 100)
+        right.set_ylim(0, 102)
         for axes in (left, right):
             axes.set_xlabel("after stage")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
