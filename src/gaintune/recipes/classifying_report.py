@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from gaintune.evaluate.records import Interval
 from gaintune.evaluate.statistics import replicated
@@ -21,6 +21,7 @@ from gaintune.report.words import NONE
 from gaintune.runs import make_folder, write_text
 
 Read = Callable[["Measured"], float]
+WIDE = 2.0  # ratio of perplexities from which evenly spaced ticks would crowd one end of a log axis
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def tables(measured: Sequence[Measured], base: float) -> dict[str, pd.DataFrame]
 
 
 def _spread(values: Sequence[float], decimals: int) -> str:
-    middle = f"{mean(values):.{decimals}f}".replace("-", "−")
+    middle = f"{round(mean(values), decimals) + 0.0:.{decimals}f}".replace("-", "−")
     return middle if len(values) < 2 else f"{middle} ± {stdev(values):.{decimals}f}"
 
 
@@ -131,7 +132,10 @@ def figure(measured: Sequence[Measured], base: float) -> Figure:
             _draw_method(axes, [one for one in measured if one.label == label], index)
         axes.axvline(base, color=INK, linewidth=0.9, zorder=1, label="pretrained")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        perplexities = [base, *(one.perplexity for one in measured)]
+        wide = max(perplexities) / min(perplexities) > WIDE
+        few = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)) if wide else few)
         axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="perplexity of texts never learnt (log)", ylabel="accuracy, mean over tasks, %")
