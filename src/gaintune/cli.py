@@ -130,9 +130,9 @@ def sequence(
     """Adapt to domain after domain with each method, measure every domain after every stage, write the report."""
     given = Options(
         model=model, domains=domain, watched=watch, methods=method, task=task, template=template,
-        text_column=text_column, penalty=penalty, penalty_strength=penalty_strength, replay=replay, train_tokens=train_tokens,
-        validation_tokens=validation_tokens, block_size=block_size, lr=lr, epochs=epochs, batch_size=batch_size,
-        seed=seed,
+        text_column=text_column, penalty=penalty, penalty_strength=penalty_strength, replay=replay,
+        train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, lr=lr, epochs=epochs,
+        batch_size=batch_size, seed=seed,
     )  # fmt: skip
     _sequence(assemble(plan, given, set_), run)
 

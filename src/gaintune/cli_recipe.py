@@ -19,7 +19,12 @@ out = Console()
 err = Console(stderr=True)
 app = typer.Typer(no_args_is_help=True, help="The papers' experiments: list, show, run.")
 
-Name = Annotated[str, typer.Argument(metavar="ID|FILE", help="Experiment, such as G2 (`gaintune recipe list` has all), or a recipe.yaml.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID|FILE", help="Experiment, such as G2 (`gaintune recipe list` has all), or a recipe.yaml."
+    ),
+]
 
 
 @app.command("list")

@@ -26,5 +26,7 @@ def recipe_named(name: str) -> Recipe:
         return read_recipe(Path(name))
     known = recipes()
     if name.upper() not in known:
-        raise ConfigError(f"no recipe {name!r}; there are {', '.join(known)} (`gaintune recipe list`), or name a .yaml file")
+        raise ConfigError(
+            f"no recipe {name!r}; there are {', '.join(known)} (`gaintune recipe list`), or name a .yaml file"
+        )
     return known[name.upper()]
