@@ -62,6 +62,12 @@ def test_the_difference_is_paired_run_by_run_and_as_uncertain_as_seeds_are(table
     assert pair.in_domain.value == pytest.approx(2.0, abs=0.6)
 
 
+def test_what_a_match_left_in_domain_is_said(table):
+    near, far = compare_sweep(table, target=-9.0), compare_sweep(table, target=-21.0)
+    assert near.pairs[0].in_domain.sign == far.pairs[0].in_domain.sign == 1  # 8 apart, many times their spread
+    assert "in-domain they are not matched" in pair_sentence(far.pairs[0], far)
+
+
 def test_no_winner_without_an_interval_that_excludes_zero(tmp_path):
     found = compare_sweep(tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "the-same": the_same}))
     assert [pair.better for pair in found.pairs] == [None]

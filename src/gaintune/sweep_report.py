@@ -8,16 +8,20 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from gaintune.environment import describe_environment
 from gaintune.evaluate.records import Interval
 from gaintune.progress import plural
-from gaintune.report.canvas import INK, RULE, figure_files, styled
+from gaintune.report.canvas import INK, PAGE, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table, setting
 from gaintune.report.words import FIGURES, signed, with_interval
 from gaintune.runs import write_json, write_text
 from gaintune.sweep_compare import CurvePair, Pair, Point, SweepComparison
+
+LABELS = (((5, 4), "left"), ((5, -10), "left"), ((-5, 4), "right"), ((-5, -10), "right"))
+"""Where a variant's rates stand beside its points, in points, so that those of neighbours do not cover each other."""
 
 
 def heading(figure: str) -> str:
@@ -41,6 +45,8 @@ def point_frame(points: tuple[Point, ...], comparison: SweepComparison) -> pd.Da
 def pair_sentence(pair: Pair, comparison: SweepComparison) -> str:
     """Two variants at matched in-domain change, and no winner that the interval does not name."""
     told = f"{pair.better} is better" if pair.better else "no difference shown"
+    if pair.in_domain.sign:
+        told += ", and in-domain they are not matched: more rates would bring them nearer"
     return (
         f"{pair.first} minus {pair.second}: {with_interval(pair.difference, 'points')} on {_lower(comparison)}, with "
         f"{with_interval(pair.in_domain, 'points')} left in-domain ({_counted(pair.replicates, comparison)}, sign-flip "
@@ -108,9 +114,10 @@ def tradeoff(comparison: SweepComparison) -> Figure:
         axes.set(xlabel="in-domain change, %", ylabel=f"{_lower(comparison)}, %")
         axes.grid(color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
+        axes.margins(x=0.1, y=0.08)  # room for the rates at the edges
         axes.tick_params(length=0)
         axes.set_title("Left and down is better; numbers are learning rates", loc="left")
-        axes.legend(frameon=False, handlelength=3)
+        sheet.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=3)
         return sheet
 
     return styled(draw)
@@ -125,9 +132,12 @@ def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
     across, up = zip(*((_reach(point.in_domain), _reach(point.figure)) for point in points), strict=True)
     bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
     axes.errorbar(x, y, xerr=list(zip(*across, strict=True)), yerr=list(zip(*up, strict=True)), **bars)
+    away, side = LABELS[index % len(LABELS)]
+    text = {"textcoords": "offset points", "ha": side, "color": style.colour, "fontsize": 7, "zorder": 4}
     for point in points:
         place = (point.in_domain.value, point.figure.value)
-        axes.annotate(f"{point.lr:g}", place, xytext=(5, 4), textcoords="offset points", color=style.colour, fontsize=7)
+        label = axes.annotate(f"{point.lr:g}", place, xytext=away, **text)
+        label.set_path_effects([withStroke(linewidth=2.0, foreground=PAGE)])
 
 
 def _reach(interval: Interval) -> tuple[float, float]:
