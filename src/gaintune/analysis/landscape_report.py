@@ -18,7 +18,7 @@ from gaintune.analysis.landscape import DomainFigures, Landscape, Surface
 from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import LARGEST_LIMIT, SMALLEST_LIMIT, diverging, ink_on, look
 from gaintune.report.tables import markdown_table
-from gaintune.report.words import number, signed, with_interval
+from gaintune.report.words import signed, with_interval
 from gaintune.runs import write_json, write_text
 
 TICKS = [(1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)]
@@ -74,12 +74,12 @@ def markdown(found: Landscape) -> str:
             dtype=object,
         )
         parts += [f"The plane of {' and '.join(found.plane.labels)}:", markdown_table(plane, "Domain")]
-    parts += [f"- {sentence}" for _, surface in surfaces(found) for sentence in _geometry(surface)]
+    parts.append("\n".join(f"- {sentence}" for _, surface in surfaces(found) for sentence in _geometry(surface)))
     note = (
         "Range: highest less lowest loss a token between 0 and 1. Barrier: how far the loss rises above the straight "
         "line between its ends."
     )
-    return "\n\n".join([*parts, note]) + "\n"
+    return "\n\n".join(part.rstrip("\n") for part in [*parts, note]) + "\n"
 
 
 def _spread(one: DomainFigures, *, barrier: bool = False) -> list[str]:
@@ -123,7 +123,7 @@ def _curve(axes: Axes, found: Landscape, domain: str) -> None:
         axes.axvline(place, color=RULE, linewidth=0.9, zorder=0)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.set_yticks(ticks := _ticks(low, high), [number(tick) for tick in ticks])
+    axes.set_yticks(ticks := _ticks(low, high), [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
     axes.set_ylim(low, high)
     axes.set_title(domain, loc="left")
@@ -135,7 +135,7 @@ def _curve(axes: Axes, found: Landscape, domain: str) -> None:
 def _ticks(low: float, high: float) -> list[float]:
     """A few round perplexities between two: multiples on a wide range, an even grid on a narrow one."""
     if high / low < 3:
-        step = 10.0 ** np.floor(np.log10((high - low) / 2))
+        step = 10.0 ** np.floor(np.log10((high - low) / 5))
         step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
         return [float(tick) for tick in np.arange(np.ceil(low / step), high / step) * step]
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
@@ -148,7 +148,7 @@ def line_figure(found: Landscape) -> Figure:
 
     def draw() -> Figure:
         domains = found.lines[0].domains
-        columns = min(len(domains), 3)
+        columns = 2 if len(domains) == 4 else min(len(domains), 3)
         rows = -(-len(domains) // columns)
         sheet = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + 2.4 * rows), layout="constrained")
         grid = sheet.subplots(rows, columns, squeeze=False, sharex=True)
@@ -184,7 +184,7 @@ def _plate(axes: Axes, plane: Surface, domain: str, colours: Colormap, scale: No
                 column + 0.5, row + 0.5, signed(value), ha="center", va="center", fontsize=6.5,
                 color=ink_on(to_hex(colours(scale(value)))), fontweight="bold" if named else "normal",
             )  # fmt: skip
-    labels = [f"{step:g}" for step in steps]
+    labels = [f"{step:g}".replace("-", "−") for step in steps]
     axes.set_xticks(np.arange(len(steps)) + 0.5, labels)
     axes.set_yticks(np.arange(len(steps)) + 0.5, labels)
     axes.set_aspect("equal")
@@ -199,10 +199,10 @@ def plane_figure(plane: Surface) -> Figure:
 
     def draw() -> Figure:
         domains, steps = plane.domains, len({point.place[0] for point in plane.points})
-        columns = min(len(domains), 3)
+        columns = 2 if len(domains) == 4 else min(len(domains), 3)
         rows = -(-len(domains) // columns)
         side = max(0.44 * steps, 2.2)
-        sheet = Figure(figsize=(0.9 + (side + 0.4) * columns, 0.9 + (side + 0.4) * rows), layout="constrained")
+        sheet = Figure(figsize=(1.6 + (side + 0.4) * columns, 0.6 + (side + 0.4) * rows), layout="constrained")
         grid = sheet.subplots(rows, columns, squeeze=False)
         largest = max(abs(plane.change(point, domain).value) for point in plane.points for domain in domains)
         limit = min(max(5.0 * np.ceil(largest / 5.0), SMALLEST_LIMIT), LARGEST_LIMIT)
@@ -212,7 +212,9 @@ def plane_figure(plane: Surface) -> Figure:
                 _plate(axes, plane, domains[place], colours, scale)
             else:
                 axes.set_axis_off()
-        bar = sheet.colorbar(ScalarMappable(Normalize(-limit, limit), colours), ax=list(grid.flat), shrink=0.8)
+        extend = "both" if largest > limit else "neither"
+        mapped = ScalarMappable(Normalize(-limit, limit), colours)
+        bar = sheet.colorbar(mapped, ax=list(grid.flat), shrink=0.8, extend=extend)
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.tick_params(length=0)
         bar.set_label("change of perplexity, %", color=MUTED)
