@@ -66,6 +66,9 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
         ("arc_easy", {"query": "Which?", "choices": ["a", "b"], "gold": 0}, "must read 'Question: ...\\nAnswer:'"),
         ("arc_easy", {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 2}, "'gold'"),
         ("piqa", {"query": "Goal: q\nAnswer:", "choices": ["a", "b", "c"], "gold": 0}, "3 choices, expected 2"),
+        ("commonsense_qa", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 0}, "expected 5"),
+        ("triviaqa", {"question": "q", "answer": ["a"]}, "'aliases'"),
+        ("nq_open", {"question": "q", "answer": "a"}, "list of texts"),
         ("winogrande", {"query": "no blank", "choices": ["a", "b"], "gold": 0}, "no blank"),
         ("boolq", {"query": "p\nQuestion: q?\nAnswer:", "choices": ["a", "b"], "gold": 0}, "yes and no"),
         ("sciq", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 1}, "last choice"),
@@ -80,6 +83,14 @@ def test_a_row_that_cannot_be_asked_is_named_with_its_line(tmp_path, name, row, 
         load_suite(config_of(name, data=[tmp_path]))
     assert words in str(caught.value)
     assert f"{file}:{len(rows)}" in str(caught.value)
+
+
+def test_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(tmp_path):
+    row = {"question": "q", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "A"}
+    file = tiny_benchmarks.write(tmp_path / "commonsense_qa.jsonl", [row])
+    with pytest.raises(DataError, match="prompt of commonsense_qa cannot be made") as caught:
+        load_suite(config_of("commonsense_qa", data=[tmp_path]))
+    assert str(file) in str(caught.value)
 
 
 def test_data_that_is_not_there_is_refused(tmp_path):
@@ -190,6 +201,11 @@ def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):
     with pytest.raises(DataError, match="'train'"):
         (tmp_path / "gsm8k" / "train.jsonl").unlink()
         load_suite(config_of("gsm8k:8", data=[tmp_path]))
+    alone = tiny_benchmarks.write(tmp_path / "alone.jsonl", rows)
+    asked = only(config_of("gsm8k:2", data=[f"gsm8k={alone}"]))
+    assert asked.facts.notes == ("worked examples from the rows that are asked, never a row's own",)
+    prompt = _first_prompt(asked)
+    assert (prompt.count("#### "), prompt.count("What is 1 and 1?")) == (2, 1)
     config = config_of("gsm8k:0", data=[tmp_path], limit=3, generated_tokens=6)
     scores = measure_benchmarks(model, tiny_base.tokenizer(), config)
     assert {score.metric for score in scores} == {"exact_match,strict-match", "exact_match,flexible-extract"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaintune.errors import AssetError, ConfigError, one_line
+from gaintune.errors import AssetError, ConfigError, DataError, one_line
 from gaintune.evaluate import humaneval
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
 from gaintune.evaluate.benchmark_quiet import quiet
@@ -159,7 +159,12 @@ class _Loader:
 
     def _over_rows(self, name: str, settings: dict[str, Any], rows: LocalRows, shots: int) -> AskedTask:
         settings, split, notes = redirected(settings, rows, shots)
-        return self._asked(name, settings, TaskFacts(rows.origin, split, shots, "", notes))
+        from jinja2 import UndefinedError
+
+        try:
+            return self._asked(name, settings, TaskFacts(rows.origin, split, shots, "", notes))
+        except UndefinedError as error:
+            raise DataError(f"{rows.origin}: lm-eval's prompt of {name} cannot be made of its rows: {error}") from None
 
     def _asked(self, name: str, settings: dict[str, Any], facts: TaskFacts) -> AskedTask:
         from lm_eval.api.task import ConfigurableTask

@@ -12,8 +12,9 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     """Questions by the benchmark's name, in a form that `gaintune.evaluate.offline_tasks` reads."""
     found: dict[str, list[dict[str, Any]]] = {
         name: [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", n, 4) for n in range(ROWS)]
-        for name in ("arc_easy", "arc_challenge", "openbookqa", "commonsense_qa", "mmlu")
+        for name in ("arc_easy", "arc_challenge", "openbookqa", "mmlu")
     }
+    found["commonsense_qa"] = [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", n, 5) for n in range(ROWS)]
     found["hellaswag"] = [_choice(f"{NAMES[n]}, and after that comes", n, 4) for n in range(ROWS)]
     found["piqa"] = [_choice(f"Goal: count on from {NAMES[n]}\nAnswer:", n, 2) for n in range(ROWS)]
     found["winogrande"] = [_choice(f"After {NAMES[n]} comes _ in order.", n, 2) for n in range(ROWS)]

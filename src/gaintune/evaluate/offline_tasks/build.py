@@ -43,7 +43,7 @@ def redirected(
         "validation_split": "validation" if "validation" in splits else None,
         "test_split": measured if measured != "validation" else None,
         "custom_dataset": lambda **_: DatasetDict({**splits}),
-        **_examples(settings, splits, measured, fewshot, rows.origin),
+        **_examples(settings, splits, measured, fewshot, rows),
     }
     examples = changes["fewshot_split"] or changes["training_split"] or changes["validation_split"]
     if fewshot and examples == measured and not _own_examples(settings):
@@ -61,18 +61,18 @@ def _own_examples(settings: Mapping[str, Any]) -> bool:
 
 
 def _examples(
-    settings: Mapping[str, Any], splits: Mapping[str, Any], measured: str, fewshot: int, origin: str
+    settings: Mapping[str, Any], splits: Mapping[str, Any], measured: str, fewshot: int, rows: LocalRows
 ) -> dict[str, Any]:
-    """The split that worked examples come from."""
+    """The split that worked examples come from; of a single file that names no split its own rows."""
     wanted = settings.get("fewshot_split") or (settings.get("fewshot_config") or {}).get("split")
     if _own_examples(settings):
         return {"fewshot_split": None}
     if wanted in splits:
         return {"fewshot_split": wanted}
-    if wanted is not None and fewshot:
+    if wanted is not None and fewshot and not rows.alone:
         raise DataError(
-            f"{origin}: {settings['task']} takes its {fewshot} worked examples from the split {wanted!r}, and only "
-            f"{', '.join(splits)} is there; add it, or ask for 0 examples"
+            f"{rows.origin}: {settings['task']} takes its {fewshot} worked examples from the split {wanted!r}, and "
+            f"only {', '.join(splits)} is there; add it, or ask for 0 examples"
         )
     if "validation" not in splits and _kept(settings.get("training_split"), splits) is None:
         return {"fewshot_split": measured}  # lm-eval then leaves out the row that is asked

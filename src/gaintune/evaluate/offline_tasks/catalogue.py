@@ -106,7 +106,7 @@ TASKS: dict[str, OfflineTask] = {
         OfflineTask(
             "commonsense_qa",
             "commonsense_qa",
-            (Form(("question", "choices", "answerKey")), normalised(forms.lettered("question"))),
+            (Form(("question", "choices", "answerKey")), normalised(forms.lettered("question", 5))),
             "tau/commonsense_qa/none",
         ),
         OfflineTask(

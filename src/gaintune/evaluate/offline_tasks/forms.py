@@ -50,11 +50,16 @@ def normalised(convert: Convert, **settings: Any) -> Form:
     return Form(NORMALISED, convert, **settings)
 
 
-def lettered(question: str) -> Convert:
-    """Choices with letters, as in ARC, OpenBookQA and CommonsenseQA; `question` is the column of the question."""
+def lettered(question: str, count: int | None = None) -> Convert:
+    """Choices with letters, as in ARC, OpenBookQA and CommonsenseQA.
+
+    Args:
+        question: the column of the question.
+        count: of the choices, where the task file knows only one.
+    """
 
     def convert(row: Row) -> dict[str, Any]:
-        choices, gold = _choices(row)
+        choices, gold = _choices(row, count)
         letters = list(LETTERS[: len(choices)])
         return {
             question: _question(row),

@@ -11,19 +11,20 @@ from gaintune.evaluate.benchmark_config import BenchmarkConfig
 from gaintune.evaluate.benchmark_means import counting_score
 from gaintune.evaluate.benchmarks import measure_benchmarks
 from gaintune.models import load_base
-from gaintune.recipes import tiny, tiny_rows
+from gaintune.recipes import tiny, tiny_benchmarks
 
 RETENTION = "hellaswag,winogrande,arc_challenge,arc_easy,lambada_openai,boolq,piqa,triviaqa,openbookqa,sciq,mmlu"
-RETENTION += ",medqa_4options,commonsense_qa,nq_open:5"
+RETENTION += ",medqa_4options,commonsense_qa,nq_open"
 
 
-def test_a_tiny_base_is_asked_every_benchmark(tmp_path, caplog):
+def test_a_tiny_base_is_asked_every_benchmark(tmp_path):
     base = load_base(ModelConfig(name=str(tiny.base(tmp_path / "base")), device="cpu", dtype="fp32"))
     config = BenchmarkConfig.model_validate(
         {
             "tasks": f"{RETENTION},gsm8k:8,humaneval",
             "source": "local",
-            "data": (str(tiny_rows.rows(tmp_path / "rows")),),
+            "data": (str(tiny.texts(tmp_path / "rows") / "benchmarks"),),
+            "limit": tiny_benchmarks.ROWS,
             "generated_tokens": 16,
             "allow_code_execution": True,
             "code_seconds": 20.0,
@@ -31,18 +32,7 @@ def test_a_tiny_base_is_asked_every_benchmark(tmp_path, caplog):
     )
     scores = measure_benchmarks(base.model, base.tokenizer, config)
     names = [task.name for task in config.tasks]
-    assert {score.task for score in scores} == set(names) == set(tiny_rows.BENCHMARKS)
+    assert {score.task for score in scores} == set(names) == set(tiny_benchmarks.rows())
     counted = [counting_score(scores, name) for name in names]
-    assert all(score.rows == tiny_rows.ROWS and math.isfinite(score.value) for score in counted)
+    assert all(score.rows == tiny_benchmarks.ROWS and math.isfinite(score.value) for score in counted)
     assert len({score.value for score in counted}) > 2
-    differing = {score.task: score.facts.notes for score in counted if score.facts.notes}
-    assert differing == {"mmlu": ("no subjects: one set, its prompts name none",)}
-    assert not caplog.text, "prompts fit into the tiny base"
-
-
-def test_rows_that_are_there_are_kept(tmp_path):
-    folder = tiny_rows.rows(tmp_path)
-    file = folder / "piqa" / "validation.jsonl"
-    file.write_text("mine")
-    assert tiny_rows.rows(tmp_path) == folder
-    assert file.read_text() == "mine"
