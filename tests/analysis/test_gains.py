@@ -121,10 +121,17 @@ def test_several_runs_and_adapters_stand_beside_one_another(run, tmp_path):
     factors = read_factors(alone)
     assert (factors.values[DOWN[1]] == 1 + half[DOWN[1]].double().numpy()).all()
     survey = survey_gains([run, alone])
-    assert [each.label for each in survey.sequences] == ["run: gain-ffn", "run: ia3", str(alone)]
+    assert [each.label for each in survey.sequences] == ["run: gain-ffn", "run: ia3", "gain-ffn on law"]
     single = survey.sequences[2]
     assert (single.stages[0].domain, single.planned, single.regime) == ("law", 1, "stable")
     assert len(stage_table(survey)) == 3 * 3 + 2 + 3
+    twin = saved_factors.adapter(tmp_path / "twin", half, domains=("prose", "law"))
+    assert [each.label for each in survey_gains([twin, alone]).sequences] == [
+        "gain-ffn on law (twin)",
+        "gain-ffn on law (alone)",
+    ]
+    deep = saved_factors.adapter(twin / "alone", half, domains=("prose", "law"))
+    assert survey_gains([twin, deep]).sequences[0].label == f"gain-ffn on law ({twin})"
     assert len(layer_table(survey)) == 18 + 1 + 6
 
 

@@ -140,8 +140,8 @@ def _layers(sequence: FactorSequence) -> list[int]:
 
 
 PANELS: tuple[tuple[str, Callable[[FactorFigures], float], bool], ...] = (
-    ("smallest factor", lambda figures: figures.smallest, False),
-    ("largest factor", lambda figures: figures.largest, False),
+    ("smallest", lambda figures: figures.smallest, False),
+    ("largest", lambda figures: figures.largest, False),
     (f"share {TIGHT}", lambda figures: figures.near, True),
 )
 """Title, figure, and whether it is a share."""
@@ -169,7 +169,8 @@ def heatmap(survey: FactorSurvey) -> Figure:
                 _panel(axes, sequence, _grid(sequence, projection, figure), colours, scale, named=column == 0)
                 if column == 0:
                     _mark_flips(axes, sequence, projection)
-                axes.set_title(f"{sequence.label}, {projection}: {title}" if column == 0 else title, loc="left")
+                whose = f"{_short(sequence.label)}, {projection}: " if column == 0 else ""
+                axes.set_title(whose + title, loc="left")
         for axes in grid[-1]:
             axes.set_xlabel("transformer layer")
         for columns, colours, scale, label in (
@@ -191,6 +192,11 @@ def heatmap(survey: FactorSurvey) -> Figure:
         return sheet
 
     return styled(draw)
+
+
+def _short(label: str, longest: int = 26) -> str:
+    """The end of a long name, such as a folder's: the beginning tells folders apart least."""
+    return label if len(label) <= longest else f"…{label[1 - longest :]}"
 
 
 def _projections(sequence: FactorSequence) -> list[str]:
@@ -242,7 +248,8 @@ def trajectory(survey: FactorSurvey) -> Figure:
         right.set_ylim(0, 102)
         for axes in (left, right):
             axes.set_xlabel("after stage")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.set_xlim(0.7, max(stage.index + 1.3 for sequence in survey.sequences for stage in sequence.stages))
             axes.grid(axis="y", color=RULE, linewidth=0.6)
             axes.set_axisbelow(True)
             axes.tick_params(length=0)

@@ -7,7 +7,7 @@ upon domain, at several rates; table 10: the regimes).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ import numpy as np
 
 from gaintune.analysis.gain_factors import adapters_of_run, has_factors, read_factors
 from gaintune.analysis.gate_statistics import Place, places_of
-from gaintune.analysis.origin import Origin, origin_of
+from gaintune.analysis.origin import Origin, origin_of, table_labels
 from gaintune.errors import AdapterError, ConfigError
 
 NEAR = (0.95, 1.05)
@@ -138,7 +138,7 @@ def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
 
     Args:
         paths: run directories (every method with factors is a sequence, its adapters the stages) and adapter folders
-            of GAIN or (IA)3 (each a sequence of one stage).
+            of GAIN or (IA)3 (each a sequence of one stage, after those of runs).
 
     Raises:
         AdapterError: a damaged adapter, one without factors, or a run without any.
@@ -150,6 +150,7 @@ def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
         raise ConfigError(f"name run directories or adapters, each once (given: {', '.join(names) or 'none'})")
     sequences: list[FactorSequence] = []
     left_out: list[str] = []
+    alone: list[FactorSequence] = []
     for path in paths:
         if not path.is_dir():
             raise AdapterError(f"{path}: no such folder; name a run directory or an adapter folder")
@@ -160,8 +161,11 @@ def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
         else:
             origin = origin_of(path)
             domain = origin.domains[-1] if origin.domains else path.name
-            label = str(path) if len(paths) > 1 else origin.label
-            sequences.append(FactorSequence(label, (_stage(0, domain, path),), planned=1))
+            alone.append(FactorSequence(origin.label, (_stage(0, domain, path),), planned=1))
+    if len(paths) > 1:
+        named = table_labels([each.stages[0].origin for each in alone])
+        alone = [replace(each, label=label) for each, label in zip(alone, named, strict=True)]
+    sequences += alone
     labels = [each.label for each in sequences]
     if len(set(labels)) != len(labels):
         raise ConfigError(f"two of these have one name: {', '.join(sorted(labels))}; rename a folder")

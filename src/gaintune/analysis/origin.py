@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,31 @@ def origin_of(folder: Path) -> Origin:
         base_fingerprint=record.base_fingerprint,
         settings=record.settings,
     )
+
+
+def table_labels(origins: Sequence[Origin]) -> list[str]:
+    """What tables call adapters: method and last domain, such as `gain-ffn on law`, or the folder.
+
+    The folder's name where nobody wrote down what was learnt. Adapters that would have one name have in brackets where
+    their paths differ, such as `gain-ffn on law (first-run)`.
+    """
+    labels = [f"{one.label} on {one.domains[-1]}" if one.domains else Path(one.adapter).name for one in origins]
+    told = list(labels)
+    for label in {each for each in labels if labels.count(each) > 1}:
+        places = [place for place, each in enumerate(labels) if each == label]
+        apart = _where_they_differ([Path(origins[place].adapter).parts for place in places])
+        for place, part in zip(places, apart, strict=True):
+            told[place] = f"{label} ({part})"
+    return told
+
+
+def _where_they_differ(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """Paths without the parts that all begin and end with; whole where that leaves nothing of one."""
+    shortest = min(map(len, paths))
+    start = next((at for at in range(shortest) if len({path[at] for path in paths}) > 1), shortest)
+    end = next((at for at in range(shortest - start) if len({path[-1 - at] for path in paths}) > 1), shortest - start)
+    middles = ["/".join(path[start : len(path) - end]) for path in paths]
+    return middles if all(middles) else [str(Path(*path)) for path in paths]
 
 
 def provenance(*origins: Origin, device: torch.device | None = None) -> dict[str, Any]:

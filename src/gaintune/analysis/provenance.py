@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gaintune.adapters import adapter_labels, read_record
-from gaintune.analysis.origin import Origin, origin_of
+from gaintune.analysis.origin import Origin, origin_of, table_labels
 from gaintune.config import Plan
 from gaintune.data.blocks import DomainBlocks
 from gaintune.environment import describe_environment
@@ -37,9 +36,7 @@ class Provenance:
 
 
 def named_origins(folders: Sequence[Path]) -> dict[str, Origin]:
-    """Adapters by what tables call them, from their files alone.
-
-    That is method and last domain, such as `gain-ffn on law`, or the folder where it does not tell them apart.
+    """Adapters by what tables call them (`table_labels`), from their files alone.
 
     Raises:
         AdapterError: a folder that is no adapter, or a damaged one.
@@ -47,9 +44,7 @@ def named_origins(folders: Sequence[Path]) -> dict[str, Origin]:
     """
     adapter_labels(folders)
     origins = [origin_of(folder) for folder in folders]
-    labels = [f"{one.label} on {one.domains[-1]}" if one.domains else Path(one.adapter).name for one in origins]
-    seen = Counter(labels)
-    return {label if seen[label] == 1 else one.adapter: one for label, one in zip(labels, origins, strict=True)}
+    return dict(zip(table_labels(origins), origins, strict=True))
 
 
 def provenance(plan: Plan, base: Base, domains: Sequence[DomainBlocks], adapters: Mapping[str, Origin]) -> Provenance:

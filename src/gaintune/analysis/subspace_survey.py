@@ -35,7 +35,7 @@ class AdapterSubspace:
     """One adapter on its base.
 
     Attributes:
-        label: what tables call it: method and last domain, or its folder where that does not tell adapters apart.
+        label: what tables call it: see `table_labels`.
         origin: what the folder says of itself.
         scales_inputs: whether it multiplies the weight's columns, as GAIN does, so that the column space is kept by
             construction; other methods may keep it too.
