@@ -78,7 +78,8 @@ class World:
         """Folders of local copies that may hold rows of benchmarks; None where there are no local copies."""
         if self.data is None:
             return None
-        return [each for each in (self.data / "benchmarks", self.data / "instruct", self.data) if each.is_dir()]
+        places = (self.data / "benchmarks", self.data / "instruct", self.data, self.data / "domains")
+        return [each for each in places if each.is_dir()]
 
     def has_base(self, asked: str | None) -> bool:
         """Whether there is a base for another of the paper's models; scale small has one base alone."""
