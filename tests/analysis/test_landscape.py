@@ -169,7 +169,9 @@ def test_what_spans_no_plane_is_refused(place):
 
 @pytest.fixture(scope="module")
 def plan(place):
-    return build_plan(tiny_domains.plan(place / "base", place))
+    values = tiny_domains.plan(place / "base", place)
+    values["model"]["dtype"] = "bf16"
+    return build_plan(values)
 
 
 def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
@@ -195,7 +197,8 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     assert set(told["provenance"]["texts"]) == {"prose", "code"}
     mixed = survey_landscape(plan, [place / "dora", place / "gain-ffn"], line=[], plane=True, grid=[])
     assert [line.way for line in mixed.lines] == ["weights", "gains"]
-    assert mixed.plane is not None and mixed.plane.way == "weights"
+    assert [line.numbers for line in mixed.lines] == ["float32", "bfloat16"]
+    assert mixed.plane is not None and (mixed.plane.way, mixed.plane.numbers) == ("weights", "float32")
     for domain in ("prose", "code"):
         assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
         assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
