@@ -54,6 +54,11 @@ def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(pl
     with pytest.raises(Stopped):
         adapt(plan, tmp_path / "stopped", progress=StopAt("gain-ffn: learning prose", 7))
     assert not (tmp_path / "stopped.snapshots").exists(), "not beside an adapter that is not there yet"
+    kept = tmp_path / "stopped.unfinished" / "snapshots"
+    assert sorted(entry.name for entry in kept.iterdir()) == ["step-000003", "step-000006"]
+    (kept / "step-000007").mkdir()
+    (kept / "step-000007" / "adapter_config.json").touch()  # later than the checkpoint, so it is done anew
+    kept.replace(tmp_path / "stopped.snapshots")  # as a stop leaves them just before the adapter is written
     with pytest.raises(Stopped):
         adapt(plan, tmp_path / "stopped", progress=StopAt("measuring prose after", 1))
     adapt(plan, tmp_path / "stopped")
