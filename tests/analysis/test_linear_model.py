@@ -1,6 +1,7 @@
 """The linear model: closed forms against sampling and numerical optimisation, and what training reaches."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +189,9 @@ def test_tables_tell_losses_and_verdicts(short):
     text = markdown(settings, results)
     assert "| DISeL |" in text and "dimension 8" in text and text.count("yes (worst seed") == 4
     assert "presuppose" not in text, "few steps were enough"
+    failing = [replace(each, bayes=Losses(1e-9, 1e-9)) for each in results]
+    assert "presuppose 1500 training steps" in markdown(settings, failing)
+    assert "presuppose" not in markdown(Settings(dimension=8), failing)
     frame = table(results)
     assert len(frame) == 2 * 5
     mixed = (frame["in_domain"] + frame["retention"]) / 2
