@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gaintune.recipes.catalogue import recipe_named
 from gaintune.recipes.kinds import KINDS
 from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale
-from gaintune.recipes.world import world_of
+from gaintune.recipes.world import World, world_of
 from gaintune.recipes.writing import write_results
 from gaintune.runs import Run, make_folder
 
@@ -107,7 +108,8 @@ def run_recipe(
     if all(outcome.left_out for outcome in outcomes.values()):
         told = "; ".join(f"step {step}: {note}" for step, one in outcomes.items() for note in one.notes)
         raise ConfigError(f"recipe {chosen.id}: nothing of it can be run at scale {scale} ({told})")
-    findings = tuple(_judged(claim, outcomes) for claim in chosen.claims)
+    lacking = {name for step in chosen.steps for name in _lacking(chosen.settings(step, scale), world)}
+    findings = tuple(_judged(claim, outcomes, lacking) for claim in chosen.claims)
     result = RecipeResult(chosen, scale, folder, outcomes, findings)
     write_results(result, describe_environment(resolve_device("auto")))
     return result
@@ -126,9 +128,17 @@ def numbers_of(outcomes: Mapping[str, Outcome]) -> dict[str, Interval]:
     return {f"{step}.{name}": value for step, one in outcomes.items() for name, value in one.numbers.items()}
 
 
-def _judged(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:
+def _lacking(settings: Mapping[str, Any], world: World) -> list[str]:
+    """The domains of a step that have no text at this scale."""
+    return world.missing([*settings.get("domains", ()), *settings.get("watched", ())])
+
+
+def _judged(claim: Claim, outcomes: Mapping[str, Outcome], lacking: Iterable[str]) -> Finding:
+    """The verdict on a claim; a number of a domain that has no text here decides nothing."""
     step, _, name = claim.number.partition(".")
     if outcomes[step].left_out or name in outcomes[step].without:
+        return Finding(claim, None, "undecided")
+    if name not in outcomes[step].numbers and any(domain in re.split(r"[.-]", name) for domain in lacking):
         return Finding(claim, None, "undecided")
     if name not in outcomes[step].numbers:
         known = ", ".join(outcomes[step].numbers)

@@ -27,7 +27,7 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
 
     Adapters of two domains span a plane too. Settings: `of`, `line` and `grid`. Numbers: `LABEL.cosine` of the two
     directions; `LABEL.DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT; `LABEL.DOMAIN.both` where
-    both directions are added; `LABEL.LEARNT.barrier`, nats.
+    both directions are added; `LABEL.LEARNT.barrier` and, on the plane, `LABEL.DOMAIN.range`, nats.
     """
     trained, plan = _trained(settings, context)
     line, grid = settings.pop("line", LINE), settings.pop("grid", GRID)
@@ -57,8 +57,11 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
             else:
                 numbers[f"{label}.cosine"] = exact(cosine)
             for domain in found.plane.domains:
-                numbers[f"{label}.{domain}.both"] = found.plane.figures(domain).at_adapted[2]
-                rows[f"both, {domain}"] = [with_interval(numbers[f"{label}.{domain}.both"]), NONE, NONE, NONE]
+                figure = found.plane.figures(domain)
+                numbers[f"{label}.{domain}.both"] = figure.at_adapted[2]
+                numbers[f"{label}.{domain}.range"] = exact(figure.range_nats)
+                cells = [with_interval(figure.at_adapted[2]), NONE, f"{figure.range_nats:.4f}", NONE]
+                rows[f"both (range of the plane), {domain}"] = cells
         heads = ["Change there, %", "Lowest at", "Range, nats", "Barrier, nats"]
         tables[f"{label}: learnt, measured"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         figures += sorted(folder.glob("*.png"))

@@ -17,7 +17,7 @@ from gaintune.recipes import tiny_benchmarks, tiny_labels
 from gaintune.runs import complete_folder, damage, write_text
 
 END = "<end>"
-DOCUMENTS = 24
+DOCUMENTS = 64
 LONGEST = 400  # characters of a document
 MODULES = {
     "pubmedqa": "argparse",
@@ -29,7 +29,7 @@ MODULES = {
     "sst2": "pathlib",
     "hellaswag": "unittest.mock",
 }
-"""Whose functions stand for a paper's domain; sixteen documents of source text each are enough to learn something."""
+"""Whose functions stand for a paper's domain."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
