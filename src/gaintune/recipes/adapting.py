@@ -19,8 +19,8 @@ from gaintune.sequence import run_sequence
 def sequence(settings: dict[str, Any], context: Context) -> Outcome:
     """Domain after domain with each method: `gaintune sequence`.
 
-    Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.DOMAIN` after the
-    last stage; `LABEL.after-STAGE.DOMAIN`; `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
+    Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.worst_below`, the worst
+    domain learnt before, at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`; `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
     """
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
@@ -103,6 +103,13 @@ def matrix_numbers(matrix: Matrix) -> dict[str, Interval]:
         found |= _summary(method.label, method.summary)
         for row in method.stages:
             found |= {f"{method.label}.after-{row.domain}.{name}": cell.interval for name, cell in row.cells.items()}
+        below = [
+            row.cells[earlier.domain].interval
+            for number, row in enumerate(method.stages)
+            for earlier in method.stages[:number]
+        ]
+        if below:
+            found[f"{method.label}.worst_below"] = worst(below)
         if method.stages:
             found |= {f"{method.label}.{name}": cell.interval for name, cell in method.stages[-1].cells.items()}
     for comparison in matrix.comparisons:

@@ -41,11 +41,14 @@ class Expectation(Section):
 
 
 class Claim(Section):
-    """A sentence of the paper, and the number that decides it."""
+    """What a paper says, and the number that decides it."""
 
     says: str = Field(description="the claim in one sentence")
     number: str = Field(description="name of a number that a step gives, such as run.gain-ffn.backward_transfer")
     expect: Expectation = Field(description="where the number lies if the claim is true")
+    bound: Literal["paper", "ours"] = Field(
+        default="paper", description="whose the bound is: the paper's words give it, or it was chosen for them"
+    )
 
 
 class Step(Section):

@@ -78,12 +78,17 @@ def _verdicts(result: RecipeResult) -> Iterator[str]:
     if not result.findings:
         return
     rows = {
-        finding.claim.says: [finding.verdict, shown(finding.number), str(finding.claim.expect), finding.claim.number]
+        finding.claim.says: [finding.verdict, shown(finding.number), expected(finding.claim), finding.claim.number]
         for finding in result.findings
     }
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Verdict here", "Found", "Claimed", "Number"])
     yield markdown_table(frame, "Claim")
     yield ""
+
+
+def expected(claim: Claim) -> str:
+    """Where a claim's number lies if the claim is true, and whether the paper says so or we chose the bound."""
+    return f"{claim.expect}{', a bound of ours' if claim.bound == 'ours' else ''}"
 
 
 def shown(one: Interval | None) -> str:
