@@ -8,7 +8,7 @@ from typing import Any
 
 from gaintune.evaluate.matrix import Interval, Matrix
 from gaintune.evaluate.records import Summary
-from gaintune.recipes.outcome import Context, Outcome
+from gaintune.recipes.outcome import Context, Outcome, highest
 from gaintune.report import write_report
 from gaintune.report.tables import cell_frame, summary_frame
 from gaintune.report.words import FIGURES, NONE, with_interval
@@ -109,7 +109,7 @@ def matrix_numbers(matrix: Matrix) -> dict[str, Interval]:
             for earlier in method.stages[:number]
         ]
         if below:
-            found[f"{method.label}.worst_below"] = worst(below)
+            found[f"{method.label}.worst_below"] = highest(below)
         if method.stages:
             found |= {f"{method.label}.{name}": cell.interval for name, cell in method.stages[-1].cells.items()}
     for comparison in matrix.comparisons:

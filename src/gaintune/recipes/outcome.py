@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,6 +98,24 @@ def bare(value: float) -> Interval:
 def exact(value: float) -> Interval:
     """A number that was counted and not sampled, such as the smallest of an adapter's factors."""
     return Interval(float(value), float(value), float(value))
+
+
+def highest(intervals: Sequence[Interval]) -> Interval:
+    """The largest of several numbers; its ends are the largest ends, so that a claim about it is about all of them."""
+    return _extreme(intervals, max)
+
+
+def lowest(intervals: Sequence[Interval]) -> Interval:
+    """The smallest of several numbers, likewise."""
+    return _extreme(intervals, min)
+
+
+def _extreme(intervals: Sequence[Interval], pick: Callable[[list[float]], float]) -> Interval:
+    value = pick([each.value for each in intervals])
+    ends = [(each.low, each.high) for each in intervals if each.low is not None and each.high is not None]
+    if len(ends) < len(intervals):
+        return Interval(value, None, None)
+    return Interval(value, pick([low for low, _ in ends]), pick([high for _, high in ends]))
 
 
 def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:

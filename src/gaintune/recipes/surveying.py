@@ -18,7 +18,7 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import as_task
 from gaintune.evaluate.records import Interval
 from gaintune.recipes.benchmarking import asked_config
-from gaintune.recipes.outcome import Context, Outcome, exact, last_of_each
+from gaintune.recipes.outcome import Context, Outcome, exact, highest, last_of_each, lowest
 from gaintune.report.words import NONE, with_interval
 
 
@@ -171,10 +171,12 @@ def _course_numbers(found: Retention, course: Course) -> dict[str, Interval]:
     last = course.moments[-1]
     numbers = {"target": found.change(course, last, found.target), "texts": found.change(course, last, found.texts)}
     over_time = [found.change(course, moment, found.texts) for moment in course.moments if moment.step]
-    numbers["texts.worst"] = max((one for one in over_time if one), key=lambda one: one.value, default=None)
+    texts = [one for one in over_time if one is not None]
+    numbers["texts.worst"] = highest(texts) if texts else None
     kept = [moment.scores.retention_change for moment in course.moments if moment.step and moment.scores]
     numbers["kept"] = kept[-1] if kept else None
-    numbers["kept.worst"] = min((one for one in kept if one), key=lambda one: one.value, default=None)
+    benchmarks = [one for one in kept if one is not None]
+    numbers["kept.worst"] = lowest(benchmarks) if benchmarks else None
     return {name: value for name, value in numbers.items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER
 from gaintune.evaluate.records import Interval
 from gaintune.grid import read_grid
 from gaintune.recipes.adapting import left_out, nothing_to_learn
-from gaintune.recipes.outcome import Context, Outcome
+from gaintune.recipes.outcome import Context, Outcome, highest, lowest
 from gaintune.report.tables import markdown_table
 from gaintune.runs import write_text
 from gaintune.sweep import run_sweep
@@ -78,8 +78,8 @@ def numbers_of(comparison: SweepComparison) -> tuple[dict[str, Interval], dict[s
         for point in own:
             numbers[f"{name}@{point.lr:g}.in_domain"] = point.in_domain
             numbers[f"{name}@{point.lr:g}.{comparison.figure}"] = point.figure
-        numbers[f"{name}.worst"] = max(own, key=lambda point: point.figure.value).figure
-        numbers[f"{name}.best"] = min(own, key=lambda point: point.figure.value).figure
+        numbers[f"{name}.worst"] = highest([point.figure for point in own])
+        numbers[f"{name}.best"] = lowest([point.figure for point in own])
     for pair in comparison.pairs:
         numbers[f"matched.{_plain(pair.first)}-minus-{_plain(pair.second)}"] = pair.difference
     for each in comparison.curves:
