@@ -19,6 +19,7 @@ from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_means import counting_score
 from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts, compare_scores, find_score
 from gaintune.evaluate.benchmark_tasks import load_suite
 from gaintune.evaluate.benchmarks import (
@@ -260,6 +261,24 @@ def test_a_prompt_that_is_too_long_is_said(data, tmp_path, caplog):
     short = base_of(tiny_base.folder(tmp_path / "short", dtype=torch.float32, max_position_embeddings=48))
     measure_benchmarks(short.model, short.tokenizer, config_of(data, tasks=("arc_easy",)))
     assert "longer than the model's 48 tokens and lost their beginning" in caplog.text
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_metric_that_counts_does_not_hang_on_the_order_of_filters(turned):
+    facts = TaskFacts("rows", "test", 0, "1")
+
+    def scores(task, *metrics):
+        listed = [BenchmarkScore(task, metric, 0.5, None, (0.0, 1.0), 2, "mean", True, facts) for metric in metrics]
+        return listed[::-1] if turned else listed
+
+    for task, counts, other in (
+        ("gsm8k_cot", "exact_match,strict-match", "exact_match,flexible-extract"),
+        ("triviaqa", "exact_match,remove_whitespace", "exact_match,as-is"),
+        ("nq_open", "exact_match,remove_whitespace", "exact_match,as-is"),
+    ):
+        assert counting_score(scores(task, other, counts), task).metric == counts
+    with pytest.raises(ConfigError, match="which of them counts is not known"):
+        counting_score(scores("riddles", "exact_match,one", "exact_match,two"), "riddles")
 
 
 def test_a_task_named_twice_and_a_wrong_count_are_refused():
