@@ -15,6 +15,7 @@ from gaintune.runs import make_folder, write_json, write_text
 if TYPE_CHECKING:
     from gaintune.evaluate.records import Interval
     from gaintune.recipes.runner import RecipeResult
+    from gaintune.recipes.schema import Claim
 
 
 def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
