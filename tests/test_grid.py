@@ -3,9 +3,13 @@
 import re
 
 import pytest
+import yaml
+from pydantic import Field
 
+from gaintune.config import Plan
 from gaintune.errors import ConfigError
-from gaintune.grid import planned_runs, read_grid
+from gaintune.grid import grid_yaml, plan_id, planned_runs, read_grid
+from gaintune.sections import TrainConfig
 
 DOMAINS = {"data": {"domains": ["law", "medical", "code"]}}
 
@@ -36,6 +40,42 @@ def test_the_same_settings_have_the_same_id_however_they_are_said():
     assert other.id != alone.id
     (methods_of_plan,) = planned_runs(read_grid({"plan": {**DOMAINS, "methods": ["lora"]}, "seeds": [5]}))
     assert methods_of_plan.id == alone.id
+
+
+def test_a_new_option_leaves_the_ids_of_old_plans_as_they_are():
+    class Later(Plan):
+        """A plan of a version with one more section and one more key, neither of them None by default."""
+
+        class LaterTrain(TrainConfig):
+            patience: int = 3
+
+        train: LaterTrain = Field(default_factory=lambda: Later.LaterTrain())
+        pruning: LaterTrain = Field(default_factory=lambda: Later.LaterTrain())
+
+    values = {**DOMAINS, "methods": ["lora"], "train": {"seed": 5}}
+    assert plan_id(Later.model_validate(values)) == plan_id(Plan.model_validate(values))
+    said = {**values, "train": {"seed": 5, "batch_size": 4}, "evaluate": {"confidence": 0.95}}  # defaults
+    assert plan_id(Plan.model_validate(said)) == plan_id(Plan.model_validate(values))
+    for section, key in (("train", {"epochs": 2}), ("evaluate", {"confidence": 0.9}), ("data", {"seed": 1})):
+        other = {**values, section: {**values.get(section, {}), **key}}
+        assert plan_id(Plan.model_validate(other)) != plan_id(Plan.model_validate(values))
+
+
+def test_ids_are_what_they_were():
+    """Another id means that whoever goes on with a sweep computes it anew: change these only with a word about it."""
+    assert [run.id for run in runs(methods=["lora", "gain-ffn"], rates=[0.01], seeds=[5])] == [
+        "79b3fafc4b2d16a7",
+        "6ec6237d56769c35",
+    ]
+
+
+def test_a_grid_that_was_written_has_every_setting_and_stands_for_the_same_runs(tmp_path):
+    for values in ({"methods": ["lora"], "rates": {"lora": [0.01, 0.02]}, "orders": 2}, {"seeds": [1, 2]}):
+        grid = read_grid({"plan": DOMAINS, **values})
+        (tmp_path / "grid.yaml").write_text(grid_yaml(grid))
+        told = yaml.safe_load((tmp_path / "grid.yaml").read_text())
+        assert told["plan"]["train"]["betas"] == [0.9, 0.999] and told["order_seed"] == 0
+        assert planned_runs(read_grid(tmp_path / "grid.yaml")) == planned_runs(grid)
 
 
 def test_ranks_are_for_methods_that_have_one_and_own_settings_win():

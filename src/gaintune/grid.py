@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from gaintune.config import MethodConfig, Plan, apply_overrides, as_list, read_values
@@ -151,8 +152,12 @@ class PlannedRun:
 
 
 def plan_id(plan: Plan) -> str:
-    """16 hexadecimal digits for a plan. Keys that are not set do not count, so a new option leaves old plans theirs."""
-    values = plan.model_dump(mode="json", exclude_none=True)
+    """16 hexadecimal digits for a plan. Keys at their default do not count, so a new option leaves old plans theirs.
+
+    All others do, also those that only decide intervals or where a run is tracked: its files tell of them.
+    """
+    values = plan.model_dump(mode="json", exclude_defaults=True)
+    values = {name: value for name, value in values.items() if value}  # a section at its defaults is empty, or left out
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -169,6 +174,14 @@ def read_grid(grid: Grid | Mapping[str, Any] | str | Path, assignments: Sequence
         return Grid.model_validate(apply_overrides(values, assignments))
     except ValidationError as error:
         raise explain(error, origin, Grid) from None
+
+
+def grid_yaml(grid: Grid) -> str:
+    """A grid with all its settings, defaults as well, as YAML that `read_grid` reads back to the same runs."""
+    values = grid.model_dump(mode="json")
+    del values["plan"]["methods"]  # the grid has them, and only one of the two may
+    values["methods"] = [method.model_dump(mode="json") for method in grid.every_method]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def planned_runs(grid: Grid) -> tuple[PlannedRun, ...]:

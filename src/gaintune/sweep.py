@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 from gaintune.config import Plan
@@ -24,7 +23,7 @@ from gaintune.differences import differences
 from gaintune.errors import GaintuneError, RunDirectoryError, SweepError, one_line
 from gaintune.evaluate.base_losses import BaseLosses
 from gaintune.evaluate.records import Matrix
-from gaintune.grid import Grid, PlannedRun, planned_runs, read_grid
+from gaintune.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
 from gaintune.models import base_fingerprint, load_tokenizer
 from gaintune.progress import Progress, Silent
 from gaintune.runs import canonical_json, make_folder, read_json, write_json, write_text
@@ -109,7 +108,7 @@ def run_sweep(
         shown.note(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished")
         if missing:
             _check_inputs(path, runs, missing)
-        write_text(path / "grid.yaml", yaml.safe_dump(settled.model_dump(mode="json", exclude_unset=True)))
+        write_text(path / "grid.yaml", grid_yaml(settled))
         if missing:
             with open_pool(chosen, min(jobs, len(missing)), address) as pool:
                 _run_all(path, missing, pool, min(jobs, len(missing)), shown, prepare)
