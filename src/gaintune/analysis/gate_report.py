@@ -17,7 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from gaintune.analysis.gate_statistics import CLOSED, DEPTHS, OPEN, GateRecord, GateSummary, LayerGates, summarise
+from gaintune.analysis.gate_apart import apart_table, row_table
+from gaintune.analysis.gate_statistics import (
+    CLOSED,
+    DEPTHS,
+    EVERY,
+    OPEN,
+    GateRecord,
+    GateSummary,
+    LayerGates,
+    select,
+    summarise,
+)
 from gaintune.analysis.gate_survey import Survey
 from gaintune.progress import plural
 from gaintune.report.canvas import MUTED, RULE, SHADE, figure_files, styled
@@ -25,17 +36,11 @@ from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
 from gaintune.runs import write_json, write_text
 
-EVERY = "all"
 BLOCKS = ("attention", "mlp")
 NAMES = {"attention": "attention", "mlp": "MLP", EVERY: "all layers"}
 COLOURS = colormaps["viridis"]
 PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # keeps lines out of the letters
 SHOWN_BINS = 50  # bars of a drawn histogram, if the recorded bins can be put together so
-
-
-def select(layers: tuple[LayerGates, ...], depth: str = EVERY, block: str = EVERY) -> list[LayerGates]:
-    """The layers of one depth third and one block; "all" stands for every one."""
-    return [each for each in layers if depth in (EVERY, each.place.depth) and block in (EVERY, each.place.block)]
 
 
 def groups(record: GateRecord) -> Iterator[tuple[str, str, str, GateSummary]]:
@@ -275,9 +280,12 @@ def _means(layers: tuple[LayerGates, ...]) -> tuple[list[str], list[int], np.nda
 
 
 def write(survey: Survey, folder: Path) -> None:
-    """Write gates.csv, .md and .json, gates-layers.csv, and both figures as PNG and SVG into a folder."""
+    """Write gates.csv, .md and .json, gates-layers, gates-apart and gates-rows.csv, and two figures into a folder."""
     write_text(folder / "gates.csv", summary_table(survey).to_csv(index=False, lineterminator="\n"))
     write_text(folder / "gates-layers.csv", layer_table(survey.record).to_csv(index=False, lineterminator="\n"))
+    apart = apart_table(survey.record, survey.plan.evaluate)
+    write_text(folder / "gates-apart.csv", apart.to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "gates-rows.csv", row_table(survey.record).to_csv(index=False, lineterminator="\n"))
     write_text(folder / "gates.md", markdown(survey))
     write_json(folder / "gates.json", record_values(survey))
     drawn = {

@@ -16,6 +16,7 @@ CLOSED, OPEN = 0.05, 0.5
 """A gate below `CLOSED` lets hardly anything of its part through; one above `OPEN` most of it. Both are bin edges."""
 EDGES_EVERY = 20  # numbers of bins that have both edges are its multiples
 DEPTHS = ("early", "middle", "late")
+EVERY = "all"
 Block = Literal["attention", "mlp"]
 
 
@@ -82,6 +83,8 @@ class LayerGates:
         histogram: gate values of each rank part in equal bins of [0, 1], the last one closed, int64 `(rank, bins)`.
         total: sum of the values of each part, float64 `(rank,)`.
         squares: sum of their squares, float64 `(rank,)`.
+        row_values: how many gate values each text row counted, int64 `(rows,)`.
+        row_totals: sum of those values, float64 `(rows,)`.
     """
 
     place: Place
@@ -89,6 +92,17 @@ class LayerGates:
     histogram: np.ndarray
     total: np.ndarray
     squares: np.ndarray
+    row_values: np.ndarray
+    row_totals: np.ndarray
+
+
+def select(layers: tuple[LayerGates, ...], depth: str = EVERY, part: str = EVERY) -> list[LayerGates]:
+    """The layers of one depth third, and of one block or projection; "all" stands for every one."""
+    return [
+        each
+        for each in layers
+        if depth in (EVERY, each.place.depth) and part in (EVERY, each.place.block, each.place.projection)
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Gate values of a DISeL model during forward passes, as histograms and moments: memory does not grow with text."""
+"""Gate values of a DISeL model during forward passes: histograms, moments, and one sum for each row of text."""
 
 from __future__ import annotations
 
@@ -16,41 +16,58 @@ from gaintune.loss import IGNORED
 from gaintune.tuners.disel.layer import disel_layers
 
 
+class _Tokens(NamedTuple):
+    """The tokens of the current batch that count: all of `total`, or those at `index`; its first row in the domain."""
+
+    domain: str
+    first: int
+    rows: int
+    total: int
+    index: torch.Tensor | None
+
+
 class _Accumulator:
-    """The running histogram and moments of one layer on one domain, on the layer's own device."""
+    """The running histogram, moments and row sums of one layer on one domain, on the layer's own device."""
 
     def __init__(self, rank: int, bins: int, device: torch.device) -> None:
         self.bins = bins
         self.tokens = 0
+        self.rows: dict[int, tuple[int, torch.Tensor]] = {}  # of each batch, by its first row: passes, and sums
         with torch.inference_mode(False):  # so that they can be updated inside and outside of inference mode
             self.offsets = torch.arange(0, rank * bins, bins, device=device)
             self.histogram = torch.zeros(rank * bins, dtype=torch.int64, device=device)
             self.moments = torch.zeros(2, rank, dtype=torch.float64, device=device)
 
-    def add(self, gates: torch.Tensor) -> None:
-        """Count gate values `(tokens, rank)`."""
-        values = gates.float()
+    def add(self, gates: torch.Tensor, tokens: _Tokens) -> None:
+        """Count those of the gate values `(tokens, rank)` whose tokens count."""
+        index = None if tokens.index is None else tokens.index.to(gates.device)
+        values = (gates if index is None else gates[index]).float()
         # clamped as integers: a gate of exactly 1 belongs to the last bin, and what is not finite shows in the moments
         codes = (values * self.bins).to(torch.int64).clamp_(0, self.bins - 1).add_(self.offsets)
         self.histogram += torch.bincount(codes.view(-1), minlength=len(self.histogram))
         self.moments[0] += values.sum(0)
         self.moments[1] += values.square().sum(0)
-        self.tokens += len(gates)
+        self.tokens += len(values)
+        of_tokens = values.sum(1, dtype=torch.float64)
+        if index is not None:
+            counted, of_tokens = of_tokens, of_tokens.new_zeros(tokens.total)
+            of_tokens[index] = counted
+        sums = of_tokens.view(tokens.rows, -1).sum(1)
+        passes, before = self.rows.get(tokens.first, (0, 0.0))  # a layer that is used twice sees each row twice
+        self.rows[tokens.first] = (passes + 1, sums + before)
 
-    def layer(self, place: Place) -> LayerGates:
+    def layer(self, place: Place, row_tokens: np.ndarray) -> LayerGates:
+        """What was counted, given how many tokens of each row of the domain count, `(rows,)`."""
         moments = self.moments.cpu().numpy()
         if not np.isfinite(moments).all():
             raise TrainingError(f"{place.name}: gate values are not finite, so the model or its adapter is broken")
         histogram = self.histogram.cpu().numpy().reshape(-1, self.bins)
-        return LayerGates(place, self.tokens, histogram, moments[0].copy(), moments[1].copy())
-
-
-class _Tokens(NamedTuple):
-    """The tokens of the current batch that count: all of `total`, or those at `index`."""
-
-    domain: str
-    total: int
-    index: torch.Tensor | None
+        values, totals = np.zeros_like(row_tokens), np.zeros(len(row_tokens))
+        for first, (passes, sums) in self.rows.items():
+            rows = slice(first, first + len(sums))
+            values[rows] = passes * len(histogram) * row_tokens[rows]
+            totals[rows] = sums.cpu().numpy()
+        return LayerGates(place, self.tokens, histogram, moments[0].copy(), moments[1].copy(), values, totals)
 
 
 class GateRecorder:
@@ -62,6 +79,7 @@ class GateRecorder:
         self._layers = {name: layer for name, layer in disel_layers(model) if adapter in layer.lora_G}
         self._places = places_of(model, self._layers)
         self._counts: dict[str, dict[str, _Accumulator]] = {}
+        self._row_tokens: dict[str, list[int]] = {}
         self._tokens: _Tokens | None = None
         self._observers: list[tuple[Any, Callable[[str, torch.Tensor], None]]] = []
 
@@ -76,11 +94,15 @@ class GateRecorder:
 
         A forward pass outside of such a block is not counted.
         """
-        if mask.dtype != torch.bool:
-            raise ConfigError(f"the mask of counted tokens is {mask.dtype}: give a bool tensor, (batch, tokens)")
+        if mask.dtype != torch.bool or mask.ndim != 2:
+            given = f"{mask.dtype} of {mask.ndim} dimensions"
+            raise ConfigError(f"the mask of counted tokens is {given}: give a bool tensor, (batch, tokens)")
         flat = mask.reshape(-1)
         self._counts.setdefault(domain, {})
-        self._tokens = _Tokens(domain, len(flat), None if bool(flat.all()) else flat.nonzero().squeeze(1))
+        rows = self._row_tokens.setdefault(domain, [])
+        index = None if bool(flat.all()) else flat.nonzero().squeeze(1)
+        self._tokens = _Tokens(domain, len(rows), len(mask), len(flat), index)
+        rows.extend(mask.sum(1).tolist())
         try:
             yield
         finally:
@@ -95,16 +117,21 @@ class GateRecorder:
         return GateRecord(
             self.adapter,
             {
-                domain: tuple(counts[name].layer(place) for name, place in self._places.items() if name in counts)
+                domain: tuple(
+                    counts[name].layer(place, np.array(self._row_tokens[domain], np.int64))
+                    for name, place in self._places.items()
+                    if name in counts
+                )
                 for domain, counts in self._counts.items()
             },
         )
 
     @property
     def stored_values(self) -> int:
-        """Numbers held: bounded by domains, layers, rank and bins, whatever the amount of text."""
+        """Numbers held: by domains, layers, rank and bins, and one for each layer and row, however long the rows."""
         accumulators = [each for counts in self._counts.values() for each in counts.values()]
-        return sum(each.histogram.numel() + each.moments.numel() + each.offsets.numel() for each in accumulators)
+        fixed = sum(each.histogram.numel() + each.moments.numel() + each.offsets.numel() for each in accumulators)
+        return fixed + sum(len(sums) for each in accumulators for _, sums in each.rows.values())
 
     def _attach(self) -> None:
         for name, layer in self._layers.items():
@@ -131,7 +158,7 @@ class GateRecorder:
             counts = self._counts[tokens.domain]
             if name not in counts:
                 counts[name] = _Accumulator(values.shape[1], self._bins, values.device)
-            counts[name].add(values if tokens.index is None else values[tokens.index.to(values.device)])
+            counts[name].add(values, tokens)
 
         return observe
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pandas as pd
 
 from gaintune.analysis import gain_report, subspace_report, tokens_report
 from gaintune.analysis.gains import FactorFigures, survey_gains
-from gaintune.analysis.gate_report import EVERY, groups, select
+from gaintune.analysis.gate_apart import compared
+from gaintune.analysis.gate_report import groups
 from gaintune.analysis.gate_report import write as write_gates
-from gaintune.analysis.gate_statistics import DEPTHS, GateRecord, GateSummary, summarise
+from gaintune.analysis.gate_statistics import EVERY, GateRecord, GateSummary, summarise
 from gaintune.analysis.gate_survey import survey_gates
 from gaintune.analysis.linear_experiment import Settings, run_experiment
 from gaintune.analysis.linear_report import checks, summary
@@ -22,7 +22,6 @@ from gaintune.analysis.tokens import survey_tokens
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import paired_bootstrap
 from gaintune.recipes.outcome import Context, Outcome, bare, exact, last_of_each
 
 
@@ -59,7 +58,9 @@ def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
 
 def gates(settings: dict[str, Any], context: Context) -> Outcome:
     """`gaintune gates` on every DISeL adapter of the step `of`, on `domains`; numbers `LABEL.DOMAIN.DEPTH.mean`,
-    `LABEL.DOMAIN.PROJECTION.mean`, and `LABEL.A-minus-B.mean` and `.DEPTH.mean`, paired module by module."""
+    `LABEL.DOMAIN.PROJECTION.mean`; and with intervals over rows of text `LABEL.A-minus-B.mean`, `.DEPTH.mean`,
+    `.DEPTH.BLOCK.mean` and `.PROJECTION.mean` of two domains, `LABEL.DOMAIN.PROJECTION-minus-PROJECTION.mean` and
+    `LABEL.DOMAIN.mlp-minus-attention.mean` on one."""
     trained = context.of(settings)
     label = settings.pop("label", "disel")
     plan = context.world.plan(settings, origin=context.origin)
@@ -87,16 +88,15 @@ def gates(settings: dict[str, Any], context: Context) -> Outcome:
 
 
 def _gates_apart(record: GateRecord, label: str, settings: EvaluateConfig) -> dict[str, Interval]:
-    """Mean gate on one domain less that on another, paired module by module, over all depths and at each."""
+    """Mean gates of domains and parts less those of others; what is "all" is not named."""
     numbers = {}
-    for one, other in itertools.permutations(record.domains, 2):
-        for depth in (EVERY, *DEPTHS):
-            pairs = zip(select(record.domains[one], depth), select(record.domains[other], depth), strict=True)
-            apart = [summarise([first]).mean - summarise([second]).mean for first, second in pairs]
-            if apart:
-                samples, confidence, seed = settings.bootstrap_samples, settings.confidence, settings.seed
-                name = f"{label}.{one}-minus-{other}{'' if depth == EVERY else f'.{depth}'}.mean"
-                numbers[name] = paired_bootstrap(apart, samples=samples, confidence=confidence, seed=seed)
+    for (one, other), apart in compared(record, settings).items():
+        if one.domain == other.domain:
+            name = f"{one.domain}.{one.part}-minus-{other.part}"
+        else:
+            told = [each for each in (one.depth, one.part) if each != EVERY]
+            name = ".".join([f"{one.domain}-minus-{other.domain}", *told])
+        numbers[f"{label}.{name}.mean"] = apart
     return numbers
 
 
