@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.analysis.adapted_weights import AdaptedWeights
+from gaintune.analysis.adapted_weights import adapted_weights
 from gaintune.analysis.subspace import SubspaceSettings
 from gaintune.analysis.subspace_report import markdown, remarks, write
 from gaintune.analysis.subspace_survey import survey_subspace
@@ -51,7 +51,8 @@ def method(name: str, **options) -> MethodConfig:
 
 def pairs(base_folder, folder, **options):
     base = load_base(str(base_folder), dtype=torch.float32)
-    return {pair.name: pair for pair in AdaptedWeights(base, folder, **options)}
+    with adapted_weights(base, folder, **options) as weights:
+        return {pair.name: pair for pair in weights}
 
 
 def test_weights_of_gains_and_lora_equal_their_formulas_in_float64(narrow, tmp_path):

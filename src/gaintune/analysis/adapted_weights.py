@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gaintune.absorb import check_mergeable
 from gaintune.adapter_folder import WEIGHTS
-from gaintune.adapters import FULL, load_adapter, read_config, read_record
+from gaintune.adapters import FULL, read_config, read_record
 from gaintune.errors import AdapterError, ConfigError, one_line
+from gaintune.evaluate.benchmarks import attached
 from gaintune.models import Base
 from gaintune.tuners.gain import GainLayer
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 GATED = "DISEL"
+NAMED = 8  # modules that a warning names; of more it says how many
 
 
 @dataclass(frozen=True)
@@ -66,38 +69,14 @@ class AdaptedWeights:
     """Every linear weight that an adapter changes, before and after: iterate over it once.
 
     The adapter is put into one weight at a time, in float64, as its method's own merging prescribes (products of
-    low-rank factors are fp32, as in a merged model). Embeddings and modules trained whole beside an adapter are left
-    out with a warning.
+    low-rank factors are fp32, as in a merged model). See `adapted_weights`.
     """
 
-    def __init__(self, base: Base, adapter: Path, *, gate: float | None = None, allow_other_base: bool = False) -> None:
-        """Load an adapter onto its base.
-
-        Args:
-            base: the untouched base, loaded in fp32; it is used up.
-            adapter: folder of an adapter, or of fully fine-tuned weights.
-            gate: for DISeL and Gated LoRA, the constant value of every gate, in (0, 1]; None for all others.
-            allow_other_base: as in `load_adapter`.
-
-        Raises:
-            AdapterError, BaseMismatchError, ConfigError: as `check_weights` and `load_adapter`; or nothing to compare.
-        """
-        check_weights(adapter, gate)
-        record = read_record(adapter)
-        self._full = record is not None and record.method == FULL
-        self._adapter, self._gate = adapter, gate
-        before = _linear_weights(base.model, None if self._full else _tensor_names(adapter))
-        self._model = load_adapter(base, adapter, allow_other_base=allow_other_base)
-        modules = dict(self._model.named_modules())
-        self._modules: dict[str, tuple[torch.Tensor, Any]] = {
-            name: (weight, modules[name if self._full else PREFIX + name])
-            for name, weight in before.items()
-            if self._full or isinstance(modules[PREFIX + name], BaseTunerLayer)
-        }
-        if not self._modules:
-            raise AdapterError(f"{adapter} changes no linear weight of {base.name!r}")
-        if not self._full:
-            _warn_of_rest(modules, adapter, set(self._modules))
+    def __init__(
+        self, adapter: Path, modules: Mapping[str, tuple[torch.Tensor, Any]], gate: float | None, full: bool
+    ) -> None:
+        """By each module's name: its weight in the base, and the module with the adapter, or with the full weights."""
+        self._adapter, self._modules, self._gate, self._full = adapter, modules, gate, full
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +103,7 @@ class AdaptedWeights:
                 return _held_open(layer, base.weight.detach(), self._gate)
             layer.merge(safe_merge=True)
             return base.weight.detach()
-        except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
+        except (ValueError, NotImplementedError) as error:  # no other RuntimeError: no memory is not about the adapter
             reason = one_line(error)[:300]
             raise AdapterError(f"{self._adapter}: {name} cannot be put together ({reason})") from error
         finally:
@@ -132,6 +111,44 @@ class AdaptedWeights:
             layer.merged_adapters = []
             if isinstance(layer, GainLayer):
                 layer._original = None  # a merged layer of gains keeps what it replaced
+
+
+@contextlib.contextmanager
+def adapted_weights(
+    base: Base, adapter: Path, *, gate: float | None = None, allow_other_base: bool = False
+) -> Iterator[AdaptedWeights]:
+    """Put an adapter onto its base for a while, and give every linear weight before and after.
+
+    Embeddings, norms, biases and modules trained whole beside an adapter are left out with a warning.
+
+    Args:
+        base: the untouched base, loaded in fp32; afterwards it is again what it was.
+        adapter: folder of an adapter, or of fully fine-tuned weights.
+        gate: for DISeL and Gated LoRA, the constant value of every gate, in (0, 1]; None for all others.
+        allow_other_base: as in `load_adapter`.
+
+    Raises:
+        AdapterError, BaseMismatchError, ConfigError: as `check_weights` and `load_adapter`; or nothing to compare.
+    """
+    check_weights(adapter, gate)
+    record = read_record(adapter)
+    full = record is not None and record.method == FULL
+    before = _linear_weights(base.model, None if full else _tensor_names(adapter))
+    rest = _other_parameters(base.model) if full else {}
+    with attached(base, adapter, allow_other_base=allow_other_base) as (model, _):
+        modules = dict(model.named_modules())
+        pairs = {
+            name: (weight, modules[name if full else PREFIX + name])
+            for name, weight in before.items()
+            if full or isinstance(modules[PREFIX + name], BaseTunerLayer)
+        }
+        if not pairs:
+            raise AdapterError(f"{adapter} changes no linear weight of {base.name!r}")
+        if full:
+            _warn(adapter, [name for name, was in rest.items() if not torch.equal(was, model.get_parameter(name))])
+        else:
+            _warn(adapter, _adapted_elsewhere(modules, set(pairs)))
+        yield AdaptedWeights(adapter, pairs, gate, full)
 
 
 def _linear_weights(model: nn.Module, tensors: set[str] | None) -> dict[str, torch.Tensor]:
@@ -154,16 +171,26 @@ def _tensor_names(adapter: Path) -> set[str]:
         return set(tensors.keys())
 
 
-def _warn_of_rest(modules: dict[str, nn.Module], adapter: Path, compared: set[str]) -> None:
-    left_out = [
+def _other_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters that are no linear module's weight; a tied embedding is its linear head's weight."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name: each.detach().clone() for name, each in model.named_parameters() if id(each) not in linear}
+
+
+def _adapted_elsewhere(modules: Mapping[str, nn.Module], compared: set[str]) -> list[str]:
+    return [
         name.removeprefix(PREFIX)
         for name, module in modules.items()
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and name.removeprefix(PREFIX) not in compared
     ]
+
+
+def _warn(adapter: Path, left_out: Sequence[str]) -> None:
     if left_out:
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
         logger.warning(
-            "%s also changes what is no linear weight behind an adapter, and that is left out: %s",
-            adapter, ", ".join(left_out),
+            "%s also changes what is no linear module's weight, and that is left out: %s%s",
+            adapter, ", ".join(left_out[:NAMED]), more,
         )  # fmt: skip
 
 

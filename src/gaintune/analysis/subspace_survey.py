@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from gaintune.adapters import check_adapters, read_config
-from gaintune.analysis.adapted_weights import AdaptedWeights, check_weights
+from gaintune.analysis.adapted_weights import adapted_weights, check_weights
 from gaintune.analysis.gate_statistics import Place, places_of
 from gaintune.analysis.origin import Origin
 from gaintune.analysis.provenance import Provenance, named_origins
@@ -129,13 +128,14 @@ def survey_subspace(
     check_adapters(adapters, model, allow_other_base=allow_other_base)
     chosen, shown = settings or SubspaceSettings(), progress or Silent()
     found = []
+    base = load_base(model.model_copy(update={"quantization": None}), dtype=torch.float32)
     for (label, origin), adapter in zip(origins.items(), adapters, strict=True):
-        base = load_base(model.model_copy(update={"quantization": None}), dtype=torch.float32)
-        name, revision, fingerprint = base.name, base.revision, base.fingerprint
-        weights = AdaptedWeights(base, adapter, gate=gate, allow_other_base=allow_other_base)
-        places = places_of(base.model, weights.names)
         modules = []
-        with shown.task(f"{label}: singular vectors", len(weights), "modules") as advance:
+        with (
+            adapted_weights(base, adapter, gate=gate, allow_other_base=allow_other_base) as weights,
+            shown.task(f"{label}: singular vectors", len(weights), "modules") as advance,
+        ):
+            places = places_of(base.model, weights.names)
             for pair in weights:
                 modules.append(
                     ModuleSubspace(places[pair.name], compare_weights(pair.pretrained, pair.adapted, chosen))
@@ -143,12 +143,10 @@ def survey_subspace(
                 advance(1)
         scales = (adapter / "adapter_config.json").is_file() and read_config(adapter).get("peft_type") == "GAIN"
         found.append(AdapterSubspace(label, origin, scales, gate, tuple(modules)))
-        del base, weights
-        gc.collect()
     provenance = Provenance(
-        base=name,
-        base_revision=revision,
-        base_fingerprint=fingerprint,
+        base=base.name,
+        base_revision=base.revision,
+        base_fingerprint=base.fingerprint,
         adapters=origins,
         texts={},
         settings={"subspace": asdict(chosen), "gate": gate, "model": model.model_dump(mode="json")},
