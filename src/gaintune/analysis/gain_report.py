@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.gains import NEAR, FactorFigures, FactorSequence, FactorSurvey
-from gaintune.analysis.origin import provenance
+from gaintune.environment import describe_environment
 from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import diverging, look
 from gaintune.report.tables import markdown_table
@@ -119,7 +120,10 @@ def record_values(survey: FactorSurvey) -> dict[str, Any]:
             }
             for sequence in survey.sequences
         ],
-        "provenance": provenance(*origins),
+        "provenance": {
+            "adapters": [each.to_dict() for each in origins],
+            "environment": describe_environment(torch.device("cpu")),
+        },
     }
 
 

@@ -7,10 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gaintune.adapter_folder import adapter_weights, check_whole, read_config, read_record
-from gaintune.environment import describe_environment
 from gaintune.errors import AdapterError
 from gaintune.runs import sha256_file
 
@@ -91,11 +88,3 @@ def _where_they_differ(paths: Sequence[tuple[str, ...]]) -> list[str]:
     end = next((at for at in range(shortest - start) if len({path[-1 - at] for path in paths}) > 1), shortest - start)
     middles = ["/".join(path[start : len(path) - end]) for path in paths]
     return middles if all(middles) else [str(Path(*path)) for path in paths]
-
-
-def provenance(*origins: Origin, device: torch.device | None = None) -> dict[str, Any]:
-    """What a record of an analysis keeps beside its numbers: the adapters, and what it was computed with."""
-    return {
-        "adapters": [each.to_dict() for each in origins],
-        "environment": describe_environment(device or torch.device("cpu")),
-    }
