@@ -13,6 +13,7 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig, read_config
 from gaintune.evaluate.benchmark_means import counting_score, mean_difference
 from gaintune.evaluate.benchmark_records import BenchmarkScore
+from gaintune.evaluate.benchmarks import run_benchmarks
 from gaintune.evaluate.records import Interval
 from gaintune.models import Base
 from gaintune.progress import Progress
@@ -110,8 +111,6 @@ def measure_scores(
     Raises:
         ConfigError: a task without a share of rows to count; and whatever `run_benchmarks` raises.
     """
-    from gaintune.evaluate.benchmarks import run_benchmarks
-
     tasks = [task.name for task in config.tasks]
     named = {f"{label}, step {step}": (label, step) for label, step in snapshots}
     report = run_benchmarks(
