@@ -62,13 +62,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
     make_folder(path.parent)
     temporary = _beside(path)
     try:
-        with temporary.open("x", encoding="utf-8") as handle:
-            handle.write(text)
+        with temporary.open("xb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
@@ -76,6 +76,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, atomically."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

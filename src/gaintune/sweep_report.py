@@ -17,7 +17,7 @@ from gaintune.report.canvas import INK, PAGE, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table, setting
 from gaintune.report.words import FIGURES, signed, with_interval
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 from gaintune.sweep_compare import CurvePair, Pair, Point, SweepComparison
 
 LABELS = (((5, 4), "left"), ((5, -10), "left"), ((-5, 4), "right"), ((-5, -10), "right"))
@@ -153,4 +153,4 @@ def write(comparison: SweepComparison, folder: Path) -> None:
     environment = describe_environment(torch.device("cpu"))
     write_json(folder / "comparison.json", {**comparison.to_dict(), "environment": environment})
     for name, content in figure_files("tradeoff", tradeoff(comparison)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

@@ -22,7 +22,7 @@ from gaintune.environment import describe_environment
 from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import diverging, look
 from gaintune.report.tables import markdown_table
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 EVERY = "all"
 TIGHT = f"within [{NEAR[0]:g}, {NEAR[1]:g}]"
@@ -273,4 +273,4 @@ def write(survey: FactorSurvey, folder: Path) -> None:
     if any(_layers(sequence) for sequence in survey.sequences):
         drawn |= figure_files("gains-heatmap", heatmap(survey))
     for name, content in drawn.items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

@@ -34,7 +34,7 @@ from gaintune.progress import plural
 from gaintune.report.canvas import MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 BLOCKS = ("attention", "mlp")
 NAMES = {"attention": "attention", "mlp": "MLP", EVERY: "all layers"}
@@ -293,4 +293,4 @@ def write(survey: Survey, folder: Path) -> None:
         **figure_files("gate-heatmap", heatmap(survey)),
     }
     for name, content in drawn.items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

@@ -19,7 +19,7 @@ from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import LARGEST_LIMIT, SMALLEST_LIMIT, diverging, ink_on, look
 from gaintune.report.tables import markdown_table
 from gaintune.report.words import signed, with_interval
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 TICKS = [(1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)]
 
@@ -234,4 +234,4 @@ def write(found: Landscape, folder: Path) -> None:
     if found.plane is not None:
         drawn |= figure_files("landscape-plane", plane_figure(found.plane))
     for name, content in drawn.items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

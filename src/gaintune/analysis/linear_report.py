@@ -19,7 +19,7 @@ from gaintune.environment import describe_environment
 from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 LABELS = {"full": "full", "lora": "LoRA", "disel": "DISeL"}
 FIXED, BAYES = "best fixed correction", "Bayes-optimal correction"
@@ -261,4 +261,4 @@ def write(settings: Settings, results: Sequence[SeedResult], folder: Path) -> No
     write_text(folder / "linear-model.md", markdown(settings, results))
     write_json(folder / "linear-model.json", record(settings, results))
     for name, content in figure_files("linear-model", figure(results)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

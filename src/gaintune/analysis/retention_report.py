@@ -18,7 +18,7 @@ from gaintune.report.canvas import INK, RULE, figure_files, styled
 from gaintune.report.palette import Look, look
 from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE, with_interval
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 Read = Callable[[Course, Moment], Interval | None]
 
@@ -180,4 +180,4 @@ def write(found: Retention, folder: Path) -> None:
     write_text(folder / "retention.md", markdown(found))
     write_json(folder / "retention.json", found.to_dict())
     for name, content in figure_files("retention", figure(found)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

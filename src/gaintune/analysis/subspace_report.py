@@ -18,7 +18,7 @@ from gaintune.analysis.subspace_survey import AdapterSubspace, ModuleSubspace, S
 from gaintune.report.canvas import MUTED, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 NONE = "—"
 NO_OUTSIDE = "no outside"
@@ -260,4 +260,4 @@ def write(survey: SubspaceSurvey, folder: Path) -> None:
     write_text(folder / "subspace.md", markdown(survey))
     write_json(folder / "subspace.json", record_values(survey))
     for name, content in figure_files("subspace", figure(survey)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

@@ -17,7 +17,7 @@ from gaintune.evaluate.records import Interval
 from gaintune.report.canvas import INK, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 NONE = "—"
 
@@ -166,4 +166,4 @@ def write(survey: TokenSurvey, folder: Path) -> None:
     write_text(folder / "tokens.md", markdown(survey))
     write_json(folder / "tokens.json", record_values(survey))
     for name, content in figure_files("tokens", figure(survey)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

@@ -17,7 +17,7 @@ from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import diverging, ink_on, look
 from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE, with_interval
-from gaintune.runs import write_json, write_text
+from gaintune.runs import write_bytes, write_json, write_text
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
 MEANINGS = {
@@ -179,4 +179,4 @@ def write(found: Transfer, folder: Path) -> None:
     write_text(folder / "transfer.md", markdown(found))
     write_json(folder / "transfer.json", found.to_dict())
     for name, content in figure_files("transfer", figure(found)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

@@ -25,7 +25,7 @@ from gaintune.report.canvas import INK, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import summary_frame
 from gaintune.report.words import NONE, with_interval
-from gaintune.runs import Run, make_folder, sha256_file
+from gaintune.runs import Run, make_folder, sha256_file, write_bytes
 from gaintune.sequence import run_sequence
 
 SAME_ROWS = "A step is one set of rows: name another folder for others"
@@ -168,4 +168,4 @@ def _write_figure(found: Found, folder: Path) -> None:
 
     make_folder(folder)
     for name, content in figure_files("accuracy", styled(draw)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)

@@ -18,7 +18,7 @@ from gaintune.recipes.outcome import bare
 from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.words import NONE
-from gaintune.runs import make_folder, write_text
+from gaintune.runs import make_folder, write_bytes, write_text
 
 Read = Callable[["Measured"], float]
 WIDE = 2.0  # ratio of perplexities from which evenly spaced ticks would crowd one end of a log axis
@@ -119,7 +119,7 @@ def write(measured: Sequence[Measured], base: float, folder: Path) -> None:
     frame = pd.DataFrame([asdict(one) for one in measured])
     write_text(folder / "classifiers.csv", frame.to_csv(index=False, lineterminator="\n"))
     for name, content in figure_files("accuracy-perplexity", figure(measured, base)).items():
-        (folder / name).write_bytes(content)
+        write_bytes(folder / name, content)
 
 
 def figure(measured: Sequence[Measured], base: float) -> Figure:

@@ -13,7 +13,7 @@ from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.matrix import Matrix
 from gaintune.progress import plural
 from gaintune.report import canvas, figures, palette, tables, words
-from gaintune.runs import read_json, write_text
+from gaintune.runs import read_json, write_bytes, write_text
 
 
 def write_report(run: str | Path) -> Path:
@@ -44,9 +44,8 @@ def write_report(run: str | Path) -> Path:
     page = render(matrix, plan, environment, run.resolve().name)
     write_text(run / "matrix.csv", tables.to_csv(matrix))
     write_text(run / "matrix.md", tables.to_markdown(matrix))
-    (run / "figures").mkdir(exist_ok=True)
     for name, content in figures.files(matrix).items():
-        (run / "figures" / name).write_bytes(content)
+        write_bytes(run / "figures" / name, content)
     write_text(run / "report.html", page)
     return run / "report.html"
 
