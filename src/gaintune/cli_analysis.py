@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from gaintune.cli_plan import BlockSize, Domains, Options, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.cli_shared import Model, OtherBase, err, out, say, with_base
 from gaintune.config import as_domain
 from gaintune.console import progress_on, quiet_libraries, table
 from gaintune.errors import ConfigError
-
-out = Console()
-err = Console(stderr=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -40,32 +37,29 @@ def gates(
         ),
     ] = "auto",
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("runs/gates"),
-    model: Annotated[str | None, typer.Option(help="Base; the one the adapter names unless given.")] = None,
+    model: Model = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
     bins: Annotated[int, typer.Option(help="Bins of a histogram over [0, 1], a multiple of 20.")] = 100,
-    allow_other_base: Annotated[bool, typer.Option(help="Load an adapter that was trained on another base.")] = False,
+    allow_other_base: OtherBase = False,
     seed: Seed = None,
     set_: Set = None,
 ) -> None:
     """Record a DISeL adapter's gates on domains' validation text: histograms by depth, heatmap, table.
 
-    Writes gates.csv, gates-layers.csv, gates.md, gates.json and two figures as PNG and SVG. A gate counts if the token
-    at its own position does.
+    Writes gates.csv, gates-layers.csv, gates-apart.csv (differences of means, with intervals over rows of text),
+    gates-rows.csv, gates.md, gates.json and two figures as PNG and SVG. A gate counts if the token at its own position
+    does.
     """
-    from gaintune.adapters import claimed_base, read_record
-
     if tokens not in ("auto", "response", "all"):
         raise ConfigError(f"--tokens {tokens}: use auto, response or all")
-    base = None if model else claimed_base(adapter, read_record(adapter))
     instructions = [_instruct_domain(each) for each in instruct or ()]
     domains: list[Any] = [*(domain or ()), *instructions] or ["law", "code"]
-    revision = [f"model.revision={base.revision}"] if base and base.revision else []
     given = Options(
-        model=base.name if base else model, domains=domains, task=task, template=template,
+        model=model, domains=domains, task=task, template=template,
         validation_tokens=validation_tokens, block_size=block_size, seed=seed,
     )  # fmt: skip
-    settled = assemble(None, given, [*revision, *(set_ or [])])
+    settled = assemble(None, *with_base([adapter], given, set_))
     quiet_libraries()
     from gaintune.analysis.gate_report import groups, write
     from gaintune.analysis.gate_survey import survey_gates
@@ -88,7 +82,7 @@ def gates(
     ]
     heads = ["domain", "depth", "block", "mean gate", "sd", "below 0.05", "0.5 and above"]
     out.print(table("", heads, rows, numeric=range(3, 7)))
-    _say(f"tables and figures {out_folder}")
+    say(f"tables and figures {out_folder}")
 
 
 def _instruct_domain(text: str) -> dict[str, Any]:
@@ -135,12 +129,8 @@ def linear_model(
     heads = ["correction", "loss", "in-domain", "retention", "loss / best fixed", "loss / Bayes"]
     out.print(table(f"Linear model, mean of {settings.seeds} seeds", heads, rows, numeric=range(1, 6)))
     for check in checks(results):
-        _say(f"{'yes' if check.holds else 'NO '}  {check.claim} (worst seed: {check.worst:.4f} times)")
+        say(f"{'yes' if check.holds else 'NO '}  {check.claim} (worst seed: {check.worst:.4f} times)")
     short = too_short(settings, results)
     if short is not None:
-        _say(short)
-    _say(f"tables and figure {out_folder}")
-
-
-def _say(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(short)
+    say(f"tables and figure {out_folder}")

@@ -6,23 +6,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from gaintune.cli_plan import BlockSize, Domains, Options, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.cli_plan import (
+    BlockSize,
+    Domains,
+    Options,
+    Seed,
+    Set,
+    Task,
+    Template,
+    TextColumn,
+    TrainTokens,
+    ValidationTokens,
+    Watched,
+    assemble,
+)
+from gaintune.cli_shared import LEARNT, Adapters, Model, OtherBase, PlanOption, err, out, say, survey_plan, with_base
 from gaintune.console import progress_on, quiet_libraries, table
-
-out = Console()
-err = Console(stderr=True)
-
-Model = Annotated[str | None, typer.Option(help="Base; the one the first adapter names unless given.")]
-OtherBase = Annotated[bool, typer.Option(help="Take adapters that were trained on another base.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(gains)
     app.command()(subspace)
-    app.command()(tokens)
+    app.command(epilog=LEARNT)(tokens)
 
 
 def gains(
@@ -51,14 +58,14 @@ def gains(
     heads = ["method", "after stage", "smallest", "largest", TIGHT, "at or below 0", "factors"]
     out.print(table("", heads, rows, numeric=range(2, 7)))
     for sequence in survey.sequences:
-        _say(f"{sequence.label}: {verdict(sequence)}")
+        say(f"{sequence.label}: {verdict(sequence)}")
     if survey.left_out:
-        _say(f"without factors, left out: {', '.join(survey.left_out)}")
-    _say(f"tables and figures {out_folder}")
+        say(f"without factors, left out: {', '.join(survey.left_out)}")
+    say(f"tables and figures {out_folder}")
 
 
 def subspace(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders on one base.")],
+    adapters: Adapters,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path(
         "runs/subspace"
     ),
@@ -87,8 +94,7 @@ def subspace(
     Writes subspace.csv, .md, .json, .png and .svg. Two singular value decompositions for every adapted weight, in
     float64, on the model's device.
     """
-    name, revision = _base_of(adapters, model)
-    settled = assemble(None, Options(model=name), [*revision, *(set_ or [])])
+    settled = assemble(None, *with_base(adapters, Options(model=model), set_))
     quiet_libraries()
     from gaintune.analysis.subspace import SubspaceSettings
     from gaintune.analysis.subspace_report import heads, remarks, summary_rows, write
@@ -105,17 +111,21 @@ def subspace(
     write(survey, out_folder)
     out.print(table("", heads(survey), summary_rows(survey), numeric=range(2, 7)))
     for remark in remarks(survey):
-        _say(remark)
-    _say(f"tables and figure {out_folder}")
+        say(remark)
+    say(f"tables and figure {out_folder}")
 
 
 def tokens(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders on one base.")],
+    adapters: Adapters,
+    plan: PlanOption = None,
     domain: Domains = None,
+    watch: Watched = None,
     task: Task = None,
     template: Template = None,
+    text_column: TextColumn = None,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path("runs/tokens"),
     model: Model = None,
+    train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
     bins: Annotated[int, typer.Option(help="Bins of a histogram, an odd number.")] = 101,
@@ -131,12 +141,11 @@ def tokens(
 
     Writes tokens.csv, tokens-histogram.csv, tokens.md, .json, .png and .svg. Coherence is |mean| / mean size.
     """
-    name, revision = _base_of(adapters, model)
     given = Options(
-        model=name, domains=domain or ["law", "code"], task=task, template=template,
-        validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+        model=model, domains=domain, watched=watch, task=task, template=template, text_column=text_column,
+        train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, seed=seed,
     )  # fmt: skip
-    settled = assemble(None, given, [*revision, *(set_ or [])])
+    settled = survey_plan(plan, adapters, given, set_)
     quiet_libraries()
     from gaintune.analysis.tokens import survey_tokens
     from gaintune.analysis.tokens_report import HEADS, cells, write
@@ -149,18 +158,4 @@ def tokens(
         [text, label, *cells(one)] for text, found in survey.changes.items() for label, one in found.items()
     ]
     out.print(table("", ["domain", "adapter", *HEADS], rows, numeric=range(2, 9)))
-    _say(f"tables and figure {out_folder}")
-
-
-def _base_of(adapters: list[Path], model: str | None) -> tuple[str, list[str]]:
-    """The base's name, the one the first adapter names unless given, and its revision as an assignment to a plan."""
-    from gaintune.adapters import claimed_base, read_record
-
-    if model is not None:
-        return model, []
-    base = claimed_base(adapters[0], read_record(adapters[0]))
-    return base.name, [f"model.revision={base.revision}"] if base.revision else []
-
-
-def _say(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(f"tables and figure {out_folder}")

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from gaintune.cli_plan import Set
+from gaintune.cli_shared import err, out, say
 from gaintune.config import apply_overrides
 from gaintune.console import progress_on, quiet_libraries, table
 
 if TYPE_CHECKING:
     from gaintune.recipes.schema import Recipe
 
-out = Console()
-err = Console(stderr=True)
 app = typer.Typer(no_args_is_help=True, help="The papers' experiments: list, show, run.")
 
 Name = Annotated[
@@ -42,19 +40,19 @@ def show(name: Name) -> None:
     from gaintune.recipes.catalogue import recipe_named
 
     recipe = recipe_named(name)
-    _say(
+    say(
         f"{recipe.id}: {recipe.title}\n{recipe.source}\nmodel at scale paper: {recipe.model}\n\n{recipe.asks.strip()}\n"
     )
     for step in recipe.steps:
-        _say(f"step {step.name} ({step.do})")
+        say(f"step {step.name} ({step.do})")
         for key, value in step.settings.items():
-            _say(f"    {key}: {_short(value)}")
+            say(f"    {key}: {_short(value)}")
         for scale, over in recipe.scales.items():
             for key, value in over.get(step.name, {}).items():
-                _say(f"    at scale {scale}, {key}: {_short(value)}")
-    _say("")
+                say(f"    at scale {scale}, {key}: {_short(value)}")
+    say("")
     for claim in recipe.claims:
-        _say(f"claim: {claim.says}\n    {claim.number} {claim.expect}")
+        say(f"claim: {claim.says}\n    {claim.number} {claim.expect}")
 
 
 def _short(value: object) -> str:
@@ -111,9 +109,5 @@ def run(
     out.print(table(f"{recipe.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
     for step, outcome in result.outcomes.items():
         for note in outcome.notes:
-            _say(f"{step}: {note}")
-    _say(f"results {place / 'results.md'}")
-
-
-def _say(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(f"{step}: {note}")
+    say(f"results {place / 'results.md'}")

@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gaintune.cli_plan import Set
+from gaintune.cli_shared import err, out, say
 from gaintune.console import progress_on, quiet_libraries, table
-
-out = Console()
-err = Console(stderr=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -68,7 +65,7 @@ def sweep(
         try:
             comparison = compare_sweep(found, target=target, figure=figure)
         except DataError as error:
-            _say(f"methods are not compared: {error}")
+            say(f"methods are not compared: {error}")
         else:
             write(comparison, run)
             frame = point_frame(comparison.matched, comparison)
@@ -76,14 +73,10 @@ def sweep(
             title = f"Rates whose in-domain change is nearest {comparison.target:+.1f} %"
             out.print(table(title, ["method", *frame.columns], rows, numeric=range(1, 5)))
             for pair in comparison.pairs:
-                _say(pair_sentence(pair, comparison))
+                say(pair_sentence(pair, comparison))
             for curve in comparison.curves:
-                _say(f"by curve, {curve_sentence(curve, comparison)}")
-    _say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; tables {run / 'sweep.csv'}")
+                say(f"by curve, {curve_sentence(curve, comparison)}")
+    say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; tables {run / 'sweep.csv'}")
     if found.failed:
         told = "\n".join(f"  {row.folder}: {row.error}" for row in found.failed)
         raise SweepError(f"{plural(len(found.failed), 'run')} failed; the same command tries them again:\n{told}")
-
-
-def _say(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
