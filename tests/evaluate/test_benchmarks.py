@@ -1,6 +1,7 @@
 """Base and adapters on benchmarks: the base is the untouched one, measured once, and differences are paired."""
 
 import contextlib
+import importlib.metadata
 import json
 import shutil
 from dataclasses import replace
@@ -14,20 +15,24 @@ import tiny_base
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
 import tiny_benchmarks
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig
-from gaintune.errors import ConfigError
+from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
-from gaintune.evaluate.benchmark_means import counting_score
+from gaintune.evaluate.benchmark_means import counting_score, mean_difference
 from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts, compare_scores, find_score
 from gaintune.evaluate.benchmark_tasks import load_suite
 from gaintune.evaluate.benchmarks import (
     attached,
+    benchmark_adapters,
     compare_benchmarks,
     measure_benchmarks,
     run_benchmarks,
 )
+from gaintune.evaluate.benchmarks import base_of as base_of_report
+from gaintune.evaluate.records import Interval
 from gaintune.methods import attach
 from gaintune.models import load_base
 
@@ -170,6 +175,109 @@ def test_other_rows_under_the_same_name_and_damaged_scores_are_measured_anew(tin
     assert "is damaged" in caplog.text
 
 
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_scores_belong_to_the_context_length_the_positions_and_the_versions(tiny, data, tmp_path, monkeypatch):
+    """What decides the answers beside the weights is part of what scores are kept by."""
+    cache = tmp_path / "cache"
+    run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache)
+    short, turned = (shutil.copytree(tiny, tmp_path / name) for name in ("short", "turned"))
+    edit(short / "config.json", max_position_embeddings=48)
+    edit(turned / "tokenizer_config.json", model_max_length=64)
+    for folder in (short, turned):
+        watch = Watch()
+        run_benchmarks(base_of(folder), {}, config_of(data), cache=cache, progress=watch)
+        assert len(watch.titles) == len(NAMES), folder
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == "peft" else version(name))
+    watch = Watch()
+    report = run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache, progress=watch)
+    assert len(watch.titles) == len(NAMES)
+    assert set(report.settings["versions"]) == {"gaintune", "lm_eval", "peft", "torch", "transformers"}
+
+
+def test_an_adapter_is_refused_also_where_its_scores_are_kept(tiny, data, tmp_path):
+    folder, cache = adapter(tiny, tmp_path / "adapter", "gain-ffn"), tmp_path / "cache"
+    other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32, max_position_embeddings=1024)
+    asked = {"config": config_of(data), "cache": cache}
+    run_benchmarks(base_of(other), {"mine": folder}, allow_other_base=True, **asked)
+    with pytest.raises(BaseMismatchError, match="was trained on"):
+        run_benchmarks(base_of(other), {"mine": folder}, **asked)
+    run_benchmarks(base_of(tiny), {"mine": folder}, **asked)
+    weights = folder / "adapter_model.safetensors"
+    altered = bytearray(weights.read_bytes())
+    altered[-1] ^= 1
+    weights.write_bytes(altered)
+    with pytest.raises(AdapterError, match="damaged adapter"):
+        run_benchmarks(base_of(tiny), {"mine": folder}, **asked)
+
+
+def test_weights_trained_whole_are_measured_in_their_own_numbers(tiny, data, tmp_path):
+    """On a bf16 base they are not rounded to it, and the base beside them is not either."""
+    whole, gains = adapter(tiny, tmp_path / "whole", "full"), adapter(tiny, tmp_path / "gains", "gain-ffn")
+    model, config, watch = ModelConfig(name=str(tiny), device="cpu", dtype="bf16"), config_of(data), Watch()
+    report = benchmark_adapters(model, {"gains": gains, "whole": whole}, config, progress=watch)
+    assert watch.titles == [f"{who}: {name}" for who in ("base", "gains", "whole", "base") for name in NAMES]
+    numbers = {"base": "bfloat16", "gains": "bfloat16", "whole": "float32-autocast-bfloat16"}
+    assert report.settings["numbers"] == numbers
+    assert list(report.adapted) == ["gains", "whole"]
+
+    base = base_of(tiny)
+    mixed = {"mixed_precision": torch.bfloat16}
+    assert base_of_report(report, "whole") == measure_benchmarks(base.model, base.tokenizer, config, **mixed)
+    adapted = load_adapter(base, whole)
+    assert report.adapted["whole"] == measure_benchmarks(adapted, base.tokenizer, config, **mixed)
+    rounded = load_base(model)
+    assert report.base == base_of_report(report, "gains")
+    assert report.base == measure_benchmarks(rounded.model, rounded.tokenizer, config)
+    assert report.adapted["whole"] != measure_benchmarks(load_adapter(rounded, whole), rounded.tokenizer, config)
+    turned = benchmark_adapters(model, {"whole": whole, "gains": gains}, config)
+    assert (list(turned.adapted), turned.settings["numbers"]["base"]) == (["whole", "gains"], numbers["whole"])
+    assert turned.adapted == report.adapted
+
+
+def test_weights_trained_whole_are_said_to_be_rounded_where_they_are(tiny, data, tmp_path, caplog):
+    whole = adapter(tiny, tmp_path / "whole", "full")
+    base = load_base(ModelConfig(name=str(tiny), device="cpu", dtype="bf16"))
+    run_benchmarks(base, {"mine": whole}, config_of(data, limit=1))
+    assert "mine was trained whole in fp32 and is measured rounded to bfloat16" in caplog.text
+
+
+def test_an_adapter_that_breaks_while_it_is_put_on_comes_off_again(tiny, tmp_path):
+    """As where the memory runs out: at the first forward pass with its layers in."""
+    folder, base = adapter(tiny, tmp_path / "adapter", "lora"), base_of(tiny)
+    before = logits(base.model)
+
+    def breaks(module, arguments):
+        if any(isinstance(each, BaseTunerLayer) for each in module.modules()):
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    hook = base.model.model.register_forward_pre_hook(breaks)
+    with pytest.raises(torch.cuda.OutOfMemoryError), attached(base, folder):
+        pass
+    hook.remove()
+    assert not any(isinstance(each, BaseTunerLayer) for each in base.model.modules())
+    assert not hasattr(base.model, "peft_config")
+    assert torch.equal(logits(base.model), before)
+
+
+def test_a_single_row_that_was_trained_whole_is_given_back(tiny, tmp_path):
+    """One row of the embedding, which few tokens show."""
+    base = base_of(tiny)
+    model = attach(base.model, MethodConfig(name="full"), seed=0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[201] += 1.0
+    folder, record = tmp_path / "row", AdapterRecord(base.name, base.fingerprint, "full", "full", ("prose",))
+    save_adapter(model, folder, record)
+    base = base_of(tiny)
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    with attached(base, folder) as (model, _):
+        assert not torch.equal(model.state_dict()["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+
+
 def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     config = config_of(data)
     report = run_benchmarks(base_of(tiny), {"mine": adapter(tiny, tmp_path / "adapter", "lora")}, config)
@@ -213,7 +321,24 @@ def test_rows_answered_alike_make_a_narrow_interval():
         adapted = replace(base, items=items, value=float(np.mean(items)))
         (found,) = compare_scores([base], [adapted], "mine", config)
         assert found.difference.value == pytest.approx(100 / 60)
-        assert (found.difference.high - found.difference.low < 10) is narrow
+        assert (found.difference.high - found.difference.low < 12) is narrow
+        # one number has one interval, whoever asks for it
+        assert mean_difference([(base, adapted)], config) == found.difference
+
+
+def test_answers_that_do_not_flip_are_not_certain():
+    """None of 60 rows flips: that rules out a change of six points, not one of three; the base itself is exact."""
+    facts = TaskFacts("rows", "test", 0, "1")
+    base = BenchmarkScore("quiz", "acc", 0.5, None, tuple(float(row % 2) for row in range(60)), 60, "mean", True, facts)
+    config = BenchmarkConfig.model_validate({"tasks": "quiz"})
+    (found,) = compare_scores([base], [replace(base)], "mine", config)
+    one = found.difference
+    assert one.value == 0.0
+    assert -6 < one.low < -3 and one.high == pytest.approx(-one.low)
+    four = mean_difference([(base, replace(base, task=str(task))) for task in range(4)], config)
+    assert four.high == pytest.approx(one.high / 2)  # other rows: errors add up as squares
+    assert mean_difference([(base, base), (base, replace(base))], config).high == pytest.approx(one.high / 2)
+    assert mean_difference([(base, base)], config) == Interval(0.0, 0.0, 0.0)
 
 
 def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, tmp_path):

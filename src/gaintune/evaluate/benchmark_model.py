@@ -41,10 +41,18 @@ class AskedModel(_HFLM):
         batch_size: prompts in a forward pass.
         title: what a progress bar says.
         progress: where to show it.
+        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
     """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, title: str, progress: Progress
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        title: str,
+        progress: Progress,
+        mixed_precision: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             pretrained=model,
@@ -52,6 +60,7 @@ class AskedModel(_HFLM):
             backend="causal",
             batch_size=batch_size,
             softmax_dtype="float32",
+            mixed_precision_dtype=mixed_precision,
         )
         self._title = title
         self._progress = progress
@@ -127,9 +136,12 @@ def ask(
     config: BenchmarkConfig,
     *,
     label: str = "model",
+    mixed_precision: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[BenchmarkScore, ...]:
     """Every metric of one task of one model; the model is left in the mode it was in, random generators likewise.
+
+    `mixed_precision` is the autocast dtype of a model kept in fp32; None for the model's own numbers.
 
     Raises:
         TrainingError: a likelihood is not finite; the model is broken.
@@ -141,7 +153,8 @@ def ask(
             asked.task.set_fewshot_seed(config.seed)
             title = f"{label}: {asked.name}"
             shown = progress or Silent()
-            wrapped = AskedModel(model, tokenizer, batch_size=config.batch_size, title=title, progress=shown)
+            options: dict[str, Any] = {"title": title, "progress": shown, "mixed_precision": mixed_precision}
+            wrapped = AskedModel(model, tokenizer, batch_size=config.batch_size, **options)
             found: Any = evaluate(
                 lm=wrapped,
                 task_dict={"tasks": {asked.name: asked.task}},

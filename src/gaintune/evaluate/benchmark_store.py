@@ -7,12 +7,15 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
+from torch import nn
 
+from gaintune import __version__
 from gaintune.adapter_folder import CONFIG, WEIGHTS
 from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
@@ -23,20 +26,38 @@ from gaintune.runs import MANIFEST, canonical_json, make_folder, read_json, sha2
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 OF_A_SCORE = ("task", "metric", "value", "stderr", "rows", "aggregation", "higher_is_better")
+PACKAGES = ("lm_eval", "peft", "torch", "transformers")
+NOT_OF_A_MODEL = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
 TOKENIZER = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What decides a model's answers: its weights, tokenizer, numbers and device, and the adapter on it, if any."""
+    """What decides a model's answers, and the adapter on it, if any.
+
+    Attributes:
+        fingerprint: of the base's weights.
+        settings: hash over its whole config, such as the longest context and every number of its positions.
+        tokenizer: hash over its files, and the longest text that it takes.
+        numbers: what it computes in, as `numbers_name`.
+        attention: the implementation that transformers chose.
+        device: kind of device, such as `cuda`.
+        adapter: hash over an adapter's files; None for the base alone.
+    """
 
     fingerprint: str
+    settings: str
     tokenizer: str
     numbers: str
+    attention: str
     device: str
     adapter: str | None = None
+
+    def with_adapter(self, folder: Path) -> ModelIdentity:
+        """The same base with the adapter of a folder on it."""
+        return replace(self, adapter=_adapter_content(folder))
 
 
 class ScoreStore:
@@ -88,17 +109,37 @@ def _to_dict(score: BenchmarkScore) -> dict[str, Any]:
     return {**{name: getattr(score, name) for name in OF_A_SCORE}, "items": list(score.items)}
 
 
-def identity_of(base: Base, adapter: Path | None = None) -> ModelIdentity:
-    """The identity of a loaded base, and of an adapter folder on it."""
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a score."""
+    return {"gaintune": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def numbers_name(model: nn.Module, mixed_precision: torch.dtype | None = None) -> str:
+    """What a model computes in, such as bfloat16, float32-autocast-bfloat16, or float16 with a quantization's hash."""
+    wrapped: Any = model
+    name = str(wrapped.dtype).removeprefix("torch.")
+    if mixed_precision is not None:
+        name += f"-autocast-{str(mixed_precision).removeprefix('torch.')}"
+    quantization = getattr(wrapped.config, "quantization_config", None)
+    if quantization is None:
+        return name
+    return f"{name}-{_hash(quantization if isinstance(quantization, dict) else quantization.to_dict())}"
+
+
+def identity_of(base: Base, numbers: str) -> ModelIdentity:
+    """The identity of a loaded base that computes in some numbers."""
     files = [base.folder / name for name in sorted(set(TOKENIZER))]
-    tokenizer = _hash([[file.name, sha256_file(file)] for file in files if file.is_file()])
+    tokenizer: list[Any] = [[file.name, sha256_file(file)] for file in files if file.is_file()]
     model: Any = base.model
-    quantization = getattr(model.config, "quantization_config", None)
-    numbers = str(model.dtype).removeprefix("torch.")
-    if quantization is not None:
-        numbers += f"-{_hash(quantization if isinstance(quantization, dict) else quantization.to_dict())}"
-    content = None if adapter is None else _adapter_content(adapter)
-    return ModelIdentity(base.fingerprint, tokenizer, numbers, model.device.type, content)
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_A_MODEL}
+    return ModelIdentity(
+        fingerprint=base.fingerprint,
+        settings=_hash(settings),
+        tokenizer=_hash([*tokenizer, base.tokenizer.model_max_length]),
+        numbers=numbers,
+        attention=str(getattr(model.config, "_attn_implementation", None)),
+        device=model.device.type,
+    )
 
 
 def _adapter_content(folder: Path) -> str:
@@ -108,7 +149,7 @@ def _adapter_content(folder: Path) -> str:
 
 
 def score_key(model: ModelIdentity, asked: AskedTask, questions: str, config: BenchmarkConfig) -> str:
-    """32 hexadecimal digits over the model, the task's questions and metrics, and lm-eval's version."""
+    """32 hexadecimal digits over the model, the task's questions and metrics, and the packages' versions."""
     facts = {
         "model": vars(model),
         "task": asked.name,
@@ -118,7 +159,7 @@ def score_key(model: ModelIdentity, asked: AskedTask, questions: str, config: Be
         "code": [config.code_seconds, config.code_memory_mb] if asked.task.get_config("unsafe_code") else None,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "lm_eval": importlib.metadata.version("lm_eval"),
+        "versions": versions(),
     }
     return _hash(facts)
 

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.adapters import adapter_labels, check_adapters, load_adapter
-from gaintune.checkpoints import Checkpoint
+from gaintune.adapter_folder import check_adapter
+from gaintune.adapters import adapter_labels, check_adapters, read_record
 from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError
+from gaintune.evaluate.attaching import adapter_off, attached
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
 from gaintune.evaluate.benchmark_groups import with_groups
 from gaintune.evaluate.benchmark_quiet import quiet
-from gaintune.evaluate.benchmark_records import BenchmarkReport, BenchmarkScore, compare_scores
-from gaintune.evaluate.benchmark_store import ScoreStore, identity_of, questions_hash, score_key
+from gaintune.evaluate.benchmark_records import BenchmarkComparison, BenchmarkReport, BenchmarkScore, compare_scores
+from gaintune.evaluate.benchmark_store import ScoreStore, identity_of, numbers_name, questions_hash, score_key, versions
 from gaintune.evaluate.benchmark_tasks import Suite, load_suite
-from gaintune.models import Base, load_base, load_model
+from gaintune.methods import Numbers, measuring_numbers
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 BASE = "base"
-PROBE_TOKENS = 16
 
 
 def run_benchmarks(
@@ -39,12 +41,14 @@ def run_benchmarks(
     cache: str | Path | None = None,
     suite: Suite | None = None,
     allow_other_base: bool = False,
+    mixed_precision: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
-    """Measure a base, and adapters on it, on the benchmarks of a config.
+    """Measure a loaded base, and adapters on it, on the benchmarks of a config, all in the base's numbers.
 
     The adapter stays an adapter and is not merged. The base is measured on the same weights with the first adapter
     switched off; where switching it off does not give the base back, as with full fine-tuning and PiSSA, without it.
+    Weights that were trained whole are rounded to the base's numbers; `benchmark_adapters` measures them in their own.
 
     Args:
         base: the base; it is left as it was.
@@ -53,20 +57,27 @@ def run_benchmarks(
         cache: folder of scores that are kept between calls; None measures everything.
         suite: what `load_suite(config)` gave, if it has been called already.
         allow_other_base: measure adapters that were trained on another base.
+        mixed_precision: autocast dtype of a base in fp32, or None for its own numbers.
         progress: where to show how far it is.
 
     Raises:
         ConfigError, DataError, AssetError: as `load_suite`; a label that is taken.
-        AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
+        AdapterError, BaseMismatchError: an adapter that is damaged or of another base, whether its scores are kept or
+            not.
         TrainingError: a model whose likelihoods are not finite.
     """
     if BASE in adapters:
         raise ConfigError(f"an adapter cannot be called {BASE!r}")
     suite = suite or load_suite(config)
-    measuring = _Measuring(suite, config, base, ScoreStore(None if cache is None else Path(cache)), progress)
+    folders = {label: Path(folder) for label, folder in adapters.items()}
+    for folder in folders.values():
+        check_adapter(folder, base.name, base.fingerprint, allow_other_base=allow_other_base)
+    store = ScoreStore(None if cache is None else Path(cache))
+    measuring = _Measuring(suite, config, base, store, mixed_precision, progress)
     untouched = measuring.keys(None)
     adapted: dict[str, tuple[BenchmarkScore, ...]] = {}
-    for label, folder in ((label, Path(folder)) for label, folder in adapters.items()):
+    for label, folder in folders.items():
+        _warn_of_rounding(folder, label, measuring.numbers)
         keys = measuring.keys(folder)
         if not measuring.missing([*keys, *untouched]):
             adapted[label] = measuring.scores(keys, label, base.model)  # nothing is asked: all of them are there
@@ -77,24 +88,89 @@ def run_benchmarks(
                     measuring.scores(untouched, BASE, model)
             adapted[label] = measuring.scores(keys, label, model)
         gc.collect()
-    return _report(suite, config, measuring.scores(untouched, BASE, base.model), adapted)
+    numbers = dict.fromkeys((BASE, *adapted), measuring.numbers)
+    return _report(suite, config, measuring.scores(untouched, BASE, base.model), adapted, numbers)
 
 
 def benchmark_adapters(
     model: ModelConfig,
-    adapters: Sequence[Path],
+    adapters: Sequence[Path] | Mapping[str, str | Path],
     config: BenchmarkConfig,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
-    """Load a base and do `run_benchmarks` over adapter folders, labelled by their names; all is checked first."""
-    labels = adapter_labels(adapters)
+    """Load a base and do `run_benchmarks` over adapters, each in the numbers it was trained in.
+
+    Where those differ, as between full fine-tuning and an adapter on a bf16 base, the base is loaded and measured once
+    in each. `report.base` is the base in those of the first adapter; every comparison is with the base in the
+    adapter's own, `base_of(report, label)`. All is checked before a model is loaded.
+
+    Args:
+        model: the base.
+        adapters: folders by label, or folders, which are then labelled by their names.
+        config: what is asked.
+        cache: as in `run_benchmarks`, and so are the others.
+
+    Raises:
+        GaintuneError: as `run_benchmarks` and `load_base`.
+    """
+    named = adapters if isinstance(adapters, Mapping) else dict(zip(adapter_labels(adapters), adapters, strict=True))
+    folders = {label: Path(folder) for label, folder in named.items()}
     suite = load_suite(config)
-    check_adapters(adapters, model, allow_other_base=allow_other_base)
-    options: dict[str, Any] = {"cache": cache, "allow_other_base": allow_other_base, "progress": progress}
-    return run_benchmarks(load_base(model), dict(zip(labels, adapters, strict=True)), config, suite=suite, **options)
+    check_adapters(list(folders.values()), model, allow_other_base=allow_other_base)
+    alike: dict[Numbers, dict[str, Path]] = {}
+    for label, folder in folders.items():
+        record = read_record(folder)
+        alike.setdefault(measuring_numbers(model, record.method if record else None), {})[label] = folder
+    reports: list[BenchmarkReport] = []
+    for numbers, members in (alike or {measuring_numbers(model): {}}).items():
+        base = load_base(model, dtype=numbers.load)
+        reports.append(
+            run_benchmarks(
+                base,
+                members,
+                config,
+                cache=cache,
+                suite=suite,
+                allow_other_base=allow_other_base,
+                mixed_precision=numbers.mixed,
+                progress=progress,
+            )
+        )
+        del base  # before the next one is loaded
+        gc.collect()
+    return _joined(reports, list(folders))
+
+
+def base_of(report: BenchmarkReport, label: str) -> tuple[BenchmarkScore, ...]:
+    """The base's scores that an adapter is compared with: those in the numbers that the adapter was measured in."""
+    return tuple(each.base for each in report.comparisons if each.label == label)
+
+
+def _joined(reports: Sequence[BenchmarkReport], labels: Sequence[str]) -> BenchmarkReport:
+    """Reports over the same questions as one, its adapters in the order of the labels."""
+    first = reports[0]
+    adapted = {label: scores for report in reports for label, scores in report.adapted.items()}
+    compared: list[BenchmarkComparison] = [each for report in reports for each in report.comparisons]
+    compared.sort(key=lambda each: labels.index(each.label))
+    numbers = {label: name for report in reversed(reports) for label, name in report.settings["numbers"].items()}
+    settings = {**first.settings, "numbers": {label: numbers[label] for label in (BASE, *labels)}}
+    return BenchmarkReport(
+        first.asked, first.base, {label: adapted[label] for label in labels}, tuple(compared), settings
+    )
+
+
+def _warn_of_rounding(folder: Path, label: str, numbers: str) -> None:
+    record = read_record(folder)
+    if record is not None and record.method == "full" and not numbers.startswith("float32"):
+        logger.warning(
+            "%s was trained whole in fp32 and is measured rounded to %s; benchmark_adapters(ModelConfig(...), ...) "
+            "measures it as it was trained",
+            label,
+            numbers,
+        )
 
 
 def measure_benchmarks(
@@ -104,9 +180,12 @@ def measure_benchmarks(
     *,
     suite: Suite | None = None,
     label: str = "model",
+    mixed_precision: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[BenchmarkScore, ...]:
     """Measure a model that is loaded already, such as one that is being trained; nothing is cached.
+
+    `mixed_precision` is the autocast dtype of a model kept in fp32; None for the model's own numbers.
 
     Returns:
         Every metric of every task and group, in the order of the suite.
@@ -117,9 +196,8 @@ def measure_benchmarks(
     suite = suite or load_suite(config)
     from gaintune.evaluate.benchmark_model import ask
 
-    found = [
-        score for asked in suite.tasks for score in ask(model, tokenizer, asked, config, label=label, progress=progress)
-    ]
+    options: dict[str, Any] = {"label": label, "mixed_precision": mixed_precision, "progress": progress}
+    found = [score for asked in suite.tasks for score in ask(model, tokenizer, asked, config, **options)]
     return with_groups(suite, found)
 
 
@@ -130,6 +208,7 @@ def compare_benchmarks(
     *,
     suite: Suite | None = None,
     label: str = "adapted",
+    mixed_precision: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
     """A loaded `PeftModel` against its base: the same weights with the adapter switched off.
@@ -138,84 +217,41 @@ def compare_benchmarks(
         ConfigError: not a `PeftModel`, or as `load_suite`.
     """
     suite = suite or load_suite(config)
-    options: dict[str, Any] = {"suite": suite, "progress": progress}
+    options: dict[str, Any] = {"suite": suite, "mixed_precision": mixed_precision, "progress": progress}
     with adapter_off(model):
         base = measure_benchmarks(model, tokenizer, config, label=BASE, **options)
-    return _report(suite, config, base, {label: measure_benchmarks(model, tokenizer, config, label=label, **options)})
-
-
-@contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Switch a `PeftModel`'s adapter off for a while; ConfigError for another model."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        raise ConfigError("only a PeftModel has an adapter to switch off; measure the two models one by one")
-    with model.disable_adapter():
-        yield
-
-
-@contextlib.contextmanager
-def attached(base: Base, folder: Path, *, allow_other_base: bool = False) -> Iterator[tuple[nn.Module, bool]]:
-    """Put an adapter onto a base for a while.
-
-    Yields:
-        The adapted model, and whether it computes exactly what the base does when the adapter is switched off.
-    """
-    from peft import PeftModel
-
-    before = _probe(base.model)
-    model = load_adapter(base, folder, allow_other_base=allow_other_base)
-    gives_back = False
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            gives_back = torch.equal(_probe(model), before)
-    try:
-        yield model, gives_back
-    finally:
-        if isinstance(model, PeftModel) and hasattr(model.base_model, "unload"):  # a prompt has no layers to take out
-            cast(Any, model.base_model).unload()
-        if not torch.equal(_probe(base.model), before):
-            _restore(base)
-
-
-def _probe(model: nn.Module) -> torch.Tensor:
-    """Logits on a few tokens: they tell whether a model is what it was."""
-    wrapped: Any = model
-    tokens = torch.arange(PROBE_TOKENS, device=wrapped.device) % wrapped.config.get_text_config().vocab_size
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            return wrapped(input_ids=tokens[None], use_cache=False).logits.clone()
-    finally:
-        model.train(training)
-
-
-def _restore(base: Base) -> None:
-    """Read a base's weights again, into the model it has; methods that change weights never work on quantized ones."""
-    model = base.model
-    saved = load_model(Checkpoint(base.name, base.folder, base.revision), model.dtype, torch.device("cpu"))
-    model.load_state_dict(saved.state_dict(), strict=True)
+    adapted = measure_benchmarks(model, tokenizer, config, label=label, **options)
+    return _report(
+        suite, config, base, {label: adapted}, dict.fromkeys((BASE, label), numbers_name(model, mixed_precision))
+    )
 
 
 class _Measuring:
     """What all models of one report have in common: the questions, and the scores that are there already."""
 
     def __init__(
-        self, suite: Suite, config: BenchmarkConfig, base: Base, store: ScoreStore, progress: Progress | None
+        self,
+        suite: Suite,
+        config: BenchmarkConfig,
+        base: Base,
+        store: ScoreStore,
+        mixed_precision: torch.dtype | None,
+        progress: Progress | None,
     ) -> None:
         self.suite = suite
+        self.numbers = numbers_name(base.model, mixed_precision)
+        self._mixed = mixed_precision
         self._config = config
         self._base = base
         self._store = store
         self._progress = progress
+        self._identity = identity_of(base, self.numbers)
         with quiet():
             self._questions = [questions_hash(asked, config) for asked in suite.tasks]
 
     def keys(self, adapter: Path | None) -> list[str]:
         """Of the base, or of an adapter on it, what stands for its scores of each task."""
-        identity = identity_of(self._base, adapter)
+        identity = self._identity if adapter is None else self._identity.with_adapter(adapter)
         both = zip(self.suite.tasks, self._questions, strict=True)
         return [score_key(identity, asked, questions, self._config) for asked, questions in both]
 
@@ -227,7 +263,7 @@ class _Measuring:
         """All scores of a model; what is missing is asked."""
         from gaintune.evaluate.benchmark_model import ask
 
-        options: dict[str, Any] = {"label": label, "progress": self._progress}
+        options: dict[str, Any] = {"label": label, "mixed_precision": self._mixed, "progress": self._progress}
         found: list[BenchmarkScore] = []
         for key, asked in zip(keys, self.suite.tasks, strict=True):
             measure = partial(ask, model, self._base.tokenizer, asked, self._config, **options)
@@ -240,7 +276,8 @@ def _report(
     config: BenchmarkConfig,
     base: tuple[BenchmarkScore, ...],
     adapted: dict[str, tuple[BenchmarkScore, ...]],
+    numbers: Mapping[str, str],
 ) -> BenchmarkReport:
     comparisons = [each for label, scores in adapted.items() for each in compare_scores(base, scores, label, config)]
-    settings = {**config.model_dump(mode="json"), "lm_eval": importlib.metadata.version("lm_eval")}
+    settings = {**config.model_dump(mode="json"), "numbers": dict(numbers), "versions": versions()}
     return BenchmarkReport(suite.asked, base, adapted, tuple(comparisons), settings)

@@ -15,9 +15,8 @@ from gaintune.evaluate.benchmark_config import BenchmarkConfig, BenchmarkTask, a
 from gaintune.evaluate.benchmark_means import counting_score, mean_difference
 from gaintune.evaluate.benchmark_records import BenchmarkReport, BenchmarkScore
 from gaintune.evaluate.benchmark_tasks import load_suite
-from gaintune.evaluate.benchmarks import run_benchmarks
+from gaintune.evaluate.benchmarks import base_of, benchmark_adapters
 from gaintune.evaluate.records import Interval
-from gaintune.models import load_base
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
 from gaintune.report.words import NONE, with_interval
 from gaintune.runs import write_json
@@ -56,9 +55,8 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
     groups["kept"] = [name for name in names if name not in wanted]
     if pick not in (None, "in_domain", "target") or (pick == "target" and not groups["target"]):
         raise ConfigError(f"{context.origin}: pick {pick!r}: use in_domain, or target where target names benchmarks")
-    report = run_benchmarks(
-        load_base(trained.plan.model), adapters, config, cache=cache_dir() / "benchmarks", progress=context.progress
-    )
+    cache = cache_dir() / "benchmarks"
+    report = benchmark_adapters(trained.plan.model, adapters, config, cache=cache, progress=context.progress)
     write_json(context.folder / "benchmarks.json", report.to_dict())
     found = _Found(report, names, {key: members for key, members in groups.items() if members}, config)
     if pick == "target":
@@ -133,24 +131,26 @@ class _Found:
         self.groups = groups
         self._tasks = tasks
         self._config = config
-        self._scores: dict[str, dict[str, BenchmarkScore]] = {
-            label: {task: counting_score(scores, task) for task in tasks}
-            for label, scores in {"base": report.base, **report.adapted}.items()
-        }
+        self._scores = {label: self._counting(scores) for label, scores in report.adapted.items()}
+        self._bases = {label: self._counting(base_of(report, label)) for label in report.adapted}
+        self._scores["base"] = self._counting(report.base)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Let adapters stand under other names too."""
         self._scores |= {new: self._scores[old] for old, new in names.items()}
+        self._bases |= {new: self._bases[old] for old, new in names.items()}
 
     def mean(self, label: str, group: str) -> float:
         """Mean score of a model over a group's tasks, in %."""
         return 100.0 * float(np.mean([self._scores[label][task].value for task in self.groups[group]]))
 
     def difference(self, label: str, against: str, tasks: Sequence[str]) -> Interval:
-        """Mean over tasks of the paired differences of two models in points of %."""
-        return mean_difference(
-            [(self._scores[against][task], self._scores[label][task]) for task in tasks], self._config
-        )
+        """Mean over tasks of the paired differences of two models in points of %; the base's in the model's numbers."""
+        other = self._bases[label] if against == "base" else self._scores[against]
+        return mean_difference([(other[task], self._scores[label][task]) for task in tasks], self._config)
+
+    def _counting(self, scores: Sequence[BenchmarkScore]) -> dict[str, BenchmarkScore]:
+        return {task: counting_score(scores, task) for task in self._tasks}
 
     def numbers(self, labels: Sequence[str]) -> dict[str, Interval]:
         """Every number by the name that a claim uses."""
