@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from gaintune.cli_benchmarks import (
     AllowCode,
@@ -32,23 +29,10 @@ from gaintune.cli_plan import (
     TrainTokens,
     ValidationTokens,
     Watched,
-    assemble,
 )
-from gaintune.config import Plan
+from gaintune.cli_shared import LEARNT, Adapters, Model, OtherBase, PlanOption, err, out, say, survey_plan
 from gaintune.console import percent, progress_on, quiet_libraries, table
 from gaintune.errors import ConfigError
-
-out = Console()
-err = Console(stderr=True)
-
-Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders on one base.")]
-Model = Annotated[str | None, typer.Option(help="Base; the plan's or the one the first adapter names unless given.")]
-PlanOption = Annotated[
-    Path | None,
-    typer.Option("--plan", metavar="PLAN.yaml", help="Plan whose base, domains and data settings are used."),
-]
-OtherBase = Annotated[bool, typer.Option(help="Take adapters that were trained on another base.")]
-LEARNT = "Domains are those that the adapters learnt unless --plan or --domain names some."
 
 
 def register(app: typer.Typer) -> None:
@@ -91,10 +75,10 @@ def landscape(
         model=model, domains=domain, watched=watch, task=task, template=template, text_column=text_column,
         train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, seed=seed,
     )  # fmt: skip
-    settled = _settled(plan, adapters, given, set_)
+    settled = survey_plan(plan, adapters, given, set_)
     quiet_libraries()
     from gaintune.analysis.landscape import GRID, LINE, survey_landscape
-    from gaintune.analysis.landscape_report import write
+    from gaintune.analysis.landscape_report import in_nats, write
 
     found = survey_landscape(
         settled,
@@ -111,14 +95,14 @@ def landscape(
         for name in line.domains:
             one = line.figures(name)
             at, best = one.at_adapted[0], f"{one.best[0]:g}"
-            spread = [f"{one.range_nats:.4f}", f"{one.barrier_nats:.4f}"]
+            spread = [in_nats(one.range), in_nats(one.barrier)]
             rows.append([line.labels[0], name, percent(at.value, at.low, at.high), best, *spread])
     heads = ["adapter", "domain", "at the adapted model", "lowest at", "range, nats", "barrier, nats"]
     out.print(table("", heads, rows, numeric=range(2, 6)))
     if found.plane is not None:
         cosine = found.plane.geometry.cosine
-        _say(f"cosine of the two directions {'undefined' if cosine is None else format(cosine, '+.4f')}")
-    _say(f"tables and figures {out_folder}")
+        say(f"cosine of the two directions {'undefined' if cosine is None else format(cosine, '+.4f')}")
+    say(f"tables and figures {out_folder}")
 
 
 def transfer(
@@ -155,7 +139,7 @@ def transfer(
         model=model, domains=domain, watched=watch, task=task, template=template, text_column=text_column,
         train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, seed=seed,
     )  # fmt: skip
-    settled = _settled(plan, adapters, given, set_)
+    settled = survey_plan(plan, adapters, given, set_)
     quiet_libraries()
     from gaintune.analysis.transfer import PARTS, survey_transfer
     from gaintune.analysis.transfer_report import NAMES, write
@@ -175,7 +159,7 @@ def transfer(
     heads = ["shared is", "gains", "transfer to other domains", "left of it", "own domain"]
     out.print(table("Change of perplexity (negative is better)", heads, rows, numeric=range(2, 5)))
     pairs, sharing = found.sharing.pairs, found.sharing
-    _say(
+    say(
         f"correlations {min(pairs):+.3f} to {max(pairs):+.3f}; common share of the variance "
         f"{100 * sharing.common_share:.1f} % (the mean's {100 * sharing.mean_share:.1f} %, by chance "
         f"{100 * sharing.chance_share:.1f} %)\ntables and figure {out_folder}"
@@ -229,7 +213,7 @@ def retention(
         train_tokens=train_tokens, validation_tokens=validation_tokens, block_size=block_size, seed=seed,
     )  # fmt: skip
     firsts = [next(iter(snapshots_of(folder).values())) for folder in adapters]
-    settled = _settled(plan, firsts, given, set_)
+    settled = survey_plan(plan, firsts, given, set_)
     asked = ",".join(names for names in (target_benchmarks, benchmarks) if names)
     config = config_of(
         settled,
@@ -268,23 +252,7 @@ def retention(
             cells = ["—" if one is None else percent(one.value, one.low, one.high) for one in figures]
             rows.append([course.label, str(moment.step), *cells])
     out.print(table("", ["adaptation", "updates", *(side.name for side in shown)], rows, numeric=range(1, 6)))
-    _say(f"tables and figure {out_folder}")
-
-
-def _settled(plan: Path | None, adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> Plan:
-    """The plan of a survey: a file's if there is one, then the options; base and domains by the adapters' records."""
-    from gaintune.adapters import claimed_base, read_record
-
-    records = [read_record(folder) for folder in adapters]
-    settled = list(assignments or ())
-    if plan is None:
-        if given.model is None:
-            base = claimed_base(adapters[0], records[0])
-            given = replace(given, model=base.name)
-            settled = [*([f"model.revision={base.revision}"] if base.revision else []), *settled]
-        learnt = dict.fromkeys(record.domains[-1] for record in records if record and record.domains)
-        given = replace(given, domains=given.domains or list(learnt) or None)
-    return assemble(plan, given, settled)
+    say(f"tables and figure {out_folder}")
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -292,7 +260,3 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(each) for each in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text}: write numbers with commas between them, such as 0,0.5,1") from None
-
-
-def _say(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -147,7 +147,7 @@ def compare_sweep(
     """
     if figure not in FIGURES:
         raise DataError(f"no figure is called {figure!r}; the figures are {', '.join(FIGURES)}")
-    measured = _measured(table, figure)
+    measured = _measured(table, figure, confidence)
     over_orders = len({row.run.order for row in table.rows}) > 1
     names = {variant: variant.name(list(measured)) for variant in measured}
 
@@ -263,12 +263,13 @@ def _rows(runs: Mapping[Replicate, FloatArray]) -> FloatArray:
     return rows[:, 0] if rows.shape[1] == 1 else rows
 
 
-def _measured(table: SweepTable, figure: str) -> Measured:
+def _measured(table: SweepTable, figure: str, confidence: float) -> Measured:
     """The figures of every finished run with their block resamples, by variant, rate and replicate."""
     found: Measured = {}
     for row in table.finished:
         assert row.matrix is not None
-        figures = summary_replicates(row.losses(), row.run.plan.evaluate, row.matrix.planned)
+        evaluate = row.run.plan.evaluate.model_copy(update={"confidence": confidence})
+        figures = summary_replicates(row.losses(), evaluate, row.matrix.planned)
         in_domain, wanted = figures[IN_DOMAIN], figures[figure]
         if in_domain is None or wanted is None:
             continue

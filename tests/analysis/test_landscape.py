@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,10 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tiny_base
 import tiny_domains
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.analysis.directions import directions, way_of
-from gaintune.analysis.landscape import survey_landscape
-from gaintune.config import build_plan
+from gaintune.analysis.directions import Geometry, directions, way_of
+from gaintune.analysis.landscape import Point, Surface, survey_landscape
+from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
+from gaintune.evaluate.losses import DomainLoss
 from gaintune.models import load_base
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
@@ -186,12 +188,14 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
             assert first.at(t).losses[domain] == found.plane.at(t, 0.0).losses[domain]
         start, middle, end = (first.at(t).losses[domain].nats_per_token for t in (0, 0.5, 1))
         figures = first.figures(domain)
-        assert figures.range_nats == pytest.approx(max(start, middle, end) - min(start, middle, end))
-        assert figures.barrier_nats == pytest.approx(max(0.0, middle - (start + end) / 2))
+        assert figures.range.value == pytest.approx(max(start, middle, end) - min(start, middle, end))
+        assert figures.barrier.value == pytest.approx(max(0.0, middle - (start + end) / 2))
         assert figures.at_adapted[0].value == pytest.approx(100 * (math.exp(end - start) - 1))
         assert first.change(first.at(0.0), domain).value == 0.0
         assert len(found.plane.figures(domain).at_adapted) == 3
-        assert found.plane.figures(domain).barrier_nats is None
+        assert found.plane.figures(domain).barrier is None
+        assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
+        assert figures.barrier.low <= figures.barrier.value <= figures.barrier.high
     told = found.to_dict()
     assert told["provenance"]["adapters"]["gain-ffn on gain-ffn-text"]["method"] == "gain-ffn"
     assert set(told["provenance"]["texts"]) == {"prose", "code"}
@@ -204,3 +208,22 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
     with pytest.raises(ConfigError, match="spanned by two adapters, and 1 were given"):
         survey_landscape(plan, adapters[:1], plane=True)
+
+
+@pytest.mark.parametrize(("bump", "seen"), [(0.0, 0.02), (0.3, 0.98)])
+def test_a_barrier_is_as_uncertain_as_its_blocks(bump, seen):
+    """Lines that rise by `bump` half-way in the mean over all text: a flat one seldom shows a barrier, a hill does."""
+    generator, held, above = np.random.default_rng(11), 0, 0
+    settings = EvaluateConfig(bootstrap_samples=400)
+    tokens, heights = np.full(8, 100), np.array([0.0, bump, 0.0])
+    for _ in range(400):
+        nats = 3.0 + heights[:, None] + np.array([[0.0], [1.0], [1.0]]) * generator.normal(0, 0.1, (3, 8))
+        points = tuple(
+            Point((place,), {"d": DomainLoss(tuple(row * tokens), tuple(tokens.tolist()), tuple(tokens.tolist()))})
+            for place, row in zip((0.0, 0.5, 1.0), nats, strict=True)
+        )
+        found = Surface(("one",), "gains", "float32", Geometry((1.0,), 1.0), points, settings).figures("d")
+        held += found.barrier.low <= bump <= found.barrier.high
+        above += found.barrier.low > 0
+    assert held / 400 > 0.92
+    assert abs(above / 400 - seen) < 0.03

@@ -114,8 +114,9 @@ def test_differences_are_paired():
         mended[row] = truth[row]
     gained = difference(first, predictions(truth, mended), SETTINGS)
     assert gained.value == pytest.approx(0.1)
-    half = 1.96 * math.sqrt(0.1 * 0.9 / 300)  # of the differences, which are 0 or 1 here
-    assert gained.low == pytest.approx(0.1 - half, abs=0.015)
+    up, down = 31 / 302, 1 / 302  # one row more each way: Bonett and Price
+    half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / 302)
+    assert (gained.low, gained.high) == (pytest.approx(up - down - half), pytest.approx(up - down + half))
     assert gained.low > 0
     back = difference(predictions(truth, mended), first, SETTINGS)
     assert (back.value, back.low, back.high) == pytest.approx((-gained.value, -gained.high, -gained.low))

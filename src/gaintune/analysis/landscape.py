@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gaintune.adapters import check_adapters
@@ -20,6 +21,7 @@ from gaintune.analysis.provenance import Provenance, named_origins, provenance, 
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.blocks import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
+from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
 from gaintune.evaluate.changes import paired_change
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
@@ -47,15 +49,16 @@ class DomainFigures:
         at_adapted: change of perplexity at the adapted model in %; on a plane, at each of the two, then at their sum.
         best: where between pretrained and adapted (0 to 1 in every coordinate) the loss is lowest.
         best_change: the change of perplexity there.
-        range_nats: highest less lowest loss in nats a token (log perplexity) between pretrained and adapted.
-        barrier_nats: how far, on a line, the loss rises above the straight line between its ends; None on a plane.
+        range: highest less lowest loss in nats a token (log perplexity) between pretrained and adapted.
+        barrier: how far, on a line, the loss rises above the straight line between its ends; None on a plane.
+    Their intervals are a bootstrap over blocks, widened for few blocks; see `largest`.
     """
 
     at_adapted: tuple[Interval, ...]
     best: tuple[float, ...]
     best_change: Interval
-    range_nats: float
-    barrier_nats: float | None
+    range: Interval
+    barrier: Interval | None
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,32 @@ class Surface:
         """The figures of one domain."""
         ends = [(1.0,)] if len(self.labels) == 1 else [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
         between = [point for point in self.points if all(0.0 <= t <= 1.0 for t in point.place)]
-        nats = [point.losses[domain].nats_per_token for point in between]
-        best = between[nats.index(min(nats))]
+        best = min(between, key=lambda point: point.losses[domain].nats_per_token)
+        losses = self._losses(between, domain)
         barrier = None
         if len(self.labels) == 1:
-            first, last = (self.at(t).losses[domain].nats_per_token for t in (0.0, 1.0))
-            chord = [first + point.place[0] * (last - first) for point in between]
-            barrier = max(0.0, *(loss - straight for loss, straight in zip(nats, chord, strict=True)))
+            along = np.array([point.place[0] for point in between])
+            # from 0 to 1 in order, so that the first and the last are the ends
+            chord = losses[:, :1] + along * (losses[:, -1:] - losses[:, :1])
+            barrier = largest(losses - chord, self.settings)
         return DomainFigures(
             at_adapted=tuple(self.change(self.at(*end), domain) for end in ends),
             best=best.place,
             best_change=self.change(best, domain),
-            range_nats=max(nats) - min(nats),
-            barrier_nats=barrier,
+            range=largest((losses[:, :, None] - losses[:, None]).reshape(len(losses), -1), self.settings),
+            barrier=barrier,
+        )
+
+    def _losses(self, points: Sequence[Point], domain: str) -> FloatArray:
+        """Nats a token above the pretrained model's at some places, with block resamples, `(1 + resamples, places)`."""
+        origin = self.at(*[0.0] * len(self.labels)).losses[domain]
+        return replicate_means(
+            np.array([np.subtract(point.losses[domain].nll, origin.nll) for point in points]),
+            np.array(origin.tokens),
+            samples=self.settings.bootstrap_samples,
+            seed=self.settings.seed,
+            domain=domain,
+            confidence=self.settings.confidence,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,6 +151,22 @@ class Surface:
             "figures": {domain: asdict(self.figures(domain)) for domain in self.domains},
             "points": points,
         }
+
+
+def largest(figures: FloatArray, settings: EvaluateConfig) -> Interval:
+    """The largest of several figures that may be 0, with its interval: the largest of each end of theirs, 0 at least.
+
+    The largest of resampled figures would be too large, since it takes up what noise there is among them.
+
+    Args:
+        figures: with block resamples, widened for few blocks, `(1 + resamples, figures)`.
+        settings: the confidence.
+    """
+    value = max(0.0, float(figures[0].max()))
+    if np.isnan(figures[1:]).any():  # one block
+        return Interval(value, None, None)
+    low, high = (max(0.0, float(ends.max())) for ends in bounds(figures, settings.confidence))
+    return Interval(value, low, high)
 
 
 @dataclass(frozen=True)

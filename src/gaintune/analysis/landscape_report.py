@@ -15,10 +15,11 @@ from matplotlib.lines import Line2D
 
 from gaintune.analysis.directions import WAYS
 from gaintune.analysis.landscape import DomainFigures, Landscape, Surface
+from gaintune.evaluate.records import Interval
 from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import LARGEST_LIMIT, SMALLEST_LIMIT, diverging, ink_on, look
 from gaintune.report.tables import markdown_table
-from gaintune.report.words import signed, with_interval
+from gaintune.report.words import NONE, signed, with_interval
 from gaintune.runs import write_bytes, write_json, write_text
 
 TICKS = [(1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)]
@@ -49,7 +50,8 @@ def table(found: Landscape) -> pd.DataFrame:
 def markdown(found: Landscape) -> str:
     """What each line and plane says of each domain, and the geometry of the directions."""
     parts = [
-        "Loss between the pretrained model (0) and adapted ones (1). Changes of perplexity in %, paired by blocks."
+        "Loss between the pretrained model (0) and adapted ones (1). Changes of perplexity in %, paired by blocks, "
+        "with intervals that are a bootstrap over blocks, widened for few blocks."
     ]
     frame = pd.DataFrame(
         [
@@ -83,8 +85,16 @@ def markdown(found: Landscape) -> str:
 
 
 def _spread(one: DomainFigures, *, barrier: bool = False) -> list[str]:
-    cells = [with_interval(one.best_change), f"{one.range_nats:.4f}"]
-    return [*cells, f"{one.barrier_nats:.4f}"] if barrier else cells
+    cells = [with_interval(one.best_change), in_nats(one.range)]
+    return [*cells, in_nats(one.barrier)] if barrier else cells
+
+
+def in_nats(figure: Interval | None) -> str:
+    """A range or a barrier with its interval."""
+    if figure is None:
+        return NONE
+    ends = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"
+    return f"{figure.value:.4f}{ends}"
 
 
 def _geometry(surface: Surface) -> list[str]:

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gaintune.errors import ConfigError, DataError
-from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
-from gaintune.evaluate.intervals import widening
+from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, widened
 from gaintune.evaluate.records import Interval
 
 BINS = 101
@@ -101,7 +100,7 @@ def summarise_changes(
     sums = np.where(scored, values, 0.0).sum(axis=1)
     sizes = np.where(scored, np.abs(values), 0.0).sum(axis=1)
     counts = scored.sum(axis=1).astype(np.int64)
-    means = replicate_means(np.stack([sums, sizes]), counts, samples=samples, seed=seed, domain=domain)
+    means = replicate_means(np.stack([sums, sizes]), counts, samples=samples, seed=seed, domain=domain, confidence=None)
     changed = bool(size.any())
     deviation = float(kept.std())
     centred = kept - kept.mean()
@@ -136,7 +135,7 @@ def _interval(replicates: FloatArray, blocks: int, confidence: float) -> Interva
     value = float(replicates[0, 0])
     if blocks < 2:
         return Interval(value, None, None)
-    low, high = bounds(value + widening(confidence, blocks) * (replicates - value), confidence)
+    low, high = bounds(widened(replicates, confidence, blocks), confidence)
     return Interval(value, float(low[0]), float(high[0]))
 
 

@@ -12,7 +12,7 @@ from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
 from gaintune.evaluate.bootstrap import percent
 from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import paired_bootstrap
+from gaintune.evaluate.statistics import paired_bootstrap, paired_shares
 
 Aggregation = Literal["mean", "perplexity", "other"]
 Unit = Literal["points", "%", "own"]
@@ -84,8 +84,8 @@ class BenchmarkComparison:
         label: what the adapted model is called.
         base: the base's score.
         adapted: the adapted model's.
-        difference: adapted minus base with its paired bootstrap interval, in `unit`; None where the metric is neither a
-            mean over rows nor a perplexity.
+        difference: adapted minus base with the interval of `paired_difference`, in `unit`; None where the metric is
+            neither a mean over rows nor a perplexity.
         unit: points of % for shares, % of the base's for a perplexity, else the metric's own.
     """
 
@@ -172,17 +172,36 @@ def _compare(base: BenchmarkScore, adapted: BenchmarkScore, label: str, config: 
         raise DataError(f"benchmark {base.task}: base and {label} were asked other rows, or asked otherwise")
     if base.aggregation == "other" or not base.items:
         return BenchmarkComparison(label, base, adapted, None, "own")
-    difference = paired_bootstrap(
-        np.subtract(adapted.items, base.items),
+    difference = paired_difference(base, adapted, config)
+    if base.aggregation == "perplexity":  # items are log-likelihoods: a fall of them is a rise of the perplexity
+        return BenchmarkComparison(label, base, adapted, _change_of_perplexity(difference), "%")
+    if base.is_share and adapted.is_share:
+        return BenchmarkComparison(label, base, adapted, in_points(difference), "points")
+    return BenchmarkComparison(label, base, adapted, difference, "own")
+
+
+def paired_difference(base: BenchmarkScore, model: BenchmarkScore, config: BenchmarkConfig) -> Interval:
+    """Mean over rows of a model's items less the base's, in their own unit, with its interval over rows.
+
+    Right and wrong answers (0 and 1) have the interval of `paired_shares`, with a width even where no row is answered
+    otherwise; graded rows and log-likelihoods `paired_bootstrap`. A score less itself is exactly 0, without width.
+    """
+    if model is base:
+        return Interval(0.0, 0.0, 0.0)
+    if {*base.items, *model.items} <= {0, 1}:
+        return paired_shares(base.items, np.array(model.items), config.confidence)
+    return paired_bootstrap(
+        np.subtract(model.items, base.items),
         samples=config.bootstrap_samples,
         confidence=config.confidence,
         seed=config.bootstrap_seed,
     )
-    if base.aggregation == "perplexity":  # items are log-likelihoods: a fall of them is a rise of the perplexity
-        return BenchmarkComparison(label, base, adapted, _change_of_perplexity(difference), "%")
-    if base.is_share and adapted.is_share:
-        return BenchmarkComparison(label, base, adapted, _in_points(difference), "points")
-    return BenchmarkComparison(label, base, adapted, difference, "own")
+
+
+def in_points(shares: Interval) -> Interval:
+    """A difference of shares in points of %."""
+    low, high = (None if end is None else 100.0 * end for end in (shares.low, shares.high))
+    return Interval(100.0 * shares.value, low, high)
 
 
 def _change_of_perplexity(log_likelihood: Interval) -> Interval:
@@ -191,8 +210,3 @@ def _change_of_perplexity(log_likelihood: Interval) -> Interval:
 
     value = float(percent(np.asarray(0.0 - log_likelihood.value)))
     return Interval(value, change(log_likelihood.high), change(log_likelihood.low))
-
-
-def _in_points(shares: Interval) -> Interval:
-    low, high = (None if end is None else 100.0 * end for end in (shares.low, shares.high))
-    return Interval(100.0 * shares.value, low, high)

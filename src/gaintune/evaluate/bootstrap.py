@@ -3,6 +3,9 @@
 Replicate 0 is always the sample itself, so one formula gives the value and its resamples. Everything is computed from
 differences of the loss to the base in the same block: that is what pairs adapted with base, and, because the blocks of
 a domain are drawn once for all rows, method with method.
+
+A domain has few blocks, and percentiles of plain resamples would be too narrow. So what a resample deviates by is
+widened (`widened`) where it is drawn, domain by domain and in nats, before anything is averaged or made a perplexity.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 FloatArray = NDArray[np.float64]
 
@@ -33,7 +37,40 @@ def percent(nats: FloatArray) -> FloatArray:
     return 100.0 * np.expm1(np.minimum(nats, LARGEST_EXPONENT))
 
 
-def replicate_means(rows: FloatArray, tokens: NDArray[np.int64], *, samples: int, seed: int, domain: str) -> FloatArray:
+def t_quantile(confidence: float, replicates: int) -> float:
+    """How many standard errors a two-sided interval over so few replicates reaches (Student's t)."""
+    return float(stdtrit(replicates - 1, 0.5 + confidence / 2))
+
+
+def widening(confidence: float, items: int) -> float:
+    """What deviations of a bootstrap over few items are multiplied by, so that its percentiles cover what is asked.
+
+    Resampled means vary too little by sqrt((n - 1) / n), and their percentiles are the normal's where Student's are
+    wanted; for normal items the product is Student's interval.
+    """
+    return t_quantile(confidence, items) / float(ndtri(0.5 + confidence / 2)) * float(np.sqrt(items / (items - 1)))
+
+
+def widened(replicates: FloatArray, confidence: float, items: int) -> FloatArray:
+    """Resamples of a figure over `items` (two or more) moved away from the figure itself, by `widening`.
+
+    Args:
+        replicates: `(1 + samples, ...)`, of which 0 is the sample itself and stays what it is.
+        confidence: of the interval that will be made of them.
+        items: what was resampled.
+    """
+    return replicates[:1] + widening(confidence, items) * (replicates - replicates[:1])
+
+
+def replicate_means(
+    rows: FloatArray,
+    tokens: NDArray[np.int64],
+    *,
+    samples: int,
+    seed: int,
+    domain: str,
+    confidence: float | None,
+) -> FloatArray:
     """Token-weighted means of each row, over the blocks as they are and over blocks drawn with replacement.
 
     The draw depends on the seed, the domain's name and the number of blocks alone, so adding a method or a stage moves
@@ -45,6 +82,8 @@ def replicate_means(rows: FloatArray, tokens: NDArray[np.int64], *, samples: int
         samples: resamples to draw.
         seed: seed of the plan.
         domain: name of the domain, mixed into the seed.
+        confidence: of the interval that the resamples are widened for, so that its percentiles are those of `bounds`;
+            None for plain resamples, which whoever makes an interval of them widens.
 
     Returns:
         Nats per token, `(1 + samples, rows)`; replicate 0 is the sample itself.
@@ -61,13 +100,14 @@ def replicate_means(rows: FloatArray, tokens: NDArray[np.int64], *, samples: int
         # einsum without BLAS: the sums do not depend on the number of threads
         sums = np.einsum("rb,nb->rn", weights, rows)
         result[start : start + len(drawn)] = sums / np.einsum("rb,b->r", weights, tokens.astype(np.float64))[:, None]
-    return result
+    return result if confidence is None else widened(result, confidence, blocks)
 
 
 def bounds(replicates: FloatArray, confidence: float) -> tuple[FloatArray, FloatArray]:
-    """Percentile interval over axis 0, leaving replicate 0 (the sample) out."""
+    """Percentile interval over axis 0, leaving replicate 0 (the sample) out; of resamples widened before."""
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(replicates[1:], [tail, 1.0 - tail], axis=0)
+    # the method under which a further resample lies beyond an end as often as asked: with few resamples it matters
+    low, high = np.quantile(replicates[1:], [tail, 1.0 - tail], axis=0, method="weibull")
     return low, high
 
 

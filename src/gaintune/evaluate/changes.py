@@ -1,4 +1,10 @@
-"""Change of perplexity between models on the same blocks, with paired bootstrap intervals, alone and averaged."""
+"""Change of perplexity between models on the same blocks, with paired bootstrap intervals, alone and averaged.
+
+The resamples are widened for few blocks as they are drawn, domain by domain (`bootstrap.widened`), so that means and
+differences of them can be taken column by column and given to `interval_of`. In simulations of normal blocks 95 %
+intervals of one domain covered 93 % (2 blocks) to 95 % (8). Means over several domains of few blocks cover more than is
+asked (8 domains of 8 blocks: 98 %): every domain is given its own reach, as if it stood alone.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,7 @@ def change_replicates(
         base: losses of one model, block by block.
         others: losses of other models on the same blocks.
         domain: name of the domain, which decides the blocks drawn together with the seed.
-        settings: resamples and seed.
+        settings: resamples and seed, and the confidence that the resamples are widened for.
 
     Returns:
         `(others, 1 + resamples)`, column 0 the change itself, exactly 0 for equal losses. The blocks drawn for a column
@@ -44,6 +50,7 @@ def change_replicates(
         samples=settings.bootstrap_samples,
         seed=settings.seed,
         domain=domain,
+        confidence=settings.confidence,
     )
     return percent(nats.T)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.evaluate.bootstrap import bounds, replicate_means
+from gaintune.evaluate.intervals import paired_shares
 
 POSITIVE = ("1", "equivalent")  # the class of GLUE's F1: MRPC's paraphrases, and 1 where labels are 0 and 1
 
@@ -55,7 +55,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of rows with its Wilson interval, or a difference of two with its bootstrap one (None for one row)."""
+    """A share of rows with its Wilson interval, or a difference of two with its paired one (None for one row)."""
 
     value: float
     low: float | None
@@ -126,23 +126,19 @@ def score(predictions: Predictions, settings: EvaluateConfig) -> Scores:
 
 
 def difference(first: Predictions, second: Predictions, settings: EvaluateConfig) -> Share:
-    """Accuracy of the second less that of the first, paired row by row; exactly 0 for equal predictions.
+    """Accuracy of the second less that of the first, paired row by row, with the interval of `paired_shares`.
+
+    Predictions less themselves are exactly 0. Other ones that are right on the same rows differ by 0 too, but how many
+    rows were asked says how sure that is.
 
     Raises:
         DataError: they are not of the same rows.
     """
     if (first.domain, first.names) != (second.domain, second.names):
         raise DataError(f"predictions for {first.domain} and {second.domain} are not of the same rows")
-    values = second.right - first.right
-    ones = np.ones(len(values), np.int64)
-    replicates = replicate_means(
-        values[None], ones, samples=settings.bootstrap_samples, seed=settings.seed, domain=first.domain
-    )
-    value = float(replicates[0, 0])
-    if len(values) < 2:
-        return Share(value, None, None)
-    low, high = bounds(replicates[:, 0], settings.confidence)
-    return Share(value, float(low), float(high))
+    right = first.right
+    found = paired_shares(right, right if second is first else second.right, settings.confidence)
+    return Share(found.value, found.low, found.high)
 
 
 def wilson(right: int, rows: int, confidence: float) -> Share:

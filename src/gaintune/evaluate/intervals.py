@@ -1,4 +1,4 @@
-"""Intervals over paired items and over repeated runs.
+"""Intervals over paired items, over paired shares and means of them, and over repeated runs.
 
 A run is repeated with other seeds and other orders of the domains. Each repetition is a replicate; what differs
 between replicates is uncertainty that the text a run was measured on says nothing of. Figures of a replicate may
@@ -9,6 +9,7 @@ same blocks, so that both kinds of uncertainty are in an interval.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,26 +18,12 @@ from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 from gaintune.errors import DataError
-from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
+from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, t_quantile, widening
 from gaintune.evaluate.records import Interval
 
 SAMPLES = 2000
 CONFIDENCE = 0.95
 EXACT_FLIPS = 14  # 2 ** 14 ways to choose signs are all looked at; of more, a sample
-
-
-def t_quantile(confidence: float, replicates: int) -> float:
-    """How many standard errors a two-sided interval over so few replicates reaches (Student's t)."""
-    return float(stdtrit(replicates - 1, 0.5 + confidence / 2))
-
-
-def widening(confidence: float, items: int) -> float:
-    """What deviations of a bootstrap over few items are multiplied by, so that its percentiles cover what is asked.
-
-    Resampled means vary too little by sqrt((n - 1) / n), and their percentiles are the normal's where Student's are
-    wanted; for normal items the product is Student's interval.
-    """
-    return t_quantile(confidence, items) / float(ndtri(0.5 + confidence / 2)) * float(np.sqrt(items / (items - 1)))
 
 
 def paired_bootstrap(
@@ -68,14 +55,66 @@ def paired_bootstrap(
     values = _finite(differences, 1)
     items = len(values)
     ones = np.ones(items, dtype=np.int64)
-    means = replicate_means(values[None], ones, samples=samples, seed=seed, domain="")[:, 0]
+    means = replicate_means(values[None], ones, samples=samples, seed=seed, domain="", confidence=confidence)[:, 0]
     if items < 2:
         return Interval(float(means[0]), None, None)
-    tail = (1.0 - confidence) / 2.0
-    # the method under which a further resample lies beyond an end as often as asked: with few resamples it matters
-    ends = np.quantile(means[1:] - means[0], [tail, 1.0 - tail], method="weibull")
-    low, high = means[0] + widening(confidence, items) * ends
+    low, high = bounds(means, confidence)
     return Interval(float(means[0]), float(low), float(high))
+
+
+def paired_shares(
+    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, confidence: float = CONFIDENCE
+) -> Interval:
+    """Share of right answers after less before on the same rows, with an interval that has a width even if none flips.
+
+    The adjusted Wald interval of Bonett and Price (Journal of Educational and Behavioral Statistics 37, 2012): one row
+    more is supposed to have flipped each way. Resamples of rows that hardly flip would hardly vary; here 60 rows of
+    which none flips leave 4.5 points either way. In simulations 95 % intervals covered 95 to 98 % of the time for 20
+    to 400 rows of which 2 to 40 % flip.
+
+    Args:
+        before: 0 or 1 for each row, `(rows,)`.
+        after: the same rows of what it is taken from; `before` itself gives exactly 0, without width.
+        confidence: share of such intervals that cover the true difference.
+
+    Returns:
+        The difference as a share of rows, its ends within -1 and 1; without ends where there is one row.
+
+    Raises:
+        DataError: no row, or one that is not finite.
+    """
+    first, second = _finite(before, 1), _finite(after, 1)
+    rows, value = len(first), float((second - first).mean())
+    if rows < 2:
+        return Interval(value, None, None)
+    if after is before:
+        return Interval(value, value, value)
+    up, down = ((float((sign * (second - first) > 0).sum()) + 1) / (rows + 2) for sign in (1, -1))
+    middle = up - down
+    reach = float(ndtri(0.5 + confidence / 2)) * float(np.sqrt((up + down - middle**2) / (rows + 2)))
+    return Interval(value, max(-1.0, middle - reach), min(1.0, middle + reach))
+
+
+def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
+    """Unweighted mean of figures that were measured on different items, with the interval that theirs imply.
+
+    The distances from the values to the ends are put together as standard errors are: the root of their squares' sum
+    (method of variance estimates recovery: Zou and Donner, Statistics in Medicine 27, 2008). Intervals that do not lie
+    evenly around their values keep that. One figure keeps its own interval.
+
+    Returns:
+        The interval; without ends where a figure has none.
+
+    Raises:
+        DataError: no figure.
+    """
+    values = [each.value for each in intervals]
+    mean = float(_finite(values, 1).mean())
+    below = [each.value - each.low for each in intervals if each.low is not None]
+    above = [each.high - each.value for each in intervals if each.high is not None]
+    if len(below) < len(values) or len(above) < len(values):
+        return Interval(mean, None, None)
+    return Interval(mean, mean - math.hypot(*below) / len(values), mean + math.hypot(*above) / len(values))
 
 
 def replicated(
@@ -91,7 +130,8 @@ def replicated(
 
     Args:
         values: a figure of each replicate, `(replicates,)`; or with block resamples, `(replicates, 1 + resamples)`,
-            column 0 the figure itself and column b of every row drawn with the same blocks.
+            column 0 the figure itself and column b of every row drawn with the same blocks. They are taken as they
+            are: those of `replicate_means` are widened for few blocks, and here is widened for few replicates alone.
         groups: what each row belongs to, such as the order that a seed was run in: rows of one group are averaged
             first, and the groups are the replicates. Every row by itself unless given.
         how: `t` spreads the mean over replicates as Student's t says, right for as few as two; `bootstrap` draws

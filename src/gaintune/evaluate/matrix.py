@@ -2,7 +2,7 @@
 
 Pure functions over losses that were already measured (`losses`), giving the numbers of matrix.json (`records`).
 Perplexity is exp(nats / scored token); a change is 100 * (after / base - 1) in % of perplexity, so negative is better.
-The mathematics of resampling is in `bootstrap`.
+The mathematics of resampling, and of widening for few blocks, is in `bootstrap`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,12 @@ def _replicates(runs: Sequence[MethodRun], domains: Sequence[str], evaluate: Eva
                     tokens = base.tokens
         if rows:
             means = replicate_means(
-                np.array(rows), np.array(tokens), samples=samples, seed=evaluate.seed, domain=domain
+                np.array(rows),
+                np.array(tokens),
+                samples=samples,
+                seed=evaluate.seed,
+                domain=domain,
+                confidence=evaluate.confidence,
             )
             for row, (method, index) in enumerate(places):
                 result[method][:, index, column] = means[:, row]
@@ -171,7 +176,8 @@ def summary_replicates(
     """The summary figures of a finished run with their block resamples, each `(1 + samples,)` in %; 0 is the sample.
 
     Resample b takes the same blocks of a domain in every run with the same settings and texts, so that differences and
-    means of several runs can be taken resample by resample. None where a figure has no cell.
+    means of several runs can be taken resample by resample. They are widened for few blocks: their percentiles at
+    `evaluate.confidence` are the interval. None where a figure has no cell.
 
     Raises:
         DataError: the run is not finished.

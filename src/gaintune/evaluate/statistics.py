@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from gaintune.evaluate.curves import Curve, CurveDifference, curve_difference
-from gaintune.evaluate.intervals import paired_bootstrap, replicated, sign_flip_test
+from gaintune.evaluate.intervals import mean_of_independent, paired_bootstrap, paired_shares, replicated, sign_flip_test
 from gaintune.evaluate.records import Interval
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "Verdict",
     "curve_difference",
     "judge",
+    "mean_of_independent",
     "paired_bootstrap",
+    "paired_shares",
     "replicated",
     "sign_flip_test",
 ]

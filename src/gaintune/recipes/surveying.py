@@ -45,10 +45,10 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
             for domain in one.domains:
                 figure = one.figures(domain)
                 numbers[f"{label}.{domain}.at-{learnt}"] = figure.at_adapted[0]
-                if domain == learnt and figure.barrier_nats is not None:
-                    numbers[f"{label}.{learnt}.barrier"] = exact(figure.barrier_nats)
+                if domain == learnt and figure.barrier is not None:
+                    numbers[f"{label}.{learnt}.barrier"] = figure.barrier
                 lowest = f"{figure.best[0]:g}"
-                spread = [f"{figure.range_nats:.4f}", f"{figure.barrier_nats:.4f}"]
+                spread = [landscape_report.in_nats(figure.range), landscape_report.in_nats(figure.barrier)]
                 rows[f"{learnt}, {domain}"] = [with_interval(figure.at_adapted[0]), lowest, *spread]
         if found.plane is not None:
             cosine = found.plane.geometry.cosine
@@ -59,8 +59,8 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
             for domain in found.plane.domains:
                 figure = found.plane.figures(domain)
                 numbers[f"{label}.{domain}.both"] = figure.at_adapted[2]
-                numbers[f"{label}.{domain}.range"] = exact(figure.range_nats)
-                cells = [with_interval(figure.at_adapted[2]), NONE, f"{figure.range_nats:.4f}", NONE]
+                numbers[f"{label}.{domain}.range"] = figure.range
+                cells = [with_interval(figure.at_adapted[2]), NONE, landscape_report.in_nats(figure.range), NONE]
                 rows[f"both (range of the plane), {domain}"] = cells
         heads = ["Change there, %", "Lowest at", "Range, nats", "Barrier, nats"]
         tables[f"{label}: learnt, measured"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
