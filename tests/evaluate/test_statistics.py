@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
+from gaintune.evaluate.changes import paired_change
+from gaintune.evaluate.losses import DomainLoss
+from gaintune.evaluate.matrix import MethodRun, Stage, build_matrix
 from gaintune.evaluate.records import Interval
 from gaintune.evaluate.statistics import (
     Curve,
     curve_difference,
     judge,
+    mean_of_independent,
     paired_bootstrap,
+    paired_shares,
     replicated,
     sign_flip_test,
 )
@@ -44,6 +50,80 @@ def test_paired_bootstrap_covers_for_differences_of_right_and_wrong_answers():
     samples = generator.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=(600, 100))
     rate = coverage(lambda trial: paired_bootstrap(samples[trial], samples=600, seed=trial), 0.1, 600)
     assert 0.925 < rate < 0.975
+
+
+def measured(nats):
+    return DomainLoss(tuple(100 * nats), (100,) * len(nats), (400,) * len(nats))
+
+
+@pytest.mark.parametrize(("blocks", "least"), [(2, 0.91), (4, 0.935), (8, 0.935)])
+def test_changes_of_perplexity_cover_at_the_nominal_rate(blocks, least):
+    """Percentiles that are not widened cover 52, 80 and 90 %."""
+    generator, truth = np.random.default_rng(21), 100 * math.expm1(-0.2)
+    text = generator.normal(3.0, 0.8, (1000, blocks))
+    after = text + generator.normal(-0.2, 0.1, (1000, blocks))
+
+    def change(trial):
+        settings = EvaluateConfig(bootstrap_samples=300, seed=trial)
+        return paired_change(measured(text[trial]), measured(after[trial]), "d", settings)
+
+    assert least < coverage(change, truth, 1000) < 0.965
+
+
+@pytest.mark.parametrize(("domains", "blocks"), [(1, 4), (8, 4), (1, 8), (8, 8)])
+def test_means_over_domains_and_differences_of_methods_cover(domains, blocks):
+    """At the nominal rate for one domain; rather more often for means of several, each of which has its own reach."""
+    generator, truth, trials = np.random.default_rng(22), 100 * math.expm1(-0.2), 200
+    names = [f"d{number}" for number in range(domains)]
+    single, difference = [], []
+    for trial in range(trials):
+        text = {name: generator.normal(3.0, 0.8, blocks) for name in ("first", *names)}
+        base = {name: measured(nats) for name, nats in text.items()}
+        runs = []
+        for label in ("one", "other"):
+            after = {name: measured(nats + generator.normal(-0.2, 0.1, blocks)) for name, nats in text.items()}
+            runs.append(MethodRun(label, base, (Stage("first", after),)))
+        settings = EvaluateConfig(bootstrap_samples=300, seed=trial)
+        matrix = build_matrix(runs, settings, planned=["first"])
+        single.append(matrix.methods[0].summary.forward_interference)
+        difference.append(matrix.comparisons[0].summary.forward_interference)
+    for found, true in ((single, truth), (difference, 0.0)):
+        rate = coverage(found.__getitem__, true, trials)
+        assert 0.92 < rate <= (0.98 if domains == 1 else 1.0)
+
+
+@pytest.mark.parametrize(("rows", "up", "down"), [(20, 0.1, 0.3), (60, 0.05, 0.02), (400, 0.02, 0.0), (400, 0.1, 0.1)])
+def test_differences_of_right_answers_cover_where_few_rows_flip(rows, up, down):
+    generator, found = np.random.default_rng(23), []
+    for flipped in generator.multinomial(rows, [up, down, 1 - up - down], size=1000):
+        after = np.repeat([1.0, 0.0, 1.0], flipped)
+        before = np.repeat([0.0, 1.0, 1.0], flipped)
+        found.append(paired_shares(before, after))
+    assert 0.935 < coverage(found.__getitem__, up - down, 1000) < 0.995
+
+
+def test_no_flip_is_no_certainty_but_a_model_against_itself_is():
+    answers = np.repeat([0.0, 1.0], 30)
+    assert paired_shares(answers, answers) == Interval(0.0, 0.0, 0.0)
+    none = paired_shares(answers, answers.copy())
+    reach = 1.959964 * math.sqrt(2 / 62 / 62)
+    assert (none.value, none.low, none.high) == pytest.approx((0.0, -reach, reach))
+    assert judge(none, (-0.04, 0.04)) == "undecided" and judge(none, (-0.05, 0.05)) == "reproduced"
+    every = paired_shares(np.zeros(9), np.ones(9))
+    assert every.value == every.high == 1.0 and every.low > 0.4
+    assert paired_shares([1.0], [0.0]) == Interval(-1.0, None, None)
+
+
+def test_means_of_independent_figures_add_their_errors_as_squares():
+    found = mean_of_independent([Interval(1.0, 0.0, 3.0), Interval(5.0, 1.0, 8.0)])
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (3, 3 - math.sqrt(1 + 16) / 2, 3 + math.sqrt(4 + 9) / 2)
+    )
+    alone = Interval(1.0, 0.5, 4.0)
+    assert mean_of_independent([alone]) == alone
+    assert mean_of_independent([alone, Interval(3.0, None, None)]) == Interval(2.0, None, None)
+    with pytest.raises(DataError):
+        mean_of_independent([])
 
 
 def test_paired_bootstrap_agrees_with_a_plain_loop():
