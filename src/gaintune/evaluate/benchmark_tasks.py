@@ -212,7 +212,7 @@ class _Loader:
                 "memory. If you mean it, best in a container: --allow-code-execution "
                 "(Python: allow_code_execution=True)"
             )
-        require_limits()
+        require_limits(CodeLimits(self._config.code_seconds, self._config.code_memory_mb))
 
 
 def _read_task_file(path: Path, *, with_functions: bool) -> dict[str, Any]:

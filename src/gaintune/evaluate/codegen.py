@@ -1,29 +1,41 @@
 """Run a program that a model wrote: in a process of its own, in an empty folder, with limits on time and memory.
 
-This keeps a mistake in the program from harming the measurement. It is no sandbox: the program can read the user's
-files and reach the network, so nothing is run unless the user has said so.
+This keeps a mistake in the program from harming the measurement. It is no sandbox: the program can read files and
+reach the network, and one that sets out to can forge its pass, so nothing is run unless the user has said so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import secrets
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from gaintune.errors import ConfigError
+from gaintune.evaluate.codegen_user import nobody
 
 CHILD = Path(__file__).with_name("codegen_child.py")
-STARTING = 30.0  # seconds a loaded machine may need to start an interpreter, beside the program's own time
+READY = b"ready"
+LENGTH_BYTES = 8
+STARTING = 60.0  # seconds a loaded machine may need to start an interpreter, before the program's own time begins
+ENDING = 5.0  # seconds beyond the program's own, after which one that turned its alarm off is stopped from outside
+LOOKING = 0.05  # seconds between two looks at a process whose answer something else holds open
+ROUNDS = 20  # looks for what a program left running; one that starts others faster than that gets away
 OUT_OF_TIME = (-signal.SIGALRM, -signal.SIGXCPU) if hasattr(signal, "SIGALRM") else ()
+MARK = "GAINTUNE_PROGRAM"
+TRIVIAL = "import math\nassert math.sqrt(4) == 2"
 
 
 @dataclass(frozen=True)
@@ -42,44 +54,123 @@ class Outcome:
     reason: Literal["passed", "failed", "out of time"]
 
 
-def require_limits() -> None:
-    """Refuse where processes cannot be limited; ConfigError."""
-    if importlib.util.find_spec("resource") is None:
-        raise ConfigError("this system cannot limit a process's memory, so generated code is not run on it")
+@functools.cache
+def require_limits(limits: CodeLimits) -> None:
+    """Refuse where programs cannot be limited, or none runs within the limits; ConfigError says what went wrong."""
+    outcome = run_program(TRIVIAL, limits)
+    if not outcome.passed:
+        raise ConfigError(
+            f"not even a program of two lines runs within {limits.seconds:g} s and {limits.memory_mb} MB here "
+            f"({outcome.reason}): allow more (Python: code_seconds, code_memory_mb)"
+        )
 
 
 def run_program(program: str, limits: CodeLimits) -> Outcome:
     """Run a program as `exec` would; it passes if its last line is reached without an exception.
 
-    A program that ends the process early, with whatever exit code, has not passed. Output goes nowhere.
+    A program that ends the process early, with whatever exit code, has not passed. Output goes nowhere. What it left
+    running is ended with it, where it can be found (on Linux also what has left its group of processes).
 
     Raises:
-        ConfigError: a system without limits on processes.
+        ConfigError: a system without limits on processes, or on which a process cannot take them.
     """
-    require_limits()
-    proof = secrets.token_hex(16)
-    task = {"program": program, "proof": proof, "seconds": limits.seconds, "memory": limits.memory_mb * 2**20}
+    if importlib.util.find_spec("resource") is None:
+        raise ConfigError("this system cannot limit a process's memory, so generated code is not run on it")
+    proof, mark = (secrets.token_hex(16).encode() for _ in range(2))
+    user = nobody()
+    task = {"program": program, "proof_bytes": len(proof), "seconds": limits.seconds, "user": user}
+    task["memory"] = limits.memory_mb * 2**20
+    written = json.dumps(task).encode()
     with tempfile.TemporaryDirectory(prefix="gaintune-code-", ignore_cleanup_errors=True) as folder:
+        if user is not None:
+            os.chown(folder, *user)
+        with _started(folder, mark.decode()) as (child, complaints):
+            with contextlib.suppress(BrokenPipeError):  # it has died already, and its complaints say why
+                assert child.stdin is not None
+                child.stdin.write(len(written).to_bytes(LENGTH_BYTES, "big") + written + proof)
+                child.stdin.flush()
+            if _hear(child, len(READY), time.monotonic() + STARTING) != READY:
+                complaints.seek(0)
+                why = complaints.read().decode(errors="replace").strip().rpartition("\n")[2] or "it did not start"
+                raise ConfigError(f"a process for generated code cannot be limited here ({why[:300]})")
+            said = _hear(child, len(proof), time.monotonic() + limits.seconds + ENDING)
+            status = child.poll() if said == proof else _status(child)
+    if said == proof:
+        return Outcome(True, "passed")
+    return Outcome(False, "out of time" if status is None or status in OUT_OF_TIME else "failed")
+
+
+@contextlib.contextmanager
+def _started(folder: str, mark: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """The process, and what it complains of before the program begins; ended with all that came of it."""
+    with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             [sys.executable, "-I", str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=complaints,
             cwd=folder,
-            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"},
+            env={
+                "PATH": os.defpath,
+                "HOME": folder,
+                "TMPDIR": folder,
+                "OMP_NUM_THREADS": "1",
+                "LANG": "C.UTF-8",
+                MARK: mark,
+            },
             start_new_session=True,
         )
         try:
-            said, _ = child.communicate(json.dumps(task).encode(), timeout=limits.seconds + STARTING)
-        except subprocess.TimeoutExpired:
-            said = b""
-            timed_out = True
-        else:
-            timed_out = child.returncode in OUT_OF_TIME
+            yield child, complaints
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # with all that the program may have started
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    if said.decode(errors="replace").strip() == proof:
-        return Outcome(True, "passed")
-    return Outcome(False, "out of time" if timed_out else "failed")
+            _end_all(f"{MARK}={mark}".encode())
+            for pipe in (child.stdin, child.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    assert pipe is not None
+                    pipe.close()
+
+
+def _hear(child: subprocess.Popen[bytes], enough: int, until: float) -> bytes:
+    """Read so many bytes of what a process says; fewer where it ends or its time is up before that.
+
+    Its end counts and not that of the pipe, which another process may hold open.
+    """
+    assert child.stdout is not None
+    file, said = child.stdout.fileno(), b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
+        while len(said) < enough:
+            ended, left = child.poll() is not None, until - time.monotonic()
+            if selector.select(0 if ended else max(0.0, min(left, LOOKING))):
+                more = os.read(file, enough - len(said))
+                if not more:
+                    break
+                said += more
+            elif ended or left <= 0:
+                break
+    return said
+
+
+def _status(child: subprocess.Popen[bytes]) -> int | None:
+    """How a process ended, None where it has not."""
+    try:
+        return child.wait(timeout=LOOKING * 10)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _end_all(mark: bytes) -> None:
+    """End every process that carries a mark in its environment, also one with a session of its own."""
+    for _ in range(ROUNDS):
+        found = 0
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
+                if mark in environment.read_bytes():
+                    os.kill(int(environment.parent.name), signal.SIGKILL)
+                    found += 1
+        if not found:
+            return
+        time.sleep(LOOKING)

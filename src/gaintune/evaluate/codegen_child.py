@@ -1,46 +1,68 @@
-"""Started by `codegen` as a process of its own: takes its limits, runs one program, proves that it came to the end."""
+"""Started by `codegen` as a process of its own: takes its limits, runs one program, proves that it came to the end.
+
+Standard input holds the task, its length before it, and behind it the proof, which stays unread until the program has
+ended: while it runs no variable of this process has it.
+"""
 
 import json
 import os
 import resource
 import signal
-import sys
 
 FILE_BYTES = 16 * 2**20
+LENGTH_BYTES = 8
+READY = b"ready"
 
 
-def limit(seconds: float, memory: int) -> None:
-    """Bound this process: address space, processor time, files, children, and wall-clock time from now on."""
+def limit(seconds: float, memory: int, user: tuple[int, int] | None) -> None:
+    """Bound this process: user, address space, processor time, files, children, and wall-clock time from now on."""
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user[1], user[1], user[1])
+        os.setresuid(user[0], user[0], user[0])
     whole = int(seconds) + 1
-    for what, most in (
-        ("RLIMIT_AS", memory),
-        ("RLIMIT_CPU", whole),
-        ("RLIMIT_FSIZE", FILE_BYTES),
-        ("RLIMIT_CORE", 0),
-        ("RLIMIT_NPROC", 0),
+    for what, most, beyond in (
+        ("RLIMIT_AS", memory, 0),
+        ("RLIMIT_CPU", whole, 1),  # at the first of the two it is told that its time is up, at the second it is killed
+        ("RLIMIT_FSIZE", FILE_BYTES, 0),
+        ("RLIMIT_CORE", 0, 0),
+        ("RLIMIT_NPROC", 0, 0),
     ):
         if hasattr(resource, what):
             number = getattr(resource, what)
             _, hard = resource.getrlimit(number)
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(number, (most, most))
+            ends = [each if hard == resource.RLIM_INFINITY else min(each, hard) for each in (most, most + beyond)]
+            resource.setrlimit(number, (ends[0], ends[1]))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def read(file: int, size: int) -> bytes:
+    """So many bytes and no more, so that what follows them stays where it is."""
+    found = b""
+    while len(found) < size:
+        more = os.read(file, size - len(found))
+        if not more:
+            raise EOFError(f"{len(found)} of {size} bytes")
+        found += more
+    return found
+
+
 def main() -> None:
     """Read the task from standard input and run it; the proof goes to what was standard output."""
-    task = json.load(sys.stdin)
-    answer = os.dup(1)
+    task = json.loads(read(0, int.from_bytes(read(0, LENGTH_BYTES), "big")))
+    program, size = task["program"], task["proof_bytes"]
+    rest, answer = os.dup(0), os.dup(1)  # closed in whatever the program executes
+    limit(task["seconds"], task["memory"], task["user"])
+    os.write(answer, READY)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
-    limit(task["seconds"], task["memory"])
     try:
-        exec(task["program"], {})  # the point of this process
+        exec(program, {})  # the point of this process
     except BaseException:  # SystemExit too: a program that leaves early has not passed
         os._exit(1)
-    os.write(answer, task["proof"].encode())
+    os.write(answer, read(rest, size))
     os._exit(0)
 
 
