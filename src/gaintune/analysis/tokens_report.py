@@ -88,7 +88,8 @@ def markdown(survey: TokenSurvey) -> str:
     """A table for each domain."""
     parts = [
         "Change of the loss of every scored token, adapted minus base, in nats (negative is better). Coherence is "
-        "|mean| / mean size: 0 where changes cancel, 1 where all go one way. Intervals are a bootstrap over blocks.\n"
+        "|mean| / mean size: 0 where changes cancel, 1 where all go one way. Intervals are a bootstrap over "
+        "blocks, widened for few blocks.\n"
     ]
     for domain, adapters in survey.changes.items():
         heads = [head[:1].upper() + head[1:] for head in HEADS]

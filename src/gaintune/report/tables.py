@@ -149,7 +149,7 @@ def to_markdown(matrix: Matrix) -> str:
     confidence = f"{100 * matrix.settings.confidence:g} %"
     parts = [
         "Change of validation perplexity against the base in %, lower is better, "
-        f"with {confidence} paired bootstrap intervals over blocks.\n",
+        f"with {confidence} paired bootstrap intervals over blocks, widened for few blocks.\n",
         markdown_table(summary_frame(matrix), "Method"),
     ]
     if matrix.comparisons:

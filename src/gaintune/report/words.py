@@ -157,8 +157,8 @@ def cautions(matrix: Matrix) -> list[str]:
         "A change of perplexity is not a change of accuracy. It says how well the next token of such text is "
         "predicted; whether answers became better or worse takes benchmarks.",
         f"The intervals ({percent}, paired bootstrap over validation blocks, {matrix.settings.bootstrap_samples:,} "
-        "resamples) cover the choice of validation text only. They do not cover the seed of training, the order of "
-        "domains or the learning rate: repeat the run with others before you generalise.",
+        "resamples, widened for few blocks) cover the choice of validation text only. They do not cover the seed of "
+        "training, the order of domains or the learning rate: repeat the run with others before you generalise.",
         "Budgets of a few thousand tokens a domain show the direction of an effect, not its size after long training.",
         "Methods are compared at the learning rates of the plan. A method at a rate that does not suit it looks worse "
         "than it is.",
@@ -166,7 +166,7 @@ def cautions(matrix: Matrix) -> list[str]:
     fewest = min((figures.blocks for method in matrix.methods for figures in method.base.values()), default=0)
     if 0 < fewest < 10:
         notes.append(
-            f"A domain has only {plural(fewest, 'validation block')}: its interval is rough and rather too narrow. "
+            f"A domain has only {plural(fewest, 'validation block')}: its interval is wide because of that. "
             "Raise data.validation_tokens."
         )
     if len(matrix.comparisons) > 1:
