@@ -34,7 +34,7 @@ def test_gates_of_an_adapter_are_written_as_tables_and_figures(trained, tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "mean gate" in done.stdout
-    stems = {"gates": ("csv", "json", "md"), "gates-layers": ("csv",)}
+    stems = {"gates": ("csv", "json", "md"), "gates-layers": ("csv",), "gates-apart": ("csv",), "gates-rows": ("csv",)}
     figures = {f"gate-{name}.{kind}" for name in ("histograms", "heatmap") for kind in ("png", "svg")}
     assert {file.name for file in out.iterdir()} == figures | {f"{a}.{b}" for a, kinds in stems.items() for b in kinds}
     told = json.loads((out / "gates.json").read_text())
@@ -56,6 +56,11 @@ def test_gates_of_an_adapter_are_written_as_tables_and_figures(trained, tmp_path
     layers = pd.read_csv(out / "gates-layers.csv")
     assert len(layers) == 2 * 14 * 3
     assert layers[layers["part"] == "all"]["values"].sum() == whole["values"].sum()
+    apart = pd.read_csv(out / "gates-apart.csv").set_index(["domain", "less_domain", "depth", "part"])
+    between = apart.loc[("prose", "sums", "all", "all")]
+    assert between["difference"] == pytest.approx(whole["mean"]["prose"] - whole["mean"]["sums"])
+    assert between["low"] < between["difference"] < between["high"]
+    assert pd.read_csv(out / "gates-rows.csv")["values"].sum() == whole["values"].sum()
     again = gaintune(
         "gates", trained / "disel", "--domain", trained / "prose.jsonl", "--tokens", "response",
         "--out", tmp_path / "two", "--validation-tokens", 128, "--block-size", 32, "--set", "data.train_tokens=256",

@@ -6,7 +6,7 @@ import pytest
 
 import tiny_base
 import tiny_domains
-from gaintune.errors import AdapterError, ConfigError
+from gaintune.errors import AdapterError, ConfigError, DataError
 from test_cli_surveys import SMALL, run
 
 
@@ -67,6 +67,22 @@ def test_tokens_tells_mean_skew_and_coherence(trained, tmp_path, caplog):
         run("tokens", trained / "lora", "--bins", 10)
     with pytest.raises(AdapterError, match="no such adapter folder"):
         run("tokens", tmp_path / "missing")
+
+
+def test_tokens_takes_what_the_adapters_learnt_and_texts_to_watch_as_other_surveys_do(trained, tmp_path):
+    told = " ".join(run("tokens", "--help").replace("│", " ").split())
+    assert all(option in told for option in ("--plan", "--watch", "--train-tokens", "--text-column"))
+    assert "those that the adapters learnt unless" in told
+    with pytest.raises(DataError, match="prose"):  # learnt under a name that stands for no text
+        run("tokens", trained / "lora", *SMALL, "--out", tmp_path)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"model: {{name: {trained / 'base'}, device: cpu}}\n"
+        f"data: {{domains: [{trained / 'prose.jsonl'}], train_tokens: 512, validation_tokens: 128, block_size: 32}}\n"
+    )
+    out = tmp_path / "out"
+    run("tokens", trained / "lora", "--plan", plan, "--watch", trained / "code.jsonl", "--out", out)
+    assert list(json.loads((out / "tokens.json").read_text())["changes"]) == ["code", "prose"]
 
 
 def test_tokens_warns_of_text_that_an_adapter_may_have_seen(trained, tmp_path, caplog):

@@ -79,6 +79,49 @@ def test_full_weights_and_pissa_are_compared_with_the_untouched_base(narrow, tmp
     assert "lm_head" in pairs(narrow, tmp_path / "full")
 
 
+def test_what_full_weights_change_beside_linear_weights_is_said(narrow, tmp_path, caplog):
+    pairs(narrow, adapter(narrow, tmp_path / "full", method("full")))
+    (said,) = [record.message for record in caplog.records if "is left out" in record.message]
+    assert "model.layers.0.input_layernorm.weight" in said and "q_proj" not in said
+    base = load_base(str(narrow), dtype=torch.float32)
+    attach(base.model, method("full"), seed=0)
+    with torch.no_grad():
+        base.model.get_submodule(O_PROJ).weight.mul_(2)
+    save_adapter(base.model, tmp_path / "one", AdapterRecord(str(narrow), base.fingerprint, "full", "full", ("prose",)))
+    caplog.clear()
+    pairs(narrow, tmp_path / "one")
+    assert not [record for record in caplog.records if "is left out" in record.message]
+
+
+class LackingMemory:
+    """A number that no memory is left to multiply by."""
+
+    def __rmul__(self, other):
+        raise torch.OutOfMemoryError("out of memory")
+
+    __mul__ = __rmul__
+
+
+def test_a_lack_of_memory_is_not_said_to_be_the_adapters_fault(narrow, tmp_path):
+    folder = adapter(narrow, tmp_path / "lora", method("lora", rank=2))
+    base = load_base(str(narrow), dtype=torch.float32)
+    with pytest.raises(torch.OutOfMemoryError), adapted_weights(base, folder) as weights:
+        _, layer = weights._modules[O_PROJ]
+        layer.scaling["default"] = LackingMemory()
+        list(weights)
+
+
+def test_adapters_that_change_the_base_as_they_load_leave_it_to_the_next_as_it_was(narrow, tmp_path):
+    """One base for all of a survey: each adapter's figures are those it has alone."""
+    kinds = {"pissa": {"rank": 2}, "osf": {}, "full": {}, "lora": {"rank": 2}}
+    folders = [adapter(narrow, tmp_path / name, method(name, **options)) for name, options in kinds.items()]
+    model, settings = ModelConfig(name=str(narrow), device="cpu"), SubspaceSettings(top=4)
+    together = survey_subspace(folders, model, settings=settings).adapters
+    for folder, one in zip(folders, together, strict=True):
+        (alone,) = survey_subspace([folder], model, settings=settings).adapters
+        assert [each.figures for each in one.modules] == [each.figures for each in alone.modules], folder.name
+
+
 OTHERS = {
     "dora": {"rank": 2},
     "adalora": {"rank": 2},

@@ -21,7 +21,7 @@ from gaintune.absorb import check_mergeable
 from gaintune.adapter_folder import WEIGHTS
 from gaintune.adapters import FULL, read_config, read_record
 from gaintune.errors import AdapterError, ConfigError, one_line
-from gaintune.evaluate.benchmarks import attached
+from gaintune.evaluate.attaching import attached
 from gaintune.models import Base
 from gaintune.tuners.gain import GainLayer
 
