@@ -20,7 +20,8 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
     """Domain after domain with each method: `gaintune sequence`.
 
     Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.worst_below`, the worst
-    domain learnt before, at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`; `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
+    domain learnt before, at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`;
+    `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
     """
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
@@ -39,6 +40,7 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
         adapters=adapters_of(context.folder, matrix),
         plan=plan,
         notes=left_out(settings, context),
+        runs=(context.folder,),
     )
 
 
@@ -49,7 +51,7 @@ def separately(settings: dict[str, Any], context: Context) -> Outcome:
     asked = settings.pop("domains", [])
     numbers: dict[str, Interval] = {}
     tables, figures, adapters = {}, [], {}
-    plan = None
+    plan, runs = None, []
     for domain in context.world.domains(asked):
         others = [other for other in context.world.domains(asked) if other["name"] != domain["name"]]
         watched = [*others, *settings.get("watched", [])]
@@ -61,7 +63,9 @@ def separately(settings: dict[str, Any], context: Context) -> Outcome:
         tables[f"{domain['name']} learnt by itself"] = summary_frame(matrix)
         figures += sorted((run / "figures").glob("*.png"))
         adapters |= adapters_of(run, matrix)
-    return Outcome(numbers, tables, tuple(figures), adapters, plan, left_out({"domains": asked, **settings}, context))
+        runs.append(run)
+    notes = left_out({"domains": asked, **settings}, context)
+    return Outcome(numbers, tables, tuple(figures), adapters, plan, notes, runs=tuple(runs), apart=True)
 
 
 def nothing_to_learn(settings: Mapping[str, Any], context: Context) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -22,12 +23,13 @@ from gaintune.analysis.tokens import survey_tokens
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.records import Interval
+from gaintune.recipes.adapting import left_out, nothing_to_learn
 from gaintune.recipes.outcome import Context, Outcome, bare, exact, last_of_each
 
 
 def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
     """`gaintune linear-model`; numbers `METHOD.to_fixed` and `METHOD.to_bayes`: mean and range over seeds."""
-    chosen = Settings(**{"dimension": 32, "rank": 4, "separation": 3.0, "steps": 1500, "seeds": 5, **settings})
+    chosen = linear_settings(settings, context)
     results = run_experiment(chosen, context.progress)
     write_linear(chosen, results, context.folder)
     numbers = {}
@@ -56,18 +58,34 @@ def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
     )
 
 
+def linear_settings(settings: dict[str, Any], context: Context) -> Settings:
+    """A step's settings of the linear model; ConfigError for a key or value that is wrong."""
+    given = {field.name: settings.pop(field.name) for field in fields(Settings) if field.name in settings}
+    context.refuse_unknown(settings)
+    try:
+        return Settings(**{"dimension": 32, "rank": 4, "separation": 3.0, "steps": 1500, "seeds": 5, **given})
+    except TypeError as error:  # a text where a number is meant
+        raise ConfigError(f"{context.origin}: {error}") from None
+
+
 def gates(settings: dict[str, Any], context: Context) -> Outcome:
-    """`gaintune gates` on every DISeL adapter of the step `of`, on `domains`; numbers `LABEL.DOMAIN.DEPTH.mean`,
-    `LABEL.DOMAIN.PROJECTION.mean`; and with intervals over rows of text `LABEL.A-minus-B.mean`, `.DEPTH.mean`,
-    `.DEPTH.BLOCK.mean` and `.PROJECTION.mean` of two domains, `LABEL.DOMAIN.PROJECTION-minus-PROJECTION.mean` and
-    `LABEL.DOMAIN.mlp-minus-attention.mean` on one."""
+    """`gaintune gates` on the DISeL adapters called `label` of the step `of`, on `domains`.
+
+    Numbers: `LABEL.DOMAIN.DEPTH.mean` and `LABEL.DOMAIN.PROJECTION.mean`; with intervals over rows of text
+    `LABEL.A-minus-B.mean`, `.DEPTH.mean`, `.DEPTH.BLOCK.mean` and `.PROJECTION.mean` of two domains, and on one
+    `LABEL.DOMAIN.PROJECTION-minus-PROJECTION.mean` and `LABEL.DOMAIN.mlp-minus-attention.mean`.
+
+    Several stages of a sequence have names of their own, `LABEL.after-STAGE.…`; without, it is the last one.
+    """
     trained = context.of(settings)
-    label = settings.pop("label", "disel")
+    label, stages = gated(settings, trained, context)
+    if why := nothing_to_learn(settings, context):
+        return Outcome(notes=(why,), left_out=True)
     plan = context.world.plan(settings, origin=context.origin)
-    numbers, tables, figures = {}, {}, []
-    for key, adapter in trained.adapters.items():
-        if key.partition("/")[0] != label:
-            continue
+    found: dict[str, Interval] = {}
+    tables, figures = {}, []
+    for key in stages:
+        adapter, numbers = trained.adapters[key], {}
         folder = context.folder / key.replace("/", "-")
         survey = survey_gates(plan, adapter, progress=context.progress)
         write_gates(survey, folder)
@@ -84,7 +102,27 @@ def gates(settings: dict[str, Any], context: Context) -> Outcome:
         numbers |= _gates_apart(survey.record, label, plan.evaluate)
         tables[f"Gates of {key}"] = pd.DataFrame.from_dict(rows, orient="index", columns=["Mean", "SD", "Below 0.05"])
         figures += sorted(folder.glob("*.png"))
-    return Outcome(numbers, tables, tuple(figures), notes=())
+        if len(stages) > 1:
+            after = f"{label}.after-{key.partition('/')[2]}"
+            found |= {f"{after}{name.removeprefix(label)}": value for name, value in numbers.items()}
+        if not trained.apart or len(stages) == 1:
+            found |= numbers
+    return Outcome(found, tables, tuple(figures), notes=left_out(settings, context))
+
+
+def gated(settings: dict[str, Any], trained: Outcome, context: Context) -> tuple[str, list[str]]:
+    """Take `label` out of the settings: the label of a step's adapters, and the keys of those that it is of.
+
+    Raises:
+        ConfigError: no adapter is called so, or its method has no gates.
+    """
+    label = settings.pop("label", "disel")
+    stages = [key for key in trained.adapters if key.partition("/")[0] == label]
+    if not stages:
+        raise ConfigError(f"{context.origin}: no adapter is called {label!r}; there are {', '.join(trained.labels)}")
+    if trained.plan is not None and any(each.label == label and each.name != "disel" for each in trained.plan.methods):
+        raise ConfigError(f"{context.origin}: {label} has no gates; name one of method disel")
+    return label, stages
 
 
 def _gates_apart(record: GateRecord, label: str, settings: EvaluateConfig) -> dict[str, Interval]:
@@ -105,20 +143,23 @@ def _gate_cells(one: GateSummary) -> list[str]:
 
 
 def gains(settings: dict[str, Any], context: Context) -> Outcome:
-    """`gaintune gains` on the run of the step `of`; methods without factors are left out.
+    """`gaintune gains` on the runs of the step `of`; methods without factors are left out.
 
     Numbers, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
-    `.flipped` after the last domain, and `LABEL.after-DOMAIN.…` after each.
+    `.flipped` after the last domain, `LABEL.after-DOMAIN.…` after each, `LABEL.smallest_ever` and `.flipped_ever` over
+    all stages. Of domains that were learnt apart from each other all begin with `DOMAIN.`.
     """
-    run = context.folder.with_name(str(settings.get("of")))
-    context.of(settings)
+    trained = context.of(settings)
     context.refuse_unknown(settings)
-    survey = survey_gains([run])
+    survey = survey_gains(trained.runs)
     gain_report.write(survey, context.folder)
     numbers: dict[str, Interval] = {}
-    tables, notes = {}, []
+    tables, notes = {}, [f"left out, a method without factors: {label}" for label in survey.left_out]
     for sequence in survey.sequences:
-        label = sequence.label.rpartition("/")[2]
+        label = sequence.label.replace(": ", ".")  # of several runs the run stands in front
+        stages = [stage.figures for stage in sequence.stages]
+        numbers[f"{label}.smallest_ever"] = exact(min(stage.smallest for stage in stages))
+        numbers[f"{label}.flipped_ever"] = exact(max(stage.flipped for stage in stages))
         rows = {}
         for stage in sequence.stages:
             own = _factors(stage.figures)
@@ -142,16 +183,16 @@ def _factors(figures: FactorFigures) -> dict[str, float]:
 
 
 def subspace(settings: dict[str, Any], context: Context) -> Outcome:
-    """`gaintune subspace` on what each method of the step `of` ended with; `labels` picks some.
+    """`gaintune subspace` on what each method of the step `of` ended with; `labels` and `after` pick some.
 
     Numbers, counted and not sampled: `LABEL.outside` and `LABEL.outside_leading`, shares of the update's energy in %;
     `LABEL.intruders`.
     """
     trained = context.of(settings)
-    adapters = last_of_each(trained, settings.pop("labels", None))
+    adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
     if trained.plan is None:
         raise ConfigError(f"{context.origin}: the step it is `of` trained nothing")
-    chosen = SubspaceSettings(**settings)
+    chosen = subspace_settings(settings, context)
     survey = survey_subspace(list(adapters.values()), trained.plan.model, settings=chosen, progress=context.progress)
     subspace_report.write(survey, context.folder)
     numbers, without = {}, {}
@@ -169,6 +210,16 @@ def subspace(settings: dict[str, Any], context: Context) -> Outcome:
     return Outcome(numbers, {"Updates": rows}, figures, notes=tuple(subspace_report.remarks(survey)), without=without)
 
 
+def subspace_settings(settings: dict[str, Any], context: Context) -> SubspaceSettings:
+    """What a step counts; ConfigError for a key or value that is wrong."""
+    given = {field.name: settings.pop(field.name) for field in fields(SubspaceSettings) if field.name in settings}
+    context.refuse_unknown(settings)
+    try:
+        return SubspaceSettings(**given)
+    except TypeError as error:
+        raise ConfigError(f"{context.origin}: {error}") from None
+
+
 def tokens(settings: dict[str, Any], context: Context) -> Outcome:
     """`gaintune tokens` on `domains` for what each method of the step `of` ended with; `labels` and `after` pick some.
 
@@ -177,6 +228,8 @@ def tokens(settings: dict[str, Any], context: Context) -> Outcome:
     """
     trained = context.of(settings)
     adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
+    if why := nothing_to_learn(settings, context):
+        return Outcome(notes=(why,), left_out=True)
     plan = context.world.plan(settings, origin=context.origin)
     survey = survey_tokens(plan, list(adapters.values()), progress=context.progress)
     tokens_report.write(survey, context.folder)
@@ -195,4 +248,5 @@ def tokens(settings: dict[str, Any], context: Context) -> Outcome:
             rows[label] = tokens_report.cells(one)
         heads = [head[:1].upper() + head[1:] for head in tokens_report.HEADS]
         tables[f"{domain}: change of every token's loss"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
-    return Outcome(numbers, tables, tuple(sorted(context.folder.glob("*.png"))), without=without)
+    figures = tuple(sorted(context.folder.glob("*.png")))
+    return Outcome(numbers, tables, figures, notes=left_out(settings, context), without=without)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +43,11 @@ def answers(settings: dict[str, Any], context: Context) -> Outcome:
     Numbers: `LABEL.SET.accuracy` and `base.SET.accuracy` in %; `LABEL.SET`, points of accuracy against the base, and
     `A-minus-B.SET`, both paired row by row; `LABEL.in_domain`, % of perplexity of the answers learnt.
     """
-    learn, ask = settings.pop("learn", None), list(settings.pop("ask", ()))
-    if learn not in QUESTION_SETS or not ask or not set(ask) <= set(QUESTION_SETS):
-        known = ", ".join(QUESTION_SETS)
-        raise ConfigError(f"{context.origin}: `learn` names a set of questions, and `ask` some: {known}")
-    world = context.world
-    places = {name: questions(world, name) for name in (learn, *ask)}
-    missing = [name for name, place in places.items() if place is None and world.scale != "paper"]
-    if missing:
-        why = f"left out for want of questions with their answers (give --data FOLDER): {', '.join(missing)}"
-        return Outcome(notes=(why,), left_out=True)
-    rows = context.folder / "questions"
-    domain = {"name": learn, "source": str(rows / f"{learn}-learnt")}
-    data = {"task": "instruct", "template": "plain", "end_of_text": False, **settings.pop("data", {})}
-    make_folder(Path(domain["source"]))
-    plan = world.plan({**settings, "domains": [domain], "data": data}, origin=context.origin)
-    counts = _write_rows(rows, places, learn, ask, plan.data.seed)
-    sums = {file.relative_to(rows).as_posix(): sha256_file(file) for file in sorted(rows.rglob("*.jsonl"))}
-    Run(context.folder).settle("questions.json", sums, SAME_ROWS)
+    asked = asked_of(settings, context)
+    if asked.why_not:
+        return Outcome(notes=(asked.why_not,), left_out=True)
+    ask, plan, rows = asked.ask, asked.plan(settings, context), context.folder / "questions"
+    counts = _settle_rows(rows, asked, plan.data.seed)
     run = context.folder / "run"
     matrix = run_sequence(plan, run, progress=context.progress)
     write_report(run)
@@ -80,7 +69,50 @@ def answers(settings: dict[str, Any], context: Context) -> Outcome:
         adapters=adapters,
         plan=plan,
         notes=tuple(counts),
+        runs=(run,),
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The sets that a step learns and asks, with their local copies, and why this scale has not all of them."""
+
+    learn: str
+    ask: tuple[str, ...]
+    places: Mapping[str, Path | None]
+    why_not: str | None
+
+    def plan(self, settings: dict[str, Any], context: Context) -> Plan:
+        """The plan that learns the answers, from rows that need not be written yet."""
+        domain = {"name": self.learn, "source": str(context.folder / "questions" / f"{self.learn}-learnt")}
+        data = {"task": "instruct", "template": "plain", "end_of_text": False, **settings.pop("data", {})}
+        return context.world.plan({**settings, "domains": [domain], "data": data}, origin=context.origin)
+
+
+def asked_of(settings: dict[str, Any], context: Context) -> Asked:
+    """Take `learn` and `ask` out of the settings; ConfigError for a set that is not known."""
+    learn, ask = settings.pop("learn", None), tuple(settings.pop("ask", ()))
+    if learn not in QUESTION_SETS or not ask or not set(ask) <= set(QUESTION_SETS):
+        known = ", ".join(QUESTION_SETS)
+        raise ConfigError(f"{context.origin}: `learn` names a set of questions, and `ask` some: {known}")
+    places = {name: questions(context.world, name) for name in (learn, *ask)}
+    missing = [name for name, place in places.items() if place is None and context.world.scale != "paper"]
+    why = f"left out for want of questions with their answers (give --data FOLDER): {', '.join(missing)}"
+    return Asked(learn, ask, places, why if missing else None)
+
+
+def _settle_rows(folder: Path, asked: Asked, seed: int) -> list[str]:
+    """Write the rows, unless they differ from those that the step began with; says how many there are of each."""
+    make_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".questions-") as name:
+        fresh = Path(name)
+        counts = _write_rows(fresh, asked.places, asked.learn, asked.ask, seed)
+        files = {file.relative_to(fresh).as_posix(): file for file in sorted(fresh.rglob("*.jsonl"))}
+        Run(folder.parent).settle("questions.json", {key: sha256_file(file) for key, file in files.items()}, SAME_ROWS)
+        for key, file in files.items():
+            make_folder((folder / key).parent)
+            file.replace(folder / key)
+    return counts
 
 
 def _write_rows(
@@ -88,6 +120,7 @@ def _write_rows(
 ) -> list[str]:
     """Write what is learnt as instruction rows and what is asked as questions; says how many there are of each."""
     told = []
+    make_folder(folder / f"{learn}-learnt")
     for name, place in places.items():
         found = load_questions(name, place, learn=name == learn, seed=seed)
         if name == learn:

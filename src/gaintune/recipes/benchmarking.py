@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,21 +10,32 @@ import pandas as pd
 
 from gaintune.assets import cache_dir
 from gaintune.config import Plan
+from gaintune.data.readers import split_files
+from gaintune.data.tables import ROW_SUFFIXES, read_table
 from gaintune.errors import AssetError, ConfigError, DataError, one_line
 from gaintune.evaluate.benchmark_config import BenchmarkConfig, BenchmarkTask, as_task, read_config
 from gaintune.evaluate.benchmark_means import counting_score, mean_difference
 from gaintune.evaluate.benchmark_records import BenchmarkReport, BenchmarkScore
 from gaintune.evaluate.benchmark_tasks import load_suite
 from gaintune.evaluate.benchmarks import base_of, benchmark_adapters
+from gaintune.evaluate.offline_tasks.catalogue import offline_task
+from gaintune.evaluate.offline_tasks.sources import Places
 from gaintune.evaluate.records import Interval
+from gaintune.recipes.differences import stem_of
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
+from gaintune.recipes.world import World
 from gaintune.report.words import NONE, with_interval
 from gaintune.runs import write_json
 
 CONFIG = ("fewshot", "limit", "batch_size", "generated_tokens", "seed")
+OF_BENCHMARKS = ("benchmarks", "instruct")
+"""Folders of local copies that hold rows, where the others hold texts too."""
 RUNS_CODE = ("humaneval",)
-RATE = "-lr"
-"""What stands between a label and its rate, such as in lora-lr0.001."""
+BY_TEXT = "of several rates the one that improves the learnt domain's held-out text most counts"
+BY_TARGET = (
+    "of several rates the one with the best target counts: it is chosen and judged on the same rows, so that its "
+    "target is flattered, the more so the more rates there are"
+)
 
 
 def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
@@ -37,15 +48,10 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
     row. Scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
     """
     trained = context.of(settings)
-    if trained.left_out or trained.plan is None:
-        return Outcome(notes=("left out: there are no adapters to ask",), left_out=True)
+    if trained.plan is None:
+        raise ConfigError(f"{context.origin}: the step it is `of` trained nothing")
     adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
-    target, tasks, pick = settings.pop("target", []), settings.pop("tasks", []), settings.pop("pick", None)
-    stems = {label: label.partition(RATE)[0] for label in adapters}
-    picked: dict[str, str] = {}
-    if pick == "in_domain":
-        picked = _best(stems, lambda label: -trained.numbers[f"{label}.in_domain"].value)
-        adapters = {label: adapters[label] for label in picked.values()}
+    target, tasks, pick = settings.pop("target", []), settings.pop("tasks", []), take_pick(settings, context)
     config, missing = asked_config(settings, [*target, *tasks], trained.plan, context)
     notes = tuple(f"left out, {name}: {why}" for name, why in missing.items())
     if config is None:
@@ -53,17 +59,33 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
     names, wanted = [task.name for task in config.tasks], [as_task(each)["name"] for each in target]
     groups = {"target": [name for name in names if name in wanted]}
     groups["kept"] = [name for name in names if name not in wanted]
-    if pick not in (None, "in_domain", "target") or (pick == "target" and not groups["target"]):
-        raise ConfigError(f"{context.origin}: pick {pick!r}: use in_domain, or target where target names benchmarks")
-    cache = cache_dir() / "benchmarks"
-    report = benchmark_adapters(trained.plan.model, adapters, config, cache=cache, progress=context.progress)
-    write_json(context.folder / "benchmarks.json", report.to_dict())
-    found = _Found(report, names, {key: members for key, members in groups.items() if members}, config)
-    if pick == "target":
-        picked = _best(stems, lambda label: found.mean(label, "target"))
+    model, cache = trained.plan.model, cache_dir() / "benchmarks"
+
+    def asked(labels: Iterable[str], about: BenchmarkConfig, file: str) -> _Found:
+        folders = {label: adapters[label] for label in labels}
+        report = benchmark_adapters(model, folders, about, cache=cache, progress=context.progress)
+        write_json(context.folder / file, report.to_dict())
+        there = [task.name for task in about.tasks]
+        members = {key: [name for name in group if name in there] for key, group in groups.items()}
+        return _Found(report, there, {key: group for key, group in members.items() if group}, about)
+
+    picked = {label: label for label in adapters}
+    if pick == "in_domain":
+        notes += (BY_TEXT,)
+        picked = _best(adapters, lambda label: -trained.numbers[f"{label}.in_domain"].value)
+    elif pick == "target" and groups["target"]:
+        notes += (BY_TARGET,)
+        of_target = config.model_copy(update={"tasks": tuple(task for task in config.tasks if task.name in wanted)})
+        choosing = asked(adapters, of_target, "choosing.json")  # of what is not picked no other question is asked
+        picked = _best(adapters, lambda label: choosing.mean(label, "target"))
+        notes += tuple(f"{label}: {choosing.mean(label, 'target'):.1f} % of the target" for label in adapters)
+    elif pick == "target":
+        why = "none of the target's benchmarks is to be had, so that none can be picked by them"
+        return Outcome(notes=(*notes, f"left out: {why}"), left_out=True)
+    found = asked(picked.values(), config, "benchmarks.json")
     found.rename({label: stem for stem, label in picked.items()})
-    labels = list(picked or adapters)
-    notes = (*notes, *(f"{stem} is {label}, the best by {pick}" for stem, label in picked.items() if stem != label))
+    labels = list(picked)
+    notes += tuple(f"{stem} is {label}, the best by {pick}" for stem, label in picked.items() if stem != label)
     numbers = found.numbers(labels)
     without = {f"{label}.{name}": why for label in labels for name, why in missing.items()}
     for key, asked in (("target", target), ("kept", tasks)):
@@ -101,7 +123,7 @@ def asked_config(
         try:
             load_suite(read_config({**common, "tasks": [asked.model_dump()]}))
         except (AssetError, DataError) as error:
-            if world.scale == "paper":
+            if world.scale == "paper" or (isinstance(error, DataError) and not _is_a_text(asked.name, world)):
                 raise
             missing[asked.name] = f"no rows ({one_line(error)[:160]})"
             continue
@@ -109,10 +131,33 @@ def asked_config(
     return (read_config({**common, "tasks": kept}) if kept else None), missing
 
 
-def _best(stems: Mapping[str, str], merit: Callable[[str], float]) -> dict[str, str]:
-    """By each stem the label with the greatest merit, the first of equals."""
+def _is_a_text(name: str, world: World) -> bool:
+    """Whether what lies under a benchmark's name is a domain's text, which may be called the same, and no broken rows.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    task = offline_task(name)
+    path = None if task is None else Places.of([str(each) for each in world.benchmarks or ()]).find(task)
+    if path is None or path.parent.name in OF_BENCHMARKS:
+        return False
+    train, held_out = split_files(path, ROW_SUFFIXES)
+    return all("text" in row.values for file in (*train, *held_out) for row in read_table(file)[:1])
+
+
+def take_pick(settings: dict[str, Any], context: Context) -> str | None:
+    """Take `pick` out of the settings; ConfigError for a way to pick that there is not."""
+    pick = settings.pop("pick", None)
+    if pick not in (None, "in_domain", "target"):
+        raise ConfigError(f"{context.origin}: pick {pick!r}: use in_domain, or target where target names benchmarks")
+    return pick
+
+
+def _best(labels: Iterable[str], merit: Callable[[str], float]) -> dict[str, str]:
+    """By each label without its rate the one with the greatest merit, the first of equals."""
     best: dict[str, str] = {}
-    for label, stem in stems.items():
+    for label in labels:
+        stem = stem_of(label)
         if stem not in best or merit(label) > merit(best[stem]):
             best[stem] = label
     return best

@@ -20,14 +20,15 @@ from gaintune.recipes import classifying_report as report
 from gaintune.recipes import tiny_labels
 from gaintune.recipes.adapting import left_out
 from gaintune.recipes.classifying_report import Measured
-from gaintune.recipes.local_rows import labelled_rows
+from gaintune.recipes.local_rows import content_of, labelled_rows
 from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.schema import laid_over
 from gaintune.recipes.world import BUDGETS
-from gaintune.runs import damage, make_folder, read_json, write_json
+from gaintune.runs import Run, damage, make_folder, read_json, write_json
 
 KEYS = ("tasks", "texts", "methods", "ranks", "seeds", "left_out", "text")
 SECTIONS = ("model", "train", "evaluate", "classify")
+SAME_ROWS = "A folder is one study over one set of rows and texts: name another one for others"
 DECODER = (
     "the base is a decoder: what it learnt is put back under its own language-model head and ordinary perplexity is "
     "measured, where the paper measures an encoder's masked-LM perplexity"
@@ -68,9 +69,9 @@ def classify(settings: dict[str, Any], context: Context) -> Outcome:
     """
     study = Study(settings, context)
     if not study.tasks:
-        why = f"left out for want of rows with labels (give --data FOLDER): {', '.join(study.missing)}"
-        return Outcome(notes=(why,), left_out=True)
+        return Outcome(notes=(study.why_not,), left_out=True)
     cells = list(study.cells())
+    study.settle_rows()
     accuracies = {(cell.task, cell.name): study.accuracy(cell) for cell in cells}
     kept = {task: study.kept([cell for cell in cells if cell.task == task]) for task in study.tasks}
     measured = [
@@ -94,6 +95,7 @@ def classify(settings: dict[str, Any], context: Context) -> Outcome:
         figures=tuple(sorted(context.folder.glob("*.png"))),
         adapters={f"{cell.variant}/{cell.task}-seed-{cell.seed}": study.folder(cell) / "adapter" for cell in cells},
         plan=cells[0].plan,
+        apart=True,
         notes=study.notes(),
         without=study.without(measured),
     )
@@ -131,6 +133,11 @@ class Study:
         if not self._methods or not settings.get("texts"):
             raise ConfigError(f"{context.origin}: give methods, and texts to measure what is kept")
 
+    @property
+    def why_not(self) -> str:
+        """Which tasks have no rows."""
+        return f"left out for want of rows with labels (give --data FOLDER): {', '.join(self.missing)}"
+
     def cells(self) -> Iterator[Cell]:
         """Every classifier, a task after the other."""
         for task in self.tasks:
@@ -139,6 +146,18 @@ class Study:
                 for rank in ranks or (None,):
                     for seed in self._settings.get("seeds", (0,)):
                         yield Cell(task, method.label, rank, seed, self._plan(task, method, rank, seed))
+
+    def settle_rows(self) -> None:
+        """See that rows and texts are those that the folder began with, for what is finished is not measured again.
+
+        Raises:
+            RunDirectoryError: a file has changed.
+        """
+        texts = [domain.source for domain in self.text_plan().data.domains]
+        sources = {source for source in (*self._sources.values(), *texts) if source is not None}
+        sums = {source: content_of(Path(source)) for source in sorted(sources) if Path(source).exists()}
+        make_folder(self._context.folder)
+        Run(self._context.folder).settle("rows.json", sums, SAME_ROWS)
 
     def _plan(self, task: str, method: MethodConfig, rank: int | None, seed: int) -> Plan:
         own = self.tasks[task]
@@ -189,7 +208,7 @@ class Study:
         found = read_json(file) if file.exists() else {}
         adapters = {str(self.folder(cell) / "adapter"): cell.name for cell in cells if cell.name not in found}
         if adapters:
-            plan = self._text_plan()
+            plan = self.text_plan()
             compare = compare_masked if is_masked(plan.model) else compare_adapters
             figures = compare(plan, list(map(Path, adapters)), progress=self._context.progress)
             for label, name in {BASE: BASE, **adapters}.items():
@@ -199,7 +218,8 @@ class Study:
             write_json(file, found)
         return {name: Kept(**values) for name, values in found.items()}
 
-    def _text_plan(self) -> Plan:
+    def text_plan(self) -> Plan:
+        """The plan that measures what classifiers keep."""
         asked = {key: self._settings[key] for key in ("model", "evaluate") if key in self._settings}
         asked = laid_over({"model": self._common()["model"]}, asked)
         texts = {"domains": self._settings["texts"], "data": self._settings.get("text", {})}
@@ -209,10 +229,10 @@ class Study:
         """What a reader must know."""
         notes = list(left_out({"domains": self._settings["texts"]}, self._context))
         if self.missing:
-            notes.append(f"left out for want of rows with labels (give --data FOLDER): {', '.join(self.missing)}")
+            notes.append(self.why_not)
         if self._dropped:
             notes.append(f"left out at this scale for want of time: {', '.join(self._dropped)}")
-        return (*notes, *(() if is_masked(self._text_plan().model) else (DECODER,)))
+        return (*notes, *(() if is_masked(self.text_plan().model) else (DECODER,)))
 
     def without(self, measured: Sequence[Measured]) -> dict[str, str]:
         """The numbers of methods and tasks that are left out."""

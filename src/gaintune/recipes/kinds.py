@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from gaintune.recipes import adapting, analysing, answering, benchmarking, classifying, surveying, sweeping
+from gaintune.recipes import adapting, analysing, answering, benchmarking, checks, classifying, surveying, sweeping
 from gaintune.recipes.outcome import Kind
 
 KINDS: dict[str, Kind] = {
-    "sequence": adapting.sequence,
-    "separately": adapting.separately,
-    "sweep": sweeping.sweep,
-    "benchmarks": benchmarking.benchmarks,
-    "classify": classifying.classify,
-    "answers": answering.answers,
-    "gates": analysing.gates,
-    "linear-model": analysing.linear_model,
-    "gains": analysing.gains,
-    "subspace": analysing.subspace,
-    "tokens": analysing.tokens,
-    "landscape": surveying.landscape,
-    "transfer": surveying.transfer,
-    "retention": surveying.retention,
+    "sequence": Kind(adapting.sequence, checks.sequence),
+    "separately": Kind(adapting.separately, checks.separately),
+    "sweep": Kind(sweeping.sweep, checks.sweep),
+    "benchmarks": Kind(benchmarking.benchmarks, checks.benchmarks),
+    "classify": Kind(classifying.classify, checks.classify),
+    "answers": Kind(answering.answers, checks.answers),
+    "gates": Kind(analysing.gates, checks.gates),
+    "linear-model": Kind(analysing.linear_model, checks.linear_model),
+    "gains": Kind(analysing.gains, checks.gains),
+    "subspace": Kind(analysing.subspace, checks.subspace),
+    "tokens": Kind(analysing.tokens, checks.tokens),
+    "landscape": Kind(surveying.landscape, checks.landscape),
+    "transfer": Kind(surveying.transfer, checks.transfer),
+    "retention": Kind(surveying.retention, checks.retention),
 }

@@ -29,6 +29,8 @@ class Outcome:
         notes: what a reader must know, such as a domain that was left out.
         left_out: whether this scale has not what the step needs; its claims stay undecided.
         without: numbers that could not be had, each with the reason; claims about them stay undecided.
+        runs: run directories behind the adapters.
+        apart: whether adapters of one label were learnt apart from each other, so that none of them is the last.
     """
 
     numbers: Mapping[str, Interval] = field(default_factory=dict)
@@ -39,17 +41,25 @@ class Outcome:
     notes: tuple[str, ...] = ()
     left_out: bool = False
     without: Mapping[str, str] = field(default_factory=dict)
+    runs: tuple[Path, ...] = ()
+    apart: bool = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the adapters are called, each once."""
+        return tuple(dict.fromkeys(key.partition("/")[0] for key in self.adapters))
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a step may use.
+    """What a step may use, when it is checked and when it is run.
 
     Attributes:
         name: the step's name.
         folder: where it writes; made by the step.
         world: base, texts and budgets.
-        earlier: outcomes of the steps before, by name.
+        earlier: outcomes of the steps before, by name; while steps are checked, what these will be, with neither
+            numbers nor files.
         progress: where to show progress.
         allow_code_execution: whether generated programs may be run.
     """
@@ -84,10 +94,24 @@ class Context:
             raise ConfigError(f"{self.origin}: unknown key {next(iter(settings))!r}")
 
 
-class Kind(Protocol):
-    """Does one kind of step."""
+class Work(Protocol):
+    """Runs or checks a step with its settings, which it may take apart."""
 
     def __call__(self, settings: dict[str, Any], context: Context) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of step.
+
+    Attributes:
+        run: does it.
+        check: refuses what `run` would refuse, as far as that can be known before anything is trained, and gives the
+            outcome that is to be expected: its adapters' keys, its plan, whether it is left out.
+    """
+
+    run: Work
+    check: Work
 
 
 def bare(value: float) -> Interval:
@@ -122,8 +146,13 @@ def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: s
     """Of each method the adapter it ended with, or the one it had `after` a domain, by label; `labels` picks some.
 
     Raises:
-        ConfigError: no such label, or none that learnt the domain.
+        ConfigError: no such label, none that learnt the domain, or domains learnt apart of which `after` names none.
     """
+    if outcome.apart and after is None:
+        domains = dict.fromkeys(key.partition("/")[2] for key in outcome.adapters)
+        raise ConfigError(
+            f"domains were learnt apart, so that none is the last: `after` names one of {', '.join(domains)}"
+        )
     found: dict[str, Path] = {}
     for key, folder in outcome.adapters.items():
         label, _, domain = key.partition("/")

@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gaintune.environment import describe_environment
-from gaintune.errors import ConfigError, RunDirectoryError
-from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import Verdict, judge
+from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
+from gaintune.evaluate.statistics import judge
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.catalogue import recipe_named
+from gaintune.recipes.differences import dropped, names_in, note_of
 from gaintune.recipes.kinds import KINDS
 from gaintune.recipes.outcome import Context, Outcome
-from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale
+from gaintune.recipes.result import Finding, RecipeResult
+from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step
 from gaintune.recipes.world import World, world_of
 from gaintune.recipes.writing import write_results
 from gaintune.runs import Run, make_folder
 
 RECORD = "recipe.json"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What became of a claim: its number here (None where its step was left out), and the verdict."""
-
-    claim: Claim
-    number: Interval | None
-    verdict: Verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "says": self.claim.says,
-            "number": self.claim.number,
-            "expected": str(self.claim.expect),
-            "found": None if self.number is None else asdict(self.number),
-            "verdict": self.verdict,
-        }
-
-
-@dataclass(frozen=True)
-class RecipeResult:
-    """Everything a recipe gave, and where it lies."""
-
-    recipe: Recipe
-    scale: Scale
-    folder: Path
-    outcomes: Mapping[str, Outcome]
-    findings: tuple[Finding, ...]
-
-    def number(self, name: str) -> Interval:
-        """A number by its full name, such as run.gain-ffn.backward_transfer; KeyError where there is none."""
-        return numbers_of(self.outcomes)[name]
 
 
 def run_recipe(
@@ -99,49 +68,115 @@ def run_recipe(
         "data": None if place is None else str(place.resolve()),
         "overrides": dict(overrides or {}),
     }
-    _take(folder, asked)
-    world = world_of(scale, chosen.model, place, overrides or {}, folder / "world")
+    began = _take(folder, asked)
+    try:
+        world = world_of(scale, chosen.model, place, overrides or {}, folder / "world")
+        _check(chosen, folder, world, allow_code_execution)
+    except GaintuneError:
+        if began:
+            _leave(folder)
+        raise
     outcomes: dict[str, Outcome] = {}
     for step in chosen.steps:
         context = Context(step.name, folder / step.name, world, outcomes, progress or Silent(), allow_code_execution)
-        outcomes[step.name] = KINDS[step.do](chosen.settings(step, scale), context)
-    if all(outcome.left_out for outcome in outcomes.values()):
-        told = "; ".join(f"step {step}: {note}" for step, one in outcomes.items() for note in one.notes)
-        raise ConfigError(f"recipe {chosen.id}: nothing of it can be run at scale {scale} ({told})")
-    lacking = {name for step in chosen.steps for name in _lacking(chosen.settings(step, scale), world)}
-    findings = tuple(_judged(claim, outcomes, lacking) for claim in chosen.claims)
+        settings = chosen.settings(step, scale)
+        outcome = _waiting_for(settings, outcomes) or KINDS[step.do].run(settings, context)
+        outcomes[step.name] = replace(outcome, notes=(*note_of(chosen, step, scale), *outcome.notes))
+    lacking = {name for step in chosen.steps for name in _lacking(chosen, step, world)}
+    findings = tuple(_judged(claim, outcomes) for claim in chosen.claims)
     result = RecipeResult(chosen, scale, folder, outcomes, findings)
     write_results(result, describe_environment(resolve_device("auto")))
+    for finding in findings:
+        _refuse_unknown_number(finding, outcomes, lacking)
     return result
 
 
-def _take(folder: Path, asked: dict[str, Any]) -> None:
-    """Make the folder, or see that it was begun with the same recipe."""
+def _check(recipe: Recipe, folder: Path, world: World, allow_code_execution: bool) -> None:
+    """Refuse before anything is trained what could only be refused after it.
+
+    Raises:
+        GaintuneError: a step's settings, or values that no step uses; or the scale has not what any step needs.
+    """
+    expected: dict[str, Outcome] = {}
+    for step in recipe.steps:
+        context = Context(step.name, folder / step.name, world, expected, Silent(), allow_code_execution)
+        settings = recipe.settings(step, world.scale)
+        expected[step.name] = _waiting_for(settings, expected) or KINDS[step.do].check(settings, context)
+    if all(outcome.left_out for outcome in expected.values()):
+        told = "; ".join(f"step {step}: {note}" for step, one in expected.items() for note in one.notes)
+        raise ConfigError(f"recipe {recipe.id}: nothing of it can be run at scale {world.scale} ({told})")
+    if world.overrides and all(outcome.plan is None for outcome in expected.values()):
+        raise ConfigError(f"recipe {recipe.id}: no step of it has a plan, so --set changes nothing; leave it out")
+    if "methods" in world.overrides:
+        _check_replaced_methods(recipe, world.scale, expected)
+
+
+def _check_replaced_methods(recipe: Recipe, scale: Scale, expected: Mapping[str, Outcome]) -> None:
+    """Refuse methods from the command line where a claim is about one that they are not."""
+    own = {label for step in recipe.steps for label in names_in(recipe.settings(step, scale), "methods")}
+    gone = own - {method.label for one in expected.values() if one.plan for method in one.plan.methods}
+    for claim in recipe.claims:
+        if about := [label for label in gone if _mentions(claim.number, label)]:
+            raise ConfigError(
+                f"--set methods: the claim {claim.says!r} is about {about[0]!r}, which is none of them; keep its "
+                "label, or write a recipe of your own (`gaintune recipe show` has this one's steps)"
+            )
+
+
+def _waiting_for(settings: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> Outcome | None:
+    """The outcome of a step that works on one that was left out; None for any other."""
+    name = str(settings.get("of"))
+    if name not in outcomes or not outcomes[name].left_out:
+        return None
+    return Outcome(notes=(f"left out: it works on step {name}, which is left out",), left_out=True)
+
+
+def _take(folder: Path, asked: dict[str, Any]) -> bool:
+    """Make the folder, or see that it was begun with the same recipe; whether it is begun only now."""
     if folder.exists() and not (folder.is_dir() and ((folder / RECORD).exists() or not any(folder.iterdir()))):
         raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
+    began = not (folder / RECORD).exists()
     make_folder(folder)
     Run(folder).settle(RECORD, asked, "A folder is one recipe at one scale on one set of texts: name another one")
+    return began
 
 
-def numbers_of(outcomes: Mapping[str, Outcome]) -> dict[str, Interval]:
-    """All numbers of all steps by their full names."""
-    return {f"{step}.{name}": value for step, one in outcomes.items() for name, value in one.numbers.items()}
+def _leave(folder: Path) -> None:
+    """Remove what taking a folder made, so that a corrected recipe may begin there."""
+    (folder / RECORD).unlink()
+    shutil.rmtree(folder / "world", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
-def _lacking(settings: Mapping[str, Any], world: World) -> list[str]:
-    """The domains of a step that have no text at this scale."""
-    return world.missing([*settings.get("domains", ()), *settings.get("watched", ())])
+def _lacking(recipe: Recipe, step: Step, world: World) -> list[str]:
+    """What a scale has not of a step: domains without a text, and names that its settings leave out."""
+    settings = recipe.settings(step, world.scale)
+    texts = world.missing([*settings.get("domains", ()), *settings.get("watched", ())])
+    return [*texts, *(name for names in dropped(recipe, step, world.scale).values() for name in names)]
 
 
-def _judged(claim: Claim, outcomes: Mapping[str, Outcome], lacking: Iterable[str]) -> Finding:
-    """The verdict on a claim; a number of a domain that has no text here decides nothing."""
+def _judged(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:
+    """The verdict on a claim; a number that is not there decides nothing."""
     step, _, name = claim.number.partition(".")
-    if outcomes[step].left_out or name in outcomes[step].without:
-        return Finding(claim, None, "undecided")
-    if name not in outcomes[step].numbers and any(domain in re.split(r"[.-]", name) for domain in lacking):
-        return Finding(claim, None, "undecided")
-    if name not in outcomes[step].numbers:
-        known = ", ".join(outcomes[step].numbers)
-        raise ConfigError(f"claim {claim.says!r}: step {step} gives no number {name!r}; it gives {known}")
-    number = outcomes[step].numbers[name]
-    return Finding(claim, number, judge(number, claim.expect.bounds))
+    number = outcomes[step].numbers.get(name)
+    return Finding(claim, number, "undecided" if number is None else judge(number, claim.expect.bounds))
+
+
+def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, Outcome], lacking: Iterable[str]) -> None:
+    """Refuse a claim about a number that its step gives at no scale; what this scale goes without is excused."""
+    step, _, name = finding.claim.number.partition(".")
+    outcome = outcomes[step]
+    if finding.number is not None or outcome.left_out or name in outcome.without:
+        return
+    if not any(_mentions(name, each) for each in lacking):
+        known = ", ".join(outcome.numbers)
+        raise ConfigError(
+            f"claim {finding.claim.says!r}: step {step} gives no number {name!r}; it gives {known}. The "
+            "results are written, with this claim undecided"
+        )
+
+
+def _mentions(number: str, name: str) -> bool:
+    """Whether a label, domain or task stands in the name of a number."""
+    return re.search(rf"(?:^|[.-]){re.escape(name)}(?:$|[.@-])", number) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,12 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
                 numbers[f"{label}.{domain}.range"] = figure.range
                 cells = [with_interval(figure.at_adapted[2]), NONE, landscape_report.in_nats(figure.range), NONE]
                 rows[f"both (range of the plane), {domain}"] = cells
+        else:
+            why = f"two adapters span a plane, and {label} has {len(adapters)}"
+            without[f"{label}.cosine"] = why
+            without |= {
+                f"{label}.{domain}.{name}": why for domain in found.lines[0].domains for name in ("both", "range")
+            }
         heads = ["Change there, %", "Lowest at", "Range, nats", "Barrier, nats"]
         tables[f"{label}: learnt, measured"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         figures += sorted(folder.glob("*.png"))
@@ -145,15 +151,26 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
         for other in courses:
             if one != other:
                 for name, domains in (("target", found.target), ("texts", found.texts)):
-                    numbers[f"{one}-minus-{other}.{name}"] = found.apart(courses[one], courses[other], domains)
-    without = {f"{label}.{name}": "no benchmark is to be had" for label in courses for name in ("kept", "kept.worst")}
+                    if domains:
+                        numbers[f"{one}-minus-{other}.{name}"] = found.apart(courses[one], courses[other], domains)
+    without = dict.fromkeys(_benchmark_names(courses) if tasks else (), "no benchmark is to be had")
+    without |= dict.fromkeys(_text_names(courses), "no text is watched, or none of those is to be had")
     return Outcome(
         numbers,
         {"At the last snapshot": pd.DataFrame.from_dict(rows, orient="index", columns=list(COURSE.values()))},
         tuple(sorted(context.folder.glob("*.png"))),
         notes=tuple(f"left out, {name}: {why}" for name, why in missing.items()),
-        without={name: why for name, why in without.items() if name not in numbers} if tasks else {},
+        without={name: why for name, why in without.items() if name not in numbers},
     )
+
+
+def _benchmark_names(labels: Iterable[str]) -> list[str]:
+    return [f"{label}.{name}" for label in labels for name in ("kept", "kept.worst")]
+
+
+def _text_names(labels: Collection[str]) -> list[str]:
+    alone = [f"{label}.{name}" for label in labels for name in ("texts", "texts.worst")]
+    return [*alone, *(f"{one}-minus-{other}.texts" for one in labels for other in labels if one != other)]
 
 
 COURSE = {

@@ -10,7 +10,7 @@ from gaintune.config import Plan
 from gaintune.errors import SweepError
 from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER
 from gaintune.evaluate.records import Interval
-from gaintune.grid import read_grid
+from gaintune.grid import Grid, read_grid
 from gaintune.recipes.adapting import left_out, nothing_to_learn
 from gaintune.recipes.outcome import Context, Outcome, highest, lowest
 from gaintune.report.tables import markdown_table
@@ -32,11 +32,9 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     """
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
-    axes = {key: settings.pop(key) for key in AXES if key in settings}
     target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
-    plan = context.world.plan(settings, origin=context.origin)
-    grid = {**axes, "methods": settings.get("methods", []), "plan": _without_methods(plan)}
-    table = run_sweep(read_grid(grid), context.folder, engine="sequential", progress=context.progress)
+    plan, grid = plan_and_grid(settings, context)
+    table = run_sweep(grid, context.folder, engine="sequential", progress=context.progress)
     if table.failed:
         raise SweepError(
             f"{context.origin}: {len(table.failed)} runs did not finish, such as {table.failed[0].run.id}: "
@@ -61,6 +59,14 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
         notes=(*left_out(settings, context), *told),
         without=without,
     )
+
+
+def plan_and_grid(settings: dict[str, Any], context: Context) -> tuple[Plan, Grid]:
+    """The plan that all runs have in common, its methods among it, and the grid over it."""
+    axes = {key: settings.pop(key) for key in AXES if key in settings}
+    plan = context.world.plan(settings, origin=context.origin)
+    methods = context.world.overrides.get("methods", settings.get("methods", []))
+    return plan, read_grid({**axes, "methods": methods, "plan": _without_methods(plan)})
 
 
 def _without_methods(plan: Plan) -> dict[str, Any]:

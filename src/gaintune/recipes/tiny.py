@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,8 +86,6 @@ def texts(folder: Path) -> Path:
 
 def _functions(module: str) -> Iterator[tuple[str, str]]:
     """Name and source of functions of a module of the standard library, as many as are wanted, each once."""
-    import importlib
-
     tree = ast.parse(inspect.getsource(importlib.import_module(module)))
     seen: set[str] = set()
     for node in ast.walk(tree):

@@ -9,9 +9,13 @@ from typing import Any
 
 from gaintune.config import Plan, build_plan
 from gaintune.data.domains import CATALOGUE
+from gaintune.data.readers import SUFFIXES
 from gaintune.errors import ConfigError
 from gaintune.recipes import tiny
 from gaintune.recipes.schema import Scale, laid_over
+
+TEXTS = (".", "domains", "instruct", "glue")
+"""Where local copies of texts are looked for, inside the folder of `--data`."""
 
 PLAN_SECTIONS = ("model", "data", "train", "evaluate", "classify")
 
@@ -111,14 +115,20 @@ class World:
         return None if source is None else {**values, "source": str(source)}
 
     def _source(self, name: str) -> str | Path | None:
-        if self.data is not None:
-            for folder in (self.data, self.data / "domains", self.data / "instruct", self.data / "glue"):
-                for place in (folder / name, folder / f"{name}.jsonl"):
-                    if place.exists():
-                        return place
+        if local := self.local(name, TEXTS):
+            return local[0]
         if self.scale == "paper":
             return name
         return STAND_INS.get(name) if self.scale == "small" else None
+
+    def local(self, name: str, folders: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+        """Local copies of that name, the likeliest first: in each folder a folder or file called so, or a file with
+        one of the suffixes; none where there are no local copies."""
+        if self.data is None:
+            return []
+        names = (name, *(f"{name}{suffix}" for suffix in suffixes))
+        found = [self.data / folder / each for folder in folders for each in names]
+        return [place for place in found if place.exists()]
 
 
 def _name_of(asked: str | Mapping[str, Any]) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from gaintune.evaluate.records import Interval
+from gaintune.recipes.result import RecipeResult
+from gaintune.recipes.schema import Claim
 from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE, number
 from gaintune.runs import make_folder, write_json, write_text
-
-if TYPE_CHECKING:
-    from gaintune.evaluate.records import Interval
-    from gaintune.recipes.runner import RecipeResult
-    from gaintune.recipes.schema import Claim
 
 
 def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:

@@ -1,0 +1,75 @@
+"""What a scale goes without, against the recipe as the paper has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gaintune.config import MethodConfig
+from gaintune.evaluate.benchmark_config import as_task
+from gaintune.recipes.schema import Recipe, Scale, Step
+
+LISTS = ("methods", "domains", "watched", "texts", "tasks", "target", "ranks", "rates", "seeds", "components", "ask")
+"""Settings that list what an experiment compares; budgets are none of them."""
+
+
+RATE = "-lr"
+"""What stands between a label and its rate, such as in lora-lr0.001."""
+
+
+def stem_of(label: str) -> str:
+    """A label without its rate."""
+    return label.partition(RATE)[0]
+
+
+def names_in(settings: Mapping[str, Any], key: str) -> list[str]:
+    """What a setting lists, by name."""
+    value = settings.get(key, ())
+    if isinstance(value, Mapping) and key == "rates":
+        return [f"{label} at {rate:g}" for label, rates in value.items() for rate in rates]
+    found = [_name(key, each) for each in ([value] if isinstance(value, str | int | float | Mapping) else value)]
+    return [name for name in found if name not in settings.get("left_out", ())] if key == "methods" else found
+
+
+def _name(key: str, value: Any) -> str:
+    if key == "methods":
+        return str(MethodConfig.model_validate(value).label)
+    if key in ("tasks", "target"):
+        value = as_task(value)
+    return str(value["name"] if isinstance(value, Mapping) else value)
+
+
+def dropped(recipe: Recipe, step: Step, scale: Scale) -> dict[str, list[str]]:
+    """The names by setting that a step has at scale paper and not at this one; of methods also without their rates."""
+    whole, here = recipe.settings(step, "paper"), recipe.settings(step, scale)
+    gone = {key: [name for name in names_in(whole, key) if name not in names_in(here, key)] for key in LISTS}
+    left = {stem_of(name) for name in names_in(here, "methods")}
+    gone["methods"] = list(dict.fromkeys(stem for name in gone["methods"] if (stem := stem_of(name)) not in left))
+    set_aside = here.get("left_out", ())  # a step says so itself
+    return {key: kept for key, names in gone.items() if (kept := [name for name in names if name not in set_aside])}
+
+
+def note_of(recipe: Recipe, step: Step, scale: Scale) -> tuple[str, ...]:
+    """Say what a scale leaves out of a step, and what stands there instead; nothing where it leaves nothing out."""
+    whole, here = recipe.settings(step, "paper"), recipe.settings(step, scale)
+    told = []
+    for key, names in dropped(recipe, step, scale).items():
+        new = [stem_of(name) if key == "methods" else name for name in names_in(here, key)]
+        known = [stem_of(name) if key == "methods" else name for name in names_in(whole, key)]
+        instead = list(dict.fromkeys(name for name in new if name not in known))
+        told.append(f"{key} {', '.join(names)}" + (f" ({', '.join(instead)} instead)" if instead else ""))
+    notes = [f"at scale {scale} left out: {'; '.join(told)}"] if told else []
+    before, after = (_rates_by_method(settings) for settings in (whole, here))
+    if other := [stem for stem, labels in before.items() if stem in after and after[stem] != labels]:
+        rates = ", ".join(label for stem in other for label in after[stem])
+        notes.append(f"at scale {scale} other rates: {rates}")
+    return tuple(notes)
+
+
+def _rates_by_method(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Labels that name a rate, by the method they are of."""
+    found: dict[str, list[str]] = {}
+    for label in names_in(settings, "methods"):
+        if stem_of(label) != label:
+            found.setdefault(stem_of(label), []).append(label)
+    return found
