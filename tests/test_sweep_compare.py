@@ -10,6 +10,7 @@ from gaintune.errors import DataError
 from gaintune.runs import read_json
 from gaintune.sweep_compare import compare_sweep
 from gaintune.sweep_report import curve_sentence, markdown, pair_sentence, write
+from gaintune.sweep_table import SweepTable
 
 
 def noise(*key, scale=0.2):
@@ -31,6 +32,12 @@ def the_same(lr, order, seed):
     return own, 0.8 * own + noise(6, order, seed)
 
 
+def spoiling(lr, order, seed):
+    """As good in-domain as `keeping`, but worse on earlier domains."""
+    own = {0.001: -8.0, 0.01: -16.0}[lr] + noise(8, order, seed)
+    return own, 0.2 * own + noise(12, order, seed)
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return tiny_sweep.synthetic(tmp_path_factory.mktemp("runs"), {"keeping": keeping, "forgetting": forgetting})
@@ -42,7 +49,7 @@ def test_each_method_is_taken_at_the_rate_nearest_the_target(table):
     found = compare_sweep(table, target=-21.0)
     assert [(point.variant, point.lr) for point in found.matched] == [("keeping", 0.01), ("forgetting", 0.01)]
     found = compare_sweep(table)
-    assert found.target == pytest.approx(-16.0, abs=0.5)  # the strongest that both reach
+    assert found.targets[0].in_domain == pytest.approx(-16.0, abs=0.5)  # the strongest that both reach
     assert (found.over, len(found.points), found.unfinished) == ("seeds", 4, 0)
 
 
@@ -58,14 +65,85 @@ def test_the_difference_is_paired_run_by_run_and_as_uncertain_as_seeds_are(table
     assert pair.difference.high == pytest.approx(high, rel=0.25)
     assert pair.replicates == 3
     assert pair.p == 0.25  # three pairs with one sign
-    assert pair.better == "keeping"
     assert pair.in_domain.value == pytest.approx(2.0, abs=0.6)
 
 
-def test_what_a_match_left_in_domain_is_said(table):
-    near, far = compare_sweep(table, target=-9.0), compare_sweep(table, target=-21.0)
-    assert near.pairs[0].in_domain.sign == far.pairs[0].in_domain.sign == 1  # 8 apart, many times their spread
-    assert "in-domain they are not matched" in pair_sentence(far.pairs[0], far)
+def test_a_pair_that_is_not_matched_in_domain_has_no_better_one(table):
+    for target, apart in ((-9.0, 2.0), (-21.0, 8.0)):  # many times their spread
+        found = compare_sweep(table, target=target)
+        (pair,) = found.pairs
+        assert pair.in_domain.value == pytest.approx(apart, abs=0.6) and pair.in_domain.sign == 1
+        assert pair.difference.sign == -1
+        assert not pair.matched and pair.better is None
+        told = pair_sentence(pair, found)
+        assert "in-domain they are not matched" in told and "is better" not in told
+
+
+def worsening(lr, order, seed):
+    return {0.001: 1.0, 0.01: 9.0}[lr] + noise(9, order, seed), 12.0
+
+
+def test_a_variant_that_never_improves_has_no_part_in_the_target(tmp_path):
+    methods = {"keeping": keeping, "worsening": worsening, "forgetting": forgetting}
+    found = compare_sweep(tiny_sweep.synthetic(tmp_path, methods))
+    (target,) = found.targets
+    assert target.in_domain == pytest.approx(-16.0, abs=0.5) and target.never == ("worsening",)
+    assert [point.variant for point in found.matched] == ["keeping", "forgetting"]
+    pairs = {(pair.first, pair.second): pair for pair in found.pairs}
+    assert "improves in-domain at no rate" in pairs["keeping", "worsening"].unmatched
+    assert pairs["keeping", "worsening"].better is None
+    assert "worsening improves in-domain at no rate" in markdown(found)
+    alone = compare_sweep(tiny_sweep.synthetic(tmp_path / "alone", {"worsening": worsening}))
+    assert (alone.targets[0].in_domain, alone.matched) == (None, ())
+    assert "nearest no change, as nothing improves" in markdown(alone)
+
+
+def test_every_budget_has_a_target_of_its_own(tmp_path):
+    def less(lr, order, seed):
+        return tuple(value / 4 for value in keeping(lr, order, seed))
+
+    rows = [
+        *tiny_sweep.synthetic(tmp_path / "a", {"keeping": keeping, "forgetting": forgetting}).rows,
+        *tiny_sweep.synthetic(tmp_path / "b", {"keeping": less, "forgetting": less}, budget=2048).rows,
+    ]
+    found = compare_sweep(SweepTable(tuple(rows)))
+    assert {one.budget: round(one.in_domain) for one in found.targets} == {8192: -16, 2048: -4}
+    assert [point.lr for point in found.matched] == [0.01, 0.001, 0.01, 0.01]
+
+
+def test_a_rate_that_failed_for_one_seed_leaves_that_seed_s_others_on_the_curve(tmp_path):
+    rates = {0.001: -10.0, 0.003: -16.0, 0.01: -24.0}
+
+    def steady(lr, order, seed):
+        own = rates[lr] + noise(10, round(lr * 1000), seed)
+        return own, 0.8 * own
+
+    def diverging(lr, order, seed):
+        own = rates[lr] + noise(11, round(lr * 1000), seed)
+        return None if (lr, seed) == (0.01, 1) else (own, 0.2 * own)
+
+    found = compare_sweep(
+        tiny_sweep.synthetic(tmp_path, {"steady": steady, "diverging": diverging}, rates=tuple(rates))
+    )
+    (pair,) = found.curves
+    assert pair.curve.replicates == 3 and pair.better == "steady"
+    assert pair.curve.low == pytest.approx(-16.0, abs=0.6)  # as far as seed 1 got
+    assert found.unfinished == 1
+    assert [(one.variant, one.lr, one.runs) for one in found.missing] == [("diverging", 0.01, 1)]
+    assert "diverging at 0.01: 1 run (the loss is not finite)" in markdown(found)
+
+
+def test_runs_in_other_numbers_are_not_compared_and_other_devices_are_told_of(tmp_path, table):
+    other = tiny_sweep.synthetic(tmp_path / "b", {"forgetting": forgetting}, computed=("bfloat16", "cpu"))
+    with pytest.raises(DataError, match=r"different numbers \(float32, such as .*; bfloat16, such as "):
+        compare_sweep(SweepTable((*table.rows, *other.rows)))
+    full = tiny_sweep.synthetic(
+        tmp_path / "c", {"full": forgetting}, computed=("float32-autocast-bfloat16", "NVIDIA H100")
+    )
+    found = compare_sweep(SweepTable((*other.rows, *full.rows)))  # fp32 weights, and computes as the others do
+    assert "different devices (cpu, NVIDIA H100)" in markdown(found)
+    assert set(full.frame()["device"]) == {"NVIDIA H100"}
+    assert compare_sweep(table).notes == ()
 
 
 def test_no_winner_without_an_interval_that_excludes_zero(tmp_path):
@@ -98,15 +176,15 @@ def test_orders_are_the_replicates_where_there_are_several(tmp_path):
 
 
 def test_a_domain_of_one_block_leaves_intervals_over_seeds(tmp_path):
-    table = tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "forgetting": forgetting}, blocks=1)
+    table = tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "spoiling": spoiling}, blocks=1)
     (pair,) = compare_sweep(table).pairs
     assert pair.difference.low is not None and pair.better == "keeping"
 
 
-def test_everything_is_written(table, tmp_path):
-    found = compare_sweep(table)
+def test_everything_is_written(tmp_path):
+    found = compare_sweep(tiny_sweep.synthetic(tmp_path / "runs", {"keeping": keeping, "spoiling": spoiling}))
     write(found, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
         "comparison.md", "comparison.json", "tradeoff.png", "tradeoff.svg"
     }  # fmt: skip
     told = read_json(tmp_path / "comparison.json")

@@ -65,34 +65,49 @@ def note_node() -> None:
     (Path(os.environ["NODES"]) / ray.get_runtime_context().get_node_id()).touch()
 
 
-def synthetic(folder: Path, effects, *, rates=(0.001, 0.01), orders=1, seeds=3, blocks=12) -> SweepTable:
-    """A finished sweep; `effects` maps a label to (lr, order, seed) -> (in-domain %, earlier %)."""
+def synthetic(
+    folder: Path,
+    effects,
+    *,
+    rates=(0.001, 0.01),
+    orders=1,
+    seeds=3,
+    blocks=12,
+    budget=8192,
+    computed=("float32", "cpu"),
+) -> SweepTable:
+    """A sweep; `effects` maps a label to (lr, order, seed) -> (in-domain %, earlier %), or None where a run failed."""
     rows = []
     for order in range(orders):
         for seed in range(seeds):
             for label, effect in effects.items():
                 for lr in rates:
-                    own, earlier = effect(lr, order, seed)
+                    names = ("a", "b", "c")
+                    values = {
+                        "data": {"domains": list(names), "train_tokens": budget},
+                        "methods": [{"name": "gain", "label": label, "lr": lr}],
+                        "train": {"seed": seed}, "evaluate": {"bootstrap_samples": 300},
+                    }  # fmt: skip
+                    plan = build_plan(values)
+                    planned = PlannedRun(plan_id(plan), label, "gain", None, lr, order, names, seed, budget, plan)
+                    run = Run(folder / f"{planned.id}-{order}")
+                    if (figures := effect(lr, order, seed)) is None:
+                        rows.append(SweepRow(planned, run.folder, None, "the loss is not finite"))
+                        continue
+                    own, earlier = figures
 
                     def percent(stage, place, own=own, earlier=earlier):
                         return own if place == stage else earlier if place < stage else 0.0
 
-                    names = ("a", "b", "c")
-                    values = {
-                        "data": {"domains": list(names)}, "methods": [{"name": "gain", "label": label, "lr": lr}],
-                        "train": {"seed": seed}, "evaluate": {"bootstrap_samples": 300},
-                    }  # fmt: skip
-                    plan = build_plan(values)
                     (made,) = make_runs(names, {label: percent}, blocks=blocks)
-                    made.info["numbers"] = "float32"
-                    run = Run(folder / f"{plan_id(plan)}-{order}")
+                    made.info["numbers"], device = computed
+                    write_json(run.folder / "environment.json", {"device": device})
                     for name, loss in made.base.items():
-                        write_json(run.base("float32", name), loss.to_dict())
+                        write_json(run.base(computed[0], name), loss.to_dict())
                     for index, stage in enumerate(made.stages):
                         for name, loss in stage.losses.items():
                             file = run.stage(label, index, stage.domain) / "evaluations" / f"{name}.json"
                             write_json(file, loss.to_dict())
                     matrix = build_matrix([made], plan.evaluate, planned=names)
-                    planned = PlannedRun(plan_id(plan), label, "gain", None, lr, order, names, seed, 8192, plan)
                     rows.append(SweepRow(planned, run.folder, matrix, None))
     return SweepTable(tuple(rows))

@@ -49,7 +49,7 @@ def sweep(
     from gaintune.sweep import run_sweep
     from gaintune.sweep_compare import compare_sweep
     from gaintune.sweep_engine import check_engine
-    from gaintune.sweep_report import curve_sentence, pair_sentence, point_frame, write
+    from gaintune.sweep_report import curve_sentence, pair_sentence, point_frame, remarks, target_title, write
 
     settled = read_grid(grid, set_ or ())
     found = run_sweep(
@@ -70,12 +70,13 @@ def sweep(
             write(comparison, run)
             frame = point_frame(comparison.matched, comparison)
             rows = [[str(name), *map(str, row)] for name, row in zip(frame.index, frame.values.tolist(), strict=True)]
-            title = f"Rates whose in-domain change is nearest {comparison.target:+.1f} %"
-            out.print(table(title, ["method", *frame.columns], rows, numeric=range(1, 5)))
+            out.print(table(target_title(comparison), ["method", *frame.columns], rows, numeric=range(1, 5)))
             for pair in comparison.pairs:
                 say(pair_sentence(pair, comparison))
             for curve in comparison.curves:
                 say(f"by curve, {curve_sentence(curve, comparison)}")
+            for remark in remarks(comparison):
+                say(remark)
     say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; tables {run / 'sweep.csv'}")
     if found.failed:
         told = "\n".join(f"  {row.folder}: {row.error}" for row in found.failed)

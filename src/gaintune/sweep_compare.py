@@ -7,8 +7,8 @@ averaged: what holds for one order may not for another. Intervals cover other re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,105 +17,12 @@ from gaintune.errors import DataError
 from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER, FIGURES, IN_DOMAIN, FloatArray
 from gaintune.evaluate.matrix import summary_replicates
 from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import Curve, CurveDifference, curve_difference, replicated, sign_flip_test
-from gaintune.sweep_table import SweepTable
+from gaintune.evaluate.statistics import Curve, curve_difference, replicated, sign_flip_test
+from gaintune.sweep_records import CurvePair, Missing, Pair, Point, SweepComparison, Target, Variant
+from gaintune.sweep_table import SweepRow, SweepTable
 
 Replicate = tuple[int, int]
 """Order and seed."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is compared: a method at one rank, learning from one budget, over its rates."""
-
-    label: str
-    rank: int | None
-    budget: int
-
-    def name(self, others: Sequence[Variant]) -> str:
-        """As short as tells it from the others."""
-        ranks = {other.rank for other in others if other.label == self.label}
-        budgets = {other.budget for other in others}
-        parts = [self.label, *([f"r={self.rank}"] if len(ranks) > 1 else [])]
-        return " ".join([*parts, *([f"{self.budget:,} tokens"] if len(budgets) > 1 else [])])
-
-
-@dataclass(frozen=True)
-class Point:
-    """A variant at one rate: means over its replicates, in %, with intervals over them."""
-
-    variant: str
-    lr: float
-    in_domain: Interval
-    figure: Interval
-    replicates: int
-    runs: int
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two variants at their matched rates: first minus second, in points of %, over the runs that both have.
-
-    Attributes:
-        difference: of the figure; negative where the first is better.
-        in_domain: of the in-domain change: what the match left.
-        p: two-sided, of `sign_flip_test` over the replicates.
-        better: the variant whose figure is better, named only where the interval excludes zero.
-        replicates: how many stand behind the interval.
-    """
-
-    first: str
-    second: str
-    difference: Interval
-    in_domain: Interval
-    p: float
-    better: str | None
-    replicates: int
-
-
-@dataclass(frozen=True)
-class CurvePair:
-    """Two variants' curves over their rates; `reason` says why there is no difference where there is none."""
-
-    first: str
-    second: str
-    curve: CurveDifference | None
-    reason: str | None
-
-    @property
-    def better(self) -> str | None:
-        """The one that keeps more at equal in-domain change, named only where the interval excludes zero."""
-        sign = 0 if self.curve is None else self.curve.difference.sign
-        return self.first if sign < 0 else self.second if sign > 0 else None
-
-
-@dataclass(frozen=True)
-class SweepComparison:
-    """All comparisons of a sweep.
-
-    Attributes:
-        figure: which summary figure is compared, such as `backward_transfer`.
-        target: in-domain change in % at which methods are matched.
-        over: what the replicates are, `seeds` or `orders`.
-        points: every variant at every rate.
-        matched: of each variant the point whose in-domain change is nearest the target.
-        pairs: matched variants of one budget, two by two.
-        curves: their curves, two by two.
-        unfinished: runs of the grid that have no numbers, and are in nothing here.
-    """
-
-    figure: str
-    target: float
-    over: str
-    points: tuple[Point, ...]
-    matched: tuple[Point, ...]
-    pairs: tuple[Pair, ...]
-    curves: tuple[CurvePair, ...]
-    unfinished: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `runs.write_json`."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -126,7 +33,10 @@ class _Numbers:
     figure: FloatArray
 
 
-Measured = dict[Variant, dict[float, dict[Replicate, _Numbers]]]
+Rates = dict[float, dict[Replicate, _Numbers]]
+Measured = dict[Variant, Rates]
+Averaged = Callable[[Mapping[Replicate, FloatArray]], Interval]
+AUTOCAST = "float32-autocast-"
 
 
 def compare_sweep(
@@ -136,110 +46,146 @@ def compare_sweep(
 
     Args:
         table: what `run_sweep` returned.
-        target: in-domain change in %, such as -21, at which methods are matched; the strongest that every variant
-            reaches unless given.
+        target: in-domain change in %, such as -21, at which methods are matched; unless given, of each budget the
+            strongest that every variant reaches, but those that never improve.
         figure: one of in_domain, backward_transfer, backward_transfer_since_learnt, below_diagonal and
             forward_interference.
         confidence: of the intervals.
 
     Raises:
-        DataError: no finished run, or none that has the figure, such as earlier domains where only one is learnt.
+        DataError: no finished run, none that has the figure, such as earlier domains where only one is learnt, or runs
+            that were computed in different numbers.
     """
     if figure not in FIGURES:
         raise DataError(f"no figure is called {figure!r}; the figures are {', '.join(FIGURES)}")
+    _check_numbers(table)
     measured = _measured(table, figure, confidence)
     over_orders = len({row.run.order for row in table.rows}) > 1
-    names = {variant: variant.name(list(measured)) for variant in measured}
+    variants = dict.fromkeys(_variant(row) for row in table.rows)
+    names = {variant: variant.name(list(variants)) for variant in variants}
 
     def interval(runs: Mapping[Replicate, FloatArray]) -> Interval:
         return replicated(_rows(runs), groups=_groups(runs, over_orders), confidence=confidence)
 
     points = {
-        variant: [
-            Point(
-                names[variant],
-                lr,
-                interval({key: numbers.in_domain for key, numbers in runs.items()}),
-                interval({key: numbers.figure for key, numbers in runs.items()}),
-                len(set(_groups(runs, over_orders))),
-                len(runs),
-            )
-            for lr, runs in sorted(rates.items())
-        ]
+        variant: tuple(_point(names[variant], lr, runs, interval, over_orders) for lr, runs in sorted(rates.items()))
         for variant, rates in measured.items()
     }
-    strongest = max(min(point.in_domain.value for point in found) for found in points.values())
-    wanted = strongest if target is None else target
-    matched = {
-        variant: min(found, key=lambda point: (abs(point.in_domain.value - wanted), point.lr))
-        for variant, found in points.items()
+    targets = {
+        budget: _target(budget, {one: points[one] for one in points if one.budget == budget}, target)
+        for budget in dict.fromkeys(variant.budget for variant in points)
     }
+    nearest = {variant: _nearest(found, targets[variant.budget].in_domain) for variant, found in points.items()}
     couples = [(one, other) for one, other in itertools.combinations(measured, 2) if one.budget == other.budget]
-    pairs = []
-    for one, other in couples:
-        first, second = measured[one][matched[one].lr], measured[other][matched[other].lr]
-        common = [key for key in first if key in second]
-        if common:
-            apart = {key: first[key].figure - second[key].figure for key in common}
-            left = {key: first[key].in_domain - second[key].in_domain for key in common}
-            pairs.append(_pair(names[one], names[other], apart, left, interval, over_orders))
     return SweepComparison(
         figure,
-        wanted,
+        tuple(targets.values()),
         "orders" if over_orders else "seeds",
         tuple(itertools.chain.from_iterable(points.values())),
-        tuple(matched.values()),
-        tuple(pairs),
+        tuple(point for variant, point in nearest.items() if names[variant] not in targets[variant.budget].never),
+        tuple(
+            _pair(
+                (nearest[one], nearest[other]),
+                (measured[one], measured[other]),
+                targets[one.budget],
+                interval,
+                over_orders,
+            )
+            for one, other in couples
+        ),
         tuple(
             _curve_pair(names[one], names[other], measured[one], measured[other], over_orders, confidence)
             for one, other in couples
         ),
         len(table.failed),
+        _missing(table, names),
+        _notes(table),
     )
 
 
+def _point(variant: str, lr: float, runs: Mapping[Replicate, _Numbers], interval: Averaged, over_orders: bool) -> Point:
+    return Point(
+        variant,
+        lr,
+        interval({key: numbers.in_domain for key, numbers in runs.items()}),
+        interval({key: numbers.figure for key, numbers in runs.items()}),
+        len(set(_groups(runs, over_orders))),
+        len(runs),
+    )
+
+
+def _target(budget: int, points: Mapping[Variant, Sequence[Point]], given: float | None) -> Target:
+    """The given change, else the strongest that all variants reach which improve at some rate."""
+    best = {found[0].variant: min(point.in_domain.value for point in found) for found in points.values()}
+    reached = [value for value in best.values() if value < 0]
+    never = tuple(name for name, value in best.items() if value >= 0)
+    return Target(budget, given if given is not None else max(reached, default=None), never)
+
+
+def _nearest(points: Sequence[Point], target: float | None) -> Point:
+    """The point nearest the target, else the one with the best in-domain change; of equal ones that of a lower rate."""
+    if target is None:
+        return min(points, key=lambda point: (point.in_domain.value, point.lr))
+    return min(points, key=lambda point: (abs(point.in_domain.value - target), point.lr))
+
+
 def _pair(
-    first: str,
-    second: str,
-    apart: Mapping[Replicate, FloatArray],
-    left: Mapping[Replicate, FloatArray],
-    interval: Any,
-    over_orders: bool,
+    points: tuple[Point, Point], rates: tuple[Rates, Rates], target: Target, interval: Averaged, over_orders: bool
 ) -> Pair:
+    """Two variants at the rates of two points, run by run."""
+    (one, other), (first, second) = points, (rates[0][points[0].lr], rates[1][points[1].lr])
+    rest: Any = {
+        "first": one.variant, "second": other.variant, "first_lr": one.lr, "second_lr": other.lr,
+        "one_rate_each": len(rates[0]) == len(rates[1]) == 1,
+    }  # fmt: skip
+    common = [key for key in first if key in second]
+    if not common:
+        reason = "no replicate is finished at both rates"
+        return Pair(**rest, difference=None, in_domain=None, p=None, better=None, replicates=0, unmatched=reason)
+    apart = {key: first[key].figure - second[key].figure for key in common}
     difference = interval(apart)
-    groups = _groups(apart, over_orders)
-    values = [float(np.mean([apart[key][0] for key, own in zip(apart, groups, strict=True) if own == group]))
-              for group in dict.fromkeys(groups)]  # fmt: skip
-    better = first if difference.sign < 0 else second if difference.sign > 0 else None
-    return Pair(first, second, difference, interval(left), sign_flip_test(values), better, len(values))
+    left = interval({key: first[key].in_domain - second[key].in_domain for key in common})
+    values = _group_values(apart, over_orders)
+    unmatched = _unmatched(one, other, left, target)
+    better = None
+    if unmatched is None and difference.sign:
+        better = one.variant if difference.sign < 0 else other.variant
+    return Pair(
+        **rest,
+        difference=difference,
+        in_domain=left,
+        p=sign_flip_test(values),
+        better=better,
+        replicates=len(values),
+        unmatched=unmatched,
+    )
 
 
-def _curve_pair(
-    first: str,
-    second: str,
-    one: Mapping[float, Mapping[Replicate, _Numbers]],
-    other: Mapping[float, Mapping[Replicate, _Numbers]],
-    over_orders: bool,
-    confidence: float,
-) -> CurvePair:
-    """Curves of the replicates that both have, each over the rates at which every one of these is finished."""
-    shared = [key for key in _everywhere(one) if key in _everywhere(other)]
-    if min(len(one), len(other)) < 2 or not shared:
-        reason = "a curve needs two rates" if min(len(one), len(other)) < 2 else "no replicate is finished at all rates"
-        return CurvePair(first, second, None, reason)
+def _unmatched(one: Point, other: Point, left: Interval, target: Target) -> str | None:
+    """Why two points are not at equal in-domain change, or None."""
+    never = [point.variant for point in (one, other) if point.variant in target.never]
+    if never:
+        return f"{' and '.join(never)} {'improves' if len(never) == 1 else 'improve'} in-domain at no rate"
+    if left.sign:
+        return f"in-domain they are not matched, {abs(left.value):.1f} points apart: more rates would bring them nearer"
+    return None
+
+
+def _curve_pair(first: str, second: str, one: Rates, other: Rates, over_orders: bool, confidence: float) -> CurvePair:
+    """Curves of the replicates that both have, each over the rates at which it is finished.
+
+    A rate that failed in one replicate, such as one that diverged, is not on that replicate's curve and stays on the
+    others'; a replicate with fewer than two rates has no curve, and is in none of the two.
+    """
+    if min(len(one), len(other)) < 2:
+        return CurvePair(first, second, None, "a curve needs two rates")
+    shared = [key for key in _with_a_curve(one) if key in _with_a_curve(other)]
+    if not shared:
+        return CurvePair(first, second, None, "no replicate is finished at two rates of both")
     groups = _groups(shared, over_orders)
 
-    def curves(rates: Mapping[float, Mapping[Replicate, _Numbers]]) -> list[Curve]:
-        rising = sorted(rates)
-        return [
-            Curve(
-                tuple(rising),
-                np.array([rates[lr][key].in_domain for lr in rising]),
-                np.array([rates[lr][key].figure for lr in rising]),
-                group,
-            )
-            for key, group in zip(shared, groups, strict=True)
-        ]
+    def curves(rates: Rates) -> list[Curve]:
+        return [_curve(rates, key, group) for key, group in zip(shared, groups, strict=True)]
 
     try:
         return CurvePair(first, second, curve_difference(curves(one), curves(other), confidence=confidence), None)
@@ -247,10 +193,57 @@ def _curve_pair(
         return CurvePair(first, second, None, str(error))
 
 
-def _everywhere(rates: Mapping[float, Mapping[Replicate, _Numbers]]) -> list[Replicate]:
-    """The replicates finished at every rate."""
-    first, *others = rates.values()
-    return [key for key in first if all(key in other for other in others)]
+def _curve(rates: Rates, key: Replicate, group: int) -> Curve:
+    rising = [lr for lr in sorted(rates) if key in rates[lr]]
+    in_domain = np.array([rates[lr][key].in_domain for lr in rising])
+    return Curve(tuple(rising), in_domain, np.array([rates[lr][key].figure for lr in rising]), group)
+
+
+def _with_a_curve(rates: Rates) -> list[Replicate]:
+    """The replicates finished at two rates or more."""
+    seen = list(itertools.chain.from_iterable(rates.values()))
+    return [key for key in dict.fromkeys(seen) if seen.count(key) > 1]
+
+
+def _missing(table: SweepTable, names: Mapping[Variant, str]) -> tuple[Missing, ...]:
+    """Rates with runs that have no numbers, each with the first of their errors."""
+    found: dict[tuple[Variant, float], list[SweepRow]] = {}
+    for row in table.failed:
+        found.setdefault((_variant(row), row.run.lr), []).append(row)
+    return tuple(Missing(names[one], lr, len(rows), str(rows[0].error)) for (one, lr), rows in found.items())
+
+
+def _check_numbers(table: SweepTable) -> None:
+    """Refuse runs in different numbers, such as those of two machines under model.dtype=auto.
+
+    Full fine-tuning keeps fp32 weights, but under autocast computes in the numbers of the others.
+    """
+    found: dict[str, SweepRow] = {}
+    for row in table.finished:
+        found.setdefault(str(row.numbers).removeprefix(AUTOCAST), row)
+    if len(found) > 1:
+        told = "; ".join(f"{numbers}, such as {row.folder}" for numbers, row in found.items())
+        raise DataError(
+            f"runs were computed in different numbers ({told}): set plan.model.dtype, and name another folder"
+        )
+
+
+def _notes(table: SweepTable) -> tuple[str, ...]:
+    """Runs of several kinds of device: they round differently, which seldom matters but cannot be told apart here."""
+    devices = dict.fromkeys(str(row.device) for row in table.finished)
+    return (f"runs were computed on different devices ({', '.join(devices)})",) if len(devices) > 1 else ()
+
+
+def _group_values(apart: Mapping[Replicate, FloatArray], over_orders: bool) -> list[float]:
+    """Mean difference of each replicate."""
+    by_group: dict[int, list[float]] = {}
+    for values, group in zip(apart.values(), _groups(apart, over_orders), strict=True):
+        by_group.setdefault(group, []).append(float(values[0]))
+    return [float(np.mean(values)) for values in by_group.values()]
+
+
+def _variant(row: SweepRow) -> Variant:
+    return Variant(row.run.label, row.run.rank, row.run.budget)
 
 
 def _groups(keys: Any, over_orders: bool) -> list[int]:
@@ -276,7 +269,7 @@ def _measured(table: SweepTable, figure: str, confidence: float) -> Measured:
         if not np.isfinite(in_domain + wanted).all():  # a domain of one block, which cannot be resampled
             in_domain, wanted = in_domain[:1], wanted[:1]
         run = row.run
-        rates = found.setdefault(Variant(run.label, run.rank, run.budget), {})
+        rates = found.setdefault(_variant(row), {})
         rates.setdefault(run.lr, {})[run.order, run.seed] = _Numbers(in_domain, wanted)
     if not found:
         raise DataError(

@@ -18,7 +18,7 @@ from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table, setting
 from gaintune.report.words import FIGURES, signed, with_interval
 from gaintune.runs import write_bytes, write_json, write_text
-from gaintune.sweep_compare import CurvePair, Pair, Point, SweepComparison
+from gaintune.sweep_records import CurvePair, Pair, Point, SweepComparison
 
 LABELS = (((5, 4), "left"), ((5, -10), "left"), ((-5, 4), "right"), ((-5, -10), "right"))
 """Where a variant's rates stand beside its points, in points, so that those of neighbours do not cover each other."""
@@ -43,12 +43,13 @@ def point_frame(points: tuple[Point, ...], comparison: SweepComparison) -> pd.Da
 
 
 def pair_sentence(pair: Pair, comparison: SweepComparison) -> str:
-    """Two variants at matched in-domain change, and no winner that the interval does not name."""
-    told = f"{pair.better} is better" if pair.better else "no difference shown"
-    if pair.in_domain.sign:
-        told += ", and in-domain they are not matched: more rates would bring them nearer"
+    """Two variants at matched in-domain change, and no winner that the interval does not name or that is no match."""
+    names = f"{pair.first} minus {pair.second}"
+    if pair.difference is None or pair.in_domain is None:
+        return f"{names}: not compared at {pair.first_lr:g} and {pair.second_lr:g} ({pair.unmatched})"
+    told = pair.unmatched or (f"{pair.better} is better" if pair.better else "no difference shown")
     return (
-        f"{pair.first} minus {pair.second}: {with_interval(pair.difference, 'points')} on {_lower(comparison)}, with "
+        f"{names}: {with_interval(pair.difference, 'points')} on {_lower(comparison)}, with "
         f"{with_interval(pair.in_domain, 'points')} left in-domain ({_counted(pair.replicates, comparison)}, sign-flip "
         f"p = {pair.p:.3g}): {told}"
     )
@@ -73,6 +74,32 @@ def curve_sentence(pair: CurvePair, comparison: SweepComparison) -> str:
     )
 
 
+def target_title(comparison: SweepComparison) -> str:
+    """What the rates were chosen by, budget by budget where there are several."""
+    several = len(comparison.targets) > 1
+    told = [
+        f"{'no change, as nothing improves' if one.in_domain is None else f'{signed(one.in_domain)} %'}"
+        f"{f' ({one.budget:,} tokens)' if several else ''}"
+        for one in comparison.targets
+    ]
+    return f"Rates whose in-domain change is nearest {', '.join(told)}"
+
+
+def remarks(comparison: SweepComparison) -> list[str]:
+    """What a reader of the comparison must know: who is matched with nothing, and what has no numbers."""
+    told = [
+        f"{name} improves in-domain at no rate: it has no part in the target, and is matched with nothing."
+        for target in comparison.targets
+        for name in target.never
+    ]
+    told += [f"{note[0].upper()}{note[1:]}." for note in comparison.notes]
+    if comparison.unfinished:
+        told.append(f"{plural(comparison.unfinished, 'run')} of the grid did not finish and count nowhere here:")
+    return told + [
+        f"{one.variant} at {one.lr:g}: {plural(one.runs, 'run')} ({one.error})" for one in comparison.missing
+    ]
+
+
 def _counted(count: int, comparison: SweepComparison) -> str:
     return plural(count, comparison.over.removesuffix("s"))
 
@@ -88,7 +115,7 @@ def markdown(comparison: SweepComparison) -> str:
         f"Change of validation perplexity against the base in %, lower is better; intervals over {comparison.over} and "
         "validation blocks.\n",
         markdown_table(point_frame(comparison.points, comparison), "Method"),
-        f"At the rates whose in-domain change is nearest {signed(comparison.target)} %:\n",
+        f"{target_title(comparison)}:\n",
         markdown_table(point_frame(comparison.matched, comparison), "Method"),
         *(f"- {pair_sentence(pair, comparison)}" for pair in comparison.pairs),
     ]
@@ -97,8 +124,8 @@ def markdown(comparison: SweepComparison) -> str:
             "\nBy curves over all rates:\n",
             *(f"- {curve_sentence(one, comparison)}" for one in comparison.curves),
         ]
-    if comparison.unfinished:
-        parts.append(f"\n{plural(comparison.unfinished, 'run')} of the grid did not finish and count nowhere here.")
+    if told := remarks(comparison):
+        parts += ["\nRemarks:\n", *(f"- {each}" for each in told)]
     return "\n".join([*parts, ""])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.records import Matrix
 from gaintune.grid import PlannedRun
 from gaintune.report.tables import tidy
-from gaintune.runs import Run, read_json, write_text
+from gaintune.runs import Run, read_json, write_bytes, write_text
 
+FACTS = ("numbers", "device")  # of a finished run
 INTEGERS = ("rank", "trainable_parameters")  # with gaps, where a method has no rank or a run is not finished
 
 
@@ -38,12 +38,25 @@ class SweepRow:
             "domains": " ".join(run.domains), "seed": run.seed, "train_tokens": run.budget,
         }  # fmt: skip
 
+    @property
+    def numbers(self) -> str | None:
+        """What a finished run computed with, as `Numbers.name`; None of one that is not."""
+        return None if self.matrix is None else self.matrix.methods[0].info["numbers"]
+
+    @property
+    def device(self) -> str | None:
+        """The device that a finished run was begun on, by its name; None of one that is not."""
+        return None if self.matrix is None else read_json(self.folder / "environment.json")["device"]
+
     def figures(self) -> dict[str, Any]:
         """The summary in %, each figure with the ends of its interval over blocks; nothing of an unfinished run."""
         if self.matrix is None:
             return {}
         (method,) = self.matrix.methods
-        values: dict[str, Any] = {"trainable_parameters": method.info.get("trainable_parameters")}
+        values: dict[str, Any] = {
+            "numbers": self.numbers, "device": self.device,
+            "trainable_parameters": method.info.get("trainable_parameters"),
+        }  # fmt: skip
         for name in FIGURES:
             interval = getattr(method.summary, name)
             values |= {
@@ -87,17 +100,17 @@ class SweepTable:
 
     def frame(self) -> pd.DataFrame:
         """A row for each run: its settings, `finished` or `failed`, its figures, its error."""
-        columns = ["trainable_parameters", *(f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high"))]
+        measured = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
         rows = [
             {
                 **row.settings,
                 "status": "failed" if row.matrix is None else "finished",
-                **{**dict.fromkeys(columns), **row.figures()},
+                **{**dict.fromkeys((*FACTS, "trainable_parameters", *measured)), **row.figures()},
                 "error": row.error,
             }
             for row in self.rows
         ]
-        return _typed(pd.DataFrame(rows), columns[1:]).astype({"error": "string"})
+        return _typed(pd.DataFrame(rows), measured).astype(dict.fromkeys((*FACTS, "error"), "string"))
 
     def cells(self) -> pd.DataFrame:
         """A row for each domain measured after each stage of each finished run; changes in % of the base."""
@@ -110,20 +123,13 @@ class SweepTable:
         percents = [name for name in names if name.endswith("_percent")]
         return _typed(frame[[*first, *(name for name in names if name not in first)]], percents)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `runs.write_json`."""
-        return {"runs": [{**row.settings, **row.figures(), "error": row.error} for row in self.rows]}
-
     def write(self, folder: Path) -> None:
         """Write sweep.csv and cells.csv, and both as Parquet."""
         for name, frame in (("sweep", self.frame()), ("cells", self.cells())):
             write_text(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
             buffer = io.BytesIO()
             frame.to_parquet(buffer, index=False)
-            file = folder / f"{name}.parquet"
-            temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
-            temporary.write_bytes(buffer.getvalue())
-            temporary.replace(file)
+            write_bytes(folder / f"{name}.parquet", buffer.getvalue())
 
 
 def _typed(frame: pd.DataFrame, numbers: list[str]) -> pd.DataFrame:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,17 +66,12 @@ class CurveDifference:
     replicates: int
     left_out: tuple[tuple[float, ...], tuple[float, ...]]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `runs.write_json`."""
-        return asdict(self)
-
 
 def curve_difference(
     first: Sequence[Curve],
     second: Sequence[Curve],
     *,
     shown: int = 9,
-    how: Literal["t", "bootstrap"] = "t",
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> CurveDifference:
@@ -89,7 +84,7 @@ def curve_difference(
         first: its curves, one for each replicate.
         second: the other's, the same replicates in the same order.
         shown: how many places of the range get an interval of their own.
-        how: as in `replicated`, as are `confidence` and `seed`.
+        confidence: as in `replicated`, as is `seed`.
 
     Raises:
         DataError: replicates that do not pair, or curves with no in-domain change in common.
@@ -107,7 +102,7 @@ def curve_difference(
     grid = np.linspace(low, high, PLACES)
     apart = np.array([_along(one, grid) - _along(other, grid) for one, other in zip(first, second, strict=True)])
     groups = [-1 - place if one.group is None else one.group for place, one in enumerate(first)]
-    settings: dict[str, Any] = {"groups": groups, "how": how, "confidence": confidence, "seed": seed}
+    settings: dict[str, Any] = {"groups": groups, "confidence": confidence, "seed": seed}
 
     def interval(values: FloatArray) -> Interval:
         return replicated(values[:, 0] if values.shape[1] == 1 else values, **settings)

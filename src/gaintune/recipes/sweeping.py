@@ -16,8 +16,9 @@ from gaintune.recipes.outcome import Context, Outcome, highest, lowest
 from gaintune.report.tables import markdown_table
 from gaintune.runs import write_text
 from gaintune.sweep import run_sweep
-from gaintune.sweep_compare import SweepComparison, compare_sweep
-from gaintune.sweep_report import curve_sentence, heading, pair_sentence, point_frame, write
+from gaintune.sweep_compare import compare_sweep
+from gaintune.sweep_records import SweepComparison
+from gaintune.sweep_report import curve_sentence, heading, pair_sentence, point_frame, remarks, target_title, write
 from gaintune.sweep_table import SweepTable
 
 AXES = ("rates", "orders", "order_seed", "seeds", "ranks", "budgets")
@@ -28,7 +29,7 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
 
     Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. Numbers:
     `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
-    `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE.
+    `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE; `A-minus-B` of variants with one rate each, matched or not.
     """
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
@@ -45,12 +46,13 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     numbers, without = numbers_of(comparison)
     tables = {
         f"Every rate, intervals over {comparison.over}": point_frame(comparison.points, comparison),
-        f"At the rates nearest {comparison.target:.1f} % in-domain": point_frame(comparison.matched, comparison),
+        target_title(comparison): point_frame(comparison.matched, comparison),
         "Every run": runs_frame(table, figure),
     }
     write_text(context.folder / "runs.md", markdown_table(tables["Every run"], "Method"))
     told = [pair_sentence(each, comparison) for each in comparison.pairs]
     told += [curve_sentence(each, comparison) for each in comparison.curves]
+    told += remarks(comparison)
     return Outcome(
         numbers=numbers,
         tables=tables,
@@ -87,7 +89,13 @@ def numbers_of(comparison: SweepComparison) -> tuple[dict[str, Interval], dict[s
         numbers[f"{name}.worst"] = highest([point.figure for point in own])
         numbers[f"{name}.best"] = lowest([point.figure for point in own])
     for pair in comparison.pairs:
-        numbers[f"matched.{_plain(pair.first)}-minus-{_plain(pair.second)}"] = pair.difference
+        name = f"{_plain(pair.first)}-minus-{_plain(pair.second)}"
+        if pair.one_rate_each and pair.difference is not None:
+            numbers[name] = pair.difference
+        if pair.unmatched is None and pair.difference is not None:
+            numbers[f"matched.{name}"] = pair.difference
+        else:  # what holds of methods that adapted unequally is no verdict on methods that adapted alike
+            without[f"matched.{name}"] = str(pair.unmatched)
     for each in comparison.curves:
         name = f"curve.{_plain(each.first)}-minus-{_plain(each.second)}"
         if each.curve is None:
