@@ -40,6 +40,11 @@ def write(file: Path, rows: list[dict]) -> Path:
     return file
 
 
+def elsewhere(row: dict) -> dict:
+    """The row with another question."""
+    return {**row, **{key: f"other {row[key]}" for key in ("question", "sentence") if key in row}}
+
+
 @pytest.mark.parametrize(
     ("name", "prompt", "choices", "answers"),
     [
@@ -57,8 +62,9 @@ def write(file: Path, rows: list[dict]) -> Path:
 def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, choices, answers):
     """Through the entry itself, with a folder in the data set's place."""
     found = QUESTION_SETS[name]
-    for split in filter(None, (found.train, found.asked)):
-        write(tmp_path / f"{split}.jsonl", HUB_ROWS[name])
+    asked = [elsewhere(row) for row in HUB_ROWS[name]] if found.asked else HUB_ROWS[name]
+    write(tmp_path / f"{found.train}.jsonl", asked)
+    write(tmp_path / f"{found.asked or found.train}.jsonl", HUB_ROWS[name])
     monkeypatch.setitem(question_sets.QUESTION_SETS, name, replace(found, path=str(tmp_path), configuration=None))
     questions = load_questions(name, None, learn=False, seed=0)
     assert questions.asked[0].prompt == prompt
@@ -93,6 +99,18 @@ def test_a_folders_own_split_is_kept_and_labels_are_those_of_both_sides(tmp_path
     assert {row.choices for row in (*questions.learnt, *questions.asked)} == {(" negative", " neutral", " positive")}
 
 
+def test_rows_that_are_asked_are_not_learnt_although_the_sources_own_split_has_them_on_both_sides(tmp_path, caplog):
+    write(tmp_path / "sst2" / "train.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(5)])
+    write(tmp_path / "sst2" / "validation.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in (3, 4, 7)])
+    questions = load_questions("sst2", tmp_path / "sst2", learn=True, seed=0)
+    assert [row.prompt for row in questions.learnt] == [f"film {n}\nSentiment:" for n in range(3)]
+    assert len(questions.asked) == 3
+    assert "2 rows to learn left out, which are asked too" in caplog.text
+    write(tmp_path / "sst2" / "train.jsonl", [{"sentence": "film 7", "label": 1}])
+    with pytest.raises(DataError, match="every row to learn is also asked"):
+        load_questions("sst2", tmp_path / "sst2", learn=True, seed=0)
+
+
 @pytest.mark.parametrize("name", list(HUB_ROWS))
 def test_questions_that_are_written_are_read_back(tmp_path, name):
     rows = load_questions(name, write(tmp_path / "rows.jsonl", HUB_ROWS[name]), learn=False, seed=0).asked
@@ -104,6 +122,9 @@ def test_questions_that_are_written_are_read_back(tmp_path, name):
 def test_what_holds_no_questions_is_told_apart(tmp_path):
     assert holds_questions(write(tmp_path / "asked" / "test.jsonl", [EXAM]).parent)
     assert not holds_questions(write(tmp_path / "texts" / "train.jsonl", [{"text": "an abstract"}]).parent)
+    cut = write(tmp_path / "cut.jsonl", [EXAM])
+    cut.write_text(cut.read_text() + "{ no row\n")
+    assert holds_questions(cut), "the first row says it"
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "notes.txt").write_text("no rows")
     assert not holds_questions(tmp_path / "else")
@@ -115,6 +136,15 @@ def test_a_broken_row_and_an_unknown_set_are_named(tmp_path):
         load_questions("pubmedqa", write(tmp_path / "rows.jsonl", [RESEARCH, broken]), learn=False, seed=0)
     with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'context' must hold"):
         load_questions("x", write(tmp_path / "rows.jsonl", [{**RESEARCH, "context": "abc"}]), learn=False, seed=0)
+    uneven = {**RESEARCH, "context": {"contexts": ["We asked."], "labels": ["METHODS", "RESULTS"]}}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'context' has 1 contexts and 2 labels"):
+        load_questions("x", write(tmp_path / "rows.jsonl", [uneven]), learn=False, seed=0)
+    bare = {**RESEARCH, "context": {"contexts": [3], "labels": ["METHODS"]}}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: contexts and labels in column 'context' must be lists"):
+        load_questions("x", write(tmp_path / "rows.jsonl", [bare]), learn=False, seed=0)
+    (tmp_path / "rows.txt").write_text("text")
+    with pytest.raises(DataError, match="a file of questions ends in one of"):
+        load_questions("x", tmp_path / "rows.txt", learn=False, seed=0)
     with pytest.raises(DataError, match="no set of questions is called 'riddles'; known by name: pubmedqa"):
         load_questions("riddles", None, learn=False, seed=0)
 
@@ -123,5 +153,5 @@ def test_a_hub_that_is_not_reached_names_the_id_and_the_way_out(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(AssetError, match=r"cannot load domain 'medqa' from the Hub data set 'GBaker/.*medqa=PATH"):
+    with pytest.raises(AssetError, match=r"cannot load questions 'medqa' from the Hub data set 'GBaker/.*medqa=PATH"):
         load_questions("medqa", None, learn=False, seed=0)

@@ -140,6 +140,11 @@ def _research(row: Row) -> ChoiceRow:
     context, decision = row.values.get("context"), row.values.get("final_decision")
     if not isinstance(context, dict) or not {"contexts", "labels"} <= set(context):
         raise DataError(f"{row.origin}: column 'context' must hold PubMedQA's contexts and labels")
+    parts, labels = context["contexts"], context["labels"]
+    if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in (parts, labels)):
+        raise DataError(f"{row.origin}: contexts and labels in column 'context' must be lists of texts")
+    if len(parts) != len(labels):
+        raise DataError(f"{row.origin}: column 'context' has {len(parts)} contexts and {len(labels)} labels")
     (abstract,) = pubmedqa_contexts([row.values])
     prompt = f"{abstract}\nQuestion: {row_text(row, 'question')}\nAnswer:"
     answer = DECISIONS.index(decision) if decision in DECISIONS else decision

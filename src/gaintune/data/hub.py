@@ -50,11 +50,11 @@ def load_hub(source: HubSource[Item], name: str, characters: int | None = None) 
     return Documents(train, validation, source.path)
 
 
-def unreachable(error: Exception, name: str, path: str) -> AssetError:
-    """What a person reads when a data set of the Hub cannot be loaded."""
+def unreachable(error: Exception, name: str, path: str, what: str = "domain") -> AssetError:
+    """What a person reads when a data set of the Hub cannot be loaded; `what` it is to them."""
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     return AssetError(
-        f"cannot load domain {name!r} from the Hub data set {path!r}: {reason}. "
+        f"cannot load {what} {name!r} from the Hub data set {path!r}: {reason}. "
         f"Check the network and the id, or give a local copy, a file or a folder: {name}=PATH"
     )
 

@@ -40,11 +40,22 @@ def read_rows(file: Path, text_column: str | None = None) -> list[Document]:
 
 def read_table(file: Path) -> list[Row]:
     """Read every row of a file whole; raises `DataError` for a broken row, and for a file without any."""
-    reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[file.suffix.lower()]
-    rows = list(reader(file))
+    rows = list(_rows(file))
     if not rows:
         raise DataError(f"{file}: holds no rows")
     return rows
+
+
+def first_row(file: Path) -> Row:
+    """The first row alone, the others unread where the format allows that; raises as `read_table`."""
+    row = next(_rows(file), None)
+    if row is None:
+        raise DataError(f"{file}: holds no rows")
+    return row
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[file.suffix.lower()](file)
 
 
 def decode(file: Path, data: bytes, first_line: int = 1) -> str:
@@ -221,9 +232,12 @@ def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow  # slow to import, and only this format needs it
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{file}: row {number}")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({error})") from None
-    for number, values in enumerate(rows, start=1):
-        yield Row(values, f"{file}: row {number}")
