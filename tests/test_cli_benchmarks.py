@@ -1,6 +1,7 @@
 """Benchmarks on the command line: what is printed, kept and refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from typer.testing import CliRunner
 import tiny_base
 import tiny_domains
 from gaintune.cli import app
-from gaintune.cli_benchmarks import _short
-from gaintune.errors import ConfigError
+from gaintune.cli_benchmarks import _short, tables
+from gaintune.errors import ConfigError, DataError
+from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_groups import with_group_difference
+from gaintune.evaluate.benchmark_records import BenchmarkReport, BenchmarkScore, TaskFacts, compare_scores
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
@@ -83,6 +87,53 @@ def test_domains_and_benchmarks_in_one_go(work, arguments):
     found = json.loads(run(*arguments, "--domain", f"prose={work / 'prose.jsonl'}", *sizes, "--limit", 3, "--json"))
     assert [figure["domain"] for figure in found["domains"]] == ["prose", "prose"]
     assert found["benchmarks"]["base"][0]["rows"] == 3
+
+
+def test_domains_are_read_before_the_benchmarks_are_asked(work, arguments, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        run(*arguments, "--domain", f"prose={work / 'nowhere.jsonl'}")
+    assert not list((tmp_path / "cache").glob("benchmarks/*")), "nothing was asked"
+
+
+def test_scores_are_not_kept_where_that_is_said(arguments, tmp_path):
+    run(*arguments, "--no-cache")
+    assert not list((tmp_path / "cache").glob("benchmarks/*"))
+
+
+def score(metric, value, items, **changes):
+    facts = TaskFacts("rows", "test", 0, "1")
+    return BenchmarkScore("quiz", metric, value, None, items, len(items), "mean", True, facts, **changes)
+
+
+def test_every_difference_has_its_unit_and_a_score_the_same_one_in_every_row():
+    config = BenchmarkConfig.model_validate({"tasks": "quiz", "bootstrap_samples": 20})
+    base = (score("acc", 0.5, (0.0, 1.0)), score("length", 0.75, (0.5, 1.0)))
+    mine = (score("acc", 1.0, (1.0, 1.0)), score("length", 2.5, (2.0, 3.0)))
+    report = BenchmarkReport(("quiz",), base, {"mine": mine}, compare_scores(base, mine, "mine", config), {})
+    shown, *_ = tables(report)
+    *_, scores, differences = (list(column.cells) for column in shown.columns)
+    assert [str(each) for each in scores] == ["50.00 %", "100.00 %", "0.75", "2.50"]
+    assert str(differences[1]).startswith("+50.00") and str(differences[1]).endswith(" points")
+    assert str(differences[3]).startswith("+1.75") and "points" not in str(differences[3])
+    assert "points" not in str(shown.columns[-1].header)
+
+
+def test_a_group_that_is_a_plain_mean_over_its_tasks_has_a_difference_too():
+    config = BenchmarkConfig.model_validate({"tasks": "quiz", "bootstrap_samples": 50})
+    base = [
+        replace(score("acc", 0.5, (0.0, 1.0)), task="a"),
+        replace(score("acc", 0.25, (0.0, 0.0, 1.0, 0.0)), task="b"),
+    ]
+    mine = [replace(base[0], value=1.0, items=(1.0, 1.0)), base[1]]
+    facts = {"task": "both", "items": (), "rows": 6, "aggregation": "other", "members": ("a", "b")}
+    base.append(replace(base[0], value=0.375, **facts))
+    mine.append(replace(mine[0], value=0.625, **facts))
+    *_, group = compare_scores(base, mine, "mine", config)
+    assert group.difference is None
+    told = with_group_difference(group, base, mine, config)
+    assert (told.difference.value, told.unit) == (pytest.approx(25.0), "points")
+    weighted = replace(group, adapted=replace(group.adapted, value=0.5))
+    assert with_group_difference(weighted, base, mine, config).difference is None
 
 
 def test_what_does_not_go_together_is_refused(work, arguments, monkeypatch):

@@ -16,6 +16,7 @@ from gaintune.errors import ConfigError
 if TYPE_CHECKING:
     from gaintune.evaluate.benchmark_config import BenchmarkConfig
     from gaintune.evaluate.benchmark_records import BenchmarkComparison, BenchmarkReport, BenchmarkScore
+    from gaintune.evaluate.benchmark_tasks import Suite
     from gaintune.progress import Progress
 
 Benchmarks = Annotated[
@@ -39,11 +40,13 @@ AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, which humaneval needs.")
 ]
 
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure benchmarks anew, and keep no scores.")]
+
 FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}
 
 
 def config_of(
-    plan: Plan, benchmarks: str | None, *, allow_code_execution: bool, **options: Any
+    plan: Plan, benchmarks: str | None, *, allow_code_execution: bool, no_cache: bool = False, **options: Any
 ) -> BenchmarkConfig | None:
     """The benchmarks that options ask for; None for none.
 
@@ -51,6 +54,7 @@ def config_of(
         plan: where the batch size and what intervals rest on are from.
         benchmarks: their names.
         allow_code_execution: whether programs that the model writes may run.
+        no_cache: whether scores are not to be kept.
         options: the other options of benchmarks by their names; None for what was not given.
 
     Raises:
@@ -58,8 +62,10 @@ def config_of(
     """
     given = {name: value for name, value in options.items() if value is not None}
     if not benchmarks:
-        if given or allow_code_execution:
-            option = next(iter(given), "allow_code_execution").replace("_", "-")
+        switches = {"allow_code_execution": allow_code_execution, "no_cache": no_cache}
+        option = next((name for name in (*given, *(name for name, on in switches.items() if on))), None)
+        if option:
+            option = option.replace("_", "-")
             raise ConfigError(f"--{option} is for benchmarks: name some with --benchmarks")
         return None
     from gaintune.evaluate.benchmark_config import read_config
@@ -78,10 +84,24 @@ def config_of(
     )
 
 
+def suite_of(config: BenchmarkConfig) -> Suite:
+    """The tasks of a config with their rows, before a model is loaded."""
+    from gaintune.evaluate.benchmark_tasks import load_suite
+
+    return load_suite(config)
+
+
 def measure(
-    plan: Plan, adapters: Sequence[Path], config: BenchmarkConfig, *, allow_other_base: bool, progress: Progress
+    plan: Plan,
+    adapters: Sequence[Path],
+    config: BenchmarkConfig,
+    suite: Suite,
+    *,
+    keep: bool,
+    allow_other_base: bool,
+    progress: Progress,
 ) -> BenchmarkReport:
-    """Scores of the plan's base and of adapters on it; they are kept in the cache."""
+    """Scores of the plan's base and of adapters on it, each in its own numbers; the cache keeps them if `keep`."""
     from gaintune.assets import cache_dir
     from gaintune.evaluate.benchmarks import benchmark_adapters
 
@@ -89,7 +109,8 @@ def measure(
         plan.model,
         adapters,
         config,
-        cache=cache_dir() / "benchmarks",
+        cache=cache_dir() / "benchmarks" if keep else None,
+        suite=suite,
         allow_other_base=allow_other_base,
         progress=progress,
     )
@@ -101,9 +122,10 @@ def tables(report: BenchmarkReport) -> Iterator[Table | str]:
     about = {}
     names = _short(list(report.adapted))
     for score in (score for name in report.asked for score in report.base if score.task == name):
-        rows.append([score.task, score.metric, "base", _value(score), "—"])
-        for each in (one for one in report.comparisons if (one.task, one.metric) == (score.task, score.metric)):
-            rows.append(["", "", names[each.label], _value(each.adapted), _difference(each)])
+        compared = [one for one in report.comparisons if (one.task, one.metric) == (score.task, score.metric)]
+        share = all(one.unit == "points" for one in compared) if compared else score.is_share
+        rows.append([score.task, score.metric, "base", _value(score, share), "—"])
+        rows += [["", "", names[each.label], _value(each.adapted, share), _difference(each)] for each in compared]
         facts = score.facts
         told = [
             f"{score.rows:,} {facts.split} rows of {facts.source}",
@@ -111,7 +133,7 @@ def tables(report: BenchmarkReport) -> Iterator[Table | str]:
             *facts.notes,
         ]
         about[score.task] = f"{score.task}: {'; '.join(told)}"
-    heads = ["benchmark", "metric", "model", "score ± standard error", "against the base, in points"]
+    heads = ["benchmark", "metric", "model", "score ± standard error", "against the base"]
     yield table("", heads, rows, numeric=(3, 4))
     yield from about.values()
 
@@ -126,8 +148,8 @@ def _short(labels: Sequence[str]) -> dict[str, str]:
     return {label: "/".join(each if len(parts) > 1 else each[-1:]) for label, each in zip(labels, parts, strict=True)}
 
 
-def _value(score: BenchmarkScore) -> str:
-    factor, unit = (100.0, " %") if score.is_share else (1.0, "")
+def _value(score: BenchmarkScore, share: bool) -> str:
+    factor, unit = (100.0, " %") if share else (1.0, "")
     error = "" if score.stderr is None else f" ± {factor * score.stderr:.2f}"
     return f"{factor * score.value:.2f}{error}{unit}"
 
@@ -139,4 +161,4 @@ def _difference(each: BenchmarkComparison) -> str:
     if each.unit == "%":
         return percent(found.value, found.low, found.high)
     interval = "" if found.low is None or found.high is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
-    return f"{found.value:+.2f}{interval}"
+    return f"{found.value:+.2f}{interval}{' points' if each.unit == 'points' else ''}"

