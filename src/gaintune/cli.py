@@ -195,7 +195,7 @@ def adapt(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Write the report of a run anew: page, figures, CSV and Markdown."""
+    """Write the report of a run anew, from its stored losses: page, figures, CSV and Markdown."""
     from gaintune.report import write_report
 
     out.print(f"report {write_report(run)}", highlight=False, soft_wrap=True)

@@ -2,15 +2,18 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
 import pytest
-from synthetic_run import forgets, keeps, make_matrix, write_run
+from synthetic_run import forgets, keeps, make_matrix, make_runs, write_run
 
+from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError, RunDirectoryError
+from gaintune.evaluate.matrix import Matrix, build_matrix
 from gaintune.report import write_report
-from gaintune.runs import write_text
+from gaintune.runs import Run, read_json, write_json, write_text
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FILES = {f"figures/{name}.{kind}" for name in ("matrix", "curves", "summary") for kind in ("png", "svg")}
@@ -172,3 +175,26 @@ def test_what_is_missing_is_named(tmp_path, two_methods):
     write_text(run / "matrix.json", "[]")
     with pytest.raises(RunDirectoryError, match="not a matrix of format 1"):
         write_report(run)
+
+
+def test_intervals_are_made_anew_from_stored_losses(tmp_path, caplog):
+    """A run whose matrix.json has other intervals than its losses give, as one of an earlier version may."""
+    domains = ("d0", "d1", "d2")
+    runs = [replace(one, info={**one.info, "numbers": "bfloat16"}) for one in make_runs(domains, {"gain": keeps})]
+    stored = build_matrix(runs, EvaluateConfig(bootstrap_samples=20), planned=domains)
+    folder = write_run(tmp_path / "run", stored)
+    kept = (folder / "matrix.json").read_bytes()
+    write_report(folder)
+    assert (folder / "matrix.json").read_bytes() == kept and "is not there: intervals stay" in caplog.text
+    caplog.clear()
+    run, (one,) = Run(folder), runs
+    for name, loss in one.base.items():
+        write_json(run.base("bfloat16", name), loss.to_dict())
+    for index, stage in enumerate(one.stages):
+        for name, loss in stage.losses.items():
+            write_json(run.stage("gain", index, stage.domain) / "evaluations" / f"{name}.json", loss.to_dict())
+    write_report(folder)
+    anew = Matrix.from_dict(read_json(folder / "matrix.json"))
+    assert anew == build_matrix(runs, EvaluateConfig(), planned=domains) != stored
+    cell = anew.methods[0].stages[0].cells["d0"]
+    assert not caplog.text and repr(cell.low) in (folder / "matrix.csv").read_text()

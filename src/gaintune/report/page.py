@@ -11,13 +11,17 @@ from markupsafe import Markup
 from gaintune.config import Plan, build_plan, plan_yaml, read_values
 from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.matrix import Matrix
+from gaintune.evaluate.stored import recomputed
 from gaintune.progress import plural
 from gaintune.report import canvas, figures, palette, tables, words
-from gaintune.runs import read_json, write_bytes, write_text
+from gaintune.runs import read_json, write_bytes, write_json, write_text
 
 
 def write_report(run: str | Path) -> Path:
     """Write report.html, figures/, matrix.csv and matrix.md into a run directory, from what it holds.
+
+    Figures and intervals are made anew from the losses of every block, and matrix.json is written too where they
+    differ from its own, as those of a run of an earlier version may.
 
     Returns:
         The path of the page.
@@ -37,8 +41,11 @@ def write_report(run: str | Path) -> Path:
         )
     if not source.is_file():
         raise RunDirectoryError(f"{source}: nothing measured yet; run `gaintune sequence` on this run directory first")
-    matrix = Matrix.from_dict(read_json(source))
+    stored = Matrix.from_dict(read_json(source))
     plan = build_plan(read_values(run / "plan.yaml"), str(run / "plan.yaml"))
+    matrix = recomputed(run, stored, plan.evaluate)
+    if matrix != stored:
+        write_json(source, matrix.to_dict())
     record = run / "environment.json"
     environment = read_json(record) if record.is_file() else {}
     page = render(matrix, plan, environment, run.resolve().name)
