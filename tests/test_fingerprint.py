@@ -75,6 +75,31 @@ def test_a_config_that_computes_something_else_changes_it(tiny, change):
     assert fingerprint_folder(tiny) != before
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 64
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+YARN |= {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "change"),
+    [
+        (LLAMA3, {"low_freq_factor": 2.0}),
+        (LLAMA3, {"high_freq_factor": 5.0}),
+        (LLAMA3, {"original_max_position_embeddings": 32}),
+        (YARN, {"beta_fast": 16.0}),
+        (YARN, {"beta_slow": 2.0}),
+    ],
+)
+def test_every_number_that_places_are_turned_by_changes_it(tiny, rope, change):
+    edit_config(tiny, rope_parameters=rope)
+    before = fingerprint_folder(tiny)
+    edit_config(tiny, rope_parameters=dict(reversed(rope.items())))
+    assert fingerprint_folder(tiny) == before
+    edit_config(tiny, rope_parameters={**rope, **change})
+    assert fingerprint_folder(tiny) != before
+
+
 def test_a_gguf_files_rounded_epsilon_is_the_same_epsilon(tiny):
     edit_config(tiny, rms_norm_eps=1e-5)
     first = config_facts(tiny)

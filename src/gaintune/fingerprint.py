@@ -31,7 +31,11 @@ FACTS = (
     "num_experts_per_tok", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
     "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
 )  # fmt: skip
-ROPE_FACTS = ("rope_type", "rope_theta", "factor", "partial_rotary_factor")
+ROPE_FACTS = (
+    "rope_type", "rope_theta", "factor", "partial_rotary_factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+    "short_factor", "long_factor",
+)  # fmt: skip
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "BOOL": "u1"}
 
