@@ -222,11 +222,11 @@ def survey_retention(
         ]
         start = [Moment(0, before)] if len(origin.domains) == 1 else []  # else it started from another adapter
         courses.append(Course(label, origin.method, numbers.name, before, (*start, *moments)))
-    del looking  # and with it every base but the plan's
+    del looking, base  # benchmarks load bases of their own
     if config is not None:
         named = {(label, step): folder for label, copies in taken.items() for step, folder in copies.items()}
         scores = measure_scores(
-            base,
+            plan.model,
             named,
             config,
             target_tasks,

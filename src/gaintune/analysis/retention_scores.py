@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig, read_config
 from gaintune.evaluate.benchmark_means import counting_score, mean_difference
 from gaintune.evaluate.benchmark_records import BenchmarkScore
-from gaintune.evaluate.benchmarks import run_benchmarks
+from gaintune.evaluate.benchmarks import base_of, benchmark_adapters
 from gaintune.evaluate.records import Interval
-from gaintune.models import Base
 from gaintune.progress import Progress
 
 
@@ -55,14 +55,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class MeasuredScores:
-    """The base's benchmarks, and those of every snapshot by label and step."""
+    """The base's benchmarks, those in the numbers of each label's snapshots, and every snapshot's by label and step."""
 
     base: Scores
+    bases: Mapping[str, Scores]
     snapshots: Mapping[tuple[str, int], Scores]
 
     def at(self, label: str, step: int) -> Scores:
-        """A snapshot's scores, of step 0 the base's."""
-        return self.base if step == 0 else self.snapshots[label, step]
+        """A snapshot's scores, of step 0 the base's in the same numbers."""
+        return self.bases[label] if step == 0 else self.snapshots[label, step]
 
 
 def scores_of(
@@ -97,7 +98,7 @@ def checked_config(benchmarks: BenchmarkConfig | Mapping[str, Any], target: Sequ
 
 
 def measure_scores(
-    base: Base,
+    model: ModelConfig,
     snapshots: Mapping[tuple[str, int], Path],
     config: BenchmarkConfig,
     target: Sequence[str],
@@ -108,18 +109,25 @@ def measure_scores(
 ) -> MeasuredScores:
     """Measure a base, and every snapshot on it, on benchmarks; the adapters are not merged.
 
+    Each is measured in the numbers it was trained in, and against the base in the same.
+
     Raises:
-        ConfigError: a task without a share of rows to count; and whatever `run_benchmarks` raises.
+        ConfigError: a task without a share of rows to count; and whatever `benchmark_adapters` raises.
     """
     tasks = [task.name for task in config.tasks]
     named = {f"{label}, step {step}": (label, step) for label, step in snapshots}
-    report = run_benchmarks(
-        base,
+    report = benchmark_adapters(
+        model,
         {name: snapshots[key] for name, key in named.items()},
         config,
         cache=cache,
         allow_other_base=allow_other_base,
         progress=progress,
     )
-    found = {key: scores_of(report.base, report.adapted[name], tasks, target, config) for name, key in named.items()}
-    return MeasuredScores(scores_of(report.base, report.base, tasks, target, config), found)
+    found: dict[tuple[str, int], Scores] = {}
+    bases: dict[str, Scores] = {}
+    for name, key in named.items():
+        base = base_of(report, name)
+        bases[key[0]] = scores_of(base, base, tasks, target, config)
+        found[key] = scores_of(base, report.adapted[name], tasks, target, config)
+    return MeasuredScores(scores_of(report.base, report.base, tasks, target, config), bases, found)
