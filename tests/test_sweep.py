@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from filelock import FileLock
 
+import killing
 import tiny_base
 import tiny_sweep
+from gaintune.config import build_plan
 from gaintune.data.blocks import load_domain
 from gaintune.errors import ConfigError, RunDirectoryError, SweepError
 from gaintune.evaluate.base_losses import BaseLosses
@@ -21,6 +24,7 @@ from gaintune.runs import read_json
 from gaintune.sequence import run_sequence
 from gaintune.sweep import run_sweep
 from gaintune.sweep_engine import Pool
+from gaintune.sweep_worker import Job, work
 
 RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}
 
@@ -32,9 +36,9 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(model, tmp_path_factory):
-    """A finished sweep of eight runs, done one after another in this process: its grid, folder and table."""
+    """A finished sweep of four runs, done one after another in this process: its grid, folder and table."""
     folder = tmp_path_factory.mktemp("swept")
-    grid = tiny_sweep.grid(model, folder, rates=RATES, seeds=[0, 1])
+    grid = tiny_sweep.grid(model, folder, rates=RATES)
     return grid, folder / "sweep", run_sweep(grid, folder / "sweep", engine="sequential")
 
 
@@ -48,10 +52,11 @@ def copy(swept, tmp_path):
 
 def test_every_run_is_a_row_with_its_numbers(swept):
     _, folder, table = swept
-    assert len(table.finished) == 8 and not table.failed
+    assert len(table.finished) == 4 and not table.failed
     frame = pd.read_csv(folder / "sweep.csv")
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "sweep.parquet"), table.frame(), check_dtype=False)
-    assert (frame["status"] == "finished").all() and frame["id"].nunique() == 8
+    assert (frame["status"] == "finished").all() and frame["id"].nunique() == 4
+    assert set(frame["numbers"]) == {"float32"} and set(frame["device"]) == {"cpu"}
     for row in frame.itertuples():
         matrix = read_json(folder / "runs" / row.id / "matrix.json")["methods"][0]
         assert matrix["summary"]["in_domain"]["value"] == pytest.approx(row.in_domain)
@@ -59,7 +64,7 @@ def test_every_run_is_a_row_with_its_numbers(swept):
         assert matrix["info"]["lr"] == row.lr
         assert row.domains == "prose code"
     cells = pd.read_csv(folder / "cells.csv")
-    assert len(cells) == 8 * 2 * 2
+    assert len(cells) == 4 * 2 * 2
     diagonal = cells[cells["place"] == "learning"].groupby("id")["change_percent"].mean()
     assert diagonal.to_dict() == pytest.approx(frame.set_index("id")["in_domain"].to_dict())
 
@@ -72,7 +77,7 @@ def test_a_run_of_a_sweep_is_the_run_of_its_plan_and_the_base_is_measured_once(s
         if file.is_file() and file.name not in {"events.jsonl", ".lock"}:
             name = file.relative_to(tmp_path / "alone")
             assert (folder / "runs" / row.run.id / name).read_bytes() == file.read_bytes(), name
-    assert len(list((folder / "base").glob("*.json"))) == 2  # two domains, though eight runs measured them
+    assert len(list((folder / "base").glob("*.json"))) == 2  # two domains, though four runs measured them
 
 
 def test_shared_losses_are_measured_once_and_told_apart_by_what_decides_them(swept, tmp_path):
@@ -110,10 +115,10 @@ def test_a_rerun_computes_only_what_is_missing(copy):
     assert tiny_sweep.numbers(folder) == before
     after = tiny_sweep.events(folder)
     assert {name for name in after if after[name] != done[name]} == {gone}
-    again = run_sweep({**grid, "seeds": [0, 1, 2], "rates": 0.01}, folder, engine="sequential")  # a grown grid
-    assert len(again.finished) == 6
+    again = run_sweep({**grid, "seeds": [0, 1], "rates": 0.01}, folder, engine="sequential")  # a grown grid
+    assert len(again.finished) == 4
     assert {name: text for name, text in tiny_sweep.events(folder).items() if name in after} == after
-    assert len(tiny_sweep.events(folder)) == 8 + 2
+    assert len(tiny_sweep.events(folder)) == 4 + 2
 
 
 def test_a_failed_run_is_told_of_and_the_others_go_on(model, tmp_path):
@@ -157,7 +162,7 @@ def test_a_killed_worker_loses_nothing(swept, tmp_path):
 @pytest.mark.timeout(900)
 def test_a_run_that_kills_every_worker_is_given_up(model, tmp_path):
     grid = tiny_sweep.grid(model, tmp_path, methods=["gain-ffn"])
-    table = run_sweep(grid, tmp_path / "sweep", engine="loky", jobs=2, prepare=tiny_sweep.die)
+    table = run_sweep(grid, tmp_path / "sweep", engine="loky", jobs=2, prepare=killing.die)
     assert [row.error for row in table.rows] == ["its worker was killed, twice (out of memory?)"]
 
 
@@ -172,6 +177,26 @@ def test_other_texts_are_not_mixed_into_a_sweep(copy):
             run_sweep({**grid, "seeds": [0, 7]}, folder, engine="sequential")
     finally:
         file.write_text(text)
+
+
+def test_a_run_of_a_version_with_other_defaults_is_not_taken_for_this_one(copy):
+    grid, folder = copy
+    file = next((folder / "runs").glob("*/plan.yaml"))
+    file.write_text(file.read_text().replace("clip: 1.0", "clip: 2.0"))  # a default: ids do not count it
+    with pytest.raises(RunDirectoryError, match=r"plan\.yaml says otherwise: train\.clip.*A default has changed"):
+        run_sweep(grid, folder, engine="sequential")
+
+
+def test_a_worker_without_the_gpu_of_whoever_started_it_does_not_fall_back_to_its_cpu(model, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this process would find a GPU")
+    plan = tiny_sweep.grid(model, tmp_path)["plan"]
+    plan["model"]["device"] = "auto"
+    job = Job("run", build_plan(plan), tmp_path / "sweep", tmp_path, kind="cuda")
+    work(job)
+    told = read_json(job.outcome)
+    assert told["state"] == "failed" and not job.run.exists()
+    assert "is cuda where the sweep was started and cpu in this worker" in told["error"]
 
 
 def test_what_cannot_work_is_refused_before_anything_is_run(swept, tmp_path):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import killing
 import tiny_base
 import tiny_sweep
 from gaintune.sweep import run_sweep
+from gaintune.sweep_engine import open_pool
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -40,18 +42,20 @@ def test_two_ray_nodes_share_a_sweep_and_survive_a_killed_worker(expected, reach
     grid, values = expected
     (tmp_path / "nodes").mkdir()
     monkeypatch.setenv("NODES", str(tmp_path / "nodes"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    grid = {**grid, "plan": {**grid["plan"], "model": {**grid["plan"]["model"], "device": "auto"}}}
+    # each node says that it has a GPU: Ray takes its word, and tells the worker there which one is its own
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
     try:
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, num_gpus=1)
         cluster.wait_for_nodes()
         killer = tiny_sweep.Killer(tmp_path / "sweep")
         killer.start()
         table = run_sweep(
             grid, tmp_path / "sweep", engine="ray", jobs=2, address=cluster.address, prepare=tiny_sweep.note_node
         )
-        assert figures(table) == pytest.approx(values, abs=1e-3)
+        assert list(figures(table).values()) == pytest.approx(list(values.values()), abs=1e-3)  # ids count the device
         assert killer.killed is not None
-        assert len(list((tmp_path / "nodes").iterdir())) == 2
+        assert [file.read_text() for file in (tmp_path / "nodes").iterdir()] == ["0", "0"]
         assert not ray.is_initialized()  # left as it was found
     finally:
         ray.shutdown()
@@ -73,8 +77,13 @@ def test_a_dask_cluster_survives_a_killed_worker(expected, reachable, tmp_path):
 
 def test_dask_starts_workers_of_its_own_and_gives_up_a_run_that_kills_them(expected, reachable, tmp_path):
     pytest.importorskip("distributed", reason="dask is not installed: pip install 'gaintune[sweep]'")
+    from distributed import get_client
+
     grid, _ = expected
+    with open_pool("dask", 1):
+        (worker, _) = get_client().scheduler_info()["workers"].values()
+        assert worker["memory_limit"] == 0  # none of its own: the kernel alone says when memory is out
     table = run_sweep(
-        {**grid, "methods": ["gain-ffn"], "seeds": [0]}, tmp_path / "sweep", engine="dask", prepare=tiny_sweep.die
+        {**grid, "methods": ["gain-ffn"], "seeds": [0]}, tmp_path / "sweep", engine="dask", prepare=killing.die
     )
     assert [row.error for row in table.rows] == ["its worker was killed, twice (out of memory?)"]

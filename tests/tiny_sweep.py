@@ -53,16 +53,12 @@ class Killer(threading.Thread):
             time.sleep(0.002)
 
 
-def die() -> None:
-    """What no worker survives."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def note_node() -> None:
-    """Leave the id of the Ray node this runs on in the folder that NODES names."""
+    """Leave what this worker may see of its Ray node's GPUs in the folder that NODES names, under the node's id."""
     import ray
 
-    (Path(os.environ["NODES"]) / ray.get_runtime_context().get_node_id()).touch()
+    node = Path(os.environ["NODES"]) / ray.get_runtime_context().get_node_id()
+    node.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
 
 
 def synthetic(

@@ -5,65 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
-from gaintune.config import Plan
+from gaintune.config import read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.differences import differences
-from gaintune.errors import GaintuneError, RunDirectoryError, SweepError, one_line
-from gaintune.evaluate.base_losses import BaseLosses
+from gaintune.errors import RunDirectoryError, SweepError
 from gaintune.evaluate.records import Matrix
 from gaintune.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
-from gaintune.models import base_fingerprint, load_tokenizer
+from gaintune.models import base_fingerprint, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.runs import canonical_json, make_folder, read_json, write_json, write_text
-from gaintune.sequence import describe_inputs, run_sequence
+from gaintune.runs import canonical_json, make_folder, read_json, write_text
+from gaintune.sequence import describe_inputs
 from gaintune.sweep_engine import Engine, Pool, WorkersLostError, check_engine, open_pool
 from gaintune.sweep_table import SweepRow, SweepTable
+from gaintune.sweep_worker import BEGUN, FAILED, FINISHED, GRACE, KILLED, PUT_OFF, Job, state, tell, work
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at what the workers have written."""
-BEGUN, PUT_OFF, FINISHED, FAILED = "begun", "put off", "finished", "failed"
-LIVES = 2
-"""How many workers a run may lose before it is given up."""
-GRACE = 60.0
-"""Seconds to wait for a run directory that another process still holds."""
-KILLED = "its worker was killed, twice (out of memory?)"
-_ALONE = threading.Lock()  # a run sets the process's seeds, so a worker of several threads does one at a time
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run as a worker gets it; `cwd` is what relative paths in its plan start from."""
-
-    id: str
-    plan: Plan
-    folder: Path
-    cwd: Path
-    threads: int | None
-    prepare: Callable[[], None] | None
-
-    @property
-    def run(self) -> Path:
-        """The run directory."""
-        return self.folder / "runs" / self.id
-
-    @property
-    def outcome(self) -> Path:
-        """Where its worker says how far it came."""
-        return self.folder / "outcomes" / f"{self.id}.json"
 
 
 def run_sweep(
@@ -105,12 +72,13 @@ def run_sweep(
     runs = planned_runs(settled)
     with _taken(path):
         missing = [run for run in runs if _matrix(path, run) is None]
+        _check_plans(path, runs)
         shown.note(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished")
         if missing:
             _check_inputs(path, runs, missing)
         write_text(path / "grid.yaml", grid_yaml(settled))
         if missing:
-            with open_pool(chosen, min(jobs, len(missing)), address) as pool:
+            with open_pool(chosen, min(jobs, len(missing)), address, cuda=_on_cuda(runs[0])) as pool:
                 _run_all(path, missing, pool, min(jobs, len(missing)), shown, prepare)
         table = SweepTable(tuple(_row(path, run) for run in runs))
         table.write(path)
@@ -143,6 +111,19 @@ def _matrix(folder: Path, run: PlannedRun) -> Matrix | None:
     return None if matrix.partial else matrix
 
 
+def _check_plans(folder: Path, runs: Sequence[PlannedRun]) -> None:
+    """Refuse runs of another plan under the same id: those of a version in which something had another default."""
+    for run in runs:
+        file = folder / "runs" / run.id / "plan.yaml"
+        if file.exists() and (
+            changed := differences(run.plan.model_dump(mode="json"), read_plan(file).model_dump(mode="json"))
+        ):
+            raise RunDirectoryError(
+                f"{file} says otherwise: {'; '.join(changed)}. A default has changed since that run: set it as it was, "
+                "or name another folder"
+            )
+
+
 def _check_inputs(folder: Path, runs: Sequence[PlannedRun], missing: Sequence[PlannedRun]) -> None:
     """Read base and texts once, so that mistakes show before the workers start; refuse to mix them with others."""
     described: dict[int, dict[str, Any]] = {}
@@ -161,6 +142,12 @@ def _check_inputs(folder: Path, runs: Sequence[PlannedRun], missing: Sequence[Pl
             )
 
 
+def _on_cuda(run: PlannedRun) -> bool | None:
+    """Whether a grid's runs, which have one base, compute on CUDA; None where they do if their worker has it."""
+    device = run.plan.model.device
+    return True if resolve_device(device).type == "cuda" else None if device == "auto" else False
+
+
 def _run_all(
     folder: Path,
     missing: Sequence[PlannedRun],
@@ -170,17 +157,21 @@ def _run_all(
     prepare: Callable[[], None] | None,
 ) -> None:
     """Do what is missing; what was under way when workers were lost comes last, one at a time."""
-    todo = [Job(run.id, run.plan, folder, Path.cwd(), pool.threads(jobs), prepare) for run in missing]
+    todo = [
+        Job(run.id, run.plan, folder, Path.cwd(), pool.threads(jobs), prepare,
+            kind=resolve_device(run.plan.model.device).type, devices=pool.devices)
+        for run in missing
+    ]  # fmt: skip
     for job in todo:
         job.outcome.unlink(missing_ok=True)
     with _watched(list(todo), shown):
         lost = _work_through(pool, todo, jobs)
         while lost:
             for job in lost:
-                _tell(job, PUT_OFF)
+                tell(job, PUT_OFF)
             for job in _work_through(pool, lost, 1, until_lost=True):
-                _tell(job, FAILED, error=KILLED)
-            lost = [job for job in lost if _state(job) == PUT_OFF]
+                tell(job, FAILED, error=KILLED)
+            lost = [job for job in lost if state(job) == PUT_OFF]
 
 
 def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost: bool = False) -> list[Job]:
@@ -193,9 +184,9 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
             pool.run(work, todo, at_a_time)
         except WorkersLostError as error:
             broken = error
-        under_way = [job for job in todo if _state(job) == BEGUN]
+        under_way = [job for job in todo if state(job) == BEGUN]
         lost += under_way
-        todo = [job for job in todo if _state(job) in (None, PUT_OFF)]
+        todo = [job for job in todo if state(job) in (None, PUT_OFF)]
         if under_way:
             logger.warning(
                 "a worker was lost (%s); its runs are done again when the others are over, one at a time: %s",
@@ -218,7 +209,7 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
 def _unseen(jobs: Sequence[Job]) -> list[Job]:
     """Jobs whose outcome does not appear: a network file system may take a while to show what another node wrote."""
     end = time.monotonic() + GRACE
-    while (unseen := [job for job in jobs if _state(job) in (None, PUT_OFF)]) and time.monotonic() < end:
+    while (unseen := [job for job in jobs if state(job) in (None, PUT_OFF)]) and time.monotonic() < end:
         time.sleep(LOOK_EVERY)
     return unseen
 
@@ -233,7 +224,7 @@ def _watched(jobs: Sequence[Job], shown: Progress) -> Iterator[None]:
             left, last = list(jobs), False
             while left and not last:
                 last = done.wait(LOOK_EVERY)
-                still = [job for job in left if _state(job) not in (FINISHED, FAILED)]
+                still = [job for job in left if state(job) not in (FINISHED, FAILED)]
                 if len(still) < len(left):
                     advance(len(left) - len(still))
                 left = still
@@ -245,47 +236,6 @@ def _watched(jobs: Sequence[Job], shown: Progress) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-
-
-def _state(job: Job) -> str | None:
-    """How far a run came in this sweep; None before it has begun."""
-    return read_json(job.outcome)["state"] if job.outcome.exists() else None
-
-
-def _lives_lost(job: Job) -> int:
-    """How many workers began a run and are gone; asked before another one begins it."""
-    return read_json(job.outcome)["attempts"] if job.outcome.exists() else 0
-
-
-def _tell(job: Job, state: str, **facts: Any) -> None:
-    attempts = _lives_lost(job) + (state == BEGUN)
-    write_json(job.outcome, {"state": state, "attempts": attempts, "process": os.getpid(), **facts})
-
-
-def work(job: Job) -> None:
-    """What a worker does with one run: never raises, and writes how it went."""
-    with _ALONE, contextlib.chdir(job.cwd):
-        if _lives_lost(job) >= LIVES:  # an engine that starts lost jobs anew by itself, as Dask does
-            _tell(job, FAILED, error=KILLED)
-            return
-        _tell(job, BEGUN)
-        start = time.perf_counter()
-        try:
-            if job.threads is not None:
-                torch.set_num_threads(job.threads)
-            if job.prepare is not None:
-                job.prepare()
-            if job.run.is_dir():  # whoever held it is about to be gone, such as the worker that was lost with it
-                with contextlib.suppress(Timeout), FileLock(job.run / ".lock", timeout=GRACE):
-                    pass
-            run_sequence(job.plan, job.run, base_losses=BaseLosses(job.folder / "base"))
-        except Exception as error:
-            known = isinstance(error, GaintuneError)
-            message = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
-            trace = {} if known else {"traceback": traceback.format_exc().splitlines()}
-            _tell(job, FAILED, error=message, **trace)
-        else:
-            _tell(job, FINISHED, seconds=round(time.perf_counter() - start, 1))
 
 
 def _row(folder: Path, run: PlannedRun) -> SweepRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import joblib
 
+from gaintune.devices import visible_devices
 from gaintune.errors import ConfigError, SweepError, one_line
 
 Engine = Literal["loky", "ray", "dask", "sequential"]
@@ -31,10 +33,15 @@ class Pool:
     Attributes:
         engine: what runs them.
         cores: of all of them together.
+        devices: CUDA devices of this machine, as CUDA_VISIBLE_DEVICES names them, of which every worker is to take one;
+            none where there are none, or where the engine or whoever started its cluster shares them out.
+        gpus: of a Ray cluster, for it to share out.
     """
 
     engine: Engine
     cores: int
+    devices: tuple[str, ...] = ()
+    gpus: int = 0
 
     def threads(self, jobs: int) -> int | None:
         """Threads for each of so many jobs at a time, at most OMP_NUM_THREADS; None leaves them as they are."""
@@ -53,12 +60,14 @@ class Pool:
         # joblib takes one job at a time to mean this process, where a killed worker would be the end of everything: so
         # two workers, and one job handed out at a time
         workers = 1 if self.engine == "sequential" else max(2, jobs)
+        # so many to a device that all of them find a place
+        remote = {"ray_remote_args": {"num_gpus": 1 / math.ceil(workers / self.gpus)}} if self.gpus else {}
         options: dict[str, Any] = {"n_jobs": workers, "pre_dispatch": jobs, "batch_size": 1}
         with warnings.catch_warnings():
             # a worker is started anew after a while, which joblib warns of as a possible leak of memory
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
             try:
-                with joblib.parallel_config(backend=self.engine):
+                with joblib.parallel_config(backend=self.engine, **remote):
                     joblib.Parallel(**options)(joblib.delayed(work)(item) for item in items)
             except Exception as error:  # each engine has its own; what a job itself raises, `work` keeps
                 raise WorkersLostError(f"{type(error).__name__}: {one_line(error)[:200]}") from error
@@ -85,28 +94,39 @@ def check_engine(engine: str, jobs: int, address: str | None = None) -> Engine:
 
 
 @contextlib.contextmanager
-def open_pool(engine: Engine, jobs: int, address: str | None = None) -> Iterator[Pool]:
+def open_pool(engine: Engine, jobs: int, address: str | None = None, *, cuda: bool | None = False) -> Iterator[Pool]:
     """Connect to a cluster, or start workers here; a cluster that was started for this is stopped at the end.
 
     Without an address Ray and Dask use the cluster that this process is connected to, else the one their own settings
-    name (RAY_ADDRESS, DASK_SCHEDULER_ADDRESS), else one of this machine's processes.
+    name (RAY_ADDRESS, DASK_SCHEDULER_ADDRESS), else one of this machine's processes. `cuda` says whether runs
+    compute on CUDA: True, False, or None where this machine has no such device but others may. Workers then get a
+    device each: from Ray, or by themselves where they are processes of this machine that were started for this.
 
     Raises:
         SweepError: the cluster does not answer, or has fewer cores than jobs.
     """
-    opened = {"ray": _ray, "dask": _dask}.get(engine)
-    if opened is None:
+    if engine == "sequential":
         yield Pool(engine, joblib.cpu_count())
-        return
-    with opened(jobs, address) as cores:
-        needed = max(jobs, 2) if engine == "ray" else jobs  # its pool of one is this process
-        if cores < needed:
-            raise SweepError(f"the {engine} cluster has {cores} cores, {needed} are needed: lower jobs, or add nodes")
-        yield Pool(engine, cores)
+    elif engine == "loky":
+        yield Pool(engine, joblib.cpu_count(), devices=_devices_here() if cuda else ())
+    else:
+        with (_ray if engine == "ray" else _dask)(jobs, address, cuda) as pool:
+            needed = max(jobs, 2) if engine == "ray" else jobs  # its pool of one is this process
+            if pool.cores < needed:
+                raise SweepError(
+                    f"the {engine} cluster has {pool.cores} cores, {needed} are needed: lower jobs, or add nodes"
+                )
+            yield pool
+
+
+def _devices_here() -> tuple[str, ...]:
+    import torch
+
+    return visible_devices(torch.cuda.device_count())
 
 
 @contextlib.contextmanager
-def _ray(jobs: int, address: str | None) -> Iterator[int]:
+def _ray(jobs: int, address: str | None, cuda: bool | None) -> Iterator[Pool]:
     import ray
     from ray.util.joblib import register_ray
 
@@ -120,32 +140,38 @@ def _ray(jobs: int, address: str | None) -> Iterator[int]:
             raise SweepError(f"no Ray cluster at {known or 'this machine'} ({one_line(error)[:200]})") from None
     register_ray()
     try:
-        yield int(ray.cluster_resources().get("CPU", 0))
+        resources = ray.cluster_resources()
+        gpus = 0 if cuda is False else int(resources.get("GPU", 0))
+        if cuda and not gpus:
+            raise SweepError("the Ray cluster has no GPU, and this process has: start its nodes with GPUs, or set "
+                             "plan.model.device=cpu")  # fmt: skip
+        yield Pool("ray", int(resources.get("CPU", 0)), gpus=gpus)
     finally:
         if mine:
             ray.shutdown()
 
 
 @contextlib.contextmanager
-def _dask(jobs: int, address: str | None) -> Iterator[int]:
+def _dask(jobs: int, address: str | None, cuda: bool | None) -> Iterator[Pool]:
     import dask.config
     from distributed import Client, get_client
 
-    client, mine = None, True
+    client, mine, devices = None, True, ()
     if address is None:
         with contextlib.suppress(ValueError):  # there is none
             client, mine = get_client(), False
     if client is None:
         known = address or dask.config.get("scheduler-address", None)
         local: dict[str, Any] = {"n_workers": max(2, jobs), "threads_per_worker": 1, "dashboard_address": None}
-        local["silence_logs"] = logging.ERROR
+        local |= {"silence_logs": logging.ERROR, "memory_limit": None}  # its own kills at a share of the memory
         try:
             client = Client(address=known) if known else Client(**local)
         except OSError as error:
             raise SweepError(f"no Dask scheduler at {known or 'this machine'} ({one_line(error)[:200]})") from None
+        devices = _devices_here() if cuda and not known else ()
     try:
         cores: dict[str, int] = client.ncores()  # type: ignore[assignment]  # a coroutine of asynchronous clients alone
-        yield sum(cores.values())
+        yield Pool("dask", sum(cores.values()), devices=devices)
     finally:
         if mine:
             client.close()

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from gaintune.data.examples import DomainBlocks, Examples
 from gaintune.evaluate.losses import DomainLoss
+from gaintune.locks import locked
 from gaintune.runs import canonical_json, make_folder, read_json, write_json
 
 
@@ -45,7 +44,7 @@ class BaseLosses:
         file = self.folder / f"{key}.json"
         if not file.exists():
             make_folder(self.folder)
-            with FileLock(self.folder / f".{key}.lock"):
+            with locked(self.folder / f".{key}.lock", f"measuring the base on {domain.name}"):
                 if not file.exists():
                     write_json(file, measure().to_dict())
         return DomainLoss.from_dict(read_json(file))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from gaintune import __version__
@@ -21,6 +20,7 @@ from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
 from gaintune.evaluate.benchmark_records import BenchmarkScore
 from gaintune.evaluate.benchmark_tasks import AskedTask
+from gaintune.locks import locked
 from gaintune.models import TOKENIZER_FILES, Base
 from gaintune.runs import MANIFEST, canonical_json, make_folder, read_json, sha256_file, write_json
 
@@ -85,7 +85,7 @@ class ScoreStore:
         if self.folder is None:
             return [_to_dict(score) for score in measure()]
         make_folder(self.folder)
-        with FileLock(self.folder / f".{key}.lock"):
+        with locked(self.folder / f".{key}.lock", "asking the same questions"):
             kept = self._read(key)
             if kept is None:
                 kept = [_to_dict(score) for score in measure()]
