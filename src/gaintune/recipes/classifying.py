@@ -28,6 +28,8 @@ from gaintune.runs import Run, damage, make_folder, read_json, write_json
 
 KEYS = ("tasks", "texts", "methods", "ranks", "seeds", "left_out", "text")
 SECTIONS = ("model", "train", "evaluate", "classify")
+HOPELESS = 1e100
+"""A perplexity, or a change in %, that stands for all greater ones: infinity must not stop the rest of a report."""
 SAME_ROWS = "A folder is one study over one set of rows and texts: name another one for others"
 DECODER = (
     "the base is a decoder: what it learnt is put back under its own language-model head and ordinary perplexity is "
@@ -107,6 +109,11 @@ class Kept:
 
     perplexity: float
     change: float
+
+
+def mean_kept(texts: Sequence[tuple[float, float]]) -> Kept:
+    """The mean over texts of perplexities and changes, none of them above `HOPELESS`."""
+    return Kept(*(sum(min(each, HOPELESS) for each in figures) / len(texts) for figures in zip(*texts, strict=True)))
 
 
 class Study:
@@ -213,8 +220,7 @@ class Study:
             figures = compare(plan, list(map(Path, adapters)), progress=self._context.progress)
             for label, name in {BASE: BASE, **adapters}.items():
                 own = [figure for figure in figures if figure.label == label]
-                perplexity = sum(figure.perplexity for figure in own) / len(own)
-                found[name] = asdict(Kept(perplexity, sum(figure.change or 0.0 for figure in own) / len(own)))
+                found[name] = asdict(mean_kept([(figure.perplexity, figure.change or 0.0) for figure in own]))
             write_json(file, found)
         return {name: Kept(**values) for name, values in found.items()}
 

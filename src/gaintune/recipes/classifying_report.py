@@ -21,6 +21,7 @@ from gaintune.report.words import NONE
 from gaintune.runs import make_folder, write_bytes, write_text
 
 Read = Callable[["Measured"], float]
+TELLING = 1e9  # digits of a greater number tell nothing
 WIDE = 2.0  # ratio of perplexities from which evenly spaced ticks would crowd one end of a log axis
 
 
@@ -109,8 +110,10 @@ def tables(measured: Sequence[Measured], base: float) -> dict[str, pd.DataFrame]
 
 
 def _spread(values: Sequence[float], decimals: int) -> str:
-    middle = f"{round(mean(values), decimals) + 0.0:.{decimals}f}".replace("-", "−")
-    return middle if len(values) < 2 else f"{middle} ± {stdev(values):.{decimals}f}"
+    middle, spread = mean(values), stdev(values) if len(values) > 1 else None
+    form = f".{decimals}f" if abs(middle) < TELLING else ".2g"
+    told = f"{round(middle, decimals) + 0.0:{form}}".replace("-", "−")
+    return told if spread is None else f"{told} ± {spread:{form}}"
 
 
 def write(measured: Sequence[Measured], base: float, folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,15 @@ def texts(folder: Path) -> Path:
     return tiny_labels.write(folder)
 
 
-def _functions(module: str) -> Iterator[tuple[str, str]]:
+@functools.cache
+def _functions(module: str) -> tuple[tuple[str, str], ...]:
     """Name and source of functions of a module of the standard library, as many as are wanted, each once."""
     tree = ast.parse(inspect.getsource(importlib.import_module(module)))
-    seen: set[str] = set()
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and len(seen) < DOCUMENTS:
-            text = ast.unparse(node)[:LONGEST]
-            if text not in seen:
-                seen.add(text)
-                yield node.name, text
+        if isinstance(node, ast.FunctionDef) and len(found) < DOCUMENTS:
+            found.setdefault(ast.unparse(node)[:LONGEST], node.name)
+    return tuple((name, text) for text, name in found.items())
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
