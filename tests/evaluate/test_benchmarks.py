@@ -278,6 +278,39 @@ def test_a_single_row_that_was_trained_whole_is_given_back(tiny, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_of_a_test"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_base_with_code_of_its_own_is_given_back(tmp_path, monkeypatch):
+    """Its weights are read again without the leave to run its code, which was given when it was loaded."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tiny_base.folder(tmp_path / "own", dtype=torch.float32)
+    (folder / "own.py").write_text(OWN_CODE)
+    named = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit(folder / "config.json", model_type="own_of_a_test", architectures=["OwnModel"], auto_map=named)
+    base = load_base(ModelConfig(name=str(folder), device="cpu", dtype="fp32", trust_remote_code=True))
+    before, start = logits(base.model), {name: value.clone() for name, value in base.model.state_dict().items()}
+    model = attach(base.model, MethodConfig(name="full"), seed=0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    save_adapter(model, tmp_path / "whole", AdapterRecord(base.name, base.fingerprint, "full", "full", ("prose",)))
+    base = load_base(ModelConfig(name=str(folder), device="cpu", dtype="fp32", trust_remote_code=True))
+    with attached(base, tmp_path / "whole"):
+        assert not torch.equal(logits(base.model), before)
+    assert torch.equal(logits(base.model), before)
+    assert all(torch.equal(value, start[name]) for name, value in base.model.state_dict().items())
+
+
 def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     config = config_of(data)
     report = run_benchmarks(base_of(tiny), {"mine": adapter(tiny, tmp_path / "adapter", "lora")}, config)
