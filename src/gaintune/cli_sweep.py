@@ -42,20 +42,22 @@ def sweep(
     comparison.md and .json, and the trade-off as tradeoff.png and .svg. Keys of the grid are set as --set seeds=[0,1]
     or --set plan.train.epochs=2. Ends with exit code 1 if any run failed.
     """
+    from gaintune.sweep_engine import check_engine
+
+    chosen = check_engine(engine, jobs, address)  # before what takes seconds to load
     quiet_libraries()
     from gaintune.errors import DataError, SweepError
     from gaintune.grid import read_grid
     from gaintune.progress import plural
     from gaintune.sweep import run_sweep
     from gaintune.sweep_compare import compare_sweep
-    from gaintune.sweep_engine import check_engine
     from gaintune.sweep_report import curve_sentence, pair_sentence, point_frame, remarks, target_title, write
 
     settled = read_grid(grid, set_ or ())
     found = run_sweep(
         settled,
         run,
-        engine=check_engine(engine, jobs, address),
+        engine=chosen,
         jobs=jobs,
         address=address,
         progress=progress_on(err),
