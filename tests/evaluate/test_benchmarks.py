@@ -227,6 +227,10 @@ def test_weights_trained_whole_are_measured_in_their_own_numbers(tiny, data, tmp
     base = base_of(tiny)
     mixed = {"mixed_precision": torch.bfloat16}
     assert base_of_report(report, "whole") == measure_benchmarks(base.model, base.tokenizer, config, **mixed)
+    in_fp32 = find_score(measure_benchmarks(base.model, base.tokenizer, config), "lambada_openai", "perplexity")
+    in_both = find_score(base_of_report(report, "whole"), "lambada_openai", "perplexity")
+    assert in_both.items != in_fp32.items, "fp32 under autocast is not fp32"
+    assert in_both.items == pytest.approx(in_fp32.items, rel=0.05)
     adapted = load_adapter(base, whole)
     assert report.adapted["whole"] == measure_benchmarks(adapted, base.tokenizer, config, **mixed)
     rounded = load_base(model)
