@@ -60,8 +60,10 @@ def test_answers_are_learnt_and_asked_on_other_rows(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == times
     place = tmp_path / "run" / "world" / "data" / "questions" / "sst2" / "validation.jsonl"
     place.write_text(place.read_text().replace('"label": 1', '"label": 0'))
+    kept = {file: file.read_bytes() for file in rows.rglob("*.jsonl")}
     with pytest.raises(RunDirectoryError, match=r"questions\.json says otherwise: .*sst2"):
         run_recipe(recipe(), tmp_path / "run", scale="smoke")
+    assert {file: file.read_bytes() for file in rows.rglob("*.jsonl")} == kept, "what was asked is still there"
 
 
 def test_a_wrong_set_is_refused_in_words(tmp_path):

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import pytest
 
 from gaintune.adapters import read_record
-from gaintune.errors import ConfigError
+from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.progress import Silent
 from gaintune.recipes import classifying_report as report
 from gaintune.recipes import tiny
@@ -66,6 +66,10 @@ def test_every_cell_is_trained_once_with_the_options_of_its_task(tmp_path):
     assert first.numbers["disel.retention"].low is None, "one seed has no interval"
     changes = [kept["disel-r4/seed-0"]["change"], kept["base"]["change"]]
     assert changes[0] != 0.0 == changes[1]
+    rows = tmp_path / "run" / "world" / "data" / "glue" / "cola" / "validation.jsonl"
+    rows.write_text(rows.read_text().replace('"label": 1', '"label": 0'))
+    with pytest.raises(RunDirectoryError, match=r"rows\.json says otherwise: .*cola"):
+        run_recipe(recipe(), tmp_path / "run", scale="smoke")
 
 
 def test_a_decoder_is_measured_under_its_own_head_and_says_so(tmp_path):
