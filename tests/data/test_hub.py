@@ -32,6 +32,7 @@ INSTRUCTIONS = {
     "gsm8k": "openai/gsm8k",
     "metamathqa": "meta-math/MetaMathQA",
     "magicoder": "ise-uiuc/Magicoder-Evol-Instruct-110K",
+    "humaneval": "openai/openai_humaneval",
 }
 
 
@@ -138,17 +139,18 @@ def test_texts_to_be_retained_are_read_in_the_hubs_schema(tmp_path, name, row):
             },
         ),
         ("magicoder", {"instruction": "Two and two?", "response": "2+2=<<2+2=4>>4\n#### 4"}),
+        ("humaneval", {"prompt": "Two and two?", "canonical_solution": "2+2=<<2+2=4>>4\n#### 4"}),
     ],
 )
 def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplog):
     """Rows in the Hub's schema, read through the entry's own way."""
     empty = dict.fromkeys(row, "")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, empty, row)))
     source = CATALOGUE[name].load.args[0]
+    (tmp_path / f"{source.train}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, empty, row)))
     local = replace(source, path=str(tmp_path), configuration=None)
     rows = load_hub(local, name, characters=1000)
     assert rows.validation is None
-    assert [each.origin for each in rows.train] == [f"{tmp_path} train: row 1", f"{tmp_path} train: row 3"]
+    assert [each.origin for each in rows.train] == [f"{tmp_path} {source.train}: row {number}" for number in (1, 3)]
     assert rows.train[1].row == 3
     asked, answered = rows.train[0].turns
     assert (asked.content, asked.scored) == ("Two and two?", False)
