@@ -110,7 +110,7 @@ def _point(variant: str, lr: float, runs: Mapping[Replicate, _Numbers], interval
         interval({key: numbers.in_domain for key, numbers in runs.items()}),
         interval({key: numbers.figure for key, numbers in runs.items()}),
         len(set(_groups(runs, over_orders))),
-        len(runs),
+        tuple((float(numbers.in_domain[0]), float(numbers.figure[0])) for numbers in runs.values()),
     )
 
 

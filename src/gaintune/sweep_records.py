@@ -28,14 +28,23 @@ class Variant:
 
 @dataclass(frozen=True)
 class Point:
-    """A variant at one rate: means over its replicates, in %, with intervals over them."""
+    """A variant at one rate: means over its replicates, in %, with intervals over them.
+
+    Attributes:
+        variant: its name.
+        lr: the rate.
+        in_domain: in-domain change.
+        figure: the figure that is compared.
+        replicates: how many seeds or orders stand behind them.
+        runs: both numbers of every run.
+    """
 
     variant: str
     lr: float
     in_domain: Interval
     figure: Interval
     replicates: int
-    runs: int
+    runs: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)

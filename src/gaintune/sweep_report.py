@@ -143,7 +143,7 @@ def tradeoff(comparison: SweepComparison) -> Figure:
         axes.set_axisbelow(True)
         axes.margins(x=0.1, y=0.08)  # room for the rates at the edges
         axes.tick_params(length=0)
-        axes.set_title("Left and down is better; numbers are learning rates", loc="left")
+        axes.set_title("Left and down is better; numbers are learning rates, faint dots runs", loc="left")
         sheet.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=3)
         return sheet
 
@@ -159,6 +159,9 @@ def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
     across, up = zip(*((_reach(point.in_domain), _reach(point.figure)) for point in points), strict=True)
     bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
     axes.errorbar(x, y, xerr=list(zip(*across, strict=True)), yerr=list(zip(*up, strict=True)), **bars)
+    each = [run for point in points if len(point.runs) > 1 for run in point.runs]
+    if each:
+        axes.scatter(*zip(*each, strict=True), s=9, color=style.colour, alpha=0.35, linewidths=0, zorder=1.5)
     away, side = LABELS[index % len(LABELS)]
     text = {"textcoords": "offset points", "ha": side, "color": style.colour, "fontsize": 7, "zorder": 4}
     for point in points:
