@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from gaintune.errors import DataError
-from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER, FIGURES, IN_DOMAIN, FloatArray
-from gaintune.evaluate.matrix import summary_replicates
+from gaintune.evaluate.averages import reach
+from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER, FIGURES, IN_DOMAIN, FloatArray, stretched
+from gaintune.evaluate.matrix import summary_parts
 from gaintune.evaluate.records import Interval
 from gaintune.evaluate.statistics import Curve, curve_difference, replicated, sign_flip_test
 from gaintune.sweep_records import CurvePair, Missing, Pair, Point, SweepComparison, Target, Variant
@@ -27,7 +28,7 @@ Replicate = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Block resamples of one run, `(1 + samples,)` each."""
+    """Block resamples of one run by what each domain adds, `(1 + samples, domains)` each; see `SummaryParts`."""
 
     in_domain: FloatArray
     figure: FloatArray
@@ -59,13 +60,14 @@ def compare_sweep(
     if figure not in FIGURES:
         raise DataError(f"no figure is called {figure!r}; the figures are {', '.join(FIGURES)}")
     _check_numbers(table)
-    measured = _measured(table, figure, confidence)
+    measured, blocks = _measured(table, figure)
     over_orders = len({row.run.order for row in table.rows}) > 1
     variants = dict.fromkeys(_variant(row) for row in table.rows)
     names = {variant: variant.name(list(variants)) for variant in variants}
 
     def interval(runs: Mapping[Replicate, FloatArray]) -> Interval:
-        return replicated(_rows(runs), groups=_groups(runs, over_orders), confidence=confidence)
+        rows = _rows(runs, blocks, confidence)
+        return replicated(rows, groups=_groups(runs, over_orders), confidence=confidence)
 
     points = {
         variant: tuple(_point(names[variant], lr, runs, interval, over_orders) for lr, runs in sorted(rates.items()))
@@ -94,7 +96,7 @@ def compare_sweep(
             for one, other in couples
         ),
         tuple(
-            _curve_pair(names[one], names[other], measured[one], measured[other], over_orders, confidence)
+            _curve_pair((names[one], names[other]), measured[one], measured[other], blocks, over_orders, confidence)
             for one, other in couples
         ),
         len(table.failed),
@@ -110,7 +112,7 @@ def _point(variant: str, lr: float, runs: Mapping[Replicate, _Numbers], interval
         interval({key: numbers.in_domain for key, numbers in runs.items()}),
         interval({key: numbers.figure for key, numbers in runs.items()}),
         len(set(_groups(runs, over_orders))),
-        tuple((float(numbers.in_domain[0]), float(numbers.figure[0])) for numbers in runs.values()),
+        tuple((float(numbers.in_domain[0].sum()), float(numbers.figure[0].sum())) for numbers in runs.values()),
     )
 
 
@@ -171,32 +173,43 @@ def _unmatched(one: Point, other: Point, left: Interval, target: Target) -> str 
     return None
 
 
-def _curve_pair(first: str, second: str, one: Rates, other: Rates, over_orders: bool, confidence: float) -> CurvePair:
+def _curve_pair(
+    names: tuple[str, str], one: Rates, other: Rates, blocks: Sequence[int], over_orders: bool, confidence: float
+) -> CurvePair:
     """Curves of the replicates that both have, each over the rates at which it is finished.
 
     A rate that failed in one replicate, such as one that diverged, is not on that replicate's curve and stays on the
     others'; a replicate with fewer than two rates has no curve, and is in none of the two.
     """
     if min(len(one), len(other)) < 2:
-        return CurvePair(first, second, None, "a curve needs two rates")
+        return CurvePair(*names, None, "a curve needs two rates")
     shared = [key for key in _with_a_curve(one) if key in _with_a_curve(other)]
     if not shared:
-        return CurvePair(first, second, None, "no replicate is finished at two rates of both")
+        return CurvePair(*names, None, "no replicate is finished at two rates of both")
     groups = _groups(shared, over_orders)
+    # interpolated, a curve is no sum of parts: its resamples reach as far as those of the mean figures' difference
+    first, second = (
+        np.mean([found[key].figure for found in rates.values() for key in shared if key in found], axis=0)
+        for rates in (one, other)
+    )
+    factor = reach(first - second, blocks, confidence)
 
     def curves(rates: Rates) -> list[Curve]:
-        return [_curve(rates, key, group) for key, group in zip(shared, groups, strict=True)]
+        return [_curve(rates, key, group, factor) for key, group in zip(shared, groups, strict=True)]
 
     try:
-        return CurvePair(first, second, curve_difference(curves(one), curves(other), confidence=confidence), None)
+        return CurvePair(*names, curve_difference(curves(one), curves(other), confidence=confidence), None)
     except DataError as error:
-        return CurvePair(first, second, None, str(error))
+        return CurvePair(*names, None, str(error))
 
 
-def _curve(rates: Rates, key: Replicate, group: int) -> Curve:
+def _curve(rates: Rates, key: Replicate, group: int, factor: float) -> Curve:
     rising = [lr for lr in sorted(rates) if key in rates[lr]]
-    in_domain = np.array([rates[lr][key].in_domain for lr in rising])
-    return Curve(tuple(rising), in_domain, np.array([rates[lr][key].figure for lr in rising]), group)
+    in_domain, figure = (
+        np.array([stretched(parts.sum(axis=1), factor) for parts in found])
+        for found in ([rates[lr][key].in_domain for lr in rising], [rates[lr][key].figure for lr in rising])
+    )
+    return Curve(tuple(rising), in_domain, figure, group)
 
 
 def _with_a_curve(rates: Rates) -> list[Replicate]:
@@ -238,7 +251,7 @@ def _group_values(apart: Mapping[Replicate, FloatArray], over_orders: bool) -> l
     """Mean difference of each replicate."""
     by_group: dict[int, list[float]] = {}
     for values, group in zip(apart.values(), _groups(apart, over_orders), strict=True):
-        by_group.setdefault(group, []).append(float(values[0]))
+        by_group.setdefault(group, []).append(float(values[0].sum()))
     return [float(np.mean(values)) for values in by_group.values()]
 
 
@@ -250,20 +263,23 @@ def _groups(keys: Any, over_orders: bool) -> list[int]:
     return [order if over_orders else seed for order, seed in keys]
 
 
-def _rows(runs: Mapping[Replicate, FloatArray]) -> FloatArray:
-    """Figures by replicate, with their block resamples where there are any."""
-    rows = np.array(list(runs.values()))
-    return rows[:, 0] if rows.shape[1] == 1 else rows
+def _rows(runs: Mapping[Replicate, FloatArray], blocks: Sequence[int], confidence: float) -> FloatArray:
+    """Figures by replicate, with their block resamples where there are any: as wide as their mean's have to be."""
+    parts = np.array(list(runs.values()))
+    rows = parts.sum(axis=2)
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return stretched(rows.T, reach(parts.mean(axis=0), blocks, confidence)).T
 
 
-def _measured(table: SweepTable, figure: str, confidence: float) -> Measured:
-    """The figures of every finished run with their block resamples, by variant, rate and replicate."""
+def _measured(table: SweepTable, figure: str) -> tuple[Measured, tuple[int, ...]]:
+    """The figures of every finished run with their resamples, by variant, rate and replicate; blocks of each domain."""
     found: Measured = {}
+    blocks: tuple[int, ...] = ()
     for row in table.finished:
         assert row.matrix is not None
-        evaluate = row.run.plan.evaluate.model_copy(update={"confidence": confidence})
-        figures = summary_replicates(row.losses(), evaluate, row.matrix.planned)
-        in_domain, wanted = figures[IN_DOMAIN], figures[figure]
+        parts = summary_parts(row.losses(), row.run.plan.evaluate, row.matrix.planned)
+        in_domain, wanted = parts.figures[IN_DOMAIN], parts.figures[figure]
         if in_domain is None or wanted is None:
             continue
         if not np.isfinite(in_domain + wanted).all():  # a domain of one block, which cannot be resampled
@@ -271,10 +287,11 @@ def _measured(table: SweepTable, figure: str, confidence: float) -> Measured:
         run = row.run
         rates = found.setdefault(_variant(row), {})
         rates.setdefault(run.lr, {})[run.order, run.seed] = _Numbers(in_domain, wanted)
+        blocks = parts.blocks
     if not found:
         raise DataError(
             f"nothing to compare: no finished run has the figure {figure!r}"
             if table.finished
             else "nothing to compare: no run is finished"
         )
-    return found
+    return found, blocks

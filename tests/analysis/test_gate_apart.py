@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny_gated
 import torch
+from scipy import stats
 from test_gates import whole_gates
 
 from gaintune.analysis.gate_apart import Group, apart, apart_table, compared, row_table
@@ -61,12 +62,15 @@ def test_two_domains_are_resampled_each_over_its_own_rows(found, depth, part, pa
     assert told.value == pytest.approx(np.concatenate(one).mean() - np.concatenate(other).mean(), rel=1e-4)
     generator = np.random.default_rng(0)
     deviations = []
-    for rows, student in ((one, 2.131847), (other, 1.859548)):  # t(0.95) with 4 and 8 degrees of freedom
+    for rows in (one, other):
         sums, counts = np.array([row.sum() for row in rows]), np.array([len(row) for row in rows])
         drawn = generator.integers(len(rows), size=(4000, len(rows)))
         means = sums[drawn].sum(1) / counts[drawn].sum(1) - sums.sum() / counts.sum()
-        deviations.append(means * student / 1.644854 * np.sqrt(len(rows) / (len(rows) - 1)))
-    low, high = np.quantile(deviations[0] - deviations[1], [0.05, 0.95])
+        deviations.append(means * np.sqrt(len(rows) / (len(rows) - 1)))
+    first, second = (each.var() for each in deviations)
+    freedom = (first + second) ** 2 / (first**2 / (len(one) + 1) + second**2 / (len(other) + 1)) - 2
+    student = stats.t.ppf(0.95, freedom) / 1.644854
+    low, high = student * np.quantile(deviations[0] - deviations[1], [0.05, 0.95])
     size = high - low
     assert told.low == pytest.approx(told.value + low, abs=0.06 * size)
     assert told.high == pytest.approx(told.value + high, abs=0.06 * size)
@@ -95,7 +99,7 @@ def made(domain_rows: dict[str, np.ndarray]) -> GateRecord:
 
 
 @pytest.mark.parametrize("rows", [(4, 4), (8, 8), (4, 30)])
-def test_intervals_cover_the_true_difference_at_least_as_often_as_they_say(rows):
+def test_intervals_cover_the_true_difference_as_often_as_they_say(rows):
     generator = np.random.default_rng(3)
     settings = EvaluateConfig(bootstrap_samples=400, confidence=0.9)
     covered = 0
@@ -103,7 +107,7 @@ def test_intervals_cover_the_true_difference_at_least_as_often_as_they_say(rows)
         samples = {"one": generator.normal(0.5, 0.1, rows[0]), "other": generator.normal(0.3, 0.02, rows[1])}
         told = apart(made(samples), Group("one"), Group("other"), settings)
         covered += told.low <= 0.2 <= told.high
-    assert 0.86 * 300 <= covered <= 0.98 * 300
+    assert 0.86 * 300 <= covered <= 0.94 * 300
 
 
 def test_one_row_has_no_interval_and_a_group_without_gates_is_refused():

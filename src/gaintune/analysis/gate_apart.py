@@ -17,7 +17,8 @@ import pandas as pd
 from gaintune.analysis.gate_statistics import DEPTHS, EVERY, GateRecord, LayerGates, select
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
-from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, widened
+from gaintune.evaluate.averages import sum_interval
+from gaintune.evaluate.bootstrap import FloatArray, replicate_means, stretched, unbiased
 from gaintune.evaluate.records import Interval
 
 BLOCKS = ("attention", "mlp")
@@ -35,8 +36,7 @@ def apart(record: GateRecord, one: Group, other: Group, settings: EvaluateConfig
     """Mean gate of one group less that of another; every gate value of a group has equal weight.
 
     Percentile bootstrap over rows of text: over each domain's own, or, within a domain, over the same rows for both.
-    Deviations are widened for few rows as in `paired_bootstrap`, each domain's by its own number of rows; with equal
-    numbers that is a little too wide.
+    Widened for few rows, with the degrees of freedom of both domains' rows together (`averages`).
 
     Args:
         record: what was recorded.
@@ -59,6 +59,7 @@ class Resampled:
     def __init__(self, record: GateRecord, groups: Sequence[Group], settings: EvaluateConfig) -> None:
         self._confidence = settings.confidence
         self._means: dict[Group, FloatArray] = {}
+        self._rows: dict[str, int] = {}
         for domain in dict.fromkeys(group.domain for group in groups):
             own = [group for group in dict.fromkeys(groups) if group.domain == domain]
             totals, values = _rows(record, own)
@@ -67,20 +68,18 @@ class Resampled:
             rows = int(counted.sum())
             ones = np.ones(rows, np.int64)
             samples, seed = settings.bootstrap_samples, settings.seed
-            drawn = replicate_means(sums, ones, samples=samples, seed=seed, domain=domain, confidence=None)
+            drawn = replicate_means(sums, ones, samples=samples, seed=seed, domain=domain)
             total, weight = drawn[:, : len(own)], drawn[:, len(own) :]
             means = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
-            if rows > 1:
-                means = widened(means, self._confidence, rows)
-            self._means |= {group: means[:, column] for column, group in enumerate(own)}
+            self._means |= dict(zip(own, unbiased(means, rows).T, strict=True))
+            self._rows[domain] = rows
 
     def apart(self, one: Group, other: Group) -> Interval:
         """The mean gate of one group less that of another."""
-        difference = self._means[one] - self._means[other]
-        if np.isnan(difference).any():
-            return Interval(float(difference[0]), None, None)
-        low, high = bounds(difference, self._confidence)
-        return Interval(float(difference[0]), float(low), float(high))
+        first, second = self._means[one], -self._means[other]
+        parts = np.stack([first, second], axis=1) if one.domain != other.domain else (first + second)[:, None]
+        rows = [self._rows[name] for name in dict.fromkeys((one.domain, other.domain))]
+        return sum_interval(lambda factor: stretched(parts, factor), rows, self._confidence)
 
 
 def _rows(record: GateRecord, groups: Sequence[Group]) -> tuple[FloatArray, FloatArray]:

@@ -21,7 +21,7 @@ from gaintune.analysis.provenance import Provenance, named_origins, provenance, 
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.blocks import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means
+from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, widened
 from gaintune.evaluate.changes import paired_change
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
@@ -118,14 +118,14 @@ class Surface:
     def _losses(self, points: Sequence[Point], domain: str) -> FloatArray:
         """Nats a token above the pretrained model's at some places, with block resamples, `(1 + resamples, places)`."""
         origin = self.at(*[0.0] * len(self.labels)).losses[domain]
-        return replicate_means(
+        nats = replicate_means(
             np.array([np.subtract(point.losses[domain].nll, origin.nll) for point in points]),
             np.array(origin.tokens),
             samples=self.settings.bootstrap_samples,
             seed=self.settings.seed,
             domain=domain,
-            confidence=self.settings.confidence,
         )
+        return widened(nats, self.settings.confidence, len(origin.tokens))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

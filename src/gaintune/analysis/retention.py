@@ -14,8 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gaintune.adapters import check_adapters
 from gaintune.analysis.origin import origin_of
 from gaintune.analysis.provenance import Provenance, provenance, warn_of_other_texts
@@ -25,8 +23,7 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.blocks import load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
-from gaintune.evaluate.bootstrap import FloatArray
-from gaintune.evaluate.changes import change_replicates, interval_of
+from gaintune.evaluate.changes import Change, changes_of, mean_change
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.records import Interval
 from gaintune.methods import measuring_numbers
@@ -88,29 +85,29 @@ class Retention:
     provenance: Provenance = field(repr=False)
 
     @cached_property
-    def _changes(self) -> dict[tuple[str, int, str], FloatArray]:
-        """Change in % by course, step and domain, with its resamples."""
-        changes: dict[tuple[str, int, str], FloatArray] = {}
+    def _changes(self) -> dict[tuple[str, int, str], Change]:
+        """Changes by course, step and domain, with their resamples."""
+        changes: dict[tuple[str, int, str], Change] = {}
         for course in self.courses:
             for domain, base in course.base.items():
                 losses = [moment.losses[domain] for moment in course.moments]
-                rows = change_replicates(base, losses, domain, self.settings)
-                for moment, row in zip(course.moments, rows, strict=True):
-                    changes[course.label, moment.step, domain] = row
+                found = changes_of(base, losses, domain, self.settings)
+                for moment, change in zip(course.moments, found, strict=True):
+                    changes[course.label, moment.step, domain] = change
         return changes
 
     def change(self, course: Course, moment: Moment, domains: Sequence[str]) -> Interval | None:
         """Mean change of the perplexity of some domains against the pretrained model in %; None for no domain."""
         if not domains:
             return None
-        rows = [self._changes[course.label, moment.step, domain] for domain in domains]
-        return interval_of(np.mean(rows, axis=0), self.settings)
+        return mean_change([self._changes[course.label, moment.step, domain] for domain in domains], self.settings)
 
     def apart(self, one: Course, other: Course, domains: Sequence[str]) -> Interval:
         """The same at the last snapshots of two adaptations: one minus the other in points of %, paired by blocks."""
-        ends = [self._changes[each.label, each.moments[-1].step, domain] for each in (one, other) for domain in domains]
-        half = len(domains)
-        return interval_of(np.mean(ends[:half], axis=0) - np.mean(ends[half:], axis=0), self.settings)
+        first, second = (
+            [self._changes[each.label, each.moments[-1].step, domain] for domain in domains] for each in (one, other)
+        )
+        return mean_change(first, self.settings, less=second)
 
     def best(self, course: Course) -> Moment:
         """The moment at which the target is best: by its benchmarks where there are any, else by its perplexity."""

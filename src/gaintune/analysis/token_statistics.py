@@ -100,7 +100,7 @@ def summarise_changes(
     sums = np.where(scored, values, 0.0).sum(axis=1)
     sizes = np.where(scored, np.abs(values), 0.0).sum(axis=1)
     counts = scored.sum(axis=1).astype(np.int64)
-    means = replicate_means(np.stack([sums, sizes]), counts, samples=samples, seed=seed, domain=domain, confidence=None)
+    means = replicate_means(np.stack([sums, sizes]), counts, samples=samples, seed=seed, domain=domain)
     changed = bool(size.any())
     deviation = float(kept.std())
     centred = kept - kept.mean()

@@ -33,7 +33,7 @@ from gaintune.analysis.sharing import (
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.blocks import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate.changes import change_replicates, interval_of
+from gaintune.evaluate.changes import Change, changes_of, mean_change, share_of_change
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
 from gaintune.evaluate.records import Interval
@@ -86,20 +86,20 @@ class Ablation:
     settings: EvaluateConfig
 
     @cached_property
-    def _changes(self) -> dict[Key, FloatArray]:
-        """Change of perplexity in % of every loss, for the blocks as they are and for each resample."""
-        changes: dict[Key, FloatArray] = {}
+    def _changes(self) -> dict[Key, Change]:
+        """The change of every loss, with its resamples."""
+        changes: dict[Key, Change] = {}
         for domain, base in self.base.items():
             keys = [key for key in self.losses if key[2] == domain]
-            rows = change_replicates(base, [self.losses[key] for key in keys], domain, self.settings)
-            changes |= dict(zip(keys, rows, strict=True))
+            found = changes_of(base, [self.losses[key] for key in keys], domain, self.settings)
+            changes |= dict(zip(keys, found, strict=True))
         return changes
 
-    def _mean(self, part: Part, pairs: Sequence[tuple[str, str]]) -> FloatArray:
-        return np.mean([self._changes[part, learnt, measured] for learnt, measured in pairs], axis=0)
+    def _of(self, part: Part, pairs: Sequence[tuple[str, str]]) -> list[Change]:
+        return [self._changes[part, learnt, measured] for learnt, measured in pairs]
 
-    def _interval(self, replicates: FloatArray) -> Interval:
-        return interval_of(replicates, self.settings)
+    def _mean(self, part: Part, pairs: Sequence[tuple[str, str]]) -> Interval:
+        return mean_change(self._of(part, pairs), self.settings)
 
     @property
     def _across(self) -> list[tuple[str, str]]:
@@ -107,26 +107,26 @@ class Ablation:
 
     def change(self, part: Part, learnt: str, measured: str) -> Interval:
         """Change of perplexity of one domain by (a part of) the adapter that learnt another, in %."""
-        return self._interval(self._changes[part, learnt, measured])
+        return self._mean(part, [(learnt, measured)])
 
     def transfer(self, part: Part) -> Interval:
         """Mean change over all pairs of different learnt domains, in %; negative is positive transfer."""
-        return self._interval(self._mean(part, self._across))
+        return self._mean(part, self._across)
 
     def in_domain(self, part: Part) -> Interval:
         """Mean change of the domains by their own adapters, in %."""
-        return self._interval(self._mean(part, [(name, name) for name in self.learnt]))
+        return self._mean(part, [(name, name) for name in self.learnt])
 
     def unseen(self, part: Part) -> Interval | None:
         """Mean change of the domains that no adapter learnt, in %; None where there is none."""
         pairs = [(one, other) for one in self.learnt for other in self.watched]
-        return self._interval(self._mean(part, pairs)) if pairs else None
+        return self._mean(part, pairs) if pairs else None
 
     def left(self, part: Part) -> Interval | None:
         """What a part keeps of the transfer of the whole, in %; None where the whole's own interval holds zero."""
         if not self.transfer("whole").sign:
             return None
-        return self._interval(100.0 * self._mean(part, self._across) / self._mean("whole", self._across))
+        return share_of_change(self._of(part, self._across), self._of("whole", self._across), self.settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -4,8 +4,9 @@ Replicate 0 is always the sample itself, so one formula gives the value and its 
 differences of the loss to the base in the same block: that is what pairs adapted with base, and, because the blocks of
 a domain are drawn once for all rows, method with method.
 
-A domain has few blocks, and percentiles of plain resamples would be too narrow. So what a resample deviates by is
-widened (`widened`) where it is drawn, domain by domain and in nats, before anything is averaged or made a perplexity.
+A domain has few blocks, and percentiles of plain resamples would be too narrow, for two reasons. Resamples vary too
+little, which is mended domain by domain (`unbiased`). And how much they vary is itself uncertain, which is Student's
+t: of one sample's figures `widened` adds it, of means over several domains `averages` does, once for each figure.
 """
 
 from __future__ import annotations
@@ -42,24 +43,33 @@ def t_quantile(confidence: float, replicates: int) -> float:
     return float(stdtrit(replicates - 1, 0.5 + confidence / 2))
 
 
-def widening(confidence: float, items: int) -> float:
-    """What deviations of a bootstrap over few items are multiplied by, so that its percentiles cover what is asked.
+def stretched(replicates: FloatArray, factor: float) -> FloatArray:
+    """Resamples, `(1 + samples, ...)`, moved away by a factor from the sample, replicate 0, which stays what it is."""
+    return np.concatenate([replicates[:1], replicates[:1] + factor * (replicates[1:] - replicates[:1])])
 
-    Resampled means vary too little by sqrt((n - 1) / n), and their percentiles are the normal's where Student's are
-    wanted; for normal items the product is Student's interval.
+
+def unbiased(replicates: FloatArray, items: int) -> FloatArray:
+    """Resamples over few items with the spread of the mean's error: they vary too little by sqrt((n - 1) / n).
+
+    One item has no resamples but NaN, and stays what it is.
     """
-    return t_quantile(confidence, items) / float(ndtri(0.5 + confidence / 2)) * float(np.sqrt(items / (items - 1)))
+    return stretched(replicates, float(np.sqrt(items / (items - 1)))) if items > 1 else replicates
 
 
 def widened(replicates: FloatArray, confidence: float, items: int) -> FloatArray:
-    """Resamples of a figure over `items` (two or more) moved away from the figure itself, by `widening`.
+    """Resamples of a figure over one sample of few items, so that their percentiles cover what is asked.
+
+    They are made `unbiased`, and reach as far as Student's t where percentiles would reach as far as the normal's: for
+    normal items, Student's interval. One item stays what it is.
 
     Args:
         replicates: `(1 + samples, ...)`, of which 0 is the sample itself and stays what it is.
         confidence: of the interval that will be made of them.
         items: what was resampled.
     """
-    return replicates[:1] + widening(confidence, items) * (replicates - replicates[:1])
+    if items < 2:
+        return replicates
+    return stretched(unbiased(replicates, items), t_quantile(confidence, items) / float(ndtri(0.5 + confidence / 2)))
 
 
 def replicate_means(
@@ -69,7 +79,6 @@ def replicate_means(
     samples: int,
     seed: int,
     domain: str,
-    confidence: float | None,
 ) -> FloatArray:
     """Token-weighted means of each row, over the blocks as they are and over blocks drawn with replacement.
 
@@ -82,11 +91,10 @@ def replicate_means(
         samples: resamples to draw.
         seed: seed of the plan.
         domain: name of the domain, mixed into the seed.
-        confidence: of the interval that the resamples are widened for, so that its percentiles are those of `bounds`;
-            None for plain resamples, which whoever makes an interval of them widens.
 
     Returns:
-        Nats per token, `(1 + samples, rows)`; replicate 0 is the sample itself.
+        Nats per token, `(1 + samples, rows)`; replicate 0 is the sample itself. Plain resamples: whoever makes an
+        interval of them widens them.
     """
     blocks = len(tokens)
     result = np.full((1 + samples, len(rows)), np.nan)
@@ -100,7 +108,7 @@ def replicate_means(
         # einsum without BLAS: the sums do not depend on the number of threads
         sums = np.einsum("rb,nb->rn", weights, rows)
         result[start : start + len(drawn)] = sums / np.einsum("rb,b->r", weights, tokens.astype(np.float64))[:, None]
-    return result if confidence is None else widened(result, confidence, blocks)
+    return result
 
 
 def bounds(replicates: FloatArray, confidence: float) -> tuple[FloatArray, FloatArray]:
@@ -111,9 +119,14 @@ def bounds(replicates: FloatArray, confidence: float) -> tuple[FloatArray, Float
     return low, high
 
 
-def _mean(cells: FloatArray) -> FloatArray | None:
-    """Mean over the last axis; None where there is no cell."""
-    return cells.mean(axis=-1) if cells.shape[-1] else None
+def _parts(change: FloatArray, places: Sequence[tuple[int, int]]) -> FloatArray | None:
+    """What each column adds to the mean over some (stage, column) cells; None where there is no cell."""
+    if not places:
+        return None
+    parts = np.zeros((len(change), change.shape[2]))
+    for stage, column in places:
+        parts[:, column] += change[:, stage, column]
+    return parts / len(places)
 
 
 def earlier_and_later(learnt: Sequence[int], stage: int, columns: int) -> tuple[list[int], list[int]]:
@@ -123,46 +136,42 @@ def earlier_and_later(learnt: Sequence[int], stage: int, columns: int) -> tuple[
 
 
 def summary_figures(nats: FloatArray, learnt: Sequence[int]) -> dict[str, FloatArray | None]:
-    """The figures that sum up a sequence, for every replicate.
+    """The figures that sum up a sequence, for every replicate, as parts of the domains.
 
     Args:
         nats: change of the mean loss against the base, `(replicates, stages, domains)`.
         learnt: column of the domain learnt at each stage, `(stages,)`.
 
     Returns:
-        For each of `FIGURES` the mean of its cells in %, `(replicates,)`; None where a figure has no cell.
+        For each of `FIGURES` what each domain adds to the mean of its cells, in %, `(replicates, domains)`: the sum
+        over domains is the figure. None where a figure has no cell.
     """
     _, stages, columns = nats.shape
     if not stages:
         return dict.fromkeys(FIGURES)
     change = percent(nats)
-    steps = np.arange(stages)
-    diagonal = np.asarray(learnt)
+    since_learnt = np.stack([percent(nats[:, -1] - nats[:, stage]) for stage in range(stages)], axis=1)
     below, above = [], []
     for stage in range(stages):
         earlier, later = earlier_and_later(learnt, stage, columns)
         below += [(stage, column) for column in earlier]
         above += [(stage, column) for column in later]
-
-    def cells(places: list[tuple[int, int]]) -> FloatArray:
-        return change[:, [stage for stage, _ in places], [column for _, column in places]]
-
-    since_learnt = percent(nats[:, -1, diagonal[:-1]] - nats[:, steps[:-1], diagonal[:-1]])
+    steps = list(enumerate(learnt))
     return {
-        IN_DOMAIN: _mean(change[:, steps, diagonal]),
-        BACKWARD_TRANSFER: _mean(change[:, -1, diagonal[:-1]]),
-        BACKWARD_TRANSFER_SINCE_LEARNT: _mean(since_learnt),
-        BELOW_DIAGONAL: _mean(cells(below)),
-        FORWARD_INTERFERENCE: _mean(cells(above)),
+        IN_DOMAIN: _parts(change, steps),
+        BACKWARD_TRANSFER: _parts(change, [(stages - 1, column) for column in learnt[:-1]]),
+        BACKWARD_TRANSFER_SINCE_LEARNT: _parts(since_learnt, steps[:-1]),
+        BELOW_DIAGONAL: _parts(change, below),
+        FORWARD_INTERFERENCE: _parts(change, above),
     }
 
 
 def stage_figures(nats: FloatArray, learnt: Sequence[int], stage: int) -> dict[str, FloatArray | None]:
-    """In-domain change, and the means over earlier and later domains, right after one stage, in %."""
-    change = percent(nats[:, stage])
+    """In-domain change, and means over earlier and later domains, right after one stage, as `summary_figures`."""
+    change = percent(nats[:, stage : stage + 1])
     earlier, later = earlier_and_later(learnt, stage, nats.shape[2])
     return {
-        "in_domain": change[:, learnt[stage]],
-        "earlier": _mean(change[:, earlier]),
-        "later": _mean(change[:, later]),
+        "in_domain": _parts(change, [(0, learnt[stage])]),
+        "earlier": _parts(change, [(0, column) for column in earlier]),
+        "later": _parts(change, [(0, column) for column in later]),
     }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 from gaintune.errors import DataError
-from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, t_quantile
+from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, t_quantile, widened
 from gaintune.evaluate.records import Interval
 
 SAMPLES = 2000
@@ -54,10 +54,10 @@ def paired_bootstrap(
     values = _finite(differences, 1)
     items = len(values)
     ones = np.ones(items, dtype=np.int64)
-    means = replicate_means(values[None], ones, samples=samples, seed=seed, domain="", confidence=confidence)[:, 0]
+    means = replicate_means(values[None], ones, samples=samples, seed=seed, domain="")[:, 0]
     if items < 2:
         return Interval(float(means[0]), None, None)
-    low, high = bounds(means, confidence)
+    low, high = bounds(widened(means, confidence, items), confidence)
     return Interval(float(means[0]), float(low), float(high))
 
 
@@ -130,7 +130,8 @@ def replicated(
     Args:
         values: a figure of each replicate, `(replicates,)`; or with block resamples, `(replicates, 1 + resamples)`,
             column 0 the figure itself and column b of every row drawn with the same blocks. They are taken as they
-            are: those of `replicate_means` are widened for few blocks, and here is widened for few replicates alone.
+            are: whoever drew them widens them for few blocks (`averages.reach`), and here is widened for few
+            replicates alone.
         groups: what each row belongs to, such as the order that a seed was run in: rows of one group are averaged
             first, and the groups are the replicates. Every row by itself unless given.
         confidence: share of such intervals that cover the true mean.

@@ -2,24 +2,27 @@
 
 Pure functions over losses that were already measured (`losses`), giving the numbers of matrix.json (`records`).
 Perplexity is exp(nats / scored token); a change is 100 * (after / base - 1) in % of perplexity, so negative is better.
-The mathematics of resampling, and of widening for few blocks, is in `bootstrap`.
+The mathematics of resampling is in `bootstrap`, that of intervals over few blocks in `averages`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
+from gaintune.evaluate.averages import sum_interval, sum_intervals
 from gaintune.evaluate.bootstrap import (
     FloatArray,
-    bounds,
     percent,
     replicate_means,
     stage_figures,
+    stretched,
     summary_figures,
+    unbiased,
 )
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage, change
 from gaintune.evaluate.records import (
@@ -49,9 +52,10 @@ __all__ = [
     "Stage",
     "StageSummary",
     "Summary",
+    "SummaryParts",
     "build_matrix",
     "change",
-    "summary_replicates",
+    "summary_parts",
 ]
 
 
@@ -145,10 +149,9 @@ def _replicates(runs: Sequence[MethodRun], domains: Sequence[str], evaluate: Eva
                 samples=samples,
                 seed=evaluate.seed,
                 domain=domain,
-                confidence=evaluate.confidence,
             )
             for row, (method, index) in enumerate(places):
-                result[method][:, index, column] = means[:, row]
+                result[method][:, index, column] = unbiased(means[:, row], len(tokens))
     return result
 
 
@@ -170,14 +173,27 @@ def _figures(
     return summary_figures(nats[:, : len(learnt)][:, :, columns], [kept.index(domain) for domain in learnt])
 
 
-def summary_replicates(
-    run: MethodRun, evaluate: EvaluateConfig, planned: Sequence[str]
-) -> dict[str, FloatArray | None]:
-    """The summary figures of a finished run with their block resamples, each `(1 + samples,)` in %; 0 is the sample.
+@dataclass(frozen=True, eq=False)
+class SummaryParts:
+    """The summary figures of a finished run with their block resamples, as sums of what each domain adds.
+
+    Attributes:
+        domains: what was measured, by name, so that runs of other orders have the same columns.
+        blocks: how many blocks each has, `(domains,)`.
+        figures: `(1 + samples, domains)` in %, 0 the sample; `averages.reach` says how far an interval of them
+            reaches. None where a figure has no cell.
+    """
+
+    domains: tuple[str, ...]
+    blocks: tuple[int, ...]
+    figures: dict[str, FloatArray | None]
+
+
+def summary_parts(run: MethodRun, evaluate: EvaluateConfig, planned: Sequence[str]) -> SummaryParts:
+    """The summary figures of a finished run by domain.
 
     Resample b takes the same blocks of a domain in every run with the same settings and texts, so that differences and
-    means of several runs can be taken resample by resample. They are widened for few blocks: their percentiles at
-    `evaluate.confidence` are the interval. None where a figure has no cell.
+    means of several runs can be taken resample by resample.
 
     Raises:
         DataError: the run is not finished.
@@ -185,17 +201,15 @@ def summary_replicates(
     domains = _order([run], planned)
     if _finished_stages(run, planned) < len(planned):
         raise DataError(f"{run.label}: not every planned stage is finished and measured")
-    columns = [column for column, name in enumerate(domains) if name in run.base]
-    return _figures(_replicates([run], domains, evaluate)[0], domains, columns, planned)
+    by_name = sorted(run.base)
+    columns = [domains.index(name) for name in by_name]
+    figures = _figures(_replicates([run], domains, evaluate)[0], domains, columns, planned)
+    return SummaryParts(tuple(by_name), _blocks([run], by_name), figures)
 
 
-def _interval(replicates: FloatArray | None, confidence: float) -> Interval | None:
-    if replicates is None:
-        return None
-    low, high = bounds(replicates, confidence)
-    if np.isnan(low):
-        return Interval(float(replicates[0]), None, None)
-    return Interval(float(replicates[0]), float(low), float(high))
+def _blocks(runs: Sequence[MethodRun], domains: Sequence[str]) -> tuple[int, ...]:
+    """How many blocks each domain has."""
+    return tuple(next(len(run.base[name].tokens) for run in runs if name in run.base) for name in domains)
 
 
 def _compare(
@@ -211,14 +225,24 @@ def _compare(
     learnt = [stage.domain for stage in runs[0].stages[:stages]]
     if not stages or learnt != [stage.domain for stage in runs[other].stages[:stages]] or columns[0] != columns[other]:
         return None
-    first = _figures(nats[0], domains, columns[0], learnt)
-    second = _figures(nats[other], domains, columns[other], learnt)
-    differences = {
-        name: _interval(values - reference, confidence)
-        for name, values in second.items()
-        if values is not None and (reference := first[name]) is not None
-    }
-    return Comparison(runs[other].label, runs[0].label, stages, Summary(**differences))
+
+    def differences(factor: float) -> dict[str, FloatArray | None]:
+        first, second = (_figures(stretched(nats[which], factor), domains, columns[0], learnt) for which in (0, other))
+        return {
+            name: None if parts is None or (less := first[name]) is None else parts - less
+            for name, parts in second.items()
+        }
+
+    blocks = _blocks(runs, [domains[column] for column in columns[0]])
+    return Comparison(
+        runs[other].label, runs[0].label, stages, Summary(**sum_intervals(differences, blocks, confidence))
+    )
+
+
+def _cell(loss: DomainLoss, nats: FloatArray, confidence: float) -> Cell:
+    """One domain after one stage; `nats` are `(1 + samples, 1)`."""
+    found = sum_interval(lambda factor: percent(stretched(nats, factor)), [len(loss.tokens)], confidence)
+    return Cell(loss.perplexity, loss.bits_per_byte, found.value, found.low, found.high)
 
 
 def _method(
@@ -228,30 +252,32 @@ def _method(
         name: BaseFigures(loss.perplexity, loss.bits_per_byte, sum(loss.tokens), sum(loss.bytes), len(loss.tokens))
         for name, loss in run.base.items()
     }
+    kept = [domains[column] for column in columns]
+    blocks = _blocks([run], kept)
     rows = []
     for index, stage in enumerate(run.stages):
-        cells = {}
-        for column in columns:
-            loss = stage.losses.get(domains[column])
-            interval = _interval(percent(nats[:, index, column]), confidence)
-            if loss is not None and interval is not None:
-                cells[domains[column]] = Cell(
-                    loss.perplexity, loss.bits_per_byte, interval.value, interval.low, interval.high
-                )
+        cells = {
+            domains[column]: _cell(stage.losses[domains[column]], nats[:, index, [column]], confidence)
+            for column in columns
+            if domains[column] in stage.losses
+        }
         rows.append(MatrixRow(stage.domain, cells, index < finished))
     learnt = [stage.domain for stage in run.stages[:finished]]
-    figures = _figures(nats, domains, columns, learnt)
-    summary = Summary(**{name: _interval(values, confidence) for name, values in figures.items()})
-    kept = [domains[column] for column in columns]
     places = [kept.index(domain) for domain in learnt]
+
+    def summary(factor: float) -> dict[str, FloatArray | None]:
+        return _figures(stretched(nats, factor), domains, columns, learnt)
+
+    done = nats[:, :finished][:, :, columns]
     per_stage = tuple(
         StageSummary(
             domain,
-            **{
-                name: _interval(values, confidence)
-                for name, values in stage_figures(nats[:, :finished][:, :, columns], places, index).items()
-            },
+            **sum_intervals(
+                lambda factor, index=index: stage_figures(stretched(done, factor), places, index), blocks, confidence
+            ),
         )
         for index, domain in enumerate(learnt)
     )
-    return MethodMatrix(run.label, dict(run.info), base, tuple(rows), summary, per_stage)
+    return MethodMatrix(
+        run.label, dict(run.info), base, tuple(rows), Summary(**sum_intervals(summary, blocks, confidence)), per_stage
+    )
