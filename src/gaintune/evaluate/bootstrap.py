@@ -167,9 +167,12 @@ def summary_figures(nats: FloatArray, learnt: Sequence[int]) -> dict[str, FloatA
 
 
 def stage_figures(nats: FloatArray, learnt: Sequence[int], stage: int) -> dict[str, FloatArray | None]:
-    """In-domain change, and means over earlier and later domains, right after one stage, as `summary_figures`."""
-    change = percent(nats[:, stage : stage + 1])
-    earlier, later = earlier_and_later(learnt, stage, nats.shape[2])
+    """In-domain change, and means over earlier and later domains, right after one stage, as `summary_figures`.
+
+    `nats` are those of the stage alone, `(replicates, domains)`.
+    """
+    change = percent(nats[:, None])
+    earlier, later = earlier_and_later(learnt, stage, nats.shape[1])
     return {
         "in_domain": _parts(change, [(0, learnt[stage])]),
         "earlier": _parts(change, [(0, column) for column in earlier]),

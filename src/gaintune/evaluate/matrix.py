@@ -7,6 +7,7 @@ The mathematics of resampling is in `bootstrap`, that of intervals over few bloc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -268,14 +269,11 @@ def _method(
     def summary(factor: float) -> dict[str, FloatArray | None]:
         return _figures(stretched(nats, factor), domains, columns, learnt)
 
-    done = nats[:, :finished][:, :, columns]
+    def at_stage(index: int, factor: float) -> dict[str, FloatArray | None]:
+        return stage_figures(stretched(nats[:, index, columns], factor), places, index)
+
     per_stage = tuple(
-        StageSummary(
-            domain,
-            **sum_intervals(
-                lambda factor, index=index: stage_figures(stretched(done, factor), places, index), blocks, confidence
-            ),
-        )
+        StageSummary(domain, **sum_intervals(functools.partial(at_stage, index), blocks, confidence))
         for index, domain in enumerate(learnt)
     )
     return MethodMatrix(
