@@ -1,6 +1,9 @@
 """What all tests share."""
 
 import gc
+import os
+
+os.environ.pop("COLUMNS", None)  # a parallel run gives its workers one, and consoles made with it would keep it
 
 
 def pytest_collection_finish() -> None:
