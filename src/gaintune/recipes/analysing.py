@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -26,10 +25,13 @@ from gaintune.evaluate.records import Interval
 from gaintune.recipes.adapting import left_out, nothing_to_learn
 from gaintune.recipes.outcome import Context, Outcome, bare, exact, last_of_each
 
+LINEAR = {"dimension": 32, "rank": 4, "separation": 3.0, "steps": 1500, "seeds": 5}
+"""What `gaintune linear-model` takes unless told otherwise."""
+
 
 def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
     """`gaintune linear-model`; numbers `METHOD.to_fixed` and `METHOD.to_bayes`: mean and range over seeds."""
-    chosen = linear_settings(settings, context)
+    chosen = context.read(Settings, settings, LINEAR)
     results = run_experiment(chosen, context.progress)
     write_linear(chosen, results, context.folder)
     numbers = {}
@@ -56,16 +58,6 @@ def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
         tuple(sorted(context.folder.glob("*.png"))),
         notes=tuple(held),
     )
-
-
-def linear_settings(settings: dict[str, Any], context: Context) -> Settings:
-    """A step's settings of the linear model; ConfigError for a key or value that is wrong."""
-    given = {field.name: settings.pop(field.name) for field in fields(Settings) if field.name in settings}
-    context.refuse_unknown(settings)
-    try:
-        return Settings(**{"dimension": 32, "rank": 4, "separation": 3.0, "steps": 1500, "seeds": 5, **given})
-    except TypeError as error:  # a text where a number is meant
-        raise ConfigError(f"{context.origin}: {error}") from None
 
 
 def gates(settings: dict[str, Any], context: Context) -> Outcome:
@@ -188,12 +180,10 @@ def subspace(settings: dict[str, Any], context: Context) -> Outcome:
     Numbers, counted and not sampled: `LABEL.outside` and `LABEL.outside_leading`, shares of the update's energy in %;
     `LABEL.intruders`.
     """
-    trained = context.of(settings)
+    trained, plan = context.trained(settings)
     adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
-    if trained.plan is None:
-        raise ConfigError(f"{context.origin}: the step it is `of` trained nothing")
-    chosen = subspace_settings(settings, context)
-    survey = survey_subspace(list(adapters.values()), trained.plan.model, settings=chosen, progress=context.progress)
+    chosen = context.read(SubspaceSettings, settings, {})
+    survey = survey_subspace(list(adapters.values()), plan.model, settings=chosen, progress=context.progress)
     subspace_report.write(survey, context.folder)
     numbers, without = {}, {}
     for label, one in zip(adapters, survey.adapters, strict=True):
@@ -208,16 +198,6 @@ def subspace(settings: dict[str, Any], context: Context) -> Outcome:
     )
     figures = tuple(sorted(context.folder.glob("*.png")))
     return Outcome(numbers, {"Updates": rows}, figures, notes=tuple(subspace_report.remarks(survey)), without=without)
-
-
-def subspace_settings(settings: dict[str, Any], context: Context) -> SubspaceSettings:
-    """What a step counts; ConfigError for a key or value that is wrong."""
-    given = {field.name: settings.pop(field.name) for field in fields(SubspaceSettings) if field.name in settings}
-    context.refuse_unknown(settings)
-    try:
-        return SubspaceSettings(**given)
-    except TypeError as error:
-        raise ConfigError(f"{context.origin}: {error}") from None
 
 
 def tokens(settings: dict[str, Any], context: Context) -> Outcome:

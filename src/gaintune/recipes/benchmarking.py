@@ -47,19 +47,17 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
     base: `LABEL.TASK`; `LABEL.kept` and `LABEL.target`, means over tasks; `A-minus-B.kept` and so on, paired row by
     row. Scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
     """
-    trained = context.of(settings)
-    if trained.plan is None:
-        raise ConfigError(f"{context.origin}: the step it is `of` trained nothing")
+    trained, plan = context.trained(settings)
     adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
     target, tasks, pick = settings.pop("target", []), settings.pop("tasks", []), take_pick(settings, context)
-    config, missing = asked_config(settings, [*target, *tasks], trained.plan, context)
+    config, missing = asked_config(settings, [*target, *tasks], plan, context)
     notes = tuple(f"left out, {name}: {why}" for name, why in missing.items())
     if config is None:
         return Outcome(notes=notes, left_out=True)
     names, wanted = [task.name for task in config.tasks], [as_task(each)["name"] for each in target]
     groups = {"target": [name for name in names if name in wanted]}
     groups["kept"] = [name for name in names if name not in wanted]
-    model, cache = trained.plan.model, cache_dir() / "benchmarks"
+    model, cache = plan.model, cache_dir() / "benchmarks"
 
     def asked(labels: Iterable[str], about: BenchmarkConfig, file: str) -> _Found:
         folders = {label: adapters[label] for label in labels}

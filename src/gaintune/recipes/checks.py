@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from gaintune.analysis.linear_experiment import Settings
+from gaintune.analysis.subspace import SubspaceSettings
 from gaintune.analysis.transfer import Component
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
 from gaintune.methods import check_method
 from gaintune.recipes.adapting import nothing_to_learn
-from gaintune.recipes.analysing import gated, linear_settings, subspace_settings
+from gaintune.recipes.analysing import LINEAR, gated
 from gaintune.recipes.answering import asked_of
 from gaintune.recipes.benchmarking import asked_config, take_pick
 from gaintune.recipes.classifying import Study
@@ -108,7 +110,7 @@ def classify(settings: dict[str, Any], context: Context) -> Outcome:
 
 def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
     """Labels that there are, and rows of benchmarks; at scale paper also leave to run what a model writes."""
-    plan, trained = _trained(settings, context)
+    trained, plan = context.trained(settings)
     last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
     target, tasks, pick = settings.pop("target", []), settings.pop("tasks", []), take_pick(settings, context)
     if not [*target, *tasks] or (pick == "target" and not target):
@@ -120,20 +122,20 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
 
 def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
     """Its settings."""
-    linear_settings(settings, context)
+    context.read(Settings, settings, LINEAR)
     return Outcome()
 
 
 def gates(settings: dict[str, Any], context: Context) -> Outcome:
     """A label of DISeL, and texts."""
-    _, trained = _trained(settings, context)
+    trained, _ = context.trained(settings)
     gated(settings, trained, context)
     return _measures(settings, context)
 
 
 def gains(settings: dict[str, Any], context: Context) -> Outcome:
     """A run with factors."""
-    plan, trained = _trained(settings, context)
+    trained, plan = context.trained(settings)
     context.refuse_unknown(settings)
     if not trained.runs:
         raise ConfigError(f"{context.origin}: the step it is `of` is no run of domains")
@@ -144,22 +146,22 @@ def gains(settings: dict[str, Any], context: Context) -> Outcome:
 
 def subspace(settings: dict[str, Any], context: Context) -> Outcome:
     """Labels that there are, and its settings."""
-    _, trained = _trained(settings, context)
+    trained, _ = context.trained(settings)
     last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
-    subspace_settings(settings, context)
+    context.read(SubspaceSettings, settings, {})
     return Outcome()
 
 
 def tokens(settings: dict[str, Any], context: Context) -> Outcome:
     """Labels that there are, and texts."""
-    _, trained = _trained(settings, context)
+    trained, _ = context.trained(settings)
     last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
     return _measures(settings, context)
 
 
 def landscape(settings: dict[str, Any], context: Context) -> Outcome:
     """Places to measure at."""
-    _trained(settings, context)
+    context.trained(settings)
     for key in ("line", "grid"):
         places = settings.pop(key, [0])
         if not isinstance(places, list) or not all(isinstance(each, int | float) for each in places) or not places:
@@ -170,7 +172,7 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
 
 def transfer(settings: dict[str, Any], context: Context) -> Outcome:
     """A label that there is, of several domains, and components."""
-    _, trained = _trained(settings, context)
+    trained, _ = context.trained(settings)
     label, components = settings.pop("label", "gain-ffn"), settings.pop("components", ["mean"])
     context.refuse_unknown(settings)
     if label not in trained.labels:
@@ -182,7 +184,7 @@ def transfer(settings: dict[str, Any], context: Context) -> Outcome:
 
 def retention(settings: dict[str, Any], context: Context) -> Outcome:
     """Labels that there are, with snapshots, and rows of benchmarks."""
-    plan, trained = _trained(settings, context)
+    trained, plan = context.trained(settings)
     last_of_each(trained, settings.pop("labels", None))
     if plan.train.snapshot_steps is None:
         raise ConfigError(f"{context.origin}: the step it is `of` keeps no snapshots; give it train.snapshot_steps")
@@ -192,14 +194,6 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
     asked = [*settings.pop("target", []), *settings.pop("tasks", [])]
     asked_config(settings, asked, plan, context)
     return Outcome()
-
-
-def _trained(settings: dict[str, Any], context: Context) -> tuple[Plan, Outcome]:
-    """The step that this one works on, and its plan."""
-    trained = context.of(settings)
-    if trained.plan is None or not trained.adapters:
-        raise ConfigError(f"{context.origin}: the step it is `of` leaves no adapters")
-    return trained.plan, trained
 
 
 def _measures(settings: dict[str, Any], context: Context) -> Outcome:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pandas as pd
 
@@ -14,6 +14,8 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.records import Interval
 from gaintune.progress import Progress
 from gaintune.recipes.world import World
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,24 @@ class Context:
             known = ", ".join(self.earlier) or "none"
             raise ConfigError(f"{self.origin}: `of` names the step it works on, got {name!r}; steps before it: {known}")
         return self.earlier[name]
+
+    def trained(self, settings: dict[str, Any]) -> tuple[Outcome, Plan]:
+        """The step `of`, as `of` takes it, and the plan behind its adapters; ConfigError where it leaves none."""
+        outcome = self.of(settings)
+        if outcome.plan is None or not outcome.adapters:
+            raise ConfigError(f"{self.origin}: the step it is `of` leaves no adapters")
+        return outcome, outcome.plan
+
+    def read(self, kind: type[D], settings: dict[str, Any], defaults: Mapping[str, Any]) -> D:
+        """A dataclass of settings, which hold nothing else; ConfigError for a key or value that is wrong."""
+        make: Any = kind
+        known = [each.name for each in fields(make)]
+        given = {name: settings.pop(name) for name in known if name in settings}
+        self.refuse_unknown(settings)
+        try:
+            return make(**{**defaults, **given})
+        except TypeError as error:  # a text where a number is meant
+            raise ConfigError(f"{self.origin}: {error}") from None
 
     def refuse_unknown(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings that no one took."""

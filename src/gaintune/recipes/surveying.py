@@ -13,7 +13,6 @@ from gaintune.analysis.landscape import GRID, LINE, survey_landscape
 from gaintune.analysis.retention import Course, Retention, survey_retention
 from gaintune.analysis.transfer import PARTS, survey_transfer
 from gaintune.assets import cache_dir
-from gaintune.config import Plan
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import as_task
 from gaintune.evaluate.records import Interval
@@ -29,7 +28,7 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
     directions; `LABEL.DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT; `LABEL.DOMAIN.both` where
     both directions are added; `LABEL.LEARNT.barrier` and, on the plane, `LABEL.DOMAIN.range`, nats.
     """
-    trained, plan = _trained(settings, context)
+    trained, plan = context.trained(settings)
     line, grid = settings.pop("line", LINE), settings.pop("grid", GRID)
     context.refuse_unknown(settings)
     numbers: dict[str, Interval] = {}
@@ -80,7 +79,7 @@ def transfer(settings: dict[str, Any], context: Context) -> Outcome:
     Settings: `of`, `label` (gain-ffn) and `components`. Numbers: `correlation.smallest`, `.largest` and `.mean`;
     `common_share` in %; `COMPONENT.PART.transfer`, `.in_domain` and `.left` in %, for the parts whole, shared and own.
     """
-    trained, plan = _trained(settings, context)
+    trained, plan = context.trained(settings)
     label, components = settings.pop("label", "gain-ffn"), settings.pop("components", ["mean", "held-out"])
     context.refuse_unknown(settings)
     found = survey_transfer(plan, _of_label(trained, label, context), components=components, progress=context.progress)
@@ -122,7 +121,7 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
     `LABEL.texts`, change of perplexity in % at the last snapshot; `LABEL.texts.worst` at the worst one;
     `A-minus-B.texts` and `A-minus-B.target` at the last; with benchmarks `LABEL.kept`, points, and `LABEL.kept.worst`.
     """
-    trained, plan = _trained(settings, context)
+    trained, plan = context.trained(settings)
     adapters = last_of_each(trained, settings.pop("labels", None))
     every, tasks, target = (
         settings.pop(key, default) for key, default in (("every", 1), ("tasks", []), ("target", []))
@@ -195,14 +194,6 @@ def _course_numbers(found: Retention, course: Course) -> dict[str, Interval]:
     benchmarks = [one for one in kept if one is not None]
     numbers["kept.worst"] = lowest(benchmarks) if benchmarks else None
     return {name: value for name, value in numbers.items() if value is not None}
-
-
-def _trained(settings: dict[str, Any], context: Context) -> tuple[Outcome, Plan]:
-    """The step `of` and its plan."""
-    trained = context.of(settings)
-    if trained.plan is None:
-        raise ConfigError(f"{context.origin}: the step it is `of` trained nothing")
-    return trained, trained.plan
 
 
 def _by_label(trained: Outcome) -> dict[str, dict[str, Path]]:

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gaintune.recipes import tiny_benchmarks, tiny_labels
-from gaintune.runs import complete_folder, damage, write_text
+from gaintune.recipes.tiny_models import byte_tokenizer, write_model
+from gaintune.runs import write_text
 
 END = "<end>"
 DOCUMENTS = 64
@@ -36,36 +35,23 @@ MODULES = {
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, and one that begins and ends a text."""
-    vocabulary = {token: number for number, token in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    model = Tokenizer(models.BPE(vocabulary, []))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END, bos_token=END)
+    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer([END]), eos_token=END, bos_token=END)
 
 
 def base(folder: Path, seed: int = 0) -> Path:
     """Write a base, unless it is there."""
-    if folder.is_dir() and damage(folder) is None:
-        return folder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=300,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=3,  # one for each depth third
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
-    with complete_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer().save_pretrained(temporary)
-    return folder
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,  # one for each depth third
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return write_model(folder, seed, lambda: LlamaForCausalLM(config), tokenizer)
 
 
 def texts(folder: Path) -> Path:

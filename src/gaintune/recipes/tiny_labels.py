@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from gaintune.runs import complete_folder, damage, write_text
+from gaintune.recipes.tiny_models import byte_tokenizer, write_model
+from gaintune.runs import write_text
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 GLUE_LABELS = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "sst2": 2}
@@ -24,38 +24,24 @@ TRAIN_ROWS, VALIDATION_ROWS = 32, 12
 
 def encoder(folder: Path, seed: int = 0) -> Path:
     """Write a RoBERTa with its masked-LM head, unless it is there."""
-    if folder.is_dir() and damage(folder) is None:
-        return folder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = RobertaForMaskedLM(
-            RobertaConfig(
-                vocab_size=len(SPECIAL) + 256,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=514,
-                type_vocab_size=1,
-                bos_token_id=0,
-                pad_token_id=1,
-                eos_token_id=2,
-            )
-        )
-    with complete_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer().save_pretrained(temporary)
-    return folder
+    config = RobertaConfig(
+        vocab_size=len(SPECIAL) + 256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    return write_model(folder, seed, lambda: RobertaForMaskedLM(config), tokenizer)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, with RoBERTa's special ones around a text and between two."""
-    vocabulary = {
-        token: number for number, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    made = byte_tokenizer(SPECIAL)
     made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **names)
