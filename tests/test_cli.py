@@ -84,6 +84,18 @@ def test_a_sequence_from_a_yaml_plan_writes_numbers_and_report(plan, tmp_path):
     assert (run / "report.html").exists()
 
 
+def test_a_method_that_diverges_ends_with_one_message_and_a_report_of_the_others(model, tmp_path):
+    breaks = {"name": "lora", "lr": 1e36, "alpha": 1e4}
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(tiny_domains.plan(model, tmp_path, methods=[breaks, "gain-ffn"])))
+    done = gaintune("sequence", file, "--run", tmp_path / "run")
+    told = refused(done, 1)
+    assert "error: lora: the " in told and "Lower the learning rate" in told
+    assert "report" in done.stdout and (tmp_path / "run" / "report.html").exists()
+    matrix = json.loads((tmp_path / "run" / "matrix.json").read_text())
+    assert len(matrix["methods"][-1]["stages"]) == 2
+
+
 def test_adapt_evaluate_carry_on_and_merge(plan, model, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     only = ["--domain", f"prose={tmp_path / 'prose.jsonl'}", "--set", "train.lr=0.02"]

@@ -12,7 +12,7 @@ from gaintune.adaptation import adapt
 from gaintune.adapters import load_adapter
 from gaintune.config import build_plan
 from gaintune.data.blocks import load_domain
-from gaintune.errors import ConfigError, RunDirectoryError, TrainingError
+from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate.perplexity import measure
 from gaintune.models import load_base
 from gaintune.runs import damage, read_json
@@ -159,12 +159,17 @@ def test_a_run_of_another_plan_or_of_changed_texts_is_refused(model, tmp_path):
         run_sequence(plan, tmp_path / "run")
 
 
-def test_training_that_breaks_keeps_what_was_finished(model, tmp_path):
-    plan = tiny_domains.plan(model, tmp_path, methods=["gain-ffn", {"name": "lora", "lr": 1e36, "alpha": 1e4}])
-    with pytest.raises(TrainingError, match=r"the (loss|gradient) is (nan|inf)"):
+def test_a_method_that_diverges_stops_neither_the_others_nor_the_numbers(model, tmp_path):
+    plan = tiny_domains.plan(model, tmp_path, methods=[{"name": "lora", "lr": 1e36, "alpha": 1e4}, "gain-ffn"])
+    with pytest.raises(DivergedError, match=r"lora: the (loss|gradient) is (nan|inf)") as caught:
         run_sequence(plan, tmp_path / "run")
+    assert list(caught.value.methods) == ["lora"]
     assert (tmp_path / "run" / "stages" / "gain-ffn" / "02-code" / "metrics.json").exists()
-    assert read_json(tmp_path / "run" / "matrix.json")["methods"][0]["label"] == "gain-ffn"
+    matrix = read_json(tmp_path / "run" / "matrix.json")
+    assert matrix["partial"] and {method["label"]: len(method["stages"]) for method in matrix["methods"]} == {
+        "gain-ffn": 2,
+        "lora": 0,
+    }
 
 
 @pytest.mark.parametrize(

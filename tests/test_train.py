@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import tiny_base
 from gaintune.config import MethodConfig, TrainConfig
 from gaintune.data.examples import Examples
-from gaintune.errors import ConfigError, TrainingError
+from gaintune.errors import ConfigError, DivergedError
 from gaintune.loss import NextTokenLoss
 from gaintune.methods import attach
 from gaintune.runs import damage
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     before = gains(model)
     with torch.no_grad():
         model.get_base_model().model.norm.weight[0] = float("inf")
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 1 of 1; stopped before the update"):
+    with pytest.raises(DivergedError, match=r"the loss is nan at step 1 of 1; stopped before the update"):
         train(model, examples(tiny_base.blocks(4, 16)), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in gains(model).items())
 
@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     before = gains(model)
     first = next(p for p in model.parameters() if p.requires_grad)
     first.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(TrainingError, match=r"the gradient is (nan|inf) at step 1"):
+    with pytest.raises(DivergedError, match=r"the gradient is (nan|inf) at step 1"):
         train(model, examples(tiny_base.blocks(4, 16)), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in gains(model).items())
 

@@ -35,7 +35,7 @@ from gaintune.cli_plan import (
     assemble,
 )
 from gaintune.console import percent, progress_on, quiet_libraries, show_warnings, table
-from gaintune.errors import GaintuneError
+from gaintune.errors import DivergedError, GaintuneError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,7 +74,12 @@ def _sequence(plan: Any, run: Path) -> None:
     from gaintune.runs import first_process
     from gaintune.sequence import run_sequence
 
-    matrix = run_sequence(plan, run, progress=progress_on(err))
+    try:
+        matrix = run_sequence(plan, run, progress=progress_on(err))
+    except DivergedError as error:
+        if len(error.methods) < len(plan.methods):  # what the others did is worth a report
+            out.print(f"report  {write_report(run)}", highlight=False, soft_wrap=True)
+        raise
     if not first_process():
         return
     figures = ("in_domain", "backward_transfer", "backward_transfer_since_learnt", "forward_interference")

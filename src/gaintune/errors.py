@@ -6,6 +6,8 @@ code the command line ends with: 2 for an input to correct, 1 for a run that fai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class GaintuneError(Exception):
     """Base of every error gaintune raises on purpose."""
@@ -58,7 +60,19 @@ class RunDirectoryError(GaintuneError, ValueError):
 
 
 class TrainingError(GaintuneError, RuntimeError):
-    """Training stopped before it could do harm: a non-finite loss or gradient, or an interrupted stage."""
+    """Training stopped before it could do harm: it diverged, ran out of memory, or had nothing sound to go on from."""
+
+
+class DivergedError(TrainingError):
+    """A loss or a gradient is not finite.
+
+    Attributes:
+        methods: of a sequence, the methods that diverged, each with what was not finite; all others are finished.
+    """
+
+    def __init__(self, message: str, methods: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.methods = dict(methods or {})
 
 
 class SweepError(GaintuneError, RuntimeError):

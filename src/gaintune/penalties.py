@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gaintune.errors import ConfigError, TrainingError
+from gaintune.errors import ConfigError, DivergedError
 from gaintune.fisher import fisher_information
 from gaintune.sections import MethodConfig
 from gaintune.updates import Lesson, Place, StageRule
@@ -130,7 +130,7 @@ class Ewc(L2):
         found = fisher_information(model, lesson, rows=self._rows, seed=self._seed)
         for name, value in found.items():
             if not math.isfinite(float(value.sum())):
-                raise TrainingError(f"{lesson.title}: the Fisher information of {name} is not finite")
+                raise DivergedError(f"{lesson.title}: the Fisher information of {name} is not finite")
             self._fisher[name] = value.add_(self._fisher[name]) if name in self._fisher else value
 
     def keep(self, folder: Path) -> None:

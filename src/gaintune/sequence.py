@@ -18,7 +18,7 @@ from gaintune.data.classify import ClassifyDomain
 from gaintune.data.examples import Examples
 from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.environment import describe_environment
-from gaintune.errors import ConfigError, RunDirectoryError
+from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate.base_losses import BaseLosses
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
@@ -46,7 +46,7 @@ def run_sequence(
     """Adapt to every domain in order with each method, and measure every domain after every stage.
 
     What is already finished in `run` is kept: called again with the same plan after a stop at any point, it
-    continues and ends with the same files.
+    continues and ends with the same files. A method that diverges does not stop those after it.
 
     Args:
         plan: a `Plan`, nested values such as `{"methods": ["gain-ffn", "lora"]}`, or the path of a YAML plan.
@@ -60,6 +60,7 @@ def run_sequence(
         The numbers of matrix.json.
 
     Raises:
+        DivergedError: methods that diverged, once all others are finished; matrix.json holds what was measured.
         GaintuneError: bad input, a run directory of another plan, or training that had to stop; see each subclass.
     """
     settled = read_plan(plan)
@@ -82,9 +83,19 @@ def run_sequence(
             _Sequence(settled, directory, domains, fingerprint, shown, method, base_losses)
             for method in settled.methods
         ]
-        for sequence in sequences:
-            sequence.run(after_stage=lambda: _write_matrix(directory, settled, sequences))
+        diverged: dict[str, str] = {}
+        for method, sequence in zip(settled.methods, sequences, strict=True):
+            try:
+                sequence.run(after_stage=lambda: _write_matrix(directory, settled, sequences))
+            except DivergedError as error:
+                if process_count() > 1:  # the other processes may not have seen it, and would wait for this one
+                    raise
+                diverged[method.label] = str(error)
+                directory.event("diverged", method=method.label, error=str(error))
+                shown.note(f"{method.label} diverged: {error}")
         _write_matrix(directory, settled, sequences)
+        if diverged:
+            raise DivergedError("; ".join(f"{label}: {why}" for label, why in diverged.items()), diverged)
         directory.event("finished")
         directory.wait()
         return Matrix.from_dict(read_json(directory.matrix))

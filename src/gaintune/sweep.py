@@ -242,7 +242,9 @@ def _row(folder: Path, run: PlannedRun) -> SweepRow:
     """What is on disk of a run."""
     matrix = _matrix(folder, run)
     outcome = folder / "outcomes" / f"{run.id}.json"
-    error = None
-    if matrix is None:
-        error = read_json(outcome).get("error", "stopped before it was finished") if outcome.exists() else "not run yet"
-    return SweepRow(run, folder / "runs" / run.id, matrix, error)
+    place = folder / "runs" / run.id
+    if matrix is not None:
+        return SweepRow(run, place, matrix, None)
+    told: dict[str, Any] = read_json(outcome) if outcome.exists() else {"error": "not run yet"}
+    error = told.get("error", "stopped before it was finished")
+    return SweepRow(run, place, None, error, told.get("diverged", False))

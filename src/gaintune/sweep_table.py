@@ -22,12 +22,16 @@ INTEGERS = ("rank", "trainable_parameters")  # with gaps, where a method has no 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One run of a grid: `matrix` has its numbers if it is finished, else `error` says why it is not."""
+    """One run of a grid: `matrix` has its numbers if it is finished, else `error` says why it is not.
+
+    `diverged` says that it cannot be finished with its settings: a loss or a gradient was not finite.
+    """
 
     run: PlannedRun
     folder: Path
     matrix: Matrix | None
     error: str | None
+    diverged: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:

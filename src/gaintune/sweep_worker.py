@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from gaintune.config import Plan
 from gaintune.devices import VISIBLE, take_device
-from gaintune.errors import GaintuneError, SweepError, one_line
+from gaintune.errors import DivergedError, GaintuneError, SweepError, one_line
 from gaintune.runs import read_json, write_json
 
 BEGUN, PUT_OFF, FINISHED, FAILED = "begun", "put off", "finished", "failed"
@@ -98,7 +98,7 @@ def work(job: Job) -> None:
             known = isinstance(error, GaintuneError)
             message = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
             trace = {} if known else {"traceback": traceback.format_exc().splitlines()}
-            tell(job, FAILED, error=message, **trace)
+            tell(job, FAILED, error=message, diverged=isinstance(error, DivergedError), **trace)
         else:
             tell(job, FINISHED, seconds=round(time.perf_counter() - start, 1))
 

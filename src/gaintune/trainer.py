@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from gaintune.config import TrainConfig
-from gaintune.errors import TrainingError
+from gaintune.errors import DivergedError
 from gaintune.loss import NextTokenLoss, Objective
 from gaintune.progress import Advance
 from gaintune.runs import write_manifest
@@ -85,7 +85,7 @@ class RowTrainer(Trainer):
     def _require_finite(self, value: Any, what: str) -> None:
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
         if not math.isfinite(number):
-            raise TrainingError(
+            raise DivergedError(
                 f"the {what} is {number} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped "
                 "before the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished "
                 "work is kept"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gaintune.data.examples import Examples
-from gaintune.errors import TrainingError
+from gaintune.errors import DivergedError
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.isolation import require_isolation
 from gaintune.loss import NextTokenLoss
@@ -46,7 +46,7 @@ def measure(
         Summed loss in nats, scored tokens and bytes, for every row.
 
     Raises:
-        TrainingError: the loss of some row is not finite; the model is broken.
+        DivergedError: the loss of some row is not finite; the model is broken.
         ConfigError: rows hold several texts, and the model does not keep them apart.
     """
     sums: list[float] = []
@@ -123,7 +123,7 @@ def _each_batch(
         model.train(training)
 
 
-def _broken(title: str) -> TrainingError:
-    return TrainingError(
+def _broken(title: str) -> DivergedError:
+    return DivergedError(
         f"{title}: the loss is not finite, so the model is broken; lower the learning rate and run it anew"
     )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gaintune.config import Plan
+from gaintune.errors import DivergedError
 from gaintune.evaluate.matrix import Interval, Matrix
 from gaintune.evaluate.records import Summary
 from gaintune.recipes.outcome import Context, Outcome, highest
 from gaintune.report import write_report
 from gaintune.report.tables import cell_frame, summary_frame
 from gaintune.report.words import FIGURES, NONE, with_interval
-from gaintune.runs import stage_folder
+from gaintune.runs import read_json, stage_folder
 from gaintune.sequence import run_sequence
 
 
@@ -26,8 +29,7 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
     plan = context.world.plan(settings, origin=context.origin)
-    matrix = run_sequence(plan, context.folder, progress=context.progress)
-    write_report(context.folder)
+    matrix, diverged = learn(plan, context.folder, context)
     tables = {"Summary": summary_frame(matrix)}
     for method in matrix.methods:
         tables[f"{method.label}, every domain after every stage"] = cell_frame(matrix, method).map(
@@ -39,8 +41,9 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
         figures=tuple(sorted((context.folder / "figures").glob("*.png"))),
         adapters=adapters_of(context.folder, matrix),
         plan=plan,
-        notes=left_out(settings, context),
+        notes=(*left_out(settings, context), *notes_on(diverged)),
         runs=(context.folder,),
+        diverged=diverged,
     )
 
 
@@ -51,21 +54,50 @@ def separately(settings: dict[str, Any], context: Context) -> Outcome:
     asked = settings.pop("domains", [])
     numbers: dict[str, Interval] = {}
     tables, figures, adapters = {}, [], {}
-    plan, runs = None, []
+    plan, runs, diverged = None, [], {}
     for domain in context.world.domains(asked):
         others = [other for other in context.world.domains(asked) if other["name"] != domain["name"]]
         watched = [*others, *settings.get("watched", [])]
         plan = context.world.plan({**settings, "domains": [domain], "watched": watched}, origin=context.origin)
         run = context.folder / str(domain["name"])
-        matrix = run_sequence(plan, run, progress=context.progress)
-        write_report(run)
+        matrix, broken = learn(plan, run, context)
+        diverged |= {label: f"{domain['name']}: {why}" for label, why in broken.items()}
         numbers |= {f"{domain['name']}.{name}": value for name, value in matrix_numbers(matrix).items()}
         tables[f"{domain['name']} learnt by itself"] = summary_frame(matrix)
         figures += sorted((run / "figures").glob("*.png"))
         adapters |= adapters_of(run, matrix)
         runs.append(run)
-    notes = left_out({"domains": asked, **settings}, context)
-    return Outcome(numbers, tables, tuple(figures), adapters, plan, notes, runs=tuple(runs), apart=True)
+    notes = (*left_out({"domains": asked, **settings}, context), *notes_on(diverged))
+    return Outcome(
+        numbers, tables, tuple(figures), adapters, plan, notes, runs=tuple(runs), diverged=diverged, apart=True
+    )
+
+
+def learn(plan: Plan, run: Path, context: Context) -> tuple[Matrix, dict[str, str]]:
+    """A sequence with its report: the matrix of the methods that finished, and those that diverged with the reason.
+
+    Raises:
+        DivergedError: every method diverged.
+    """
+    try:
+        matrix, diverged = run_sequence(plan, run, progress=context.progress), {}
+    except DivergedError as error:
+        diverged = error.methods
+        if len(diverged) == len(plan.methods):
+            raise
+        found = Matrix.from_dict(read_json(run / "matrix.json"))
+        matrix = replace(
+            found,
+            methods=tuple(method for method in found.methods if method.label not in diverged),
+            comparisons=tuple(each for each in found.comparisons if not {each.label, each.against} & set(diverged)),
+        )
+    write_report(run)
+    return matrix, diverged
+
+
+def notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
+    """Say what diverged."""
+    return tuple(f"{label} diverged, and claims about it are undecided: {why}" for label, why in diverged.items())
 
 
 def nothing_to_learn(settings: Mapping[str, Any], context: Context) -> str | None:

@@ -19,16 +19,14 @@ from gaintune.evaluate.classification import Share, difference
 from gaintune.evaluate.likelihood import ChoiceFigure, compare_choices
 from gaintune.evaluate.records import Interval
 from gaintune.evaluate.walk import BASE
-from gaintune.recipes.adapting import adapters_of, matrix_numbers
+from gaintune.recipes.adapting import adapters_of, learn, matrix_numbers, notes_on
 from gaintune.recipes.local_rows import questions
 from gaintune.recipes.outcome import Context, Outcome
-from gaintune.report import write_report
 from gaintune.report.canvas import INK, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import summary_frame
 from gaintune.report.words import NONE, with_interval
 from gaintune.runs import Run, make_folder, sha256_file, write_bytes
-from gaintune.sequence import run_sequence
 
 SAME_ROWS = "A step is one set of rows: name another folder for others"
 
@@ -49,8 +47,7 @@ def answers(settings: dict[str, Any], context: Context) -> Outcome:
     ask, plan, rows = asked.ask, asked.plan(settings, context), context.folder / "questions"
     counts = _settle_rows(rows, asked, plan.data.seed)
     run = context.folder / "run"
-    matrix = run_sequence(plan, run, progress=context.progress)
-    write_report(run)
+    matrix, diverged = learn(plan, run, context)
     adapters = adapters_of(run, matrix)
     labels = {BASE: BASE, **{str(folder): key.partition("/")[0] for key, folder in adapters.items()}}
     figures = compare_choices(
@@ -68,8 +65,9 @@ def answers(settings: dict[str, Any], context: Context) -> Outcome:
         figures=(*sorted(context.folder.glob("*.png")), *sorted((run / "figures").glob("*.png"))),
         adapters=adapters,
         plan=plan,
-        notes=tuple(counts),
+        notes=(*counts, *notes_on(diverged)),
         runs=(run,),
+        diverged=diverged,
     )
 
 

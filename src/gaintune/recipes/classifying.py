@@ -26,7 +26,7 @@ from gaintune.recipes.schema import laid_over
 from gaintune.recipes.world import BUDGETS
 from gaintune.runs import Run, damage, make_folder, read_json, write_json
 
-KEYS = ("tasks", "texts", "methods", "ranks", "seeds", "left_out", "text")
+KEYS = ("tasks", "texts", "methods", "ranks", "seeds", "text")
 SECTIONS = ("model", "train", "evaluate", "classify")
 HOPELESS = 1e100
 """A perplexity, or a change in %, that stands for all greater ones: infinity must not stop the rest of a report."""
@@ -62,8 +62,8 @@ def classify(settings: dict[str, Any], context: Context) -> Outcome:
     """`gaintune adapt --task classify` for every task, method, rank and seed, then perplexity on `texts`.
 
     Settings: `tasks`, each a name, or a mapping with `name`, `train` and `methods` (options by label) of its own;
-    `texts`; `methods`; `ranks` for those that have one; `seeds`; `text`, the sizes of the texts; sections of a plan;
-    `left_out`, labels that this scale goes without. Finished classifiers are kept and not trained again.
+    `texts`; `methods`; `ranks` for those that have one; `seeds`; `text`, the sizes of the texts; sections of a
+    plan. Finished classifiers are kept and not trained again.
 
     Numbers, means over tasks and ranks with t intervals over seeds: `LABEL.accuracy` in %; `LABEL.TASK.accuracy`;
     `LABEL.retention`, the change of perplexity in %; `LABEL.perplexity`; of several ranks also `LABEL-rRANK.accuracy`
@@ -130,12 +130,10 @@ class Study:
         self._sources = {name: labelled_rows(context.world, name) for name in asked}
         self.tasks = {name: asked[name] for name, source in self._sources.items() if source is not None}
         self.missing = [name for name, source in self._sources.items() if source is None]
-        self._dropped = tuple(settings.get("left_out", ()))
-        chosen = [MethodConfig.model_validate(each) for each in settings.get("methods", ())]
-        self._methods = [method for method in chosen if method.label not in self._dropped]
+        self._methods = [MethodConfig.model_validate(each) for each in settings.get("methods", ())]
         for each in asked.values():
             for label in each.get("methods", {}):
-                if label not in [method.label for method in chosen]:
+                if label not in [method.label for method in self._methods]:
                     raise ConfigError(f"{context.origin}: task {each['name']}: no method is called {label!r}")
         if not self._methods or not settings.get("texts"):
             raise ConfigError(f"{context.origin}: give methods, and texts to measure what is kept")
@@ -236,25 +234,12 @@ class Study:
         notes = list(left_out({"domains": self._settings["texts"]}, self._context))
         if self.missing:
             notes.append(self.why_not)
-        if self._dropped:
-            notes.append(f"left out at this scale for want of time: {', '.join(self._dropped)}")
         return (*notes, *(() if is_masked(self.text_plan().model) else (DECODER,)))
 
     def without(self, measured: Sequence[Measured]) -> dict[str, str]:
-        """The numbers of methods and tasks that are left out."""
-        labels = list(dict.fromkeys(one.label for one in measured))
-        why = "its method is left out at this scale"
-        lacking = {f"{one}.{figure}": why for one in self._dropped for figure in report.FIGURES}
-        pairs = [(one, other) for one in (*labels, *self._dropped) for other in (*labels, *self._dropped)]
-        lacking |= {
-            f"{one}-minus-{other}.{figure}": why
-            for one, other in pairs
-            for figure in report.FIGURES
-            if one != other and {one, other} & set(self._dropped)
-        }
-        return lacking | {
-            f"{label}.{task}.accuracy": "its task has no rows" for label in labels for task in self.missing
-        }
+        """The numbers of tasks that are left out."""
+        labels = dict.fromkeys(one.label for one in measured)
+        return {f"{label}.{task}.accuracy": "its task has no rows" for label in labels for task in self.missing}
 
 
 def _as_task(value: str | Mapping[str, Any]) -> dict[str, Any]:

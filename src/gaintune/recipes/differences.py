@@ -27,8 +27,7 @@ def names_in(settings: Mapping[str, Any], key: str) -> list[str]:
     value = settings.get(key, ())
     if isinstance(value, Mapping) and key == "rates":
         return [f"{label} at {rate:g}" for label, rates in value.items() for rate in rates]
-    found = [_name(key, each) for each in ([value] if isinstance(value, str | int | float | Mapping) else value)]
-    return [name for name in found if name not in settings.get("left_out", ())] if key == "methods" else found
+    return [_name(key, each) for each in ([value] if isinstance(value, str | int | float | Mapping) else value)]
 
 
 def _name(key: str, value: Any) -> str:
@@ -45,8 +44,7 @@ def dropped(recipe: Recipe, step: Step, scale: Scale) -> dict[str, list[str]]:
     gone = {key: [name for name in names_in(whole, key) if name not in names_in(here, key)] for key in LISTS}
     left = {stem_of(name) for name in names_in(here, "methods")}
     gone["methods"] = list(dict.fromkeys(stem for name in gone["methods"] if (stem := stem_of(name)) not in left))
-    set_aside = here.get("left_out", ())  # a step says so itself
-    return {key: kept for key, names in gone.items() if (kept := [name for name in names if name not in set_aside])}
+    return {key: names for key, names in gone.items() if names}
 
 
 def note_of(recipe: Recipe, step: Step, scale: Scale) -> tuple[str, ...]:

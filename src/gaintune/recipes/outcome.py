@@ -32,6 +32,7 @@ class Outcome:
         left_out: whether this scale has not what the step needs; its claims stay undecided.
         without: numbers that could not be had, each with the reason; claims about them stay undecided.
         runs: run directories behind the adapters.
+        diverged: methods that diverged, of a sweep at some rate, each with what was not finite; claims may lack them.
         apart: whether adapters of one label were learnt apart from each other, so that none of them is the last.
     """
 
@@ -44,6 +45,7 @@ class Outcome:
     left_out: bool = False
     without: Mapping[str, str] = field(default_factory=dict)
     runs: tuple[Path, ...] = ()
+    diverged: Mapping[str, str] = field(default_factory=dict)
     apart: bool = False
 
     @property
@@ -165,6 +167,8 @@ def _extreme(intervals: Sequence[Interval], pick: Callable[[list[float]], float]
 def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:
     """Of each method the adapter it ended with, or the one it had `after` a domain, by label; `labels` picks some.
 
+    A label that diverged is passed over.
+
     Raises:
         ConfigError: no such label, none that learnt the domain, or domains learnt apart of which `after` names none.
     """
@@ -180,7 +184,8 @@ def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: s
             found[label] = folder
     if not found:
         raise ConfigError(f"no adapter learnt {after!r}; there are {', '.join(outcome.adapters) or 'none'}")
-    for label in labels or ():
+    wanted = [label for label in labels or found if label not in outcome.diverged]
+    for label in wanted:
         if label not in found:
             raise ConfigError(f"no adapter is called {label!r}; there are {', '.join(found)}")
-    return {label: found[label] for label in labels or found}
+    return {label: found[label] for label in wanted}

@@ -83,6 +83,7 @@ def run_recipe(
         outcome = _waiting_for(settings, outcomes) or KINDS[step.do].run(settings, context)
         outcomes[step.name] = replace(outcome, notes=(*note_of(chosen, step, scale), *outcome.notes))
     lacking = {name for step in chosen.steps for name in _lacking(chosen, step, world)}
+    lacking |= {label for outcome in outcomes.values() for label in outcome.diverged}
     findings = tuple(_judged(claim, outcomes) for claim in chosen.claims)
     result = RecipeResult(chosen, scale, folder, outcomes, findings)
     write_results(result, describe_environment(resolve_device("auto")))

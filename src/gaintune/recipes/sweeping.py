@@ -11,6 +11,7 @@ from gaintune.errors import SweepError
 from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER
 from gaintune.evaluate.records import Interval
 from gaintune.grid import Grid, read_grid
+from gaintune.progress import plural
 from gaintune.recipes.adapting import left_out, nothing_to_learn
 from gaintune.recipes.outcome import Context, Outcome, highest, lowest
 from gaintune.report.tables import markdown_table
@@ -30,16 +31,18 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. Numbers:
     `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
     `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE; `A-minus-B` of variants with one rate each, matched or not.
+    A rate of which a run diverged has no number, and its variant no `.worst`.
     """
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
     target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
     plan, grid = plan_and_grid(settings, context)
     table = run_sweep(grid, context.folder, engine="sequential", progress=context.progress)
-    if table.failed:
+    broken = [row for row in table.failed if not row.diverged] or (() if table.finished else table.failed)
+    if broken:
         raise SweepError(
-            f"{context.origin}: {len(table.failed)} runs did not finish, such as {table.failed[0].run.id}: "
-            f"{table.failed[0].error}"
+            f"{context.origin}: {plural(len(broken), 'run')} did not finish, such as {broken[0].run.id}: "
+            f"{broken[0].error}"
         )
     comparison = compare_sweep(table, target=target, figure=figure, confidence=plan.evaluate.confidence)
     write(comparison, context.folder)
@@ -60,6 +63,7 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
         plan=plan,
         notes=(*left_out(settings, context), *told),
         without=without,
+        diverged={_plain(one.variant): f"at {one.lr:g}: {one.error}" for one in comparison.missing},
     )
 
 
@@ -102,6 +106,11 @@ def numbers_of(comparison: SweepComparison) -> tuple[dict[str, Interval], dict[s
             without[name] = str(each.reason)
         else:
             numbers[name] = each.curve.difference
+    for one in comparison.missing:  # means over the runs that survived would flatter it
+        name, why = _plain(one.variant), f"{plural(one.runs, 'run')} at {one.lr:g} diverged"
+        for lost in (f"{name}@{one.lr:g}.in_domain", f"{name}@{one.lr:g}.{comparison.figure}", f"{name}.worst"):
+            numbers.pop(lost, None)
+            without[lost] = why
     return numbers, without
 
 
