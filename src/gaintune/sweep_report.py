@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -133,7 +134,7 @@ def tradeoff(comparison: SweepComparison) -> Figure:
     """Earlier domains (up) against in-domain change (across): a line through each variant's rates, with intervals."""
 
     def draw() -> Figure:
-        sheet = Figure(figsize=(5.6, 4.2), layout="constrained")
+        sheet = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = sheet.subplots()
         for index, variant in enumerate(dict.fromkeys(point.variant for point in comparison.points)):
             _draw_variant(axes, [point for point in comparison.points if point.variant == variant], index)
@@ -141,13 +142,39 @@ def tradeoff(comparison: SweepComparison) -> Figure:
         axes.set(xlabel="in-domain change, %", ylabel=f"{_lower(comparison)}, %")
         axes.grid(color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.margins(x=0.1, y=0.08)  # room for the rates at the edges
         axes.tick_params(length=0)
-        axes.set_title("Left and down is better; numbers are learning rates, faint dots runs", loc="left")
+        beyond = _frame(axes, comparison.points)
+        title = "Left and down is better; numbers are learning rates, faint dots runs"
+        if beyond:
+            title += f"\n(the intervals of {plural(beyond, 'point')} reach beyond the frame)"
+        axes.set_title(title, loc="left")
         sheet.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=3)
         return sheet
 
     return styled(draw)
+
+
+def _frame(axes: Axes, points: Sequence[Point]) -> int:
+    """Fit the axes to values and runs, since few replicates make intervals that would leave no room for them.
+
+    Returns:
+        How many points have an interval that does not end inside.
+    """
+    sides = []
+    for axis, values in ((0, [point.in_domain for point in points]), (1, [point.figure for point in points])):
+        inside = [each.value for each in values] + [run[axis] for point in points for run in point.runs]
+        low, high = min(inside), max(inside)
+        room = 0.15 * (high - low or 1.0)
+        sides.append((low - room, high + room))
+    axes.set(xlim=sides[0], ylim=(sides[1][0], max(sides[1][1], 0.0)))
+    limits = (axes.get_xlim(), axes.get_ylim())
+    return sum(
+        any(
+            one.low is not None and one.high is not None and not low <= one.low <= one.high <= high
+            for one, (low, high) in zip((point.in_domain, point.figure), limits, strict=True)
+        )
+        for point in points
+    )
 
 
 def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
