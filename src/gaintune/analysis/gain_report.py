@@ -93,7 +93,7 @@ def verdict(sequence: FactorSequence) -> str:
     if not flips:
         return f"{sequence.regime}, every factor is positive after {seen}"
     stage, domain = flips[0]
-    return f"{sequence.regime}, factors at or below 0 from stage {stage} ({domain}) on, {seen} looked at"
+    return f"{sequence.regime}, factors at or below 0, first after stage {stage} ({domain}), {seen} looked at"
 
 
 def record_values(survey: FactorSurvey) -> dict[str, Any]:
