@@ -35,6 +35,21 @@ def test_the_same_method_stands_beside_itself_with_a_penalty():
     assert [each.label for each in methods_of(methods=["lora", "lora:penalty=l2"])] == ["lora", "lora-l2"]
 
 
+def test_a_domain_of_the_catalogue_is_of_its_own_task_on_the_command_line():
+    def tasks(assignments=(), **given):
+        plan = assemble(None, Options(**given), assignments)
+        return {domain.name: plan.data.task_of(domain) for domain in plan.data.measured}
+
+    mixed = {"law": "text", "gsm8k": "instruct"}
+    assert tasks(domains=["law"], watched=["gsm8k"]) == mixed
+    assert tasks(domains=["gsm8k"], watched=["law"], task="instruct") == mixed
+    assert tasks(domains=["gsm8k"], watched=["law"], assignments=["data.task=instruct"]) == mixed
+    assert tasks(domains=["mine=rows.jsonl", "law=text.txt"], task="instruct") == dict.fromkeys(
+        ("mine", "law"), "instruct"
+    )
+    assert assemble(None, Options(domains=["law", "gsm8k"]), None).data.domains[0].task is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

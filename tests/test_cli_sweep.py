@@ -41,6 +41,8 @@ def test_a_grid_is_run_compared_and_continued(grid, tmp_path):
 
 def test_mistakes_are_one_line(grid):
     assert "unknown key 'rate'; did you mean 'rates'?" in refused(gaintune("sweep", grid, "--set", "rate=1"))
+    told = refused(gaintune("sweep", grid, "--figure", "retention"))
+    assert "--figure retention: no figure is called that; the figures are in_domain, " in told
     assert "use loky, ray, dask or sequential" in refused(gaintune("sweep", grid, "--engine", "slurm"))
 
 

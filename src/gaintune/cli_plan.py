@@ -172,4 +172,24 @@ def assemble(plan: Path | None, given: Options, assignments: Sequence[str] | Non
     if of_every:
         methods = as_list(values.get("methods")) or [method.name for method in Plan().methods]
         values["methods"] = [{**({"name": each} if isinstance(each, str) else each), **of_every} for each in methods]
-    return build_plan(apply_overrides(values, assignments or ()), origin=str(plan) if plan else "plan")
+    values = apply_overrides(values, assignments or ())
+    if given.domains or given.watched:
+        values = {**values, "data": _with_own_tasks(values["data"])}
+    return build_plan(values, origin=str(plan) if plan else "plan")
+
+
+def _with_own_tasks(data: Any) -> Any:
+    """Domains of the catalogue with their own task, text or instruct, where the plan's is the other one."""
+    from gaintune.data.domains import CATALOGUE
+
+    task = data.get("task", "text") if isinstance(data, dict) else None
+    if task not in ("text", "instruct"):  # a classifier's domains are not mixed, and the plan refuses what is wrong
+        return data
+
+    def settled(value: Any) -> Any:
+        domain = as_domain(value)
+        entry = CATALOGUE.get(str(domain.get("source"))) if isinstance(domain, dict) else None
+        return value if entry is None or entry.task in (task, domain.get("task")) else {"task": entry.task, **domain}
+
+    given = {key: as_list(data[key]) for key in ("domains", "watched") if data.get(key)}
+    return {**data, **{key: [settled(each) for each in domains] for key, domains in given.items()}}

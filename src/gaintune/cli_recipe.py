@@ -93,7 +93,7 @@ def run(
     recipe: Recipe = recipe_named(name)
     quiet_libraries()
     from gaintune.recipes.runner import run_recipe
-    from gaintune.recipes.writing import shown
+    from gaintune.recipes.writing import SMOKE, shown
 
     place = folder or Path("runs") / f"{recipe.id.lower()}-{scale}"
     result = run_recipe(
@@ -107,6 +107,8 @@ def run(
     )
     rows = [[each.claim.says, each.verdict, shown(each.number), str(each.claim.expect)] for each in result.findings]
     out.print(table(f"{recipe.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
+    if scale == "smoke":
+        say(SMOKE)
     for step, outcome in result.outcomes.items():
         for note in outcome.notes:
             say(f"{step}: {note}")

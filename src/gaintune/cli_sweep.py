@@ -46,13 +46,16 @@ def sweep(
 
     chosen = check_engine(engine, jobs, address)  # before what takes seconds to load
     quiet_libraries()
-    from gaintune.errors import DataError, SweepError
+    from gaintune.errors import ConfigError, DataError, SweepError
+    from gaintune.evaluate.bootstrap import FIGURES
     from gaintune.grid import read_grid
     from gaintune.progress import plural
     from gaintune.sweep import run_sweep
     from gaintune.sweep_compare import compare_sweep
     from gaintune.sweep_report import curve_sentence, pair_sentence, point_frame, remarks, target_title, write
 
+    if figure not in FIGURES:
+        raise ConfigError(f"--figure {figure}: no figure is called that; the figures are {', '.join(FIGURES)}")
     settled = read_grid(grid, set_ or ())
     found = run_sweep(
         settled,
@@ -79,7 +82,7 @@ def sweep(
                 say(f"by curve, {curve_sentence(curve, comparison)}")
             for remark in remarks(comparison):
                 say(remark)
-    say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; tables {run / 'sweep.csv'}")
+    say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; tables and comparison {run}")
     if found.failed:
         told = "\n".join(f"  {row.folder}: {row.error}" for row in found.failed)
         raise SweepError(f"{plural(len(found.failed), 'run')} failed; the same command tries them again:\n{told}")

@@ -90,7 +90,7 @@ def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run)
         assert stage.of("o_proj").count == 18 and stage.of("down_proj").count == 30
     assert survey.sequences[1].stages[0].figures.largest == pytest.approx(1.2)  # (IA)3 stores the factor itself
     assert survey.sequences[0].regime == "mildly unstable" and survey.sequences[1].regime == "stable"
-    assert "from stage 3 (law) on, 3 of 4 stages looked at" in verdict(survey.sequences[0])
+    assert "first after stage 3 (law), 3 of 4 stages looked at" in verdict(survey.sequences[0])
     assert "positive after 1 of 4 stages" in verdict(survey.sequences[1])
 
 

@@ -27,7 +27,9 @@ def nobody() -> tuple[int, int] | None:
     import pwd
 
     places = [sys.executable, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
-    closed = [place for place in places if Path(place).exists() and not open_to_all(Path(place))]
+    closed = [
+        f"only root may read {place}" for place in places if Path(place).exists() and not open_to_all(Path(place))
+    ]
     try:
         found = pwd.getpwnam(NOBODY)
     except KeyError:
@@ -35,7 +37,7 @@ def nobody() -> tuple[int, int] | None:
     else:
         if not closed:
             return found.pw_uid, found.pw_gid
-    logger.warning("generated programs run as root, and may start processes of their own (%s is closed)", closed[0])
+    logger.warning("generated programs run as root, and may start processes of their own (%s)", closed[0])
     return None
 
 

@@ -18,6 +18,8 @@ from gaintune.report.words import FIGURES, NONE, with_interval
 from gaintune.runs import read_json, stage_folder
 from gaintune.sequence import run_sequence
 
+MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
+
 
 def sequence(settings: dict[str, Any], context: Context) -> Outcome:
     """Domain after domain with each method: `gaintune sequence`.
@@ -30,9 +32,9 @@ def sequence(settings: dict[str, Any], context: Context) -> Outcome:
         return Outcome(notes=(why,), left_out=True)
     plan = context.world.plan(settings, origin=context.origin)
     matrix, diverged = learn(plan, context.folder, context)
-    tables = {"Summary": summary_frame(matrix)}
+    tables = {f"Summary: {MEASURE}": summary_frame(matrix)}
     for method in matrix.methods:
-        tables[f"{method.label}, every domain after every stage"] = cell_frame(matrix, method).map(
+        tables[f"{method.label}, every domain after every stage, likewise"] = cell_frame(matrix, method).map(
             lambda cell: NONE if cell is None else with_interval(cell)
         )
     return Outcome(
@@ -63,7 +65,7 @@ def separately(settings: dict[str, Any], context: Context) -> Outcome:
         matrix, broken = learn(plan, run, context)
         diverged |= {label: f"{domain['name']}: {why}" for label, why in broken.items()}
         numbers |= {f"{domain['name']}.{name}": value for name, value in matrix_numbers(matrix).items()}
-        tables[f"{domain['name']} learnt by itself"] = summary_frame(matrix)
+        tables[f"{domain['name']} learnt by itself: {MEASURE}"] = summary_frame(matrix)
         figures += sorted((run / "figures").glob("*.png"))
         adapters |= adapters_of(run, matrix)
         runs.append(run)

@@ -92,7 +92,9 @@ def gates(settings: dict[str, Any], context: Context) -> Outcome:
                 numbers[f"{label}.{domain}.{projection}.mean"] = bare(one.mean)
                 rows[f"{domain}, {projection}"] = _gate_cells(one)
         numbers |= _gates_apart(survey.record, label, plan.evaluate)
-        tables[f"Gates of {key}"] = pd.DataFrame.from_dict(rows, orient="index", columns=["Mean", "SD", "Below 0.05"])
+        tables[f"Gates of {key}, from 0 (shut) to 1 (open)"] = pd.DataFrame.from_dict(
+            rows, orient="index", columns=["Mean", "SD", "Below 0.05"]
+        )
         figures += sorted(folder.glob("*.png"))
         if len(stages) > 1:
             after = f"{label}.after-{key.partition('/')[2]}"
@@ -227,6 +229,8 @@ def tokens(settings: dict[str, Any], context: Context) -> Outcome:
                     numbers[f"{name}.{figure}"] = value
             rows[label] = tokens_report.cells(one)
         heads = [head[:1].upper() + head[1:] for head in tokens_report.HEADS]
-        tables[f"{domain}: change of every token's loss"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
+        tables[f"{domain}: change of every token's loss, intervals over blocks"] = pd.DataFrame.from_dict(
+            rows, orient="index", columns=heads
+        )
     figures = tuple(sorted(context.folder.glob("*.png")))
     return Outcome(numbers, tables, figures, notes=left_out(settings, context), without=without)

@@ -19,7 +19,7 @@ from gaintune.evaluate.classification import Share, difference
 from gaintune.evaluate.likelihood import ChoiceFigure, compare_choices
 from gaintune.evaluate.records import Interval
 from gaintune.evaluate.walk import BASE
-from gaintune.recipes.adapting import adapters_of, learn, matrix_numbers, notes_on
+from gaintune.recipes.adapting import MEASURE, adapters_of, learn, matrix_numbers, notes_on
 from gaintune.recipes.local_rows import questions
 from gaintune.recipes.outcome import Context, Outcome
 from gaintune.report.canvas import INK, RULE, figure_files, styled
@@ -61,7 +61,7 @@ def answers(settings: dict[str, Any], context: Context) -> Outcome:
     in_domain = {name: value for name, value in matrix_numbers(matrix).items() if name.endswith(".in_domain")}
     return Outcome(
         numbers={**in_domain, **_numbers(found, plan)},
-        tables={"Answers": _table(found), "What was learnt": summary_frame(matrix)},
+        tables={"Answers": _table(found), f"What was learnt: {MEASURE}": summary_frame(matrix)},
         figures=(*sorted(context.folder.glob("*.png")), *sorted((run / "figures").glob("*.png"))),
         adapters=adapters,
         plan=plan,

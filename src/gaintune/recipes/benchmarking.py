@@ -90,7 +90,12 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
         if asked and not groups[key]:
             without |= {f"{label}.{key}": "none of its benchmarks is to be had" for label in labels}
             without |= {f"{one}-minus-{other}.{key}": "likewise" for one in labels for other in labels if one != other}
-    return Outcome(numbers, {"Benchmarks": found.table(labels)}, notes=(*notes, *found.about()), without=without)
+    return Outcome(
+        numbers,
+        {"Benchmarks, intervals over rows": found.table(labels)},
+        notes=(*notes, *found.about()),
+        without=without,
+    )
 
 
 def asked_config(

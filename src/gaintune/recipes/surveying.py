@@ -108,8 +108,8 @@ def transfer(settings: dict[str, Any], context: Context) -> Outcome:
                 with_interval(one.in_domain(part)),
             ]
         heads = ["Transfer to other domains, %", "Left of it", "Own domain, %"]
-        tables[f"Shared is {transfer_report.MEANINGS[one.component]}"] = pd.DataFrame.from_dict(
-            rows, orient="index", columns=heads
+        tables[f"Shared is {transfer_report.MEANINGS[one.component]}; intervals over validation blocks"] = (
+            pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         )
     return Outcome(numbers, tables, tuple(sorted(context.folder.glob("*.png"))), without=without)
 

@@ -48,11 +48,13 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     write(comparison, context.folder)
     numbers, without = numbers_of(comparison)
     tables = {
-        f"Every rate, intervals over {comparison.over}": point_frame(comparison.points, comparison),
+        f"Every rate: change of perplexity against the base, %, intervals over {comparison.over}": point_frame(
+            comparison.points, comparison
+        ),
         target_title(comparison): point_frame(comparison.matched, comparison),
-        "Every run": runs_frame(table, figure),
+        "Every run, likewise": runs_frame(table, figure),
     }
-    write_text(context.folder / "runs.md", markdown_table(tables["Every run"], "Method"))
+    write_text(context.folder / "runs.md", markdown_table(tables["Every run, likewise"], "Method"))
     told = [pair_sentence(each, comparison) for each in comparison.pairs]
     told += [curve_sentence(each, comparison) for each in comparison.curves]
     told += remarks(comparison)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,8 @@ from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE, number
 from gaintune.runs import make_folder, write_json, write_text
 
+SMOKE = "Random weights and a few steps: the verdicts show that everything runs, and nothing else."
+
 
 def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
     """Write results.md, results.csv (every number), results.json, environment.json, and figures/."""
@@ -22,9 +25,7 @@ def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
     make_folder(folder / "figures")
     for step, outcome in result.outcomes.items():
         for figure in outcome.figures:
-            part = figure.parent.relative_to(folder / step).as_posix().replace("figures", "").strip("/.")
-            name = "-".join(filter(None, (step, part.replace("/", "-"), figure.name)))
-            shutil.copyfile(figure, folder / "figures" / name)
+            shutil.copyfile(figure, folder / "figures" / _figure_name(result, step, figure))
     rows = [
         {"step": step, "number": name, "value": one.value, "low": one.low, "high": one.high}
         for step, outcome in result.outcomes.items()
@@ -49,6 +50,12 @@ def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
     write_text(folder / "results.md", markdown(result))
 
 
+def _figure_name(result: RecipeResult, step: str, figure: Path) -> str:
+    """What a step's figure is called beside those of other steps."""
+    part = figure.parent.relative_to(result.folder / step).as_posix().replace("figures", "").strip("/.")
+    return "-".join(filter(None, (step, part.replace("/", "-"), figure.name)))
+
+
 def markdown(result: RecipeResult) -> str:
     """The page: what was asked, a verdict on every claim, and each step's tables."""
     recipe = result.recipe
@@ -61,7 +68,7 @@ def markdown(result: RecipeResult) -> str:
         "",
     ]
     if result.scale == "smoke":
-        lines += ["Random weights and a few steps: the verdicts show that everything runs, and nothing else.", ""]
+        lines += [SMOKE, ""]
     lines += _verdicts(result)
     for step, outcome in result.outcomes.items():
         lines += [f"## {step}", ""]
@@ -70,6 +77,8 @@ def markdown(result: RecipeResult) -> str:
         lines += [""] if notes else []
         for title, table in outcome.tables.items():
             lines += [f"{title}:", "", markdown_table(table, ""), ""]
+        for figure in outcome.figures:
+            lines += [f"![{figure.stem}](figures/{_figure_name(result, step, figure)})", ""]
     return "\n".join(lines)
 
 
@@ -82,6 +91,11 @@ def _verdicts(result: RecipeResult) -> Iterator[str]:
     }
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Verdict here", "Found", "Claimed", "Number"])
     yield markdown_table(frame, "Claim")
+    yield ""
+    yield (
+        "What is found is in the unit of the step's tables, its interval over what they say; what is counted and not "
+        "sampled is its own interval. A number without an interval decides nothing."
+    )
     yield ""
 
 
