@@ -40,7 +40,8 @@ from gaintune.errors import DivergedError, GaintuneError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # its boxes cut the names of options on a terminal of 80 columns
+    context_settings={"max_content_width": 120},
 )
 out = Console()
 err = Console(stderr=True)
@@ -156,7 +157,9 @@ def adapt(
     penalty_strength: PenaltyStrength = None,
     replay: Replay = None,
     start: Annotated[Path | None, typer.Option(help="Adapter to carry on from, such as the previous domain's.")] = None,
-    allow_other_base: Annotated[bool, typer.Option(help="Use --start even if its base was another.")] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Use --start even if its base was another.")
+    ] = False,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -221,8 +224,10 @@ def merge(
     block_size: BlockSize = None,
     tolerance: Annotated[float, typer.Option(help="Largest accepted change of perplexity, %.")] = 0.5,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
-    force: Annotated[bool, typer.Option(help="Write the model even above the tolerance.")] = False,
-    allow_other_base: Annotated[bool, typer.Option(help="Merge into a base the adapter was not trained on.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write the model even above the tolerance.")] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Merge into a base the adapter was not trained on.")
+    ] = False,
     set_: Set = None,
 ) -> None:
     """Absorb an adapter into its base and write a plain transformers folder with a certificate of parity.

@@ -88,7 +88,9 @@ def evaluate(
     generated_tokens: GeneratedTokens = None,
     allow_code_execution: AllowCode = False,
     no_cache: NoCache = False,
-    allow_other_base: Annotated[bool, typer.Option(help="Load adapters that were trained on another base.")] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Load adapters that were trained on another base.")
+    ] = False,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
     seed: Seed = None,

@@ -33,7 +33,7 @@ def _help(section: type[Section], field: str) -> str:
         default = " ".join(getattr(each, "name", str(each)) for each in default)
     text = info.description or ""
     text = text[:1].upper() + text[1:]
-    return text if default is None else f"{text}. \\[default: {default}]"  # escaped: brackets are markup in help texts
+    return text if default is None else f"{text}. [default: {default}]"
 
 
 def _option(section: type[Section], field: str, *names: str) -> Any:
@@ -70,7 +70,7 @@ Epochs = Annotated[int | None, _option(TrainConfig, "epochs", "--epochs")]
 BatchSize = Annotated[int | None, _option(TrainConfig, "batch_size", "--batch-size")]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", help="Seed of training and resampling; the split has its own, data.seed. \\[default: 0]"),
+    typer.Option("--seed", help="Seed of training and resampling; the split has its own, data.seed. [default: 0]"),
 ]
 Set = Annotated[
     list[str] | None,

@@ -83,7 +83,11 @@ def run(
         typer.Option(help="Folder of local copies under the papers' names; else the Hub or embedded texts."),
     ] = None,
     allow_code_execution: Annotated[
-        bool, typer.Option(help="Run programs that a model wrote (HumanEval), in a process of their own with limits.")
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="Run programs that a model wrote (HumanEval), in a process of their own with limits.",
+        ),
     ] = False,
     set_: Set = None,
 ) -> None:

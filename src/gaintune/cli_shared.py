@@ -22,7 +22,7 @@ PlanOption = Annotated[
     Path | None,
     typer.Option("--plan", metavar="PLAN.yaml", help="Plan whose base, domains and data settings are used."),
 ]
-OtherBase = Annotated[bool, typer.Option(help="Take adapters that were trained on another base.")]
+OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
 LEARNT = "Domains are those that the adapters learnt unless --plan or --domain names some."
 
 

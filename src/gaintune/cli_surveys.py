@@ -46,10 +46,10 @@ def landscape(
     adapters: Adapters,
     plane: Annotated[bool, typer.Option("--plane", help="Measure the plane that two adapters span, too.")] = False,
     places: Annotated[
-        str | None, typer.Option("--line", metavar="T,T,...", help="Places along a line. \\[default: -0.25 to 1.25]")
+        str | None, typer.Option("--line", metavar="T,T,...", help="Places along a line. [default: -0.25 to 1.25]")
     ] = None,
     grid: Annotated[
-        str | None, typer.Option("--grid", metavar="T,T,...", help="Places along a side. \\[default: -0.25 to 1.25]")
+        str | None, typer.Option("--grid", metavar="T,T,...", help="Places along a side. [default: -0.25 to 1.25]")
     ] = None,
     plan: PlanOption = None,
     domain: Domains = None,
@@ -111,7 +111,7 @@ def transfer(
         list[str] | None,
         typer.Option(
             help="What is taken for shared: mean (the mean vector), principal (the first principal direction), "
-            "held-out (the mean without the measured domain's adapter); repeatable. \\[default: mean]"
+            "held-out (the mean without the measured domain's adapter); repeatable. [default: mean]"
         ),
     ] = None,
     plan: PlanOption = None,
