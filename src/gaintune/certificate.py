@@ -52,7 +52,7 @@ class Certificate:
         """One sentence for a person."""
         drift = f"perplexity changes by {self.perplexity_change:+.3f} %, tolerance {self.tolerance:g} %"
         if self.within_tolerance:
-            return f"The merged model is its adapter: {drift}."
+            return f"The merged model is within tolerance of its adapter: {drift}."
         return f"The merged model is NOT within tolerance: {drift}{'; written because it was forced' * self.forced}."
 
 

@@ -161,7 +161,8 @@ def heatmap(survey: FactorSurvey) -> Figure:
         shown = [(each, name) for each in survey.sequences if _layers(each) for name in _projections(each)]
         heights = [0.75 + 0.2 * len(sequence.stages) for sequence, _ in shown]
         width = max(len(_layers(sequence)) for sequence, _ in shown)
-        size = (3 * max(2.4, 1.3 + 0.09 * width), 0.9 + sum(heights))
+        longest = max(len(_first_title(sequence, name)) for sequence, name in shown)
+        size = (3 * max(2.9, 1.3 + 0.09 * width, 0.9 + 0.08 * longest), 0.9 + sum(heights))
         sheet = Figure(figsize=size, layout="constrained")
         grid = sheet.subplots(len(shown), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
         distance = Normalize(1 - LARGEST_DISTANCE, 1 + LARGEST_DISTANCE, clip=True)
@@ -173,8 +174,7 @@ def heatmap(survey: FactorSurvey) -> Figure:
                 _panel(axes, sequence, _grid(sequence, projection, figure), colours, scale, named=column == 0)
                 if column == 0:
                     _mark_flips(axes, sequence, projection)
-                whose = f"{_short(sequence.label)}, {projection}: " if column == 0 else ""
-                axes.set_title(whose + title, loc="left")
+                axes.set_title(_first_title(sequence, projection) if column == 0 else title, loc="left")
         for axes in grid[-1]:
             axes.set_xlabel("transformer layer")
         for columns, colours, scale, label in (
@@ -223,6 +223,10 @@ def _panel(
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _first_title(sequence: FactorSequence, projection: str) -> str:
+    return f"{_short(sequence.label)}, {projection}: {PANELS[0][0]}"
 
 
 def _mark_flips(axes: Axes, sequence: FactorSequence, projection: str) -> None:

@@ -61,14 +61,15 @@ def provenance(plan: Plan, base: Base, domains: Sequence[DomainBlocks], adapters
 
 
 def warn_of_other_texts(adapters: Iterable[Path], domains: Sequence[DomainBlocks]) -> None:
-    """Say where a domain is cut otherwise here than an adapter learnt it: it may have seen what it is measured on."""
+    """Say where a domain is not what an adapter learnt: of other text it may have seen what it is measured on."""
     here = {domain.name: domain.content_hash for domain in domains}
     for folder in adapters:
         record = read_record(folder)
         for name, learnt in (record.content_hashes if record else {}).items():
             if here.get(name, learnt) != learnt:
                 logger.warning(
-                    "%s learnt %s with other text or other data settings than it is measured with here, so it may be "
-                    "measured on what it was trained on: give the plan it was trained with",
+                    "%s learnt %s from other text, or cut to other sizes, than it is measured on here. Text and "
+                    "data.seed alone decide what is held out: give the training's --train-tokens, --validation-tokens "
+                    "and --block-size, or its plan, to see that they are the same",
                     folder, name,
                 )  # fmt: skip

@@ -96,8 +96,8 @@ def curve_difference(
     low, high = float(ends[:, 0].max()), float(ends[:, 1].min())
     if not low < high:
         raise DataError(
-            "the curves have no in-domain change in common: by replicate they reach "
-            f"{_ranges(ends[: len(first)])} and {_ranges(ends[len(first) :])} %; add rates so that they overlap"
+            "the curves have no in-domain change in common: by replicate the first reaches "
+            f"{_ranges(ends[: len(first)])} % and the second {_ranges(ends[len(first) :])} %; add rates so that they overlap"
         )
     grid = np.linspace(low, high, PLACES)
     apart = np.array([_along(one, grid) - _along(other, grid) for one, other in zip(first, second, strict=True)])
