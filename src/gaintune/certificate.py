@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gaintune import runs
+from gaintune.progress import plural
 
 JSON = "certificate.json"
 PAGE = "certificate.md"
@@ -74,7 +75,7 @@ def page(certificate: Certificate) -> str:
         ),
         ("compared with", c.reference),
         ("merged model computed in", c.computed_in),
-        ("text", f"{c.blocks} blocks of {c.block_size} tokens"),
+        ("text", f"{plural(c.blocks, 'block')} of {c.block_size} tokens"),
         ("perplexity, adapter", f"{c.adapter_perplexity:.4f}"),
         ("perplexity, merged", f"{c.merged_perplexity:.4f} ({c.perplexity_change:+.3f} %)"),
         ("tolerance", f"{c.tolerance:g} %"),

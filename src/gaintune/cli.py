@@ -284,10 +284,8 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            err.print(
-                "stopped; run the same command again (training, sweeps, recipes and retention continue, all else begins anew)",
-                highlight=False,
-            )
+            again = "training, sweeps, recipes and retention continue, all else begins anew"
+            err.print(f"stopped; run the same command again ({again})", highlight=False)
         raise
     except Exception as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)

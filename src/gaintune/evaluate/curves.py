@@ -97,7 +97,8 @@ def curve_difference(
     if not low < high:
         raise DataError(
             "the curves have no in-domain change in common: by replicate the first reaches "
-            f"{_ranges(ends[: len(first)])} % and the second {_ranges(ends[len(first) :])} %; add rates so that they overlap"
+            f"{_ranges(ends[: len(first)])} % and the second {_ranges(ends[len(first) :])} %; "
+            "add rates so that they overlap"
         )
     grid = np.linspace(low, high, PLACES)
     apart = np.array([_along(one, grid) - _along(other, grid) for one, other in zip(first, second, strict=True)])
