@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from gaintune import peft_configs
 from gaintune.adalora import BudgetSchedule
 from gaintune.errors import ConfigError
-from gaintune.gain_signs import SignFlips
+from gaintune.gain_warnings import GainWarnings
 from gaintune.osf import SubspaceProjection
 from gaintune.sections import MethodConfig
 from gaintune.tuners.optim import GATES
@@ -66,7 +66,7 @@ METHODS: dict[str, Method] = {
             f"{_FROZEN}; gains only (fp32)",
             peft_configs.gain(ffn=False),
             "GAIN",
-            rule=lambda config, place: SignFlips(),
+            rule=lambda config, place: GainWarnings(),
         ),
         Method(
             "gain-ffn",
@@ -76,7 +76,7 @@ METHODS: dict[str, Method] = {
             f"{_FROZEN}; gains only (fp32)",
             peft_configs.gain(ffn=True),
             "GAIN",
-            rule=lambda config, place: SignFlips(),
+            rule=lambda config, place: GainWarnings(),
         ),
         Method(
             "disel",

@@ -1,4 +1,4 @@
-"""Training warns once a stage when gains fall to 0 or below, and learns the same bytes with the check and without."""
+"""Training warns of gains at 0 or below, and of gains that round away; it learns the same bytes with and without."""
 
 import logging
 
@@ -12,11 +12,14 @@ import tiny_domains
 from gaintune import learning
 from gaintune.analysis.gain_factors import read_factors
 from gaintune.analysis.gains import survey_gains
-from gaintune.gain_signs import SignFlips
+from gaintune.gain_warnings import GainWarnings
+from gaintune.loss import NextTokenLoss
 from gaintune.sequence import run_sequence
 from gaintune.tuners.gain import GainConfig
+from gaintune.tuners.gain.scale import scale_features
+from gaintune.updates import Lesson
 
-LOGGER = "gaintune.gain_signs"
+LOGGER = "gaintune.gain_warnings"
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -26,7 +29,7 @@ def warnings(caplog) -> list[str]:
 
 def test_the_first_gain_at_or_below_zero_is_warned_of_once(caplog):
     model = get_peft_model(tiny_base.model(), GainConfig(ffn=True, task_type="CAUSAL_LM"))
-    rule = SignFlips()
+    rule = GainWarnings()
     v = model.base_model.model.model.layers[1].mlp.down_proj.gain_v["default"]
     with caplog.at_level(logging.WARNING, logger=LOGGER), torch.no_grad():
         rule.after_update(model, 0)
@@ -46,8 +49,32 @@ def test_gains_that_do_not_train_are_not_looked_at(caplog):
     model.base_model.model.model.layers[0].self_attn.o_proj.gain_v["default"].data.fill_(-2)
     model.requires_grad_(False)
     with caplog.at_level(logging.WARNING, logger=LOGGER):
-        SignFlips().after_update(model, 0)
+        GainWarnings().after_update(model, 0)
     assert not warnings(caplog)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "furthest", "warned"),
+    [
+        ("bf16", 0.0019, True),
+        ("bf16", 0.0021, False),
+        ("fp16", 0.0002, True),
+        ("fp16", 0.0003, False),
+        ("fp32", 0, False),
+    ],
+)
+def test_gains_that_no_activation_shows_are_warned_of(caplog, dtype, furthest, warned):
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    model = get_peft_model(tiny_base.model().to(kind), GainConfig(ffn=True, task_type="CAUSAL_LM"))
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    layer.gain_v["default"].data[3] = -furthest
+    x = torch.linspace(1, 2, 257).to(kind)[:256, None] * torch.ones(layer.in_features, dtype=kind)
+    moved = scale_features(x, layer.gain_v["default"].detach()) != x
+    assert moved.any().item() is (not warned and furthest > 0)
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        GainWarnings().finish(model, Lesson([], NextTokenLoss(model), "prose"))
+    told = [f"{str(kind)[6:]} activations show nothing below" in each for each in warnings(caplog)]
+    assert told == [True] * warned
 
 
 @pytest.mark.parametrize(("lr", "stages_warned"), [(0.01, 0), (0.6, 2)])
