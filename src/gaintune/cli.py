@@ -78,7 +78,7 @@ def _sequence(plan: Any, run: Path) -> None:
     try:
         matrix = run_sequence(plan, run, progress=progress_on(err))
     except DivergedError as error:
-        if len(error.methods) < len(plan.methods):  # what the others did is worth a report
+        if error.finished:  # what the others did is worth a report
             out.print(f"report  {write_report(run)}", highlight=False, soft_wrap=True)
         raise
     if not first_process():

@@ -67,12 +67,14 @@ class DivergedError(TrainingError):
     """A loss or a gradient is not finite.
 
     Attributes:
-        methods: of a sequence, the methods that diverged, each with what was not finite; all others are finished.
+        methods: of a sequence that went on, the methods that diverged, each with what was not finite.
+        finished: how many others of that sequence are finished.
     """
 
-    def __init__(self, message: str, methods: Mapping[str, str] | None = None) -> None:
+    def __init__(self, message: str, methods: Mapping[str, str] | None = None, finished: int = 0) -> None:
         super().__init__(message)
         self.methods = dict(methods or {})
+        self.finished = finished
 
 
 class SweepError(GaintuneError, RuntimeError):

@@ -95,7 +95,8 @@ def run_sequence(
                 shown.note(f"{method.label} diverged: {error}")
         _write_matrix(directory, settled, sequences)
         if diverged:
-            raise DivergedError("; ".join(f"{label}: {why}" for label, why in diverged.items()), diverged)
+            told = "; ".join(f"{label}: {why}" for label, why in diverged.items())
+            raise DivergedError(told, diverged, finished=len(sequences) - len(diverged))
         directory.event("finished")
         directory.wait()
         return Matrix.from_dict(read_json(directory.matrix))

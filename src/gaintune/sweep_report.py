@@ -160,21 +160,23 @@ def _frame(axes: Axes, points: Sequence[Point]) -> int:
     Returns:
         How many points have an interval that does not end inside.
     """
-    sides = []
-    for axis, values in ((0, [point.in_domain for point in points]), (1, [point.figure for point in points])):
-        inside = [each.value for each in values] + [run[axis] for point in points for run in point.runs]
-        low, high = min(inside), max(inside)
-        room = 0.15 * (high - low or 1.0)
-        sides.append((low - room, high + room))
-    axes.set(xlim=sides[0], ylim=(sides[1][0], max(sides[1][1], 0.0)))
-    limits = (axes.get_xlim(), axes.get_ylim())
-    return sum(
-        any(
-            one.low is not None and one.high is not None and not low <= one.low <= one.high <= high
-            for one, (low, high) in zip((point.in_domain, point.figure), limits, strict=True)
-        )
-        for point in points
-    )
+    runs = [run for point in points for run in point.runs]
+    across = _side([point.in_domain.value for point in points] + [x for x, _ in runs])
+    low, high = _side([point.figure.value for point in points] + [y for _, y in runs])
+    up = (min(low, 0.0), max(high, 0.0))  # the base's line stays in
+    axes.set(xlim=across, ylim=up)
+    return sum(not (_ends_in(point.in_domain, across) and _ends_in(point.figure, up)) for point in points)
+
+
+def _side(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis with room for the rates at its edges."""
+    low, high = min(values), max(values)
+    room = 0.15 * (high - low or 1.0)
+    return low - room, high + room
+
+
+def _ends_in(one: Interval, side: tuple[float, float]) -> bool:
+    return one.low is None or one.high is None or side[0] <= one.low <= one.high <= side[1]
 
 
 def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:

@@ -7,7 +7,7 @@ import tiny_base
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
-from benchmark_world import NAMES, Watch, adapter, base_of, config_of, edit, logits, write_base, write_rows
+from benchmark_world import NAMES, Watch, adapter, base_of, config_of, edit, logits
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
@@ -22,16 +22,6 @@ from gaintune.evaluate.benchmarks import (
 from gaintune.evaluate.benchmarks import base_of as base_of_report
 from gaintune.methods import attach
 from gaintune.models import load_base
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("method", ["gain-ffn", "lora", "disel", "ia3", "pissa", "full"])

@@ -14,7 +14,7 @@ import tiny_base
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
 import tiny_benchmarks
-from benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit, write_base, write_rows
+from benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit
 
 from gaintune.adapters import load_adapter
 from gaintune.config import ModelConfig
@@ -30,16 +30,6 @@ from gaintune.evaluate.benchmarks import (
 )
 from gaintune.evaluate.records import Interval
 from gaintune.models import load_base
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data"))
 
 
 def test_a_base_is_measured_once_for_all_its_adapters(tiny, data, tmp_path):

@@ -79,14 +79,14 @@ def learn(plan: Plan, run: Path, context: Context) -> tuple[Matrix, dict[str, st
     """A sequence with its report: the matrix of the methods that finished, and those that diverged with the reason.
 
     Raises:
-        DivergedError: every method diverged.
+        DivergedError: every method diverged, or one of several processes did.
     """
     try:
         matrix, diverged = run_sequence(plan, run, progress=context.progress), {}
     except DivergedError as error:
-        diverged = error.methods
-        if len(diverged) == len(plan.methods):
+        if not error.finished:
             raise
+        diverged = error.methods
         found = Matrix.from_dict(read_json(run / "matrix.json"))
         matrix = replace(
             found,

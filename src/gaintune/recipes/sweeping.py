@@ -47,14 +47,15 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     comparison = compare_sweep(table, target=target, figure=figure, confidence=plan.evaluate.confidence)
     write(comparison, context.folder)
     numbers, without = numbers_of(comparison)
+    runs = runs_frame(table, figure)
     tables = {
         f"Every rate: change of perplexity against the base, %, intervals over {comparison.over}": point_frame(
             comparison.points, comparison
         ),
         target_title(comparison): point_frame(comparison.matched, comparison),
-        "Every run, likewise": runs_frame(table, figure),
+        "Every run, likewise": runs,
     }
-    write_text(context.folder / "runs.md", markdown_table(tables["Every run, likewise"], "Method"))
+    write_text(context.folder / "runs.md", markdown_table(runs, "Method"))
     told = [pair_sentence(each, comparison) for each in comparison.pairs]
     told += [curve_sentence(each, comparison) for each in comparison.curves]
     told += remarks(comparison)
