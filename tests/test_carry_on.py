@@ -8,6 +8,7 @@ import tiny_base
 import tiny_domains
 import tiny_encoders
 from gaintune.adaptation import adapt
+from gaintune.adapters import read_record
 from gaintune.carry_on import carried_on
 from gaintune.config import MethodConfig, build_plan
 from gaintune.errors import ConfigError
@@ -78,6 +79,16 @@ def test_rate_penalty_and_replay_are_those_of_the_new_plan(plan, tmp_path):
     adapt({**plan, "methods": [{"name": "lora", "lr": 0.02, "penalty": "l2"}]}, tmp_path / "first")
     _, method = carried_on(tmp_path / "first", build_plan({**plan, "methods": ["lora"]}))
     assert (method.lr, method.penalty) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("train", "method", "taken"),
+    [({}, {}, METHODS["lora"].lr), ({"lr": 0.003}, {}, 0.003), ({"lr": 0.003}, {"lr": 0.02}, 0.02)],
+    ids=["default", "plan", "method"],
+)
+def test_an_adapter_records_the_rate_that_was_taken(plan, tmp_path, train, method, taken):
+    adapt({**plan, "train": {**plan["train"], **train}, "methods": [{"name": "lora", **method}]}, tmp_path / "adapter")
+    assert read_record(tmp_path / "adapter").settings["train"]["lr"] == taken
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])

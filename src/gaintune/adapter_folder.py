@@ -12,6 +12,7 @@ from gaintune import runs
 from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.learnt_domain import LearntDomain
+from gaintune.methods import learning_rate
 
 RECORD = "gaintune.json"
 CONFIG = "adapter_config.json"
@@ -23,8 +24,8 @@ class AdapterRecord:
     """What an adapter was trained on and how.
 
     `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`, and
-    `data` how its rows were made; `labels` are the classes of a classifier, in the order of its logits, and empty for
-    everything else.
+    `data` how its rows were made; `settings` are those of the last domain, their `train.lr` the rate that was taken;
+    `labels` are the classes of a classifier, in the order of its logits, and empty for everything else.
     """
 
     base_name: str
@@ -75,7 +76,7 @@ class AdapterRecord:
             content_hashes={**(previous.content_hashes if previous else {}), **dict(learnt)},
             data={**(previous.data if previous else {}), **{name: made[name] for name, _ in learnt}},
             settings={
-                "train": plan.train.model_dump(mode="json"),
+                "train": {**plan.train.model_dump(mode="json"), "lr": learning_rate(method, plan.train)},
                 "method": method.model_dump(mode="json"),
                 **(settings or {}),
             },
