@@ -69,7 +69,7 @@ def run(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--run", help="Folder; one that was begun is continued. [default: runs/ID-SCALE]", show_default=False
+            "--run", help="Folder; one that was begun is continued. [default: runs/id-scale]", show_default=False
         ),
     ] = None,
     scale: Annotated[
