@@ -6,10 +6,10 @@ import pytest
 from scipy import stats
 
 import tiny_sweep
-from gaintune.errors import DataError
+from gaintune.errors import ConfigError, DataError
 from gaintune.runs import read_json
 from gaintune.sweep_compare import compare_sweep
-from gaintune.sweep_report import curve_sentence, markdown, pair_sentence, write
+from gaintune.sweep_report import curve_sentence, discard, markdown, pair_sentence, write
 from gaintune.sweep_table import SweepTable
 
 
@@ -79,6 +79,54 @@ def test_a_pair_that_is_not_matched_in_domain_has_no_better_one(table):
         assert "in-domain they are not matched" in told and "is better" not in told
 
 
+def offset(*in_domain):
+    """As `keeping` at one rate, but for its in-domain change, which is off by so much for each seed, and a figure
+    that is 12 points better."""
+
+    def effect(lr, order, seed):
+        own, _ = keeping(lr, order, seed)
+        return own + in_domain[seed], 0.8 * own - 12.0 - 0.1 * seed
+
+    return effect
+
+
+def test_two_that_are_far_apart_but_for_their_spread_are_not_matched(tmp_path):
+    methods = {"keeping": keeping, "other": offset(7.0, 9.0)}
+    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path, methods, seeds=2), target=-16).pairs
+    assert pair.in_domain.sign == 0 and pair.difference.sign == 1  # two seeds cannot tell, and the figure is apart
+    assert "not matched, 8.0 points apart" in pair.unmatched and pair.better is None
+
+
+def test_two_that_are_surely_near_are_matched_though_they_surely_differ(tmp_path):
+    methods = {"keeping": keeping, "other": offset(0.10, 0.11, 0.12)}
+    found = compare_sweep(tiny_sweep.synthetic(tmp_path, methods), target=-16)
+    (pair,) = found.pairs
+    assert pair.in_domain.sign == -1 and pair.matched and pair.better == "other"
+    assert found.targets[0].margin == pytest.approx(1.6)  # a tenth of the target
+
+
+def test_two_that_may_be_near_are_not_known_to_be(tmp_path):
+    methods = {"keeping": keeping, "other": offset(-2.0, 0.0, 2.0)}
+    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path, methods), target=-16).pairs
+    assert "within 1.6 points, more replicates would tell" in pair.unmatched and pair.better is None
+    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path / "one", methods, seeds=1), target=-4).pairs
+    assert "not matched, 2.0 points apart" in pair.unmatched  # of a target of 4 % a tenth is less than a point
+    methods = {"keeping": keeping, "other": offset(0.0)}
+    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path / "same", methods, seeds=1)).pairs
+    assert "one replicate cannot tell" in pair.unmatched and pair.better is None
+
+
+def test_a_rate_beyond_the_best_in_domain_change_is_matched_with_nothing(tmp_path):
+    def unstable(lr, order, seed):
+        own = {0.001: -10.0, 0.01: -29.4, 0.03: -27.9}[lr] + noise(13, order, seed)
+        return own, (-2.3 if lr == 0.03 else 0.8 * own)
+
+    found = compare_sweep(
+        tiny_sweep.synthetic(tmp_path, {"unstable": unstable}, rates=(0.001, 0.01, 0.03)), target=-28.0
+    )
+    assert [point.lr for point in found.matched] == [0.01]
+
+
 def worsening(lr, order, seed):
     return {0.001: 1.0, 0.01: 9.0}[lr] + noise(9, order, seed), 12.0
 
@@ -129,6 +177,8 @@ def test_a_rate_that_failed_for_one_seed_leaves_that_seed_s_others_on_the_curve(
     assert pair.curve.replicates == 3 and pair.better == "steady"
     assert pair.curve.low == pytest.approx(-16.0, abs=0.6)  # as far as seed 1 got
     assert found.unfinished == 1
+    assert [point.lr for point in found.matched] == [0.003, 0.003]  # what survives at 0.01 is not matched
+    assert [(point.lr, point.failed) for point in found.points if point.failed] == [(0.01, 1)]
     assert [(one.variant, one.lr, one.runs) for one in found.missing] == [("diverging", 0.01, 1)]
     assert "diverging at 0.01: 1 run (the loss is not finite)" in markdown(found)
 
@@ -189,12 +239,32 @@ def test_everything_is_written(tmp_path):
     }  # fmt: skip
     told = read_json(tmp_path / "comparison.json")
     assert told["pairs"][0]["better"] == "keeping"
+    assert (told["confidence"], told["targets"][0]["margin"]) == (0.95, pytest.approx(1.6, abs=0.1))
     assert told["curves"][0]["curve"]["difference"]["high"] < 0
     text = markdown(found)
     assert "keeping is better" in text and "3 seeds" in text and "Earlier domains, against the base" in text
+    assert "95 % intervals over seeds" in text
     assert len(pd.DataFrame(told["points"])) == 4
+    discard(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_hopeless_run_leaves_the_others_their_comparison(tmp_path):
+    def hopeless(lr, order, seed):
+        return 1e301 * (1 + seed), 1e301 * (1 + seed)
+
+    table = tiny_sweep.synthetic(
+        tmp_path / "runs", {"keeping": keeping, "spoiling": spoiling, "hopeless": hopeless}, seeds=2
+    )
+    found = compare_sweep(table)
+    write(found, tmp_path)  # all of it is finite
+    assert {pair.second for pair in found.pairs} == {"spoiling", "hopeless"}
 
 
 def test_what_cannot_be_compared_is_said(table):
-    with pytest.raises(DataError, match="no figure is called 'retention'"):
+    with pytest.raises(ConfigError, match="no figure is called 'retention'"):
         compare_sweep(table, figure="retention")
+    with pytest.raises(ConfigError, match=r"target 21: methods are matched at a change that improves, .* such as -21$"):
+        compare_sweep(table, target=21)
+    with pytest.raises(ConfigError, match=r"target 0: .* such as -20$"):
+        compare_sweep(table, target=0)

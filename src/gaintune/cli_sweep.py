@@ -31,7 +31,9 @@ def sweep(
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(help="In-domain change, in %, at which methods are compared; the strongest all reach."),
+        typer.Option(
+            help="In-domain change, in %, such as -20, to compare methods at; the strongest all reach."
+        ),
     ] = None,
     figure: Annotated[str, typer.Option(help="Figure that is compared, a column of sweep.csv.")] = "backward_transfer",
     set_: Set = None,
@@ -46,16 +48,14 @@ def sweep(
 
     chosen = check_engine(engine, jobs, address)  # before what takes seconds to load
     quiet_libraries()
-    from gaintune.errors import ConfigError, DataError, SweepError
-    from gaintune.evaluate.bootstrap import FIGURES
+    from gaintune.errors import DataError, SweepError
     from gaintune.grid import read_grid
     from gaintune.progress import plural
     from gaintune.sweep import run_sweep
-    from gaintune.sweep_compare import compare_sweep
-    from gaintune.sweep_report import curve_sentence, pair_sentence, point_frame, remarks, target_title, write
+    from gaintune.sweep_compare import check_comparison, compare_sweep
+    from gaintune.sweep_report import curve_sentence, discard, pair_sentence, point_frame, remarks, target_title, write
 
-    if figure not in FIGURES:
-        raise ConfigError(f"--figure {figure}: no figure is called that; the figures are {', '.join(FIGURES)}")
+    check_comparison(figure, target)
     settled = read_grid(grid, set_ or ())
     found = run_sweep(
         settled,
@@ -66,13 +66,17 @@ def sweep(
         progress=progress_on(err),
         prepare=quiet_libraries,
     )
+    discard(run)
+    written = "tables"
     if found.finished:
         try:
-            comparison = compare_sweep(found, target=target, figure=figure)
+            confidence = settled.plan.evaluate.confidence
+            comparison = compare_sweep(found, target=target, figure=figure, confidence=confidence)
         except DataError as error:
             say(f"methods are not compared: {error}")
         else:
             write(comparison, run)
+            written = "tables and comparison"
             frame = point_frame(comparison.matched, comparison)
             rows = [[str(name), *map(str, row)] for name, row in zip(frame.index, frame.values.tolist(), strict=True)]
             out.print(table(target_title(comparison), ["method", *frame.columns], rows, numeric=range(1, 5)))
@@ -82,7 +86,7 @@ def sweep(
                 say(f"by curve, {curve_sentence(curve, comparison)}")
             for remark in remarks(comparison):
                 say(remark)
-    say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; tables and comparison {run}")
+    say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; {written} {run}")
     if found.failed:
         told = "\n".join(f"  {row.folder}: {row.error}" for row in found.failed)
         raise SweepError(f"{plural(len(found.failed), 'run')} failed; the same command tries them again:\n{told}")

@@ -149,7 +149,7 @@ METHODS: dict[str, Method] = {
             "AdaLoRA: rank 8 on average over all linear layers, from 12 in each, by importance",
             0.01,
             _LOW_RANK | {"orthogonality"},
-            f"{_FROZEN}; the number of updates of all domains, known from the plan; two averages and a product a number",
+            f"{_FROZEN}; the number of updates of all domains, known from the plan; three numbers for each trained one",
             peft_configs.adalora,
             "ADALORA",
             rule=BudgetSchedule,

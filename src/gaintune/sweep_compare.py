@@ -7,37 +7,38 @@ averaged: what holds for one order may not for another. Intervals cover other re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gaintune.errors import DataError
+from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.averages import reach
 from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER, FIGURES, IN_DOMAIN, FloatArray, stretched
 from gaintune.evaluate.matrix import summary_parts
 from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import Curve, curve_difference, replicated, sign_flip_test
-from gaintune.sweep_records import CurvePair, Missing, Pair, Point, SweepComparison, Target, Variant
+from gaintune.evaluate.statistics import Curve, curve_difference, replicated
+from gaintune.sweep_match import Averaged, Numbers, Rates, Replicate, groups_of, nearest, pair, target_of
+from gaintune.sweep_records import CurvePair, Missing, Point, SweepComparison, Variant
 from gaintune.sweep_table import SweepRow, SweepTable
 
-Replicate = tuple[int, int]
-"""Order and seed."""
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """Block resamples of one run by what each domain adds, `(1 + samples, domains)` each; see `SummaryParts`."""
-
-    in_domain: FloatArray
-    figure: FloatArray
-
-
-Rates = dict[float, dict[Replicate, _Numbers]]
 Measured = dict[Variant, Rates]
-Averaged = Callable[[Mapping[Replicate, FloatArray]], Interval]
+Blocks = dict[int, tuple[int, ...]]
+"""Validation blocks of each domain by budget, since what is trained on is no validation text."""
 AUTOCAST = "float32-autocast-"
+
+
+def check_comparison(figure: str, target: float | None) -> None:
+    """Refuse what `compare_sweep` cannot compare; ask before the runs.
+
+    Raises:
+        ConfigError: no such figure, or a target that is no improvement.
+    """
+    if figure not in FIGURES:
+        raise ConfigError(f"no figure is called {figure!r}; the figures are {', '.join(FIGURES)}")
+    if target is not None and not target < 0:
+        raise ConfigError(
+            f"target {target:g}: methods are matched at a change that improves, in %, such as {-abs(target) or -20:g}"
+        )
 
 
 def compare_sweep(
@@ -54,123 +55,75 @@ def compare_sweep(
         confidence: of the intervals.
 
     Raises:
+        ConfigError: no such figure, or a target that is no improvement.
         DataError: no finished run, none that has the figure, such as earlier domains where only one is learnt, or runs
             that were computed in different numbers.
     """
-    if figure not in FIGURES:
-        raise DataError(f"no figure is called {figure!r}; the figures are {', '.join(FIGURES)}")
+    check_comparison(figure, target)
     _check_numbers(table)
     measured, blocks = _measured(table, figure)
     over_orders = len({row.run.order for row in table.rows}) > 1
     variants = dict.fromkeys(_variant(row) for row in table.rows)
     names = {variant: variant.name(list(variants)) for variant in variants}
+    missing = _missing(table, names)
+    failed = {(one.variant, one.lr): one.runs for one in missing}
 
-    def interval(runs: Mapping[Replicate, FloatArray]) -> Interval:
-        rows = _rows(runs, blocks, confidence)
-        return replicated(rows, groups=_groups(runs, over_orders), confidence=confidence)
+    def averaged(budget: int) -> Averaged:
+        def interval(runs: Mapping[Replicate, FloatArray]) -> Interval:
+            rows = _rows(runs, blocks[budget], confidence)
+            return replicated(rows, groups=groups_of(runs, over_orders), confidence=confidence)
+
+        return interval
+
+    def point(variant: Variant, lr: float, runs: Mapping[Replicate, Numbers]) -> Point:
+        interval = averaged(variant.budget)
+        return Point(
+            names[variant],
+            lr,
+            interval({key: numbers.in_domain for key, numbers in runs.items()}),
+            interval({key: numbers.figure for key, numbers in runs.items()}),
+            len(set(groups_of(runs, over_orders))),
+            tuple((float(numbers.in_domain[0].sum()), float(numbers.figure[0].sum())) for numbers in runs.values()),
+            failed.get((names[variant], lr), 0),
+        )
 
     points = {
-        variant: tuple(_point(names[variant], lr, runs, interval, over_orders) for lr, runs in sorted(rates.items()))
+        variant: tuple(point(variant, lr, runs) for lr, runs in sorted(rates.items()))
         for variant, rates in measured.items()
     }
     targets = {
-        budget: _target(budget, {one: points[one] for one in points if one.budget == budget}, target)
+        budget: target_of(budget, {one: points[one] for one in points if one.budget == budget}, target)
         for budget in dict.fromkeys(variant.budget for variant in points)
     }
-    nearest = {variant: _nearest(found, targets[variant.budget].in_domain) for variant, found in points.items()}
+    chosen = {variant: nearest(found, targets[variant.budget].in_domain) for variant, found in points.items()}
     couples = [(one, other) for one, other in itertools.combinations(measured, 2) if one.budget == other.budget]
     return SweepComparison(
         figure,
+        confidence,
         tuple(targets.values()),
         "orders" if over_orders else "seeds",
         tuple(itertools.chain.from_iterable(points.values())),
-        tuple(point for variant, point in nearest.items() if names[variant] not in targets[variant.budget].never),
+        tuple(found for variant, found in chosen.items() if names[variant] not in targets[variant.budget].never),
         tuple(
-            _pair(
-                (nearest[one], nearest[other]),
+            pair(
+                (chosen[one], chosen[other]),
                 (measured[one], measured[other]),
                 targets[one.budget],
-                interval,
+                averaged(one.budget),
                 over_orders,
             )
             for one, other in couples
         ),
         tuple(
-            _curve_pair((names[one], names[other]), measured[one], measured[other], blocks, over_orders, confidence)
+            _curve_pair(
+                (names[one], names[other]), measured[one], measured[other], blocks[one.budget], over_orders, confidence
+            )
             for one, other in couples
         ),
         len(table.failed),
-        _missing(table, names),
+        missing,
         _notes(table),
     )
-
-
-def _point(variant: str, lr: float, runs: Mapping[Replicate, _Numbers], interval: Averaged, over_orders: bool) -> Point:
-    return Point(
-        variant,
-        lr,
-        interval({key: numbers.in_domain for key, numbers in runs.items()}),
-        interval({key: numbers.figure for key, numbers in runs.items()}),
-        len(set(_groups(runs, over_orders))),
-        tuple((float(numbers.in_domain[0].sum()), float(numbers.figure[0].sum())) for numbers in runs.values()),
-    )
-
-
-def _target(budget: int, points: Mapping[Variant, Sequence[Point]], given: float | None) -> Target:
-    """The given change, else the strongest that all variants reach which improve at some rate."""
-    best = {found[0].variant: min(point.in_domain.value for point in found) for found in points.values()}
-    reached = [value for value in best.values() if value < 0]
-    never = tuple(name for name, value in best.items() if value >= 0)
-    return Target(budget, given if given is not None else max(reached, default=None), never)
-
-
-def _nearest(points: Sequence[Point], target: float | None) -> Point:
-    """The point nearest the target, else the one with the best in-domain change; of equal ones that of a lower rate."""
-    if target is None:
-        return min(points, key=lambda point: (point.in_domain.value, point.lr))
-    return min(points, key=lambda point: (abs(point.in_domain.value - target), point.lr))
-
-
-def _pair(
-    points: tuple[Point, Point], rates: tuple[Rates, Rates], target: Target, interval: Averaged, over_orders: bool
-) -> Pair:
-    """Two variants at the rates of two points, run by run."""
-    (one, other), (first, second) = points, (rates[0][points[0].lr], rates[1][points[1].lr])
-    rest: Any = {
-        "first": one.variant, "second": other.variant, "first_lr": one.lr, "second_lr": other.lr,
-        "one_rate_each": len(rates[0]) == len(rates[1]) == 1,
-    }  # fmt: skip
-    common = [key for key in first if key in second]
-    if not common:
-        reason = "no replicate is finished at both rates"
-        return Pair(**rest, difference=None, in_domain=None, p=None, better=None, replicates=0, unmatched=reason)
-    apart = {key: first[key].figure - second[key].figure for key in common}
-    difference = interval(apart)
-    left = interval({key: first[key].in_domain - second[key].in_domain for key in common})
-    values = _group_values(apart, over_orders)
-    unmatched = _unmatched(one, other, left, target)
-    better = None
-    if unmatched is None and difference.sign:
-        better = one.variant if difference.sign < 0 else other.variant
-    return Pair(
-        **rest,
-        difference=difference,
-        in_domain=left,
-        p=sign_flip_test(values),
-        better=better,
-        replicates=len(values),
-        unmatched=unmatched,
-    )
-
-
-def _unmatched(one: Point, other: Point, left: Interval, target: Target) -> str | None:
-    """Why two points are not at equal in-domain change, or None."""
-    never = [point.variant for point in (one, other) if point.variant in target.never]
-    if never:
-        return f"{' and '.join(never)} {'improves' if len(never) == 1 else 'improve'} in-domain at no rate"
-    if left.sign:
-        return f"in-domain they are not matched, {abs(left.value):.1f} points apart: more rates would bring them nearer"
-    return None
 
 
 def _curve_pair(
@@ -186,7 +139,7 @@ def _curve_pair(
     shared = [key for key in _with_a_curve(one) if key in _with_a_curve(other)]
     if not shared:
         return CurvePair(*names, None, "no replicate is finished at two rates of both")
-    groups = _groups(shared, over_orders)
+    groups = groups_of(shared, over_orders)
     # interpolated, a curve is no sum of parts: its resamples reach as far as those of the mean figures' difference
     first, second = (
         np.mean([found[key].figure for found in rates.values() for key in shared if key in found], axis=0)
@@ -247,20 +200,8 @@ def _notes(table: SweepTable) -> tuple[str, ...]:
     return (f"runs were computed on different devices ({', '.join(devices)})",) if len(devices) > 1 else ()
 
 
-def _group_values(apart: Mapping[Replicate, FloatArray], over_orders: bool) -> list[float]:
-    """Mean difference of each replicate."""
-    by_group: dict[int, list[float]] = {}
-    for values, group in zip(apart.values(), _groups(apart, over_orders), strict=True):
-        by_group.setdefault(group, []).append(float(values[0].sum()))
-    return [float(np.mean(values)) for values in by_group.values()]
-
-
 def _variant(row: SweepRow) -> Variant:
     return Variant(row.run.label, row.run.rank, row.run.budget)
-
-
-def _groups(keys: Any, over_orders: bool) -> list[int]:
-    return [order if over_orders else seed for order, seed in keys]
 
 
 def _rows(runs: Mapping[Replicate, FloatArray], blocks: Sequence[int], confidence: float) -> FloatArray:
@@ -272,10 +213,10 @@ def _rows(runs: Mapping[Replicate, FloatArray], blocks: Sequence[int], confidenc
     return stretched(rows.T, reach(parts.mean(axis=0), blocks, confidence)).T
 
 
-def _measured(table: SweepTable, figure: str) -> tuple[Measured, tuple[int, ...]]:
+def _measured(table: SweepTable, figure: str) -> tuple[Measured, Blocks]:
     """The figures of every finished run with their resamples, by variant, rate and replicate; blocks of each domain."""
     found: Measured = {}
-    blocks: tuple[int, ...] = ()
+    blocks: Blocks = {}
     for row in table.finished:
         assert row.matrix is not None
         parts = summary_parts(row.losses(), row.run.plan.evaluate, row.matrix.planned)
@@ -286,8 +227,8 @@ def _measured(table: SweepTable, figure: str) -> tuple[Measured, tuple[int, ...]
             in_domain, wanted = in_domain[:1], wanted[:1]
         run = row.run
         rates = found.setdefault(_variant(row), {})
-        rates.setdefault(run.lr, {})[run.order, run.seed] = _Numbers(in_domain, wanted)
-        blocks = parts.blocks
+        rates.setdefault(run.lr, {})[run.order, run.seed] = Numbers(in_domain, wanted)
+        blocks[run.budget] = parts.blocks
     if not found:
         raise DataError(
             f"nothing to compare: no finished run has the figure {figure!r}"

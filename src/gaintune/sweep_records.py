@@ -37,6 +37,7 @@ class Point:
         figure: the figure that is compared.
         replicates: how many seeds or orders stand behind them.
         runs: both numbers of every run.
+        failed: how many runs of that rate have no numbers and are not in the means, which flatters these.
     """
 
     variant: str
@@ -45,6 +46,7 @@ class Point:
     figure: Interval
     replicates: int
     runs: tuple[tuple[float, float], ...]
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class Target:
         budget: training tokens of a domain.
         in_domain: in %; None where no variant improves, so that there is nothing to match at.
         never: variants that improve at no rate; they say nothing about the target and are matched with nothing.
+        margin: in points, how far apart in-domain two may be and still be matched.
     """
 
     budget: int
     in_domain: float | None
     never: tuple[str, ...]
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class Pair:
         p: two-sided, of `sign_flip_test` over the replicates.
         better: the variant whose figure is better, named only where they are matched and the interval excludes zero.
         replicates: how many stand behind the interval.
-        unmatched: why the two are not matched in-domain, so that this is no comparison at equal adaptation; None
-            where they are.
+        unmatched: why the two are not known to be matched in-domain, so that this is no comparison at equal
+            adaptation; None where the interval of `in_domain` lies within the target's margin.
         one_rate_each: whether both are run at one rate alone, so that none was chosen.
     """
 
@@ -93,7 +97,7 @@ class Pair:
 
     @property
     def matched(self) -> bool:
-        """Whether the two are compared at equal in-domain change, as far as their intervals tell."""
+        """Whether the two are known to be compared at equal in-domain change, within the target's margin."""
         return self.unmatched is None
 
 
@@ -129,6 +133,7 @@ class SweepComparison:
 
     Attributes:
         figure: which summary figure is compared, such as `backward_transfer`.
+        confidence: of the intervals.
         targets: of each budget the in-domain change at which methods are matched.
         over: what the replicates are, `seeds` or `orders`.
         points: every variant at every rate.
@@ -141,6 +146,7 @@ class SweepComparison:
     """
 
     figure: str
+    confidence: float
     targets: tuple[Target, ...]
     over: str
     points: tuple[Point, ...]

@@ -113,8 +113,8 @@ def _lower(comparison: SweepComparison) -> str:
 def markdown(comparison: SweepComparison) -> str:
     """All comparisons as Markdown."""
     parts = [
-        f"Change of validation perplexity against the base in %, lower is better; intervals over {comparison.over} and "
-        "validation blocks.\n",
+        f"Change of validation perplexity against the base in %, lower is better; {100 * comparison.confidence:g} % "
+        f"intervals over {comparison.over} and validation blocks.\n",
         markdown_table(point_frame(comparison.points, comparison), "Method"),
         f"{target_title(comparison)}:\n",
         markdown_table(point_frame(comparison.matched, comparison), "Method"),
@@ -204,6 +204,12 @@ def _reach(interval: Interval) -> tuple[float, float]:
     if interval.low is None or interval.high is None:
         return 0.0, 0.0
     return max(interval.value - interval.low, 0.0), max(interval.high - interval.value, 0.0)
+
+
+def discard(folder: Path) -> None:
+    """Remove the comparison of an earlier call from a folder, which would be of another table of runs."""
+    for name in ("comparison.md", "comparison.json", "tradeoff.png", "tradeoff.svg"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write(comparison: SweepComparison, folder: Path) -> None:

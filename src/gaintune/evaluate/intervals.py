@@ -150,7 +150,8 @@ def replicated(
     value = float(rows[:, 0].mean())
     if count < 2:
         return Interval(value, None, None)
-    error = float(rows[:, 0].std(ddof=1)) / np.sqrt(count)
+    largest = float(np.abs(rows[:, 0]).max()) or 1.0  # scaled: squares of a hopeless model's changes would overflow
+    error = largest * float((rows[:, 0] / largest).std(ddof=1)) / np.sqrt(count)
     if plain:
         reach = t_quantile(confidence, count) * error
         return Interval(value, value - float(reach), value + float(reach))

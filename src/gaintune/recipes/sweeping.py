@@ -17,7 +17,8 @@ from gaintune.recipes.outcome import Context, Outcome, highest, lowest
 from gaintune.report.tables import markdown_table
 from gaintune.runs import write_text
 from gaintune.sweep import run_sweep
-from gaintune.sweep_compare import compare_sweep
+from gaintune.sweep_compare import check_comparison, compare_sweep
+from gaintune.sweep_match import whole
 from gaintune.sweep_records import SweepComparison
 from gaintune.sweep_report import curve_sentence, heading, pair_sentence, point_frame, remarks, target_title, write
 from gaintune.sweep_table import SweepTable
@@ -31,11 +32,12 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. Numbers:
     `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
     `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE; `A-minus-B` of variants with one rate each, matched or not.
-    A rate of which a run diverged has no number, and its variant no `.worst`.
+    A rate of which a run diverged has no number, and its variant no `.worst`; `.best` is that of the other rates.
     """
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
     target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
+    check_comparison(figure, target)
     plan, grid = plan_and_grid(settings, context)
     table = run_sweep(grid, context.folder, engine="sequential", progress=context.progress)
     broken = [row for row in table.failed if not row.diverged] or (() if table.finished else table.failed)
@@ -94,7 +96,7 @@ def numbers_of(comparison: SweepComparison) -> tuple[dict[str, Interval], dict[s
             numbers[f"{name}@{point.lr:g}.in_domain"] = point.in_domain
             numbers[f"{name}@{point.lr:g}.{comparison.figure}"] = point.figure
         numbers[f"{name}.worst"] = highest([point.figure for point in own])
-        numbers[f"{name}.best"] = lowest([point.figure for point in own])
+        numbers[f"{name}.best"] = lowest([point.figure for point in whole(own)])
     for pair in comparison.pairs:
         name = f"{_plain(pair.first)}-minus-{_plain(pair.second)}"
         if pair.one_rate_each and pair.difference is not None:
