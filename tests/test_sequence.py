@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
@@ -12,7 +14,7 @@ from gaintune.adaptation import adapt
 from gaintune.adapters import load_adapter
 from gaintune.config import build_plan
 from gaintune.data.blocks import load_domain
-from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
+from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate.perplexity import measure
 from gaintune.models import load_base
 from gaintune.runs import damage, read_json
@@ -170,6 +172,15 @@ def test_a_method_that_diverges_stops_neither_the_others_nor_the_numbers(model, 
         "gain-ffn": 2,
         "lora": 0,
     }
+
+
+def test_a_base_whose_own_loss_is_not_finite_is_said_to_be_the_base(tmp_path):
+    folder = tiny_base.folder(tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("inf"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=r"the base's own loss on prose is not finite in \w+: its weights are"):
+        run_sequence(tiny_domains.plan(folder, tmp_path), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

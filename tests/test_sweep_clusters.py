@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import joblib
 import pytest
 
 import killing
@@ -80,7 +81,8 @@ def test_dask_starts_workers_of_its_own_and_gives_up_a_run_that_kills_them(expec
     from distributed import get_client
 
     grid, _ = expected
-    with open_pool("dask", 1):
+    with open_pool("dask", 1) as pool:
+        assert pool.cores == max(2, joblib.cpu_count())  # a worker each has one thread, and its share of all cores
         (worker, _) = get_client().scheduler_info()["workers"].values()
         assert worker["memory_limit"] == 0  # none of its own: the kernel alone says when memory is out
     table = run_sweep(

@@ -43,7 +43,7 @@ def gains(
     Loads no model. Writes gains.csv, gains-layers.csv, gains.md, gains.json and two figures as PNG and SVG.
     """
     quiet_libraries()
-    from gaintune.analysis.gain_report import TIGHT, verdict, write
+    from gaintune.analysis.gain_report import TIGHT, stage_cells, verdict, write
     from gaintune.analysis.gains import survey_gains
 
     survey = survey_gains(paths)
@@ -51,10 +51,7 @@ def gains(
     rows = []
     for sequence in survey.sequences:
         for stage in sequence.stages:
-            one = stage.figures
-            near = f"{100 * one.near:.1f} %"
-            figures = [f"{one.smallest:.3f}", f"{one.largest:.3f}", near, f"{one.flipped:,}", f"{one.count:,}"]
-            rows.append([sequence.label, f"{stage.index + 1} {stage.domain}", *figures])
+            rows.append([sequence.label, f"{stage.index + 1} {stage.domain}", *stage_cells(stage)])
     heads = ["method", "after stage", "smallest", "largest", TIGHT, "at or below 0", "factors"]
     out.print(table("", heads, rows, numeric=range(2, 7)))
     for sequence in survey.sequences:

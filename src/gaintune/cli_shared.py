@@ -23,7 +23,7 @@ PlanOption = Annotated[
     typer.Option("--plan", metavar="PLAN.yaml", help="Plan whose base, domains and data settings are used."),
 ]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
-LEARNT = "Domains are those that the adapters learnt unless --plan or --domain names some."
+LEARNT = "Domains are those that the adapters learnt last, unless --plan or --domain names some."
 
 
 def say(text: str) -> None:
@@ -44,7 +44,7 @@ def with_base(adapters: Sequence[Path], given: Options, assignments: Sequence[st
 
 
 def survey_plan(plan: Path | None, adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> Plan:
-    """The plan of a survey: a file's if there is one, then the options; base and domains by the adapters' records."""
+    """The plan of a survey: a file's if there is one, then the options; base and domains learnt last by records."""
     if plan is not None:
         return assemble(plan, given, assignments)
     from gaintune.adapters import read_record

@@ -31,9 +31,7 @@ def sweep(
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(
-            help="In-domain change, in %, such as -20, to compare methods at; the strongest all reach."
-        ),
+        typer.Option(help="In-domain change, in %, such as -20, to compare methods at; the strongest all reach."),
     ] = None,
     figure: Annotated[str, typer.Option(help="Figure that is compared, a column of sweep.csv.")] = "backward_transfer",
     set_: Set = None,

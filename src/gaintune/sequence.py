@@ -18,7 +18,7 @@ from gaintune.data.classify import ClassifyDomain
 from gaintune.data.examples import Examples
 from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.environment import describe_environment
-from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
+from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate.base_losses import BaseLosses
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
@@ -149,8 +149,7 @@ class _Sequence:
             return
         self._run.event("method started", method=self._method.label)
         base = load_base(self._plan.model, dtype=self._numbers.load)
-        for domain in self._measured:
-            self._measure(base.model, domain, self._base_file(domain), "base", self._base_losses)
+        self._measure_base(base.model)
         self._run.wait()
         model: nn.Module | None = None
         holds = -1
@@ -171,6 +170,16 @@ class _Sequence:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _measure_base(self, model: nn.Module) -> None:
+        for domain in self._measured:
+            try:
+                self._measure(model, domain, self._base_file(domain), "base", self._base_losses)
+            except DivergedError:
+                raise BaseModelError(
+                    f"{self._plan.model.name}: the base's own loss on {domain.name} is not finite in "
+                    f"{self._numbers.name}: its weights are broken, or these numbers too small for it (model.dtype)"
+                ) from None
 
     def _finished(self, index: int) -> bool:
         """Whether a stage has its adapter, every cell, and the record that closes it."""

@@ -36,12 +36,14 @@ class Pool:
         devices: CUDA devices of this machine, as CUDA_VISIBLE_DEVICES names them, of which every worker is to take one;
             none where there are none, or where the engine or whoever started its cluster shares them out.
         gpus: of a Ray cluster, for it to share out.
+        nodes: cores and GPUs of each node of a Ray cluster.
     """
 
     engine: Engine
     cores: int
     devices: tuple[str, ...] = ()
     gpus: int = 0
+    nodes: tuple[tuple[int, int], ...] = ()
 
     def threads(self, jobs: int) -> int | None:
         """Threads for each of so many jobs at a time, at most OMP_NUM_THREADS; None leaves them as they are."""
@@ -50,6 +52,18 @@ class Pool:
         limit = os.environ.get("OMP_NUM_THREADS", "")
         share = max(1, self.cores // jobs)
         return min(share, int(limit)) if limit.isdigit() and int(limit) > 0 else share
+
+    def reserved(self, workers: int) -> dict[str, float]:
+        """What Ray is asked for each of so many workers: its share of cores and GPUs, so far as all find a place."""
+        to_a_gpu = math.ceil(workers / self.gpus) if self.gpus else 0
+
+        def places(cores: int) -> int:
+            """How many workers of so many cores the nodes hold; those without a GPU none where GPUs are asked for."""
+            return sum(min(own // cores, gpus * to_a_gpu if to_a_gpu else workers) for own, gpus in self.nodes)
+
+        shares = range(self.cores // workers, 0, -1)
+        asked: dict[str, float] = {"num_cpus": next((cores for cores in shares if places(cores) >= workers), 0)}
+        return {**asked, "num_gpus": 1 / to_a_gpu} if to_a_gpu else asked
 
     def run(self, work: Callable[[Any], None], items: Sequence[Any], jobs: int) -> None:
         """Call `work` on each item, `jobs` at a time, each in a worker that may be used again for another.
@@ -60,8 +74,7 @@ class Pool:
         # joblib takes one job at a time to mean this process, where a killed worker would be the end of everything: so
         # two workers, and one job handed out at a time
         workers = 1 if self.engine == "sequential" else max(2, jobs)
-        # so many to a device that all of them find a place
-        remote = {"ray_remote_args": {"num_gpus": 1 / math.ceil(workers / self.gpus)}} if self.gpus else {}
+        remote = {"ray_remote_args": self.reserved(workers)} if self.engine == "ray" else {}
         options: dict[str, Any] = {"n_jobs": workers, "pre_dispatch": jobs, "batch_size": 1}
         with warnings.catch_warnings():
             # a worker is started anew after a while, which joblib warns of as a possible leak of memory
@@ -140,12 +153,13 @@ def _ray(jobs: int, address: str | None, cuda: bool | None) -> Iterator[Pool]:
             raise SweepError(f"no Ray cluster at {known or 'this machine'} ({one_line(error)[:200]})") from None
     register_ray()
     try:
-        resources = ray.cluster_resources()
-        gpus = 0 if cuda is False else int(resources.get("GPU", 0))
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = tuple((int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources)
+        gpus = 0 if cuda is False else sum(own for _, own in nodes)
         if cuda and not gpus:
             raise SweepError("the Ray cluster has no GPU, and this process has: start its nodes with GPUs, or set "
                              "plan.model.device=cpu")  # fmt: skip
-        yield Pool("ray", int(resources.get("CPU", 0)), gpus=gpus)
+        yield Pool("ray", sum(cores for cores, _ in nodes), gpus=gpus, nodes=nodes)
     finally:
         if mine:
             ray.shutdown()
@@ -156,7 +170,7 @@ def _dask(jobs: int, address: str | None, cuda: bool | None) -> Iterator[Pool]:
     import dask.config
     from distributed import Client, get_client
 
-    client, mine, devices = None, True, ()
+    client, mine, devices, here = None, True, (), 0
     if address is None:
         with contextlib.suppress(ValueError):  # there is none
             client, mine = get_client(), False
@@ -168,10 +182,12 @@ def _dask(jobs: int, address: str | None, cuda: bool | None) -> Iterator[Pool]:
             client = Client(address=known) if known else Client(**local)
         except OSError as error:
             raise SweepError(f"no Dask scheduler at {known or 'this machine'} ({one_line(error)[:200]})") from None
-        devices = _devices_here() if cuda and not known else ()
+        if not known:
+            here = joblib.cpu_count()  # its workers have one thread each so that joblib sees so many; they share all
+            devices = _devices_here() if cuda else ()
     try:
         cores: dict[str, int] = client.ncores()  # type: ignore[assignment]  # a coroutine of asynchronous clients alone
-        yield Pool("dask", sum(cores.values()), devices=devices)
+        yield Pool("dask", max(sum(cores.values()), here), devices=devices)
     finally:
         if mine:
             client.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 from filelock import FileLock, Timeout
 
 from gaintune.config import Plan
@@ -121,7 +122,7 @@ def _run(job: Job) -> None:
             f"plan.model.device={found} for all"
         )
     if job.threads is not None:
-        torch.set_num_threads(job.threads)
+        torch.set_num_threads(min(job.threads, joblib.cpu_count()))  # a share of a cluster may be more than its node
     if job.run.is_dir():  # whoever held it is about to be gone, such as the worker that was lost with it
         with contextlib.suppress(Timeout), FileLock(job.run / ".lock", timeout=GRACE):
             pass

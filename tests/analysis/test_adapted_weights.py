@@ -215,8 +215,14 @@ def test_gates_must_be_held_at_a_value_that_is_said(narrow, tmp_path):
     assert half.adapters[0].relative_update == pytest.approx(0.5 * whole.adapters[0].relative_update)
     assert "every gate held at 0.5" in markdown(half)
     lora = adapter(narrow, tmp_path / "lora", method("lora", rank=1))
-    with pytest.raises(ConfigError, match="has no gates"):
+    with pytest.raises(ConfigError, match="none of these adapters has gates"):
         survey_subspace([lora], model, gate=1)
+    base = load_base(str(narrow), dtype=torch.float32)
+    with pytest.raises(ConfigError, match="has no gates"), adapted_weights(base, lora, gate=1):
+        pass
+    beside = survey_subspace([folder, lora], model, gate=0.5).adapters
+    assert [each.gate for each in beside] == [0.5, None]
+    assert beside[0].outside == pytest.approx(half.adapters[0].outside)
 
 
 def test_another_base_and_no_adapter_are_refused(narrow, tmp_path):

@@ -169,6 +169,15 @@ def test_what_spans_no_plane_is_refused(place):
         way_of([place / "missing"])
 
 
+def test_weights_that_did_not_move_are_no_direction(place, tmp_path):
+    base = load_base(str(place / "base"), dtype=torch.float32)
+    record = AdapterRecord(str(place / "base"), base.fingerprint, "dora", "dora", ("text",))
+    save_adapter(get_peft_model(base.model, CONFIGS["dora"]()), tmp_path / "still", record)
+    base = load_base(str(place / "base"), dtype=torch.float32)
+    with pytest.raises(AdapterError, match="changes no weight"), directions(base, [tmp_path / "still"]):
+        pass
+
+
 @pytest.fixture(scope="module")
 def plan(place):
     values = tiny_domains.plan(place / "base", place)

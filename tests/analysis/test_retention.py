@@ -87,6 +87,13 @@ def test_adapters_without_snapshots_and_odd_counts_are_refused(place, tmp_path):
         survey_retention(plan, [folder / "lora", folder / "lora"])
 
 
+def test_benchmarks_that_are_not_to_be_had_are_refused_before_anything_is_measured(place):
+    pytest.importorskip("lm_eval")
+    folder, plan = place
+    with pytest.raises(ConfigError, match="arc_esay"):
+        survey_retention(plan, [folder / "lora"], benchmarks={"tasks": ["arc_esay"]}, progress=Nothing())
+
+
 def score(task, items, metric="acc"):
     facts = TaskFacts("made up", "test", 0, "1")
     return BenchmarkScore(task, metric, float(np.mean(items)), 0.01, tuple(items), len(items), "mean", True, facts)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.absorb import check_mergeable
 from gaintune.adapter_folder import WEIGHTS
 from gaintune.adapters import FULL, read_config, read_record
+from gaintune.analysis.gain_factors import PREFIX
 from gaintune.errors import AdapterError, ConfigError, one_line
 from gaintune.evaluate.attaching import attached
 from gaintune.models import Base
@@ -27,7 +28,6 @@ from gaintune.tuners.gain import GainLayer
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "base_model.model."
 GATED = "DISEL"
 NAMED = 8  # modules that a warning names; of more it says how many
 
@@ -41,12 +41,15 @@ class WeightPair:
     adapted: torch.Tensor
 
 
-def check_weights(adapter: Path, gate: float | None = None) -> None:
+def check_weights(adapter: Path, gate: float | None = None) -> bool:
     """Refuse, before any model is loaded, an adapter that has no one adapted weight.
+
+    Returns:
+        Whether it has gates, so that `gate` is for it.
 
     Raises:
         AdapterError: its effect is no change of weights, it has gates and `gate` is None, or it is a classifier.
-        ConfigError: `gate` is not in (0, 1], or the adapter has no gates.
+        ConfigError: `gate` is not in (0, 1].
     """
     record = read_record(adapter)
     if record is not None and record.labels:
@@ -54,8 +57,6 @@ def check_weights(adapter: Path, gate: float | None = None) -> None:
     gated = (record is None or record.method != FULL) and read_config(adapter).get("peft_type") == GATED
     if gate is not None and not 0 < gate <= 1:
         raise ConfigError(f"gate is {gate}: a gate is above 0 and at most 1")
-    if gate is not None and not gated:
-        raise ConfigError(f"{adapter} has no gates: leave the gate's value out")
     if gated and gate is None:
         raise AdapterError(
             f"{adapter}: its gates open and shut token by token, so there is no one adapted weight. Give the value at "
@@ -63,6 +64,7 @@ def check_weights(adapter: Path, gate: float | None = None) -> None:
         )
     if not gated:
         check_mergeable(adapter)
+    return gated
 
 
 class AdaptedWeights:
@@ -130,7 +132,8 @@ def adapted_weights(
     Raises:
         AdapterError, BaseMismatchError, ConfigError: as `check_weights` and `load_adapter`; or nothing to compare.
     """
-    check_weights(adapter, gate)
+    if not check_weights(adapter, gate) and gate is not None:
+        raise ConfigError(f"{adapter} has no gates: leave the gate's value out")
     record = read_record(adapter)
     full = record is not None and record.method == FULL
     before = _linear_weights(base.model, None if full else _tensor_names(adapter))

@@ -249,6 +249,8 @@ class _Weights:
                 raise AdapterError(f"{folder}: merging it changes which weights the base has: nothing to interpolate")
             pairs = ((name, theirs[name].detach(), weight.detach()) for name, weight in own.items())
             self._deltas.append({name: one - zero for name, one, zero in pairs if not torch.equal(one, zero)})
+            if not self._deltas[-1]:
+                raise AdapterError(f"{folder}: merging it changes no weight, so there is no direction to go in")
         touched = {name for delta in self._deltas for name in delta}
         self._weights = {name: (weight, weight.data) for name, weight in own.items() if name in touched}
 

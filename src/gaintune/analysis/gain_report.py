@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gaintune.analysis.gains import NEAR, FactorFigures, FactorSequence, FactorSurvey
+from gaintune.analysis.gains import NEAR, FactorFigures, FactorSequence, FactorSurvey, StageFactors
 from gaintune.environment import describe_environment
 from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import diverging, look
@@ -67,16 +67,22 @@ def layer_table(survey: FactorSurvey) -> pd.DataFrame:
     )
 
 
+def stage_cells(stage: StageFactors) -> list[str]:
+    """Smallest and largest factor, share within [0.95, 1.05], how many are at or below 0, and how many there are."""
+    one = stage.figures
+    return [
+        f"{one.smallest:.3f}", f"{one.largest:.3f}", f"{100 * one.near:.1f} %", f"{one.flipped:,}", f"{one.count:,}"
+    ]  # fmt: skip
+
+
 def markdown(survey: FactorSurvey) -> str:
     """The table of appendix J for every sequence, with its regime."""
     parts = []
     for sequence in survey.sequences:
         rows, names = [], []
         for stage in sequence.stages:
-            one = stage.figures
             names.append(f"{stage.index + 1} {stage.domain}")
-            near = f"{100 * one.near:.1f} %"
-            rows.append([f"{one.smallest:.3f}", f"{one.largest:.3f}", near, f"{one.flipped:,}", f"{one.count:,}"])
+            rows.append(stage_cells(stage))
         heads = ["Smallest", "Largest", TIGHT.capitalize(), "At or below 0", "Factors"]
         frame = pd.DataFrame(rows, index=names, columns=heads, dtype=object)
         parts.append(f"{sequence.label}: {verdict(sequence)}.\n\n{markdown_table(frame, 'After stage')}")
@@ -93,6 +99,8 @@ def verdict(sequence: FactorSequence) -> str:
     if not flips:
         return f"{sequence.regime}, every factor is positive after {seen}"
     stage, domain = flips[0]
+    if sequence.regime is None:
+        return f"regime unknown, factors at or below 0 at stage {stage} ({domain}), {seen} looked at, none before"
     return f"{sequence.regime}, factors at or below 0, first after stage {stage} ({domain}), {seen} looked at"
 
 

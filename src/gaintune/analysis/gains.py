@@ -96,15 +96,18 @@ class StageFactors:
 
 @dataclass(frozen=True)
 class FactorSequence:
-    """One method's factors, stage after stage; a single adapter is a sequence of one stage."""
+    """One method's factors, stage after stage; of a single adapter the stage of its last domain is all there is."""
 
     label: str
     stages: tuple[StageFactors, ...]
     planned: int
 
     @property
-    def regime(self) -> Regime:
-        """See `regime_of`."""
+    def regime(self) -> Regime | None:
+        """See `regime_of`; None where the first flip may lie in an earlier stage, which was not looked at."""
+        flips = (place for place, stage in enumerate(self.stages) if stage.figures.flipped)
+        if (first := next(flips, None)) is not None and self.stages[first].index > first:
+            return None
         return regime_of([stage.figures.flipped for stage in self.stages], self.planned)
 
 
@@ -138,7 +141,7 @@ def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
 
     Args:
         paths: run directories (every method with factors is a sequence, its adapters the stages) and adapter folders
-            of GAIN or (IA)3 (each a sequence of one stage, after those of runs).
+            of GAIN or (IA)3 (each the last stage of a sequence, after those of runs).
 
     Raises:
         AdapterError: a damaged adapter, one without factors, or a run without any.
@@ -161,7 +164,8 @@ def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
         else:
             origin = origin_of(path)
             domain = origin.domains[-1] if origin.domains else path.name
-            alone.append(FactorSequence(origin.label, (_stage(0, domain, path),), planned=1))
+            planned = max(1, len(origin.domains))  # as far as it knows
+            alone.append(FactorSequence(origin.label, (_stage(planned - 1, domain, path),), planned))
     if len(paths) > 1:
         named = table_labels([each.stages[0].origin for each in alone])
         alone = [replace(each, label=label) for each, label in zip(alone, named, strict=True)]

@@ -23,6 +23,7 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data.blocks import load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmark_tasks import load_suite
 from gaintune.evaluate.changes import Change, changes_of, mean_change
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.records import Interval
@@ -201,6 +202,7 @@ def survey_retention(
     taken = taken_snapshots([Path(folder) for folder in adapters], every)
     folders = [folder for copies in taken.values() for folder in copies.values()]
     check_adapters(folders, plan.model, allow_other_base=allow_other_base)
+    suite = None if config is None else load_suite(config)  # before hours of measuring
     shown = progress or Silent()
     base = load_base(plan.model)
     domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
@@ -227,6 +229,7 @@ def survey_retention(
             named,
             config,
             target_tasks,
+            suite=suite,
             cache=benchmark_cache,
             allow_other_base=allow_other_base,
             progress=shown,

@@ -14,6 +14,7 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmark_config import BenchmarkConfig, read_config
 from gaintune.evaluate.benchmark_means import counting_score, mean_difference
 from gaintune.evaluate.benchmark_records import BenchmarkScore
+from gaintune.evaluate.benchmark_tasks import Suite
 from gaintune.evaluate.benchmarks import base_of, benchmark_adapters
 from gaintune.evaluate.records import Interval
 from gaintune.progress import Progress
@@ -103,13 +104,15 @@ def measure_scores(
     config: BenchmarkConfig,
     target: Sequence[str],
     *,
+    suite: Suite | None = None,
     cache: Path | None = None,
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> MeasuredScores:
     """Measure a base, and every snapshot on it, on benchmarks; the adapters are not merged.
 
-    Each is measured in the numbers it was trained in, and against the base in the same.
+    Each is measured in the numbers it was trained in, and against the base in the same. `suite` is what
+    `load_suite(config)` gave, if it has been called already.
 
     Raises:
         ConfigError: a task without a share of rows to count; and whatever `benchmark_adapters` raises.
@@ -121,6 +124,7 @@ def measure_scores(
         {name: snapshots[key] for name, key in named.items()},
         config,
         cache=cache,
+        suite=suite,
         allow_other_base=allow_other_base,
         progress=progress,
     )

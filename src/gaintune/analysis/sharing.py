@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gaintune.analysis.gain_factors import read_factors
 from gaintune.errors import AdapterError, ConfigError
-
-FloatArray = NDArray[np.float64]
+from gaintune.evaluate.bootstrap import FloatArray
 
 
 @dataclass(frozen=True)

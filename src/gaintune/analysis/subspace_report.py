@@ -18,9 +18,9 @@ from gaintune.analysis.subspace_survey import AdapterSubspace, ModuleSubspace, S
 from gaintune.report.canvas import MUTED, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
+from gaintune.report.words import NONE
 from gaintune.runs import write_bytes, write_json, write_text
 
-NONE = "—"
 NO_OUTSIDE = "no outside"
 LOWEST = 1e-36  # where a share of exactly 0 is drawn: below anything that rounding leaves
 Pick = Callable[[ModuleSubspace], float | None]

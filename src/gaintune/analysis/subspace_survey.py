@@ -112,7 +112,8 @@ def survey_subspace(
         adapters: folders of adapters whose adapted weight can be formed, or of fully fine-tuned weights.
         model: their base; loaded in fp32, unquantized, on its device, where the singular values are computed too.
         settings: what is counted.
-        gate: the constant value of every gate of DISeL and Gated LoRA adapters, which are refused without it.
+        gate: the constant value of every gate of DISeL and Gated LoRA adapters, which are refused without it; others
+            have none, and go without.
         allow_other_base: take adapters that were trained on another base.
         progress: where to show progress.
 
@@ -123,16 +124,17 @@ def survey_subspace(
     if not adapters:
         raise ConfigError("name at least one adapter")
     origins = named_origins(adapters)
-    for adapter in adapters:
-        check_weights(adapter, gate)
+    gates = [gate if check_weights(adapter, gate) else None for adapter in adapters]
+    if gate is not None and not any(gates):
+        raise ConfigError(f"none of these adapters has gates ({', '.join(origins)}): leave the gate's value out")
     check_adapters(adapters, model, allow_other_base=allow_other_base)
     chosen, shown = settings or SubspaceSettings(), progress or Silent()
     found = []
     base = load_base(model.model_copy(update={"quantization": None}), dtype=torch.float32)
-    for (label, origin), adapter in zip(origins.items(), adapters, strict=True):
+    for (label, origin), adapter, held in zip(origins.items(), adapters, gates, strict=True):
         modules = []
         with (
-            adapted_weights(base, adapter, gate=gate, allow_other_base=allow_other_base) as weights,
+            adapted_weights(base, adapter, gate=held, allow_other_base=allow_other_base) as weights,
             shown.task(f"{label}: singular vectors", len(weights), "modules") as advance,
         ):
             places = places_of(base.model, weights.names)
@@ -142,7 +144,7 @@ def survey_subspace(
                 )
                 advance(1)
         scales = (adapter / "adapter_config.json").is_file() and read_config(adapter).get("peft_type") == "GAIN"
-        found.append(AdapterSubspace(label, origin, scales, gate, tuple(modules)))
+        found.append(AdapterSubspace(label, origin, scales, held, tuple(modules)))
     provenance = Provenance(
         base=base.name,
         base_revision=base.revision,

@@ -17,9 +17,8 @@ from gaintune.evaluate.records import Interval
 from gaintune.report.canvas import INK, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
+from gaintune.report.words import NONE
 from gaintune.runs import write_bytes, write_json, write_text
-
-NONE = "—"
 
 
 def table(survey: TokenSurvey) -> pd.DataFrame:
