@@ -9,7 +9,7 @@ import tiny_sweep
 from gaintune.errors import ConfigError, DataError
 from gaintune.runs import read_json
 from gaintune.sweep_compare import compare_sweep
-from gaintune.sweep_report import curve_sentence, discard, markdown, pair_sentence, write
+from gaintune.sweep_report import curve_sentence, discard, markdown, pair_sentence, tradeoff, write
 from gaintune.sweep_table import SweepTable
 
 
@@ -247,6 +247,21 @@ def test_everything_is_written(tmp_path):
     assert len(pd.DataFrame(told["points"])) == 4
     discard(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["runs"]
+
+
+def test_the_frame_keeps_intervals_unless_they_would_squeeze_curves(tmp_path):
+    def spread(lr, order, seed):
+        return -10.0 - 1000 * lr - 8.0 * seed, -5.0 - 6.0 * seed  # two seeds: intervals many times as wide as the runs
+
+    def frame(**options):
+        found = compare_sweep(tiny_sweep.synthetic(tmp_path / str(len(options)), {"one": spread}, seeds=2, **options))
+        (axes,) = tradeoff(found).axes
+        return axes.get_xlim(), found.points[0].in_domain, axes.get_title(loc="left")
+
+    (low, high), interval, title = frame(rates=(0.001,))
+    assert low < interval.low and interval.high < high and "beyond the frame" not in title
+    (low, high), interval, title = frame()
+    assert interval.low < low and "the intervals of 2 points reach beyond the frame" in title
 
 
 def test_a_hopeless_run_leaves_the_others_their_comparison(tmp_path):

@@ -155,21 +155,27 @@ def tradeoff(comparison: SweepComparison) -> Figure:
 
 
 def _frame(axes: Axes, points: Sequence[Point]) -> int:
-    """Fit the axes to values and runs, since few replicates make intervals that would leave no room for them.
+    """Fit the axes to values and runs, since few replicates make intervals that would leave no room for curves.
+
+    Where no variant has several rates there are no curves, and intervals are in the frame.
 
     Returns:
         How many points have an interval that does not end inside.
     """
     runs = [run for point in points for run in point.runs]
-    across = _side([point.in_domain.value for point in points] + [x for x, _ in runs])
-    low, high = _side([point.figure.value for point in points] + [y for _, y in runs])
+    curves = len(points) > len({point.variant for point in points})
+    across = _side([x for x, _ in runs], [point.in_domain for point in points], fit=not curves)
+    low, high = _side([y for _, y in runs], [point.figure for point in points], fit=not curves)
     up = (min(low, 0.0), max(high, 0.0))  # the base's line stays in
     axes.set(xlim=across, ylim=up)
     return sum(not (_ends_in(point.in_domain, across) and _ends_in(point.figure, up)) for point in points)
 
 
-def _side(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of an axis with room for the rates at its edges."""
+def _side(runs: Sequence[float], intervals: Sequence[Interval], *, fit: bool) -> tuple[float, float]:
+    """The ends of an axis with room for the rates at its edges; `fit` keeps the intervals' ends in."""
+    values = [*runs, *(one.value for one in intervals)]
+    if fit:
+        values += [end for one in intervals for end in (one.low, one.high) if end is not None]
     low, high = min(values), max(values)
     room = 0.15 * (high - low or 1.0)
     return low - room, high + room
