@@ -21,6 +21,7 @@ from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.models import load_base
+from gaintune.progress import Silent
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
 
@@ -215,8 +216,24 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     for domain in ("prose", "code"):
         assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
         assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
+    apart = survey_landscape(plan, adapters, line=[], plane=True, grid=[0.5])  # here the plane alone has these places
+    for domain in ("prose", "code"):
+        assert apart.plane.at(0.5, 0.0).losses[domain] == first.at(0.5).losses[domain]
     with pytest.raises(ConfigError, match="spanned by two adapters, and 1 were given"):
         survey_landscape(plan, adapters[:1], plane=True)
+
+
+def test_places_that_lines_and_their_plane_share_are_measured_once(place, plan):
+    titles = []
+
+    class Listening(Silent):
+        def task(self, title, total, unit):
+            titles.append(title)
+            return super().task(title, total, unit)
+
+    survey_landscape(plan, [place / "lora", place / "lora2"], plane=True, line=[0.5], grid=[0.5], progress=Listening())
+    places = [title for title in titles if "prose at" in title]
+    assert len(places) == len(set(places)) == 3 + 2 + 4  # of 3 + 3 + 9: not the base again, nor the plane's two edges
 
 
 @pytest.mark.parametrize(("bump", "seen"), [(0.0, 0.02), (0.3, 0.98)])

@@ -227,11 +227,12 @@ def survey_landscape(
     warn_of_other_texts(adapters, domains)
     told = provenance(plan, base, domains, origins)
     surfaces = []
+    known: _Known = {}
     for each, before, dtype in zip(wanted, (dtypes[0], *dtypes[:-1]), dtypes, strict=True):
         if dtype is not before:
             del base  # it goes before the next one comes
             base = load_base(plan.model, dtype=dtype)
-        surfaces.append(_measured(plan, base, domains, each, allow_other_base, progress or Silent()))
+        surfaces.append(_measured(plan, base, domains, each, known, allow_other_base, progress or Silent()))
     lines = surfaces[: len(adapters)]
     return Landscape(tuple(lines), surfaces[-1] if plane else None, told)
 
@@ -249,32 +250,39 @@ class _Wanted:
         return torch.float32 if way_of(self.folders) == "weights" else None
 
 
+_Known = dict[tuple[Way, str, frozenset[tuple[Path, float]]], dict[str, DomainLoss]]
+"""Losses by way, numbers, and how far each adapter is gone where it is not left: what a plane and its lines share."""
+
+
 def _measured(
     plan: Plan,
     base: Base,
     domains: Sequence[DomainBlocks],
     wanted: _Wanted,
+    known: _Known,
     allow_other_base: bool,
     progress: Progress,
 ) -> Surface:
-    """Move along one direction or two, and measure every domain at every place."""
+    """Move along one direction or two, and measure every domain at every place that is not `known` from another."""
+    way, dtype = way_of(wanted.folders), str(base.model.dtype).removeprefix("torch.")
     steps = sorted({0.0, 1.0, *map(float, wanted.places)})
     points = []
     with directions(base, wanted.folders, allow_other_base=allow_other_base) as moving:
         for place in [(t,) for t in steps] if len(wanted.folders) == 1 else [(t, u) for t in steps for u in steps]:
-            moving.move(place)
-            losses = {
-                domain.name: measure(
-                    moving.model,
-                    domain.validation,
-                    domain.validation_bytes,
-                    batch_size=plan.evaluate.batch_size,
-                    title=f"{' and '.join(wanted.labels)}: {domain.name} at {', '.join(f'{t:g}' for t in place)}",
-                    progress=progress,
-                )
-                for domain in domains
-            }
-            points.append(Point(place, losses))
+            moved = frozenset((folder, t) for folder, t in zip(wanted.folders, place, strict=True) if t)
+            if (way, dtype, moved) not in known:
+                moving.move(place)
+                known[way, dtype, moved] = {
+                    domain.name: measure(
+                        moving.model,
+                        domain.validation,
+                        domain.validation_bytes,
+                        batch_size=plan.evaluate.batch_size,
+                        title=f"{' and '.join(wanted.labels)}: {domain.name} at {', '.join(f'{t:g}' for t in place)}",
+                        progress=progress,
+                    )
+                    for domain in domains
+                }
+            points.append(Point(place, known[way, dtype, moved]))
         geometry = moving.geometry()
-    dtype = str(base.model.dtype).removeprefix("torch.")
-    return Surface(wanted.labels, way_of(wanted.folders), dtype, geometry, tuple(points), plan.evaluate)
+    return Surface(wanted.labels, way, dtype, geometry, tuple(points), plan.evaluate)
