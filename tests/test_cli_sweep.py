@@ -46,7 +46,7 @@ def test_mistakes_are_one_line(grid):
     assert "unknown key 'rate'; did you mean 'rates'?" in refused(gaintune("sweep", grid, "--set", "rate=1"))
     told = refused(gaintune("sweep", grid, "--figure", "retention"))
     assert "no figure is called 'retention'; the figures are in_domain, " in told
-    assert "such as -21" in refused(gaintune("sweep", grid, "--target", "21"))
+    assert "target 21: methods are matched at" in refused(gaintune("sweep", grid, "--target", "21"))
     assert "use loky, ray, dask or sequential" in refused(gaintune("sweep", grid, "--engine", "slurm"))
 
 

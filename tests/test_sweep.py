@@ -230,19 +230,9 @@ def test_threads_are_shared_out(monkeypatch):
     assert Pool("dask", 64).threads(4) == 2
 
 
-@pytest.mark.parametrize(
-    ("nodes", "gpus", "workers", "asked"),
-    [
-        (((16, 0), (16, 0)), 0, 2, {"num_cpus": 16}),  # one on each node
-        (((16, 0), (16, 0)), 0, 4, {"num_cpus": 8}),
-        (((5, 0), (5, 0), (5, 0)), 0, 4, {"num_cpus": 2}),  # a share of 3 has room for three alone
-        (((16, 0), (4, 1)), 1, 2, {"num_cpus": 2, "num_gpus": 0.5}),  # both have to be where the GPU is
-        (((1, 1), (1, 1)), 2, 2, {"num_cpus": 1, "num_gpus": 1}),
-        (((8, 0), (0, 1)), 1, 2, {"num_cpus": 0, "num_gpus": 0.5}),
-    ],
-)
-def test_ray_is_asked_for_shares_that_find_a_place(nodes, gpus, workers, asked):
-    assert Pool("ray", sum(cores for cores, _ in nodes), gpus=gpus, nodes=nodes).reserved(workers) == asked
+def test_ray_is_asked_to_spread_runs_and_for_shares_of_its_gpus():
+    assert Pool("ray", 32).asked(2) == {"scheduling_strategy": "SPREAD"}
+    assert [Pool("ray", 32, gpus=2).asked(workers)["num_gpus"] for workers in (2, 3, 5)] == [1, 1 / 2, 1 / 3]
 
 
 def test_runs_are_told_apart_in_the_table(swept):

@@ -63,6 +63,27 @@ def test_two_ray_nodes_share_a_sweep_and_survive_a_killed_worker(expected, reach
         cluster.shutdown()
 
 
+def test_runs_are_spread_over_ray_nodes_without_gpus(expected, reachable, monkeypatch, tmp_path):
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'gaintune[sweep]'")
+    from ray.cluster_utils import Cluster
+
+    grid, _ = expected
+    (tmp_path / "nodes").mkdir()
+    monkeypatch.setenv("NODES", str(tmp_path / "nodes"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=4)
+        cluster.wait_for_nodes()
+        table = run_sweep(
+            grid, tmp_path / "sweep", engine="ray", jobs=2, address=cluster.address, prepare=tiny_sweep.note_node
+        )
+        assert not table.failed
+        assert len(list((tmp_path / "nodes").iterdir())) == 2  # each has room for both
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 def test_a_dask_cluster_survives_a_killed_worker(expected, reachable, tmp_path):
     pytest.importorskip("distributed", reason="dask is not installed: pip install 'gaintune[sweep]'")
     from distributed import LocalCluster
@@ -76,15 +97,18 @@ def test_a_dask_cluster_survives_a_killed_worker(expected, reachable, tmp_path):
         assert killer.killed is not None
 
 
-def test_dask_starts_workers_of_its_own_and_gives_up_a_run_that_kills_them(expected, reachable, tmp_path):
+def test_dask_starts_workers_of_its_own_and_gives_up_a_run_that_kills_them(expected, reachable, monkeypatch, tmp_path):
     pytest.importorskip("distributed", reason="dask is not installed: pip install 'gaintune[sweep]'")
     from distributed import get_client
 
     grid, _ = expected
-    with open_pool("dask", 1) as pool:
-        assert pool.cores == max(2, joblib.cpu_count())  # a worker each has one thread, and its share of all cores
-        (worker, _) = get_client().scheduler_info()["workers"].values()
-        assert worker["memory_limit"] == 0  # none of its own: the kernel alone says when memory is out
+    with monkeypatch.context() as patch:
+        patch.setattr(joblib, "cpu_count", lambda: 64)
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        with open_pool("dask", 1) as pool:
+            assert pool.threads(1) == 64  # its two workers have one thread each for joblib, and share all cores
+            (worker, _) = get_client().scheduler_info()["workers"].values()
+            assert worker["memory_limit"] == 0  # none of its own: the kernel alone says when memory is out
     table = run_sweep(
         {**grid, "methods": ["gain-ffn"], "seeds": [0]}, tmp_path / "sweep", engine="dask", prepare=killing.die
     )

@@ -12,7 +12,6 @@ from gaintune import runs
 from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.learnt_domain import LearntDomain
-from gaintune.methods import learning_rate
 
 RECORD = "gaintune.json"
 CONFIG = "adapter_config.json"
@@ -46,6 +45,7 @@ class AdapterRecord:
         plan: Plan,
         method: MethodConfig,
         *,
+        lr: float,
         fingerprint: str,
         learnt: Sequence[tuple[str, str]],
         versions: dict[str, str],
@@ -58,6 +58,7 @@ class AdapterRecord:
         Args:
             plan: the plan.
             method: the one of its methods.
+            lr: the learning rate that was taken, whoever gave it.
             fingerprint: of the base.
             learnt: name and content hash of each domain, in the order they were learnt.
             versions: of the packages.
@@ -76,7 +77,7 @@ class AdapterRecord:
             content_hashes={**(previous.content_hashes if previous else {}), **dict(learnt)},
             data={**(previous.data if previous else {}), **{name: made[name] for name, _ in learnt}},
             settings={
-                "train": {**plan.train.model_dump(mode="json"), "lr": learning_rate(method, plan.train)},
+                "train": {**plan.train.model_dump(mode="json"), "lr": lr},
                 "method": method.model_dump(mode="json"),
                 **(settings or {}),
             },

@@ -281,6 +281,7 @@ class _Sequence:
         return AdapterRecord.of_plan(
             self._plan,
             self._method,
+            lr=learning_rate(self._method, self._plan.train),
             fingerprint=self._fingerprint,
             learnt=[(domain.name, domain.content_hash) for domain in self._domains[: index + 1]],
             versions=describe_environment(torch.device("cpu"))["packages"],

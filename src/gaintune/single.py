@@ -19,7 +19,15 @@ from gaintune.data.examples import DomainBlocks
 from gaintune.environment import describe_environment
 from gaintune.errors import ConfigError
 from gaintune.learning import Learnt, learn
-from gaintune.methods import Numbers, attach, check_method, numbers_of, rules_of, trainable_parameters
+from gaintune.methods import (
+    Numbers,
+    attach,
+    check_method,
+    learning_rate,
+    numbers_of,
+    rules_of,
+    trainable_parameters,
+)
 from gaintune.models import Base, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.runs import Run, open_run, sha256_file
@@ -127,6 +135,7 @@ class Single:
         return AdapterRecord.of_plan(
             self.plan,
             self.method,
+            lr=learning_rate(self.method, self.plan.train),
             fingerprint=base.fingerprint,
             learnt=[(domain.name, domain.content_hash)],
             versions=self.environment["packages"],

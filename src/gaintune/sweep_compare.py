@@ -17,7 +17,7 @@ from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER, FIGURES, IN_DOMAIN, F
 from gaintune.evaluate.matrix import summary_parts
 from gaintune.evaluate.records import Interval
 from gaintune.evaluate.statistics import Curve, curve_difference, replicated
-from gaintune.sweep_match import Averaged, Numbers, Rates, Replicate, groups_of, nearest, pair, target_of
+from gaintune.sweep_match import Averaged, Rates, Replicate, Resampled, groups_of, nearest, pair, target_of
 from gaintune.sweep_records import CurvePair, Missing, Point, SweepComparison, Variant
 from gaintune.sweep_table import SweepRow, SweepTable
 
@@ -35,9 +35,9 @@ def check_comparison(figure: str, target: float | None) -> None:
     """
     if figure not in FIGURES:
         raise ConfigError(f"no figure is called {figure!r}; the figures are {', '.join(FIGURES)}")
-    if target is not None and not target < 0:
+    if target is not None and not -100 < target < 0:
         raise ConfigError(
-            f"target {target:g}: methods are matched at a change that improves, in %, such as {-abs(target) or -20:g}"
+            f"target {target:g}: methods are matched at an in-domain change that improves, between -100 and 0 %"
         )
 
 
@@ -75,7 +75,7 @@ def compare_sweep(
 
         return interval
 
-    def point(variant: Variant, lr: float, runs: Mapping[Replicate, Numbers]) -> Point:
+    def point(variant: Variant, lr: float, runs: Mapping[Replicate, Resampled]) -> Point:
         interval = averaged(variant.budget)
         return Point(
             names[variant],
@@ -227,7 +227,7 @@ def _measured(table: SweepTable, figure: str) -> tuple[Measured, Blocks]:
             in_domain, wanted = in_domain[:1], wanted[:1]
         run = row.run
         rates = found.setdefault(_variant(row), {})
-        rates.setdefault(run.lr, {})[run.order, run.seed] = Numbers(in_domain, wanted)
+        rates.setdefault(run.lr, {})[run.order, run.seed] = Resampled(in_domain, wanted)
         blocks[run.budget] = parts.blocks
     if not found:
         raise DataError(

@@ -36,14 +36,12 @@ class Pool:
         devices: CUDA devices of this machine, as CUDA_VISIBLE_DEVICES names them, of which every worker is to take one;
             none where there are none, or where the engine or whoever started its cluster shares them out.
         gpus: of a Ray cluster, for it to share out.
-        nodes: cores and GPUs of each node of a Ray cluster.
     """
 
     engine: Engine
     cores: int
     devices: tuple[str, ...] = ()
     gpus: int = 0
-    nodes: tuple[tuple[int, int], ...] = ()
 
     def threads(self, jobs: int) -> int | None:
         """Threads for each of so many jobs at a time, at most OMP_NUM_THREADS; None leaves them as they are."""
@@ -53,17 +51,15 @@ class Pool:
         share = max(1, self.cores // jobs)
         return min(share, int(limit)) if limit.isdigit() and int(limit) > 0 else share
 
-    def reserved(self, workers: int) -> dict[str, float]:
-        """What Ray is asked for each of so many workers: its share of cores and GPUs, so far as all find a place."""
-        to_a_gpu = math.ceil(workers / self.gpus) if self.gpus else 0
+    def asked(self, workers: int) -> dict[str, Any]:
+        """What Ray is asked for so many workers: to spread them over its nodes, and a share of a GPU where it has any.
 
-        def places(cores: int) -> int:
-            """How many workers of so many cores the nodes hold; those without a GPU none where GPUs are asked for."""
-            return sum(min(own // cores, gpus * to_a_gpu if to_a_gpu else workers) for own, gpus in self.nodes)
-
-        shares = range(self.cores // workers, 0, -1)
-        asked: dict[str, float] = {"num_cpus": next((cores for cores in shares if places(cores) >= workers), 0)}
-        return {**asked, "num_gpus": 1 / to_a_gpu} if to_a_gpu else asked
+        No cores, which Ray would wait for: a node may be lost, or others have them.
+        """
+        if not self.gpus:
+            return {"scheduling_strategy": "SPREAD"}
+        # so many to a device that all of them find a place
+        return {"scheduling_strategy": "SPREAD", "num_gpus": 1 / math.ceil(workers / self.gpus)}
 
     def run(self, work: Callable[[Any], None], items: Sequence[Any], jobs: int) -> None:
         """Call `work` on each item, `jobs` at a time, each in a worker that may be used again for another.
@@ -74,7 +70,7 @@ class Pool:
         # joblib takes one job at a time to mean this process, where a killed worker would be the end of everything: so
         # two workers, and one job handed out at a time
         workers = 1 if self.engine == "sequential" else max(2, jobs)
-        remote = {"ray_remote_args": self.reserved(workers)} if self.engine == "ray" else {}
+        remote = {"ray_remote_args": self.asked(workers)} if self.engine == "ray" else {}
         options: dict[str, Any] = {"n_jobs": workers, "pre_dispatch": jobs, "batch_size": 1}
         with warnings.catch_warnings():
             # a worker is started anew after a while, which joblib warns of as a possible leak of memory
@@ -153,13 +149,12 @@ def _ray(jobs: int, address: str | None, cuda: bool | None) -> Iterator[Pool]:
             raise SweepError(f"no Ray cluster at {known or 'this machine'} ({one_line(error)[:200]})") from None
     register_ray()
     try:
-        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        nodes = tuple((int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources)
-        gpus = 0 if cuda is False else sum(own for _, own in nodes)
+        resources = ray.cluster_resources()
+        gpus = 0 if cuda is False else int(resources.get("GPU", 0))
         if cuda and not gpus:
             raise SweepError("the Ray cluster has no GPU, and this process has: start its nodes with GPUs, or set "
                              "plan.model.device=cpu")  # fmt: skip
-        yield Pool("ray", sum(cores for cores, _ in nodes), gpus=gpus, nodes=nodes)
+        yield Pool("ray", int(resources.get("CPU", 0)), gpus=gpus)
     finally:
         if mine:
             ray.shutdown()

@@ -57,13 +57,11 @@ class Target:
         budget: training tokens of a domain.
         in_domain: in %; None where no variant improves, so that there is nothing to match at.
         never: variants that improve at no rate; they say nothing about the target and are matched with nothing.
-        margin: in points, how far apart in-domain two may be and still be matched.
     """
 
     budget: int
     in_domain: float | None
     never: tuple[str, ...]
-    margin: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,8 @@ class Pair:
         better: the variant whose figure is better, named only where they are matched and the interval excludes zero.
         replicates: how many stand behind the interval.
         unmatched: why the two are not known to be matched in-domain, so that this is no comparison at equal
-            adaptation; None where the interval of `in_domain` lies within the target's margin.
+            adaptation; None where the interval of `in_domain` lies within the margin.
+        margin: in points, how far apart in-domain two may be and still be matched.
         one_rate_each: whether both are run at one rate alone, so that none was chosen.
     """
 
@@ -93,11 +92,12 @@ class Pair:
     better: str | None
     replicates: int
     unmatched: str | None
+    margin: float
     one_rate_each: bool
 
     @property
     def matched(self) -> bool:
-        """Whether the two are known to be compared at equal in-domain change, within the target's margin."""
+        """Whether the two are known to be compared at equal in-domain change, within the margin."""
         return self.unmatched is None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gaintune.config import build_plan
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.records import Interval
 from gaintune.progress import Silent
@@ -12,7 +13,7 @@ from gaintune.recipes import benchmarking, tiny
 from gaintune.recipes.benchmarking import asked_config
 from gaintune.recipes.catalogue import recipe_named, recipes
 from gaintune.recipes.classifying import HOPELESS, mean_kept
-from gaintune.recipes.differences import LISTS, dropped, names_in, note_of, stem_of
+from gaintune.recipes.differences import LISTS, budget_note, dropped, names_in, note_of, stem_of
 from gaintune.recipes.kinds import KINDS
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
 from gaintune.recipes.runner import run_recipe
@@ -110,6 +111,21 @@ def test_what_a_scale_leaves_out_is_said_by_name():
     assert note_of(told, told.steps[0], "small") == (
         "at scale small left out: methods dora; domains pg19 (law instead)",
         "at scale small other rates: lora-lr0.1",
+    )
+
+
+def test_what_a_scale_adds_and_the_budget_it_has_are_said():
+    told = recipe(
+        ("run", "sequence", {"domains": ["pubmedqa"], "watched": ["lambada"], "methods": ["gain"]}),
+        scales={"small": {"run": {"watched": ["lambada", "pg19"], "data": {"train_tokens": 8192}}}},
+    )
+    (step,) = told.steps
+    assert note_of(told, step, "small") == ("at scale small also: watched pg19",)
+    plan = build_plan({"data": {"train_tokens": 8192, "block_size": 256}, "train": {"batch_size": 2, "epochs": 1}})
+    assert budget_note(told, step, "paper", plan) == ()
+    assert budget_note(told, step, "small", plan) == (
+        "learnt here: 8,192 tokens a domain in blocks of 256, 2 a batch, 1 epoch; at scale paper: 200,000 tokens a "
+        "domain in blocks of 250, 4 a batch, 5 epochs",
     )
 
 

@@ -22,7 +22,7 @@ def test_a_difference_of_methods_that_are_not_matched_decides_nothing_about_a_ma
     methods = {"gain": GAIN, "far": effect({0.001: -22.0, 0.01: -30.0}, 4.0)}
     numbers, without = numbers_of(compare_sweep(tiny_sweep.synthetic(tmp_path, methods)))
     assert "matched.gain-minus-far" not in numbers and "gain-minus-far" not in numbers
-    assert "in-domain they are not matched" in without["matched.gain-minus-far"]
+    assert "not matched, 6.0 points apart in-domain" in without["matched.gain-minus-far"]
 
     def near(lr, order, seed):
         return GAIN(lr, order, seed)[0] + (0.1, -0.1, 0.05)[seed], 4.0 + 0.1 * seed
@@ -38,3 +38,18 @@ def test_methods_with_one_rate_each_have_a_plain_difference_matched_or_not(tmp_p
     numbers, without = numbers_of(compare_sweep(tiny_sweep.synthetic(tmp_path, methods, rates=(0.01,), orders=2)))
     assert numbers["gain-minus-worse"].value == pytest.approx(-10.0, abs=0.3)
     assert "worse improves in-domain at no rate" in without["matched.gain-minus-worse"]
+
+
+def test_what_survives_at_a_rate_is_not_a_variant_s_best(tmp_path):
+    def broken(lr, order, seed):
+        return None if (lr, seed) == (0.01, 1) else (-30.0, -30.0)
+
+    table = tiny_sweep.synthetic(tmp_path / "two", {"gain": GAIN, "broken": broken})
+    numbers, without = numbers_of(compare_sweep(table))
+    assert (
+        numbers["broken.best"].value == pytest.approx(-30.0, abs=0.3) and "broken.worst" in without
+    )  # of the other rate
+    numbers, without = numbers_of(
+        compare_sweep(tiny_sweep.synthetic(tmp_path / "one", {"gain": GAIN, "broken": broken}, rates=(0.01,)))
+    )
+    assert "broken.best" not in numbers and "diverged" in without["broken.best"]

@@ -96,12 +96,12 @@ def verdict(sequence: FactorSequence) -> str:
     done, planned = len(sequence.stages), sequence.planned
     seen = f"{done} of {planned} stages" if done < planned else "one stage" if planned == 1 else f"all {planned} stages"
     flips = [(stage.index + 1, stage.domain) for stage in sequence.stages if stage.figures.flipped]
+    regime = sequence.regime or "regime unknown, as not every stage before was looked at"
     if not flips:
-        return f"{sequence.regime}, every factor is positive after {seen}"
+        return f"{regime}, every factor is positive after {seen}"
     stage, domain = flips[0]
-    if sequence.regime is None:
-        return f"regime unknown, factors at or below 0 at stage {stage} ({domain}), {seen} looked at, none before"
-    return f"{sequence.regime}, factors at or below 0, first after stage {stage} ({domain}), {seen} looked at"
+    first = "first" if sequence.regime else "seen"
+    return f"{regime}, factors at or below 0, {first} after stage {stage} ({domain}), {seen} looked at"
 
 
 def record_values(survey: FactorSurvey) -> dict[str, Any]:

@@ -104,9 +104,9 @@ class FactorSequence:
 
     @property
     def regime(self) -> Regime | None:
-        """See `regime_of`; None where the first flip may lie in an earlier stage, which was not looked at."""
-        flips = (place for place, stage in enumerate(self.stages) if stage.figures.flipped)
-        if (first := next(flips, None)) is not None and self.stages[first].index > first:
+        """See `regime_of`; None where a sign may have flipped in an earlier stage that was not looked at."""
+        seen = [place for place, stage in enumerate(self.stages) if stage.figures.flipped] or [len(self.stages) - 1]
+        if self.stages[seen[0]].index > seen[0]:
             return None
         return regime_of([stage.figures.flipped for stage in self.stages], self.planned)
 

@@ -146,6 +146,13 @@ CATALOGUE: dict[str, CatalogueEntry] = {
             task="instruct",
         ),
         _hub(
+            "gsm8k-test",
+            "GSM8K measured on its test split, for what learnt mathematics from elsewhere",
+            "MIT",
+            hub.HubSource("openai/gsm8k", hub.answers("question", "answer"), validation="test", configuration="main"),
+            task="instruct",
+        ),
+        _hub(
             "metamathqa",
             "MetaMathQA: mathematics questions rewritten from GSM8K and MATH, with worked answers",
             "MIT",

@@ -125,5 +125,6 @@ def _each_batch(
 
 def _broken(title: str) -> DivergedError:
     return DivergedError(
-        f"{title}: the loss is not finite, so the model is broken; lower the learning rate and run it anew"
+        f"{title}: the loss is not finite, so the model is broken. If it was just trained, lower the learning rate and "
+        "run it anew; if it is a base, its weights are broken, or its numbers too small for it (model.dtype)"
     )

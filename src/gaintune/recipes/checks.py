@@ -14,6 +14,7 @@ from gaintune.analysis.subspace import SubspaceSettings
 from gaintune.analysis.transfer import Component
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
+from gaintune.evaluate.bootstrap import BACKWARD_TRANSFER
 from gaintune.methods import check_method
 from gaintune.recipes.adapting import nothing_to_learn
 from gaintune.recipes.analysing import LINEAR, gated
@@ -22,6 +23,7 @@ from gaintune.recipes.benchmarking import asked_config, take_pick
 from gaintune.recipes.classifying import Study
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
 from gaintune.recipes.sweeping import plan_and_grid
+from gaintune.sweep_compare import check_comparison
 
 NOWHERE = Path()  # an adapter that is to be expected has no folder yet
 WITH_FACTORS = ("gain", "gain-ffn", "ia3")
@@ -78,8 +80,7 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     refuse_owned(context, {key: f"its {axis} are an axis" for axis, key in axes.items() if axis in settings})
     if isinstance(settings.get("orders"), list):
         refuse_owned(context, {"data.domains": "its orders name them"})
-    for key in ("target", "figure"):
-        settings.pop(key, None)
+    check_comparison(settings.pop("figure", BACKWARD_TRANSFER), settings.pop("target", None))
     plan, _ = plan_and_grid(settings, context)
     return Outcome(plan=_learns(plan).plan)
 

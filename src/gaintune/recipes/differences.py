@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gaintune.config import MethodConfig
+from gaintune.config import MethodConfig, Plan
 from gaintune.evaluate.benchmark_config import as_task
-from gaintune.recipes.schema import Recipe, Scale, Step
+from gaintune.progress import plural
+from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
+from gaintune.recipes.world import BUDGETS
 
 LISTS = ("methods", "domains", "watched", "texts", "tasks", "target", "ranks", "rates", "seeds", "components", "ask")
 """Settings that list what an experiment compares; budgets are none of them."""
 
+TRAINING = ("sequence", "separately", "sweep", "answers")
+"""Kinds of steps that learn from the budget of a plan."""
 
 RATE = "-lr"
 """What stands between a label and its rate, such as in lora-lr0.001."""
@@ -48,7 +52,7 @@ def dropped(recipe: Recipe, step: Step, scale: Scale) -> dict[str, list[str]]:
 
 
 def note_of(recipe: Recipe, step: Step, scale: Scale) -> tuple[str, ...]:
-    """Say what a scale leaves out of a step, and what stands there instead; nothing where it leaves nothing out."""
+    """Say what a scale leaves out of a step, what stands there instead, and what it adds."""
     whole, here = recipe.settings(step, "paper"), recipe.settings(step, scale)
     told = []
     for key, names in dropped(recipe, step, scale).items():
@@ -57,11 +61,35 @@ def note_of(recipe: Recipe, step: Step, scale: Scale) -> tuple[str, ...]:
         instead = list(dict.fromkeys(name for name in new if name not in known))
         told.append(f"{key} {', '.join(names)}" + (f" ({', '.join(instead)} instead)" if instead else ""))
     notes = [f"at scale {scale} left out: {'; '.join(told)}"] if told else []
+    gone = dropped(recipe, step, scale)
+    more = {key: [name for name in names_in(here, key) if name not in names_in(whole, key)] for key in LISTS}
+    added = [f"{key} {', '.join(names)}" for key, names in more.items() if names and key not in (*gone, "methods")]
+    notes += [f"at scale {scale} also: {'; '.join(added)}"] if added else []
     before, after = (_rates_by_method(settings) for settings in (whole, here))
     if other := [stem for stem, labels in before.items() if stem in after and after[stem] != labels]:
         rates = ", ".join(label for stem in other for label in after[stem])
         notes.append(f"at scale {scale} other rates: {rates}")
     return tuple(notes)
+
+
+def budget_note(recipe: Recipe, step: Step, scale: Scale, plan: Plan) -> tuple[str, ...]:
+    """Say what a step that trains has to learn from, and what it would have at scale paper."""
+    if scale == "paper" or step.do not in TRAINING:
+        return ()
+    sections = {key: plan.model_dump(mode="json")[key] for key in ("data", "train")}
+    settings = recipe.settings(step, "paper")
+    whole = laid_over(
+        sections, laid_over(BUDGETS["paper"], {key: settings[key] for key in sections if key in settings})
+    )
+    return (f"learnt here: {_budget(sections)}; at scale paper: {_budget(whole)}",)
+
+
+def _budget(sections: Mapping[str, Any]) -> str:
+    data, train = sections["data"], sections["train"]
+    return (
+        f"{data['train_tokens']:,} tokens a domain in blocks of {data['block_size']:,}, {train['batch_size']} a batch, "
+        f"{plural(train['epochs'], 'epoch')}"
+    )
 
 
 def _rates_by_method(settings: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from gaintune.evaluate.statistics import judge
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.catalogue import recipe_named
-from gaintune.recipes.differences import dropped, names_in, note_of
+from gaintune.recipes.differences import budget_note, dropped, names_in, note_of
 from gaintune.recipes.kinds import KINDS
 from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.result import Finding, RecipeResult
@@ -81,7 +81,9 @@ def run_recipe(
         context = Context(step.name, folder / step.name, world, outcomes, progress or Silent(), allow_code_execution)
         settings = chosen.settings(step, scale)
         outcome = _waiting_for(settings, outcomes) or KINDS[step.do].run(settings, context)
-        outcomes[step.name] = replace(outcome, notes=(*note_of(chosen, step, scale), *outcome.notes))
+        notes = note_of(chosen, step, scale)
+        notes += budget_note(chosen, step, scale, outcome.plan) if outcome.plan else ()
+        outcomes[step.name] = replace(outcome, notes=(*notes, *outcome.notes))
     lacking = {name for step in chosen.steps for name in _lacking(chosen, step, world)}
     lacking |= {label for outcome in outcomes.values() for label in outcome.diverged}
     findings = tuple(_judged(claim, outcomes) for claim in chosen.claims)

@@ -17,8 +17,8 @@ from gaintune.recipes.outcome import Context, Outcome, highest, lowest
 from gaintune.report.tables import markdown_table
 from gaintune.runs import write_text
 from gaintune.sweep import run_sweep
-from gaintune.sweep_compare import check_comparison, compare_sweep
-from gaintune.sweep_match import whole
+from gaintune.sweep_compare import compare_sweep
+from gaintune.sweep_match import unbroken
 from gaintune.sweep_records import SweepComparison
 from gaintune.sweep_report import curve_sentence, heading, pair_sentence, point_frame, remarks, target_title, write
 from gaintune.sweep_table import SweepTable
@@ -37,7 +37,6 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     if why := nothing_to_learn(settings, context):
         return Outcome(notes=(why,), left_out=True)
     target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
-    check_comparison(figure, target)
     plan, grid = plan_and_grid(settings, context)
     table = run_sweep(grid, context.folder, engine="sequential", progress=context.progress)
     broken = [row for row in table.failed if not row.diverged] or (() if table.finished else table.failed)
@@ -96,7 +95,7 @@ def numbers_of(comparison: SweepComparison) -> tuple[dict[str, Interval], dict[s
             numbers[f"{name}@{point.lr:g}.in_domain"] = point.in_domain
             numbers[f"{name}@{point.lr:g}.{comparison.figure}"] = point.figure
         numbers[f"{name}.worst"] = highest([point.figure for point in own])
-        numbers[f"{name}.best"] = lowest([point.figure for point in whole(own)])
+        numbers[f"{name}.best"] = lowest([point.figure for point in unbroken(own)])
     for pair in comparison.pairs:
         name = f"{_plain(pair.first)}-minus-{_plain(pair.second)}"
         if pair.one_rate_each and pair.difference is not None:
@@ -113,7 +112,10 @@ def numbers_of(comparison: SweepComparison) -> tuple[dict[str, Interval], dict[s
             numbers[name] = each.curve.difference
     for one in comparison.missing:  # means over the runs that survived would flatter it
         name, why = _plain(one.variant), f"{plural(one.runs, 'run')} at {one.lr:g} diverged"
-        for lost in (f"{name}@{one.lr:g}.in_domain", f"{name}@{one.lr:g}.{comparison.figure}", f"{name}.worst"):
+        lost_ones = [f"{name}@{one.lr:g}.in_domain", f"{name}@{one.lr:g}.{comparison.figure}", f"{name}.worst"]
+        if all(point.failed for point in comparison.points if point.variant == one.variant):
+            lost_ones.append(f"{name}.best")
+        for lost in lost_ones:
             numbers.pop(lost, None)
             without[lost] = why
     return numbers, without
