@@ -30,6 +30,7 @@ RETENTION = {
 }
 INSTRUCTIONS = {
     "gsm8k": "openai/gsm8k",
+    "gsm8k-test": "openai/gsm8k",
     "metamathqa": "meta-math/MetaMathQA",
     "magicoder": "ise-uiuc/Magicoder-Evol-Instruct-110K",
     "humaneval": "openai/openai_humaneval",
@@ -156,6 +157,14 @@ def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplo
     assert (asked.content, asked.scored) == ("Two and two?", False)
     assert (answered.content, answered.scored) == ("2+2=<<2+2=4>>4\n#### 4", True)
     assert "left out 1 empty text(s)" in caplog.text
+
+
+def test_gsm8k_is_measured_on_its_test_split_where_that_is_asked_for(tmp_path):
+    for split, number in (("train", 1), ("test", 2)):
+        row = {"question": f"{number} and {number}?", "answer": f"#### {2 * number}"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    rows = load_hub(replace(CATALOGUE["gsm8k-test"].load.args[0], path=str(tmp_path), configuration=None), "gsm8k-test")
+    assert [rows.train[0].turns[0].content, rows.validation[0].turns[0].content] == ["1 and 1?", "2 and 2?"]
 
 
 @pytest.mark.parametrize("streaming", [True, False])
