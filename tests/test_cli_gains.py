@@ -72,7 +72,7 @@ def test_tokens_tells_mean_skew_and_coherence(trained, tmp_path, caplog):
 def test_tokens_takes_what_the_adapters_learnt_and_texts_to_watch_as_other_surveys_do(trained, tmp_path):
     told = " ".join(run("tokens", "--help").replace("│", " ").split())
     assert all(option in told for option in ("--plan", "--watch", "--train-tokens", "--text-column"))
-    assert "those that the adapters learnt unless" in told
+    assert "those that the adapters learnt last, unless" in told
     with pytest.raises(DataError, match="prose"):  # learnt under a name that stands for no text
         run("tokens", trained / "lora", *SMALL, "--out", tmp_path)
     plan = tmp_path / "plan.yaml"

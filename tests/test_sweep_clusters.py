@@ -63,27 +63,6 @@ def test_two_ray_nodes_share_a_sweep_and_survive_a_killed_worker(expected, reach
         cluster.shutdown()
 
 
-def test_runs_are_spread_over_ray_nodes_without_gpus(expected, reachable, monkeypatch, tmp_path):
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'gaintune[sweep]'")
-    from ray.cluster_utils import Cluster
-
-    grid, _ = expected
-    (tmp_path / "nodes").mkdir()
-    monkeypatch.setenv("NODES", str(tmp_path / "nodes"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=4)
-        cluster.wait_for_nodes()
-        table = run_sweep(
-            grid, tmp_path / "sweep", engine="ray", jobs=2, address=cluster.address, prepare=tiny_sweep.note_node
-        )
-        assert not table.failed
-        assert len(list((tmp_path / "nodes").iterdir())) == 2  # each has room for both
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def test_a_dask_cluster_survives_a_killed_worker(expected, reachable, tmp_path):
     pytest.importorskip("distributed", reason="dask is not installed: pip install 'gaintune[sweep]'")
     from distributed import LocalCluster

@@ -173,10 +173,14 @@ def _dask(jobs: int, address: str | None, cuda: bool | None) -> Iterator[Pool]:
         known = address or dask.config.get("scheduler-address", None)
         local: dict[str, Any] = {"n_workers": max(2, jobs), "threads_per_worker": 1, "dashboard_address": None}
         local |= {"silence_logs": logging.ERROR, "memory_limit": None}  # its own kills at a share of the memory
+        environment = dict(os.environ)
         try:
             client = Client(address=known) if known else Client(**local)
         except OSError as error:
             raise SweepError(f"no Dask scheduler at {known or 'this machine'} ({one_line(error)[:200]})") from None
+        for name in set(os.environ) - set(environment):  # OMP_NUM_THREADS=1 for its workers, which it leaves here
+            del os.environ[name]
+        os.environ.update(environment)
         if not known:
             here = joblib.cpu_count()  # its workers have one thread each so that joblib sees so many; they share all
             devices = _devices_here() if cuda else ()
