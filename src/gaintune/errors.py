@@ -32,7 +32,7 @@ class AssetError(GaintuneError, OSError):
 
 
 class BaseModelError(GaintuneError, ValueError):
-    """The base model cannot be loaded as asked: correct the id, the folder or the dtype that is named."""
+    """The base model cannot be loaded or used as asked: correct the id, the folder or the dtype that is named."""
 
     exit_code = 2
 

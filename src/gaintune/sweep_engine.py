@@ -56,10 +56,9 @@ class Pool:
 
         No cores, which Ray would wait for: a node may be lost, or others have them.
         """
-        if not self.gpus:
-            return {"scheduling_strategy": "SPREAD"}
         # so many to a device that all of them find a place
-        return {"scheduling_strategy": "SPREAD", "num_gpus": 1 / math.ceil(workers / self.gpus)}
+        share = {"num_gpus": 1 / math.ceil(workers / self.gpus)} if self.gpus else {}
+        return {"scheduling_strategy": "SPREAD", **share}
 
     def run(self, work: Callable[[Any], None], items: Sequence[Any], jobs: int) -> None:
         """Call `work` on each item, `jobs` at a time, each in a worker that may be used again for another.

@@ -270,9 +270,10 @@ def _measured(
     with directions(base, wanted.folders, allow_other_base=allow_other_base) as moving:
         for place in [(t,) for t in steps] if len(wanted.folders) == 1 else [(t, u) for t in steps for u in steps]:
             moved = frozenset((folder, t) for folder, t in zip(wanted.folders, place, strict=True) if t)
-            if (way, dtype, moved) not in known:
+            key = (way, dtype, moved)
+            if key not in known:
                 moving.move(place)
-                known[way, dtype, moved] = {
+                known[key] = {
                     domain.name: measure(
                         moving.model,
                         domain.validation,
@@ -283,6 +284,6 @@ def _measured(
                     )
                     for domain in domains
                 }
-            points.append(Point(place, known[way, dtype, moved]))
+            points.append(Point(place, known[key]))
         geometry = moving.geometry()
     return Surface(wanted.labels, way, dtype, geometry, tuple(points), plan.evaluate)

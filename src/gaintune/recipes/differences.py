@@ -54,14 +54,13 @@ def dropped(recipe: Recipe, step: Step, scale: Scale) -> dict[str, list[str]]:
 def note_of(recipe: Recipe, step: Step, scale: Scale) -> tuple[str, ...]:
     """Say what a scale leaves out of a step, what stands there instead, and what it adds."""
     whole, here = recipe.settings(step, "paper"), recipe.settings(step, scale)
-    told = []
-    for key, names in dropped(recipe, step, scale).items():
+    told, gone = [], dropped(recipe, step, scale)
+    for key, names in gone.items():
         new = [stem_of(name) if key == "methods" else name for name in names_in(here, key)]
         known = [stem_of(name) if key == "methods" else name for name in names_in(whole, key)]
         instead = list(dict.fromkeys(name for name in new if name not in known))
         told.append(f"{key} {', '.join(names)}" + (f" ({', '.join(instead)} instead)" if instead else ""))
     notes = [f"at scale {scale} left out: {'; '.join(told)}"] if told else []
-    gone = dropped(recipe, step, scale)
     more = {key: [name for name in names_in(here, key) if name not in names_in(whole, key)] for key in LISTS}
     added = [f"{key} {', '.join(names)}" for key, names in more.items() if names and key not in (*gone, "methods")]
     notes += [f"at scale {scale} also: {'; '.join(added)}"] if added else []
@@ -76,7 +75,7 @@ def budget_note(recipe: Recipe, step: Step, scale: Scale, plan: Plan) -> tuple[s
     """Say what a step that trains has to learn from, and what it would have at scale paper."""
     if scale == "paper" or step.do not in TRAINING:
         return ()
-    sections = {key: plan.model_dump(mode="json")[key] for key in ("data", "train")}
+    sections = plan.model_dump(mode="json", include={"data", "train"})
     settings = recipe.settings(step, "paper")
     whole = laid_over(
         sections, laid_over(BUDGETS["paper"], {key: settings[key] for key in sections if key in settings})
