@@ -15,6 +15,7 @@ from gaintune.adapters import load_adapter
 from gaintune.config import build_plan
 from gaintune.data.blocks import load_domain
 from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirectoryError
+from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.perplexity import measure
 from gaintune.models import load_base
 from gaintune.runs import damage, read_json
@@ -179,8 +180,15 @@ def test_a_base_whose_own_loss_is_not_finite_is_said_to_be_the_base(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("inf"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelError, match=r"the base's own loss on prose is not finite in \w+: its weights are"):
+    told = r"the base's own loss on prose is not finite in \w+: its weights are"
+    with pytest.raises(BaseModelError, match=told):
         run_sequence(tiny_domains.plan(folder, tmp_path), tmp_path / "run")
+    plan = tiny_domains.plan(folder, tmp_path)
+    one = {**plan, "data": {**plan["data"], "domains": plan["data"]["domains"][:1]}}
+    with pytest.raises(BaseModelError, match=told):
+        adapt(one, tmp_path / "adapter")
+    with pytest.raises(BaseModelError, match=told):
+        compare_adapters(build_plan(one), [])
 
 
 @pytest.mark.parametrize(

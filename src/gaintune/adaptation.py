@@ -16,7 +16,7 @@ from gaintune.config import Plan, read_plan
 from gaintune.data.blocks import load_domain
 from gaintune.data.replay import with_replay
 from gaintune.evaluate.losses import DomainLoss, change
-from gaintune.evaluate.perplexity import measure
+from gaintune.evaluate.perplexity import measure_domain
 from gaintune.methods import learning_rate
 from gaintune.models import load_base
 from gaintune.progress import Progress
@@ -73,19 +73,19 @@ def adapt(
         warn_of_other_text(single.start, single.previous, earlier)
         single.settle(run, base.fingerprint, [*earlier, domain])
 
-        def look(model: torch.nn.Module, when: str) -> DomainLoss:
-            return measure(
+        def look(model: torch.nn.Module, when: str, base: str | None = None) -> DomainLoss:
+            return measure_domain(
                 model,
-                domain.validation,
-                domain.validation_bytes,
+                domain,
                 batch_size=settled.evaluate.batch_size,
                 mixed_precision=single.numbers.mixed,
                 title=f"measuring {domain.name} {when}",
+                base=base,
                 progress=single.progress,
             )
 
         model = single.model(base)
-        before = look(model, "before")
+        before = look(model, "before", None if single.start else settled.model.name)
         replay, seed = single.method.replay, settled.train.seed
         rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
         record = single.record(base, domain)

@@ -18,11 +18,11 @@ from gaintune.data.classify import ClassifyDomain
 from gaintune.data.examples import Examples
 from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.environment import describe_environment
-from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirectoryError
+from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate.base_losses import BaseLosses
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
-from gaintune.evaluate.perplexity import measure
+from gaintune.evaluate.perplexity import measure_domain
 from gaintune.evaluate.records import Matrix
 from gaintune.learning import learn
 from gaintune.methods import attach, check_method, learning_rate, numbers_of, trainable_parameters
@@ -149,7 +149,8 @@ class _Sequence:
             return
         self._run.event("method started", method=self._method.label)
         base = load_base(self._plan.model, dtype=self._numbers.load)
-        self._measure_base(base.model)
+        for domain in self._measured:
+            self._measure(base.model, domain, self._base_file(domain), "base", untouched=True)
         self._run.wait()
         model: nn.Module | None = None
         holds = -1
@@ -170,16 +171,6 @@ class _Sequence:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _measure_base(self, model: nn.Module) -> None:
-        for domain in self._measured:
-            try:
-                self._measure(model, domain, self._base_file(domain), "base", self._base_losses)
-            except DivergedError:
-                raise BaseModelError(
-                    f"{self._plan.model.name}: the base's own loss on {domain.name} is not finite in "
-                    f"{self._numbers.name}: its weights are broken, or these numbers too small for it (model.dtype)"
-                ) from None
 
     def _finished(self, index: int) -> bool:
         """Whether a stage has its adapter, every cell, and the record that closes it."""
@@ -288,28 +279,28 @@ class _Sequence:
         )
 
     def _measure(
-        self, model: nn.Module, domain: DomainBlocks, file: Path, title: str, shared: BaseLosses | None = None
+        self, model: nn.Module, domain: DomainBlocks, file: Path, title: str, *, untouched: bool = False
     ) -> None:
-        """Measure one cell unless it is on disk, or another run over the same base and text has shared it."""
+        """Measure one cell unless it is on disk, or another run has shared what it found of the untouched base."""
         if file.exists():
             return
         batch_size = self._plan.evaluate.batch_size
 
         def look() -> DomainLoss:
-            return measure(
+            return measure_domain(
                 model,
-                domain.validation,
-                domain.validation_bytes,
+                domain,
                 batch_size=batch_size,
                 mixed_precision=self._numbers.mixed,
                 title=f"{title}: measuring {domain.name}",
+                base=self._plan.model.name if untouched else None,
                 progress=self._progress,
             )
 
-        if shared is None:
+        if not untouched or self._base_losses is None:
             loss = look()
         else:
-            loss = shared.get(
+            loss = self._base_losses.get(
                 domain,
                 look,
                 fingerprint=self._fingerprint,

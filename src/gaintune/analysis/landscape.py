@@ -24,7 +24,7 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, widened
 from gaintune.evaluate.changes import paired_change
 from gaintune.evaluate.losses import DomainLoss
-from gaintune.evaluate.perplexity import measure
+from gaintune.evaluate.perplexity import measure_domain
 from gaintune.evaluate.records import Interval
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
@@ -274,12 +274,12 @@ def _measured(
             if key not in known:
                 moving.move(place)
                 known[key] = {
-                    domain.name: measure(
+                    domain.name: measure_domain(
                         moving.model,
-                        domain.validation,
-                        domain.validation_bytes,
+                        domain,
                         batch_size=plan.evaluate.batch_size,
                         title=f"{' and '.join(wanted.labels)}: {domain.name} at {', '.join(f'{t:g}' for t in place)}",
+                        base=None if moved else plan.model.name,
                         progress=progress,
                     )
                     for domain in domains

@@ -18,7 +18,7 @@ from gaintune.data.blocks import DomainBlocks
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks import attached
 from gaintune.evaluate.losses import DomainLoss
-from gaintune.evaluate.perplexity import measure
+from gaintune.evaluate.perplexity import measure_domain
 from gaintune.methods import Numbers, measuring_numbers
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress
@@ -77,13 +77,13 @@ class SnapshotLosses:
                 lent = attached(base, adapter, allow_other_base=self._allow_other_base)
                 model, _ = stack.enter_context(lent)
             losses = {
-                domain.name: measure(
+                domain.name: measure_domain(
                     model,
-                    domain.validation,
-                    domain.validation_bytes,
+                    domain,
                     batch_size=self._plan.evaluate.batch_size,
                     mixed_precision=numbers.mixed,
                     title=f"{title}: measuring {domain.name}",
+                    base=self._plan.model.name if adapter is None else None,
                     progress=self._progress,
                 )
                 for domain in self._domains

@@ -35,7 +35,7 @@ from gaintune.data.blocks import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate.changes import Change, changes_of, mean_change, share_of_change
 from gaintune.evaluate.losses import DomainLoss
-from gaintune.evaluate.perplexity import measure
+from gaintune.evaluate.perplexity import measure_domain
 from gaintune.evaluate.records import Interval
 from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
@@ -244,12 +244,12 @@ class _Look:
         key = (domain.name, hashlib.sha256(v.astype(np.float32).tobytes()).digest())
         if key not in self._known:
             self._place.put(v)
-            self._known[key] = measure(
+            self._known[key] = measure_domain(
                 self._place.model,
-                domain.validation,
-                domain.validation_bytes,
+                domain,
                 batch_size=self._plan.evaluate.batch_size,
                 title=f"{title}: measuring {domain.name}",
+                base=None if v.any() else self._plan.model.name,
                 progress=self._progress,
             )
         return self._known[key]

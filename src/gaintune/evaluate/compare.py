@@ -17,7 +17,7 @@ from gaintune.data.blocks import load_domain
 from gaintune.evaluate.backbone import with_adapter
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
-from gaintune.evaluate.perplexity import measure
+from gaintune.evaluate.perplexity import measure_domain
 from gaintune.evaluate.walk import BASE, Look, look_at_base_and_adapters
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress
@@ -66,13 +66,13 @@ def compare_adapters(
 
         def look(model: nn.Module, label: str, mixed: torch.dtype | None) -> dict[str, DomainLoss]:
             return {
-                domain.name: measure(
+                domain.name: measure_domain(
                     model,
-                    domain.validation,
-                    domain.validation_bytes,
+                    domain,
                     batch_size=plan.evaluate.batch_size,
                     mixed_precision=mixed,
                     title=f"{label}: measuring {domain.name}",
+                    base=plan.model.name if label == BASE else None,
                     progress=progress,
                 )
                 for domain in domains

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from gaintune.data.examples import Examples
-from gaintune.errors import DivergedError
+from gaintune.data.examples import DomainBlocks, Examples
+from gaintune.errors import BaseModelError, DivergedError
 from gaintune.evaluate.losses import DomainLoss
 from gaintune.isolation import require_isolation
 from gaintune.loss import NextTokenLoss
@@ -62,6 +62,47 @@ def measure(
     if not all(torch.isfinite(torch.tensor(sums))):
         raise _broken(title)
     return DomainLoss(nll=tuple(sums), tokens=examples.scored, bytes=tuple(bytes_per_row))
+
+
+def measure_domain(
+    model: nn.Module,
+    domain: DomainBlocks,
+    *,
+    batch_size: int = 4,
+    mixed_precision: torch.dtype | None = None,
+    title: str = "measuring",
+    base: str | None = None,
+    progress: Progress | None = None,
+) -> DomainLoss:
+    """Measure a model's loss on a domain's validation rows, as `measure` does.
+
+    Args:
+        model, batch_size, mixed_precision, title, progress: as in `measure`.
+        domain: the domain.
+        base: name of the base where it is measured as it came, with nothing learnt.
+
+    Raises:
+        BaseModelError: the loss of some row is not finite, and `base` says that no training can have done it.
+        DivergedError, ConfigError: as in `measure`.
+    """
+    try:
+        return measure(
+            model,
+            domain.validation,
+            domain.validation_bytes,
+            batch_size=batch_size,
+            mixed_precision=mixed_precision,
+            title=title,
+            progress=progress,
+        )
+    except DivergedError:
+        if base is None:
+            raise
+        numbers = str(mixed_precision or next(model.parameters()).dtype).removeprefix("torch.")
+        raise BaseModelError(
+            f"{base}: the base's own loss on {domain.name} is not finite in {numbers}: its weights are broken, or "
+            "these numbers too small for it (model.dtype)"
+        ) from None
 
 
 def measure_tokens(

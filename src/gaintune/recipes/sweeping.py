@@ -20,7 +20,16 @@ from gaintune.sweep import run_sweep
 from gaintune.sweep_compare import compare_sweep
 from gaintune.sweep_match import unbroken
 from gaintune.sweep_records import SweepComparison
-from gaintune.sweep_report import curve_sentence, heading, pair_sentence, point_frame, remarks, target_title, write
+from gaintune.sweep_report import (
+    curve_sentence,
+    discard,
+    heading,
+    pair_sentence,
+    point_frame,
+    remarks,
+    target_title,
+    write,
+)
 from gaintune.sweep_table import SweepTable
 
 AXES = ("rates", "orders", "order_seed", "seeds", "ranks", "budgets")
@@ -39,6 +48,7 @@ def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
     plan, grid = plan_and_grid(settings, context)
     table = run_sweep(grid, context.folder, engine="sequential", progress=context.progress)
+    discard(context.folder)
     broken = [row for row in table.failed if not row.diverged] or (() if table.finished else table.failed)
     if broken:
         raise SweepError(
