@@ -16,7 +16,8 @@ import tiny_base
 import tiny_domains
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.analysis.directions import Geometry, directions, way_of
-from gaintune.analysis.landscape import Point, Surface, survey_landscape
+from gaintune.analysis.landscape import survey_landscape
+from gaintune.analysis.surface import Point, Surface, range_apart
 from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate.losses import DomainLoss
@@ -236,19 +237,36 @@ def test_places_that_lines_and_their_plane_share_are_measured_once(place, plan):
     assert len(places) == len(set(places)) == 3 + 2 + 4  # of 3 + 3 + 9: not the base again, nor the plane's two edges
 
 
+def _noisy_line(heights, generator):
+    """A line that rises so in the mean over all text, seen on 8 blocks of it."""
+    tokens = np.full(8, 100)
+    nats = 3.0 + np.array(heights)[:, None] + np.array([[0.0], [1.0], [1.0]]) * generator.normal(0, 0.1, (3, 8))
+    points = tuple(
+        Point((place,), {"d": DomainLoss(tuple(row * tokens), tuple(tokens.tolist()), tuple(tokens.tolist()))})
+        for place, row in zip((0.0, 0.5, 1.0), nats, strict=True)
+    )
+    settings = EvaluateConfig(bootstrap_samples=400)
+    return Surface(("one",), "gains", "float32", Geometry((1.0,), 1.0), points, settings)
+
+
+def test_the_difference_of_two_ranges_is_covered_and_paired():
+    generator, held = np.random.default_rng(12), 0
+    for _ in range(300):
+        steep, flat = _noisy_line((0.0, 0.2, 0.5), generator), _noisy_line((0.0, -0.1, -0.3), generator)
+        apart = range_apart(steep, flat, "d")
+        assert apart.value == pytest.approx(steep.figures("d").range.value - flat.figures("d").range.value)
+        held += apart.low <= 0.2 <= apart.high
+    assert 0.92 < held / 300 < 0.99
+    same = range_apart(steep, steep, "d")
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(("bump", "seen"), [(0.0, 0.02), (0.3, 0.98)])
 def test_a_barrier_is_as_uncertain_as_its_blocks(bump, seen):
     """Lines that rise by `bump` half-way in the mean over all text: a flat one seldom shows a barrier, a hill does."""
     generator, held, above = np.random.default_rng(11), 0, 0
-    settings = EvaluateConfig(bootstrap_samples=400)
-    tokens, heights = np.full(8, 100), np.array([0.0, bump, 0.0])
     for _ in range(400):
-        nats = 3.0 + heights[:, None] + np.array([[0.0], [1.0], [1.0]]) * generator.normal(0, 0.1, (3, 8))
-        points = tuple(
-            Point((place,), {"d": DomainLoss(tuple(row * tokens), tuple(tokens.tolist()), tuple(tokens.tolist()))})
-            for place, row in zip((0.0, 0.5, 1.0), nats, strict=True)
-        )
-        found = Surface(("one",), "gains", "float32", Geometry((1.0,), 1.0), points, settings).figures("d")
+        found = _noisy_line((0.0, bump, 0.0), generator).figures("d")
         held += found.barrier.low <= bump <= found.barrier.high
         above += found.barrier.low > 0
     assert held / 400 > 0.92

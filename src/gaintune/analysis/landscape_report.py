@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gaintune.analysis.directions import WAYS
-from gaintune.analysis.landscape import DomainFigures, Landscape, Surface
+from gaintune.analysis.landscape import Landscape
+from gaintune.analysis.surface import DomainFigures, Surface
 from gaintune.evaluate.records import Interval
 from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import LARGEST_LIMIT, SMALLEST_LIMIT, diverging, ink_on, look

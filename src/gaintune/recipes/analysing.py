@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pandas as pd
@@ -141,13 +142,14 @@ def gains(settings: dict[str, Any], context: Context) -> Outcome:
 
     Numbers, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
     `.flipped` after the last domain, `LABEL.after-DOMAIN.…` after each, `LABEL.smallest_ever` and `.flipped_ever` over
-    all stages. Of domains that were learnt apart from each other all begin with `DOMAIN.`.
+    all stages; `A-minus-B.near`. Of domains that were learnt apart from each other all begin with `DOMAIN.`.
     """
     trained = context.of(settings)
     context.refuse_unknown(settings)
     survey = survey_gains(trained.runs)
     gain_report.write(survey, context.folder)
     numbers: dict[str, Interval] = {}
+    near: dict[str, float] = {}
     tables, notes = {}, [f"left out, a method without factors: {label}" for label in survey.left_out]
     for sequence in survey.sequences:
         label = sequence.label.replace(": ", ".")  # of several runs the run stands in front
@@ -164,6 +166,9 @@ def gains(settings: dict[str, Any], context: Context) -> Outcome:
         heads = ["Smallest", "Largest", "Within [0.95, 1.05]", "At or below 0"]
         tables[f"Factors of {label}"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         notes.append(f"{label}: {gain_report.verdict(sequence)}")
+        near[label] = 100 * stages[-1].near
+    for one, other in itertools.permutations(near, 2):
+        numbers[f"{one}-minus-{other}.near"] = exact(near[one] - near[other])
     return Outcome(numbers, tables, tuple(sorted(context.folder.glob("*.png"))), notes=tuple(notes))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 from gaintune.analysis import landscape_report, retention_report, transfer_report
 from gaintune.analysis.landscape import GRID, LINE, survey_landscape
 from gaintune.analysis.retention import Course, Retention, survey_retention
+from gaintune.analysis.surface import Surface, range_apart
 from gaintune.analysis.transfer import PARTS, survey_transfer
 from gaintune.assets import cache_dir
 from gaintune.errors import ConfigError
@@ -26,13 +28,15 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
 
     Adapters of two domains span a plane too. Settings: `of`, `line` and `grid`. Numbers: `LABEL.cosine` of the two
     directions; `LABEL.DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT; `LABEL.DOMAIN.both` where
-    both directions are added; `LABEL.LEARNT.barrier` and, on the plane, `LABEL.DOMAIN.range`, nats.
+    both directions are added; `LABEL.LEARNT.barrier` and, on the plane, `LABEL.DOMAIN.range`, nats. Of two labels with
+    planes: `A-minus-B.cosine`, of the cosines without their signs, and `A-minus-B.DOMAIN.range`.
     """
     trained, plan = context.trained(settings)
     line, grid = settings.pop("line", LINE), settings.pop("grid", GRID)
     context.refuse_unknown(settings)
     numbers: dict[str, Interval] = {}
     tables, figures, without = {}, [], {}
+    planes: dict[str, Surface] = {}
     for label, adapters in _by_label(trained).items():
         folder = context.folder / label
         found = survey_landscape(
@@ -50,6 +54,7 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
                 spread = [landscape_report.in_nats(figure.range), landscape_report.in_nats(figure.barrier)]
                 rows[f"{learnt}, {domain}"] = [with_interval(figure.at_adapted[0]), lowest, *spread]
         if found.plane is not None:
+            planes[label] = found.plane
             cosine = found.plane.geometry.cosine
             if cosine is None:
                 without[f"{label}.cosine"] = "a direction has no length"
@@ -70,7 +75,20 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
         heads = ["Change there, %", "Lowest at", "Range, nats", "Barrier, nats"]
         tables[f"{label}: learnt, measured"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         figures += sorted(folder.glob("*.png"))
+    numbers |= _planes_apart(planes)
     return Outcome(numbers, tables, tuple(figures), without=without)
+
+
+def _planes_apart(planes: Mapping[str, Surface]) -> dict[str, Interval]:
+    """How two labels' planes differ: in the angle between their directions, and in the range of every domain's loss."""
+    numbers = {}
+    for (one, first), (other, second) in itertools.permutations(planes.items(), 2):
+        cosines = first.geometry.cosine, second.geometry.cosine
+        if cosines[0] is not None and cosines[1] is not None:
+            numbers[f"{one}-minus-{other}.cosine"] = exact(abs(cosines[0]) - abs(cosines[1]))
+        for domain in first.domains:
+            numbers[f"{one}-minus-{other}.{domain}.range"] = range_apart(first, second, domain)
+    return numbers
 
 
 def transfer(settings: dict[str, Any], context: Context) -> Outcome:
@@ -119,7 +137,8 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
 
     Settings: `of`, `labels`, `every`; `tasks` and `target` as in a step of benchmarks. Numbers: `LABEL.target` and
     `LABEL.texts`, change of perplexity in % at the last snapshot; `LABEL.texts.worst` at the worst one;
-    `A-minus-B.texts` and `A-minus-B.target` at the last; with benchmarks `LABEL.kept`, points, and `LABEL.kept.worst`.
+    `A-minus-B.texts` and `A-minus-B.target` at the last; with benchmarks, in points, `LABEL.accuracy` (target) and
+    `LABEL.kept` (all others) at the last, and `LABEL.kept.worst`.
     """
     trained, plan = context.trained(settings)
     adapters = last_of_each(trained, settings.pop("labels", None))
@@ -152,7 +171,8 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
                 for name, domains in (("target", found.target), ("texts", found.texts)):
                     if domains:
                         numbers[f"{one}-minus-{other}.{name}"] = found.apart(courses[one], courses[other], domains)
-    without = dict.fromkeys(_benchmark_names(courses) if tasks else (), "no benchmark is to be had")
+    asked = [*(["accuracy"] if target else ()), *(("kept", "kept.worst") if tasks else ())]
+    without = {f"{label}.{name}": "no such benchmark is to be had" for label in courses for name in asked}
     without |= dict.fromkeys(_text_names(courses), "no text is watched, or none of those is to be had")
     return Outcome(
         numbers,
@@ -161,10 +181,6 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
         notes=tuple(f"left out, {name}: {why}" for name, why in missing.items()),
         without={name: why for name, why in without.items() if name not in numbers},
     )
-
-
-def _benchmark_names(labels: Iterable[str]) -> list[str]:
-    return [f"{label}.{name}" for label in labels for name in ("kept", "kept.worst")]
 
 
 def _text_names(labels: Collection[str]) -> list[str]:
@@ -176,6 +192,7 @@ COURSE = {
     "target": "Target, % of perplexity",
     "texts": "Other texts, %",
     "texts.worst": "Other texts at their worst, %",
+    "accuracy": "Target's benchmarks, points",
     "kept": "Benchmarks, points",
     "kept.worst": "Benchmarks at their worst, points",
 }
@@ -189,6 +206,7 @@ def _course_numbers(found: Retention, course: Course) -> dict[str, Interval]:
     over_time = [found.change(course, moment, found.texts) for moment in course.moments if moment.step]
     texts = [one for one in over_time if one is not None]
     numbers["texts.worst"] = highest(texts) if texts else None
+    numbers["accuracy"] = last.scores.target_change if last.scores else None
     kept = [moment.scores.retention_change for moment in course.moments if moment.step and moment.scores]
     numbers["kept"] = kept[-1] if kept else None
     benchmarks = [one for one in kept if one is not None]
