@@ -85,7 +85,7 @@ def adapt(
             )
 
         model = single.model(base)
-        before = look(model, "before", None if single.start else settled.model.name)
+        before = look(model, "before", base=None if single.start else settled.model.name)
         replay, seed = single.method.replay, settled.train.seed
         rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
         record = single.record(base, domain)

@@ -16,6 +16,8 @@ from gaintune.learnt_domain import LearntDomain
 RECORD = "gaintune.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BASE = "base"
+"""What the untouched base is called beside adapters."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ def read_record(folder: Path) -> AdapterRecord | None:
 
 
 def adapter_labels(folders: Sequence[Path]) -> list[str]:
-    """What adapters are called beside one another: their folders; ConfigError where one is named twice."""
+    """What adapters are called beside one another and the base: their folders; ConfigError for two of one name."""
     labels = [str(folder) for folder in folders]
+    if BASE in labels:
+        raise ConfigError(f"an adapter cannot be called {BASE!r}, as the base is: name it by its absolute path")
     if len(set(labels)) != len(labels):
         raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
     return labels

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from gaintune import runs
 from gaintune.adapter_folder import (
+    BASE,
     CONFIG,
     RECORD,
     WEIGHTS,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "BASE",
     "AdapterRecord",
     "adapter_labels",
     "adapter_weights",

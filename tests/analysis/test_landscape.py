@@ -2,25 +2,25 @@
 
 import copy
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
 import tiny_domains
-from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.analysis.directions import Geometry, directions, way_of
+from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
+from gaintune.analysis.directions import directions, way_of
 from gaintune.analysis.landscape import survey_landscape
-from gaintune.analysis.surface import Point, Surface, range_apart
-from gaintune.config import EvaluateConfig, build_plan
-from gaintune.errors import AdapterError, ConfigError
-from gaintune.evaluate.losses import DomainLoss
+from gaintune.config import build_plan
+from gaintune.errors import AdapterError, BaseModelError, ConfigError, DivergedError
+from gaintune.evaluate.compare import compare_adapters
 from gaintune.models import load_base
 from gaintune.progress import Silent
 from gaintune.tuners.disel import DiselConfig
@@ -237,37 +237,22 @@ def test_places_that_lines_and_their_plane_share_are_measured_once(place, plan):
     assert len(places) == len(set(places)) == 3 + 2 + 4  # of 3 + 3 + 9: not the base again, nor the plane's two edges
 
 
-def _noisy_line(heights, generator):
-    """A line that rises so in the mean over all text, seen on 8 blocks of it."""
-    tokens = np.full(8, 100)
-    nats = 3.0 + np.array(heights)[:, None] + np.array([[0.0], [1.0], [1.0]]) * generator.normal(0, 0.1, (3, 8))
-    points = tuple(
-        Point((place,), {"d": DomainLoss(tuple(row * tokens), tuple(tokens.tolist()), tuple(tokens.tolist()))})
-        for place, row in zip((0.0, 0.5, 1.0), nats, strict=True)
-    )
-    settings = EvaluateConfig(bootstrap_samples=400)
-    return Surface(("one",), "gains", "float32", Geometry((1.0,), 1.0), points, settings)
-
-
-def test_the_difference_of_two_ranges_is_covered_and_paired():
-    generator, held = np.random.default_rng(12), 0
-    for _ in range(300):
-        steep, flat = _noisy_line((0.0, 0.2, 0.5), generator), _noisy_line((0.0, -0.1, -0.3), generator)
-        apart = range_apart(steep, flat, "d")
-        assert apart.value == pytest.approx(steep.figures("d").range.value - flat.figures("d").range.value)
-        held += apart.low <= 0.2 <= apart.high
-    assert 0.92 < held / 300 < 0.99
-    same = range_apart(steep, steep, "d")
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(("bump", "seen"), [(0.0, 0.02), (0.3, 0.98)])
-def test_a_barrier_is_as_uncertain_as_its_blocks(bump, seen):
-    """Lines that rise by `bump` half-way in the mean over all text: a flat one seldom shows a barrier, a hill does."""
-    generator, held, above = np.random.default_rng(11), 0, 0
-    for _ in range(400):
-        found = _noisy_line((0.0, bump, 0.0), generator).figures("d")
-        held += found.barrier.low <= bump <= found.barrier.high
-        above += found.barrier.low > 0
-    assert held / 400 > 0.92
-    assert abs(above / 400 - seen) < 0.03
+def test_a_base_with_broken_weights_is_told_from_an_adapter_with_such(place, plan, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], math.inf)
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    base = plan.model_copy(update={"model": plan.model.model_copy(update={"name": str(tmp_path / "base")})})
+    told = r"the base's own loss on \w+ is not finite in bfloat16"
+    with pytest.raises(BaseModelError, match=told):
+        survey_landscape(base, [place / "gain-ffn"], line=[0.5], allow_other_base=True)
+    with pytest.raises(BaseModelError, match=told):
+        compare_adapters(base, [place / "gain-ffn"], allow_other_base=True)
+    model = load_adapter(load_base(str(place / "base")), place / "gain-ffn", trainable=True)
+    with torch.no_grad():
+        next(weight for weight in model.parameters() if weight.requires_grad).fill_(3e38)  # overflows in bf16
+    save_adapter(model, tmp_path / "gain-ffn", read_record(place / "gain-ffn"))
+    with pytest.raises(DivergedError, match="If it was just trained, lower the learning rate"):
+        compare_adapters(plan, [tmp_path / "gain-ffn"])
+    with pytest.raises(ConfigError, match="an adapter cannot be called 'base'"):
+        compare_adapters(plan, [Path("base")])

@@ -7,7 +7,6 @@ import pytest
 
 from gaintune.config import build_plan
 from gaintune.errors import ConfigError, DataError
-from gaintune.evaluate.records import Interval
 from gaintune.progress import Silent
 from gaintune.recipes import benchmarking, tiny
 from gaintune.recipes.benchmarking import asked_config
@@ -204,12 +203,37 @@ def test_an_infinite_perplexity_stands_as_the_greatest():
 
 
 def test_factors_are_told_over_all_stages_and_of_runs_apart(tmp_path):
-    told = recipe(APART, ("factors", "gains", {"of": "run"}))
+    learns = {**APART[2], "methods": ["gain", "gain-ffn", "lora", "dora"]}
+    told = recipe(("run", "separately", learns), ("factors", "gains", {"of": "run"}))
     outcome = run_recipe(told, tmp_path / "run", scale="smoke").outcomes["factors"]
-    assert {"pubmedqa.gain.smallest_ever", "wikitext.gain.flipped_ever"} <= set(outcome.numbers)
-    assert outcome.numbers["pubmedqa.gain.smallest_ever"] == outcome.numbers["pubmedqa.gain.smallest"]
-    assert isinstance(outcome.numbers["wikitext.gain.near"], Interval)
-    assert sum("without factors" in note for note in outcome.notes) == 2
+    numbers = outcome.numbers
+    assert {"pubmedqa.gain.smallest_ever", "wikitext.gain.flipped_ever"} <= set(numbers)
+    assert numbers["pubmedqa.gain.smallest_ever"] == numbers["pubmedqa.gain.smallest"]
+    apart = [name for name in numbers if "-minus-" in name]
+    assert sorted(apart) == [
+        f"{domain}.{pair}.near"
+        for domain in ("pubmedqa", "wikitext")
+        for pair in ("gain-ffn-minus-gain", "gain-minus-gain-ffn")
+    ]
+    near = [numbers[f"wikitext.{label}.near"].value for label in ("gain-ffn", "gain")]
+    assert numbers["wikitext.gain-ffn-minus-gain.near"].value == pytest.approx(near[0] - near[1])
+    assert sum("without factors" in note for note in outcome.notes) == 4
+
+
+def test_planes_are_set_against_each_other_where_there_are_two(tmp_path):
+    survey = ("look", "landscape", {"of": "run", "line": [0.5], "grid": [1]})
+    told = recipe(APART, survey)
+    numbers = run_recipe(told, tmp_path / "two", scale="smoke").outcomes["look"].numbers
+    cosines = [abs(numbers[f"{label}.cosine"].value) for label in ("gain", "lora")]
+    assert numbers["gain-minus-lora.cosine"].value == pytest.approx(cosines[0] - cosines[1])
+    for domain in ("pubmedqa", "wikitext"):
+        ranges = [numbers[f"{label}.{domain}.range"].value for label in ("gain", "lora")]
+        assert numbers[f"lora-minus-gain.{domain}.range"].value == pytest.approx(ranges[1] - ranges[0])
+    alone = recipe(("run", "separately", {**APART[2], "domains": ["pubmedqa"]}), survey)
+    outcome = run_recipe(alone, tmp_path / "one", scale="smoke").outcomes["look"]
+    lacks = {"gain.cosine", "lora-minus-gain.cosine", "gain-minus-lora.pubmedqa.range", "lora.pubmedqa.both"}
+    assert lacks <= set(outcome.without)
+    assert all("two adapters span a plane" in outcome.without[name] for name in lacks)
 
 
 def test_every_kind_can_be_checked():

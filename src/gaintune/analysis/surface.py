@@ -10,6 +10,7 @@ import numpy as np
 
 from gaintune.analysis.directions import WAYS, Geometry, Way
 from gaintune.config import EvaluateConfig
+from gaintune.evaluate.averages import interval_of
 from gaintune.evaluate.bootstrap import FloatArray, bounds, replicate_means, widened
 from gaintune.evaluate.changes import paired_change
 from gaintune.evaluate.losses import DomainLoss
@@ -145,17 +146,23 @@ class Surface:
 def range_apart(one: Surface, other: Surface, domain: str) -> Interval:
     """How much wider one surface's range of a domain's loss is than another's, in nats a token, paired by blocks.
 
-    Each range is taken between the places where that surface is highest and lowest as measured.
+    A range takes up noise, so the value leans to the surface that varies more from block to block. Its interval holds
+    two: that of the ranges between the places where each surface is highest and lowest as measured, and the basic
+    bootstrap's of ranges between places that are sought anew in every resample.
     """
-    ranges = []
+    assert one.settings == other.settings, "surfaces of one call have one plan"
+    between, anew = [], []
     for surface in (one, other):
         losses = surface.losses_between(domain)
-        ranges.append(losses[:, losses[0].argmax()] - losses[:, losses[0].argmin()])
-    apart = ranges[0] - ranges[1]
-    if np.isnan(apart[1:]).any():  # one block
-        return Interval(float(apart[0]), None, None)
-    low, high = bounds(apart, one.settings.confidence)
-    return Interval(float(apart[0]), float(low), float(high))
+        between.append(losses[:, losses[0].argmax()] - losses[:, losses[0].argmin()])
+        anew.append(np.ptp(losses, axis=1))
+    fixed = interval_of(between[0] - between[1], one.settings.confidence)
+    sought = interval_of(anew[0] - anew[1], one.settings.confidence)
+    if fixed.low is None or fixed.high is None or sought.low is None or sought.high is None:
+        return fixed
+    return Interval(
+        fixed.value, min(fixed.low, 2 * fixed.value - sought.high), max(fixed.high, 2 * fixed.value - sought.low)
+    )
 
 
 def largest(figures: FloatArray, settings: EvaluateConfig) -> Interval:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.adapter_folder import check_adapter
-from gaintune.adapters import adapter_labels, check_adapters, read_record
+from gaintune.adapters import BASE, adapter_labels, check_adapters, read_record
 from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.attaching import adapter_off, attached
@@ -29,8 +29,6 @@ from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-BASE = "base"
 
 
 def run_benchmarks(

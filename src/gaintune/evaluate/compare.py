@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.adapters import adapter_labels, check_adapters
+from gaintune.adapters import BASE, adapter_labels, check_adapters
 from gaintune.config import Plan
 from gaintune.data.blocks import load_domain
 from gaintune.evaluate.backbone import with_adapter
 from gaintune.evaluate.losses import DomainLoss, MethodRun, Stage
 from gaintune.evaluate.matrix import build_matrix
 from gaintune.evaluate.perplexity import measure_domain
-from gaintune.evaluate.walk import BASE, Look, look_at_base_and_adapters
+from gaintune.evaluate.walk import Look, look_at_base_and_adapters
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 

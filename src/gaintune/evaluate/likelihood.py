@@ -20,14 +20,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.adapters import adapter_labels, check_adapters, load_adapter
+from gaintune.adapters import BASE, adapter_labels, check_adapters, load_adapter
 from gaintune.config import Plan
 from gaintune.data.choices import ChoiceRow, read_choices
 from gaintune.data.encode import beginning_of_text, encode_parts
 from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
 from gaintune.evaluate.perplexity import autocast
-from gaintune.evaluate.walk import BASE, Look, look_at_base_and_adapters
+from gaintune.evaluate.walk import Look, look_at_base_and_adapters
 from gaintune.heads import longest_input
 from gaintune.loss import NextTokenLoss
 from gaintune.models import Base, load_base

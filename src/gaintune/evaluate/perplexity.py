@@ -68,9 +68,9 @@ def measure_domain(
     model: nn.Module,
     domain: DomainBlocks,
     *,
-    batch_size: int = 4,
+    batch_size: int,
     mixed_precision: torch.dtype | None = None,
-    title: str = "measuring",
+    title: str,
     base: str | None = None,
     progress: Progress | None = None,
 ) -> DomainLoss:
@@ -79,7 +79,7 @@ def measure_domain(
     Args:
         model, batch_size, mixed_precision, title, progress: as in `measure`.
         domain: the domain.
-        base: name of the base where it is measured as it came, with nothing learnt.
+        base: name of the base, where the model is nothing else; None where something was learnt.
 
     Raises:
         BaseModelError: the loss of some row is not finite, and `base` says that no training can have done it.
@@ -101,7 +101,7 @@ def measure_domain(
         numbers = str(mixed_precision or next(model.parameters()).dtype).removeprefix("torch.")
         raise BaseModelError(
             f"{base}: the base's own loss on {domain.name} is not finite in {numbers}: its weights are broken, or "
-            "these numbers too small for it (model.dtype)"
+            "these numbers too small for it (model.dtype, model.quantization)"
         ) from None
 
 

@@ -11,13 +11,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from gaintune.adapters import adapter_labels, read_record
+from gaintune.adapters import BASE, adapter_labels, read_record
 from gaintune.config import Plan
 from gaintune.methods import Numbers, measuring_numbers
 from gaintune.models import Base
 
 T = TypeVar("T")
-BASE = "base"
 
 Look = Callable[[nn.Module, str, torch.dtype | None], T]
 """What looks at a model, given the model, what it is called, and the autocast dtype to measure it in, if any."""

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from gaintune.analysis import gain_report, subspace_report, tokens_report
-from gaintune.analysis.gains import FactorFigures, survey_gains
+from gaintune.analysis.gains import FactorFigures, FactorSurvey, StageFactors, survey_gains
 from gaintune.analysis.gate_apart import compared
 from gaintune.analysis.gate_report import groups
 from gaintune.analysis.gate_report import write as write_gates
@@ -142,14 +142,13 @@ def gains(settings: dict[str, Any], context: Context) -> Outcome:
 
     Numbers, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
     `.flipped` after the last domain, `LABEL.after-DOMAIN.…` after each, `LABEL.smallest_ever` and `.flipped_ever` over
-    all stages; `A-minus-B.near`. Of domains that were learnt apart from each other all begin with `DOMAIN.`.
+    all stages; `A-minus-B.near` after the last. Of domains learnt apart from each other all begin with `DOMAIN.`.
     """
     trained = context.of(settings)
     context.refuse_unknown(settings)
     survey = survey_gains(trained.runs)
     gain_report.write(survey, context.folder)
     numbers: dict[str, Interval] = {}
-    near: dict[str, float] = {}
     tables, notes = {}, [f"left out, a method without factors: {label}" for label in survey.left_out]
     for sequence in survey.sequences:
         label = sequence.label.replace(": ", ".")  # of several runs the run stands in front
@@ -166,10 +165,26 @@ def gains(settings: dict[str, Any], context: Context) -> Outcome:
         heads = ["Smallest", "Largest", "Within [0.95, 1.05]", "At or below 0"]
         tables[f"Factors of {label}"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         notes.append(f"{label}: {gain_report.verdict(sequence)}")
-        near[label] = 100 * stages[-1].near
-    for one, other in itertools.permutations(near, 2):
-        numbers[f"{one}-minus-{other}.near"] = exact(near[one] - near[other])
-    return Outcome(numbers, tables, tuple(sorted(context.folder.glob("*.png"))), notes=tuple(notes))
+    apart, without = _near_apart(survey)
+    figures = tuple(sorted(context.folder.glob("*.png")))
+    return Outcome(numbers | apart, tables, figures, notes=tuple(notes), without=without)
+
+
+def _near_apart(survey: FactorSurvey) -> tuple[dict[str, Interval], dict[str, str]]:
+    """The differences of `near` within each run, and those that methods with unequally many stages have not."""
+    runs: dict[str, dict[str, StageFactors]] = {}
+    for sequence in survey.sequences:
+        run, _, label = sequence.label.rpartition(": ")
+        runs.setdefault(f"{run}." if run else "", {})[label] = sequence.stages[-1]
+    numbers, without = {}, {}
+    for run, ends in runs.items():
+        for (one, first), (other, second) in itertools.permutations(ends.items(), 2):
+            name = f"{run}{one}-minus-{other}.near"
+            if first.index == second.index:
+                numbers[name] = exact(100 * (first.figures.near - second.figures.near))
+            else:
+                without[name] = f"{one} ends with {first.domain}, {other} with {second.domain}"
+    return numbers, without
 
 
 def _factors(figures: FactorFigures) -> dict[str, float]:

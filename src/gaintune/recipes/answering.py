@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from gaintune.adapters import BASE
 from gaintune.config import Plan
 from gaintune.data.choices import write_choice_rows, write_instruction_rows
 from gaintune.data.question_sets import QUESTION_SETS, load_questions
@@ -18,7 +19,6 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.classification import Share, difference
 from gaintune.evaluate.likelihood import ChoiceFigure, compare_choices
 from gaintune.evaluate.records import Interval
-from gaintune.evaluate.walk import BASE
 from gaintune.recipes.adapting import MEASURE, adapters_of, learn, matrix_numbers, notes_on
 from gaintune.recipes.local_rows import questions
 from gaintune.recipes.outcome import Context, Outcome

@@ -22,6 +22,8 @@ from gaintune.recipes.benchmarking import asked_config
 from gaintune.recipes.outcome import Context, Outcome, exact, highest, last_of_each, lowest
 from gaintune.report.words import NONE, with_interval
 
+NO_LENGTH = "a direction has no length"
+
 
 def landscape(settings: dict[str, Any], context: Context) -> Outcome:
     """`gaintune landscape` for every label of the step `of`, on all domains it measured.
@@ -35,8 +37,8 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
     line, grid = settings.pop("line", LINE), settings.pop("grid", GRID)
     context.refuse_unknown(settings)
     numbers: dict[str, Interval] = {}
-    tables, figures, without = {}, [], {}
-    planes: dict[str, Surface] = {}
+    tables, figures = {}, []
+    planes: dict[str, Surface | str] = {}
     for label, adapters in _by_label(trained).items():
         folder = context.folder / label
         found = survey_landscape(
@@ -53,42 +55,55 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
                 lowest = f"{figure.best[0]:g}"
                 spread = [landscape_report.in_nats(figure.range), landscape_report.in_nats(figure.barrier)]
                 rows[f"{learnt}, {domain}"] = [with_interval(figure.at_adapted[0]), lowest, *spread]
+        planes[label] = found.plane or f"two adapters span a plane, and {label} has {len(adapters)}"
         if found.plane is not None:
-            planes[label] = found.plane
-            cosine = found.plane.geometry.cosine
-            if cosine is None:
-                without[f"{label}.cosine"] = "a direction has no length"
-            else:
-                numbers[f"{label}.cosine"] = exact(cosine)
             for domain in found.plane.domains:
                 figure = found.plane.figures(domain)
-                numbers[f"{label}.{domain}.both"] = figure.at_adapted[2]
-                numbers[f"{label}.{domain}.range"] = figure.range
                 cells = [with_interval(figure.at_adapted[2]), NONE, landscape_report.in_nats(figure.range), NONE]
                 rows[f"both (range of the plane), {domain}"] = cells
-        else:
-            why = f"two adapters span a plane, and {label} has {len(adapters)}"
-            without[f"{label}.cosine"] = why
-            without |= {
-                f"{label}.{domain}.{name}": why for domain in found.lines[0].domains for name in ("both", "range")
-            }
         heads = ["Change there, %", "Lowest at", "Range, nats", "Barrier, nats"]
         tables[f"{label}: learnt, measured"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         figures += sorted(folder.glob("*.png"))
-    numbers |= _planes_apart(planes)
-    return Outcome(numbers, tables, tuple(figures), without=without)
+    on_planes, without = _plane_numbers(planes, [domain.name for domain in plan.data.measured])
+    return Outcome(numbers | on_planes, tables, tuple(figures), without=without)
 
 
-def _planes_apart(planes: Mapping[str, Surface]) -> dict[str, Interval]:
-    """How two labels' planes differ: in the angle between their directions, and in the range of every domain's loss."""
-    numbers = {}
+def _plane_numbers(
+    planes: Mapping[str, Surface | str], domains: Sequence[str]
+) -> tuple[dict[str, Interval], dict[str, str]]:
+    """The numbers of every label's plane and of every two, and those that are not to be had, each with the reason.
+
+    Args:
+        planes: by label; a string says why it has none.
+        domains: what was measured on them.
+    """
+    numbers: dict[str, Interval] = {}
+    without: dict[str, str] = {}
+    ranges = [f"{domain}.range" for domain in domains]
+    for label, plane in planes.items():
+        if isinstance(plane, str):
+            without |= {f"{label}.{name}": plane for name in ("cosine", *ranges, *(f"{each}.both" for each in domains))}
+            continue
+        if plane.geometry.cosine is None:
+            without[f"{label}.cosine"] = NO_LENGTH
+        else:
+            numbers[f"{label}.cosine"] = exact(plane.geometry.cosine)
+        for domain in domains:
+            figure = plane.figures(domain)
+            numbers |= {f"{label}.{domain}.both": figure.at_adapted[2], f"{label}.{domain}.range": figure.range}
     for (one, first), (other, second) in itertools.permutations(planes.items(), 2):
-        cosines = first.geometry.cosine, second.geometry.cosine
-        if cosines[0] is not None and cosines[1] is not None:
-            numbers[f"{one}-minus-{other}.cosine"] = exact(abs(cosines[0]) - abs(cosines[1]))
-        for domain in first.domains:
-            numbers[f"{one}-minus-{other}.{domain}.range"] = range_apart(first, second, domain)
-    return numbers
+        name = f"{one}-minus-{other}"
+        if isinstance(first, str) or isinstance(second, str):
+            why = first if isinstance(first, str) else str(second)
+            without |= {f"{name}.{figure}": why for figure in ("cosine", *ranges)}
+            continue
+        here, there = first.geometry.cosine, second.geometry.cosine
+        if here is None or there is None:
+            without[f"{name}.cosine"] = NO_LENGTH
+        else:
+            numbers[f"{name}.cosine"] = exact(abs(here) - abs(there))
+        numbers |= {f"{name}.{domain}.range": range_apart(first, second, domain) for domain in domains}
+    return numbers, without
 
 
 def transfer(settings: dict[str, Any], context: Context) -> Outcome:
@@ -137,8 +152,8 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
 
     Settings: `of`, `labels`, `every`; `tasks` and `target` as in a step of benchmarks. Numbers: `LABEL.target` and
     `LABEL.texts`, change of perplexity in % at the last snapshot; `LABEL.texts.worst` at the worst one;
-    `A-minus-B.texts` and `A-minus-B.target` at the last; with benchmarks, in points, `LABEL.accuracy` (target) and
-    `LABEL.kept` (all others) at the last, and `LABEL.kept.worst`.
+    `A-minus-B.texts` and `A-minus-B.target` at the last; in points against the base `LABEL.target_benchmarks` and, of
+    all other benchmarks, `LABEL.kept` at the last, and `LABEL.kept.worst`.
     """
     trained, plan = context.trained(settings)
     adapters = last_of_each(trained, settings.pop("labels", None))
@@ -171,7 +186,7 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
                 for name, domains in (("target", found.target), ("texts", found.texts)):
                     if domains:
                         numbers[f"{one}-minus-{other}.{name}"] = found.apart(courses[one], courses[other], domains)
-    asked = [*(["accuracy"] if target else ()), *(("kept", "kept.worst") if tasks else ())]
+    asked = (("target_benchmarks",) if target else ()) + (("kept", "kept.worst") if tasks else ())
     without = {f"{label}.{name}": "no such benchmark is to be had" for label in courses for name in asked}
     without |= dict.fromkeys(_text_names(courses), "no text is watched, or none of those is to be had")
     return Outcome(
@@ -192,9 +207,9 @@ COURSE = {
     "target": "Target, % of perplexity",
     "texts": "Other texts, %",
     "texts.worst": "Other texts at their worst, %",
-    "accuracy": "Target's benchmarks, points",
-    "kept": "Benchmarks, points",
-    "kept.worst": "Benchmarks at their worst, points",
+    "target_benchmarks": "Target's benchmarks, points",
+    "kept": "Other benchmarks, points",
+    "kept.worst": "Other benchmarks at their worst, points",
 }
 """The numbers of a course, and how tables call them."""
 
@@ -206,7 +221,7 @@ def _course_numbers(found: Retention, course: Course) -> dict[str, Interval]:
     over_time = [found.change(course, moment, found.texts) for moment in course.moments if moment.step]
     texts = [one for one in over_time if one is not None]
     numbers["texts.worst"] = highest(texts) if texts else None
-    numbers["accuracy"] = last.scores.target_change if last.scores else None
+    numbers["target_benchmarks"] = last.scores.target_change if last.scores else None
     kept = [moment.scores.retention_change for moment in course.moments if moment.step and moment.scores]
     numbers["kept"] = kept[-1] if kept else None
     benchmarks = [one for one in kept if one is not None]
