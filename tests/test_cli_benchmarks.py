@@ -79,6 +79,8 @@ def test_adapters_are_told_apart_by_what_differs_in_their_paths():
     assert list(_short(["runs/a", "runs/a/b", "other"]).values()) == ["runs/a", "runs/a/b", "other"]
     assert list(_short(["runs/a", "runs/a/b"]).values()) == ["a", "a/b"]
     assert _short(["runs/a/adapter"]) == {"runs/a/adapter": "adapter"}
+    assert list(_short(["runs/law", "runs/base"]).values()) == ["runs/law", "runs/base"]
+    assert _short(["runs/base"]) == {"runs/base": "runs/base"}
     assert _short([]) == {}
 
 

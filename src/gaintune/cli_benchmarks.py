@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from gaintune.adapter_folder import BASE
 from gaintune.config import Plan
 from gaintune.console import percent, table
 from gaintune.errors import ConfigError
@@ -124,7 +125,7 @@ def tables(report: BenchmarkReport) -> Iterator[Table | str]:
     for score in (score for name in report.asked for score in report.base if score.task == name):
         compared = [one for one in report.comparisons if (one.task, one.metric) == (score.task, score.metric)]
         share = all(one.unit == "points" for one in compared) if compared else score.is_share
-        rows.append([score.task, score.metric, "base", _value(score, share), "—"])
+        rows.append([score.task, score.metric, BASE, _value(score, share), "—"])
         rows += [["", "", names[each.label], _value(each.adapted, share), _difference(each)] for each in compared]
         facts = score.facts
         told = [
@@ -139,13 +140,14 @@ def tables(report: BenchmarkReport) -> Iterator[Table | str]:
 
 
 def _short(labels: Sequence[str]) -> dict[str, str]:
-    """Paths without the folders that all of them begin and end with; a single one by its last part."""
+    """Paths without the folders that all of them begin and end with, a single one by its last part; never `base`."""
     parts = [list(Path(label).parts) for label in labels]
     while len(parts) > 1 and all(len(each) > 1 and each[0] == parts[0][0] for each in parts):
         parts = [each[1:] for each in parts]
     while len(parts) > 1 and all(len(each) > 1 and each[-1] == parts[0][-1] for each in parts):
         parts = [each[:-1] for each in parts]
-    return {label: "/".join(each if len(parts) > 1 else each[-1:]) for label, each in zip(labels, parts, strict=True)}
+    names = ["/".join(each if len(parts) > 1 else each[-1:]) for each in parts]
+    return dict(zip(labels, labels if BASE in names else names, strict=True))
 
 
 def _value(score: BenchmarkScore, share: bool) -> str:

@@ -91,7 +91,7 @@ class Shelf:
             self.unfinished.replace(self.finished)
 
 
-def snapshots_of(adapter: Path) -> dict[int, Path]:
+def snapshots_of(adapter: str | Path) -> dict[int, Path]:
     """The copies kept of an adapter, by the number of updates after which each was made.
 
     Args:
@@ -100,6 +100,7 @@ def snapshots_of(adapter: Path) -> dict[int, Path]:
     Raises:
         AdapterError: no such folder, or no copies were kept.
     """
+    adapter = Path(adapter)
     if not adapter.is_dir():
         raise AdapterError(f"{adapter}: no such adapter folder")
     places = [adapter, adapter.with_name(f"{adapter.name}.snapshots")]

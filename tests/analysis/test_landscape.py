@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tiny_base
 import tiny_domains
 from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
+from gaintune.analysis import landscape_report
 from gaintune.analysis.directions import directions, way_of
 from gaintune.analysis.landscape import survey_landscape
 from gaintune.config import build_plan
@@ -256,3 +257,12 @@ def test_a_base_with_broken_weights_is_told_from_an_adapter_with_such(place, pla
         compare_adapters(plan, [tmp_path / "gain-ffn"])
     with pytest.raises(ConfigError, match="an adapter cannot be called 'base'"):
         compare_adapters(plan, [Path("base")])
+
+
+def test_steps_that_16_bits_round_away_are_said_and_a_plane_of_an_earlier_call_goes(place, plan, tmp_path, caplog):
+    adapters = [place / "gain-ffn", place / "gain-ffn2"]
+    landscape_report.write(survey_landscape(plan, adapters, plane=True, line=[1e-6, 0.5], grid=[]), tmp_path)
+    assert caplog.text.count("at 1e-06 every loss is the pretrained model's to the last bit, as bfloat16 rounds") == 2
+    assert (tmp_path / "landscape-plane.png").exists()
+    landscape_report.write(survey_landscape(plan, adapters, line=[0.5]), tmp_path)
+    assert (tmp_path / "landscape-lines.png").exists() and not list(tmp_path.glob("landscape-plane.*"))

@@ -10,7 +10,7 @@ from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.recipes.catalogue import recipe_named, recipes
 from gaintune.recipes.differences import LISTS, names_in, stem_of
 from gaintune.recipes.runner import run_recipe
-from gaintune.recipes.schema import Recipe, read_recipe
+from gaintune.recipes.schema import Expectation, Recipe, read_recipe
 
 AGAIN = ("G3", "G9", "G16", "G17", "D2", "D5")
 """One of each kind that measures or keeps what others do not: benchmarks, answers, sweep, landscape and so on."""
@@ -102,7 +102,10 @@ SMALLEST = {
     [
         ({"steps": [{"name": "run", "do": "dance"}]}, "unknown kind 'dance'"),
         ({"steps": [{"name": "run", "do": "sequence", "settings": {"domian": []}}]}, "unknown key 'domian'"),
-        ({"steps": [{"name": "run", "do": "sequence", "settings": {"domains": ["nowhere"]}}]}, "--data"),
+        (
+            {"steps": [{"name": "run", "do": "sequence", "settings": {"domains": ["nowhere"]}}]},
+            "'nowhere' is no name of the catalogue",
+        ),
         (
             {"claims": [{"says": "x", "number": "run.lora.in_domain", "expect": {"below": 0}}]},
             "no number 'lora.in_domain'",
@@ -113,6 +116,11 @@ SMALLEST = {
 def test_a_wrong_recipe_is_refused_in_words(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run_recipe(Recipe.model_validate({**SMALLEST, **change}), tmp_path / "run", scale="smoke")
+
+
+def test_a_claim_that_no_number_meets_is_refused():
+    with pytest.raises(ValueError, match="no number is above 3 and below 1"):
+        Expectation(above=3, below=1)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def _is_plain(config: Any) -> bool:
 
 
 @contextlib.contextmanager
-def directions(base: Base, adapters: Sequence[Path], *, allow_other_base: bool = False) -> Iterator[Directions]:
+def directions(base: Base, adapters: Sequence[str | Path], *, allow_other_base: bool = False) -> Iterator[Directions]:
     """Open one or two adapters' directions on a base; afterwards `base.model` is what it was, bit for bit.
 
     Args:
@@ -131,13 +131,14 @@ def directions(base: Base, adapters: Sequence[Path], *, allow_other_base: bool =
         AdapterError, BaseMismatchError: damaged, of another base, or of a method whose effect is no change of weights.
         ConfigError: adapters that cannot be set side by side, or a base in too few bits.
     """
-    way = way_of(adapters)
+    folders = [Path(folder) for folder in adapters]
+    way = way_of(folders)
     flags = {name: parameter.requires_grad for name, parameter in base.model.named_parameters()}
     kinds: dict[Way, Callable[[Base, Sequence[Path], bool], Directions]] = {
         "gains": _Gains, "scale": _Scales, "gated": _Scales, "weights": _Weights
     }  # fmt: skip
     try:
-        opened = kinds[way](base, adapters, allow_other_base)
+        opened = kinds[way](base, folders, allow_other_base)
         try:
             yield opened
         finally:

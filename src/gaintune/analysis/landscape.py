@@ -7,6 +7,7 @@ for which method: `gaintune.analysis.directions.WAYS`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from gaintune.evaluate.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure_domain
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
+
+logger = logging.getLogger(__name__)
 
 LINE = tuple(step / 8 for step in range(-2, 11))
 GRID = tuple(step / 4 for step in range(-1, 6))
@@ -75,7 +78,7 @@ def survey_landscape(
     """
     adapters = [Path(folder) for folder in adapters]
     if not adapters or (plane and len(adapters) != 2):
-        raise ConfigError(f"a plane is spanned by two adapters, and {len(adapters)} were given")
+        raise ConfigError(f"a plane is spanned by two adapters, not by {len(adapters)}")
     origins = named_origins(adapters)
     labels = tuple(origins)
     wanted = [_Wanted((folder,), (one,), line) for folder, one in zip(adapters, labels, strict=True)]
@@ -95,7 +98,21 @@ def survey_landscape(
             base = load_base(plan.model, dtype=dtype)
         surfaces.append(_measured(plan, base, domains, each, known, allow_other_base, progress or Silent()))
     lines = surfaces[: len(adapters)]
+    for line in lines:
+        _warn_of_rounding(line)
     return Landscape(tuple(lines), surfaces[-1] if plane else None, told)
+
+
+def _warn_of_rounding(line: Surface) -> None:
+    """Say where a line does not leave the pretrained model: 16 bits round away what is small beside the weights."""
+    start = line.at(0.0).losses
+    still = [point.place[0] for point in line.points if point.place[0] and point.losses == start]
+    if still:
+        logger.warning(
+            "%s: at %s every loss is the pretrained model's to the last bit, as %s rounds so small a step away: what "
+            "the line shows near 0, and a barrier, may be rounding. Compute in fp32 (--set model.dtype=fp32)",
+            line.labels[0], ", ".join(f"{t:g}" for t in still), line.numbers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def markdown(found: Landscape) -> str:
             for domain, one in ((domain, line.figures(domain)) for domain in line.domains)
         ],
         index=[line.labels[0] for line in found.lines for _ in line.domains],
-        columns=["Domain", "At the adapted model", "Lowest at", "Change there", "Range, nats", "Barrier, nats"],
+        columns=["Domain", "At the adapted model", "Lowest at", "Lowest", "Range, nats", "Barrier, nats"],
         dtype=object,
     )
     parts.append(markdown_table(frame, "Adapter"))
@@ -73,14 +73,14 @@ def markdown(found: Landscape) -> str:
                 for one in figures.values()
             ],
             index=list(figures),
-            columns=[*found.plane.labels, "Both", "Lowest at", "Change there", "Range, nats"],
+            columns=[*found.plane.labels, "Both", "Lowest at", "Lowest", "Range, nats"],
             dtype=object,
         )
         parts += [f"The plane of {' and '.join(found.plane.labels)}:", markdown_table(plane, "Domain")]
-    parts.append("\n".join(f"- {sentence}" for _, surface in surfaces(found) for sentence in _geometry(surface)))
+    parts.append("\n".join(f"- {sentence}" for _, surface in surfaces(found) for sentence in geometry(surface)))
     note = (
-        "Range: highest less lowest loss a token between 0 and 1. Barrier: how far the loss rises above the straight "
-        "line between its ends."
+        "Lowest: the best change between 0 and 1, and where. Range: highest less lowest loss a token there. Barrier: "
+        "how far the loss rises above the straight line between its ends."
     )
     return "\n\n".join(part.rstrip("\n") for part in [*parts, note]) + "\n"
 
@@ -98,7 +98,7 @@ def in_nats(figure: Interval | None) -> str:
     return f"{figure.value:.4f}{ends}"
 
 
-def _geometry(surface: Surface) -> list[str]:
+def geometry(surface: Surface) -> list[str]:
     """How the model was moved, and how the directions lie, in words."""
     shape, names = surface.geometry, " and ".join(surface.labels)
     if len(surface.labels) == 1:
@@ -244,5 +244,8 @@ def write(found: Landscape, folder: Path) -> None:
     drawn = figure_files("landscape-lines", line_figure(found))
     if found.plane is not None:
         drawn |= figure_files("landscape-plane", plane_figure(found.plane))
+    else:
+        for old in folder.glob("landscape-plane.*"):  # of a call before this one
+            old.unlink()
     for name, content in drawn.items():
         write_bytes(folder / name, content)

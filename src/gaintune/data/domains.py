@@ -233,6 +233,13 @@ def _path(domain: DomainConfig) -> Path:
     path = local_path(domain.source)
     if path is not None:
         return path
-    near = get_close_matches(domain.source, CATALOGUE, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else f"the catalogue holds {', '.join(CATALOGUE)}"
-    raise DataError(f"domain {domain.name!r}: {domain.source} is no file, folder or catalogue name; {advice}")
+    raise DataError(
+        f"domain {domain.name!r}: {domain.source} is no file, folder or catalogue name; {advice_on(domain.source)}; a "
+        f"file of yours is named {domain.name}=PATH"
+    )
+
+
+def advice_on(name: str) -> str:
+    """What somebody may have meant by a name that the catalogue has not."""
+    near = get_close_matches(name, CATALOGUE, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"the catalogue holds {', '.join(CATALOGUE)}"

@@ -12,6 +12,7 @@ from gaintune.errors import DivergedError
 from gaintune.evaluate.matrix import Interval, Matrix
 from gaintune.evaluate.records import Summary
 from gaintune.recipes.outcome import Context, Outcome, highest
+from gaintune.recipes.world import STAND_INS
 from gaintune.report import write_report
 from gaintune.report.tables import cell_frame, summary_frame
 from gaintune.report.words import FIGURES, NONE, with_interval
@@ -119,7 +120,7 @@ def left_out(settings: Mapping[str, Any], context: Context) -> tuple[str, ...]:
     stand_ins = [
         f"{each['name']} is {each['source']}"
         for each in context.world.domains(names)
-        if context.world.scale == "small" and "/" not in each["source"] and each["source"] != each["name"]
+        if context.world.scale == "small" and each["source"] == STAND_INS.get(each["name"])
     ]
     notes = [f"left out for want of a text (give --data FOLDER): {', '.join(missing)}"] if missing else []
     return (*notes, *([f"embedded texts stand in: {', '.join(stand_ins)}"] if stand_ins else []))

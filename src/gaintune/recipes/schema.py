@@ -28,6 +28,8 @@ class Expectation(Section):
     def _says_something(self) -> Expectation:
         if self.above is None and self.below is None:
             raise ValueError("say above, below, or both")
+        if self.bounds[0] >= self.bounds[1]:
+            raise ValueError(f"no number is {self}")
         return self
 
     @property

@@ -37,7 +37,7 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
     line, grid = settings.pop("line", LINE), settings.pop("grid", GRID)
     context.refuse_unknown(settings)
     numbers: dict[str, Interval] = {}
-    tables, figures = {}, []
+    tables, figures, notes = {}, [], []
     planes: dict[str, Surface | str] = {}
     for label, adapters in _by_label(trained).items():
         folder = context.folder / label
@@ -61,11 +61,14 @@ def landscape(settings: dict[str, Any], context: Context) -> Outcome:
                 figure = found.plane.figures(domain)
                 cells = [with_interval(figure.at_adapted[2]), NONE, landscape_report.in_nats(figure.range), NONE]
                 rows[f"both (range of the plane), {domain}"] = cells
-        heads = ["Change there, %", "Lowest at", "Range, nats", "Barrier, nats"]
-        tables[f"{label}: learnt, measured"] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
+        heads = ["At the adapted model, %", "Lowest at", "Range, nats", "Barrier, nats"]
+        for _, surface in landscape_report.surfaces(found):
+            notes += [f"{label}: {sentence}" for sentence in landscape_report.geometry(surface)]
+        title = f"{label}: learnt, measured; intervals over validation blocks"
+        tables[title] = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
         figures += sorted(folder.glob("*.png"))
     on_planes, without = _plane_numbers(planes, [domain.name for domain in plan.data.measured])
-    return Outcome(numbers | on_planes, tables, tuple(figures), without=without)
+    return Outcome(numbers | on_planes, tables, tuple(figures), notes=tuple(notes), without=without)
 
 
 def _plane_numbers(
@@ -187,11 +190,11 @@ def retention(settings: dict[str, Any], context: Context) -> Outcome:
                     if domains:
                         numbers[f"{one}-minus-{other}.{name}"] = found.apart(courses[one], courses[other], domains)
     asked = (("target_benchmarks",) if target else ()) + (("kept", "kept.worst") if tasks else ())
-    without = {f"{label}.{name}": "no such benchmark is to be had" for label in courses for name in asked}
+    without = {f"{label}.{name}": "its benchmarks are left out, see the notes" for label in courses for name in asked}
     without |= dict.fromkeys(_text_names(courses), "no text is watched, or none of those is to be had")
     return Outcome(
         numbers,
-        {"At the last snapshot": pd.DataFrame.from_dict(rows, orient="index", columns=list(COURSE.values()))},
+        {LAST_SNAPSHOT: pd.DataFrame.from_dict(rows, orient="index", columns=list(COURSE.values()))},
         tuple(sorted(context.folder.glob("*.png"))),
         notes=tuple(f"left out, {name}: {why}" for name, why in missing.items()),
         without={name: why for name, why in without.items() if name not in numbers},
@@ -203,6 +206,7 @@ def _text_names(labels: Collection[str]) -> list[str]:
     return [*alone, *(f"{one}-minus-{other}.texts" for one in labels for other in labels if one != other)]
 
 
+LAST_SNAPSHOT = "At the last snapshot; intervals over validation blocks, of benchmarks over their rows"
 COURSE = {
     "target": "Target, % of perplexity",
     "texts": "Other texts, %",

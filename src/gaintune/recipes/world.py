@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.config import Plan, build_plan
-from gaintune.data.domains import CATALOGUE
+from gaintune.data.domains import CATALOGUE, advice_on
 from gaintune.data.readers import SUFFIXES
 from gaintune.errors import ConfigError
 from gaintune.recipes import tiny
@@ -69,7 +69,12 @@ class World:
         values: dict[str, Any] = {"model": {"name": self.base(settings.get("base"))}}
         for over in (BUDGETS[self.scale], {key: settings[key] for key in PLAN_SECTIONS if key in settings}):
             values = laid_over(values, dict(over))
-        named = {key: self.domains(settings[key]) for key in ("domains", "watched") if key in settings}
+        asked = {key: settings[key] for key in ("domains", "watched") if key in settings}
+        for name in (each for names in asked.values() for each in self.missing(names) if each not in CATALOGUE):
+            raise ConfigError(
+                f"{origin}: domain {name!r} is no name of the catalogue, and has no source; {advice_on(name)}"
+            )
+        named = {key: self.domains(names) for key, names in asked.items()}
         if not named.get("domains"):
             raise ConfigError(f"{origin}: none of its domains is to be had; give --data FOLDER with local copies")
         values = laid_over(values, {"data": named})

@@ -16,7 +16,10 @@ from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE, number
 from gaintune.runs import make_folder, write_json, write_text
 
-SMOKE = "Random weights and a few steps: the verdicts show that everything runs, and nothing else."
+SMOKE = (
+    "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "
+    "that everything runs, and nothing else."
+)
 
 
 def write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
