@@ -98,8 +98,8 @@ def survey_landscape(
             base = load_base(plan.model, dtype=dtype)
         surfaces.append(_measured(plan, base, domains, each, known, allow_other_base, progress or Silent()))
     lines = surfaces[: len(adapters)]
-    for line in lines:
-        _warn_of_rounding(line)
+    for surface in lines:
+        _warn_of_rounding(surface)
     return Landscape(tuple(lines), surfaces[-1] if plane else None, told)
 
 
