@@ -221,7 +221,7 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     apart = survey_landscape(plan, adapters, line=[], plane=True, grid=[0.5])  # here the plane alone has these places
     for domain in ("prose", "code"):
         assert apart.plane.at(0.5, 0.0).losses[domain] == first.at(0.5).losses[domain]
-    with pytest.raises(ConfigError, match="spanned by two adapters, and 1 were given"):
+    with pytest.raises(ConfigError, match="spanned by two adapters, not by 1"):
         survey_landscape(plan, adapters[:1], plane=True)
 
 
