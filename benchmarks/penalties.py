@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdown, provenance, spread
 
-from gaintune.config import MethodConfig
+from gaintune.config.plan import MethodConfig
 from gaintune.data.examples import Examples
 from gaintune.evaluate.perplexity import autocast
-from gaintune.loss import NextTokenLoss
-from gaintune.methods import trainable_parameters
-from gaintune.penalties import penalty_of
+from gaintune.models.loss import NextTokenLoss
+from gaintune.methods.attach import trainable_parameters
+from gaintune.methods.penalties import penalty_of
 from gaintune.tuners.optim import parameter_groups
-from gaintune.updates import Lesson, Place
+from gaintune.methods.rules import Lesson, Place
 
 RATE = 1e-4  # the time of a step does not depend on it
 DEFAULT = ("GAIN-FFN", "PEFT LoRA r=16, all linear", FULL)

@@ -6,9 +6,9 @@ import pytest
 
 import tiny_base
 import tiny_domains
-from gaintune.adaptation import adapt
+from gaintune.workflows.adapt import adapt
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
-from gaintune.runs import read_json
+from gaintune.storage.run import read_json
 from killing import Nothing, StopAt, Stopped, killed
 
 

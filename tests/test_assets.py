@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gaintune import assets
-from gaintune.assets import ASSETS, Asset, cache_dir, fetch, status
+from gaintune.storage import assets
+from gaintune.storage.assets import ASSETS, Asset, cache_dir, fetch, status
 from gaintune.errors import AssetError
 
 
@@ -130,7 +130,7 @@ def test_without_pip_it_says_so(words, monkeypatch):
 
 
 def test_fetching_at_the_same_time_downloads_once(words, caplog):
-    with caplog.at_level(logging.INFO, "gaintune.assets"), ThreadPoolExecutor(3) as pool:
+    with caplog.at_level(logging.INFO, "gaintune.storage.assets"), ThreadPoolExecutor(3) as pool:
         folders = set(pool.map(fetch, ["words"] * 3))
     assert len(folders) == 1
     assert sum("downloading" in record.message for record in caplog.records) == 1

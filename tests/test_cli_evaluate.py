@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.cli import app
+from gaintune.cli.main import app
 from gaintune.errors import ConfigError
-from gaintune.export import merge_adapter
+from gaintune.workflows.merge import merge_adapter
 
 NUMBERS = ("--set", "model.dtype=fp32", "--set", "model.device=cpu", "--set", "evaluate.bootstrap_samples=50")
 

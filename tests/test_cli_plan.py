@@ -5,8 +5,8 @@ from dataclasses import fields
 import pytest
 from typer.testing import CliRunner
 
-from gaintune.cli import app
-from gaintune.cli_plan import OF_EVERY_METHOD, PLACES, Options, assemble, parse_method
+from gaintune.cli.main import app
+from gaintune.cli.options import OF_EVERY_METHOD, PLACES, Options, assemble, parse_method
 from gaintune.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import yaml
 
 import tiny_base
 import tiny_sweep
-from gaintune.runs import read_json
+from gaintune.storage.run import read_json
 from test_cli import gaintune, refused
 
 

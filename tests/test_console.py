@@ -7,9 +7,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import gaintune
-from gaintune import console
-from gaintune.cli import app
-from gaintune.console import Bars
+from gaintune.cli import console
+from gaintune.cli.main import app
+from gaintune.cli.console import Bars
 from gaintune.progress import plural
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.devices import VISIBLE, take_device, visible_devices
-from gaintune.sweep_engine import Pool
+from gaintune.models.devices import VISIBLE, take_device, visible_devices
+from gaintune.workflows.sweep.engine import Pool
 
 TAKE = """
 import json, sys

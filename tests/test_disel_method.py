@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import tiny_base
-from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.config import MethodConfig, ModelConfig, TrainConfig
+from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
+from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.export import merge_adapter
+from gaintune.workflows.merge import merge_adapter
 from gaintune.learning import learn
-from gaintune.methods import attach, check_method, rate_multipliers, trainable_parameters
-from gaintune.models import load_base
+from gaintune.methods.attach import attach, check_method, rate_multipliers, trainable_parameters
+from gaintune.models.base import load_base
 from gaintune.tuners.optim import parameter_groups
-from gaintune.updates import Place
+from gaintune.methods.rules import Place
 
 D, FFN, KV, LAYERS = 32, 48, 16, 2
 LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down

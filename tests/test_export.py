@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny_base
-from gaintune import export
-from gaintune.adapters import save_adapter
-from gaintune.config import ModelConfig
+from gaintune.workflows import merge as export
+from gaintune.adapters.disk import save_adapter
+from gaintune.config.plan import ModelConfig
 from gaintune.errors import AdapterError, AssetError, BaseMismatchError, ConfigError, MergeError
-from gaintune.evaluate.losses import DomainLoss
-from gaintune.export import blocks_of, merge_adapter
-from gaintune.fingerprint import fingerprint_folder
-from gaintune.models import load_base
+from gaintune.results.losses import DomainLoss
+from gaintune.workflows.merge import blocks_of, merge_adapter
+from gaintune.models.fingerprint import fingerprint_folder
+from gaintune.models.base import load_base
 from gaintune.parity import Reading, count_rounding, distance
 from gaintune.tuners.gain import GainConfig
 from test_adapters import CONFIGS, base_of, record_of, shaken

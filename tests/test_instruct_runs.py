@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 import tiny_base
 import tiny_domains
-from gaintune.adaptation import adapt
-from gaintune.cli import app
+from gaintune.workflows.adapt import adapt
+from gaintune.cli.main import app
 from gaintune.errors import ConfigError, DataError
-from gaintune.export import merge_adapter
-from gaintune.sequence import run_sequence
+from gaintune.workflows.merge import merge_adapter
+from gaintune.workflows.sequence import run_sequence
 
 
 def gaintune(*arguments):
@@ -73,9 +73,9 @@ def test_a_sequence_mixes_text_and_instructions_and_merges(plan, tmp_path):
 
 
 def test_a_merge_counts_the_bytes_of_what_is_scored(model, plan, tmp_path):
-    from gaintune.config import ModelConfig, build_plan
-    from gaintune.data.blocks import load_domain
-    from gaintune.models import load_tokenizer
+    from gaintune.config.plan import ModelConfig, build_plan
+    from gaintune.data.load import load_domain
+    from gaintune.models.base import load_tokenizer
 
     plan["data"]["domains"] = plan["data"]["domains"][1:]
     adapt(plan, tmp_path / "out")

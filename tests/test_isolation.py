@@ -16,13 +16,13 @@ from transformers import (
 )
 
 import tiny_base
-from gaintune.config import TrainConfig
+from gaintune.config.plan import TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError
 from gaintune.evaluate.perplexity import measure
-from gaintune.isolation import require_isolation
-from gaintune.loss import IGNORED, NextTokenLoss
-from gaintune.train import train
+from gaintune.models.isolation import require_isolation
+from gaintune.models.loss import IGNORED, NextTokenLoss
+from gaintune.training.train import train
 from gaintune.tuners.gain import GainConfig
 
 SIZES = {

@@ -8,12 +8,12 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.adaptation import adapt
-from gaintune.adapters import read_record
-from gaintune.analysis.gate_survey import survey_gates
-from gaintune.config import build_plan
+from gaintune.workflows.adapt import adapt
+from gaintune.adapters.disk import read_record
+from gaintune.analysis.gates.survey import survey_gates
+from gaintune.config.plan import build_plan
 from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.compare_classifiers import compare_classifiers
+from gaintune.evaluate.classifiers import compare_classifiers
 from gaintune.evaluate.masked import compare_masked
 from gaintune.learnt_domain import LearntDomain
 

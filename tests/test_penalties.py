@@ -6,18 +6,18 @@ from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
-from gaintune.adaptation import adapt
-from gaintune.config import MethodConfig, TrainConfig
+from gaintune.workflows.adapt import adapt
+from gaintune.config.plan import MethodConfig, TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError
 from gaintune.fisher import fisher_information
 from gaintune.learning import learn
-from gaintune.loss import IGNORED, NextTokenLoss
-from gaintune.methods import attach
-from gaintune.penalties import FISHER, STRENGTHS, penalty_of, strength_of
-from gaintune.runs import damage, read_json
-from gaintune.sequence import run_sequence
-from gaintune.updates import Lesson, Place
+from gaintune.models.loss import IGNORED, NextTokenLoss
+from gaintune.methods.attach import attach
+from gaintune.methods.penalties import FISHER, STRENGTHS, penalty_of, strength_of
+from gaintune.storage.run import damage, read_json
+from gaintune.workflows.sequence import run_sequence
+from gaintune.methods.rules import Lesson, Place
 
 LORA = {"name": "lora", "rank": 2, "lr": 0.05}
 

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 import gaintune
 import tiny_base
 import tiny_domains
-from gaintune.adapters import load_adapter
-from gaintune.config import build_plan
-from gaintune.data.blocks import load_domain
+from gaintune.adapters.disk import load_adapter
+from gaintune.config.plan import build_plan
+from gaintune.data.load import load_domain
 from gaintune.fisher import fisher_information
-from gaintune.loss import NextTokenLoss
-from gaintune.models import load_base
-from gaintune.penalties import FISHER
-from gaintune.runs import damage, read_json
-from gaintune.updates import Lesson
+from gaintune.models.loss import NextTokenLoss
+from gaintune.models.base import load_base
+from gaintune.methods.penalties import FISHER
+from gaintune.storage.run import damage, read_json
+from gaintune.methods.rules import Lesson
 
 
 def test_two_processes_share_a_run(tmp_path):

@@ -13,18 +13,18 @@ from filelock import FileLock
 import killing
 import tiny_base
 import tiny_sweep
-from gaintune.config import build_plan
-from gaintune.data.blocks import load_domain
+from gaintune.config.plan import build_plan
+from gaintune.data.load import load_domain
 from gaintune.errors import ConfigError, RunDirectoryError, SweepError
 from gaintune.evaluate.base_losses import BaseLosses
-from gaintune.evaluate.losses import DomainLoss
-from gaintune.grid import planned_runs, read_grid
-from gaintune.models import load_tokenizer
-from gaintune.runs import read_json
-from gaintune.sequence import run_sequence
-from gaintune.sweep import run_sweep
-from gaintune.sweep_engine import Pool
-from gaintune.sweep_worker import Job, work
+from gaintune.results.losses import DomainLoss
+from gaintune.workflows.sweep.grid import planned_runs, read_grid
+from gaintune.models.base import load_tokenizer
+from gaintune.storage.run import read_json
+from gaintune.workflows.sequence import run_sequence
+from gaintune.workflows.sweep.run import run_sweep
+from gaintune.workflows.sweep.engine import Pool
+from gaintune.workflows.sweep.worker import Job, work
 
 RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}
 

@@ -7,10 +7,10 @@ from scipy import stats
 
 import tiny_sweep
 from gaintune.errors import ConfigError, DataError
-from gaintune.runs import read_json
-from gaintune.sweep_compare import compare_sweep
-from gaintune.sweep_report import curve_sentence, discard, markdown, pair_sentence, tradeoff, write
-from gaintune.sweep_table import SweepTable
+from gaintune.storage.run import read_json
+from gaintune.workflows.sweep.compare import compare_sweep
+from gaintune.workflows.sweep.report import curve_sentence, discard, markdown, pair_sentence, tradeoff, write
+from gaintune.workflows.sweep.table import SweepTable
 
 
 def noise(*key, scale=0.2):

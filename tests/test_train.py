@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional as F
 
 import tiny_base
-from gaintune.config import MethodConfig, TrainConfig
+from gaintune.config.plan import MethodConfig, TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError, DivergedError
-from gaintune.loss import NextTokenLoss
-from gaintune.methods import attach
-from gaintune.runs import damage
-from gaintune.train import newest_checkpoint, train
-from gaintune.trainer import schedule_factor
+from gaintune.models.loss import NextTokenLoss
+from gaintune.methods.attach import attach
+from gaintune.storage.run import damage
+from gaintune.training.train import newest_checkpoint, train
+from gaintune.training.trainer import schedule_factor
 
 GAIN_FFN = MethodConfig(name="gain-ffn", label="gain-ffn")
 LORA = MethodConfig(name="lora", label="lora", rank=2)

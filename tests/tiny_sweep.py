@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import tiny_domains
-from gaintune.config import build_plan
-from gaintune.evaluate.matrix import build_matrix
-from gaintune.grid import PlannedRun, plan_id
-from gaintune.runs import Run, read_json, write_json
-from gaintune.sweep_table import SweepRow, SweepTable
+from gaintune.config.plan import build_plan
+from gaintune.results.matrix import build_matrix
+from gaintune.workflows.sweep.grid import PlannedRun, plan_id
+from gaintune.storage.run import Run, read_json, write_json
+from gaintune.workflows.sweep.table import SweepRow, SweepTable
 from report.synthetic_run import make_runs
 
 

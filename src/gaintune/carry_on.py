@@ -11,13 +11,13 @@ from typing import cast
 from peft import PeftModel
 from torch import nn
 
-from gaintune.adapters import AdapterRecord, check_adapters, load_adapter, read_config, read_record
-from gaintune.config import MethodConfig, Plan
-from gaintune.data.blocks import DomainBlocks
+from gaintune.adapters.disk import AdapterRecord, check_adapters, load_adapter, read_config, read_record
+from gaintune.config.plan import MethodConfig, Plan
+from gaintune.data.load import DomainBlocks
 from gaintune.errors import ConfigError
-from gaintune.methods import OPTIONS, TRAINING_OPTIONS, check_method
-from gaintune.models import Base
-from gaintune.peft_configs import kind_of, method_of
+from gaintune.methods.attach import OPTIONS, TRAINING_OPTIONS, check_method
+from gaintune.models.base import Base
+from gaintune.methods.peft_configs import kind_of, method_of
 from gaintune.progress import plural
 from gaintune.tuners.disel import DiselConfig
 

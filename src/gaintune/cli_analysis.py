@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from gaintune.cli_plan import BlockSize, Domains, Options, Seed, Set, Task, Template, ValidationTokens, assemble
+from gaintune.cli.options import BlockSize, Domains, Options, Seed, Set, Task, Template, ValidationTokens, assemble
 from gaintune.cli_shared import Model, OtherBase, err, out, say, with_base
-from gaintune.config import as_domain
-from gaintune.console import progress_on, quiet_libraries, table
+from gaintune.config.plan import as_domain
+from gaintune.cli.console import progress_on, quiet_libraries, table
 from gaintune.errors import ConfigError
 
 
@@ -61,8 +61,8 @@ def gates(
     )  # fmt: skip
     settled = assemble(None, *with_base([adapter], given, set_))
     quiet_libraries()
-    from gaintune.analysis.gate_report import groups, write
-    from gaintune.analysis.gate_survey import survey_gates
+    from gaintune.analysis.gates.report import groups, write
+    from gaintune.analysis.gates.survey import survey_gates
 
     survey = survey_gates(
         settled, adapter, tokens=tokens, bins=bins, allow_other_base=allow_other_base, progress=progress_on(err)
@@ -109,8 +109,8 @@ def linear_model(
     Losses are mean squared errors per output coordinate. Writes linear-model.csv, .md, .json, .png and .svg.
     """
     quiet_libraries()
-    from gaintune.analysis.linear_experiment import Settings, run_experiment
-    from gaintune.analysis.linear_report import checks, summary, too_short, write
+    from gaintune.analysis.linear_model.experiment import Settings, run_experiment
+    from gaintune.analysis.linear_model.report import checks, summary, too_short, write
 
     settings = Settings(dimension, rank, separation, steps, seeds, batch_size, lr, gate_lr_ratio)
     results = run_experiment(settings, progress_on(err))

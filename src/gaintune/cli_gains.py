@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gaintune.cli_plan import (
+from gaintune.cli.options import (
     BlockSize,
     Domains,
     Options,
@@ -22,7 +22,7 @@ from gaintune.cli_plan import (
     assemble,
 )
 from gaintune.cli_shared import LEARNT, Adapters, Model, OtherBase, PlanOption, err, out, say, survey_plan, with_base
-from gaintune.console import progress_on, quiet_libraries, table
+from gaintune.cli.console import progress_on, quiet_libraries, table
 
 
 def register(app: typer.Typer) -> None:
@@ -43,8 +43,8 @@ def gains(
     Loads no model. Writes gains.csv, gains-layers.csv, gains.md, gains.json and two figures as PNG and SVG.
     """
     quiet_libraries()
-    from gaintune.analysis.gain_report import TIGHT, stage_cells, verdict, write
-    from gaintune.analysis.gains import survey_gains
+    from gaintune.analysis.gains.report import TIGHT, stage_cells, verdict, write
+    from gaintune.analysis.gains.survey import survey_gains
 
     survey = survey_gains(paths)
     write(survey, out_folder)
@@ -93,9 +93,9 @@ def subspace(
     """
     settled = assemble(None, *with_base(adapters, Options(model=model), set_))
     quiet_libraries()
-    from gaintune.analysis.subspace import SubspaceSettings
-    from gaintune.analysis.subspace_report import heads, remarks, summary_rows, write
-    from gaintune.analysis.subspace_survey import survey_subspace
+    from gaintune.analysis.subspace.compare import SubspaceSettings
+    from gaintune.analysis.subspace.report import heads, remarks, summary_rows, write
+    from gaintune.analysis.subspace.survey import survey_subspace
 
     survey = survey_subspace(
         adapters,
@@ -144,8 +144,8 @@ def tokens(
     )  # fmt: skip
     settled = survey_plan(plan, adapters, given, set_)
     quiet_libraries()
-    from gaintune.analysis.tokens import survey_tokens
-    from gaintune.analysis.tokens_report import HEADS, cells, write
+    from gaintune.analysis.tokens.survey import survey_tokens
+    from gaintune.analysis.tokens.report import HEADS, cells, write
 
     survey = survey_tokens(
         settled, adapters, bins=bins, limit=limit, allow_other_base=allow_other_base, progress=progress_on(err)

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gaintune.cli_plan import Options, assemble
-from gaintune.config import Plan
+from gaintune.cli.options import Options, assemble
+from gaintune.config.plan import Plan
 
 out = Console()
 err = Console(stderr=True)
@@ -33,7 +33,7 @@ def say(text: str) -> None:
 
 def with_base(adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> tuple[Options, list[str]]:
     """Options and assignments with the base that the first adapter names, and its revision, unless one is given."""
-    from gaintune.adapters import claimed_base, read_record
+    from gaintune.adapters.disk import claimed_base, read_record
 
     settled = list(assignments or ())
     if given.model is not None:
@@ -47,7 +47,7 @@ def survey_plan(plan: Path | None, adapters: Sequence[Path], given: Options, ass
     """The plan of a survey: a file's if there is one, then the options; base and domains learnt last by records."""
     if plan is not None:
         return assemble(plan, given, assignments)
-    from gaintune.adapters import read_record
+    from gaintune.adapters.disk import read_record
 
     given, settled = with_base(adapters, given, assignments)
     records = [read_record(folder) for folder in adapters]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.updates import Lesson
+from gaintune.methods.rules import Lesson
 
 
 def fisher_information(

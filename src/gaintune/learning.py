@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.config import MethodConfig, TrainConfig
-from gaintune.loss import NextTokenLoss, Objective
-from gaintune.methods import learning_rate, rate_multipliers, rules_of
+from gaintune.config.plan import MethodConfig, TrainConfig
+from gaintune.models.loss import NextTokenLoss, Objective
+from gaintune.methods.attach import learning_rate, rate_multipliers, rules_of
 from gaintune.progress import Progress, Silent
-from gaintune.snapshots import Snapshots
-from gaintune.train import Adaptation, train
-from gaintune.updates import Lesson, Place, Rows, StageRule
+from gaintune.training.snapshots import Snapshots
+from gaintune.training.train import Adaptation, train
+from gaintune.methods.rules import Lesson, Place, Rows, StageRule
 
 
 @dataclass(frozen=True)

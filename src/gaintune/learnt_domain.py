@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaintune.config import DataConfig, DomainConfig
+from gaintune.config.plan import DataConfig, DomainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gaintune.data.examples import Examples
-from gaintune.evaluate.losses import DomainLoss
+from gaintune.results.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure
 
 LOGIT_POSITIONS = 512  # positions whose logits are compared: 100 MB for a vocabulary of 50,000

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from gaintune.evaluate.bootstrap import FloatArray
-from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import sign_flip_test
-from gaintune.sweep_records import Pair, Point, Target, Variant
+from gaintune.results.bootstrap import FloatArray
+from gaintune.results.records import Interval
+from gaintune.results.verdicts import sign_flip_test
+from gaintune.workflows.sweep.records import Pair, Point, Target, Variant
 
 Replicate = tuple[int, int]
 """Order and seed."""

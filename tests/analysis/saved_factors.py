@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gaintune.adapter_folder import CONFIG, RECORD, WEIGHTS, AdapterRecord
-from gaintune.config import build_plan, plan_yaml
-from gaintune.runs import Run, write_json, write_manifest, write_text
+from gaintune.adapters.record import CONFIG, RECORD, WEIGHTS, AdapterRecord
+from gaintune.config.plan import build_plan, plan_yaml
+from gaintune.storage.run import Run, write_json, write_manifest, write_text
 
 PARAMETER = {"GAIN": "gain_v", "IA3": "ia3_l", "LORA": "lora_A.weight"}
 

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 import tiny_base
 import tiny_domains
 from gaintune import learning
-from gaintune.analysis.gain_factors import read_factors
-from gaintune.analysis.gains import survey_gains
-from gaintune.gain_warnings import GainWarnings
-from gaintune.loss import NextTokenLoss
-from gaintune.sequence import run_sequence
+from gaintune.analysis.gains.factors import read_factors
+from gaintune.analysis.gains.survey import survey_gains
+from gaintune.methods.gain_warnings import GainWarnings
+from gaintune.models.loss import NextTokenLoss
+from gaintune.workflows.sequence import run_sequence
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.scale import scale_features
-from gaintune.updates import Lesson
+from gaintune.methods.rules import Lesson
 
-LOGGER = "gaintune.gain_warnings"
+LOGGER = "gaintune.methods.gain_warnings"
 WEIGHTS = "adapter_model.safetensors"
 
 

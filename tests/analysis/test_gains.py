@@ -8,9 +8,9 @@ import pytest
 import saved_factors
 import torch
 
-from gaintune.analysis.gain_factors import read_factors
-from gaintune.analysis.gain_report import layer_table, markdown, stage_table, verdict, write
-from gaintune.analysis.gains import describe, regime_of, survey_gains
+from gaintune.analysis.gains.factors import read_factors
+from gaintune.analysis.gains.report import layer_table, markdown, stage_table, verdict, write
+from gaintune.analysis.gains.survey import describe, regime_of, survey_gains
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 
 O_PROJ = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]

@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 from test_gates import whole_gates
 
-from gaintune.analysis.gate_apart import Group, apart, apart_table, compared, row_table
-from gaintune.analysis.gate_statistics import GateRecord, LayerGates, Place
-from gaintune.analysis.gates import record_gates
-from gaintune.config import EvaluateConfig
+from gaintune.analysis.gates.apart import Group, apart, apart_table, compared, row_table
+from gaintune.analysis.gates.statistics import GateRecord, LayerGates, Place
+from gaintune.analysis.gates.recorder import record_gates
+from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import ConfigError
 
 SETTINGS = EvaluateConfig(bootstrap_samples=4000, confidence=0.9, seed=1)

@@ -6,8 +6,8 @@ import tiny_gated
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gaintune.analysis.gate_statistics import DEPTHS, places_of, summarise
-from gaintune.analysis.gates import all_tokens, record_gates, response_tokens
+from gaintune.analysis.gates.statistics import DEPTHS, places_of, summarise
+from gaintune.analysis.gates.recorder import all_tokens, record_gates, response_tokens
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.tuners.disel import disel_layers
 

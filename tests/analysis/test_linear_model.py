@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from gaintune.analysis.linear_experiment import Settings, run_experiment, student
-from gaintune.analysis.linear_model import LinearModel, Losses
-from gaintune.analysis.linear_report import checks, figure, markdown, record, summary, table, write
+from gaintune.analysis.linear_model.experiment import Settings, run_experiment, student
+from gaintune.analysis.linear_model.model import LinearModel, Losses
+from gaintune.analysis.linear_model.report import checks, figure, markdown, record, summary, table, write
 from gaintune.errors import ConfigError
 
 SAMPLES = 200_000

@@ -8,18 +8,18 @@ import pytest
 
 import tiny_base
 import tiny_domains
-from gaintune.adaptation import adapt
-from gaintune.analysis.retention import survey_retention
-from gaintune.analysis.retention_report import figure, markdown, sides, table, write
-from gaintune.analysis.retention_scores import counting_score, scores_of
-from gaintune.config import build_plan
+from gaintune.workflows.adapt import adapt
+from gaintune.analysis.retention.survey import survey_retention
+from gaintune.analysis.retention.report import figure, markdown, sides, table, write
+from gaintune.analysis.retention.scores import counting_score, scores_of
+from gaintune.config.plan import build_plan
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.evaluate.benchmark_config import BenchmarkConfig, read_config
-from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts
-from gaintune.evaluate.benchmarks import run_benchmarks
+from gaintune.evaluate.benchmarks.config import BenchmarkConfig, read_config
+from gaintune.evaluate.benchmarks.records import BenchmarkScore, TaskFacts
+from gaintune.evaluate.benchmarks.run import run_benchmarks
 from gaintune.evaluate.compare import compare_adapters
-from gaintune.models import load_base
-from gaintune.snapshots import snapshots_of
+from gaintune.models.base import load_base
+from gaintune.training.snapshots import snapshots_of
 from killing import Nothing
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gaintune.analysis.subspace import SubspaceSettings, compare_weights, share_outside
+from gaintune.analysis.subspace.compare import SubspaceSettings, compare_weights, share_outside
 from gaintune.errors import ConfigError
 
 

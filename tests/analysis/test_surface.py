@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from gaintune.analysis.directions import Geometry
-from gaintune.analysis.surface import Point, Surface, range_apart
-from gaintune.config import EvaluateConfig
-from gaintune.evaluate.losses import DomainLoss
+from gaintune.analysis.landscape.directions import Geometry
+from gaintune.analysis.landscape.surface import Point, Surface, range_apart
+from gaintune.config.plan import EvaluateConfig
+from gaintune.results.losses import DomainLoss
 
 
 def surface(places, nats):

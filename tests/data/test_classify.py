@@ -14,7 +14,7 @@ import torch
 import tiny_base
 import tiny_encoders
 import tiny_glue
-from gaintune.config import ClassifyConfig, DomainConfig, build_plan
+from gaintune.config.plan import ClassifyConfig, DomainConfig, build_plan
 from gaintune.data.classify import Padding, load_classification
 from gaintune.data.labelled import GLUE, load_labelled
 from gaintune.errors import AssetError, ConfigError, DataError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gaintune.config import DataConfig
+from gaintune.config.plan import DataConfig
 from gaintune.data import embedded
-from gaintune.data.blocks import load_domain
+from gaintune.data.load import load_domain
 
 
 @pytest.mark.parametrize(

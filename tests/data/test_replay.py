@@ -5,7 +5,7 @@ import torch
 
 from gaintune.data.examples import Examples
 from gaintune.data.replay import replayed_rows, with_replay
-from gaintune.loss import IGNORED
+from gaintune.models.loss import IGNORED
 
 
 def domain(number: int, rows: int, length: int = 4) -> Examples:

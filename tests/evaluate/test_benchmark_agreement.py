@@ -13,9 +13,9 @@ import tiny_benchmarks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gaintune.evaluate.benchmark_config import BenchmarkConfig  # noqa: E402
-from gaintune.evaluate.benchmark_records import find_score  # noqa: E402
-from gaintune.evaluate.benchmarks import measure_benchmarks  # noqa: E402
+from gaintune.evaluate.benchmarks.config import BenchmarkConfig  # noqa: E402
+from gaintune.evaluate.benchmarks.records import find_score  # noqa: E402
+from gaintune.evaluate.benchmarks.run import measure_benchmarks  # noqa: E402
 
 NAMES = (
     "arc_easy",

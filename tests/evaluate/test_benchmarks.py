@@ -16,20 +16,16 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gai
 import tiny_benchmarks
 from benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit
 
-from gaintune.adapters import load_adapter
-from gaintune.config import ModelConfig
+from gaintune.adapters.disk import load_adapter
+from gaintune.config.plan import ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
-from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmark_means import counting_score, mean_difference
-from gaintune.evaluate.benchmark_records import BenchmarkScore, TaskFacts, compare_scores, find_score
-from gaintune.evaluate.benchmark_tasks import load_suite
-from gaintune.evaluate.benchmarks import (
-    compare_benchmarks,
-    measure_benchmarks,
-    run_benchmarks,
-)
-from gaintune.evaluate.records import Interval
-from gaintune.models import load_base
+from gaintune.evaluate.benchmarks.records import BenchmarkScore, TaskFacts, compare_scores, find_score
+from gaintune.evaluate.benchmarks.tasks import load_suite
+from gaintune.evaluate.benchmarks.run import compare_benchmarks, measure_benchmarks, run_benchmarks
+from gaintune.results.records import Interval
+from gaintune.models.base import load_base
 
 
 def test_a_base_is_measured_once_for_all_its_adapters(tiny, data, tmp_path):

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from gaintune.config import EvaluateConfig
+from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import DataError
 from gaintune.evaluate.classification import Predictions, difference, matthews_correlation, score
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gaintune.errors import ConfigError
-from gaintune.evaluate.codegen import CodeLimits, require_limits, run_program
+from gaintune.evaluate.benchmarks.programs import CodeLimits, require_limits, run_program
 from gaintune.evaluate.codegen_user import open_to_all
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be limited there")

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from gaintune.config import EvaluateConfig
+from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import DataError, RunDirectoryError
-from gaintune.evaluate.matrix import DomainLoss, Matrix, MethodRun, Stage, build_matrix, change
-from gaintune.runs import canonical_json
+from gaintune.results.matrix import DomainLoss, Matrix, MethodRun, Stage, build_matrix, change
+from gaintune.storage.run import canonical_json
 
 QUICK = EvaluateConfig(bootstrap_samples=200)
 DOMAINS = ("one", "two", "three")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gaintune.config import EvaluateConfig
-from gaintune.evaluate.bootstrap import replicate_means
-from gaintune.evaluate.matrix import DomainLoss, MethodRun, Stage, build_matrix
+from gaintune.config.plan import EvaluateConfig
+from gaintune.results.bootstrap import replicate_means
+from gaintune.results.matrix import DomainLoss, MethodRun, Stage, build_matrix
 
 MANY = EvaluateConfig(bootstrap_samples=4000)
 

@@ -5,10 +5,10 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.adaptation import adapt
-from gaintune.config import build_plan
+from gaintune.workflows.adapt import adapt
+from gaintune.config.plan import build_plan
 from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.compare_classifiers import compare_classifiers
+from gaintune.evaluate.classifiers import compare_classifiers
 
 
 @pytest.fixture

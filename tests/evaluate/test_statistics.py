@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gaintune.config import EvaluateConfig
+from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.evaluate.averages import reach
-from gaintune.evaluate.changes import changes_of, mean_change, paired_change
-from gaintune.evaluate.losses import DomainLoss
-from gaintune.evaluate.matrix import MethodRun, Stage, build_matrix
-from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import (
+from gaintune.results.averages import reach
+from gaintune.results.changes import changes_of, mean_change, paired_change
+from gaintune.results.losses import DomainLoss
+from gaintune.results.matrix import MethodRun, Stage, build_matrix
+from gaintune.results.records import Interval
+from gaintune.results.verdicts import (
     Curve,
     curve_difference,
     judge,

@@ -7,9 +7,9 @@ import pytest
 
 from gaintune.data.choices import read_choices
 from gaintune.errors import ConfigError, RunDirectoryError
-from gaintune.evaluate.likelihood import compare_choices
+from gaintune.evaluate.choices import compare_choices
 from gaintune.progress import Silent
-from gaintune.recipes.answering import answers
+from gaintune.recipes.steps.answers import answers
 from gaintune.recipes.local_rows import questions
 from gaintune.recipes.outcome import Context
 from gaintune.recipes.runner import run_recipe

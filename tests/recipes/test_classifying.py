@@ -7,13 +7,13 @@ from statistics import mean, stdev
 
 import pytest
 
-from gaintune.adapters import read_record
+from gaintune.adapters.disk import read_record
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.progress import Silent
 from gaintune.recipes import classifying_report as report
-from gaintune.recipes import tiny
+from gaintune.recipes import smoke as tiny
 from gaintune.recipes.catalogue import recipe_named
-from gaintune.recipes.classifying import DECODER, Study
+from gaintune.recipes.steps.classify import DECODER, Study
 from gaintune.recipes.classifying_report import Measured
 from gaintune.recipes.outcome import Context
 from gaintune.recipes.runner import run_recipe

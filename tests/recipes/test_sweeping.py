@@ -3,8 +3,8 @@
 import pytest
 
 import tiny_sweep
-from gaintune.recipes.sweeping import numbers_of
-from gaintune.sweep_compare import compare_sweep
+from gaintune.recipes.steps.sweep import numbers_of
+from gaintune.workflows.sweep.compare import compare_sweep
 
 
 def effect(in_domain, earlier):

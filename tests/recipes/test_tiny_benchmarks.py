@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
-from gaintune.config import ModelConfig
-from gaintune.evaluate.benchmark_config import BenchmarkConfig
+from gaintune.config.plan import ModelConfig
+from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmark_means import counting_score
-from gaintune.evaluate.benchmarks import measure_benchmarks
-from gaintune.models import load_base
-from gaintune.recipes import tiny, tiny_benchmarks
+from gaintune.evaluate.benchmarks.run import measure_benchmarks
+from gaintune.models.base import load_base
+from gaintune.recipes import smoke as tiny, tiny_benchmarks
 
 RETENTION = "hellaswag,winogrande,arc_challenge,arc_easy,lambada_openai,boolq,piqa,triviaqa,openbookqa,sciq,mmlu"
 RETENTION += ",medqa_4options,commonsense_qa,nq_open"

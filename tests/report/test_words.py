@@ -5,7 +5,7 @@ import re
 import pytest
 from synthetic_run import forgets, keeps, make_matrix
 
-from gaintune.evaluate.matrix import Comparison, Interval, Summary
+from gaintune.results.matrix import Comparison, Interval, Summary
 from gaintune.report import words
 
 DOMAINS = ("medical", "law", "code")

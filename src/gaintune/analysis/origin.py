@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapter_folder import adapter_weights, check_whole, read_config, read_record
+from gaintune.adapters.record import adapter_weights, check_whole, read_config, read_record
 from gaintune.errors import AdapterError
-from gaintune.runs import sha256_file
+from gaintune.storage.run import sha256_file
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters import adapter_labels, read_record
+from gaintune.adapters.disk import adapter_labels, read_record
 from gaintune.analysis.origin import Origin, origin_of, table_labels
-from gaintune.config import Plan
-from gaintune.data.blocks import DomainBlocks
-from gaintune.environment import describe_environment
-from gaintune.models import Base, resolve_device
+from gaintune.config.plan import Plan
+from gaintune.data.load import DomainBlocks
+from gaintune.storage.environment import describe_environment
+from gaintune.models.base import Base, resolve_device
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaintune import assets
-from gaintune.config import DataConfig, DomainConfig, Task
+from gaintune.storage import assets
+from gaintune.config.plan import DataConfig, DomainConfig, Task
 from gaintune.data import embedded, hub
 from gaintune.data.documents import Document, Documents
 from gaintune.data.exchanges import Exchange, read_exchanges

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from gaintune import assets
+from gaintune.storage import assets
 from gaintune.data.documents import Document
 from gaintune.errors import AssetError
 

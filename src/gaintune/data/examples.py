@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gaintune.loss import IGNORED
+from gaintune.models.loss import IGNORED
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Examples:
         return self.input_ids.shape[0]
 
     def __getitem__(self, rows: int | slice | torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of one row or of several, as the losses of `gaintune.loss` take them."""
+        """The tensors of one row or of several, as the losses of `gaintune.models.loss` take them."""
         picked = {"input_ids": self.input_ids[rows], "labels": self.labels[rows]}
         if self.position_ids is not None:
             picked["position_ids"] = self.position_ids[rows]

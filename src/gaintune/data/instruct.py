@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.config import DataConfig, DomainConfig, Template
+from gaintune.config.plan import DataConfig, DomainConfig, Template
 from gaintune.data.domains import characters_needed, load_exchanges
 from gaintune.data.encode import beginning_of_text, encode_parts, end_of_text, special_tokens
 from gaintune.data.examples import DomainBlocks

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gaintune.data.examples import Examples
-from gaintune.loss import IGNORED
+from gaintune.models.loss import IGNORED
 
 
 @dataclass(frozen=True)

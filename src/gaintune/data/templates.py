@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.config import Template
+from gaintune.config.plan import Template
 from gaintune.data.encode import special_tokens
 from gaintune.data.exchanges import Exchange
 from gaintune.errors import ConfigError, DataError, one_line

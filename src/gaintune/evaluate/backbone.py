@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from gaintune.adapters import load_adapter, read_record
-from gaintune.config import Plan
+from gaintune.adapters.disk import load_adapter, read_record
+from gaintune.config.plan import Plan
 from gaintune.errors import AdapterError
-from gaintune.heads import load_classifier
-from gaintune.models import Base
+from gaintune.models.heads import load_classifier
+from gaintune.models.base import Base
 
 
 def with_adapter(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False) -> nn.Module:

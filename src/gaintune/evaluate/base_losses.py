@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gaintune.data.examples import DomainBlocks, Examples
-from gaintune.evaluate.losses import DomainLoss
-from gaintune.locks import locked
-from gaintune.runs import canonical_json, make_folder, read_json, write_json
+from gaintune.results.losses import DomainLoss
+from gaintune.storage.locks import locked
+from gaintune.storage.run import canonical_json, make_folder, read_json, write_json
 
 
 @dataclass(frozen=True)

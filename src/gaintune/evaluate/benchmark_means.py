@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmark_config import BenchmarkConfig
-from gaintune.evaluate.benchmark_records import BenchmarkScore, in_points, paired_difference
-from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import mean_of_independent
+from gaintune.evaluate.benchmarks.config import BenchmarkConfig
+from gaintune.evaluate.benchmarks.records import BenchmarkScore, in_points, paired_difference
+from gaintune.results.records import Interval
+from gaintune.results.verdicts import mean_of_independent
 
 METRICS = {
     "hellaswag": "acc_norm",

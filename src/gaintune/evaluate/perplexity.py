@@ -10,9 +10,9 @@ from torch import nn
 
 from gaintune.data.examples import DomainBlocks, Examples
 from gaintune.errors import BaseModelError, DivergedError
-from gaintune.evaluate.losses import DomainLoss
-from gaintune.isolation import require_isolation
-from gaintune.loss import NextTokenLoss
+from gaintune.results.losses import DomainLoss
+from gaintune.models.isolation import require_isolation
+from gaintune.models.loss import NextTokenLoss
 from gaintune.progress import Progress, Silent
 
 

@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from gaintune.adapters import BASE, adapter_labels, read_record
-from gaintune.config import Plan
-from gaintune.methods import Numbers, measuring_numbers
-from gaintune.models import Base
+from gaintune.adapters.disk import BASE, adapter_labels, read_record
+from gaintune.config.plan import Plan
+from gaintune.methods.attach import Numbers, measuring_numbers
+from gaintune.models.base import Base
 
 T = TypeVar("T")
 

@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import replicated
+from gaintune.results.records import Interval
+from gaintune.results.verdicts import replicated
 from gaintune.recipes.outcome import bare
 from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.words import NONE
-from gaintune.runs import make_folder, write_bytes, write_text
+from gaintune.storage.run import make_folder, write_bytes, write_text
 
 Read = Callable[["Measured"], float]
 TELLING = 1e9  # digits of a greater number tell nothing

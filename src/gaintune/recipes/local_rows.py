@@ -7,7 +7,7 @@ from pathlib import Path
 from gaintune.data.question_sets import holds_questions
 from gaintune.data.tables import ROW_SUFFIXES
 from gaintune.recipes.world import World
-from gaintune.runs import sha256_file
+from gaintune.storage.run import sha256_file
 
 LABELLED = ("glue", ".", "domains")
 QUESTIONS = ("questions", "benchmarks", ".", "domains", "glue")

@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 import pandas as pd
 
-from gaintune.config import Plan
+from gaintune.config.plan import Plan
 from gaintune.errors import ConfigError
-from gaintune.evaluate.records import Interval
+from gaintune.results.records import Interval
 from gaintune.progress import Progress
 from gaintune.recipes.world import World
 

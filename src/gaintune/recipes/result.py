@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.evaluate.records import Interval
-from gaintune.evaluate.statistics import Verdict
+from gaintune.results.records import Interval
+from gaintune.results.verdicts import Verdict
 from gaintune.recipes.outcome import Outcome
 from gaintune.recipes.schema import Claim, Recipe, Scale
 

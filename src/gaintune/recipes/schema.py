@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from gaintune.config import as_list
+from gaintune.config.plan import as_list
 from gaintune.errors import ConfigError
-from gaintune.plan_errors import explain
-from gaintune.sections import NAME, Section
+from gaintune.config.explain import explain
+from gaintune.config.sections import NAME, Section
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")

@@ -9,16 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from gaintune.analysis import landscape_report, retention_report, transfer_report
-from gaintune.analysis.landscape import GRID, LINE, survey_landscape
-from gaintune.analysis.retention import Course, Retention, survey_retention
-from gaintune.analysis.surface import Surface, range_apart
-from gaintune.analysis.transfer import PARTS, survey_transfer
-from gaintune.assets import cache_dir
+from gaintune.analysis.landscape import report as landscape_report
+from gaintune.analysis.retention import report as retention_report
+from gaintune.analysis.transfer import report as transfer_report
+from gaintune.analysis.landscape.survey import GRID, LINE, survey_landscape
+from gaintune.analysis.retention.survey import Course, Retention, survey_retention
+from gaintune.analysis.landscape.surface import Surface, range_apart
+from gaintune.analysis.transfer.survey import PARTS, survey_transfer
+from gaintune.storage.assets import cache_dir
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmark_config import as_task
-from gaintune.evaluate.records import Interval
-from gaintune.recipes.benchmarking import asked_config
+from gaintune.evaluate.benchmarks.config import as_task
+from gaintune.results.records import Interval
+from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.outcome import Context, Outcome, exact, highest, last_of_each, lowest
 from gaintune.report.words import NONE, with_interval
 

@@ -9,7 +9,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def rows() -> dict[str, list[dict[str, Any]]]:
-    """Questions by the benchmark's name, in a form that `gaintune.evaluate.offline_tasks` reads."""
+    """Questions by the benchmark's name, in a form that `gaintune.evaluate.benchmarks.rows` reads."""
     found: dict[str, list[dict[str, Any]]] = {
         name: [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", n, 4) for n in range(ROWS)]
         for name in ("arc_easy", "arc_challenge", "openbookqa", "mmlu")

@@ -12,7 +12,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from gaintune.recipes.tiny_models import byte_tokenizer, write_model
-from gaintune.runs import write_text
+from gaintune.storage.run import write_text
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 GLUE_LABELS = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "sst2": 2}

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gaintune.runs import complete_folder, damage
+from gaintune.storage.run import complete_folder, damage
 
 
 def byte_tokenizer(special: Sequence[str]) -> Tokenizer:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.config import Plan, build_plan
+from gaintune.config.plan import Plan, build_plan
 from gaintune.data.domains import CATALOGUE, advice_on
 from gaintune.data.readers import SUFFIXES
 from gaintune.errors import ConfigError
-from gaintune.recipes import tiny
+from gaintune.recipes import smoke as tiny
 from gaintune.recipes.schema import Scale, laid_over
 
 TEXTS = (".", "domains", "instruct", "glue")

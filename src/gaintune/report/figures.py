@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from gaintune.evaluate.matrix import Matrix, MethodMatrix
+from gaintune.results.matrix import Matrix, MethodMatrix
 from gaintune.report.canvas import INK, MUTED, PAGE, RULE, SHADE, figure_files, styled
 from gaintune.report.heatmap import heatmaps
 from gaintune.report.palette import look

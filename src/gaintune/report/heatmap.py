@@ -8,8 +8,8 @@ from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from gaintune.evaluate.matrix import Cell, Matrix, MethodMatrix
-from gaintune.evaluate.records import Place
+from gaintune.results.matrix import Cell, Matrix, MethodMatrix
+from gaintune.results.records import Place
 from gaintune.report.canvas import INK, MUTED, SHADE, styled
 from gaintune.report.palette import diverging, ink_on, largest_change, limit_of
 from gaintune.report.words import signed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gaintune.evaluate.matrix import Comparison, Interval, Matrix, MethodMatrix
+from gaintune.results.matrix import Comparison, Interval, Matrix, MethodMatrix
 from gaintune.progress import plural
 
 NONE = "—"

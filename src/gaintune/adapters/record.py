@@ -1,0 +1,198 @@
+"""What an adapter's folder says of itself: its record, its settings, whether it is whole, and for which base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gaintune.storage import run as runs
+from gaintune.config.plan import MethodConfig, ModelConfig, Plan
+from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
+from gaintune.learnt_domain import LearntDomain
+
+RECORD = "gaintune.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base"
+"""What the untouched base is called beside adapters."""
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter was trained on and how.
+
+    `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`, and
+    `data` how its rows were made; `settings` are those of the last domain, their `train.lr` the rate that was taken;
+    `labels` are the classes of a classifier, in the order of its logits, and empty for everything else.
+    """
+
+    base_name: str
+    base_fingerprint: str
+    method: str
+    label: str
+    domains: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    base_revision: str | None = None
+    content_hashes: dict[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    data: dict[str, LearntDomain] = field(default_factory=dict)
+
+    @classmethod
+    def of_plan(
+        cls,
+        plan: Plan,
+        method: MethodConfig,
+        *,
+        lr: float,
+        fingerprint: str,
+        learnt: Sequence[tuple[str, str]],
+        versions: dict[str, str],
+        previous: AdapterRecord | None = None,
+        labels: tuple[str, ...] = (),
+        settings: dict[str, Any] | None = None,
+    ) -> AdapterRecord:
+        """The record of what a plan's method has made.
+
+        Args:
+            plan: the plan.
+            method: the one of its methods.
+            lr: the learning rate that was taken, whoever gave it.
+            fingerprint: of the base.
+            learnt: name and content hash of each domain, in the order they were learnt.
+            versions: of the packages.
+            previous: the record of the adapter that was carried on.
+            labels: a classifier's classes.
+            settings: more settings than those of training and method, by section.
+        """
+        made = {domain.name: LearntDomain.of(domain, plan.data) for domain in plan.data.domains}
+        return cls(
+            base_name=plan.model.name,
+            base_revision=plan.model.revision,
+            base_fingerprint=fingerprint,
+            method=method.name,
+            label=method.label,
+            domains=(*(previous.domains if previous else ()), *(name for name, _ in learnt)),
+            content_hashes={**(previous.content_hashes if previous else {}), **dict(learnt)},
+            data={**(previous.data if previous else {}), **{name: made[name] for name, _ in learnt}},
+            settings={
+                "train": {**plan.train.model_dump(mode="json"), "lr": lr},
+                "method": method.model_dump(mode="json"),
+                **(settings or {}),
+            },
+            versions=versions,
+            labels=labels,
+        )
+
+
+def read_record(folder: Path) -> AdapterRecord | None:
+    """The record of an adapter; None for an adapter that PEFT wrote without us.
+
+    Raises:
+        AdapterError: not an adapter folder, or a damaged record.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such adapter folder")
+    path = folder / RECORD
+    if not path.is_file():
+        if (folder / CONFIG).is_file():
+            return None
+        raise AdapterError(f"{folder}: not an adapter, it has neither {RECORD} nor {CONFIG}")
+    try:
+        values = runs.read_json(path)
+        values["domains"] = tuple(values["domains"])
+        values["labels"] = tuple(values.get("labels", ()))
+        values["data"] = {name: LearntDomain(**each) for name, each in values.get("data", {}).items()}
+        known = {entry.name for entry in fields(AdapterRecord)}
+        return AdapterRecord(**{key: value for key, value in values.items() if key in known})
+    except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: damaged record ({error}); restore the folder from where it was saved") from None
+
+
+def adapter_labels(folders: Sequence[Path]) -> list[str]:
+    """What adapters are called beside one another and the base: their folders; ConfigError for two of one name."""
+    labels = [str(folder) for folder in folders]
+    if BASE in labels:
+        raise ConfigError(f"an adapter cannot be called {BASE!r}, as the base is: name it by its absolute path")
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"an adapter is named twice: {', '.join(labels)}")
+    return labels
+
+
+def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
+    """The base an adapter names as its own; AdapterError if it names none."""
+    if record is not None:
+        return ModelConfig(name=str(record.base_name), revision=record.base_revision)
+    config = read_config(folder)
+    if not config.get("base_model_name_or_path"):
+        raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
+    return ModelConfig(name=str(config["base_model_name_or_path"]), revision=config.get("revision"))
+
+
+def adapter_weights(folder: Path) -> Path:
+    """The file whose SHA-256 stands for the whole adapter: the manifest where there is one, else the weights."""
+    return folder / runs.MANIFEST if (folder / runs.MANIFEST).is_file() else folder / WEIGHTS
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings PEFT keeps with an adapter; AdapterError if there are none or they are damaged."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: not valid JSON ({error})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base: bool = False) -> str | None:
+    """Check an adapter's folder before anything is put onto a base.
+
+    Args:
+        folder: the adapter.
+        base: name of the base it is meant for.
+        fingerprint: that base's identity.
+        allow_other_base: let it pass although it was trained on another base.
+
+    Returns:
+        What there is to doubt, in words: it is of another base, or nobody knows of which. None for nothing.
+
+    Raises:
+        AdapterError: not an adapter, incomplete or damaged.
+        BaseMismatchError: it was trained on another base.
+    """
+    record = read_record(folder)
+    check_whole(folder)
+    if record is None:
+        claimed = read_config(folder).get("base_model_name_or_path")
+        return (
+            f"{folder} has no {RECORD}: whether it was trained on this base cannot be checked (it names {claimed}, "
+            f"this is {base})"
+        )
+    if record.base_fingerprint == fingerprint:
+        return None
+    message = (
+        f"{folder} was trained on {record.base_name!r} (fingerprint {record.base_fingerprint[:12]}), "
+        f"this base is {base!r} (fingerprint {fingerprint[:12]})"
+    )
+    if not allow_other_base:
+        raise BaseMismatchError(
+            f"{message}. Load it on its own base, or, if you mean it, pass --allow-other-base "
+            "(Python: allow_other_base=True)"
+        )
+    return f"{message}; loading it all the same, as asked"
+
+
+def check_whole(folder: Path) -> None:
+    """An adapter of ours has a manifest; one without a record may have none."""
+    if (folder / runs.MANIFEST).is_file() or (folder / RECORD).is_file():
+        try:
+            problem = runs.damage(folder)
+        except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+            problem = f"{folder / runs.MANIFEST} is damaged"
+        if problem:
+            raise AdapterError(f"damaged adapter: {problem}; restore the folder from where it was saved")

@@ -1,0 +1,288 @@
+"""Factors as tables and figures: range and share near 1 after every stage, and heatmaps of layer by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from gaintune.analysis.gains.survey import NEAR, FactorFigures, FactorSequence, FactorSurvey, StageFactors
+from gaintune.storage.environment import describe_environment
+from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
+from gaintune.report.palette import diverging, look
+from gaintune.report.tables import markdown_table
+from gaintune.storage.run import write_bytes, write_json, write_text
+
+EVERY = "all"
+TIGHT = f"within [{NEAR[0]:g}, {NEAR[1]:g}]"
+LARGEST_DISTANCE = 1.0  # a factor this far from 1 has the full colour
+
+
+def stage_table(survey: FactorSurvey) -> pd.DataFrame:
+    """One row for each sequence, stage and projection, "all" included; `near` is a share, stages count from 1."""
+    return pd.DataFrame(
+        [
+            {
+                "sequence": sequence.label,
+                "stage": stage.index + 1,
+                "domain": stage.domain,
+                "projection": projection or EVERY,
+                **asdict(stage.of(projection)),
+            }
+            for sequence in survey.sequences
+            for stage in sequence.stages
+            for projection in (None, *stage.projections)
+        ]
+    )
+
+
+def layer_table(survey: FactorSurvey) -> pd.DataFrame:
+    """One row for each sequence, stage and module."""
+    return pd.DataFrame(
+        [
+            {
+                "sequence": sequence.label,
+                "stage": stage.index + 1,
+                "domain": stage.domain,
+                "layer": layer.place.layer,
+                "projection": layer.place.projection,
+                **asdict(layer.figures),
+                "module": layer.place.name,
+            }
+            for sequence in survey.sequences
+            for stage in sequence.stages
+            for layer in stage.layers
+        ]
+    )
+
+
+def stage_cells(stage: StageFactors) -> list[str]:
+    """Smallest and largest factor, share within [0.95, 1.05], how many are at or below 0, and how many there are."""
+    one = stage.figures
+    return [
+        f"{one.smallest:.3f}", f"{one.largest:.3f}", f"{100 * one.near:.1f} %", f"{one.flipped:,}", f"{one.count:,}"
+    ]  # fmt: skip
+
+
+def markdown(survey: FactorSurvey) -> str:
+    """The table of appendix J for every sequence, with its regime."""
+    parts = []
+    for sequence in survey.sequences:
+        rows, names = [], []
+        for stage in sequence.stages:
+            names.append(f"{stage.index + 1} {stage.domain}")
+            rows.append(stage_cells(stage))
+        heads = ["Smallest", "Largest", TIGHT.capitalize(), "At or below 0", "Factors"]
+        frame = pd.DataFrame(rows, index=names, columns=heads, dtype=object)
+        parts.append(f"{sequence.label}: {verdict(sequence)}.\n\n{markdown_table(frame, 'After stage')}")
+    if survey.left_out:
+        parts.append(f"Without factors, and left out: {', '.join(survey.left_out)}.\n")
+    return "\n".join(parts)
+
+
+def verdict(sequence: FactorSequence) -> str:
+    """The regime in words, with what it rests on."""
+    done, planned = len(sequence.stages), sequence.planned
+    seen = f"{done} of {planned} stages" if done < planned else "one stage" if planned == 1 else f"all {planned} stages"
+    flips = [(stage.index + 1, stage.domain) for stage in sequence.stages if stage.figures.flipped]
+    regime = sequence.regime or "regime unknown, as not every stage before was looked at"
+    if not flips:
+        return f"{regime}, every factor is positive after {seen}"
+    stage, domain = flips[0]
+    first = "first" if sequence.regime else "seen"
+    return f"{regime}, factors at or below 0, {first} after stage {stage} ({domain}), {seen} looked at"
+
+
+def record_values(survey: FactorSurvey) -> dict[str, Any]:
+    """Everything as plain values for JSON."""
+    origins = [stage.origin for sequence in survey.sequences for stage in sequence.stages]
+    return {
+        "near": list(NEAR),
+        "left_out": list(survey.left_out),
+        "sequences": [
+            {
+                "label": sequence.label,
+                "planned": sequence.planned,
+                "regime": sequence.regime,
+                "stages": [
+                    {
+                        "stage": stage.index + 1,
+                        "domain": stage.domain,
+                        "figures": asdict(stage.figures),
+                        "projections": {name: asdict(stage.of(name)) for name in stage.projections},
+                        "layers": [{**asdict(each.place), **asdict(each.figures)} for each in stage.layers],
+                    }
+                    for stage in sequence.stages
+                ],
+            }
+            for sequence in survey.sequences
+        ],
+        "provenance": {
+            "adapters": [each.to_dict() for each in origins],
+            "environment": describe_environment(torch.device("cpu")),
+        },
+    }
+
+
+def _grid(sequence: FactorSequence, projection: str, figure: Callable[[FactorFigures], float]) -> np.ndarray:
+    """One figure of every layer's factors, `(stages, layers)`, NaN where a layer has none."""
+    numbers = _layers(sequence)
+    values = np.full((len(sequence.stages), len(numbers)), np.nan)
+    for row, stage in enumerate(sequence.stages):
+        for each in stage.layers:
+            if each.place.layer is not None and each.place.projection == projection:
+                values[row, numbers.index(each.place.layer)] = figure(each.figures)
+    return values
+
+
+def _layers(sequence: FactorSequence) -> list[int]:
+    places = [each.place.layer for stage in sequence.stages for each in stage.layers]
+    return sorted({layer for layer in places if layer is not None})
+
+
+PANELS: tuple[tuple[str, Callable[[FactorFigures], float], bool], ...] = (
+    ("smallest", lambda figures: figures.smallest, False),
+    ("largest", lambda figures: figures.largest, False),
+    (f"share {TIGHT}", lambda figures: figures.near, True),
+)
+"""Title, figure, and whether it is a share."""
+
+
+def heatmap(survey: FactorSurvey) -> Figure:
+    """Layers across and stages down: smallest factor, largest factor and share near 1, a row for each projection.
+
+    A dot marks the layers with a factor at or below 0.
+    """
+
+    def draw() -> Figure:
+        shown = [(each, name) for each in survey.sequences if _layers(each) for name in _projections(each)]
+        heights = [0.75 + 0.2 * len(sequence.stages) for sequence, _ in shown]
+        width = max(len(_layers(sequence)) for sequence, _ in shown)
+        longest = max(len(_first_title(sequence, name)) for sequence, name in shown)
+        size = (3 * max(2.9, 1.3 + 0.09 * width, 0.9 + 0.08 * longest), 0.9 + sum(heights))
+        sheet = Figure(figsize=size, layout="constrained")
+        grid = sheet.subplots(len(shown), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
+        distance = Normalize(1 - LARGEST_DISTANCE, 1 + LARGEST_DISTANCE, clip=True)
+        share = Normalize(0, 1)
+        for row, (sequence, projection) in enumerate(shown):
+            for column, (title, figure, is_share) in enumerate(PANELS):
+                colours, scale = (colormaps["viridis"], share) if is_share else (diverging(), distance)
+                axes = grid[row, column]
+                _panel(axes, sequence, _grid(sequence, projection, figure), colours, scale, named=column == 0)
+                if column == 0:
+                    _mark_flips(axes, sequence, projection)
+                axes.set_title(_first_title(sequence, projection) if column == 0 else title, loc="left")
+        for axes in grid[-1]:
+            axes.set_xlabel("transformer layer")
+        for columns, colours, scale, label in (
+            (
+                slice(0, 2),
+                diverging(),
+                distance,
+                "factor (1 leaves the feature as it was; a dot marks a layer with one at or below 0)",
+            ),
+            (slice(2, 3), colormaps["viridis"], share, f"share {TIGHT}"),
+        ):
+            bar = sheet.colorbar(
+                ScalarMappable(scale, colours), ax=list(grid[:, columns].flat), orientation="horizontal",
+                fraction=0.05, aspect=30, pad=0.02, extend="both" if scale is distance else "neither",
+            )  # fmt: skip
+            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.ax.tick_params(length=0)
+            bar.set_label(label, color=MUTED)
+        return sheet
+
+    return styled(draw)
+
+
+def _short(label: str, longest: int = 26) -> str:
+    """The end of a long name, such as a folder's: the beginning tells folders apart least."""
+    return label if len(label) <= longest else f"…{label[1 - longest :]}"
+
+
+def _projections(sequence: FactorSequence) -> list[str]:
+    found = [each.place for stage in sequence.stages for each in stage.layers if each.place.layer is not None]
+    return list(dict.fromkeys(place.projection for place in found))
+
+
+def _panel(
+    axes: Axes, sequence: FactorSequence, values: np.ndarray, colours: Colormap, scale: Normalize, *, named: bool
+) -> None:
+    """One heatmap of `(stages, layers)`."""
+    axes.set_facecolor(SHADE)
+    axes.pcolormesh(values, cmap=colours, norm=scale, edgecolors="white", linewidth=0.4)
+    numbers, stages = _layers(sequence), sequence.stages
+    every = 1 if len(numbers) <= 8 else 5
+    axes.set_xticks(np.arange(len(numbers))[::every] + 0.5, [str(number) for number in numbers[::every]])
+    names = [f"{stage.index + 1} {stage.domain}" for stage in stages] if named else [""] * len(stages)
+    axes.set_yticks(np.arange(len(stages)) + 0.5, names, color=INK)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _first_title(sequence: FactorSequence, projection: str) -> str:
+    return f"{_short(sequence.label)}, {projection}: {PANELS[0][0]}"
+
+
+def _mark_flips(axes: Axes, sequence: FactorSequence, projection: str) -> None:
+    flipped = np.argwhere(_grid(sequence, projection, lambda figures: figures.flipped) > 0) + 0.5
+    axes.plot(flipped[:, 1], flipped[:, 0], linestyle="none", marker=".", markersize=4, color="white")
+
+
+def trajectory(survey: FactorSurvey) -> Figure:
+    """Smallest and largest factor, and the share near 1, after every stage: a line for each sequence."""
+
+    def draw() -> Figure:
+        sheet = Figure(figsize=(8.6, 3.2), layout="constrained")
+        left, right = sheet.subplots(1, 2)
+        for index, sequence in enumerate(survey.sequences):
+            style, stages = look(index), [stage.index + 1 for stage in sequence.stages]
+            line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 4}
+            figures = [stage.figures for stage in sequence.stages]
+            left.plot(stages, [one.smallest for one in figures], linewidth=1.5, label=sequence.label, **line)
+            left.plot(stages, [one.largest for one in figures], linewidth=1.5, **line)
+            right.plot(stages, [100 * one.near for one in figures], linewidth=1.5, **line)
+        left.axhline(1, color=RULE, linewidth=0.9, zorder=0)
+        left.axhline(0, color=INK, linewidth=0.9, zorder=0)
+        low, high = left.get_ylim()
+        left.set_ylim(min(low, -0.05), high)
+        left.set_title("Smallest and largest factor", loc="left")
+        right.set_title(f"Factors {TIGHT}, %", loc="left")
+        right.set_ylim(0, 102)
+        for axes in (left, right):
+            axes.set_xlabel("after stage")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.set_xlim(0.7, max(stage.index + 1.3 for sequence in survey.sequences for stage in sequence.stages))
+            axes.grid(axis="y", color=RULE, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+        sheet.legend(loc="outside upper center", ncols=min(4, len(survey.sequences)), frameon=False, handlelength=3)
+        return sheet
+
+    return styled(draw)
+
+
+def write(survey: FactorSurvey, folder: Path) -> None:
+    """Write gains.csv, .md and .json, gains-layers.csv, and both figures as PNG and SVG into a folder."""
+    write_text(folder / "gains.csv", stage_table(survey).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "gains-layers.csv", layer_table(survey).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "gains.md", markdown(survey))
+    write_json(folder / "gains.json", record_values(survey))
+    drawn = {**figure_files("gains-trajectory", trajectory(survey))}
+    if any(_layers(sequence) for sequence in survey.sequences):
+        drawn |= figure_files("gains-heatmap", heatmap(survey))
+    for name, content in drawn.items():
+        write_bytes(folder / name, content)

@@ -1,0 +1,263 @@
+"""Energy outside the pretrained column space, and intruder dimensions, as tables and a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from gaintune.analysis.subspace.survey import AdapterSubspace, ModuleSubspace, SubspaceSurvey, share_of
+from gaintune.report.canvas import MUTED, RULE, figure_files, styled
+from gaintune.report.palette import look
+from gaintune.report.tables import markdown_table
+from gaintune.report.words import NONE
+from gaintune.storage.run import write_bytes, write_json, write_text
+
+NO_OUTSIDE = "no outside"
+LOWEST = 1e-36  # where a share of exactly 0 is drawn: below anything that rounding leaves
+Pick = Callable[[ModuleSubspace], float | None]
+
+
+def module_table(survey: SubspaceSurvey) -> pd.DataFrame:
+    """One row for each adapter and module; shares of the update's energy, empty where the update is zero."""
+    rows = []
+    for adapter in survey.adapters:
+        for module in adapter.modules:
+            figures = module.figures
+            rows.append(
+                {
+                    "adapter": adapter.label,
+                    "layer": module.place.layer,
+                    "projection": module.place.projection,
+                    "outputs": figures.outputs,
+                    "inputs": figures.inputs,
+                    "rank": figures.rank,
+                    "has_outside": figures.has_outside,
+                    "outside": figures.outside,
+                    "has_outside_rows": figures.has_outside_rows,
+                    "outside_rows": figures.outside_rows,
+                    "leading_rank": figures.leading_rank,
+                    "outside_leading": figures.outside_leading,
+                    "relative_update": (figures.update_energy / figures.weight_energy) ** 0.5,
+                    "intruders": figures.intruders,
+                    "looked_at": len(figures.similarities),
+                    "smallest_similarity": min(figures.similarities),
+                    "module": module.place.name,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def summary_rows(survey: SubspaceSurvey) -> list[list[str]]:
+    """A row of text for each adapter and projection, and for all projections of an adapter."""
+    rows = []
+    for adapter in survey.adapters:
+        projections = dict.fromkeys(each.place.projection for each in adapter.modules)
+        for projection in (*projections, "all"):
+            chosen = [each for each in adapter.modules if projection in ("all", each.place.projection)]
+            if projection == "all" and len(projections) == 1:
+                continue
+            outside = share_of([(each.figures, each.figures.outside) for each in chosen if each.figures.has_outside])
+            any_outside = any(each.figures.has_outside for each in chosen)
+            leading = share_of([(each.figures, each.figures.outside_leading) for each in chosen])
+            update = sum(each.figures.update_energy for each in chosen)
+            weight = sum(each.figures.weight_energy for each in chosen)
+            intruders = sum(each.figures.intruders for each in chosen)
+            looked = sum(len(each.figures.similarities) for each in chosen)
+            rows.append(
+                [
+                    adapter.label,
+                    projection,
+                    _shapes(chosen),
+                    _share(outside) if any_outside else NO_OUTSIDE,
+                    _share(leading),
+                    f"{(update / weight) ** 0.5:.2e}",
+                    f"{intruders} of {looked}",
+                ]
+            )
+    return rows
+
+
+def heads(survey: SubspaceSurvey) -> list[str]:
+    """What heads the columns of `summary_rows`."""
+    leading = f"outside the leading {100 * survey.settings.leading:g} %"
+    return ["adapter", "projection", "rank of outputs", "outside column space", leading, "|dW| / |W|", "intruders"]
+
+
+def _shapes(modules: Sequence[ModuleSubspace]) -> str:
+    """Ranks and outputs of modules, such as `576 of 576`."""
+    pairs = sorted({(each.figures.rank, each.figures.outputs) for each in modules})
+    shown = [f"{rank} of {outputs}" for rank, outputs in pairs]
+    return ", ".join(shown) if len(shown) <= 2 else f"{shown[0]} to {shown[-1]}"
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{100 * value:.1f} %" if value >= 5e-4 else f"{100 * value:.1e} %"
+
+
+def remarks(survey: SubspaceSurvey) -> list[str]:
+    """What has to be said beside the numbers, a sentence each."""
+    told = []
+    modules = [each for adapter in survey.adapters for each in adapter.modules]
+    without = [each for each in modules if not each.figures.has_outside]
+    if without:
+        which = "Every weight" if len(without) == len(modules) else f"{len(without)} of {len(modules)} weights"
+        told.append(
+            f"{which} compared: the pretrained rank is the number of outputs, so the column space is the whole output, "
+            "no update of any method can leave it, and proposition 1 of the GAIN paper excludes nothing there."
+        )
+    scaled = [adapter.label for adapter in survey.adapters if adapter.scales_inputs]
+    if scaled:
+        told.append(
+            f"{', '.join(scaled)}: the update is W diag(v), so that its share outside the column space is zero by "
+            "construction; what is shown was measured all the same, and holds what W itself has along directions that "
+            "its rank counts as zero."
+        )
+    gated = {adapter.label: adapter.gate for adapter in survey.adapters if adapter.gate is not None}
+    for label, gate in gated.items():
+        told.append(
+            f"{label}: every gate held at {gate:g}, so the weight is W + {gate:g} alpha / r BA. The shares do not "
+            "depend on that value, the intruders do; the real gates differ from token to token."
+        )
+    figures = modules[0].figures
+    setting = survey.settings.tolerance
+    rule = "max(out, in) times fp32's epsilon" if setting is None else "as given"
+    told.append(
+        f"Ranks count singular values above {figures.tolerance:.1e} of the largest ({rule}"
+        f"{', of ' + modules[0].place.name if setting is None else ''}). Intruders: of the {survey.settings.top} "
+        "leading left singular vectors of each adapted weight, those whose largest |cosine| to any pretrained left "
+        f"singular vector is below {survey.settings.epsilon:g}."
+    )
+    return told
+
+
+def markdown(survey: SubspaceSurvey) -> str:
+    """The summary as Markdown, with the remarks."""
+    names = [head[:1].upper() + head[1:] for head in heads(survey)]
+    rows = summary_rows(survey)
+    frame = pd.DataFrame([row[1:] for row in rows], index=[row[0] for row in rows], columns=names[1:], dtype=object)
+    return markdown_table(frame, names[0]) + "\n" + "\n".join(f"- {remark}" for remark in remarks(survey)) + "\n"
+
+
+def record_values(survey: SubspaceSurvey) -> dict[str, Any]:
+    """Everything as plain values for JSON; similarities of all vectors looked at, so that any epsilon can be tried."""
+    return {
+        "settings": asdict(survey.settings),
+        "remarks": remarks(survey),
+        "adapters": [
+            {
+                "label": adapter.label,
+                "zero_outside_by_construction": adapter.scales_inputs,
+                "gate": adapter.gate,
+                "outside": adapter.outside,
+                "modules_with_outside": adapter.with_outside,
+                "outside_leading": adapter.outside_leading,
+                "relative_update": adapter.relative_update,
+                "intruders": adapter.intruders(),
+                "looked_at": adapter.looked_at,
+                "modules": [{**asdict(each.place), **asdict(each.figures)} for each in adapter.modules],
+            }
+            for adapter in survey.adapters
+        ],
+        "provenance": survey.provenance.to_dict(),
+    }
+
+
+def _by_layer(adapter: AdapterSubspace, pick: Pick) -> tuple[list[int], list[float]]:
+    """Shares of each transformer layer, its modules put together by the energy of their updates; NaN for no share."""
+    numbers = sorted({each.place.layer for each in adapter.modules if each.place.layer is not None})
+    shares = []
+    for number in numbers:
+        parts = [(each.figures, pick(each)) for each in adapter.modules if each.place.layer == number]
+        share = share_of(parts)
+        shares.append(math.nan if share is None else max(share, LOWEST))
+    return numbers, shares
+
+
+def _shares_panel(axes: Axes, survey: SubspaceSurvey, title: str, pick: Pick, *, logarithmic: bool) -> None:
+    drawn = False
+    for index, adapter in enumerate(survey.adapters):
+        layers, shares = _by_layer(adapter, pick)
+        style = look(index)
+        line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 3.5}
+        if not all(map(math.isnan, shares)):
+            axes.plot(layers, shares if logarithmic else [100 * share for share in shares], linewidth=1.4, **line)
+            drawn = True
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("transformer layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if not drawn:
+        text = "no weight compared has an outside:\nits column space is the whole output"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    elif logarithmic:
+        axes.set_yscale("log")
+        low, _ = axes.get_ylim()
+        axes.set_ylim(min(low, 1e-4), 2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    else:
+        axes.set_ylim(0, 102)
+
+
+def _intruder_panel(axes: Axes, survey: SubspaceSurvey) -> None:
+    """Intruders at every similarity below which a vector may be called one."""
+    thresholds = np.linspace(0, 1, 101)
+    for index, adapter in enumerate(survey.adapters):
+        style = look(index)
+        shares = [100 * adapter.intruders(float(each)) / adapter.looked_at for each in thresholds]
+        axes.plot(thresholds, shares, color=style.colour, linestyle=style.dashes, linewidth=1.5)
+    axes.axvline(survey.settings.epsilon, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axes.set(xlabel="similarity below which a vector is an intruder", xlim=(0, 1), ylim=(0, 102))
+    axes.set_title(f"Intruders, % of the leading {survey.settings.top} vectors", loc="left")
+
+
+def figure(survey: SubspaceSurvey) -> Figure:
+    """Shares outside the column space and the leading directions by layer, and intruders by threshold."""
+
+    def draw() -> Figure:
+        sheet = Figure(figsize=(11.4, 3.5), layout="constrained")
+        first, second, third = sheet.subplots(1, 3)
+        leading = f"{100 * survey.settings.leading:g} %"
+        _shares_panel(
+            first, survey, "Update outside the column space, share",
+            lambda each: each.figures.outside if each.figures.has_outside else None, logarithmic=True,
+        )  # fmt: skip
+        _shares_panel(
+            second, survey, f"… outside the directions of {leading} of W, %",
+            lambda each: each.figures.outside_leading, logarithmic=False,
+        )  # fmt: skip
+        _intruder_panel(third, survey)
+        for axes in (first, second, third):
+            axes.grid(axis="y", color=RULE, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0, which="both")
+        handles = []
+        for index, adapter in enumerate(survey.adapters):
+            style = look(index)
+            line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 4}
+            handles.append(third.plot([], [], label=adapter.label, linewidth=1.5, **line)[0])
+        columns = min(4, len(handles))
+        sheet.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3)
+        return sheet
+
+    return styled(draw)
+
+
+def write(survey: SubspaceSurvey, folder: Path) -> None:
+    """Write subspace.csv, .md, .json, .png and .svg into a folder."""
+    write_text(folder / "subspace.csv", module_table(survey).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "subspace.md", markdown(survey))
+    write_json(folder / "subspace.json", record_values(survey))
+    for name, content in figure_files("subspace", figure(survey)).items():
+        write_bytes(folder / name, content)

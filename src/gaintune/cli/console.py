@@ -1,0 +1,121 @@
+"""What the command line draws: progress bars with tokens per second and time left, and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gaintune import progress
+from gaintune.progress import Advance
+
+LINES_EVERY = 15.0
+"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
+
+
+class Bars:
+    """Shows progress on a terminal as a bar, and elsewhere (a log file) as a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+        """One bar, gone when its work is done; a line with its pace stays if it took over two seconds."""
+        start = time.perf_counter()
+        done = 0
+        said = start
+        figures: dict[str, float] = {}
+
+        def pace() -> str:
+            shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items())
+            rate = done / max(time.perf_counter() - start, 1e-9)
+            return f"{rate:,.{0 if rate >= 10 else 2}f} {unit}/s{shown}"
+
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[pace]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+            row = bar.add_task(title, total=total, pace="")
+
+            def advance(amount: int, **latest: float) -> None:
+                nonlocal done, said
+                done = min(total, done + amount)
+                figures.update(latest)
+                bar.update(row, completed=round(done), pace=pace())
+                waited = time.perf_counter() - said > LINES_EVERY
+                if waited and round(done) < total and not self._console.is_terminal:
+                    said = time.perf_counter()
+                    left = (said - start) / done * (total - done)
+                    self._console.print(
+                        f"{title}: {done:,.0f}/{total:,.0f} {unit}, {pace()}, {left:.0f} s left", highlight=False
+                    )
+
+            yield advance
+        if time.perf_counter() - start > 2.0:
+            self.note(f"{title}: {done:,.0f} {unit} in {time.perf_counter() - start:.1f} s ({pace()})")
+
+    def note(self, text: str) -> None:
+        """One plain line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> Table:
+    """A table for the terminal; `numeric` columns are aligned to the right."""
+    drawn = Table(title=title or None, title_justify="left")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def percent(value: float | None, low: float | None, high: float | None) -> str:
+    """A change with its interval, or a dash where there is none."""
+    if value is None:
+        return "—"
+    interval = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{value:+.1f} %{interval}"
+
+
+def show_warnings(console: Console) -> None:
+    """Send the library's warnings to the terminal."""
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False, highlighter=None)
+    logger = logging.getLogger("gaintune")
+    logger.handlers = [handler]
+    logger.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice off the terminal; their errors still show."""
+    import warnings
+
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    datasets_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only quantized bases use
+    for library in ("peft", "torch", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)
+
+
+def progress_on(console: Console) -> progress.Progress:
+    """Bars; of several processes on one run, only the first draws."""
+    from gaintune.storage.run import first_process
+
+    return Bars(console) if first_process() else progress.Silent()

@@ -1,0 +1,267 @@
+"""The command that measures a model and adapters on it, and what commands print of a classifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gaintune.cli import benchmarks as cli_benchmarks
+from gaintune.cli.benchmarks import (
+    AllowCode,
+    BenchmarkData,
+    Benchmarks,
+    BenchmarkSource,
+    Fewshot,
+    FewshotSeed,
+    GeneratedTokens,
+    Limit,
+    NoCache,
+)
+from gaintune.cli.options import BlockSize, Domains, Options, Seed, Set, Task, Template, TextColumn, ValidationTokens, assemble
+from gaintune.config.plan import Plan, as_domain
+from gaintune.cli.console import percent, progress_on, quiet_libraries, table
+from gaintune.errors import ConfigError
+from gaintune.progress import plural
+
+if TYPE_CHECKING:
+    from gaintune.workflows.classify import ClassifierResult
+    from gaintune.evaluate.classification import Scores, Share
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Figure(Protocol):
+    """One row of a comparison."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        ...
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(evaluate)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")],
+    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter to measure against the base; repeatable.")] = None,
+    domain: Domains = None,
+    task: Task = None,
+    template: Template = None,
+    text_column: TextColumn = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Masked-LM perplexity of an encoder with its original head, on text.")
+    ] = False,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|NAME=FILE",
+            help="Questions with choices: accuracy by the likelihood of each choice; repeatable.",
+        ),
+    ] = None,
+    benchmarks: Benchmarks = None,
+    fewshot: Fewshot = None,
+    fewshot_seed: FewshotSeed = None,
+    limit: Limit = None,
+    benchmark_data: BenchmarkData = None,
+    benchmark_source: BenchmarkSource = None,
+    generated_tokens: GeneratedTokens = None,
+    allow_code_execution: AllowCode = False,
+    no_cache: NoCache = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Load adapters that were trained on another base.")
+    ] = False,
+    validation_tokens: ValidationTokens = None,
+    block_size: BlockSize = None,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure a model, and adapters on it, with paired intervals.
+
+    Perplexity and bits per byte of text and instructions; of classifiers the accuracy on labelled rows. With
+    --benchmarks lm-eval's scores, and of domains only those that are named with --domain.
+    """
+    plan = Path(model) if Path(model).suffix in {".yaml", ".yml"} else None
+    adapters = adapter or []
+    if masked and (choices or task):
+        raise ConfigError("--masked measures text on its own: leave --choices and --task out")
+    if choices and (domain or task):
+        raise ConfigError("--choices asks questions on its own: leave --domain and --task out")
+    if benchmarks and (masked or choices):
+        raise ConfigError("--benchmarks goes with --domain alone: leave --masked and --choices out")
+    if not (plan or masked or choices or task or benchmarks) and adapters and _all_classifiers(adapters):
+        task = "classify"
+    given = Options(
+        model=None if plan else model, domains=domain, task=task, template=template, text_column=text_column,
+        validation_tokens=validation_tokens, block_size=block_size, seed=seed,
+    )  # fmt: skip
+    settled = assemble(plan, given, set_)
+    asked = cli_benchmarks.config_of(
+        settled,
+        benchmarks,
+        fewshot=fewshot,
+        fewshot_seed=fewshot_seed,
+        limit=limit,
+        benchmark_data=benchmark_data,
+        benchmark_source=benchmark_source,
+        generated_tokens=generated_tokens,
+        allow_code_execution=allow_code_execution,
+        no_cache=no_cache,
+    )
+    quiet_libraries()
+    compare, draw = _measurement(settled, masked, choices or [])
+    options: dict[str, Any] = {"allow_other_base": allow_other_base, "progress": progress_on(err)}
+    suite = cli_benchmarks.suite_of(asked) if asked else None  # all that is to be read is read before the long part
+    figures = compare(settled, adapters, **options) if domain or not asked else []
+    report = None
+    if asked and suite:
+        report = cli_benchmarks.measure(settled, adapters, asked, suite, keep=not no_cache, **options)
+    if as_json:
+        values = [figure.to_dict() for figure in figures]
+        typer.echo(json.dumps({"domains": values, "benchmarks": report.to_dict()} if report else values, indent=1))
+        return
+    for drawn in [*(draw(figures) if figures else []), *(cli_benchmarks.tables(report) if report else [])]:
+        out.print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
+
+
+def _all_classifiers(adapters: Sequence[Path]) -> bool:
+    from gaintune.evaluate.classifiers import is_classifier
+
+    return all(is_classifier(adapter) for adapter in adapters)
+
+
+def _measurement(plan: Plan, masked: bool, choices: Sequence[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What measures, and what draws its figures."""
+    if masked:
+        from gaintune.evaluate.masked import compare_masked
+
+        return compare_masked, partial(_figures_table, of="domain", columns=MASKED)
+    if choices:
+        from gaintune.evaluate.choices import compare_choices
+
+        return partial(compare_choices, sets=_sets(choices)), partial(_figures_table, of="questions", columns=CHOICES)
+    if plan.classifies:
+        from gaintune.evaluate.classifiers import compare_classifiers
+
+        return compare_classifiers, _classifier_tables
+    from gaintune.evaluate.compare import compare_adapters
+
+    return compare_adapters, partial(_figures_table, of="domain", columns=PERPLEXITY)
+
+
+def _sets(choices: Sequence[str]) -> dict[str, Path]:
+    sets: dict[str, Path] = {}
+    for each in choices:
+        domain = as_domain(each)
+        if domain["name"] in sets or not all(domain.values()):
+            raise ConfigError(f"--choices {each}: write NAME=FILE, every name once, such as medqa=questions.jsonl")
+        sets[domain["name"]] = Path(domain["source"]).expanduser()
+    return sets
+
+
+def _change(figure: Any) -> str:
+    return percent(figure.change, figure.low, figure.high)
+
+
+Columns = tuple[tuple[str, Callable[[Any], str]], ...]
+PERPLEXITY: Columns = (
+    ("perplexity", lambda each: f"{each.perplexity:.2f}"),
+    ("bits per byte", lambda each: f"{each.bits_per_byte:.3f}"),
+    ("change against the base", _change),
+)
+MASKED: Columns = (
+    ("masked-LM perplexity", lambda each: f"{each.perplexity:.3f}"),
+    ("masked tokens", lambda each: f"{each.masked:,}"),
+    ("change against the base", _change),
+)
+CHOICES: Columns = (
+    ("rows", lambda each: f"{each.rows:,}"),
+    ("accuracy", lambda each: share(each.accuracy)),
+    ("against the base", lambda each: points(each.change)),
+    ("accuracy, per byte", lambda each: share(each.accuracy_per_byte)),
+    ("against the base", lambda each: points(each.change_per_byte)),
+    ("always the most frequent", lambda each: f"{100 * each.majority:.1f} %"),
+)
+
+
+def _figures_table(figures: Sequence[Any], of: str, columns: Columns) -> list[Table]:
+    """A row for every model on every domain; `of` is what a domain is called."""
+    rows = [[each.domain, each.label, *(cell(each) for _, cell in columns)] for each in figures]
+    heads = [of, "model", *(head for head, _ in columns)]
+    return [table("", heads, rows, numeric=range(2, len(heads)))]
+
+
+def _classifier_tables(figures: Sequence[Any]) -> list[Table]:
+    rows = [[each.scores.domain, each.label, *overall(each.scores), points(each.change)] for each in figures]
+    heads = ["domain", "classifier", *OVERALL, "against the first"]
+    return [table("", heads, rows, numeric=range(2, 9)), *(classes(each.scores, each.label) for each in figures)]
+
+
+OVERALL = ("rows", "accuracy", "always the most frequent", "Matthews", "F1", "mean F1 of the classes")
+
+
+def overall(scores: Scores) -> list[str]:
+    """The cells under `OVERALL`."""
+    f1 = "—" if scores.f1 is None else f"{scores.f1:.3f}"
+    majority = f"{100 * scores.majority:.1f} %"
+    return [
+        f"{scores.rows:,}",
+        share(scores.accuracy),
+        majority,
+        f"{scores.matthews:.3f}",
+        f1,
+        f"{scores.macro_f1:.3f}",
+    ]
+
+
+def classes(scores: Scores, title: str) -> Table:
+    """Every class of one classifier on one domain."""
+    rows = [
+        [
+            each.label,
+            f"{each.rows:,}",
+            f"{each.predicted:,}",
+            f"{each.precision:.3f}",
+            f"{each.recall:.3f}",
+            f"{each.f1:.3f}",
+        ]
+        for each in scores.classes
+    ]
+    heads = ["label", "rows", "predicted", "precision", "recall", "F1"]
+    return table(f"{scores.domain}: {title}", heads, rows, numeric=range(1, 6))
+
+
+def share(value: Share) -> str:
+    """A share in % with its interval."""
+    interval = "" if value.low is None or value.high is None else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return f"{100 * value.value:.1f} %{interval}"
+
+
+def points(value: Share | None) -> str:
+    """A difference of two shares in points of % with its interval; a dash for none."""
+    if value is None:
+        return "—"
+    interval = "" if value.low is None or value.high is None else f" [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+    return f"{100 * value.value:+.1f}{interval}"
+
+
+def print_classifier(result: ClassifierResult) -> None:
+    """What `gaintune adapt` says of a classifier."""
+    out.print(table(result.scores.domain, OVERALL, [overall(result.scores)], numeric=range(6)))
+    out.print(classes(result.scores, "every label"))
+    out.print(
+        f"{result.trainable_parameters:,} parameters trained, the new head's among them, on {result.tokens:,} tokens "
+        f"in {plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}",
+        highlight=False,
+        soft_wrap=True,
+    )

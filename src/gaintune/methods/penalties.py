@@ -1,0 +1,139 @@
+"""Penalties on moving away from what earlier domains taught: L2, and EWC with a diagonal Fisher estimate.
+
+Both add the gradient of `strength / 2 * sum_i w_i (theta_i - theta*_i)^2`, theta* being the weights after the previous
+domain: w_i = 1 for L2, and the Fisher information of the earlier domains for elastic weight consolidation
+(Kirkpatrick et al., 2017; accumulated over domains as in online EWC, Schwarz et al., 2018). The first domain has none.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from gaintune.errors import ConfigError, DivergedError
+from gaintune.fisher import fisher_information
+from gaintune.config.sections import MethodConfig
+from gaintune.methods.rules import Lesson, Place, StageRule
+
+FISHER = "penalty.safetensors"
+STRENGTHS = {"l2": 0.01, "ewc": 1.0}
+
+
+def strength_of(method: MethodConfig) -> float:
+    """The strength of a method's penalty: its own, else the penalty's default; 0 without a penalty."""
+    if method.penalty is None:
+        return 0.0
+    return STRENGTHS[method.penalty] if method.penalty_strength is None else method.penalty_strength
+
+
+def penalty_of(method: MethodConfig, place: Place, *, seed: int) -> StageRule | None:
+    """The rule of a method's penalty, None where it has none or of strength 0.
+
+    Args:
+        method: what is configured.
+        place: where the adaptation stands.
+        seed: seed of the choice of rows for the Fisher information.
+
+    Raises:
+        ConfigError: the adapter to carry on was not trained with EWC, so that nothing is known of its domains.
+    """
+    strength = strength_of(method)
+    if strength == 0:
+        return None
+    if method.penalty == "l2":
+        return L2(strength, place)
+    return Ewc(strength, place, rows=method.ewc_rows, seed=seed)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+class L2(StageRule):
+    """Pulls every trained weight alike; needs a copy of the trained weights in memory."""
+
+    def __init__(self, strength: float, place: Place) -> None:
+        self._strength = strength
+        self._pulls = place.previous is not None
+        self._anchor: dict[str, torch.Tensor] = {}
+        # room for distances: to make it anew at every update would take most of the penalty's time
+        self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def start(self, model: nn.Module, steps: int) -> None:
+        """Remember the weights at the end of the previous domain."""
+        if self._pulls:
+            trained = _trained(model)
+            self._anchor = {name: value.detach().clone() for name, value in trained.items()}
+            by_size = sorted(trained.values(), key=torch.Tensor.numel)
+            largest = {(value.dtype, value.device): value for value in by_size}
+            self._scratch = {kind: torch.empty_like(value).flatten() for kind, value in largest.items()}
+
+    @torch.no_grad()
+    def before_update(self, model: nn.Module, step: int) -> None:
+        """Add the penalty's gradient."""
+        if not self._pulls:
+            return
+        for name, value in _trained(model).items():
+            room = self._scratch[value.dtype, value.device][: value.numel()].view_as(value)
+            distance = torch.sub(value, self._anchor[name], out=room)
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+            self._add_pull(value.grad, name, distance)
+
+    def _add_pull(self, gradient: torch.Tensor, name: str, distance: torch.Tensor) -> None:
+        gradient.add_(distance, alpha=self._strength)
+
+
+class Ewc(L2):
+    """Pulls by the Fisher information of the earlier domains; needs that and the weights in memory, and a pass over
+    the domain after it is learnt (`gaintune.fisher`). The information lies beside the adapter as penalty.safetensors.
+
+    At strength 1 every earlier domain weighs as the Laplace approximation of as many of its tokens as the new domain
+    has.
+    """
+
+    def __init__(self, strength: float, place: Place, *, rows: int | None, seed: int) -> None:
+        super().__init__(strength, place)
+        self._rows = rows
+        self._seed = seed
+        self._origin = None if place.previous is None else place.previous / FISHER
+        if self._origin is not None and not self._origin.is_file():
+            raise ConfigError(
+                f"{self._origin.parent} has no {FISHER}: it was not trained with penalty=ewc, so the Fisher "
+                "information of its domains is not known. Learn them with penalty=ewc too, or use penalty=l2"
+            )
+        self._fisher: dict[str, torch.Tensor] = {}
+
+    def start(self, model: nn.Module, steps: int) -> None:
+        """Read the information of the earlier domains, beside remembering the weights."""
+        super().start(model, steps)
+        if self._origin is None:
+            return
+        trained = _trained(model)
+        saved = load_file(self._origin)
+        if {name: value.shape for name, value in trained.items()} != {
+            name: value.shape for name, value in saved.items()
+        }:
+            raise ConfigError(f"{self._origin} is about other parameters than those that train now")
+        self._fisher = {name: value.to(trained[name].device) for name, value in saved.items()}
+
+    def _add_pull(self, gradient: torch.Tensor, name: str, distance: torch.Tensor) -> None:
+        gradient.addcmul_(distance, self._fisher[name], value=self._strength)
+
+    def finish(self, model: nn.Module, lesson: Lesson) -> None:
+        """Add the information of the domain just learnt."""
+        found = fisher_information(model, lesson, rows=self._rows, seed=self._seed)
+        for name, value in found.items():
+            if not math.isfinite(float(value.sum())):
+                raise DivergedError(f"{lesson.title}: the Fisher information of {name} is not finite")
+            self._fisher[name] = value.add_(self._fisher[name]) if name in self._fisher else value
+
+    def keep(self, folder: Path) -> None:
+        """Write the information of all domains so far."""
+        tensors: dict[str, Any] = {name: value.cpu().contiguous() for name, value in self._fisher.items()}
+        save_file(tensors, folder / FISHER)

@@ -1,0 +1,246 @@
+"""Steps that learn labels: every task with every method, rank and seed, its accuracy, and what the base keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gaintune.workflows.classify import adapt_classifier
+from gaintune.config.plan import MethodConfig, Plan, build_plan
+from gaintune.errors import ConfigError
+from gaintune.evaluate.compare import compare_adapters
+from gaintune.evaluate.classifiers import compare_classifiers
+from gaintune.evaluate.masked import compare_masked
+from gaintune.evaluate.walk import BASE
+from gaintune.models.heads import is_masked
+from gaintune.methods.catalogue import get_method
+from gaintune.recipes import classifying_report as report
+from gaintune.recipes import tiny_labels
+from gaintune.recipes.steps.train import left_out
+from gaintune.recipes.classifying_report import Measured
+from gaintune.recipes.local_rows import content_of, labelled_rows
+from gaintune.recipes.outcome import Context, Outcome
+from gaintune.recipes.schema import laid_over
+from gaintune.recipes.world import BUDGETS
+from gaintune.storage.run import Run, damage, make_folder, read_json, write_json
+
+KEYS = ("tasks", "texts", "methods", "ranks", "seeds", "text")
+SECTIONS = ("model", "train", "evaluate", "classify")
+HOPELESS = 1e100
+"""A perplexity, or a change in %, that stands for all greater ones: infinity must not stop the rest of a report."""
+SAME_ROWS = "A folder is one study over one set of rows and texts: name another one for others"
+DECODER = (
+    "the base is a decoder: what it learnt is put back under its own language-model head and ordinary perplexity is "
+    "measured, where the paper measures an encoder's masked-LM perplexity"
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One classifier to train; `rank` is None for a method that has none."""
+
+    task: str
+    label: str
+    rank: int | None
+    seed: int
+    plan: Plan
+
+    @property
+    def variant(self) -> str:
+        """The method with its rank, as its folder is called."""
+        return self.label if self.rank is None else f"{self.label}-r{self.rank}"
+
+    @property
+    def name(self) -> str:
+        """What it is called among those of its task."""
+        return f"{self.variant}/seed-{self.seed}"
+
+
+def classify(settings: dict[str, Any], context: Context) -> Outcome:
+    """`gaintune adapt --task classify` for every task, method, rank and seed, then perplexity on `texts`.
+
+    Settings: `tasks`, each a name, or a mapping with `name`, `train` and `methods` (options by label) of its own;
+    `texts`; `methods`; `ranks` for those that have one; `seeds`; `text`, the sizes of the texts; sections of a
+    plan. Finished classifiers are kept and not trained again.
+
+    Numbers, means over tasks and ranks with t intervals over seeds: `LABEL.accuracy` in %; `LABEL.TASK.accuracy`;
+    `LABEL.retention`, the change of perplexity in %; `LABEL.perplexity`; of several ranks also `LABEL-rRANK.accuracy`
+    and so on; `A-minus-B.accuracy` and `.retention`, paired seed by seed, for every method A and those before it.
+    """
+    study = Study(settings, context)
+    if not study.tasks:
+        return Outcome(notes=(study.why_not,), left_out=True)
+    cells = list(study.cells())
+    study.settle_rows()
+    accuracies = {(cell.task, cell.name): study.accuracy(cell) for cell in cells}
+    kept = {task: study.kept([cell for cell in cells if cell.task == task]) for task in study.tasks}
+    measured = [
+        Measured(
+            task=cell.task,
+            label=cell.label,
+            rank=cell.rank,
+            seed=cell.seed,
+            accuracy=100 * accuracies[cell.task, cell.name],
+            perplexity=kept[cell.task][cell.name].perplexity,
+            change=kept[cell.task][cell.name].change,
+        )
+        for cell in cells
+    ]
+    base = next(iter(kept.values()))[BASE].perplexity
+    report.write(measured, base, context.folder)
+    confidence = cells[0].plan.evaluate.confidence
+    return Outcome(
+        numbers=report.numbers(measured, base, confidence),
+        tables=report.tables(measured, base),
+        figures=tuple(sorted(context.folder.glob("*.png"))),
+        adapters={f"{cell.variant}/{cell.task}-seed-{cell.seed}": study.folder(cell) / "adapter" for cell in cells},
+        plan=cells[0].plan,
+        apart=True,
+        notes=study.notes(),
+        without=study.without(measured),
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Mean over texts of one model's perplexity, and of its change in % against the base (0 for the base)."""
+
+    perplexity: float
+    change: float
+
+
+def mean_kept(texts: Sequence[tuple[float, float]]) -> Kept:
+    """The mean over texts of perplexities and changes, none of them above `HOPELESS`."""
+    return Kept(*(sum(min(each, HOPELESS) for each in figures) / len(texts) for figures in zip(*texts, strict=True)))
+
+
+class Study:
+    """The classifiers of one step: their plans, where they lie, and how each is measured."""
+
+    def __init__(self, settings: Mapping[str, Any], context: Context) -> None:
+        for key in settings:
+            if key not in (*KEYS, *SECTIONS):
+                known = ", ".join((*KEYS, *SECTIONS))
+                raise ConfigError(f"{context.origin}: unknown key {key!r}; known keys: {known}")
+        self._settings = settings
+        self._context = context
+        asked = {each["name"]: each for each in map(_as_task, settings.get("tasks", ()))}
+        self._sources = {name: labelled_rows(context.world, name) for name in asked}
+        self.tasks = {name: asked[name] for name, source in self._sources.items() if source is not None}
+        self.missing = [name for name, source in self._sources.items() if source is None]
+        self._methods = [MethodConfig.model_validate(each) for each in settings.get("methods", ())]
+        for each in asked.values():
+            for label in each.get("methods", {}):
+                if label not in [method.label for method in self._methods]:
+                    raise ConfigError(f"{context.origin}: task {each['name']}: no method is called {label!r}")
+        if not self._methods or not settings.get("texts"):
+            raise ConfigError(f"{context.origin}: give methods, and texts to measure what is kept")
+
+    @property
+    def why_not(self) -> str:
+        """Which tasks have no rows."""
+        return f"left out for want of rows with labels (give --data FOLDER): {', '.join(self.missing)}"
+
+    def cells(self) -> Iterator[Cell]:
+        """Every classifier, a task after the other."""
+        for task in self.tasks:
+            for method in self._methods:
+                ranks = self._settings.get("ranks") if "rank" in get_method(method.name).options else None
+                for rank in ranks or (None,):
+                    for seed in self._settings.get("seeds", (0,)):
+                        yield Cell(task, method.label, rank, seed, self._plan(task, method, rank, seed))
+
+    def settle_rows(self) -> None:
+        """See that rows and texts are those that the folder began with, for what is finished is not measured again.
+
+        Raises:
+            RunDirectoryError: a file has changed.
+        """
+        texts = [domain.source for domain in self.text_plan().data.domains]
+        sources = {source for source in (*self._sources.values(), *texts) if source is not None}
+        sums = {source: content_of(Path(source)) for source in sorted(sources) if Path(source).exists()}
+        make_folder(self._context.folder)
+        Run(self._context.folder).settle("rows.json", sums, SAME_ROWS)
+
+    def _plan(self, task: str, method: MethodConfig, rank: int | None, seed: int) -> Plan:
+        own = self.tasks[task]
+        given = {
+            **method.model_dump(exclude_none=True, exclude_defaults=True),
+            **own.get("methods", {}).get(method.label, {}),
+        }
+        values: dict[str, Any] = self._common()
+        for over in (self._settings, own):
+            values = laid_over(values, {key: over[key] for key in SECTIONS if key in over})
+        values["data"] = {"task": "classify", "domains": [{"name": task, "source": self._sources[task]}]}
+        values["methods"] = [given if rank is None else {**given, "rank": rank}]
+        values = laid_over(values, dict(self._context.world.overrides))
+        return build_plan(laid_over(values, {"train": {"seed": seed}}), self._context.origin)
+
+    def _common(self) -> dict[str, Any]:
+        """What the scale says of any plan, and its base: of a smoke run an encoder."""
+        world = self._context.world
+        base = world.model
+        if world.scale == "smoke":
+            base = str(tiny_labels.encoder(Path(base).with_name("encoder")))
+        budget = {key: value for key, value in BUDGETS[world.scale].items() if key in ("model", "evaluate")}
+        return laid_over(budget, {"model": {"name": base}})
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a classifier lies, and what was measured of it."""
+        return self._context.folder / "classifiers" / cell.task / cell.name
+
+    def accuracy(self, cell: Cell) -> float:
+        """The share of validation rows that a classifier labels right, once it is trained."""
+        folder = self.folder(cell)
+        adapter, file = folder / "adapter", folder / "scores.json"
+        progress = self._context.progress
+        if file.exists() and damage(adapter) is None:
+            progress.note(f"{cell.task}: {cell.name} is finished")
+            return read_json(file)["accuracy"]["value"]
+        make_folder(folder)
+        if adapter.is_dir() and damage(adapter) is None:
+            scores = compare_classifiers(cell.plan, [adapter], progress=progress)[0].scores
+        else:
+            scores = adapt_classifier(cell.plan, adapter, progress=progress).scores
+        write_json(file, scores.to_dict())
+        return scores.accuracy.value
+
+    def kept(self, cells: Sequence[Cell]) -> dict[str, Kept]:
+        """What the classifiers of one task keep, by name, and the base among them; what is on disk is not measured."""
+        file = self._context.folder / "classifiers" / cells[0].task / "kept.json"
+        found = read_json(file) if file.exists() else {}
+        adapters = {str(self.folder(cell) / "adapter"): cell.name for cell in cells if cell.name not in found}
+        if adapters:
+            plan = self.text_plan()
+            compare = compare_masked if is_masked(plan.model) else compare_adapters
+            figures = compare(plan, list(map(Path, adapters)), progress=self._context.progress)
+            for label, name in {BASE: BASE, **adapters}.items():
+                own = [figure for figure in figures if figure.label == label]
+                found[name] = asdict(mean_kept([(figure.perplexity, figure.change or 0.0) for figure in own]))
+            write_json(file, found)
+        return {name: Kept(**values) for name, values in found.items()}
+
+    def text_plan(self) -> Plan:
+        """The plan that measures what classifiers keep."""
+        asked = {key: self._settings[key] for key in ("model", "evaluate") if key in self._settings}
+        asked = laid_over({"model": self._common()["model"]}, asked)
+        texts = {"domains": self._settings["texts"], "data": self._settings.get("text", {})}
+        return self._context.world.plan({**asked, **texts}, origin=self._context.origin)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know."""
+        notes = list(left_out({"domains": self._settings["texts"]}, self._context))
+        if self.missing:
+            notes.append(self.why_not)
+        return (*notes, *(() if is_masked(self.text_plan().model) else (DECODER,)))
+
+    def without(self, measured: Sequence[Measured]) -> dict[str, str]:
+        """The numbers of tasks that are left out."""
+        labels = dict.fromkeys(one.label for one in measured)
+        return {f"{label}.{task}.accuracy": "its task has no rows" for label in labels for task in self.missing}
+
+
+def _as_task(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": value} if isinstance(value, str) else dict(value)

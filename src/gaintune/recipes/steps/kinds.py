@@ -1,0 +1,32 @@
+"""The kinds of steps a recipe may have, by name."""
+
+from __future__ import annotations
+
+from gaintune.recipes.steps import (
+    train as adapting,
+    analyse as analysing,
+    answers as answering,
+    benchmarks as benchmarking,
+    checks,
+    classify as classifying,
+    sweep as sweeping,
+)
+from gaintune.recipes import surveying
+from gaintune.recipes.outcome import Kind
+
+KINDS: dict[str, Kind] = {
+    "sequence": Kind(adapting.sequence, checks.sequence),
+    "separately": Kind(adapting.separately, checks.separately),
+    "sweep": Kind(sweeping.sweep, checks.sweep),
+    "benchmarks": Kind(benchmarking.benchmarks, checks.benchmarks),
+    "classify": Kind(classifying.classify, checks.classify),
+    "answers": Kind(answering.answers, checks.answers),
+    "gates": Kind(analysing.gates, checks.gates),
+    "linear-model": Kind(analysing.linear_model, checks.linear_model),
+    "gains": Kind(analysing.gains, checks.gains),
+    "subspace": Kind(analysing.subspace, checks.subspace),
+    "tokens": Kind(analysing.tokens, checks.tokens),
+    "landscape": Kind(surveying.landscape, checks.landscape),
+    "transfer": Kind(surveying.transfer, checks.transfer),
+    "retention": Kind(surveying.retention, checks.retention),
+}

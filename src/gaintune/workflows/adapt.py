@@ -1,0 +1,107 @@
+"""One adaptation from start to finish: base, domain, method, training, a look at the result, the adapter on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaintune.carry_on import warn_of_other_text
+from gaintune.workflows.classify import ClassifierResult, adapt_classifier
+from gaintune.config.plan import Plan, read_plan
+from gaintune.data.load import load_domain
+from gaintune.data.replay import with_replay
+from gaintune.results.losses import DomainLoss, change
+from gaintune.evaluate.perplexity import measure_domain
+from gaintune.methods.attach import learning_rate
+from gaintune.models.base import load_base
+from gaintune.progress import Progress
+from gaintune.workflows.single import Result, Single
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptResult(Result):
+    """What one adaptation to text or instructions did; see `Result`.
+
+    Attributes:
+        before: loss of the model it started from, on the domain's validation text.
+        after: loss of the adapted model on the same text.
+    """
+
+    before: DomainLoss
+    after: DomainLoss
+
+
+def adapt(
+    plan: Plan | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> AdaptResult | ClassifierResult:
+    """Adapt the plan's base to its domain with its one method, and save the adapter.
+
+    Where the plan's task is classify, this is `gaintune.workflows.classify.adapt_classifier`.
+
+    A plan of one domain; with replay, of the earlier domains whose rows are mixed in, and the new one last. Stopped and
+    started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
+
+    Args:
+        plan: a `Plan`, nested values such as `{"data": {"domains": ["law"]}, "methods": ["gain-ffn"]}`, or a YAML file.
+        out: folder for the adapter; must not exist.
+        start: an adapter to carry on from, such as the previous domain's; a new one unless given.
+        allow_other_base: carry on even if `start` was trained on another base.
+        progress: where to show progress; nowhere unless given.
+
+    Raises:
+        GaintuneError: bad input, or training that had to stop; see each subclass.
+    """
+    settled = read_plan(plan)
+    if settled.classifies:
+        return adapt_classifier(settled, out, start=start, allow_other_base=allow_other_base, progress=progress)
+    single = Single.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
+    with single.run() as run:
+        base = load_base(settled.model, dtype=single.numbers.load)
+        *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
+        warn_of_other_text(single.start, single.previous, earlier)
+        single.settle(run, base.fingerprint, [*earlier, domain])
+
+        def look(model: torch.nn.Module, when: str, base: str | None = None) -> DomainLoss:
+            return measure_domain(
+                model,
+                domain,
+                batch_size=settled.evaluate.batch_size,
+                mixed_precision=single.numbers.mixed,
+                title=f"measuring {domain.name} {when}",
+                base=base,
+                progress=single.progress,
+            )
+
+        model = single.model(base)
+        before = look(model, "before", base=None if single.start else settled.model.name)
+        replay, seed = single.method.replay, settled.train.seed
+        rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
+        record = single.record(base, domain)
+        learnt = single.learn(run, model, rows, domain, record, own_rows=domain.train)
+        after = look(model, "after")
+        if run.writes:
+            _warn_of_worse(domain.name, before, after, learning_rate(single.method, settled.train))
+        single.save(run, model, learnt, record)
+    return single.result(AdaptResult, model, learnt, before=before, after=after)
+
+
+def _warn_of_worse(domain: str, before: DomainLoss, after: DomainLoss, lr: float) -> None:
+    """Say it where a domain was unlearnt; the adapter is saved all the same, for whoever wants to look at it."""
+    if after.nats_per_token > before.nats_per_token:
+        logger.warning(
+            "%s got worse by learning it: its validation perplexity went from %.2f to %.2f (%+.1f %%). The learning "
+            "rate, %g, may be too high: try a lower one (--lr, train.lr). The adapter is saved all the same",
+            domain, before.perplexity, after.perplexity, change(before, after), lr,
+        )  # fmt: skip

@@ -1,0 +1,290 @@
+"""Merge an adapter into its base: a plain transformers folder, with a certificate of how near it is to the adapter."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaintune.storage import run as runs
+from gaintune.adapters.absorb import absorb, check_mergeable
+from gaintune.adapters.disk import adapter_weights, claimed_base, load_adapter, read_record
+from gaintune.workflows.certificate import Certificate, write_certificate
+from gaintune.models.checkpoints import Checkpoint
+from gaintune.config.plan import ModelConfig
+from gaintune.data.examples import Examples
+from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
+from gaintune.models.fingerprint import fingerprint_folder
+from gaintune.models.loss import IGNORED
+from gaintune.models.base import (
+    DTYPE_NAMES,
+    DTYPES,
+    load_base,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    save_model,
+)
+from gaintune.parity import Reading, Rounding, distance, take_reading
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 0.5  # % of perplexity
+PACKAGES = ("gaintune", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that has been checked and can begin: the files, the numbers, and the text it is judged on."""
+
+    adapter: Path
+    out: Path
+    model: ModelConfig
+    method: str
+    device: torch.device
+    dtype: torch.dtype
+    blocks: Examples
+    bytes_per_block: tuple[int, ...]
+    tolerance: float
+    force: bool
+    allow_other_base: bool
+    max_shard_size: str
+    batch_size: int
+
+
+def merge_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    blocks: torch.Tensor | Examples | None = None,
+    texts: Sequence[str] | None = None,
+    model: ModelConfig | str | None = None,
+    dtype: str = "auto",
+    tolerance: float = TOLERANCE,
+    force: bool = False,
+    allow_other_base: bool = False,
+    bytes_per_block: Sequence[int] | None = None,
+    max_shard_size: str = "5GB",
+    batch_size: int = 4,
+) -> Certificate:
+    """Absorb an adapter into its base in fp32, write the result in `dtype`, and compare it with the adapter.
+
+    The folder is read back from disk without PEFT before it is judged. The adapter it is compared with sits on the
+    base as `model` loads it (dtype, quantization, device), which is how people serve it.
+
+    Args:
+        adapter: folder of a mergeable adapter, or of fully fine-tuned weights.
+        out: folder to write; must not exist, or be empty. It appears only when it is whole.
+        blocks: what to compare on: token ids `(blocks, block_size)` of the base's tokenizer, all scored but the first
+            of a block, or `Examples` that say themselves what is scored; or give `texts`.
+        texts: plain text to compare on, instead of `blocks`.
+        model: the base, or its name alone; default: the one the adapter names.
+        dtype: numbers of the written model: bf16, fp16, fp32, or auto for the dtype the base is loaded in.
+        tolerance: largest change of perplexity, in %.
+        force: write the model although it is beyond the tolerance; the certificate says so.
+        allow_other_base: merge into another base than the adapter was trained on.
+        bytes_per_block: UTF-8 bytes of the scored tokens of each block; counted from the tokens by default.
+
+    Raises:
+        MergeError: beyond the tolerance, or the disk is full; nothing is left at `out`.
+        AdapterError: damaged, of another base, or of a method that cannot be merged.
+        ConfigError: `out` is in use, an unknown dtype, or no text.
+        RunDirectoryError: the folder that is to hold `out` cannot be made.
+    """
+    adapter, out = Path(adapter), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty: name another folder, or delete it if it is no longer wanted")
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype {dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
+    if not re.fullmatch(r"[1-9][0-9]*\s*[KMG]i?B", max_shard_size):
+        raise ConfigError(f"max_shard_size {max_shard_size!r} is not a size: write 500MB or 5GB")
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance is {tolerance} %, it must be above 0")
+    record = read_record(adapter)
+    if record is not None and record.labels:
+        raise ConfigError(
+            f"{adapter} is a classifier: merging is for language models. Encoder, adapter and head are served as "
+            "they are, with PEFT"
+        )
+    check_mergeable(adapter)
+    model = ModelConfig(name=model) if isinstance(model, str) else model or claimed_base(adapter, record)
+    runs.make_folder(out.absolute().parent)
+    blocks, counted = _judging_text(blocks, texts, bytes_per_block, model)
+    device = resolve_device(model.device)
+    plan = MergePlan(
+        adapter=adapter,
+        out=out,
+        model=model,
+        method=record.method if record else "adapter of unknown origin",
+        device=device,
+        dtype=resolve_dtype(model.dtype, device) if dtype == "auto" else DTYPES[dtype],
+        blocks=blocks,
+        bytes_per_block=counted,
+        tolerance=tolerance,
+        force=force,
+        allow_other_base=allow_other_base,
+        max_shard_size=max_shard_size,
+        batch_size=batch_size,
+    )
+    try:
+        return apply_merge(plan)
+    except Exception as error:  # safetensors reports a full disk through a class of its own
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full and not isinstance(error, GaintuneError):
+            raise MergeError(
+                f"the disk that holds {out.absolute().parent} is full; nothing is left at {out}"
+            ) from error
+        raise
+
+
+def _judging_text(
+    blocks: torch.Tensor | Examples | None,
+    texts: Sequence[str] | None,
+    counted: Sequence[int] | None,
+    model: ModelConfig,
+) -> tuple[Examples, tuple[int, ...]]:
+    """The blocks to compare on, and the UTF-8 bytes of the scored tokens of each."""
+    if blocks is None and not texts:
+        raise ConfigError("a merge is judged on text: give blocks of token ids, or texts")
+    tokenizer: Any = load_tokenizer(model) if blocks is None or counted is None else None
+    ids = blocks.input_ids if isinstance(blocks, Examples) else blocks
+    if ids is None:
+        ids = blocks_of(texts or (), tokenizer)
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ConfigError(f"blocks of shape {tuple(ids.shape)}: (blocks, block_size) of 2 tokens or more are needed")
+    examples = blocks if isinstance(blocks, Examples) else Examples.of_blocks(ids)
+    if counted is None:
+        scored = examples.labels[:, 1:] != IGNORED
+        pairs = zip(ids[:, 1:], scored, strict=True)
+        counted = [max(1, len(tokenizer.decode(row[kept].tolist()).encode())) for row, kept in pairs]
+    return examples, tuple(counted)
+
+
+def blocks_of(texts: Sequence[str], tokenizer: Any, block_size: int = 256) -> torch.Tensor:
+    """Texts one after another, an end-of-text token between them, cut into blocks; a rest is dropped."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False).input_ids, *end]]
+    size = min(block_size, len(ids))
+    if size < 2:
+        raise ConfigError("the text to judge a merge on is empty")
+    return torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
+
+
+def apply_merge(plan: MergePlan) -> Certificate:
+    """Carry a merge out: read the adapter, absorb it, write, read back, judge; raises as `merge_adapter` does."""
+    reference = load_base(plan.model)
+    adapted = load_adapter(reference, plan.adapter, allow_other_base=plan.allow_other_base)
+    before = take_reading(adapted, plan.blocks, plan.bytes_per_block, plan.batch_size)
+    served = DTYPE_NAMES.get(reference.model.dtype, str(reference.model.dtype))
+    numbers = f"{plan.model.quantization} with {served}" if plan.model.quantization else served
+    described = f"the adapter on {reference.name} in {numbers}, on {plan.device.type}"
+    del reference, adapted
+    gc.collect()
+
+    base = load_base(plan.model.model_copy(update={"device": "cpu", "quantization": None}), dtype=torch.float32)
+    merged, rounding = absorb(base, plan.adapter, plan.dtype, allow_other_base=plan.allow_other_base)
+    _check_space(merged, plan)
+    with runs.complete_folder(plan.out) as temporary:
+        save_model(merged, temporary, max_shard_size=plan.max_shard_size)
+        base.tokenizer.save_pretrained(temporary)
+        name, fingerprint = base.name, base.fingerprint
+        del merged, base
+        gc.collect()
+        after = _read_back(plan, temporary)
+        certificate = _certify(plan, before, after, rounding, described, name, fingerprint, temporary)
+        write_certificate(certificate, temporary)
+        if not certificate.within_tolerance and not plan.force:
+            raise MergeError(
+                f"{certificate.verdict} {100 * certificate.share_unmoved:.0f} % of the weights the adapter changes do "
+                f"not move in {certificate.dtype}. Nothing is left at {plan.out}: choose --dtype fp32, raise "
+                "--tolerance, or pass --force"
+            )
+        if not certificate.within_tolerance:
+            logger.warning("%s", certificate.verdict)
+    return certificate
+
+
+def _check_space(model: Any, plan: MergePlan) -> None:
+    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters()) + 2**26
+    parent = plan.out.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise MergeError(
+            f"the merged model needs {needed / 1e9:.2f} GB, the disk that holds {parent} has {free / 1e9:.2f} GB left; "
+            "nothing was written"
+        )
+
+
+def _read_back(plan: MergePlan, folder: Path) -> Reading:
+    """Load the written folder as anyone would, without PEFT, and read the same blocks with it."""
+    written = load_model(
+        Checkpoint(str(plan.out), folder),
+        _computing(plan),
+        plan.device,
+        trust_remote_code=plan.model.trust_remote_code,
+    )
+    try:
+        return take_reading(written, plan.blocks, plan.bytes_per_block, plan.batch_size)
+    except TrainingError:
+        raise MergeError(
+            f"in {DTYPE_NAMES[plan.dtype]} the merged model's loss is not finite: its numbers leave that dtype's "
+            f"range. Choose bf16 or fp32; nothing is left at {plan.out}"
+        ) from None
+
+
+def _computing(plan: MergePlan) -> torch.dtype:
+    """The written numbers; but fp32, which holds every fp16 weight, on a CPU, where fp16 computes ten times slower."""
+    return torch.float32 if plan.dtype == torch.float16 and plan.device.type == "cpu" else plan.dtype
+
+
+def _certify(
+    plan: MergePlan,
+    before: Reading,
+    after: Reading,
+    rounding: Rounding,
+    reference: str,
+    base: str,
+    fingerprint: str,
+    folder: Path,
+) -> Certificate:
+    apart = distance(before, after)
+    change = 100 * (after.loss.perplexity / before.loss.perplexity - 1)
+    count, size = plan.blocks.input_ids.shape
+    return Certificate(
+        adapter=str(plan.adapter),
+        adapter_sha256=runs.sha256_file(adapter_weights(plan.adapter)),
+        method=plan.method,
+        base=base,
+        base_fingerprint=fingerprint,
+        merged_fingerprint=fingerprint_folder(folder, trust_remote_code=plan.model.trust_remote_code),
+        dtype=DTYPE_NAMES[plan.dtype],
+        reference=reference,
+        computed_in=f"{DTYPE_NAMES[_computing(plan)]}, on {plan.device.type}",
+        blocks=count,
+        block_size=size,
+        adapter_perplexity=before.loss.perplexity,
+        merged_perplexity=after.loss.perplexity,
+        perplexity_change=change,
+        tolerance=plan.tolerance,
+        within_tolerance=abs(change) <= plan.tolerance,
+        forced=plan.force,
+        largest_logit_difference=apart.largest,
+        mean_logit_difference=apart.mean,
+        same_first_choice=apart.same_choice,
+        weights_changed=rounding.changed,
+        share_unmoved=rounding.unmoved / max(1, rounding.changed),
+        gains=rounding.gains,
+        gains_lost=rounding.lost / rounding.gains if rounding.gains else None,
+        gain_error=rounding.error / rounding.gains if rounding.gains else None,
+        versions={name: version(name) for name in PACKAGES},
+    )
