@@ -22,11 +22,11 @@ from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdow
 from gaintune.config.plan import MethodConfig
 from gaintune.data.examples import Examples
 from gaintune.evaluate.perplexity import autocast
-from gaintune.models.loss import NextTokenLoss
 from gaintune.methods.attach import trainable_parameters
 from gaintune.methods.penalties import penalty_of
-from gaintune.tuners.optim import parameter_groups
 from gaintune.methods.rules import Lesson, Place
+from gaintune.models.loss import NextTokenLoss
+from gaintune.tuners.optim import parameter_groups
 
 RATE = 1e-4  # the time of a step does not depend on it
 DEFAULT = ("GAIN-FFN", "PEFT LoRA r=16, all linear", FULL)
@@ -77,7 +77,7 @@ def rows_of(variant: str, rounds: int, folder: Path) -> list[list[str]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    from gaintune.fisher import fisher_information
+    from gaintune.methods.penalties import fisher_information
 
     seconds: dict[str | None, list[float]] = {name: [] for name in (*PENALTIES, "look back")}
     shuffled = random.Random(0)

@@ -6,9 +6,9 @@ import pytest
 
 import tiny_base
 import tiny_domains
-from gaintune.workflows.adapt import adapt
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
-from gaintune.storage.run import read_json
+from gaintune.storage.files import read_json
+from gaintune.workflows.adapt import adapt
 from killing import Nothing, StopAt, Stopped, killed
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gaintune.errors import AssetError
 from gaintune.storage import assets
 from gaintune.storage.assets import ASSETS, Asset, cache_dir, fetch, status
-from gaintune.errors import AssetError
 
 
 def build_wheel(folder: Path, text: str = "words\n") -> Asset:

@@ -7,15 +7,15 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.workflows.adapt import adapt
 from gaintune.adapters.disk import read_record
-from gaintune.carry_on import carried_on
 from gaintune.config.plan import MethodConfig, build_plan
 from gaintune.errors import ConfigError
-from gaintune.methods.catalogue import METHODS
 from gaintune.methods.attach import attach
+from gaintune.methods.catalogue import METHODS
 from gaintune.methods.peft_configs import kind_of
-from gaintune.storage.run import read_json
+from gaintune.storage.files import read_json
+from gaintune.workflows.adapt import adapt
+from gaintune.workflows.single import carried_on
 
 
 @pytest.fixture(scope="module")

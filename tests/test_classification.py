@@ -13,18 +13,17 @@ from transformers.models.gpt2 import GPT2LMHeadModel
 import tiny_base
 import tiny_encoders
 import tiny_glue
-from gaintune.workflows.adapt import adapt
 from gaintune.adapters.disk import load_adapter, read_record
-from gaintune.workflows.classify import ClassifierResult, adapt_classifier
 from gaintune.config.plan import EvaluateConfig, ModelConfig, build_plan
 from gaintune.data import labelled
 from gaintune.data.classify import Padding, load_classification
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError, RunDirectoryError
 from gaintune.evaluate.classification import score
-from gaintune.evaluate.classifiers import compare_classifiers
-from gaintune.evaluate.predict import predict, row_logits
-from gaintune.models.heads import load_classifier, reads_segments
+from gaintune.evaluate.classifiers import compare_classifiers, predict, row_logits
 from gaintune.models.base import base_fingerprint, load_tokenizer
+from gaintune.models.heads import load_classifier, reads_segments
+from gaintune.workflows.adapt import adapt
+from gaintune.workflows.classify import ClassifierResult, adapt_classifier
 from gaintune.workflows.sequence import run_sequence
 from killing import killed
 

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 import tiny_base
 import tiny_domains
-from gaintune.cli.main import app
 from gaintune.cli.benchmarks import _short, tables
+from gaintune.cli.main import app
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmarks.groups import with_group_difference
 from gaintune.evaluate.benchmarks.records import BenchmarkReport, BenchmarkScore, TaskFacts, compare_scores
+from gaintune.evaluate.benchmarks.run import with_group_difference
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 

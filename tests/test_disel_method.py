@@ -10,12 +10,12 @@ from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
 from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.workflows.merge import merge_adapter
-from gaintune.learning import learn
 from gaintune.methods.attach import attach, check_method, rate_multipliers, trainable_parameters
-from gaintune.models.base import load_base
-from gaintune.tuners.optim import parameter_groups
 from gaintune.methods.rules import Place
+from gaintune.models.base import load_base
+from gaintune.training.train import learn
+from gaintune.tuners.optim import parameter_groups
+from gaintune.workflows.merge import merge_adapter
 
 D, FFN, KV, LAYERS = 32, 48, 16, 2
 LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down

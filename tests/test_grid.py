@@ -6,10 +6,9 @@ import pytest
 import yaml
 from pydantic import Field
 
-from gaintune.config.plan import Plan
+from gaintune.config.plan import Plan, TrainConfig
 from gaintune.errors import ConfigError
 from gaintune.workflows.sweep.grid import grid_yaml, plan_id, planned_runs, read_grid
-from gaintune.config.sections import TrainConfig
 
 DOMAINS = {"data": {"domains": ["law", "medical", "code"]}}
 

@@ -14,8 +14,8 @@ from huggingface_hub import close_session, constants
 import tiny_base
 from gaintune.config.plan import ModelConfig
 from gaintune.errors import GaintuneError
-from gaintune.models.fingerprint import fingerprint_folder
 from gaintune.models.base import load_base
+from gaintune.models.fingerprint import fingerprint_folder
 
 COMMIT = "a" * 40
 TOKEN = "hf_madeupsecretmadeupsecret"

@@ -5,7 +5,7 @@ import threading
 
 from filelock import FileLock
 
-from gaintune.storage.locks import locked
+from gaintune.storage.run import locked
 
 
 def test_a_long_wait_is_told_of_once(tmp_path, caplog):
@@ -24,8 +24,8 @@ def test_a_long_wait_is_told_of_once(tmp_path, caplog):
         held.release()
         waiting.join(10)
         assert found == ["mine"]
-        told = [record.getMessage() for record in caplog.records if record.name == "gaintune.storage.locks"]
+        told = [record.getMessage() for record in caplog.records if record.name == "gaintune.storage.run"]
         assert len(told) == 1 and "another process is measuring the base on law" in told[0]
         with locked(tmp_path / "a.lock", "measuring", patience=0.1):
             pass
-    assert len([record for record in caplog.records if record.name == "gaintune.storage.locks"]) == 1
+    assert len([record for record in caplog.records if record.name == "gaintune.storage.run"]) == 1

@@ -16,12 +16,11 @@ import tiny_domains
 from gaintune.adapters.disk import load_adapter
 from gaintune.config.plan import build_plan
 from gaintune.data.load import load_domain
-from gaintune.fisher import fisher_information
-from gaintune.models.loss import NextTokenLoss
-from gaintune.models.base import load_base
-from gaintune.methods.penalties import FISHER
-from gaintune.storage.run import damage, read_json
+from gaintune.methods.penalties import FISHER, fisher_information
 from gaintune.methods.rules import Lesson
+from gaintune.models.base import load_base
+from gaintune.models.loss import NextTokenLoss
+from gaintune.storage.files import damage, read_json
 
 
 def test_two_processes_share_a_run(tmp_path):

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
-from gaintune.workflows.adapt import adapt
 from gaintune.adapters.disk import load_adapter
 from gaintune.config.plan import build_plan
 from gaintune.data.load import load_domain
@@ -18,7 +17,8 @@ from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirec
 from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.perplexity import measure
 from gaintune.models.base import load_base
-from gaintune.storage.run import damage, read_json
+from gaintune.storage.files import damage, read_json
+from gaintune.workflows.adapt import adapt
 from gaintune.workflows.sequence import run_sequence
 from killing import StopAt, Stopped, killed
 

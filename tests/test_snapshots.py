@@ -7,15 +7,15 @@ from safetensors.torch import load_file
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.workflows.adapt import adapt
 from gaintune.adapters.disk import load_adapter, read_record
-from gaintune.workflows.classify import adapt_classifier
 from gaintune.config.plan import ModelConfig
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models.base import load_base
-from gaintune.storage.run import read_json
-from gaintune.workflows.sequence import run_sequence
+from gaintune.storage.files import read_json
 from gaintune.training.snapshots import snapshots_of
+from gaintune.workflows.adapt import adapt
+from gaintune.workflows.classify import adapt_classifier
+from gaintune.workflows.sequence import run_sequence
 from killing import StopAt, Stopped
 
 

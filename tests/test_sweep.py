@@ -16,14 +16,14 @@ import tiny_sweep
 from gaintune.config.plan import build_plan
 from gaintune.data.load import load_domain
 from gaintune.errors import ConfigError, RunDirectoryError, SweepError
-from gaintune.evaluate.base_losses import BaseLosses
-from gaintune.results.losses import DomainLoss
-from gaintune.workflows.sweep.grid import planned_runs, read_grid
+from gaintune.evaluate.perplexity import BaseLosses
 from gaintune.models.base import load_tokenizer
-from gaintune.storage.run import read_json
+from gaintune.results.losses import DomainLoss
+from gaintune.storage.files import read_json
 from gaintune.workflows.sequence import run_sequence
-from gaintune.workflows.sweep.run import run_sweep
 from gaintune.workflows.sweep.engine import Pool
+from gaintune.workflows.sweep.grid import planned_runs, read_grid
+from gaintune.workflows.sweep.run import run_sweep
 from gaintune.workflows.sweep.worker import Job, work
 
 RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}

@@ -7,7 +7,7 @@ from scipy import stats
 
 import tiny_sweep
 from gaintune.errors import ConfigError, DataError
-from gaintune.storage.run import read_json
+from gaintune.storage.files import read_json
 from gaintune.workflows.sweep.compare import compare_sweep
 from gaintune.workflows.sweep.report import curve_sentence, discard, markdown, pair_sentence, tradeoff, write
 from gaintune.workflows.sweep.table import SweepTable

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from gaintune.workflows.adapt import AdaptResult, adapt
     from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
-    from gaintune.workflows.classify import ClassifierResult, adapt_classifier
     from gaintune.config.plan import ModelConfig, Plan
     from gaintune.data.load import load_domain
     from gaintune.errors import GaintuneError
     from gaintune.evaluate.benchmarks.config import BenchmarkConfig
     from gaintune.evaluate.benchmarks.run import run_benchmarks
     from gaintune.evaluate.perplexity import measure
-    from gaintune.results.records import Matrix
-    from gaintune.workflows.merge import merge_adapter
     from gaintune.models.base import load_base
     from gaintune.recipes.runner import run_recipe
     from gaintune.report import write_report
-    from gaintune.workflows.sequence import run_sequence
-    from gaintune.workflows.sweep.run import run_sweep
+    from gaintune.results.records import Matrix
     from gaintune.tuners.disel import DiselConfig, DiselModel
     from gaintune.tuners.gain import GainConfig, GainModel
     from gaintune.tuners.optim import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
+    from gaintune.workflows.adapt import AdaptResult, adapt
+    from gaintune.workflows.classify import ClassifierResult, adapt_classifier
+    from gaintune.workflows.merge import merge_adapter
+    from gaintune.workflows.sequence import run_sequence
+    from gaintune.workflows.sweep.run import run_sweep
 
 __version__ = "0.1.0"
 

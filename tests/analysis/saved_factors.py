@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from gaintune.adapters.record import CONFIG, RECORD, WEIGHTS, AdapterRecord
 from gaintune.config.plan import build_plan, plan_yaml
-from gaintune.storage.run import Run, write_json, write_manifest, write_text
+from gaintune.storage.files import write_json, write_manifest, write_text
+from gaintune.storage.run import Run
 
 PARAMETER = {"GAIN": "gain_v", "IA3": "ia3_l", "LORA": "lora_A.weight"}
 

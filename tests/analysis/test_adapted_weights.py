@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
 from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
-from gaintune.analysis.subspace.weights import adapted_weights
 from gaintune.analysis.subspace.compare import SubspaceSettings
 from gaintune.analysis.subspace.report import markdown, remarks, write
 from gaintune.analysis.subspace.survey import survey_subspace
+from gaintune.analysis.subspace.weights import adapted_weights
 from gaintune.config.plan import MethodConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.methods.attach import attach

@@ -9,17 +9,16 @@ from safetensors.torch import load_file
 
 import tiny_base
 import tiny_domains
-from gaintune import learning
 from gaintune.analysis.gains.factors import read_factors
 from gaintune.analysis.gains.survey import survey_gains
-from gaintune.methods.gain_warnings import GainWarnings
+from gaintune.methods.rules import GainWarnings, Lesson
 from gaintune.models.loss import NextTokenLoss
-from gaintune.workflows.sequence import run_sequence
+from gaintune.training import train as learning
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.scale import scale_features
-from gaintune.methods.rules import Lesson
+from gaintune.workflows.sequence import run_sequence
 
-LOGGER = "gaintune.methods.gain_warnings"
+LOGGER = "gaintune.methods.rules"
 WEIGHTS = "adapter_model.safetensors"
 
 

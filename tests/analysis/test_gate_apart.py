@@ -8,8 +8,9 @@ from scipy import stats
 from test_gates import whole_gates
 
 from gaintune.analysis.gates.apart import Group, apart, apart_table, compared, row_table
-from gaintune.analysis.gates.statistics import GateRecord, LayerGates, Place
 from gaintune.analysis.gates.recorder import record_gates
+from gaintune.analysis.gates.statistics import GateRecord, LayerGates
+from gaintune.analysis.places import Place
 from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import ConfigError
 

@@ -6,8 +6,9 @@ import tiny_gated
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gaintune.analysis.gates.statistics import DEPTHS, places_of, summarise
 from gaintune.analysis.gates.recorder import all_tokens, record_gates, response_tokens
+from gaintune.analysis.gates.statistics import summarise
+from gaintune.analysis.places import DEPTHS, places_of
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.tuners.disel import disel_layers
 

@@ -8,10 +8,9 @@ import pytest
 
 import tiny_base
 import tiny_domains
-from gaintune.workflows.adapt import adapt
-from gaintune.analysis.retention.survey import survey_retention
 from gaintune.analysis.retention.report import figure, markdown, sides, table, write
 from gaintune.analysis.retention.scores import counting_score, scores_of
+from gaintune.analysis.retention.survey import survey_retention
 from gaintune.config.plan import build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig, read_config
@@ -20,6 +19,7 @@ from gaintune.evaluate.benchmarks.run import run_benchmarks
 from gaintune.evaluate.compare import compare_adapters
 from gaintune.models.base import load_base
 from gaintune.training.snapshots import snapshots_of
+from gaintune.workflows.adapt import adapt
 from killing import Nothing
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import tiny_base
 import tiny_domains
 from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
-from gaintune.analysis.tokens.survey import scored_tokens, survey_tokens
 from gaintune.analysis.tokens.report import cells, markdown, write
+from gaintune.analysis.tokens.survey import scored_tokens, survey_tokens
 from gaintune.config.plan import MethodConfig, build_plan
 from gaintune.data.load import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError

@@ -13,8 +13,8 @@ from gaintune.analysis.transfer.survey import Ablation, shared_component, survey
 from gaintune.config.plan import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate.compare import compare_adapters
-from gaintune.results.losses import DomainLoss
 from gaintune.models.base import load_base
+from gaintune.results.losses import DomainLoss
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.layer import GainLayer
 

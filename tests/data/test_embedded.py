@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gaintune.config.plan import DataConfig
-from gaintune.data import embedded
+from gaintune.data import domains as embedded
 from gaintune.data.load import load_domain
 
 

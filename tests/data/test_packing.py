@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gaintune.data.packing import TokenRow, pack
+from gaintune.data.examples import TokenRow, pack
 
 FILLER = 99
 

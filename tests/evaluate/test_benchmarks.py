@@ -20,12 +20,18 @@ from gaintune.adapters.disk import load_adapter
 from gaintune.config.plan import ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmark_means import counting_score, mean_difference
-from gaintune.evaluate.benchmarks.records import BenchmarkScore, TaskFacts, compare_scores, find_score
-from gaintune.evaluate.benchmarks.tasks import load_suite
+from gaintune.evaluate.benchmarks.records import (
+    BenchmarkScore,
+    TaskFacts,
+    compare_scores,
+    counting_score,
+    find_score,
+    mean_difference,
+)
 from gaintune.evaluate.benchmarks.run import compare_benchmarks, measure_benchmarks, run_benchmarks
-from gaintune.results.records import Interval
+from gaintune.evaluate.benchmarks.tasks import load_suite
 from gaintune.models.base import load_base
+from gaintune.results.records import Interval
 
 
 def test_a_base_is_measured_once_for_all_its_adapters(tiny, data, tmp_path):

@@ -8,13 +8,13 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.workflows.adapt import adapt
 from gaintune.config.plan import build_plan
 from gaintune.errors import AdapterError, BaseMismatchError
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.classifiers import compare_classifiers
 from gaintune.evaluate.choices import compare_choices
+from gaintune.evaluate.classifiers import compare_classifiers
+from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.masked import compare_masked
+from gaintune.workflows.adapt import adapt
 from killing import Nothing
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmarks.programs import CodeLimits, require_limits, run_program
-from gaintune.evaluate.codegen_user import open_to_all
+from gaintune.evaluate.benchmarks.programs import CodeLimits, open_to_all, require_limits, run_program
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be limited there")
 

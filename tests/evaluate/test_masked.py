@@ -10,20 +10,20 @@ from torch.nn import functional as F
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.workflows.adapt import adapt
 from gaintune.adapters.disk import AdapterRecord, save_adapter
 from gaintune.config.plan import ModelConfig, build_plan
 from gaintune.data.load import load_domain
 from gaintune.data.masked import load_masked_blocks, mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
-from gaintune.evaluate.backbone import with_adapter
-from gaintune.results.changes import paired_change
 from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.masked import MaskedLoss, compare_masked, measure_masked
 from gaintune.evaluate.perplexity import measure
-from gaintune.models.heads import is_masked, load_classifier, load_masked
+from gaintune.evaluate.walk import with_adapter
 from gaintune.methods.attach import attach
 from gaintune.models.base import load_base
+from gaintune.models.heads import is_masked, load_classifier, load_masked
+from gaintune.results.changes import paired_change
+from gaintune.workflows.adapt import adapt
 
 TOKENIZER = tiny_encoders.tokenizer()
 

@@ -9,7 +9,7 @@ import pytest
 from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import DataError, RunDirectoryError
 from gaintune.results.matrix import DomainLoss, Matrix, MethodRun, Stage, build_matrix, change
-from gaintune.storage.run import canonical_json
+from gaintune.storage.files import canonical_json
 
 QUICK = EvaluateConfig(bootstrap_samples=200)
 DOMAINS = ("one", "two", "three")

@@ -5,10 +5,10 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.workflows.adapt import adapt
 from gaintune.config.plan import build_plan
-from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.classifiers import compare_classifiers
+from gaintune.evaluate.compare import compare_adapters
+from gaintune.workflows.adapt import adapt
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from gaintune.data.choices import read_choices
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.evaluate.choices import compare_choices
 from gaintune.progress import Silent
-from gaintune.recipes.steps.answers import answers
-from gaintune.recipes.local_rows import questions
 from gaintune.recipes.outcome import Context
 from gaintune.recipes.runner import run_recipe
 from gaintune.recipes.schema import Recipe
-from gaintune.recipes.world import World
+from gaintune.recipes.steps.answers import answers
+from gaintune.recipes.world import World, questions
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SETTINGS = {

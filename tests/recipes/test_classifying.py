@@ -10,14 +10,13 @@ import pytest
 from gaintune.adapters.disk import read_record
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.progress import Silent
-from gaintune.recipes import classifying_report as report
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes.catalogue import recipe_named
-from gaintune.recipes.steps.classify import DECODER, Study
-from gaintune.recipes.classifying_report import Measured
 from gaintune.recipes.outcome import Context
 from gaintune.recipes.runner import run_recipe
 from gaintune.recipes.schema import Recipe
+from gaintune.recipes.steps import classify as report
+from gaintune.recipes.steps.classify import DECODER, Measured, Study
 from gaintune.recipes.world import World
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -8,10 +8,11 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gai
 
 from gaintune.config.plan import ModelConfig
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmark_means import counting_score
+from gaintune.evaluate.benchmarks.records import counting_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.models.base import load_base
-from gaintune.recipes import smoke as tiny, tiny_benchmarks
+from gaintune.recipes import smoke as tiny
+from gaintune.recipes import smoke as tiny_benchmarks
 
 RETENTION = "hellaswag,winogrande,arc_challenge,arc_easy,lambada_openai,boolq,piqa,triviaqa,openbookqa,sciq,mmlu"
 RETENTION += ",medqa_4options,commonsense_qa,nq_open"

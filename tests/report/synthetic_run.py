@@ -6,7 +6,7 @@ import numpy as np
 
 from gaintune.config.plan import EvaluateConfig, build_plan, plan_yaml
 from gaintune.results.matrix import DomainLoss, MethodRun, Stage, build_matrix
-from gaintune.storage.run import write_json, write_text
+from gaintune.storage.files import write_json, write_text
 
 QUICK = EvaluateConfig(bootstrap_samples=200)
 

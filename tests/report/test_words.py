@@ -5,8 +5,8 @@ import re
 import pytest
 from synthetic_run import forgets, keeps, make_matrix
 
-from gaintune.results.matrix import Comparison, Interval, Summary
 from gaintune.report import words
+from gaintune.results.matrix import Comparison, Interval, Summary
 
 DOMAINS = ("medical", "law", "code")
 

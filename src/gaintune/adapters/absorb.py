@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +11,9 @@ import torch
 
 from gaintune.adapters.disk import FULL, load_adapter, read_config, read_record
 from gaintune.errors import AdapterError, one_line
-from gaintune.models.base import Base
-from gaintune.parity import Rounding, count_rounding
+from gaintune.models.base import (
+    Base,
+)
 
 
 def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: bool = False) -> tuple[Any, Rounding]:
@@ -69,3 +71,57 @@ def _absorb_full(base: Base, adapter: Path, dtype: torch.dtype, allow_other_base
         counted = count_rounding(before.pop(name), weight.detach(), dtype)
         changed, unmoved = changed + counted.changed, unmoved + counted.unmoved
     return model.to(dtype), Rounding(changed, unmoved)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What is left of an adapter's changes to weights once they are rounded; sums over layers with `+`.
+
+    `changed` weights differ from the base in fp32, `unmoved` of them are the base's again after rounding. `gains` are
+    the multiplicative ones among the changes (one number for an input column or an output row) that differ from 1;
+    `lost` are those that leave more than half of the weights they multiply unmoved; `error` sums, over the gains,
+    how far the gain that acts after rounding is from the one learnt, relative to its distance from 1.
+    """
+
+    changed: int = 0
+    unmoved: int = 0
+    gains: int = 0
+    lost: int = 0
+    error: float = 0.0
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(
+            self.changed + other.changed,
+            self.unmoved + other.unmoved,
+            self.gains + other.gains,
+            self.lost + other.lost,
+            self.error + other.error,
+        )
+
+
+def count_rounding(base: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> Rounding:
+    """Compare one weight before and after a merge in fp32, `(out, in)`, as it will be once rounded to `dtype`."""
+    base, merged = base.float(), merged.float()
+    base_rounded, merged_rounded = base.to(dtype).float(), merged.to(dtype).float()
+    changed = merged != base
+    unmoved = changed & (merged_rounded == base_rounded)
+    total = Rounding(int(changed.sum()), int(unmoved.sum()))
+    if base.dim() != 2 or not total.changed:
+        return total
+    for axis in (0, 1):  # along a column first (GAIN), then along a row (a gain on outputs, or GPT-2's layers)
+        gain = _gain(base, merged, axis)
+        if not torch.allclose(merged, base * gain, rtol=1e-5, atol=1e-6 * base.abs().max().item()):
+            continue
+        learnt, acting = gain - 1, _gain(base_rounded, merged_rounded, axis) - 1
+        moving = (learnt.abs() > 1e-6) & (changed.sum(dim=axis, keepdim=True) > 0)
+        lost = moving & (2 * unmoved.sum(dim=axis, keepdim=True) > changed.sum(dim=axis, keepdim=True))
+        error = ((acting - learnt).abs() / learnt.abs())[moving].double().sum()
+        return total + Rounding(gains=int(moving.sum()), lost=int(lost.sum()), error=float(error))
+    return total
+
+
+def _gain(base: torch.Tensor, merged: torch.Tensor, axis: int) -> torch.Tensor:
+    """The factor that takes each column or row of one matrix nearest to the other's; 1 where there is only zero."""
+    norm = (base.double() ** 2).sum(dim=axis, keepdim=True)
+    product = (base.double() * merged.double()).sum(dim=axis, keepdim=True)
+    return torch.where(norm > 0, product / norm.clamp_min(1e-300), torch.ones_like(norm)).float()

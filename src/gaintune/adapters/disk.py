@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gaintune.storage import run as runs
 from gaintune.adapters.record import (
     BASE,
     CONFIG,
@@ -25,12 +24,13 @@ from gaintune.adapters.record import (
     claimed_base,
     read_config,
     read_record,
+    warn_of_other_rows,
 )
-from gaintune.models.checkpoints import Checkpoint
 from gaintune.config.plan import DataConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseModelError, one_line
-from gaintune.learnt_domain import warn_of_other_rows
 from gaintune.models.base import Base, base_fingerprint, load_model, save_model
+from gaintune.models.checkpoints import Checkpoint
+from gaintune.storage import files
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,14 +92,14 @@ def save_adapter(
     """
     from peft import PeftModel
 
-    with runs.complete_folder(Path(folder)) as temporary:
+    with files.complete_folder(Path(folder)) as temporary:
         if isinstance(model, PeftModel):
             _save_peft(model, temporary, record)
         else:
             save_model(cast(Any, model), temporary)
         if keep is not None:
             keep(temporary)
-        runs.write_json(temporary / RECORD, {"format": FORMAT, **asdict(record)})
+        files.write_json(temporary / RECORD, {"format": FORMAT, **asdict(record)})
 
 
 def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:
@@ -117,7 +117,7 @@ def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:
     for key, value in config.items():  # PEFT turns sets into lists in an order that changes with the process
         if isinstance(getattr(model.peft_config[name], key, None), set):
             config[key] = sorted(value)
-    runs.write_json(folder / CONFIG, config)
+    files.write_json(folder / CONFIG, config)
 
 
 def load_adapter(

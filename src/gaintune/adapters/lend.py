@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from gaintune.adapters.disk import load_adapter, strip_adapters
-from gaintune.models.checkpoints import Checkpoint
 from gaintune.errors import ConfigError
 from gaintune.models.base import Base, load_model
+from gaintune.models.checkpoints import Checkpoint
 
 PROBE_TOKENS = 32
 

@@ -3,15 +3,68 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gaintune.storage import run as runs
-from gaintune.config.plan import MethodConfig, ModelConfig, Plan
+from gaintune.config.plan import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
-from gaintune.learnt_domain import LearntDomain
+from gaintune.storage import files
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LearntDomain:
+    """What decided which of a domain's rows were held out, and how its rows became tokens; see `DataConfig`."""
+
+    task: str
+    seed: int
+    template: str
+    block_size: int
+    packing: bool
+    end_of_text: bool
+
+    @classmethod
+    def of(cls, domain: DomainConfig, data: DataConfig) -> LearntDomain:
+        """What a plan says of one of its domains."""
+        written = (data.template_of(domain), data.block_size, data.packing, data.end_of_text)
+        return cls(data.task_of(domain), data.seed, *written)
+
+
+def warn_of_other_rows(adapter: Path, learnt: Mapping[str, LearntDomain], data: DataConfig) -> None:
+    """Say which domains an adapter has learnt with another split or template than a plan has, and what to give.
+
+    Args:
+        adapter: its folder.
+        learnt: its domains by name, as its record has them.
+        data: the plan's.
+    """
+    for domain in data.domains:
+        if domain.name not in learnt:
+            continue
+        before, here = learnt[domain.name], LearntDomain.of(domain, data)
+        if before.seed != here.seed:
+            logger.warning(
+                "%s learnt %s with data.seed %d, here it is %d: unless its source has a validation split of its own, "
+                "text that was trained on counts as held out. Give --set data.seed=%d",
+                adapter, domain.name, before.seed, here.seed, before.seed,
+            )  # fmt: skip
+        if not before.task == here.task == "instruct":
+            continue
+        if before.template != here.template:
+            logger.warning(
+                "%s learnt %s with template %s, here it is %s. Give --template %s, or the domain's own in a plan",
+                adapter, domain.name, before.template, here.template, before.template,
+            )  # fmt: skip
+        if before.end_of_text != here.end_of_text:
+            logger.warning(
+                "%s learnt %s with data.end_of_text %s, here it is %s. Give --set data.end_of_text=%s",
+                adapter, domain.name, *(str(each.end_of_text).lower() for each in (before, here, before)),
+            )  # fmt: skip
+
 
 RECORD = "gaintune.json"
 CONFIG = "adapter_config.json"
@@ -102,7 +155,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
             return None
         raise AdapterError(f"{folder}: not an adapter, it has neither {RECORD} nor {CONFIG}")
     try:
-        values = runs.read_json(path)
+        values = files.read_json(path)
         values["domains"] = tuple(values["domains"])
         values["labels"] = tuple(values.get("labels", ()))
         values["data"] = {name: LearntDomain(**each) for name, each in values.get("data", {}).items()}
@@ -134,7 +187,7 @@ def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
 
 def adapter_weights(folder: Path) -> Path:
     """The file whose SHA-256 stands for the whole adapter: the manifest where there is one, else the weights."""
-    return folder / runs.MANIFEST if (folder / runs.MANIFEST).is_file() else folder / WEIGHTS
+    return folder / files.MANIFEST if (folder / files.MANIFEST).is_file() else folder / WEIGHTS
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -189,10 +242,10 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
 
 def check_whole(folder: Path) -> None:
     """An adapter of ours has a manifest; one without a record may have none."""
-    if (folder / runs.MANIFEST).is_file() or (folder / RECORD).is_file():
+    if (folder / files.MANIFEST).is_file() or (folder / RECORD).is_file():
         try:
-            problem = runs.damage(folder)
+            problem = files.damage(folder)
         except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-            problem = f"{folder / runs.MANIFEST} is damaged"
+            problem = f"{folder / files.MANIFEST} is damaged"
         if problem:
             raise AdapterError(f"damaged adapter: {problem}; restore the folder from where it was saved")

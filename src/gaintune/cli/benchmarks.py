@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from gaintune.adapters.record import BASE
-from gaintune.config.plan import Plan
 from gaintune.cli.console import percent, table
+from gaintune.config.plan import Plan
 from gaintune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def measure(
     progress: Progress,
 ) -> BenchmarkReport:
     """Scores of the plan's base and of adapters on it, each in its own numbers; the cache keeps them if `keep`."""
-    from gaintune.storage.assets import cache_dir
     from gaintune.evaluate.benchmarks.run import benchmark_adapters
+    from gaintune.storage.assets import cache_dir
 
     return benchmark_adapters(
         plan.model,

@@ -24,15 +24,26 @@ from gaintune.cli.benchmarks import (
     Limit,
     NoCache,
 )
-from gaintune.cli.options import BlockSize, Domains, Options, Seed, Set, Task, Template, TextColumn, ValidationTokens, assemble
-from gaintune.config.plan import Plan, as_domain
 from gaintune.cli.console import percent, progress_on, quiet_libraries, table
+from gaintune.cli.options import (
+    BlockSize,
+    Domains,
+    Options,
+    Seed,
+    Set,
+    Task,
+    Template,
+    TextColumn,
+    ValidationTokens,
+    assemble,
+)
+from gaintune.config.plan import Plan, as_domain
 from gaintune.errors import ConfigError
 from gaintune.progress import plural
 
 if TYPE_CHECKING:
-    from gaintune.workflows.classify import ClassifierResult
     from gaintune.evaluate.classification import Scores, Share
+    from gaintune.workflows.classify import ClassifierResult
 
 out = Console()
 err = Console(stderr=True)

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gaintune.cli.options import Options, PlanFile, Set, assemble
 from gaintune.cli.console import table
+from gaintune.cli.options import Options, PlanFile, Set, assemble
 
 out = Console()
 
@@ -45,9 +45,9 @@ def assets(
     optional: Annotated[bool, typer.Option("--optional", help="With --fetch: also what few commands need.")] = False,
 ) -> None:
     """List the embedded model and texts, and whether they are in the cache."""
+    from gaintune.models.gguf import place_of
     from gaintune.storage.assets import ASSETS, cache_dir, status
     from gaintune.storage.assets import fetch as fetch_asset
-    from gaintune.models.gguf import place_of
 
     rows = []
     for name, asset in ASSETS.items():

@@ -10,14 +10,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from gaintune import __version__, cli_analysis, cli_gains
+from gaintune import __version__
+from gaintune.cli import analyse as cli_analysis
+from gaintune.cli import analyse as cli_gains
+from gaintune.cli import (
+    analyse as cli_surveys,
+)
 from gaintune.cli import (
     evaluate as cli_evaluate,
+)
+from gaintune.cli import (
     lists as cli_lists,
+)
+from gaintune.cli import (
     recipe as cli_recipe,
-    analyse as cli_surveys,
+)
+from gaintune.cli import (
     sweep as cli_sweep,
 )
+from gaintune.cli.console import percent, progress_on, quiet_libraries, show_warnings, table
 from gaintune.cli.options import (
     BatchSize,
     BlockSize,
@@ -41,7 +52,6 @@ from gaintune.cli.options import (
     Watched,
     assemble,
 )
-from gaintune.cli.console import percent, progress_on, quiet_libraries, show_warnings, table
 from gaintune.errors import DivergedError, GaintuneError
 
 app = typer.Typer(
@@ -185,11 +195,11 @@ def adapt(
     )  # fmt: skip
     settled = assemble(plan, given, set_)
     quiet_libraries()
+    from gaintune.progress import plural
+    from gaintune.results.losses import change
+    from gaintune.storage.run import first_process
     from gaintune.workflows.adapt import adapt as run_adapt
     from gaintune.workflows.classify import ClassifierResult
-    from gaintune.results.losses import change
-    from gaintune.progress import plural
-    from gaintune.storage.run import first_process
 
     result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
     if not first_process():
@@ -253,8 +263,8 @@ def merge(
     )
     quiet_libraries()
     from gaintune.data.load import load_domain
-    from gaintune.workflows.merge import merge_adapter
     from gaintune.models.base import load_tokenizer
+    from gaintune.workflows.merge import merge_adapter
 
     text = load_domain(settled.data.domains[0], settled.data, load_tokenizer(settled.model))
     certificate = merge_adapter(

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gaintune.cli.options import Set
-from gaintune.cli_shared import err, out, say
-from gaintune.config.plan import apply_overrides
 from gaintune.cli.console import progress_on, quiet_libraries, table
+from gaintune.cli.options import Set, err, out, say
+from gaintune.config.plan import apply_overrides
 
 if TYPE_CHECKING:
     from gaintune.recipes.schema import Recipe

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gaintune.cli.options import Set
-from gaintune.cli_shared import err, out, say
 from gaintune.cli.console import progress_on, quiet_libraries, table
+from gaintune.cli.options import Set, err, out, say
 
 
 def register(app: typer.Typer) -> None:
@@ -47,11 +46,19 @@ def sweep(
     chosen = check_engine(engine, jobs, address)  # before what takes seconds to load
     quiet_libraries()
     from gaintune.errors import DataError, SweepError
-    from gaintune.workflows.sweep.grid import read_grid
     from gaintune.progress import plural
-    from gaintune.workflows.sweep.run import run_sweep
     from gaintune.workflows.sweep.compare import check_comparison, compare_sweep
-    from gaintune.workflows.sweep.report import curve_sentence, discard, pair_sentence, point_frame, remarks, target_title, write
+    from gaintune.workflows.sweep.grid import read_grid
+    from gaintune.workflows.sweep.report import (
+        curve_sentence,
+        discard,
+        pair_sentence,
+        point_frame,
+        remarks,
+        target_title,
+        write,
+    )
+    from gaintune.workflows.sweep.run import run_sweep
 
     check_comparison(figure, target)
     settled = read_grid(grid, set_ or ())

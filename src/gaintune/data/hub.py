@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from gaintune.data.documents import Document, Documents
+from gaintune.data.documents import Document, Documents, cut_passages
 from gaintune.data.exchanges import Exchange, question_and_answer
-from gaintune.data.passages import cut_passages
 from gaintune.errors import AssetError
 
 logger = logging.getLogger(__name__)

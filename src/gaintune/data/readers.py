@@ -6,8 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from gaintune.data.documents import Document, Documents
-from gaintune.data.passages import cut_passages
+from gaintune.data.documents import Document, Documents, cut_passages
 from gaintune.data.tables import ROW_SUFFIXES, decode, read_rows
 from gaintune.errors import DataError
 

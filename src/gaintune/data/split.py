@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from gaintune.data.documents import Document, Documents, T
+from gaintune.data.documents import Document, Documents, T, cut_passages
 from gaintune.data.neighbours import normalise
-from gaintune.data.passages import cut_passages
 from gaintune.errors import DataError
 from gaintune.progress import plural
 

@@ -28,9 +28,9 @@ from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
 from gaintune.evaluate.perplexity import autocast
 from gaintune.evaluate.walk import Look, look_at_base_and_adapters
+from gaintune.models.base import Base, load_base
 from gaintune.models.heads import longest_input
 from gaintune.models.loss import NextTokenLoss
-from gaintune.models.base import Base, load_base
 from gaintune.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)

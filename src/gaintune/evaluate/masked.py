@@ -23,15 +23,14 @@ from gaintune.adapters.disk import BASE, adapter_labels, check_adapters
 from gaintune.config.plan import Plan
 from gaintune.data.masked import MaskedBlocks, load_masked_blocks
 from gaintune.errors import ConfigError, TrainingError
-from gaintune.evaluate.backbone import with_adapter
-from gaintune.results.bootstrap import LARGEST_EXPONENT
-from gaintune.results.changes import paired_change
 from gaintune.evaluate.perplexity import autocast
-from gaintune.evaluate.walk import Look, look_at_base_and_adapters
+from gaintune.evaluate.walk import Look, look_at_base_and_adapters, with_adapter
+from gaintune.models.base import Base
 from gaintune.models.heads import load_masked, longest_input
 from gaintune.models.loss import IGNORED
-from gaintune.models.base import Base
 from gaintune.progress import Progress, Silent
+from gaintune.results.bootstrap import LARGEST_EXPONENT
+from gaintune.results.changes import paired_change
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from gaintune.methods import peft_configs
-from gaintune.methods.adalora import BudgetSchedule
+from gaintune.config.plan import MethodConfig
 from gaintune.errors import ConfigError
-from gaintune.methods.gain_warnings import GainWarnings
-from gaintune.methods.osf import SubspaceProjection
-from gaintune.config.sections import MethodConfig
+from gaintune.methods import peft_configs
+from gaintune.methods.rules import BudgetSchedule, GainWarnings, Place, StageRule, SubspaceProjection
 from gaintune.tuners.optim import GATES
-from gaintune.methods.rules import Place, StageRule
 
 LORA_PLUS_RATIO = 16.0
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from peft.tuners.osf.layer import OSFLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gaintune.config.plan import MethodConfig
+from gaintune.errors import ConfigError
 from gaintune.models.loss import Objective
 from gaintune.progress import Progress, Silent
+from gaintune.storage.run import first_process
+from gaintune.tuners.gain import GainLayer
 
 
 class UpdateRule(Protocol):
@@ -112,3 +119,187 @@ class StageRule:
 
     def keep(self, folder: Path) -> None:
         """Write beside the adapter, before its manifest, what the next adaptation needs; in the process that writes."""
+
+
+class SubspaceProjection(StageRule):
+    """Puts the hooks that project the gradients onto the parameters that train.
+
+    PEFT hangs them on the parameters it makes first. On a bf16 or fp16 base it then replaces these by fp32 ones, which
+    have no hooks, and OSF would train without its constraint.
+    """
+
+    def start(self, model: nn.Module, steps: int) -> None:
+        """Hang the hooks anew."""
+        for layer in model.modules():
+            if isinstance(layer, OSFLayer):
+                layer._detach_hooks()
+                for adapter in layer.osf_svd_params:
+                    layer._attach_hooks(adapter)
+
+
+STATE = "adalora.safetensors"
+ORTHOGONALITY = 0.1
+WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100
+
+
+class BudgetSchedule(StageRule):
+    """Drives PEFT's rank allocator over the updates of a sequence.
+
+    The full rank trains for the first tenth of all updates; then the budget falls (by a cubic) to the average rank
+    that was asked for, at most a hundred times; in the last three tenths it stays. These shares and the weight of the
+    orthogonality term (0.1; PEFT's 0.5 drowned the loss in the experience of the DISeL paper, appendix on AdaLoRA) are
+    ours: the papers' values for budgets of this size are not known.
+
+    An adapter on disk keeps its full shape, with zeros for the singular values that are pruned: it computes the same
+    wherever it is loaded, and can be carried on. What the allocator remembers lies beside it.
+
+    Args:
+        config: the method; `orthogonality` is heeded here.
+        place: where this adaptation stands. A single one has a schedule of its own, whatever it carries on.
+    """
+
+    def __init__(self, config: MethodConfig, place: Place) -> None:
+        self._weight = ORTHOGONALITY if config.orthogonality is None else config.orthogonality
+        self._place = place
+        self._kept: dict[str, list[bool]] | None = None
+        self._tuner: Any = None
+
+    def start(self, model: nn.Module, steps: int) -> None:
+        """Set the schedule, and take the allocator's state of the stage before."""
+        self._tuner = model.base_model
+        config = self._config
+        total = self._place.total or steps
+        if total < 2:
+            raise ConfigError("adalora needs at least two updates: give more text or train.epochs, or smaller batches")
+        config.total_step, config.tinit, config.tfinal = total, int(WARM_UP * total), max(1, round(FINAL * total))
+        config.deltaT = max(1, total // ALLOCATIONS)
+        self._tuner.rankallocator.reset_ipt()
+        if self._place.first and self._place.previous is not None:
+            self.load(self._place.previous)
+
+    @torch.no_grad()
+    def before_update(self, model: nn.Module, step: int) -> None:
+        """Add the gradient of PEFT's term: weight times the mean of ||P P^T - I||_F, P being every A and B^T."""
+        if self._weight == 0:
+            return
+        directions = list(self._directions())
+        for is_a, value in directions:
+            rows = value if is_a else value.T
+            excess = rows @ rows.T
+            excess.diagonal().sub_(1.0)
+            size = torch.linalg.matrix_norm(excess)
+            pull = (
+                excess.mul_(2.0 * self._weight / len(directions) / size.clamp_min(torch.finfo(size.dtype).tiny)) @ rows
+            )
+            pull = pull if is_a else pull.T
+            value.grad = pull.contiguous() if value.grad is None else value.grad.add_(pull)
+
+    def after_update(self, model: nn.Module, step: int) -> None:
+        """Measure what every direction is worth, and allocate the budget of this update."""
+        config = self._config
+        config.rank_pattern = self._kept
+        self._tuner.update_and_allocate(self._place.first + step)
+        # PEFT would cut the saved matrices down by it, and then not load them into the model that goes on training
+        self._kept, config.rank_pattern = config.rank_pattern, None
+
+    def save(self, folder: Path) -> None:
+        """Write the two running averages of the importance, and which directions are kept."""
+        allocator = self._tuner.rankallocator
+        state = {f"importance/{name}": value for name, value in allocator.exp_avg_ipt.items()}
+        state |= {f"uncertainty/{name}": value for name, value in allocator.exp_avg_unc.items()}
+        state |= {f"kept/{name}": torch.tensor(kept) for name, kept in (self._kept or {}).items()}
+        save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / STATE)
+
+    def load(self, folder: Path) -> None:
+        """Take the allocator's state back."""
+        if not (folder / STATE).is_file():
+            raise ConfigError(f"{folder} has no {STATE}, without which AdaLoRA's budget cannot be continued")
+        allocator = self._tuner.rankallocator
+        devices = {name: value.device for name, value in self._tuner.model.named_parameters()}
+        parts: dict[str, dict[str, torch.Tensor]] = {"importance": {}, "uncertainty": {}, "kept": {}}
+        for key, value in load_file(folder / STATE).items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value if part == "kept" else value.to(devices[name])
+        allocator.exp_avg_ipt, allocator.exp_avg_unc = parts["importance"], parts["uncertainty"]
+        allocator.ipt = {name: torch.zeros_like(value) for name, value in parts["importance"].items()}
+        self._kept = {name: value.tolist() for name, value in parts["kept"].items()} or None
+
+    def keep(self, folder: Path) -> None:
+        """The same state goes with the adapter."""
+        self.save(folder)
+
+    @property
+    def _config(self) -> Any:
+        return self._tuner.peft_config[self._tuner.trainable_adapter_name]
+
+    def _directions(self) -> Iterator[tuple[bool, nn.Parameter]]:
+        """Every A `(rank, in)` and B `(out, rank)`, and whether it is an A."""
+        adapter = self._tuner.trainable_adapter_name
+        for name, value in self._tuner.model.named_parameters():
+            if name.endswith((f"lora_A.{adapter}", f"lora_B.{adapter}")):
+                yield "lora_A" in name, value
+
+
+logger = logging.getLogger(__name__)
+
+
+class GainWarnings(StageRule):
+    """Looks at the smallest gain after every update until it has warned once, and at all after the last one.
+
+    A look is one pass over the gains and one number read back from the device. It changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._gains: dict[str, torch.Tensor] | None = None
+        self._warned = False
+
+    @torch.no_grad()
+    def after_update(self, model: nn.Module, step: int) -> None:
+        """Warn of the first gain at or below 0."""
+        if self._warned:
+            return
+        if self._gains is None:  # not at the start: loading a checkpoint may put other parameters in their place
+            self._gains = {name: v for name, (_, v) in _trained_layers(model).items()}
+        smallest = [v.amin() for v in self._gains.values()]
+        if smallest and float(torch.stack([v.to(smallest[0].device) for v in smallest]).amin()) <= -1:
+            self._warned = True
+            if first_process():
+                self._warn(step + 1)
+
+    def finish(self, model: nn.Module, lesson: Lesson) -> None:
+        """Warn where no gain is far enough from 1 to change an activation in the base's numbers."""
+        found = _trained_layers(model).values()
+        dtypes = {cast(torch.Tensor, layer.get_base_layer().weight).dtype for layer, _ in found}
+        if not first_process() or not dtypes or not dtypes <= {torch.bfloat16, torch.float16}:
+            return
+        largest = max(float(v.detach().abs().amax()) for _, v in found)
+        least = min(torch.finfo(dtype).eps for dtype in dtypes) / 4
+        if largest < least:
+            logger.warning(
+                "no gain is further from 1 than %.1g, and %s activations show nothing below %.1g, so the adapter "
+                "changes nothing. Train it longer or at a higher rate, or compute in fp32 (model.dtype=fp32)",
+                largest, " or ".join(sorted(str(each).removeprefix("torch.") for each in dtypes)), least,
+            )  # fmt: skip
+
+    def _warn(self, updates: int) -> None:
+        gains = self._gains or {}
+        flipped = sum(int((v <= -1).sum()) for v in gains.values())
+        total = sum(v.numel() for v in gains.values())
+        name, lowest = min(((name, 1 + float(v.amin())) for name, v in gains.items()), key=lambda pair: pair[1])
+        logger.warning(
+            "after update %d, %s of %s gains are at or below 0 (the lowest, %.3f, in %s): their features' signs are "
+            "turned, and what was learnt before may suffer. A lower learning rate keeps gains positive; see "
+            "`gaintune gains` on what comes out",
+            updates, f"{flipped:,}", f"{total:,}", lowest, name,
+        )  # fmt: skip
+
+
+def _trained_layers(model: nn.Module) -> dict[str, tuple[GainLayer, torch.Tensor]]:
+    """The layers whose gains train, each with these gains minus 1, by the name of their module in the base."""
+    return {
+        name.removeprefix("base_model.model."): (layer, v)
+        for name, layer in model.named_modules()
+        if isinstance(layer, GainLayer)
+        for v in layer.gain_v.values()
+        if v.requires_grad
+    }

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gaintune.models.checkpoints import Checkpoint, locate
 from gaintune.config.plan import ModelConfig
 from gaintune.errors import BaseModelError, ConfigError, one_line
+from gaintune.models.checkpoints import Checkpoint, locate
 from gaintune.models.fingerprint import fingerprint_folder
 
 if TYPE_CHECKING:

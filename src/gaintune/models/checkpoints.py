@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaintune.storage import assets
 from gaintune.config.plan import ModelConfig
 from gaintune.errors import AssetError, BaseModelError
 from gaintune.models.gguf import converted_folder
+from gaintune.storage import assets
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gaintune.models.checkpoints import weight_files
 from gaintune.errors import BaseModelError, one_line
+from gaintune.models.checkpoints import weight_files
 
 SCATTERED = 256  # single values spread over a tensor; each may cost a read of the disk
 LONGEST_RUN = 65536  # values of one contiguous run

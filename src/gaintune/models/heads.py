@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gaintune.models.checkpoints import Checkpoint, locate
 from gaintune.config.plan import CLASSIFIER_BASE, ModelConfig
 from gaintune.errors import BaseModelError, ConfigError
 from gaintune.models.base import (
@@ -23,6 +22,7 @@ from gaintune.models.base import (
     tokenizer_of,
     with_identity,
 )
+from gaintune.models.checkpoints import Checkpoint, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -11,9 +11,11 @@ import pandas as pd
 
 from gaintune.config.plan import Plan
 from gaintune.errors import ConfigError
-from gaintune.results.records import Interval
 from gaintune.progress import Progress
+from gaintune.recipes.schema import Claim, Recipe, Scale
 from gaintune.recipes.world import World
+from gaintune.results.records import Interval
+from gaintune.results.verdicts import Verdict
 
 D = TypeVar("D")
 
@@ -189,3 +191,42 @@ def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: s
         if label not in found:
             raise ConfigError(f"no adapter is called {label!r}; there are {', '.join(found)}")
     return {label: found[label] for label in wanted}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a claim: its number here (None where its step was left out), and the verdict."""
+
+    claim: Claim
+    number: Interval | None
+    verdict: Verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "says": self.claim.says,
+            "number": self.claim.number,
+            "expected": str(self.claim.expect),
+            "found": None if self.number is None else asdict(self.number),
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """Everything a recipe gave, and where it lies."""
+
+    recipe: Recipe
+    scale: Scale
+    folder: Path
+    outcomes: Mapping[str, Outcome]
+    findings: tuple[Finding, ...]
+
+    def number(self, name: str) -> Interval:
+        """A number by its full name, such as run.gain-ffn.backward_transfer; KeyError where there is none."""
+        return numbers_of(self.outcomes)[name]
+
+
+def numbers_of(outcomes: Mapping[str, Outcome]) -> dict[str, Interval]:
+    """All numbers of all steps by their full names."""
+    return {f"{step}.{name}": value for step, one in outcomes.items() for name, value in one.numbers.items()}

@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gaintune.storage.environment import describe_environment
 from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
-from gaintune.results.verdicts import judge
 from gaintune.models.base import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.catalogue import recipe_named
 from gaintune.recipes.differences import budget_note, dropped, names_in, note_of
-from gaintune.recipes.steps.kinds import KINDS
-from gaintune.recipes.outcome import Context, Outcome
-from gaintune.recipes.result import Finding, RecipeResult
+from gaintune.recipes.outcome import Context, Finding, Outcome, RecipeResult
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step
+from gaintune.recipes.steps.kinds import KINDS
 from gaintune.recipes.world import World, world_of
 from gaintune.recipes.writing import write_results
-from gaintune.storage.run import Run, make_folder
+from gaintune.results.verdicts import judge
+from gaintune.storage.environment import describe_environment
+from gaintune.storage.files import make_folder
+from gaintune.storage.run import Run
 
 RECORD = "recipe.json"
 

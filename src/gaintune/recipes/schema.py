@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from gaintune.config.plan import as_list
-from gaintune.errors import ConfigError
 from gaintune.config.explain import explain
-from gaintune.config.sections import NAME, Section
+from gaintune.config.plan import NAME, Section, as_list
+from gaintune.errors import ConfigError
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")

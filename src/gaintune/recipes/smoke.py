@@ -7,15 +7,199 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
-from gaintune.recipes import tiny_benchmarks, tiny_labels
-from gaintune.recipes.tiny_models import byte_tokenizer, write_model
-from gaintune.storage.run import write_text
+from gaintune.recipes import smoke as tiny_benchmarks
+from gaintune.recipes import smoke as tiny_labels
+from gaintune.storage.files import complete_folder, damage, write_text
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+GLUE_LABELS = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "sst2": 2}
+PAIRS = ("mnli", "mrpc", "qnli")
+LETTERS = ("aab", "ooc", "eed")
+"""What a row's text is full of, by its label: a rule that a few weights can learn."""
+TRAIN_ROWS, VALIDATION_ROWS = 32, 12
+
+
+def encoder(folder: Path, seed: int = 0) -> Path:
+    """Write a RoBERTa with its masked-LM head, unless it is there."""
+    config = RobertaConfig(
+        vocab_size=len(SPECIAL) + 256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    return write_model(folder, seed, lambda: RobertaForMaskedLM(config), tokenizer)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, with RoBERTa's special ones around a text and between two."""
+    made = byte_tokenizer(SPECIAL)
+    made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **names)
+
+
+def write(folder: Path) -> Path:
+    """Write rows with labels into `glue/` and questions into `questions/`; what is there is kept."""
+    for seed, (name, labels) in enumerate(GLUE_LABELS.items()):
+        rows = [
+            {"text_a": text, "text_b": "as above" if name in PAIRS else None, "label": label}
+            for text, label in _ruled(labels, seed)
+        ]
+        _write_sides(folder / "glue" / name, rows)
+    for name, rows in _questions():
+        _write_sides(folder / "questions" / name, rows)
+    return folder
+
+
+def _questions() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The papers' sets in the columns of the Hub."""
+    for seed, (name, labels) in enumerate((("finphrase", 3), ("sst2", 2)), start=10):
+        yield name, [{"sentence": text, "label": label} for text, label in _ruled(labels, seed)]
+    yield (
+        "medqa",
+        [
+            {
+                "question": text,
+                "options": {"A": "one", "B": "two", "C": "both", "D": "none"},
+                "answer_idx": "ABCD"[label],
+            }
+            for text, label in _ruled(3, 12)
+        ],
+    )
+    yield (
+        "pubmedqa",
+        [
+            {
+                "question": "Does it help?",
+                "context": {"contexts": [text], "labels": ["RESULTS"]},
+                "final_decision": ("yes", "no", "maybe")[label],
+            }
+            for text, label in _ruled(3, 13)
+        ],
+    )
+
+
+def _ruled(labels: int, seed: int) -> Iterator[tuple[str, int]]:
+    """Texts and their labels, each label as often as another."""
+    generator = random.Random(seed)
+    for number in range(TRAIN_ROWS + VALIDATION_ROWS):
+        label = number % labels
+        yield "".join(generator.choice(LETTERS[label]) for _ in range(12)), label
+
+
+def _write_sides(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    for name, side in (("train", rows[:TRAIN_ROWS]), ("validation", rows[TRAIN_ROWS:])):
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            write_text(path, "".join(json.dumps(row) + "\n" for row in side))
+
+
+ROWS = 4
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def rows() -> dict[str, list[dict[str, Any]]]:
+    """Questions by the benchmark's name, in a form that `gaintune.evaluate.benchmarks.rows` reads."""
+    found: dict[str, list[dict[str, Any]]] = {
+        name: [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", n, 4) for n in range(ROWS)]
+        for name in ("arc_easy", "arc_challenge", "openbookqa", "mmlu")
+    }
+    found["commonsense_qa"] = [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", n, 5) for n in range(ROWS)]
+    found["hellaswag"] = [_choice(f"{NAMES[n]}, and after that comes", n, 4) for n in range(ROWS)]
+    found["piqa"] = [_choice(f"Goal: count on from {NAMES[n]}\nAnswer:", n, 2) for n in range(ROWS)]
+    found["winogrande"] = [_choice(f"After {NAMES[n]} comes _ in order.", n, 2) for n in range(ROWS)]
+    found["sciq"] = [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", 3, 4) for n in range(ROWS)]
+    found["boolq"] = [
+        {
+            "query": f"After {NAMES[n]} comes {NAMES[n + 1]}.\nQuestion: does {NAMES[n + n % 2]} come first?\nAnswer:",
+            "choices": ["no", "yes"],
+            "gold": 1 - n % 2,
+        }
+        for n in range(ROWS)
+    ]
+    found["medqa_4options"] = [
+        {
+            "question": f"What comes after {NAMES[n]}?",
+            "options": dict(zip("ABCD", _choice("", n, 4)["choices"], strict=True)),
+            "answer_idx": "ABCD"[n % 4],
+        }
+        for n in range(ROWS)
+    ]
+    found["lambada_openai"] = [{"text": f"{', '.join(NAMES[n : n + 3])}, {NAMES[n + 3]}"} for n in range(ROWS)]
+    found["gsm8k"] = [
+        {"prompt": f"What is {n} and {n}?", "completion": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(24)
+    ]
+    found["triviaqa"] = [
+        {"question": f"What comes after {NAMES[n]}?", "answer": {"value": NAMES[n + 1], "aliases": [NAMES[n + 1]]}}
+        for n in range(ROWS)
+    ]
+    found["nq_open"] = [{"question": f"what comes after {NAMES[n]}", "answer": [NAMES[n + 1]]} for n in range(ROWS)]
+    found["humaneval"] = [
+        {
+            "task_id": f"Tiny/{n}",
+            "prompt": f'def add_{n}(x: int) -> int:\n    """Add {n}."""\n',
+            "entry_point": f"add_{n}",
+            "canonical_solution": f"    return x + {n}\n",
+            "test": f"def check(candidate):\n    assert candidate(1) == {1 + n}\n",
+        }
+        for n in range(24)
+    ]
+    return found
+
+
+def _choice(query: str, number: int, choices: int) -> dict[str, Any]:
+    """A question whose right answer stands at its own number among the choices."""
+    gold = number % choices
+    return {"query": query, "choices": [NAMES[(number + 1 + n - gold) % 10] for n in range(choices)], "gold": gold}
+
+
+def byte_tokenizer(special: Sequence[str]) -> Tokenizer:
+    """Special tokens, numbered from 0, and then every byte."""
+    vocabulary = {
+        token: number for number, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def write_model(
+    folder: Path, seed: int, make: Callable[[], PreTrainedModel], tokenizer: Callable[[], PreTrainedTokenizerFast]
+) -> Path:
+    """Write a model whose weights a seed decides, and its tokenizer, unless they are there; the folder."""
+    if folder.is_dir() and damage(folder) is None:
+        return folder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+    with complete_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer().save_pretrained(temporary)
+    return folder
+
 
 END = "<end>"
 DOCUMENTS = 64

@@ -9,10 +9,13 @@ from typing import Any
 
 from gaintune.config.plan import Plan, build_plan
 from gaintune.data.domains import CATALOGUE, advice_on
+from gaintune.data.question_sets import holds_questions
 from gaintune.data.readers import SUFFIXES
+from gaintune.data.tables import ROW_SUFFIXES
 from gaintune.errors import ConfigError
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes.schema import Scale, laid_over
+from gaintune.storage.files import sha256_file
 
 TEXTS = (".", "domains", "instruct", "glue")
 """Where local copies of texts are looked for, inside the folder of `--data`."""
@@ -158,3 +161,24 @@ def world_of(scale: Scale, model: str, data: Path | None, overrides: Mapping[str
     if scale == "smoke":
         return World(scale, str(tiny.base(scratch / "base")), tiny.texts(scratch / "data"), overrides)
     return World(scale, "demo" if scale == "small" else model, data, overrides)
+
+
+LABELLED = ("glue", ".", "domains")
+QUESTIONS = ("questions", "benchmarks", ".", "domains", "glue")
+
+
+def labelled_rows(world: World, task: str) -> str | None:
+    """The source of a classification task: its local copy, at scale paper else its name on the Hub; None for none."""
+    local = next(iter(world.local(task, LABELLED, ROW_SUFFIXES)), None)
+    return str(local) if local is not None else task if world.scale == "paper" else None
+
+
+def content_of(place: Path) -> dict[str, str]:
+    """A hash of every file of a local copy, by its place inside."""
+    files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
+    return {file.relative_to(place).as_posix(): sha256_file(file) for file in files}
+
+
+def questions(world: World, name: str) -> Path | None:
+    """The local copy of a set of questions: the first file or folder of its name that holds questions."""
+    return next(filter(holds_questions, world.local(name, QUESTIONS, ROW_SUFFIXES)), None)

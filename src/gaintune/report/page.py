@@ -10,11 +10,11 @@ from markupsafe import Markup
 
 from gaintune.config.plan import Plan, build_plan, plan_yaml, read_values
 from gaintune.errors import RunDirectoryError
-from gaintune.results.matrix import Matrix
-from gaintune.results.stored import recomputed
 from gaintune.progress import plural
 from gaintune.report import canvas, figures, palette, tables, words
-from gaintune.storage.run import read_json, write_bytes, write_json, write_text
+from gaintune.results.matrix import Matrix
+from gaintune.results.stored import recomputed
+from gaintune.storage.files import read_json, write_bytes, write_json, write_text
 
 
 def write_report(run: str | Path) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gaintune.results.matrix import Comparison, Interval, Matrix, MethodMatrix
 from gaintune.progress import plural
+from gaintune.results.matrix import Comparison, Interval, Matrix, MethodMatrix
 
 NONE = "—"
 MINUS = "−"

@@ -16,7 +16,15 @@ import numpy as np
 from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import DataError
 from gaintune.results.averages import sum_interval, sum_intervals
-from gaintune.results.bootstrap import FloatArray, percent, replicate_means, stage_figures, stretched, summary_figures, unbiased
+from gaintune.results.bootstrap import (
+    FloatArray,
+    percent,
+    replicate_means,
+    stage_figures,
+    stretched,
+    summary_figures,
+    unbiased,
+)
 from gaintune.results.losses import DomainLoss, MethodRun, Stage, change
 from gaintune.results.records import (
     BaseFigures,

@@ -9,7 +9,8 @@ from gaintune.config.plan import EvaluateConfig
 from gaintune.results.losses import DomainLoss, MethodRun, Stage
 from gaintune.results.matrix import Matrix, build_matrix
 from gaintune.results.records import MethodMatrix
-from gaintune.storage.run import Run, read_json
+from gaintune.storage.files import read_json
+from gaintune.storage.run import Run
 
 logger = logging.getLogger(__name__)
 

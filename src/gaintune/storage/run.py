@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
+import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,134 +17,37 @@ import yaml
 from filelock import FileLock, Timeout
 
 from gaintune.config.plan import Plan, plan_yaml
-from gaintune.storage.differences import differences
 from gaintune.errors import RunDirectoryError
+from gaintune.storage.differences import differences
+from gaintune.storage.files import canonical_json, make_folder, read_json, write_json, write_text
 
-MANIFEST = "manifest.json"
-TAKING = {"plan.yaml", "environment.json", "inputs.json", "events.jsonl", ".lock"}
+logger = logging.getLogger(__name__)
 
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+PATIENCE = 5.0
+"""Seconds of waiting in silence."""
 
 
-def canonical_json(value: Any) -> str:
-    """JSON text with sorted keys and a final newline: the same value gives the same bytes. Non-finite numbers raise."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there; RunDirectoryError where that cannot be done."""
+@contextlib.contextmanager
+def locked(path: Path, doing: str, *, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold a lock file, after whoever holds it; `doing` says what that is, such as 'measuring law'."""
+    lock = FileLock(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunDirectoryError(
-            f"folder {path} cannot be made ({error.strerror}); name one where files can be written"
-        ) from None
-
-
-def _beside(path: Path) -> Path:
-    """A name that is free, in the same folder: what is made under it has the mode that the user's umask gives."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+        lock.acquire(timeout=patience)
+    except Timeout:
+        logger.warning("waiting: another process is %s, and what it finds is used here (it holds %s)", doing, path)
+        lock.acquire()
     try:
-        os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
-    make_folder(path.parent)
-    temporary = _beside(path)
-    try:
-        with temporary.open("xb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8, atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write canonical JSON atomically."""
-    write_text(path, canonical_json(value))
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON, naming the file and the line when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RunDirectoryError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore or delete it") from error
-
-
-def write_manifest(folder: Path) -> None:
-    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically."""
-    files = sorted(entry for entry in folder.rglob("*") if entry.is_file() and entry.name != MANIFEST)
-    for file in files:
-        _sync(file)
-    sums = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
-    write_json(folder / MANIFEST, {"sha256": sums})
+TAKING = {"plan.yaml", "environment.json", "inputs.json", "events.jsonl", ".lock"}
 
 
 def stage_folder(run: Path, label: str, index: int, domain: str) -> Path:
     """Where a run directory keeps one stage of one method; `index` counts from 0."""
     return run / "stages" / label / f"{index + 1:02d}-{domain}"
-
-
-@contextlib.contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
-
-    An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole.
-    """
-    make_folder(path.parent)
-    temporary = _beside(path)
-    temporary.mkdir()
-    mode = temporary.stat().st_mode & 0o666
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)  # safetensors writes for the owner's eyes only, whatever the umask says
-        write_manifest(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def damage(path: Path) -> str | None:
-    """Compare a folder with its manifest: None when whole, else what is wrong with it, in words."""
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        return f"{manifest} is missing, so the folder was never finished"
-    for name, expected in read_json(manifest)["sha256"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if sha256_file(file) != expected:
-            return f"{file} does not match its SHA-256 in {MANIFEST} (cut short or changed)"
-    return None
 
 
 def _wait_for_all(cpu: bool = False) -> None:

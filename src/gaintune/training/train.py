@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,19 +15,156 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from gaintune.config.plan import TrainConfig
-from gaintune.errors import ConfigError, TrainingError, one_line
+from gaintune.config.plan import MethodConfig, TrainConfig
+from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
+from gaintune.methods.attach import learning_rate, rate_multipliers, rules_of
+from gaintune.methods.rules import Lesson, Place, Rows, StageRule, UpdateRule
 from gaintune.models.isolation import require_isolation
-from gaintune.models.loss import Objective
-from gaintune.progress import Progress, Silent
-from gaintune.storage.run import damage
+from gaintune.models.loss import NextTokenLoss, Objective
+from gaintune.progress import Advance, Progress, Silent
+from gaintune.storage.files import damage, write_manifest
 from gaintune.training.snapshots import KeepSnapshots, Snapshots
-from gaintune.training.trainer import AfterUpdate, RowTrainer, Watch
-from gaintune.methods.rules import Rows, UpdateRule
+from gaintune.tuners.optim import parameter_groups
+
+
+def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
+    """Share of the peak rate at update `step` (from 0). The warm-up's first update already moves: 1 / (warmup + 1)."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if not cosine:
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class RowTrainer(Trainer):
+    """`Trainer` with our loss and groups, update rules before clipping, and a stop before a non-finite update."""
+
+    def __init__(
+        self,
+        *,
+        plan: TrainConfig,
+        objective: Objective | None,
+        rules: Sequence[UpdateRule],
+        rate_multipliers: Mapping[str, float] | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._plan = plan
+        self._rules = rules
+        self._rate_multipliers = rate_multipliers
+        self._minimised: Objective = objective or NextTokenLoss(self.accelerator.unwrap_model(self.model))
+        self.model_accepts_loss_kwargs = True  # the loss is a sum divided by the items of the whole update
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        total = self._minimised.sum(model, inputs)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            total = total * self.accelerator.num_processes
+        scored = self._minimised.scored(inputs) if num_items_in_batch is None else num_items_in_batch
+        loss = total / scored
+        self._require_finite(loss, "loss")
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        if not batch_samples:
+            return None
+        items = torch.stack([self._minimised.scored(batch) for batch in batch_samples]).sum().to(device)
+        if not self.args.average_tokens_across_devices:
+            return items
+        return cast(torch.Tensor, self.accelerator.gather(items)).sum()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._rules:
+            self.accelerator.unscale_gradients()
+        for rule in self._rules:
+            rule.before_update(self.accelerator.unwrap_model(model), self.state.global_step)
+        norm = super()._clip_grad_norm(model)
+        self._require_finite(norm, "gradient")
+        return norm
+
+    def _require_finite(self, value: Any, what: str) -> None:
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        if not math.isfinite(number):
+            raise DivergedError(
+                f"the {what} is {number} at step {self.state.global_step + 1} of {self.state.max_steps}; stopped "
+                "before the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished "
+                "work is kept"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(
+                cast(nn.Module, model or self.model),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                rate_multipliers=self._rate_multipliers,
+            )
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            factor = partial(
+                schedule_factor,
+                steps=num_training_steps,
+                warmup=math.ceil(num_training_steps * self._plan.warmup_ratio),
+                cosine=self._plan.schedule == "cosine",
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) and self.args.should_save:
+            # embeddings are frozen; left to itself PEFT asks the hub about the base to find out
+            model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+            return
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle of settings that the plan already holds
+            (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            for rule in self._rules:
+                rule.save(folder)
+            write_manifest(folder)
+
+
+class Watch(TrainerCallback):
+    """Tells a progress bar of every update."""
+
+    def __init__(self, advance: Advance, tokens_per_step: float) -> None:
+        self._advance = advance
+        self._tokens = tokens_per_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._advance(self._tokens, loss=logs["loss"])
+
+
+class AfterUpdate(TrainerCallback):
+    """Calls the rules once the weights have moved."""
+
+    def __init__(self, model: nn.Module, rules: Sequence[UpdateRule]) -> None:
+        self._model = model
+        self._rules = rules
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for rule in self._rules:
+            rule.after_update(self._model, state.global_step)
 
 
 @dataclass(frozen=True)
@@ -205,3 +343,81 @@ def _arguments(
             raise ConfigError(f"training runs on the first visible device: set CUDA_VISIBLE_DEVICES, not {device}")
         arguments._n_gpu = 1  # several devices are for `accelerate launch`; never replicas in threads
     return arguments
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What an adaptation did, and the rules that have something to keep with the adapter."""
+
+    adaptation: Adaptation
+    rules: tuple[StageRule, ...]
+
+    def keep(self, folder: Path) -> None:
+        """Write what the next adaptation needs; given to `save_adapter`."""
+        for rule in self.rules:
+            rule.keep(folder)
+
+
+def learn(
+    model: nn.Module,
+    method: MethodConfig,
+    rows: Rows,
+    plan: TrainConfig,
+    place: Place,
+    *,
+    checkpoints: Path,
+    own_rows: Rows | None = None,
+    objective: Objective | None = None,
+    collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, Any]] | None = None,
+    head_rates: Mapping[str, float] | None = None,
+    snapshots: Snapshots | None = None,
+    logs: Path | None = None,
+    mixed_precision: torch.dtype | None = None,
+    title: str = "learning",
+    progress: Progress | None = None,
+) -> Learnt:
+    """Train a model with its method's rates, rules and penalty, continuing from a checkpoint if there is one.
+
+    Args:
+        model: a model that `attach` made or `load_adapter` opened for training.
+        method: its method.
+        rows: what is trained on, replayed rows among them.
+        plan: optimizer, schedule, batch and seed.
+        place: where this adaptation stands among those before and after it.
+        checkpoints: folder for checkpoints inside this adaptation.
+        own_rows: the domain's own rows, which EWC's information is about; `rows` unless given.
+        head_rates: factors on the rate for the parts of a new head, beside the method's own.
+
+    The others are those of `train`, which says what is raised beside what `rules_of` does.
+    """
+    shown = progress or Silent()
+    rules = rules_of(method, place, seed=plan.seed)
+    adaptation = train(
+        model,
+        rows,
+        plan,
+        lr=learning_rate(method, plan),
+        seed=plan.seed,
+        checkpoints=checkpoints,
+        objective=objective,
+        collate=collate,
+        rules=rules,
+        rate_multipliers={**(head_rates or {}), **(rate_multipliers(method) or {})},
+        snapshots=snapshots,
+        logs=logs,
+        mixed_precision=mixed_precision,
+        title=title,
+        progress=shown,
+    )
+    if rules:
+        lesson = Lesson(
+            own_rows or rows,
+            objective or NextTokenLoss(model),
+            f"{title}: what matters to it",
+            collate,
+            mixed_precision,
+            shown,
+        )
+        for rule in rules:
+            rule.finish(model, lesson)
+    return Learnt(adaptation, tuple(rules))

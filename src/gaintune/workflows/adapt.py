@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 
-from gaintune.carry_on import warn_of_other_text
-from gaintune.workflows.classify import ClassifierResult, adapt_classifier
 from gaintune.config.plan import Plan, read_plan
 from gaintune.data.load import load_domain
 from gaintune.data.replay import with_replay
-from gaintune.results.losses import DomainLoss, change
 from gaintune.evaluate.perplexity import measure_domain
 from gaintune.methods.attach import learning_rate
 from gaintune.models.base import load_base
 from gaintune.progress import Progress
-from gaintune.workflows.single import Result, Single
+from gaintune.results.losses import DomainLoss, change
+from gaintune.workflows.classify import ClassifierResult, adapt_classifier
+from gaintune.workflows.single import Result, Single, warn_of_other_text
 
 logger = logging.getLogger(__name__)
 

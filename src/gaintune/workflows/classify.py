@@ -11,10 +11,10 @@ from gaintune.config.plan import Plan, read_plan
 from gaintune.data.classify import ClassifyDomain, Padding, load_classification
 from gaintune.errors import ConfigError
 from gaintune.evaluate.classification import Scores, score
-from gaintune.evaluate.predict import LabelLoss, predict
-from gaintune.models.heads import ClassifierBase, load_classifier, reads_segments
+from gaintune.evaluate.classifiers import LabelLoss, predict
 from gaintune.methods.attach import learning_rate
 from gaintune.models.base import load_tokenizer
+from gaintune.models.heads import ClassifierBase, load_classifier, reads_segments
 from gaintune.progress import Progress
 from gaintune.workflows.single import Result, Single
 

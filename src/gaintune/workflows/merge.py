@@ -8,23 +8,20 @@ import logging
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from gaintune.storage import run as runs
-from gaintune.adapters.absorb import absorb, check_mergeable
+from gaintune.adapters.absorb import Rounding, absorb, check_mergeable
 from gaintune.adapters.disk import adapter_weights, claimed_base, load_adapter, read_record
-from gaintune.workflows.certificate import Certificate, write_certificate
-from gaintune.models.checkpoints import Checkpoint
 from gaintune.config.plan import ModelConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
-from gaintune.models.fingerprint import fingerprint_folder
-from gaintune.models.loss import IGNORED
+from gaintune.evaluate.perplexity import measure
 from gaintune.models.base import (
     DTYPE_NAMES,
     DTYPES,
@@ -35,7 +32,144 @@ from gaintune.models.base import (
     resolve_dtype,
     save_model,
 )
-from gaintune.parity import Reading, Rounding, distance, take_reading
+from gaintune.models.checkpoints import Checkpoint
+from gaintune.models.fingerprint import fingerprint_folder
+from gaintune.models.loss import IGNORED
+from gaintune.progress import plural
+from gaintune.results.losses import DomainLoss
+from gaintune.storage import files
+
+LOGIT_POSITIONS = 512  # positions whose logits are compared: 100 MB for a vocabulary of 50,000
+LOGIT_BLOCKS = 8  # blocks they lie in, each of which is computed once more
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of some blocks: its losses, and its logits `(positions, vocabulary)` at some positions."""
+
+    loss: DomainLoss
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Absolute differences between two models' logits, and the share of positions with the same first choice."""
+
+    largest: float
+    mean: float
+    same_choice: float
+
+
+def take_reading(model: nn.Module, examples: Examples, bytes_per_row: Sequence[int], batch_size: int) -> Reading:
+    """Measure the loss on all rows, and keep the logits of evenly spread positions."""
+    loss = measure(model, examples, bytes_per_row, batch_size=batch_size, title="comparing")
+    device = next(model.parameters()).device
+    count, length = examples.input_ids.shape
+    chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()
+    positions = torch.linspace(0, length - 1, min(length, LOGIT_POSITIONS // len(chosen))).long()
+    kept = []
+    with torch.inference_mode():
+        for number in chosen.split(1):
+            inputs = {name: tensor.to(device) for name, tensor in examples[number].items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits
+            kept.append(logits[0, positions.to(device)].float().cpu())
+    return Reading(loss, torch.cat(kept))
+
+
+def distance(first: Reading, second: Reading) -> Distance:
+    """Compare two readings of the same blocks."""
+    apart = (first.logits - second.logits).abs()
+    same = first.logits.argmax(dim=1) == second.logits.argmax(dim=1)
+    return Distance(apart.max().item(), apart.double().mean().item(), same.double().mean().item())
+
+
+JSON = "certificate.json"
+PAGE = "certificate.md"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Numbers of one merge. Perplexities are per token on the same blocks; changes and tolerance are in %.
+
+    `share_unmoved` is the share of the weights the adapter changes that rounding puts back to the base's value, and
+    `gains_lost` the share of gains that leave more than half of their weights unmoved (None where the adapter is not
+    a gain); `gain_error` is how far gains act from what was learnt, relative to their distance from 1, on average.
+    """
+
+    adapter: str
+    adapter_sha256: str
+    method: str
+    base: str
+    base_fingerprint: str
+    merged_fingerprint: str
+    dtype: str
+    reference: str
+    computed_in: str
+    blocks: int
+    block_size: int
+    adapter_perplexity: float
+    merged_perplexity: float
+    perplexity_change: float
+    tolerance: float
+    within_tolerance: bool
+    forced: bool
+    largest_logit_difference: float
+    mean_logit_difference: float
+    same_first_choice: float
+    weights_changed: int
+    share_unmoved: float
+    gains: int
+    gains_lost: float | None
+    gain_error: float | None
+    versions: dict[str, str]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for a person."""
+        drift = f"perplexity changes by {self.perplexity_change:+.3f} %, tolerance {self.tolerance:g} %"
+        if self.within_tolerance:
+            return f"The merged model is within tolerance of its adapter: {drift}."
+        return f"The merged model is NOT within tolerance: {drift}{'; written because it was forced' * self.forced}."
+
+
+def write_certificate(certificate: Certificate, folder: Path) -> None:
+    """Write the numbers as JSON, and the same as a page to read."""
+    files.write_json(folder / JSON, asdict(certificate))
+    files.write_text(folder / PAGE, page(certificate))
+
+
+def page(certificate: Certificate) -> str:
+    """The certificate as Markdown."""
+    c = certificate
+    rows = [
+        ("adapter", f"{c.adapter} ({c.method}, SHA-256 {c.adapter_sha256[:16]}...)"),
+        ("base", f"{c.base} (fingerprint {c.base_fingerprint[:16]}...)"),
+        (
+            "merged model",
+            f"{c.dtype} (fingerprint {c.merged_fingerprint[:16]}...), absorbed in fp32, then rounded once",
+        ),
+        ("compared with", c.reference),
+        ("merged model computed in", c.computed_in),
+        ("text", f"{plural(c.blocks, 'block')} of {c.block_size} tokens"),
+        ("perplexity, adapter", f"{c.adapter_perplexity:.4f}"),
+        ("perplexity, merged", f"{c.merged_perplexity:.4f} ({c.perplexity_change:+.3f} %)"),
+        ("tolerance", f"{c.tolerance:g} %"),
+        ("logits, largest difference", f"{c.largest_logit_difference:.4g}"),
+        ("logits, mean difference", f"{c.mean_logit_difference:.4g}"),
+        ("same first choice", f"{100 * c.same_first_choice:.2f} % of positions"),
+        ("weights the adapter changes", f"{c.weights_changed:,}"),
+        (f"of these unmoved in {c.dtype}", f"{100 * c.share_unmoved:.2f} %"),
+    ]
+    if c.gains_lost is not None and c.gain_error is not None:
+        rows += [
+            ("gains that differ from 1", f"{c.gains:,}"),
+            (f"gains lost in {c.dtype}", f"{100 * c.gains_lost:.2f} % (more than half of their weights unmoved)"),
+            ("mean error of a gain", f"{100 * c.gain_error:.2f} % of its distance from 1"),
+        ]
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in sorted(c.versions.items()))))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"# Merge certificate\n\n{c.verdict}\n\n| what | value |\n|---|---|\n{table}\n"
+
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +252,7 @@ def merge_adapter(
         )
     check_mergeable(adapter)
     model = ModelConfig(name=model) if isinstance(model, str) else model or claimed_base(adapter, record)
-    runs.make_folder(out.absolute().parent)
+    files.make_folder(out.absolute().parent)
     blocks, counted = _judging_text(blocks, texts, bytes_per_block, model)
     device = resolve_device(model.device)
     plan = MergePlan(
@@ -194,7 +328,7 @@ def apply_merge(plan: MergePlan) -> Certificate:
     base = load_base(plan.model.model_copy(update={"device": "cpu", "quantization": None}), dtype=torch.float32)
     merged, rounding = absorb(base, plan.adapter, plan.dtype, allow_other_base=plan.allow_other_base)
     _check_space(merged, plan)
-    with runs.complete_folder(plan.out) as temporary:
+    with files.complete_folder(plan.out) as temporary:
         save_model(merged, temporary, max_shard_size=plan.max_shard_size)
         base.tokenizer.save_pretrained(temporary)
         name, fingerprint = base.name, base.fingerprint
@@ -262,7 +396,7 @@ def _certify(
     count, size = plan.blocks.input_ids.shape
     return Certificate(
         adapter=str(plan.adapter),
-        adapter_sha256=runs.sha256_file(adapter_weights(plan.adapter)),
+        adapter_sha256=files.sha256_file(adapter_weights(plan.adapter)),
         method=plan.method,
         base=base,
         base_fingerprint=fingerprint,

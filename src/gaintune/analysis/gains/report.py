@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.gains.survey import NEAR, FactorFigures, FactorSequence, FactorSurvey, StageFactors
-from gaintune.storage.environment import describe_environment
 from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import diverging, look
 from gaintune.report.tables import markdown_table
-from gaintune.storage.run import write_bytes, write_json, write_text
+from gaintune.storage.environment import describe_environment
+from gaintune.storage.files import write_bytes, write_json, write_text
 
 EVERY = "all"
 TIGHT = f"within [{NEAR[0]:g}, {NEAR[1]:g}]"

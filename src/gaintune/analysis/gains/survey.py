@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 
 from gaintune.analysis.gains.factors import adapters_of_run, has_factors, read_factors
-from gaintune.analysis.gates.statistics import Place, places_of
-from gaintune.analysis.origin import Origin, origin_of, table_labels
+from gaintune.analysis.places import Place, places_of
+from gaintune.analysis.provenance import Origin, origin_of, table_labels
 from gaintune.errors import AdapterError, ConfigError
 
 NEAR = (0.95, 1.05)

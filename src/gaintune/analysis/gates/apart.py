@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from gaintune.analysis.gates.statistics import DEPTHS, EVERY, GateRecord, LayerGates, select
+from gaintune.analysis.gates.statistics import EVERY, GateRecord, LayerGates, select
+from gaintune.analysis.places import DEPTHS
 from gaintune.config.plan import EvaluateConfig
 from gaintune.errors import ConfigError
 from gaintune.results.averages import sum_interval

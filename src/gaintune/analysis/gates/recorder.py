@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gaintune.analysis.gates.statistics import BINS, GateRecord, LayerGates, Place, check_bins, places_of
+from gaintune.analysis.gates.statistics import BINS, GateRecord, LayerGates, check_bins
+from gaintune.analysis.places import Place, places_of
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.models.loss import IGNORED
 from gaintune.tuners.disel.layer import disel_layers

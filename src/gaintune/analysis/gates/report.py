@@ -18,13 +18,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.gates.apart import apart_table, row_table
-from gaintune.analysis.gates.statistics import CLOSED, DEPTHS, EVERY, OPEN, GateRecord, GateSummary, LayerGates, select, summarise
+from gaintune.analysis.gates.statistics import (
+    CLOSED,
+    EVERY,
+    OPEN,
+    GateRecord,
+    GateSummary,
+    LayerGates,
+    select,
+    summarise,
+)
 from gaintune.analysis.gates.survey import Survey
+from gaintune.analysis.places import DEPTHS
 from gaintune.progress import plural
 from gaintune.report.canvas import MUTED, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
-from gaintune.storage.run import write_bytes, write_json, write_text
+from gaintune.storage.files import write_bytes, write_json, write_text
 
 BLOCKS = ("attention", "mlp")
 NAMES = {"attention": "attention", "mlp": "MLP", EVERY: "all layers"}

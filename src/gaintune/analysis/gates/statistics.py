@@ -2,75 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from torch import nn
 
+from gaintune.analysis.places import Place
 from gaintune.errors import ConfigError
 
 BINS = 100
 CLOSED, OPEN = 0.05, 0.5
 """A gate below `CLOSED` lets hardly anything of its part through; one above `OPEN` most of it. Both are bin edges."""
 EDGES_EVERY = 20  # numbers of bins that have both edges are its multiples
-DEPTHS = ("early", "middle", "late")
 EVERY = "all"
-Block = Literal["attention", "mlp"]
 
 
 def check_bins(bins: int) -> None:
     """Refuse a number of bins of which 0.05 or 0.5 would not be an edge."""
     if bins < EDGES_EVERY or bins % EDGES_EVERY:
         raise ConfigError(f"bins is {bins}: give a multiple of {EDGES_EVERY}, so that {CLOSED} and {OPEN} are edges")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a gated layer sits in the model.
-
-    Attributes:
-        name: module name, such as `model.layers.3.self_attn.q_proj` inside a PeftModel.
-        layer: index of its transformer layer, None outside of them (such as a vocabulary projection).
-        depth: `early`, `middle` or `late` third of the transformer layers; `outside` where `layer` is None.
-        projection: its own name, such as `q_proj`.
-        block: `attention` where some part of the name inside the layer says so, else `mlp`.
-    """
-
-    name: str
-    layer: int | None
-    depth: str
-    projection: str
-    block: Block
-
-
-def places_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, Place]:
-    """Read the places of layers off their names: the first number in a name counts transformer layers.
-
-    A projection goes by the last part of its name, or, where several of a layer share that (BERT's `dense`), by all of
-    its name inside the layer. Without a model, as many transformer layers are taken to be there as the names count.
-    """
-    split: dict[str, tuple[str, int | None, tuple[str, ...]]] = {}
-    for name in names:
-        parts = tuple(name.split("."))
-        at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-        split[name] = (
-            (name, None, parts[-1:]) if at is None else (".".join(parts[:at]), int(parts[at]), parts[at + 1 :])
-        )
-    whole = {inside for _, layer, inside in split.values() if layer is not None}
-    named = 1 + max((layer for _, layer, _ in split.values() if layer is not None), default=-1)
-    shared = {inside[-1] for inside in whole if sum(other[-1] == inside[-1] for other in whole) > 1}
-    places = {}
-    for name, (above, layer, inside) in split.items():
-        projection = ".".join(inside) if inside[-1] in shared else inside[-1]
-        attention = any("attn" in part.lower() or "attention" in part.lower() for part in inside)
-        depth = "outside"
-        if layer is not None:
-            siblings = range(named) if model is None else model.get_submodule(above)
-            depth = DEPTHS[3 * layer // len(siblings)] if isinstance(siblings, Sized) else "outside"
-        places[name] = Place(name, layer, depth, projection, "attention" if attention else "mlp")
-    return places
 
 
 @dataclass(frozen=True)

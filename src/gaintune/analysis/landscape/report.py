@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gaintune.analysis.landscape.directions import WAYS
-from gaintune.analysis.landscape.survey import Landscape
 from gaintune.analysis.landscape.surface import DomainFigures, Surface
-from gaintune.results.records import Interval
+from gaintune.analysis.landscape.survey import Landscape
 from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
 from gaintune.report.palette import LARGEST_LIMIT, SMALLEST_LIMIT, diverging, ink_on, look
 from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE, signed, with_interval
-from gaintune.storage.run import write_bytes, write_json, write_text
+from gaintune.results.records import Interval
+from gaintune.storage.files import write_bytes, write_json, write_text
 
 TICKS = [(1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)]
 

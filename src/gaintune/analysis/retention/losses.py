@@ -12,17 +12,17 @@ from pathlib import Path
 from torch import nn
 
 from gaintune.adapters.disk import adapter_weights
-from gaintune.analysis.origin import origin_of
+from gaintune.analysis.provenance import origin_of
 from gaintune.config.plan import Plan
 from gaintune.data.load import DomainBlocks
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks.run import attached
-from gaintune.results.losses import DomainLoss
 from gaintune.evaluate.perplexity import measure_domain
 from gaintune.methods.attach import Numbers, measuring_numbers
 from gaintune.models.base import Base, load_base
 from gaintune.progress import Progress
-from gaintune.storage.run import canonical_json, read_json, sha256_file, write_json
+from gaintune.results.losses import DomainLoss
+from gaintune.storage.files import canonical_json, read_json, sha256_file, write_json
 from gaintune.training.snapshots import snapshots_of
 
 

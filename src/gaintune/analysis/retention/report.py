@@ -13,12 +13,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.retention.survey import Course, Moment, Retention
-from gaintune.results.records import Interval
 from gaintune.report.canvas import INK, RULE, figure_files, styled
 from gaintune.report.palette import Look, look
 from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE, with_interval
-from gaintune.storage.run import write_bytes, write_json, write_text
+from gaintune.results.records import Interval
+from gaintune.storage.files import write_bytes, write_json, write_text
 
 Read = Callable[[Course, Moment], Interval | None]
 

@@ -12,12 +12,11 @@ import numpy as np
 from gaintune.config.plan import ModelConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig, read_config
-from gaintune.evaluate.benchmark_means import counting_score, mean_difference
-from gaintune.evaluate.benchmarks.records import BenchmarkScore
-from gaintune.evaluate.benchmarks.tasks import Suite
+from gaintune.evaluate.benchmarks.records import BenchmarkScore, counting_score, mean_difference
 from gaintune.evaluate.benchmarks.run import base_of, benchmark_adapters
-from gaintune.results.records import Interval
+from gaintune.evaluate.benchmarks.tasks import Suite
 from gaintune.progress import Progress
+from gaintune.results.records import Interval
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.adapters.disk import check_adapters
-from gaintune.analysis.origin import origin_of
-from gaintune.analysis.provenance import Provenance, provenance, warn_of_other_texts
-from gaintune.analysis.retention.scores import MeasuredScores, Scores, checked_config, measure_scores
+from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
 from gaintune.analysis.retention.losses import SnapshotLosses, taken_snapshots
+from gaintune.analysis.retention.scores import MeasuredScores, Scores, checked_config, measure_scores
 from gaintune.config.plan import EvaluateConfig, Plan
 from gaintune.data.load import load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.tasks import load_suite
-from gaintune.results.changes import Change, changes_of, mean_change
-from gaintune.results.losses import DomainLoss
-from gaintune.results.records import Interval
 from gaintune.methods.attach import measuring_numbers
 from gaintune.models.base import load_base
 from gaintune.progress import Progress, Silent
+from gaintune.results.changes import Change, changes_of, mean_change
+from gaintune.results.losses import DomainLoss
+from gaintune.results.records import Interval
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gaintune.report.canvas import MUTED, RULE, figure_files, styled
 from gaintune.report.palette import look
 from gaintune.report.tables import markdown_table
 from gaintune.report.words import NONE
-from gaintune.storage.run import write_bytes, write_json, write_text
+from gaintune.storage.files import write_bytes, write_json, write_text
 
 NO_OUTSIDE = "no outside"
 LOWEST = 1e-36  # where a share of exactly 0 is drawn: below anything that rounding leaves

@@ -18,11 +18,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gaintune.adapters.absorb import check_mergeable
-from gaintune.adapters.record import WEIGHTS
 from gaintune.adapters.disk import FULL, read_config, read_record
+from gaintune.adapters.lend import attached
+from gaintune.adapters.record import WEIGHTS
 from gaintune.analysis.gains.factors import PREFIX
 from gaintune.errors import AdapterError, ConfigError, one_line
-from gaintune.adapters.lend import attached
 from gaintune.models.base import Base
 from gaintune.tuners.gain import GainLayer
 

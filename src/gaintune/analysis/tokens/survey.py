@@ -19,16 +19,15 @@ from gaintune.adapters.disk import check_adapters
 from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
 from gaintune.analysis.tokens.statistics import BINS, TokenChanges, check_histogram, range_of, summarise_changes
 from gaintune.config.plan import Plan
-from gaintune.data.load import DomainBlocks, load_domain
 from gaintune.data.examples import Examples
+from gaintune.data.load import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate.backbone import with_adapter
-from gaintune.results.bootstrap import FloatArray
 from gaintune.evaluate.perplexity import measure_tokens
-from gaintune.evaluate.walk import Look, look_at_base_and_adapters
-from gaintune.models.loss import IGNORED
+from gaintune.evaluate.walk import Look, look_at_base_and_adapters, with_adapter
 from gaintune.models.base import Base, load_base
+from gaintune.models.loss import IGNORED
 from gaintune.progress import Progress
+from gaintune.results.bootstrap import FloatArray
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,61 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import selectors
 import signal
+import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from gaintune.errors import ConfigError
-from gaintune.evaluate.codegen_user import nobody
+
+logger = logging.getLogger(__name__)
+
+NOBODY = "nobody"
+
+
+@functools.cache
+def nobody() -> tuple[int, int] | None:
+    """Numbers of the user and group that a program of root's is run as; None for the caller's own.
+
+    No limit on the number of processes holds for root. Where the interpreter lies in a folder that only root may read,
+    a user without rights could import nothing, so the program stays root's, which is said once.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return None
+    import pwd
+
+    places = [sys.executable, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")]
+    closed = [
+        f"only root may read {place}" for place in places if Path(place).exists() and not open_to_all(Path(place))
+    ]
+    try:
+        found = pwd.getpwnam(NOBODY)
+    except KeyError:
+        closed = [f"/etc/passwd has no user {NOBODY}"]
+    else:
+        if not closed:
+            return found.pw_uid, found.pw_gid
+    logger.warning("generated programs run as root, and may start processes of their own (%s)", closed[0])
+    return None
+
+
+def open_to_all(path: Path) -> bool:
+    """Whether everybody may read a file or folder, and enter all folders above it."""
+    real = path.resolve()
+    entered = [*real.parents, *([real] if real.is_dir() else [])]
+    return bool(real.stat().st_mode & stat.S_IROTH) and all(each.stat().st_mode & stat.S_IXOTH for each in entered)
+
 
 CHILD = Path(__file__).with_name("codegen_child.py")
 READY = b"ready"
@@ -174,3 +214,32 @@ def _end_all(mark: bytes) -> None:
         if not found:
             return
         time.sleep(LOOKING)
+
+
+TASK = "humaneval"
+
+
+def with_own_runner(settings: Mapping[str, Any], limits: CodeLimits) -> dict[str, Any]:
+    """lm-eval's settings of the task with its metric computed by `run_program`.
+
+    lm-eval's metric comes from the Hub and runs the programs in its own process; this one runs the same program (the
+    prompt, what the model wrote after it, the tests and the call of their `check`) and calls it passed likewise.
+    """
+    metric = {"metric": _pass_at_k(limits), "aggregation": "mean", "higher_is_better": True}
+    joined = {"function": "custom", "filter_fn": _programs}
+    return {**settings, "metric_list": [metric], "filter_list": [{"name": "none", "filter": [joined]}]}
+
+
+def _programs(responses: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What a model wrote after each prompt, joined to it."""
+    return [[doc["prompt"] + each for each in written] for written, doc in zip(responses, docs, strict=True)]
+
+
+def _pass_at_k(limits: CodeLimits) -> Callable[..., dict[str, float]]:
+    def pass_at_k(references: Sequence[str], predictions: Sequence[Sequence[str]], **_: Any) -> dict[str, float]:
+        """Share of one row's programs that pass its tests; greedy decoding writes one."""
+        (tests,), (programs,) = references, predictions
+        passed = [run_program(f"{program}\n{tests}", limits).passed for program in programs]
+        return {"pass@1": sum(passed) / len(passed)}
+
+    return pass_at_k

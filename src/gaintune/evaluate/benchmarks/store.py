@@ -20,9 +20,9 @@ from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.records import BenchmarkScore
 from gaintune.evaluate.benchmarks.tasks import AskedTask
-from gaintune.storage.locks import locked
 from gaintune.models.base import TOKENIZER_FILES, Base
-from gaintune.storage.run import MANIFEST, canonical_json, make_folder, read_json, sha256_file, write_json
+from gaintune.storage.files import MANIFEST, canonical_json, make_folder, read_json, sha256_file, write_json
+from gaintune.storage.run import locked
 
 logger = logging.getLogger(__name__)
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from gaintune.recipes.outcome import Kind
 from gaintune.recipes.steps import (
-    train as adapting,
     analyse as analysing,
+)
+from gaintune.recipes.steps import analyse as surveying
+from gaintune.recipes.steps import (
     answers as answering,
+)
+from gaintune.recipes.steps import (
     benchmarks as benchmarking,
+)
+from gaintune.recipes.steps import (
     checks,
+)
+from gaintune.recipes.steps import (
     classify as classifying,
+)
+from gaintune.recipes.steps import (
     sweep as sweeping,
 )
-from gaintune.recipes import surveying
-from gaintune.recipes.outcome import Kind
+from gaintune.recipes.steps import (
+    train as adapting,
+)
 
 KINDS: dict[str, Kind] = {
     "sequence": Kind(adapting.sequence, checks.sequence),

@@ -9,14 +9,15 @@ from typing import Any
 
 from gaintune.config.plan import Plan
 from gaintune.errors import DivergedError
-from gaintune.results.matrix import Interval, Matrix
-from gaintune.results.records import Summary
 from gaintune.recipes.outcome import Context, Outcome, highest
 from gaintune.recipes.world import STAND_INS
 from gaintune.report import write_report
 from gaintune.report.tables import cell_frame, summary_frame
 from gaintune.report.words import FIGURES, NONE, with_interval
-from gaintune.storage.run import read_json, stage_folder
+from gaintune.results.matrix import Interval, Matrix
+from gaintune.results.records import Summary
+from gaintune.storage.files import read_json
+from gaintune.storage.run import stage_folder
 from gaintune.workflows.sequence import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"

@@ -15,10 +15,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from gaintune.config.plan import MethodConfig, Plan, apply_overrides, as_list, read_values
-from gaintune.methods.attach import check_method, learning_rate, numbers_of
 from gaintune.config.explain import explain
-from gaintune.config.sections import Section
+from gaintune.config.plan import MethodConfig, Plan, Section, apply_overrides, as_list, read_values
+from gaintune.methods.attach import check_method, learning_rate, numbers_of
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value)]

@@ -15,15 +15,15 @@ from filelock import FileLock, Timeout
 
 from gaintune.config.plan import read_plan
 from gaintune.data.load import load_domain
-from gaintune.storage.differences import differences
 from gaintune.errors import RunDirectoryError, SweepError
-from gaintune.results.records import Matrix
-from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
 from gaintune.models.base import base_fingerprint, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.storage.run import canonical_json, make_folder, read_json, write_text
+from gaintune.results.records import Matrix
+from gaintune.storage.differences import differences
+from gaintune.storage.files import canonical_json, make_folder, read_json, write_text
 from gaintune.workflows.sequence import describe_inputs
 from gaintune.workflows.sweep.engine import Engine, Pool, WorkersLostError, check_engine, open_pool
+from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
 from gaintune.workflows.sweep.table import SweepRow, SweepTable
 from gaintune.workflows.sweep.worker import BEGUN, FAILED, FINISHED, GRACE, KILLED, PUT_OFF, Job, state, tell, work
 

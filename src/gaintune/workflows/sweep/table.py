@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
+from gaintune.report.tables import tidy
 from gaintune.results.bootstrap import FIGURES
 from gaintune.results.losses import DomainLoss, MethodRun, Stage
 from gaintune.results.records import Matrix
+from gaintune.storage.files import read_json, write_bytes, write_text
+from gaintune.storage.run import Run
 from gaintune.workflows.sweep.grid import PlannedRun
-from gaintune.report.tables import tidy
-from gaintune.storage.run import Run, read_json, write_bytes, write_text
 
 FACTS = ("numbers", "device")  # of a finished run
 INTEGERS = ("rank", "trainable_parameters")  # with gaps, where a method has no rank or a run is not finished

@@ -19,9 +19,9 @@ import joblib
 from filelock import FileLock, Timeout
 
 from gaintune.config.plan import Plan
-from gaintune.models.devices import VISIBLE, take_device
 from gaintune.errors import DivergedError, GaintuneError, SweepError, one_line
-from gaintune.storage.run import read_json, write_json
+from gaintune.models.devices import VISIBLE, take_device
+from gaintune.storage.files import read_json, write_json
 
 BEGUN, PUT_OFF, FINISHED, FAILED = "begun", "put off", "finished", "failed"
 LIVES = 2
@@ -110,7 +110,7 @@ def _run(job: Job) -> None:
 
     import torch
 
-    from gaintune.evaluate.base_losses import BaseLosses
+    from gaintune.evaluate.perplexity import BaseLosses
     from gaintune.models.base import resolve_device
     from gaintune.workflows.sequence import run_sequence
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaintune.storage import assets
 from gaintune.data.tables import ROW_SUFFIXES, Row, read_table
 from gaintune.errors import DataError
 from gaintune.evaluate.benchmarks.rows.catalogue import OfflineTask
 from gaintune.evaluate.benchmarks.rows.forms import Form
+from gaintune.storage import assets
 
 if TYPE_CHECKING:
     from datasets import Dataset
