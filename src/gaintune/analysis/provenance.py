@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters.disk import adapter_labels, read_record
+from gaintune.adapters.disk import adapter_labels
 from gaintune.adapters.record import adapter_weights, check_whole, read_config, read_record
 from gaintune.config.plan import Plan
 from gaintune.data.load import DomainBlocks

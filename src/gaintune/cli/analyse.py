@@ -21,9 +21,9 @@ from gaintune.cli.console import percent, progress_on, quiet_libraries, table
 from gaintune.cli.options import (
     LEARNT,
     Adapters,
+    AdaptersBase,
     BlockSize,
     Domains,
-    Model,
     Options,
     OtherBase,
     PlanOption,
@@ -46,13 +46,6 @@ from gaintune.config.plan import as_domain
 from gaintune.errors import ConfigError
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command(epilog=LEARNT)(landscape)
-    app.command(epilog=LEARNT)(transfer)
-    app.command(epilog=LEARNT)(retention)
-
-
 def landscape(
     adapters: Adapters,
     plane: Annotated[bool, typer.Option("--plane", help="Measure the plane that two adapters span, too.")] = False,
@@ -69,7 +62,7 @@ def landscape(
     template: Template = None,
     text_column: TextColumn = None,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("runs/landscape"),
-    model: Model = None,
+    model: AdaptersBase = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -134,7 +127,7 @@ def transfer(
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path(
         "runs/transfer"
     ),
-    model: Model = None,
+    model: AdaptersBase = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -204,7 +197,7 @@ def retention(
     out_folder: Annotated[
         Path, typer.Option("--out", help="Folder for tables and figure, and what is measured.")
     ] = Path("runs/retention"),
-    model: Model = None,
+    model: AdaptersBase = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -273,12 +266,6 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ConfigError(f"{option} {text}: write numbers with commas between them, such as 0,0.5,1") from None
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(gates)
-    app.command("linear-model")(linear_model)
-
-
 def gates(
     adapter: Annotated[Path, typer.Argument(help="Folder of a DISeL adapter.")],
     domain: Domains = None,
@@ -296,7 +283,7 @@ def gates(
         ),
     ] = "auto",
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("runs/gates"),
-    model: Model = None,
+    model: AdaptersBase = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
     bins: Annotated[int, typer.Option(help="Bins of a histogram over [0, 1], a multiple of 20.")] = 100,
@@ -395,13 +382,6 @@ def linear_model(
     say(f"tables and figure {out_folder}")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(gains)
-    app.command()(subspace)
-    app.command(epilog=LEARNT)(tokens)
-
-
 def gains(
     paths: Annotated[
         list[Path], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run directories, or GAIN and (IA)3 adapters.")
@@ -436,7 +416,7 @@ def subspace(
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path(
         "runs/subspace"
     ),
-    model: Model = None,
+    model: AdaptersBase = None,
     top: Annotated[int, typer.Option(help="Leading singular vectors of each adapted weight that are looked at.")] = 10,
     epsilon: Annotated[
         float, typer.Option(help="A vector is an intruder if its largest |cosine| to a pretrained one is below this.")
@@ -491,7 +471,7 @@ def tokens(
     template: Template = None,
     text_column: TextColumn = None,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path("runs/tokens"),
-    model: Model = None,
+    model: AdaptersBase = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -526,3 +506,15 @@ def tokens(
     ]
     out.print(table("", ["domain", "adapter", *HEADS], rows, numeric=range(2, 9)))
     say(f"tables and figure {out_folder}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(gates)
+    app.command("linear-model")(linear_model)
+    app.command()(gains)
+    app.command()(subspace)
+    app.command(epilog=LEARNT)(tokens)
+    app.command(epilog=LEARNT)(landscape)
+    app.command(epilog=LEARNT)(transfer)
+    app.command(epilog=LEARNT)(retention)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gaintune.cli import benchmarks as cli_benchmarks
+from gaintune.cli import benchmarks as benchmark_options
 from gaintune.cli.benchmarks import (
     AllowCode,
     BenchmarkData,
@@ -117,7 +117,7 @@ def evaluate(
         validation_tokens=validation_tokens, block_size=block_size, seed=seed,
     )  # fmt: skip
     settled = assemble(plan, given, set_)
-    asked = cli_benchmarks.config_of(
+    asked = benchmark_options.config_of(
         settled,
         benchmarks,
         fewshot=fewshot,
@@ -132,16 +132,16 @@ def evaluate(
     quiet_libraries()
     compare, draw = _measurement(settled, masked, choices or [])
     options: dict[str, Any] = {"allow_other_base": allow_other_base, "progress": progress_on(err)}
-    suite = cli_benchmarks.suite_of(asked) if asked else None  # all that is to be read is read before the long part
+    suite = benchmark_options.suite_of(asked) if asked else None  # all that is to be read is read before the long part
     figures = compare(settled, adapters, **options) if domain or not asked else []
     report = None
     if asked and suite:
-        report = cli_benchmarks.measure(settled, adapters, asked, suite, keep=not no_cache, **options)
+        report = benchmark_options.measure(settled, adapters, asked, suite, keep=not no_cache, **options)
     if as_json:
         values = [figure.to_dict() for figure in figures]
         typer.echo(json.dumps({"domains": values, "benchmarks": report.to_dict()} if report else values, indent=1))
         return
-    for drawn in [*(draw(figures) if figures else []), *(cli_benchmarks.tables(report) if report else [])]:
+    for drawn in [*(draw(figures) if figures else []), *(benchmark_options.tables(report) if report else [])]:
         out.print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
 
 

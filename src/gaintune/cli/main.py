@@ -11,23 +11,10 @@ import typer
 from rich.console import Console
 
 from gaintune import __version__
-from gaintune.cli import analyse as cli_analysis
-from gaintune.cli import analyse as cli_gains
-from gaintune.cli import (
-    analyse as cli_surveys,
-)
-from gaintune.cli import (
-    evaluate as cli_evaluate,
-)
-from gaintune.cli import (
-    lists as cli_lists,
-)
-from gaintune.cli import (
-    recipe as cli_recipe,
-)
-from gaintune.cli import (
-    sweep as cli_sweep,
-)
+from gaintune.cli import analyse, lists
+from gaintune.cli import evaluate as evaluation
+from gaintune.cli import recipe as recipe_commands
+from gaintune.cli import sweep as sweeps
 from gaintune.cli.console import percent, progress_on, quiet_libraries, show_warnings, table
 from gaintune.cli.options import (
     BatchSize,
@@ -205,7 +192,7 @@ def adapt(
     if not first_process():
         return
     if isinstance(result, ClassifierResult):
-        cli_evaluate.print_classifier(result)
+        evaluation.print_classifier(result)
         return
     before, after = result.before, result.after
     out.print(
@@ -283,13 +270,11 @@ def merge(
     out.print(f"{certificate.verdict}\nmodel {out_folder}", highlight=False, soft_wrap=True)
 
 
-cli_lists.register(app)
-cli_analysis.register(app)
-cli_gains.register(app)
-cli_surveys.register(app)
-cli_evaluate.register(app)
-cli_sweep.register(app)
-app.add_typer(cli_recipe.app, name="recipe")
+lists.register(app)
+analyse.register(app)
+evaluation.register(app)
+sweeps.register(app)
+app.add_typer(recipe_commands.app, name="recipe")
 
 
 def main() -> None:

@@ -200,7 +200,9 @@ out = Console()
 err = Console(stderr=True)
 
 Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders on one base.")]
-Model = Annotated[str | None, typer.Option(help="Base; the plan's or the one the first adapter names unless given.")]
+AdaptersBase = Annotated[
+    str | None, typer.Option(help="Base; the plan's or the one the first adapter names unless given.")
+]
 PlanOption = Annotated[
     Path | None,
     typer.Option("--plan", metavar="PLAN.yaml", help="Plan whose base, domains and data settings are used."),

@@ -161,7 +161,7 @@ class L2(StageRule):
 
 class Ewc(L2):
     """Pulls by the Fisher information of the earlier domains; needs that and the weights in memory, and a pass over
-    the domain after it is learnt (`gaintune.methods.penalties`). The information lies beside the adapter as penalty.safetensors.
+    the domain after it is learnt. The information lies beside the adapter as penalty.safetensors.
 
     At strength 1 every earlier domain weighs as the Laplace approximation of as many of its tokens as the new domain
     has.

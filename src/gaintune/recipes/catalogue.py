@@ -11,7 +11,7 @@ from gaintune.recipes.schema import Recipe, read_recipe
 
 def recipes() -> dict[str, Recipe]:
     """All recipes by id, in the order G1 to G19, D1 to D5."""
-    folder = files("gaintune.recipes")
+    folder = files("gaintune.recipes") / "experiments"
     found = [read_recipe(Path(str(each))) for each in folder.iterdir() if each.name.endswith(".yaml")]
     return {each.id: each for each in sorted(found, key=lambda each: (each.id[0] != "G", int(each.id[1:])))}
 

@@ -23,8 +23,6 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from gaintune.recipes import smoke as tiny_benchmarks
-from gaintune.recipes import smoke as tiny_labels
 from gaintune.storage.files import complete_folder, damage, write_text
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -49,10 +47,10 @@ def encoder(folder: Path, seed: int = 0) -> Path:
         pad_token_id=1,
         eos_token_id=2,
     )
-    return write_model(folder, seed, lambda: RobertaForMaskedLM(config), tokenizer)
+    return write_model(folder, seed, lambda: RobertaForMaskedLM(config), encoder_tokenizer)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, with RoBERTa's special ones around a text and between two."""
     made = byte_tokenizer(SPECIAL)
     made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
@@ -60,7 +58,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **names)
 
 
-def write(folder: Path) -> Path:
+def labelled_rows(folder: Path) -> Path:
     """Write rows with labels into `glue/` and questions into `questions/`; what is there is kept."""
     for seed, (name, labels) in enumerate(GLUE_LABELS.items()):
         rows = [
@@ -120,7 +118,7 @@ ROWS = 4
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def rows() -> dict[str, list[dict[str, Any]]]:
+def benchmark_rows() -> dict[str, list[dict[str, Any]]]:
     """Questions by the benchmark's name, in a form that `gaintune.evaluate.benchmarks.rows` reads."""
     found: dict[str, list[dict[str, Any]]] = {
         name: [_choice(f"Question: What comes after {NAMES[n]}?\nAnswer:", n, 4) for n in range(ROWS)]
@@ -248,11 +246,11 @@ def texts(folder: Path) -> Path:
     ]
     for name in ("metamathqa", "magicoder"):
         _write(folder / f"{name}.jsonl", exchanges)
-    for name, rows in tiny_benchmarks.rows().items():
+    for name, rows in benchmark_rows().items():
         _write(folder / "benchmarks" / f"{name}.jsonl", rows)
     for name in ("gsm8k", "humaneval"):
-        _write(folder / f"{name}.jsonl", tiny_benchmarks.rows()[name])
-    return tiny_labels.write(folder)
+        _write(folder / f"{name}.jsonl", benchmark_rows()[name])
+    return labelled_rows(folder)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from gaintune.data.question_sets import holds_questions
 from gaintune.data.readers import SUFFIXES
 from gaintune.data.tables import ROW_SUFFIXES
 from gaintune.errors import ConfigError
-from gaintune.recipes import smoke as tiny
+from gaintune.recipes import smoke
 from gaintune.recipes.schema import Scale, laid_over
 from gaintune.storage.files import sha256_file
 
@@ -102,7 +102,7 @@ class World:
         if asked is None or self.scale == "small":
             return self.model
         return (
-            asked if self.scale == "paper" else str(tiny.base(Path(self.model).with_name(asked.replace("/", "-")), 1))
+            asked if self.scale == "paper" else str(smoke.base(Path(self.model).with_name(asked.replace("/", "-")), 1))
         )
 
     def domains(self, names: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def world_of(scale: Scale, model: str, data: Path | None, overrides: Mapping[str
     if data is not None and not data.is_dir():
         raise ConfigError(f"--data {data}: no such folder; it holds local copies under the papers' names")
     if scale == "smoke":
-        return World(scale, str(tiny.base(scratch / "base")), tiny.texts(scratch / "data"), overrides)
+        return World(scale, str(smoke.base(scratch / "base")), smoke.texts(scratch / "data"), overrides)
     return World(scale, "demo" if scale == "small" else model, data, overrides)
 
 

@@ -25,7 +25,6 @@ from gaintune.adapters.disk import (
 )
 from gaintune.config.plan import MethodConfig, Plan
 from gaintune.data.classify import ClassifyDomain
-from gaintune.data.examples import DomainBlocks
 from gaintune.data.load import DomainBlocks
 from gaintune.errors import ConfigError
 from gaintune.methods.attach import (
@@ -280,7 +279,7 @@ class Single:
     def learn(
         self, run: Run, model: nn.Module, rows: Rows, domain: Domain, record: AdapterRecord, **more: Any
     ) -> Learnt:
-        """Train on rows of a domain, keeping the copies the plan asks for; `more` goes to `gaintune.training.train.learn`."""
+        """Train on rows of a domain, keeping the copies the plan asks for; `more` goes to `learn`."""
         if run.writes:
             self._shelf.reopen()
         every = self.plan.train.snapshot_steps

@@ -66,7 +66,7 @@ def open_to_all(path: Path) -> bool:
     return bool(real.stat().st_mode & stat.S_IROTH) and all(each.stat().st_mode & stat.S_IXOTH for each in entered)
 
 
-CHILD = Path(__file__).with_name("codegen_child.py")
+CHILD = Path(__file__).with_name("program_child.py")
 READY = b"ready"
 LENGTH_BYTES = 8
 STARTING = 60.0  # seconds a loaded machine may need to start an interpreter, before the program's own time begins

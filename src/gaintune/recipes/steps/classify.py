@@ -21,10 +21,9 @@ from gaintune.evaluate.masked import compare_masked
 from gaintune.evaluate.walk import BASE
 from gaintune.methods.catalogue import get_method
 from gaintune.models.heads import is_masked
-from gaintune.recipes import smoke as tiny_labels
+from gaintune.recipes import smoke
 from gaintune.recipes.outcome import Context, Outcome, bare
 from gaintune.recipes.schema import laid_over
-from gaintune.recipes.steps import classify as report
 from gaintune.recipes.steps.train import left_out
 from gaintune.recipes.world import BUDGETS, content_of, labelled_rows
 from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
@@ -247,11 +246,11 @@ def classify(settings: dict[str, Any], context: Context) -> Outcome:
         for cell in cells
     ]
     base = next(iter(kept.values()))[BASE].perplexity
-    report.write(measured, base, context.folder)
+    write(measured, base, context.folder)
     confidence = cells[0].plan.evaluate.confidence
     return Outcome(
-        numbers=report.numbers(measured, base, confidence),
-        tables=report.tables(measured, base),
+        numbers=numbers(measured, base, confidence),
+        tables=tables(measured, base),
         figures=tuple(sorted(context.folder.glob("*.png"))),
         adapters={f"{cell.variant}/{cell.task}-seed-{cell.seed}": study.folder(cell) / "adapter" for cell in cells},
         plan=cells[0].plan,
@@ -341,7 +340,7 @@ class Study:
         world = self._context.world
         base = world.model
         if world.scale == "smoke":
-            base = str(tiny_labels.encoder(Path(base).with_name("encoder")))
+            base = str(smoke.encoder(Path(base).with_name("encoder")))
         budget = {key: value for key, value in BUDGETS[world.scale].items() if key in ("model", "evaluate")}
         return laid_over(budget, {"model": {"name": base}})
 
