@@ -13,7 +13,7 @@ from peft import IA3Config, get_peft_model
 
 from gaintune.config.plan import MethodConfig, build_plan
 from gaintune.data.load import load_domain
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.models.base import Base, load_base
 from gaintune.storage.environment import describe_environment
 from gaintune.tuners.disel.layer import DiselVariant, disel_layers, widened

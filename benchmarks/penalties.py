@@ -22,7 +22,7 @@ from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdow
 from gaintune.config.plan import MethodConfig
 from gaintune.data.examples import Examples
 from gaintune.evaluate.perplexity import autocast
-from gaintune.methods.attach import trainable_parameters
+from gaintune.methods.apply import trainable_parameters
 from gaintune.methods.penalties import penalty_of
 from gaintune.methods.rules import Lesson, Place
 from gaintune.models.loss import NextTokenLoss

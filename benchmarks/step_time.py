@@ -20,7 +20,7 @@ import torch
 from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdown, peak_gib, provenance, spread
 
 from gaintune.evaluate.perplexity import autocast
-from gaintune.methods.attach import trainable_parameters
+from gaintune.methods.apply import trainable_parameters
 from gaintune.models.loss import NextTokenLoss
 from gaintune.tuners.optim import parameter_groups
 

@@ -8,7 +8,7 @@ import tiny_base
 import tiny_domains
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.storage.files import read_json
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 from killing import Nothing, StopAt, Stopped, killed
 
 

@@ -10,12 +10,12 @@ import tiny_encoders
 from gaintune.adapters.disk import read_record
 from gaintune.config.plan import MethodConfig, build_plan
 from gaintune.errors import ConfigError
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.methods.catalogue import METHODS
 from gaintune.methods.peft_configs import kind_of
 from gaintune.storage.files import read_json
-from gaintune.workflows.adapt import adapt
-from gaintune.workflows.single import carried_on
+from gaintune.workflows.adaptation import adapt
+from gaintune.workflows.job import carried_on
 
 
 @pytest.fixture(scope="module")

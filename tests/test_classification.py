@@ -22,8 +22,8 @@ from gaintune.evaluate.classification import score
 from gaintune.evaluate.classifiers import compare_classifiers, predict, row_logits
 from gaintune.models.base import base_fingerprint, load_tokenizer
 from gaintune.models.heads import load_classifier, reads_segments
-from gaintune.workflows.adapt import adapt
-from gaintune.workflows.classify import ClassifierResult, adapt_classifier
+from gaintune.workflows.adaptation import adapt
+from gaintune.workflows.classification import ClassifierResult, adapt_classifier
 from gaintune.workflows.sequence import run_sequence
 from killing import killed
 

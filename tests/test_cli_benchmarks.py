@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import tiny_base
 import tiny_domains
 from gaintune.cli.benchmarks import _short, tables
-from gaintune.cli.main import app
+from gaintune.cli.app import app
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.records import BenchmarkReport, BenchmarkScore, TaskFacts, compare_scores

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.cli.main import app
+from gaintune.cli.app import app
 from gaintune.errors import ConfigError
 from gaintune.workflows.merge import merge_adapter
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 from typer.testing import CliRunner
 
-from gaintune.cli.main import app
+from gaintune.cli.app import app
 from gaintune.cli.options import OF_EVERY_METHOD, PLACES, Options, assemble, parse_method
 from gaintune.errors import ConfigError
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import tiny_base
 import tiny_domains
-from gaintune.cli.main import app
+from gaintune.cli.app import app
 from gaintune.errors import AdapterError, ConfigError
 
 SMALL = ["--set", "model.device=cpu", "--train-tokens", 512, "--validation-tokens", 128, "--block-size", 32]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import gaintune
 from gaintune.cli import console
 from gaintune.cli.console import Bars
-from gaintune.cli.main import app
+from gaintune.cli.app import app
 from gaintune.progress import plural
 
 

@@ -10,10 +10,10 @@ from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
 from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.methods.attach import attach, check_method, rate_multipliers, trainable_parameters
+from gaintune.methods.apply import attach, check_method, rate_multipliers, trainable_parameters
 from gaintune.methods.rules import Place
 from gaintune.models.base import load_base
-from gaintune.training.train import learn
+from gaintune.training.loop import learn
 from gaintune.tuners.optim import parameter_groups
 from gaintune.workflows.merge import merge_adapter
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import tiny_base
 import tiny_domains
-from gaintune.cli.main import app
+from gaintune.cli.app import app
 from gaintune.errors import ConfigError, DataError
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 from gaintune.workflows.merge import merge_adapter
 from gaintune.workflows.sequence import run_sequence
 

@@ -22,7 +22,7 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate.perplexity import measure
 from gaintune.models.isolation import require_isolation
 from gaintune.models.loss import IGNORED, NextTokenLoss
-from gaintune.training.train import train
+from gaintune.training.loop import train
 from gaintune.tuners.gain import GainConfig
 
 SIZES = {

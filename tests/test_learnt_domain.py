@@ -15,7 +15,7 @@ from gaintune.config.plan import build_plan
 from gaintune.evaluate.classifiers import compare_classifiers
 from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.masked import compare_masked
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 
 SEED = "learnt sums with data.seed 0, here it is 1: unless its source has a validation split of its own"
 TEMPLATE = "learnt sums with template alpaca, here it is magicoder. Give --template alpaca"

@@ -18,7 +18,7 @@ from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.perplexity import measure
 from gaintune.models.base import load_base
 from gaintune.storage.files import damage, read_json
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 from gaintune.workflows.sequence import run_sequence
 from killing import StopAt, Stopped, killed
 

@@ -13,8 +13,8 @@ from gaintune.errors import AdapterError, ConfigError
 from gaintune.models.base import load_base
 from gaintune.storage.files import read_json
 from gaintune.training.snapshots import snapshots_of
-from gaintune.workflows.adapt import adapt
-from gaintune.workflows.classify import adapt_classifier
+from gaintune.workflows.adaptation import adapt
+from gaintune.workflows.classification import adapt_classifier
 from gaintune.workflows.sequence import run_sequence
 from killing import StopAt, Stopped
 

@@ -11,10 +11,10 @@ import tiny_base
 from gaintune.config.plan import MethodConfig, TrainConfig
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError, DivergedError
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.models.loss import NextTokenLoss
 from gaintune.storage.files import damage
-from gaintune.training.train import newest_checkpoint, schedule_factor, train
+from gaintune.training.loop import newest_checkpoint, schedule_factor, train
 
 GAIN_FFN = MethodConfig(name="gain-ffn", label="gain-ffn")
 LORA = MethodConfig(name="lora", label="lora", rank=2)

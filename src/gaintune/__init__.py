@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from gaintune.tuners.disel import DiselConfig, DiselModel
     from gaintune.tuners.gain import GainConfig, GainModel
     from gaintune.tuners.optim import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
-    from gaintune.workflows.adapt import AdaptResult, adapt
-    from gaintune.workflows.classify import ClassifierResult, adapt_classifier
+    from gaintune.workflows.adaptation import AdaptResult, adapt
+    from gaintune.workflows.classification import ClassifierResult, adapt_classifier
     from gaintune.workflows.merge import merge_adapter
     from gaintune.workflows.sequence import run_sequence
     from gaintune.workflows.sweep.run import run_sweep
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptResult": "workflows.adapt",
-    "adapt": "workflows.adapt",
+    "AdaptResult": "workflows.adaptation",
+    "adapt": "workflows.adaptation",
     "AdapterRecord": "adapters.disk",
     "load_adapter": "adapters.disk",
     "save_adapter": "adapters.disk",
-    "ClassifierResult": "workflows.classify",
-    "adapt_classifier": "workflows.classify",
+    "ClassifierResult": "workflows.classification",
+    "adapt_classifier": "workflows.classification",
     "ModelConfig": "config.plan",
     "Plan": "config.plan",
     "load_domain": "data.load",

@@ -1,5 +1,5 @@
 """`python -m gaintune` is `gaintune`."""
 
-from gaintune.cli.main import main
+from gaintune.cli.app import main
 
 main()

@@ -17,7 +17,7 @@ from gaintune.analysis.subspace.survey import survey_subspace
 from gaintune.analysis.subspace.weights import adapted_weights
 from gaintune.config.plan import MethodConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.models.base import load_base
 
 NARROW = {"head_dim": 4, "intermediate_size": 24}  # o_proj and down_proj reach 16 and 24 of 32 outputs: an outside

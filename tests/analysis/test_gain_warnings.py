@@ -13,7 +13,7 @@ from gaintune.analysis.gains.factors import read_factors
 from gaintune.analysis.gains.survey import survey_gains
 from gaintune.methods.rules import GainWarnings, Lesson
 from gaintune.models.loss import NextTokenLoss
-from gaintune.training import train as learning
+from gaintune.training import loop as learning
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.scale import scale_features
 from gaintune.workflows.sequence import run_sequence

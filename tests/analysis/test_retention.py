@@ -19,7 +19,7 @@ from gaintune.evaluate.benchmarks.run import run_benchmarks
 from gaintune.evaluate.compare import compare_adapters
 from gaintune.models.base import load_base
 from gaintune.training.snapshots import snapshots_of
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 from killing import Nothing
 
 

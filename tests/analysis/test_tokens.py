@@ -18,7 +18,7 @@ from gaintune.data.load import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError
 from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.perplexity import measure, measure_tokens
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.models.base import load_base
 
 

@@ -10,7 +10,7 @@ import tiny_base
 from gaintune.adapters.disk import AdapterRecord, save_adapter
 from gaintune.config.plan import MethodConfig, ModelConfig
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.models.base import load_base
 
 NAMES = ("arc_easy", "lambada_openai")

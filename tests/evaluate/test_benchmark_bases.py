@@ -15,7 +15,7 @@ from gaintune.config.plan import MethodConfig, ModelConfig
 from gaintune.evaluate.benchmarks.records import find_score
 from gaintune.evaluate.benchmarks.run import attached, benchmark_adapters, measure_benchmarks, run_benchmarks
 from gaintune.evaluate.benchmarks.run import base_of as base_of_report
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.models.base import load_base
 
 

@@ -14,7 +14,7 @@ from gaintune.evaluate.choices import compare_choices
 from gaintune.evaluate.classifiers import compare_classifiers
 from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.masked import compare_masked
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 from killing import Nothing
 
 

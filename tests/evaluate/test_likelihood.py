@@ -17,7 +17,7 @@ from gaintune.data.load import load_domain
 from gaintune.errors import DataError
 from gaintune.evaluate.choices import choice_likelihoods, compare_choices
 from gaintune.models.base import load_base
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 EXAM = {"question": "Which?", "options": {"B": "that", "A": "this"}, "answer_idx": "B"}

@@ -19,11 +19,11 @@ from gaintune.evaluate.compare import compare_adapters
 from gaintune.evaluate.masked import MaskedLoss, compare_masked, measure_masked
 from gaintune.evaluate.perplexity import measure
 from gaintune.evaluate.walk import with_adapter
-from gaintune.methods.attach import attach
+from gaintune.methods.apply import attach
 from gaintune.models.base import load_base
 from gaintune.models.heads import is_masked, load_classifier, load_masked
 from gaintune.results.changes import paired_change
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 
 TOKENIZER = tiny_encoders.tokenizer()
 

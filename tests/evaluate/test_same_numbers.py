@@ -8,7 +8,7 @@ import tiny_encoders
 from gaintune.config.plan import build_plan
 from gaintune.evaluate.classifiers import compare_classifiers
 from gaintune.evaluate.compare import compare_adapters
-from gaintune.workflows.adapt import adapt
+from gaintune.workflows.adaptation import adapt
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from gaintune.progress import plural
 
 if TYPE_CHECKING:
     from gaintune.evaluate.classification import Scores, Share
-    from gaintune.workflows.classify import ClassifierResult
+    from gaintune.workflows.classification import ClassifierResult
 
 out = Console()
 err = Console(stderr=True)

@@ -20,7 +20,7 @@ from gaintune.errors import ConfigError, TrainingError
 from gaintune.evaluate.classification import Predictions, Scores, Share, difference, score
 from gaintune.evaluate.perplexity import autocast
 from gaintune.evaluate.walk import look_at_adapters
-from gaintune.methods.attach import measuring_numbers
+from gaintune.methods.apply import measuring_numbers
 from gaintune.models.base import load_tokenizer
 from gaintune.models.heads import load_classifier, reads_segments
 from gaintune.progress import Progress, Silent

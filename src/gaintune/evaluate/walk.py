@@ -14,7 +14,7 @@ from torch import nn
 from gaintune.adapters.disk import BASE, adapter_labels, load_adapter, read_record
 from gaintune.config.plan import Plan
 from gaintune.errors import AdapterError
-from gaintune.methods.attach import Numbers, measuring_numbers
+from gaintune.methods.apply import Numbers, measuring_numbers
 from gaintune.models.base import Base
 from gaintune.models.heads import load_classifier
 

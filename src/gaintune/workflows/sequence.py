@@ -19,7 +19,7 @@ from gaintune.data.load import DomainBlocks, load_domain
 from gaintune.data.replay import replayed_rows, with_replay
 from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate.perplexity import BaseLosses, measure_domain
-from gaintune.methods.attach import attach, check_method, learning_rate, numbers_of, trainable_parameters
+from gaintune.methods.apply import attach, check_method, learning_rate, numbers_of, trainable_parameters
 from gaintune.methods.rules import Place
 from gaintune.models.base import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
@@ -30,7 +30,7 @@ from gaintune.storage.environment import describe_environment
 from gaintune.storage.files import damage, read_json, write_json
 from gaintune.storage.run import Run, open_run, process_count
 from gaintune.training.snapshots import Snapshots
-from gaintune.training.train import count_updates, learn
+from gaintune.training.loop import count_updates, learn
 
 SAME_INPUTS = "A run is one base and one set of texts: name another folder for others"
 

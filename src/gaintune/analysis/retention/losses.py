@@ -18,7 +18,7 @@ from gaintune.data.load import DomainBlocks
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks.run import attached
 from gaintune.evaluate.perplexity import measure_domain
-from gaintune.methods.attach import Numbers, measuring_numbers
+from gaintune.methods.apply import Numbers, measuring_numbers
 from gaintune.models.base import Base, load_base
 from gaintune.progress import Progress
 from gaintune.results.losses import DomainLoss

@@ -23,7 +23,7 @@ from gaintune.data.load import load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.tasks import load_suite
-from gaintune.methods.attach import measuring_numbers
+from gaintune.methods.apply import measuring_numbers
 from gaintune.models.base import load_base
 from gaintune.progress import Progress, Silent
 from gaintune.results.changes import Change, changes_of, mean_change

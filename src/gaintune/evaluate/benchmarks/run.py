@@ -40,7 +40,7 @@ from gaintune.evaluate.benchmarks.store import (
     versions,
 )
 from gaintune.evaluate.benchmarks.tasks import Suite, load_suite
-from gaintune.methods.attach import Numbers, measuring_numbers
+from gaintune.methods.apply import Numbers, measuring_numbers
 from gaintune.models.base import Base, load_base
 from gaintune.progress import Progress
 

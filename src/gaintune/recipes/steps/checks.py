@@ -14,7 +14,7 @@ from gaintune.analysis.subspace.compare import SubspaceSettings
 from gaintune.analysis.transfer.survey import Component
 from gaintune.config.plan import Plan
 from gaintune.errors import ConfigError
-from gaintune.methods.attach import check_method
+from gaintune.methods.apply import check_method
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
 from gaintune.recipes.steps.analyse import LINEAR, gated
 from gaintune.recipes.steps.answers import asked_of

@@ -33,7 +33,7 @@ from gaintune.results.records import Interval
 from gaintune.results.verdicts import replicated
 from gaintune.storage.files import damage, make_folder, read_json, write_bytes, write_json, write_text
 from gaintune.storage.run import Run
-from gaintune.workflows.classify import adapt_classifier
+from gaintune.workflows.classification import adapt_classifier
 
 Read = Callable[["Measured"], float]
 TELLING = 1e9  # digits of a greater number tell nothing

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from gaintune.config.explain import explain
 from gaintune.config.plan import MethodConfig, Plan, Section, apply_overrides, as_list, read_values
-from gaintune.methods.attach import check_method, learning_rate, numbers_of
+from gaintune.methods.apply import check_method, learning_rate, numbers_of
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value)]

@@ -185,8 +185,8 @@ def adapt(
     from gaintune.progress import plural
     from gaintune.results.losses import change
     from gaintune.storage.run import first_process
-    from gaintune.workflows.adapt import adapt as run_adapt
-    from gaintune.workflows.classify import ClassifierResult
+    from gaintune.workflows.adaptation import adapt as run_adapt
+    from gaintune.workflows.classification import ClassifierResult
 
     result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
     if not first_process():

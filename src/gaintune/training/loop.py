@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config.plan import MethodConfig, TrainConfig
 from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
-from gaintune.methods.attach import learning_rate, rate_multipliers, rules_of
+from gaintune.methods.apply import learning_rate, rate_multipliers, rules_of
 from gaintune.methods.rules import Lesson, Place, Rows, StageRule, UpdateRule
 from gaintune.models.isolation import require_isolation
 from gaintune.models.loss import NextTokenLoss, Objective

@@ -12,11 +12,11 @@ from gaintune.data.classify import ClassifyDomain, Padding, load_classification
 from gaintune.errors import ConfigError
 from gaintune.evaluate.classification import Scores, score
 from gaintune.evaluate.classifiers import LabelLoss, predict
-from gaintune.methods.attach import learning_rate
+from gaintune.methods.apply import learning_rate
 from gaintune.models.base import load_tokenizer
 from gaintune.models.heads import ClassifierBase, load_classifier, reads_segments
 from gaintune.progress import Progress
-from gaintune.workflows.single import Result, Single
+from gaintune.workflows.job import Result, Single
 
 HIGHEST_HEAD_LR = 1e-3  # gains learn at ten times what a random matrix bears
 

@@ -14,12 +14,12 @@ from gaintune.config.plan import Plan, read_plan
 from gaintune.data.load import load_domain
 from gaintune.data.replay import with_replay
 from gaintune.evaluate.perplexity import measure_domain
-from gaintune.methods.attach import learning_rate
+from gaintune.methods.apply import learning_rate
 from gaintune.models.base import load_base
 from gaintune.progress import Progress
 from gaintune.results.losses import DomainLoss, change
-from gaintune.workflows.classify import ClassifierResult, adapt_classifier
-from gaintune.workflows.single import Result, Single, warn_of_other_text
+from gaintune.workflows.classification import ClassifierResult, adapt_classifier
+from gaintune.workflows.job import Result, Single, warn_of_other_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def adapt(
 ) -> AdaptResult | ClassifierResult:
     """Adapt the plan's base to its domain with its one method, and save the adapter.
 
-    Where the plan's task is classify, this is `gaintune.workflows.classify.adapt_classifier`.
+    Where the plan's task is classify, this is `gaintune.workflows.classification.adapt_classifier`.
 
     A plan of one domain; with replay, of the earlier domains whose rows are mixed in, and the new one last. Stopped and
     started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.

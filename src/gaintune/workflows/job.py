@@ -27,7 +27,7 @@ from gaintune.config.plan import MethodConfig, Plan
 from gaintune.data.classify import ClassifyDomain
 from gaintune.data.load import DomainBlocks
 from gaintune.errors import ConfigError
-from gaintune.methods.attach import (
+from gaintune.methods.apply import (
     OPTIONS,
     TRAINING_OPTIONS,
     Numbers,
@@ -46,7 +46,7 @@ from gaintune.storage.environment import describe_environment
 from gaintune.storage.files import sha256_file
 from gaintune.storage.run import Run, open_run
 from gaintune.training.snapshots import Shelf, Snapshots
-from gaintune.training.train import Learnt, learn
+from gaintune.training.loop import Learnt, learn
 from gaintune.tuners.disel import DiselConfig
 from gaintune.workflows.sequence import describe_inputs
 
