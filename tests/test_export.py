@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny_base
-from gaintune.adapters.absorb import count_rounding
+from gaintune.adapters.absorption import count_rounding
 from gaintune.adapters.disk import save_adapter
 from gaintune.config.plan import ModelConfig
 from gaintune.errors import AdapterError, AssetError, BaseMismatchError, ConfigError, MergeError

@@ -9,7 +9,7 @@ from peft.tuners.osf.layer import OSFLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
-from gaintune.adapters.absorb import absorb
+from gaintune.adapters.absorption import absorb
 from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
 from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data.examples import Examples

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from gaintune.config.explain import explain
+from gaintune.config.explanations import explain
 from gaintune.config.plan import NAME, Section, as_list
 from gaintune.errors import ConfigError
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from gaintune.config.plan import Plan, plan_yaml
 from gaintune.errors import RunDirectoryError
-from gaintune.storage.differences import differences
+from gaintune.storage.diff import differences
 from gaintune.storage.files import canonical_json, make_folder, read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)

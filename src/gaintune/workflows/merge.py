@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.adapters.absorb import Rounding, absorb, check_mergeable
+from gaintune.adapters.absorption import Rounding, absorb, check_mergeable
 from gaintune.adapters.disk import adapter_weights, claimed_base, load_adapter, read_record
 from gaintune.config.plan import ModelConfig
 from gaintune.data.examples import Examples

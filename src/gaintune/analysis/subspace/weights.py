@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters.absorb import check_mergeable
+from gaintune.adapters.absorption import check_mergeable
 from gaintune.adapters.disk import FULL, read_config, read_record
 from gaintune.adapters.lend import attached
 from gaintune.adapters.record import WEIGHTS

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from gaintune.config.explain import explain
+from gaintune.config.explanations import explain
 from gaintune.config.plan import MethodConfig, Plan, Section, apply_overrides, as_list, read_values
 from gaintune.methods.apply import check_method, learning_rate, numbers_of
 

@@ -19,7 +19,7 @@ from gaintune.errors import RunDirectoryError, SweepError
 from gaintune.models.base import base_fingerprint, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results.records import Matrix
-from gaintune.storage.differences import differences
+from gaintune.storage.diff import differences
 from gaintune.storage.files import canonical_json, make_folder, read_json, write_text
 from gaintune.workflows.sequence import describe_inputs
 from gaintune.workflows.sweep.engine import Engine, Pool, WorkersLostError, check_engine, open_pool
