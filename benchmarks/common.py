@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from peft import IA3Config, get_peft_model
 
-from gaintune.config.plan import MethodConfig, build_plan
-from gaintune.data.load import load_domain
-from gaintune.methods.apply import attach
-from gaintune.models.base import Base, load_base
-from gaintune.storage.environment import describe_environment
+from gaintune.config import MethodConfig, build_plan
+from gaintune.data import load_domain
+from gaintune.methods import attach
+from gaintune.models import Base, load_base
+from gaintune.storage import describe_environment
 from gaintune.tuners.disel.layer import DiselVariant, disel_layers, widened
 from gaintune.tuners.disel.products import stacked_product
 

@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdown, provenance, spread
 
-from gaintune.config.plan import MethodConfig
-from gaintune.data.examples import Examples
+from gaintune.config import MethodConfig
+from gaintune.data import Examples
 from gaintune.evaluate.perplexity import autocast
-from gaintune.methods.apply import trainable_parameters
+from gaintune.methods import Lesson, Place, trainable_parameters
 from gaintune.methods.penalties import penalty_of
-from gaintune.methods.rules import Lesson, Place
-from gaintune.models.loss import NextTokenLoss
-from gaintune.tuners.optim import parameter_groups
+from gaintune.models import NextTokenLoss
+from gaintune.tuners import parameter_groups
 
 RATE = 1e-4  # the time of a step does not depend on it
 DEFAULT = ("GAIN-FFN", "PEFT LoRA r=16, all linear", FULL)

@@ -20,9 +20,9 @@ import torch
 from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdown, peak_gib, provenance, spread
 
 from gaintune.evaluate.perplexity import autocast
-from gaintune.methods.apply import trainable_parameters
-from gaintune.models.loss import NextTokenLoss
-from gaintune.tuners.optim import parameter_groups
+from gaintune.methods import trainable_parameters
+from gaintune.models import NextTokenLoss
+from gaintune.tuners import parameter_groups
 
 FLOOR = "frozen floor"
 RATE = 1e-4  # the time of a step does not depend on it

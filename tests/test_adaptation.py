@@ -7,8 +7,8 @@ import pytest
 import tiny_base
 import tiny_domains
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
-from gaintune.storage.files import read_json
-from gaintune.workflows.adaptation import adapt
+from gaintune.storage import read_json
+from gaintune.workflows import adapt
 from killing import Nothing, StopAt, Stopped, killed
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny_base
-from gaintune.adapters.disk import AdapterRecord, load_adapter, read_record, save_adapter
-from gaintune.config.plan import ModelConfig
+from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
+from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError
-from gaintune.models.base import load_base
+from gaintune.models import load_base
 from gaintune.tuners.gain import GainConfig
 
 TARGETS = ["o_proj", "down_proj"]

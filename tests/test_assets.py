@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gaintune.errors import AssetError
-from gaintune.storage import assets
-from gaintune.storage.assets import ASSETS, Asset, cache_dir, fetch, status
+from gaintune.storage import ASSETS, assets, cache_dir, fetch, status
+from gaintune.storage.assets import Asset
 
 
 def build_wheel(folder: Path, text: str = "words\n") -> Asset:

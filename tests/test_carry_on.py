@@ -7,14 +7,12 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.adapters.disk import read_record
-from gaintune.config.plan import MethodConfig, build_plan
+from gaintune.adapters import read_record
+from gaintune.config import MethodConfig, build_plan
 from gaintune.errors import ConfigError
-from gaintune.methods.apply import attach
-from gaintune.methods.catalogue import METHODS
-from gaintune.methods.peft_configs import kind_of
-from gaintune.storage.files import read_json
-from gaintune.workflows.adaptation import adapt
+from gaintune.methods import METHODS, attach, kind_of
+from gaintune.storage import read_json
+from gaintune.workflows import adapt
 from gaintune.workflows.job import carried_on
 
 

@@ -13,18 +13,14 @@ from transformers.models.gpt2 import GPT2LMHeadModel
 import tiny_base
 import tiny_encoders
 import tiny_glue
-from gaintune.adapters.disk import load_adapter, read_record
-from gaintune.config.plan import EvaluateConfig, ModelConfig, build_plan
-from gaintune.data import labelled
-from gaintune.data.classify import Padding, load_classification
+from gaintune.adapters import load_adapter, read_record
+from gaintune.config import EvaluateConfig, ModelConfig, build_plan
+from gaintune.data import Padding, labelled, load_classification
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError, RunDirectoryError
-from gaintune.evaluate.classification import score
-from gaintune.evaluate.classifiers import compare_classifiers, predict, row_logits
-from gaintune.models.base import base_fingerprint, load_tokenizer
-from gaintune.models.heads import load_classifier, reads_segments
-from gaintune.workflows.adaptation import adapt
-from gaintune.workflows.classification import ClassifierResult, adapt_classifier
-from gaintune.workflows.sequence import run_sequence
+from gaintune.evaluate import compare_classifiers, predict, score
+from gaintune.evaluate.classifiers import row_logits
+from gaintune.models import base_fingerprint, load_classifier, load_tokenizer, reads_segments
+from gaintune.workflows import ClassifierResult, adapt, adapt_classifier, run_sequence
 from killing import killed
 
 GLUE = Path(__file__).parents[2] / "shared" / "data" / "glue"

@@ -51,9 +51,7 @@ def test_help_lists_every_command_and_shows_defaults_and_units():
 
 
 def test_help_and_import_do_not_load_the_heavy_libraries():
-    code = (
-        "import sys, gaintune.cli.app; print(sorted({'torch', 'peft', 'transformers', 'pandas'} & set(sys.modules)))"
-    )
+    code = "import sys, gaintune.cli.app; print(sorted({'torch', 'peft', 'transformers', 'pandas'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

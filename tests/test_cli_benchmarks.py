@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 import tiny_base
 import tiny_domains
-from gaintune.cli.benchmarks import _short, tables
 from gaintune.cli.app import app
+from gaintune.cli.benchmarks import _short, tables
 from gaintune.errors import ConfigError, DataError
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmarks.records import BenchmarkReport, BenchmarkScore, TaskFacts, compare_scores
+from gaintune.evaluate.benchmarks import BenchmarkConfig, BenchmarkReport, BenchmarkScore
+from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores
 from gaintune.evaluate.benchmarks.run import with_group_difference
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")

@@ -11,7 +11,7 @@ import tiny_domains
 import tiny_encoders
 from gaintune.cli.app import app
 from gaintune.errors import ConfigError
-from gaintune.workflows.merge import merge_adapter
+from gaintune.workflows import merge_adapter
 
 NUMBERS = ("--set", "model.dtype=fp32", "--set", "model.device=cpu", "--set", "evaluate.bootstrap_samples=50")
 

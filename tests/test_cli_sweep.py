@@ -6,7 +6,7 @@ import yaml
 
 import tiny_base
 import tiny_sweep
-from gaintune.storage.files import read_json
+from gaintune.storage import read_json
 from test_cli import gaintune, refused
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from gaintune.cli.options import Options, assemble, parse_method
-from gaintune.config.plan import apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
+from gaintune.config import apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
 from gaintune.errors import ConfigError
 
 

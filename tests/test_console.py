@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import gaintune
 from gaintune.cli import console
-from gaintune.cli.console import Bars
 from gaintune.cli.app import app
+from gaintune.cli.console import Bars
 from gaintune.progress import plural
 
 

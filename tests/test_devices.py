@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.models.devices import VISIBLE, take_device, visible_devices
+from gaintune.models import VISIBLE, take_device, visible_devices
 from gaintune.workflows.sweep.engine import Pool
 
 TAKE = """

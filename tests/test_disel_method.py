@@ -6,16 +6,15 @@ import pytest
 import torch
 
 import tiny_base
-from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
-from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
-from gaintune.data.examples import Examples
+from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
+from gaintune.data import Examples
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.methods.apply import attach, check_method, rate_multipliers, trainable_parameters
-from gaintune.methods.rules import Place
-from gaintune.models.base import load_base
-from gaintune.training.loop import learn
-from gaintune.tuners.optim import parameter_groups
-from gaintune.workflows.merge import merge_adapter
+from gaintune.methods import Place, attach, check_method, rate_multipliers, trainable_parameters
+from gaintune.models import load_base
+from gaintune.training import learn
+from gaintune.tuners import parameter_groups
+from gaintune.workflows import merge_adapter
 
 D, FFN, KV, LAYERS = 32, 48, 16, 2
 LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down

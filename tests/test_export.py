@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny_base
+from gaintune.adapters import save_adapter
 from gaintune.adapters.absorption import count_rounding
-from gaintune.adapters.disk import save_adapter
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, AssetError, BaseMismatchError, ConfigError, MergeError
-from gaintune.models.base import load_base
-from gaintune.models.fingerprint import fingerprint_folder
-from gaintune.results.losses import DomainLoss
+from gaintune.models import fingerprint_folder, load_base
+from gaintune.results import DomainLoss
 from gaintune.tuners.gain import GainConfig
 from gaintune.workflows import merge as export
-from gaintune.workflows.merge import Reading, blocks_of, distance, merge_adapter
+from gaintune.workflows import merge_adapter
+from gaintune.workflows.merge import Reading, blocks_of, distance
 from test_adapters import CONFIGS, base_of, record_of, shaken
 
 BLOCKS = tiny_base.blocks(count=6, length=24)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny_base
 from gaintune.errors import BaseModelError
-from gaintune.models.fingerprint import _as_bf16, config_facts, fingerprint_folder, sample_positions
+from gaintune.models import fingerprint_folder
+from gaintune.models.fingerprint import _as_bf16, config_facts, sample_positions
 
 
 @pytest.fixture

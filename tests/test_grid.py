@@ -6,9 +6,10 @@ import pytest
 import yaml
 from pydantic import Field
 
-from gaintune.config.plan import Plan, TrainConfig
+from gaintune.config import Plan, TrainConfig
 from gaintune.errors import ConfigError
-from gaintune.workflows.sweep.grid import grid_yaml, plan_id, planned_runs, read_grid
+from gaintune.workflows.sweep import read_grid
+from gaintune.workflows.sweep.grid import grid_yaml, plan_id, planned_runs
 
 DOMAINS = {"data": {"domains": ["law", "medical", "code"]}}
 

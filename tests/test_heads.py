@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForMaskedLM, ModernBertConfig
 
 import tiny_encoders
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import BaseModelError
-from gaintune.models.heads import load_classifier
+from gaintune.models import load_classifier
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import torch
 from huggingface_hub import close_session, constants
 
 import tiny_base
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import GaintuneError
-from gaintune.models.base import load_base
-from gaintune.models.fingerprint import fingerprint_folder
+from gaintune.models import fingerprint_folder, load_base
 
 COMMIT = "a" * 40
 TOKEN = "hf_madeupsecretmadeupsecret"

@@ -13,9 +13,7 @@ import tiny_base
 import tiny_domains
 from gaintune.cli.app import app
 from gaintune.errors import ConfigError, DataError
-from gaintune.workflows.adaptation import adapt
-from gaintune.workflows.merge import merge_adapter
-from gaintune.workflows.sequence import run_sequence
+from gaintune.workflows import adapt, merge_adapter, run_sequence
 
 
 def gaintune(*arguments):
@@ -73,9 +71,9 @@ def test_a_sequence_mixes_text_and_instructions_and_merges(plan, tmp_path):
 
 
 def test_a_merge_counts_the_bytes_of_what_is_scored(model, plan, tmp_path):
-    from gaintune.config.plan import ModelConfig, build_plan
-    from gaintune.data.load import load_domain
-    from gaintune.models.base import load_tokenizer
+    from gaintune.config import ModelConfig, build_plan
+    from gaintune.data import load_domain
+    from gaintune.models import load_tokenizer
 
     plan["data"]["domains"] = plan["data"]["domains"][1:]
     adapt(plan, tmp_path / "out")

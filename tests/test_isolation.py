@@ -16,12 +16,11 @@ from transformers import (
 )
 
 import tiny_base
-from gaintune.config.plan import TrainConfig
-from gaintune.data.examples import Examples
+from gaintune.config import TrainConfig
+from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.evaluate.perplexity import measure
-from gaintune.models.isolation import require_isolation
-from gaintune.models.loss import IGNORED, NextTokenLoss
+from gaintune.evaluate import measure
+from gaintune.models import IGNORED, NextTokenLoss, require_isolation
 from gaintune.training.loop import train
 from gaintune.tuners.gain import GainConfig
 

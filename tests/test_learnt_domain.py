@@ -8,14 +8,12 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.adapters.disk import read_record
+from gaintune.adapters import read_record
 from gaintune.adapters.record import LearntDomain
 from gaintune.analysis.gates.survey import survey_gates
-from gaintune.config.plan import build_plan
-from gaintune.evaluate.classifiers import compare_classifiers
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.masked import compare_masked
-from gaintune.workflows.adaptation import adapt
+from gaintune.config import build_plan
+from gaintune.evaluate import compare_adapters, compare_classifiers, compare_masked
+from gaintune.workflows import adapt
 
 SEED = "learnt sums with data.seed 0, here it is 1: unless its source has a validation split of its own"
 TEMPLATE = "learnt sums with template alpaca, here it is magicoder. Give --template alpaca"

@@ -5,7 +5,7 @@ import threading
 
 from filelock import FileLock
 
-from gaintune.storage.run import locked
+from gaintune.storage import locked
 
 
 def test_a_long_wait_is_told_of_once(tmp_path, caplog):

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM as Auto
 from transformers import Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig
 
+from gaintune.models import NextTokenLoss
 from gaintune.models import loss as loss_module
-from gaintune.models.loss import NextTokenLoss, chunked_cross_entropy, token_losses
+from gaintune.models.loss import chunked_cross_entropy, token_losses
 
 SIZES = {
     "vocab_size": 97,

@@ -9,16 +9,14 @@ from peft.tuners.osf.layer import OSFLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
-from gaintune.adapters.absorption import absorb
-from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
-from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
-from gaintune.data.examples import Examples
+from gaintune.adapters import AdapterRecord, absorb, load_adapter, save_adapter
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
+from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods.apply import attach, check_method, numbers_of, rate_multipliers, trainable_parameters
-from gaintune.methods.catalogue import METHODS
-from gaintune.methods.rules import STATE, BudgetSchedule, Place
-from gaintune.models.base import load_base
-from gaintune.training.loop import learn
+from gaintune.methods import METHODS, Place, attach, check_method, numbers_of, rate_multipliers, trainable_parameters
+from gaintune.methods.rules import STATE, BudgetSchedule
+from gaintune.models import load_base
+from gaintune.training import learn
 
 D, FFN, LAYERS, KV = 32, 48, 2, 16
 LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import tiny_base
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import AssetError, BaseModelError, ConfigError
 from gaintune.models import base as models
-from gaintune.models.base import base_fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from gaintune.models import base_fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from gaintune.storage import assets
 
 

@@ -6,17 +6,15 @@ from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
-from gaintune.config.plan import MethodConfig, TrainConfig
-from gaintune.data.examples import Examples
+from gaintune.config import MethodConfig, TrainConfig
+from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods.apply import attach
+from gaintune.methods import Lesson, Place, attach
 from gaintune.methods.penalties import FISHER, STRENGTHS, fisher_information, penalty_of, strength_of
-from gaintune.methods.rules import Lesson, Place
-from gaintune.models.loss import IGNORED, NextTokenLoss
-from gaintune.storage.files import damage, read_json
-from gaintune.training.loop import learn
-from gaintune.workflows.adaptation import adapt
-from gaintune.workflows.sequence import run_sequence
+from gaintune.models import IGNORED, NextTokenLoss
+from gaintune.storage import damage, read_json
+from gaintune.training import learn
+from gaintune.workflows import adapt, run_sequence
 
 LORA = {"name": "lora", "rank": 2, "lr": 0.05}
 

@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 import gaintune
 import tiny_base
 import tiny_domains
-from gaintune.adapters.disk import load_adapter
-from gaintune.config.plan import build_plan
-from gaintune.data.load import load_domain
+from gaintune.adapters import load_adapter
+from gaintune.config import build_plan
+from gaintune.data import load_domain
+from gaintune.methods import Lesson
 from gaintune.methods.penalties import FISHER, fisher_information
-from gaintune.methods.rules import Lesson
-from gaintune.models.base import load_base
-from gaintune.models.loss import NextTokenLoss
-from gaintune.storage.files import damage, read_json
+from gaintune.models import NextTokenLoss, load_base
+from gaintune.storage import damage, read_json
 
 
 def test_two_processes_share_a_run(tmp_path):

@@ -8,10 +8,9 @@ import shutil
 
 import pytest
 
-from gaintune.config.plan import build_plan
+from gaintune.config import build_plan
 from gaintune.errors import RunDirectoryError
-from gaintune.storage.files import canonical_json, complete_folder, damage, read_json, write_json, write_text
-from gaintune.storage.run import open_run
+from gaintune.storage import canonical_json, complete_folder, damage, open_run, read_json, write_json, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):

@@ -10,16 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
-from gaintune.adapters.disk import load_adapter
-from gaintune.config.plan import build_plan
-from gaintune.data.load import load_domain
+from gaintune.adapters import load_adapter
+from gaintune.config import build_plan
+from gaintune.data import load_domain
 from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirectoryError
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.perplexity import measure
-from gaintune.models.base import load_base
-from gaintune.storage.files import damage, read_json
-from gaintune.workflows.adaptation import adapt
-from gaintune.workflows.sequence import run_sequence
+from gaintune.evaluate import compare_adapters, measure
+from gaintune.models import load_base
+from gaintune.storage import damage, read_json
+from gaintune.workflows import adapt, run_sequence
 from killing import StopAt, Stopped, killed
 
 NOT_COMPARED = {"events.jsonl", ".lock"}  # times

@@ -13,17 +13,17 @@ from filelock import FileLock
 import killing
 import tiny_base
 import tiny_sweep
-from gaintune.config.plan import build_plan
-from gaintune.data.load import load_domain
+from gaintune.config import build_plan
+from gaintune.data import load_domain
 from gaintune.errors import ConfigError, RunDirectoryError, SweepError
-from gaintune.evaluate.perplexity import BaseLosses
-from gaintune.models.base import load_tokenizer
-from gaintune.results.losses import DomainLoss
-from gaintune.storage.files import read_json
-from gaintune.workflows.sequence import run_sequence
+from gaintune.evaluate import BaseLosses
+from gaintune.models import load_tokenizer
+from gaintune.results import DomainLoss
+from gaintune.storage import read_json
+from gaintune.workflows import run_sequence
+from gaintune.workflows.sweep import read_grid, run_sweep
 from gaintune.workflows.sweep.engine import Pool
-from gaintune.workflows.sweep.grid import planned_runs, read_grid
-from gaintune.workflows.sweep.run import run_sweep
+from gaintune.workflows.sweep.grid import planned_runs
 from gaintune.workflows.sweep.worker import Job, work
 
 RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}

@@ -9,8 +9,8 @@ import pytest
 import killing
 import tiny_base
 import tiny_sweep
+from gaintune.workflows.sweep import run_sweep
 from gaintune.workflows.sweep.engine import open_pool
-from gaintune.workflows.sweep.run import run_sweep
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

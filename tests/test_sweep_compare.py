@@ -7,10 +7,9 @@ from scipy import stats
 
 import tiny_sweep
 from gaintune.errors import ConfigError, DataError
-from gaintune.storage.files import read_json
-from gaintune.workflows.sweep.compare import compare_sweep
-from gaintune.workflows.sweep.report import curve_sentence, discard, markdown, pair_sentence, tradeoff, write
-from gaintune.workflows.sweep.table import SweepTable
+from gaintune.storage import read_json
+from gaintune.workflows.sweep import SweepTable, compare_sweep, curve_sentence, discard, pair_sentence, write
+from gaintune.workflows.sweep.report import markdown, tradeoff
 
 
 def noise(*key, scale=0.2):

@@ -8,12 +8,12 @@ import torch
 from torch.nn import functional as F
 
 import tiny_base
-from gaintune.config.plan import MethodConfig, TrainConfig
-from gaintune.data.examples import Examples
+from gaintune.config import MethodConfig, TrainConfig
+from gaintune.data import Examples
 from gaintune.errors import ConfigError, DivergedError
-from gaintune.methods.apply import attach
-from gaintune.models.loss import NextTokenLoss
-from gaintune.storage.files import damage
+from gaintune.methods import attach
+from gaintune.models import NextTokenLoss
+from gaintune.storage import damage
 from gaintune.training.loop import newest_checkpoint, schedule_factor, train
 
 GAIN_FFN = MethodConfig(name="gain-ffn", label="gain-ffn")

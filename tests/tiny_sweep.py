@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import tiny_domains
-from gaintune.config.plan import build_plan
-from gaintune.results.matrix import build_matrix
-from gaintune.storage.files import read_json, write_json
-from gaintune.storage.run import Run
+from gaintune.config import build_plan
+from gaintune.results import build_matrix
+from gaintune.storage import Run, read_json, write_json
+from gaintune.workflows.sweep import SweepTable
 from gaintune.workflows.sweep.grid import PlannedRun, plan_id
-from gaintune.workflows.sweep.table import SweepRow, SweepTable
+from gaintune.workflows.sweep.table import SweepRow
 from report.synthetic_run import make_runs
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gaintune.adapters.record import CONFIG, RECORD, WEIGHTS, AdapterRecord
-from gaintune.config.plan import build_plan, plan_yaml
-from gaintune.storage.files import write_json, write_manifest, write_text
-from gaintune.storage.run import Run
+from gaintune.adapters import CONFIG, WEIGHTS, AdapterRecord
+from gaintune.adapters.record import RECORD
+from gaintune.config import build_plan, plan_yaml
+from gaintune.storage import Run, write_json, write_manifest, write_text
 
 PARAMETER = {"GAIN": "gain_v", "IA3": "ia3_l", "LORA": "lora_A.weight"}
 

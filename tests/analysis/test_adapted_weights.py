@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
-from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
+from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.analysis.subspace.compare import SubspaceSettings
 from gaintune.analysis.subspace.report import markdown, remarks, write
 from gaintune.analysis.subspace.survey import survey_subspace
 from gaintune.analysis.subspace.weights import adapted_weights
-from gaintune.config.plan import MethodConfig, ModelConfig
+from gaintune.config import MethodConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
-from gaintune.methods.apply import attach
-from gaintune.models.base import load_base
+from gaintune.methods import attach
+from gaintune.models import load_base
 
 NARROW = {"head_dim": 4, "intermediate_size": 24}  # o_proj and down_proj reach 16 and 24 of 32 outputs: an outside
 O_PROJ = "model.layers.0.self_attn.o_proj"

@@ -11,12 +11,13 @@ import tiny_base
 import tiny_domains
 from gaintune.analysis.gains.factors import read_factors
 from gaintune.analysis.gains.survey import survey_gains
-from gaintune.methods.rules import GainWarnings, Lesson
-from gaintune.models.loss import NextTokenLoss
+from gaintune.methods import Lesson
+from gaintune.methods.rules import GainWarnings
+from gaintune.models import NextTokenLoss
 from gaintune.training import loop as learning
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.scale import scale_features
-from gaintune.workflows.sequence import run_sequence
+from gaintune.workflows import run_sequence
 
 LOGGER = "gaintune.methods.rules"
 WEIGHTS = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from gaintune.analysis.gates.apart import Group, apart, apart_table, compared, r
 from gaintune.analysis.gates.recorder import record_gates
 from gaintune.analysis.gates.statistics import GateRecord, LayerGates
 from gaintune.analysis.places import Place
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
 
 SETTINGS = EvaluateConfig(bootstrap_samples=4000, confidence=0.9, seed=1)

@@ -15,14 +15,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
 import tiny_domains
-from gaintune.adapters.disk import AdapterRecord, load_adapter, read_record, save_adapter
+from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
 from gaintune.analysis.landscape import report as landscape_report
 from gaintune.analysis.landscape.directions import directions, way_of
 from gaintune.analysis.landscape.survey import survey_landscape
-from gaintune.config.plan import build_plan
+from gaintune.config import build_plan
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, DivergedError
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.models.base import load_base
+from gaintune.evaluate import compare_adapters
+from gaintune.models import load_base
 from gaintune.progress import Silent
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig

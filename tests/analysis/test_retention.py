@@ -11,15 +11,14 @@ import tiny_domains
 from gaintune.analysis.retention.report import figure, markdown, sides, table, write
 from gaintune.analysis.retention.scores import counting_score, scores_of
 from gaintune.analysis.retention.survey import survey_retention
-from gaintune.config.plan import build_plan
+from gaintune.config import build_plan
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig, read_config
-from gaintune.evaluate.benchmarks.records import BenchmarkScore, TaskFacts
-from gaintune.evaluate.benchmarks.run import run_benchmarks
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.models.base import load_base
-from gaintune.training.snapshots import snapshots_of
-from gaintune.workflows.adaptation import adapt
+from gaintune.evaluate import compare_adapters
+from gaintune.evaluate.benchmarks import BenchmarkConfig, BenchmarkScore, read_config, run_benchmarks
+from gaintune.evaluate.benchmarks.records import TaskFacts
+from gaintune.models import load_base
+from gaintune.training import snapshots_of
+from gaintune.workflows import adapt
 from killing import Nothing
 
 

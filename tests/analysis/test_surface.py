@@ -5,8 +5,8 @@ import pytest
 
 from gaintune.analysis.landscape.directions import Geometry
 from gaintune.analysis.landscape.surface import Point, Surface, range_apart
-from gaintune.config.plan import EvaluateConfig
-from gaintune.results.losses import DomainLoss
+from gaintune.config import EvaluateConfig
+from gaintune.results import DomainLoss
 
 
 def surface(places, nats):

@@ -10,16 +10,15 @@ from torch.nn import functional as F
 
 import tiny_base
 import tiny_domains
-from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
+from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.analysis.tokens.report import cells, markdown, write
 from gaintune.analysis.tokens.survey import scored_tokens, survey_tokens
-from gaintune.config.plan import MethodConfig, build_plan
-from gaintune.data.load import load_domain
+from gaintune.config import MethodConfig, build_plan
+from gaintune.data import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.perplexity import measure, measure_tokens
-from gaintune.methods.apply import attach
-from gaintune.models.base import load_base
+from gaintune.evaluate import compare_adapters, measure, measure_tokens
+from gaintune.methods import attach
+from gaintune.models import load_base
 
 
 @pytest.fixture(scope="module")

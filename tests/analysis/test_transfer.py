@@ -7,14 +7,14 @@ from peft import get_peft_model
 
 import tiny_base
 import tiny_domains
-from gaintune.adapters.disk import AdapterRecord, save_adapter, strip_adapters
+from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
 from gaintune.analysis.transfer.sharing import read_gain_vectors, sharing_of
 from gaintune.analysis.transfer.survey import Ablation, shared_component, survey_transfer
-from gaintune.config.plan import EvaluateConfig, build_plan
+from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.models.base import load_base
-from gaintune.results.losses import DomainLoss
+from gaintune.evaluate import compare_adapters
+from gaintune.models import load_base
+from gaintune.results import DomainLoss
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.layer import GainLayer
 

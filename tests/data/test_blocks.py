@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gaintune.config.plan import DataConfig, DomainConfig
-from gaintune.data.load import load_domain
+from gaintune.config import DataConfig, DomainConfig
+from gaintune.data import load_domain
 from gaintune.errors import BaseModelError, DataError
 
 TEXTS = [f"document {number}: " + " ".join(f"w{number}x{word}" for word in range(12)) for number in range(120)]

@@ -14,9 +14,9 @@ import torch
 import tiny_base
 import tiny_encoders
 import tiny_glue
-from gaintune.config.plan import ClassifyConfig, DomainConfig, build_plan
-from gaintune.data.classify import Padding, load_classification
-from gaintune.data.labelled import GLUE, load_labelled
+from gaintune.config import ClassifyConfig, DomainConfig, build_plan
+from gaintune.data import GLUE, Padding, load_classification
+from gaintune.data.labelled import load_labelled
 from gaintune.errors import AssetError, ConfigError, DataError
 
 GLUE_ROWS = Path(__file__).parents[3] / "shared" / "data" / "glue"

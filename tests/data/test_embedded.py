@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gaintune.config.plan import DataConfig
+from gaintune.config import DataConfig
 from gaintune.data import domains as embedded
-from gaintune.data.load import load_domain
+from gaintune.data import load_domain
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from gaintune.data import hub
-from gaintune.data.domains import CATALOGUE
+from gaintune.data import CATALOGUE, hub
 from gaintune.data.hub import HubSource, load_hub
 from gaintune.errors import AssetError
 

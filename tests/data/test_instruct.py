@@ -10,8 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gaintune.config.plan import DataConfig, DomainConfig
-from gaintune.data.load import load_domain
+from gaintune.config import DataConfig, DomainConfig
+from gaintune.data import load_domain
 from gaintune.errors import ConfigError, DataError
 
 WORDS = ("the", "cat", "and", "the", "hat", "and", "the", "bat", "sat", "on", "the", "mat")

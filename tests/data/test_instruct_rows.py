@@ -7,7 +7,7 @@ import json
 import pandas
 import pytest
 
-from gaintune.config.plan import DomainConfig
+from gaintune.config import DomainConfig
 from gaintune.data.domains import load_exchanges
 from gaintune.data.exchanges import Exchange, Turn, read_exchanges
 from gaintune.errors import DataError

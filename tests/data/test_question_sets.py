@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.data import question_sets
-from gaintune.data.choices import read_choices, write_choice_rows
-from gaintune.data.question_sets import QUESTION_SETS, holds_questions, load_questions
+from gaintune.data import QUESTION_SETS, holds_questions, load_questions, question_sets, read_choices, write_choice_rows
 from gaintune.errors import AssetError, DataError
 
 RESEARCH = {

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from gaintune.config.plan import DomainConfig
+from gaintune.config import DomainConfig
 from gaintune.data.domains import load_documents
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
 from gaintune.errors import DataError

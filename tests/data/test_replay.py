@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from gaintune.data.examples import Examples
-from gaintune.data.replay import replayed_rows, with_replay
-from gaintune.models.loss import IGNORED
+from gaintune.data import Examples, replayed_rows, with_replay
+from gaintune.models import IGNORED
 
 
 def domain(number: int, rows: int, length: int = 4) -> Examples:

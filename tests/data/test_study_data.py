@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.config.plan import DataConfig, DomainConfig
-from gaintune.data.load import load_domain
+from gaintune.config import DataConfig, DomainConfig
+from gaintune.data import load_domain
 from gaintune.data.readers import read_documents
 
 DOMAINS = Path(__file__).parents[3] / "shared" / "data" / "domains"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from gaintune.data.encode import beginning_of_text, encode_parts
+from gaintune.data import beginning_of_text, encode_parts
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
 from gaintune.data.instruct import Part, Rendered, render, undated
 from gaintune.errors import ConfigError, DataError

@@ -7,11 +7,11 @@ import tiny_benchmarks
 import torch
 
 import tiny_base
-from gaintune.adapters.disk import AdapterRecord, save_adapter
-from gaintune.config.plan import MethodConfig, ModelConfig
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.methods.apply import attach
-from gaintune.models.base import load_base
+from gaintune.adapters import AdapterRecord, save_adapter
+from gaintune.config import MethodConfig, ModelConfig
+from gaintune.evaluate.benchmarks import BenchmarkConfig
+from gaintune.methods import attach
+from gaintune.models import load_base
 
 NAMES = ("arc_easy", "lambada_openai")
 ROWS = 12

@@ -13,7 +13,7 @@ import tiny_benchmarks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig  # noqa: E402
+from gaintune.evaluate.benchmarks import BenchmarkConfig  # noqa: E402
 from gaintune.evaluate.benchmarks.records import find_score  # noqa: E402
 from gaintune.evaluate.benchmarks.run import measure_benchmarks  # noqa: E402
 

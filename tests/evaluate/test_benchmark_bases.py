@@ -10,13 +10,14 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gai
 from benchmark_world import NAMES, Watch, adapter, base_of, config_of, edit, logits
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
-from gaintune.config.plan import MethodConfig, ModelConfig
+from gaintune.adapters import AdapterRecord, attached, load_adapter, save_adapter
+from gaintune.config import MethodConfig, ModelConfig
+from gaintune.evaluate.benchmarks import base_of as base_of_report
+from gaintune.evaluate.benchmarks import benchmark_adapters, run_benchmarks
 from gaintune.evaluate.benchmarks.records import find_score
-from gaintune.evaluate.benchmarks.run import attached, benchmark_adapters, measure_benchmarks, run_benchmarks
-from gaintune.evaluate.benchmarks.run import base_of as base_of_report
-from gaintune.methods.apply import attach
-from gaintune.models.base import load_base
+from gaintune.evaluate.benchmarks.run import measure_benchmarks
+from gaintune.methods import attach
+from gaintune.models import load_base
 
 
 @pytest.mark.parametrize("method", ["gain-ffn", "lora", "disel", "ia3", "pissa", "full"])

@@ -16,22 +16,21 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gai
 import tiny_benchmarks
 from benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit
 
-from gaintune.adapters.disk import load_adapter
-from gaintune.config.plan import ModelConfig
+from gaintune.adapters import load_adapter
+from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmarks.records import (
+from gaintune.evaluate.benchmarks import (
+    BenchmarkConfig,
     BenchmarkScore,
-    TaskFacts,
-    compare_scores,
     counting_score,
-    find_score,
+    load_suite,
     mean_difference,
+    run_benchmarks,
 )
-from gaintune.evaluate.benchmarks.run import compare_benchmarks, measure_benchmarks, run_benchmarks
-from gaintune.evaluate.benchmarks.tasks import load_suite
-from gaintune.models.base import load_base
-from gaintune.results.records import Interval
+from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores, find_score
+from gaintune.evaluate.benchmarks.run import compare_benchmarks, measure_benchmarks
+from gaintune.models import load_base
+from gaintune.results import Interval
 
 
 def test_a_base_is_measured_once_for_all_its_adapters(tiny, data, tmp_path):

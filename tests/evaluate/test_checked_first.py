@@ -8,13 +8,10 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.config.plan import build_plan
+from gaintune.config import build_plan
 from gaintune.errors import AdapterError, BaseMismatchError
-from gaintune.evaluate.choices import compare_choices
-from gaintune.evaluate.classifiers import compare_classifiers
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.masked import compare_masked
-from gaintune.workflows.adaptation import adapt
+from gaintune.evaluate import compare_adapters, compare_choices, compare_classifiers, compare_masked
+from gaintune.workflows import adapt
 from killing import Nothing
 
 

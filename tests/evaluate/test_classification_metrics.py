@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.evaluate.classification import Predictions, difference, matthews_correlation, score
+from gaintune.evaluate import difference, score
+from gaintune.evaluate.classification import Predictions, matthews_correlation
 
 SETTINGS = EvaluateConfig(bootstrap_samples=400)
 

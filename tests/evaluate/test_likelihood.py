@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_base
 import tiny_encoders
-from gaintune.config.plan import build_plan
-from gaintune.data.choices import ChoiceRow, read_choices, write_instruction_rows
-from gaintune.data.load import load_domain
+from gaintune.config import build_plan
+from gaintune.data import ChoiceRow, load_domain, read_choices, write_instruction_rows
 from gaintune.errors import DataError
-from gaintune.evaluate.choices import choice_likelihoods, compare_choices
-from gaintune.models.base import load_base
-from gaintune.workflows.adaptation import adapt
+from gaintune.evaluate import compare_choices
+from gaintune.evaluate.choices import choice_likelihoods
+from gaintune.models import load_base
+from gaintune.workflows import adapt
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 EXAM = {"question": "Which?", "options": {"B": "that", "A": "this"}, "answer_idx": "B"}

@@ -10,20 +10,17 @@ from torch.nn import functional as F
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.adapters.disk import AdapterRecord, save_adapter
-from gaintune.config.plan import ModelConfig, build_plan
-from gaintune.data.load import load_domain
-from gaintune.data.masked import load_masked_blocks, mask_blocks
+from gaintune.adapters import AdapterRecord, save_adapter
+from gaintune.config import ModelConfig, build_plan
+from gaintune.data import load_domain, load_masked_blocks
+from gaintune.data.masked import mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.masked import MaskedLoss, compare_masked, measure_masked
-from gaintune.evaluate.perplexity import measure
-from gaintune.evaluate.walk import with_adapter
-from gaintune.methods.apply import attach
-from gaintune.models.base import load_base
-from gaintune.models.heads import is_masked, load_classifier, load_masked
-from gaintune.results.changes import paired_change
-from gaintune.workflows.adaptation import adapt
+from gaintune.evaluate import compare_adapters, compare_masked, measure, with_adapter
+from gaintune.evaluate.masked import MaskedLoss, measure_masked
+from gaintune.methods import attach
+from gaintune.models import is_masked, load_base, load_classifier, load_masked
+from gaintune.results import paired_change
+from gaintune.workflows import adapt
 
 TOKENIZER = tiny_encoders.tokenizer()
 

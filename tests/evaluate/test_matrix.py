@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError, RunDirectoryError
-from gaintune.results.matrix import DomainLoss, Matrix, MethodRun, Stage, build_matrix, change
-from gaintune.storage.files import canonical_json
+from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix, change
+from gaintune.storage import canonical_json
 
 QUICK = EvaluateConfig(bootstrap_samples=200)
 DOMAINS = ("one", "two", "three")

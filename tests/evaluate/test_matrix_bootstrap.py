@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gaintune.config.plan import EvaluateConfig
-from gaintune.results.bootstrap import replicate_means
-from gaintune.results.matrix import DomainLoss, MethodRun, Stage, build_matrix
+from gaintune.config import EvaluateConfig
+from gaintune.results import DomainLoss, MethodRun, Stage, build_matrix, replicate_means
 
 MANY = EvaluateConfig(bootstrap_samples=4000)
 

@@ -18,11 +18,10 @@ from datasets import Dataset
 from lm_eval.api.metrics import pooled_sample_stderr
 
 from gaintune.errors import AssetError, ConfigError, DataError
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig
+from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
 from gaintune.evaluate.benchmarks.records import find_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
-from gaintune.evaluate.benchmarks.tasks import load_suite
-from gaintune.storage.assets import ASSETS
+from gaintune.storage import ASSETS
 
 SOCIAL = ("econometrics", "high_school_geography", "high_school_government_and_politics")
 SOCIAL += ("high_school_macroeconomics", "high_school_microeconomics", "high_school_psychology", "human_sexuality")

@@ -5,10 +5,9 @@ import pytest
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.config.plan import build_plan
-from gaintune.evaluate.classifiers import compare_classifiers
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.workflows.adaptation import adapt
+from gaintune.config import build_plan
+from gaintune.evaluate import compare_adapters, compare_classifiers
+from gaintune.workflows import adapt
 
 
 @pytest.fixture

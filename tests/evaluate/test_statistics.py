@@ -7,20 +7,24 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.results.averages import reach
-from gaintune.results.changes import changes_of, mean_change, paired_change
-from gaintune.results.losses import DomainLoss
-from gaintune.results.matrix import MethodRun, Stage, build_matrix
-from gaintune.results.records import Interval
-from gaintune.results.verdicts import (
+from gaintune.results import (
     Curve,
+    DomainLoss,
+    Interval,
+    MethodRun,
+    Stage,
+    build_matrix,
+    changes_of,
     curve_difference,
     judge,
+    mean_change,
     mean_of_independent,
     paired_bootstrap,
+    paired_change,
     paired_shares,
+    reach,
     replicated,
     sign_flip_test,
 )

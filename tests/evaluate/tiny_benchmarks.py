@@ -8,9 +8,8 @@ from pathlib import Path
 import lm_eval.tasks
 
 import tiny_base
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig
+from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
 from gaintune.evaluate.benchmarks.model import AskedModel
-from gaintune.evaluate.benchmarks.tasks import load_suite
 from gaintune.progress import Silent
 
 LM_EVAL = Path(lm_eval.tasks.__file__).parent

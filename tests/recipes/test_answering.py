@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.data.choices import read_choices
+from gaintune.data import read_choices
 from gaintune.errors import ConfigError, RunDirectoryError
-from gaintune.evaluate.choices import compare_choices
+from gaintune.evaluate import compare_choices
 from gaintune.progress import Silent
+from gaintune.recipes import Recipe, run_recipe
 from gaintune.recipes.outcome import Context
-from gaintune.recipes.runner import run_recipe
-from gaintune.recipes.schema import Recipe
 from gaintune.recipes.steps.answers import answers
 from gaintune.recipes.world import World, questions
 

@@ -7,14 +7,12 @@ from statistics import mean, stdev
 
 import pytest
 
-from gaintune.adapters.disk import read_record
+from gaintune.adapters import read_record
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.progress import Silent
+from gaintune.recipes import Recipe, recipe_named, run_recipe
 from gaintune.recipes import smoke as tiny
-from gaintune.recipes.catalogue import recipe_named
 from gaintune.recipes.outcome import Context
-from gaintune.recipes.runner import run_recipe
-from gaintune.recipes.schema import Recipe
 from gaintune.recipes.steps import classify as report
 from gaintune.recipes.steps.classify import DECODER, Measured, Study
 from gaintune.recipes.world import World

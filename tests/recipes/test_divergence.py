@@ -2,8 +2,7 @@
 
 import json
 
-from gaintune.recipes.runner import run_recipe
-from gaintune.recipes.schema import Recipe
+from gaintune.recipes import Recipe, run_recipe
 
 BREAKS = {"name": "lora", "lr": 1e36, "alpha": 1e4}
 

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.config.plan import build_plan
+from gaintune.config import build_plan
 from gaintune.errors import ConfigError, DataError
 from gaintune.progress import Silent
+from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
-from gaintune.recipes.catalogue import recipe_named, recipes
 from gaintune.recipes.differences import LISTS, budget_note, dropped, names_in, note_of, stem_of
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
-from gaintune.recipes.runner import run_recipe
-from gaintune.recipes.schema import Recipe
 from gaintune.recipes.steps import benchmarks as benchmarking
 from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.steps.classify import HOPELESS, mean_kept

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from gaintune.cli.app import app
 from gaintune.errors import ConfigError
-from gaintune.recipes.catalogue import recipe_named, recipes
+from gaintune.recipes import recipe_named, recipes
 
 MINE = {
     "id": "MINE",

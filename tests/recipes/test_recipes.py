@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 
 from gaintune.errors import ConfigError, RunDirectoryError
-from gaintune.recipes.catalogue import recipe_named, recipes
+from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes.differences import LISTS, names_in, stem_of
-from gaintune.recipes.runner import run_recipe
-from gaintune.recipes.schema import Expectation, Recipe, read_recipe
+from gaintune.recipes.schema import Expectation, read_recipe
 
 AGAIN = ("G3", "G9", "G16", "G17", "D2", "D5")
 """One of each kind that measures or keeps what others do not: benchmarks, answers, sweep, landscape and so on."""

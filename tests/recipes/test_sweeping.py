@@ -4,7 +4,7 @@ import pytest
 
 import tiny_sweep
 from gaintune.recipes.steps.sweep import numbers_of
-from gaintune.workflows.sweep.compare import compare_sweep
+from gaintune.workflows.sweep import compare_sweep
 
 
 def effect(in_domain, earlier):

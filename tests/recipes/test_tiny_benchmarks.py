@@ -6,11 +6,10 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
-from gaintune.config.plan import ModelConfig
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmarks.records import counting_score
+from gaintune.config import ModelConfig
+from gaintune.evaluate.benchmarks import BenchmarkConfig, counting_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
-from gaintune.models.base import load_base
+from gaintune.models import load_base
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes import smoke as tiny_benchmarks
 

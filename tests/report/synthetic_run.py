@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from gaintune.config.plan import EvaluateConfig, build_plan, plan_yaml
-from gaintune.results.matrix import DomainLoss, MethodRun, Stage, build_matrix
-from gaintune.storage.files import write_json, write_text
+from gaintune.config import EvaluateConfig, build_plan, plan_yaml
+from gaintune.results import DomainLoss, MethodRun, Stage, build_matrix
+from gaintune.storage import write_json, write_text
 
 QUICK = EvaluateConfig(bootstrap_samples=200)
 

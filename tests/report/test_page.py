@@ -9,12 +9,11 @@ import matplotlib
 import pytest
 from synthetic_run import forgets, keeps, make_matrix, make_runs, write_run
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.report import write_report
-from gaintune.results.matrix import Matrix, build_matrix
-from gaintune.storage.files import read_json, write_json, write_text
-from gaintune.storage.run import Run
+from gaintune.results import Matrix, build_matrix
+from gaintune.storage import Run, read_json, write_json, write_text
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FILES = {f"figures/{name}.{kind}" for name in ("matrix", "curves", "summary") for kind in ("png", "svg")}

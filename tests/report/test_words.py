@@ -6,7 +6,7 @@ import pytest
 from synthetic_run import forgets, keeps, make_matrix
 
 from gaintune.report import words
-from gaintune.results.matrix import Comparison, Interval, Summary
+from gaintune.results import Comparison, Interval, Summary
 
 DOMAINS = ("medical", "law", "code")
 

@@ -9,9 +9,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from gaintune.errors import ConfigError
+from gaintune.tuners import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
-from gaintune.tuners.optim import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
 
 ROWS = [{"input_ids": row, "labels": row} for row in tiny_models.tokens(rows=4)]
 

@@ -6,8 +6,8 @@ import torch
 from peft import AdaLoraConfig, IA3Config, get_peft_model
 from torch import nn
 
+from gaintune.tuners import parameter_groups
 from gaintune.tuners.gain import GainConfig
-from gaintune.tuners.optim import parameter_groups
 
 
 def names_of(model, group):

@@ -11,9 +11,10 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraCo
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
 from gaintune.errors import GaintuneError
+from gaintune.tuners import register
 from gaintune.tuners.disel import DiselConfig, DiselModel
 from gaintune.tuners.gain import GainConfig, GainModel
-from gaintune.tuners.registry import add_peft_type, register
+from gaintune.tuners.registry import add_peft_type
 
 
 def test_the_type_behaves_as_a_member_of_the_enumeration():

@@ -9,11 +9,10 @@ from typing import Any, cast
 
 import torch
 
-from gaintune.adapters.disk import FULL, load_adapter, read_config, read_record
+from gaintune.adapters.disk import FULL, load_adapter
+from gaintune.adapters.record import read_config, read_record
 from gaintune.errors import AdapterError, one_line
-from gaintune.models.base import (
-    Base,
-)
+from gaintune.models import Base
 
 
 def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: bool = False) -> tuple[Any, Rounding]:

@@ -26,10 +26,9 @@ from gaintune.adapters.record import (
     read_record,
     warn_of_other_rows,
 )
-from gaintune.config.plan import DataConfig, ModelConfig
+from gaintune.config import DataConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseModelError, one_line
-from gaintune.models.base import Base, base_fingerprint, load_model, save_model
-from gaintune.models.checkpoints import Checkpoint
+from gaintune.models import Base, Checkpoint, base_fingerprint, load_model, save_model
 from gaintune.storage import files
 
 if TYPE_CHECKING:

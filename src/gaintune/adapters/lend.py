@@ -12,8 +12,7 @@ from torch import nn
 
 from gaintune.adapters.disk import load_adapter, strip_adapters
 from gaintune.errors import ConfigError
-from gaintune.models.base import Base, load_model
-from gaintune.models.checkpoints import Checkpoint
+from gaintune.models import Base, Checkpoint, load_model
 
 PROBE_TOKENS = 32
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gaintune.config.plan import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
+from gaintune.config import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.storage import files
 

@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters.disk import adapter_labels
-from gaintune.adapters.record import adapter_weights, check_whole, read_config, read_record
-from gaintune.config.plan import Plan
-from gaintune.data.load import DomainBlocks
+from gaintune.adapters import adapter_labels, adapter_weights, check_whole, read_config, read_record
+from gaintune.config import Plan
+from gaintune.data import DomainBlocks
 from gaintune.errors import AdapterError
-from gaintune.models.base import Base, resolve_device
-from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import sha256_file
+from gaintune.models import Base, resolve_device
+from gaintune.storage import describe_environment, sha256_file
 
 
 @dataclass(frozen=True)

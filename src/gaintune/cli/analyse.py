@@ -42,7 +42,7 @@ from gaintune.cli.options import (
     survey_plan,
     with_base,
 )
-from gaintune.config.plan import as_domain
+from gaintune.config import as_domain
 from gaintune.errors import ConfigError
 
 
@@ -210,7 +210,7 @@ def retention(
     --domain is the target, --watch a text whose retention is asked. Writes retention.csv, .md and .json, and a figure
     as PNG and SVG.
     """
-    from gaintune.training.snapshots import snapshots_of
+    from gaintune.training import snapshots_of
 
     given = Options(
         model=model, domains=domain, watched=watch, task=task, template=template, text_column=text_column,
@@ -234,7 +234,7 @@ def retention(
     quiet_libraries()
     from gaintune.analysis.retention.report import sides, write
     from gaintune.analysis.retention.survey import survey_retention
-    from gaintune.storage.assets import cache_dir
+    from gaintune.storage import cache_dir
 
     found = survey_retention(
         settled,

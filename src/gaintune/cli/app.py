@@ -76,8 +76,8 @@ def _sequence(plan: Any, run: Path) -> None:
     """Run a plan, print its summary, write its report."""
     quiet_libraries()
     from gaintune.report import write_report
-    from gaintune.storage.run import first_process
-    from gaintune.workflows.sequence import run_sequence
+    from gaintune.storage import first_process
+    from gaintune.workflows import run_sequence
 
     try:
         matrix = run_sequence(plan, run, progress=progress_on(err))
@@ -183,10 +183,10 @@ def adapt(
     settled = assemble(plan, given, set_)
     quiet_libraries()
     from gaintune.progress import plural
-    from gaintune.results.losses import change
-    from gaintune.storage.run import first_process
-    from gaintune.workflows.adaptation import adapt as run_adapt
-    from gaintune.workflows.classification import ClassifierResult
+    from gaintune.results import change
+    from gaintune.storage import first_process
+    from gaintune.workflows import ClassifierResult
+    from gaintune.workflows import adapt as run_adapt
 
     result = run_adapt(settled, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
     if not first_process():
@@ -238,7 +238,7 @@ def merge(
 
     The merged model is read back and compared with the adapter on the first --domain's validation text.
     """
-    from gaintune.adapters.disk import claimed_base, read_record
+    from gaintune.adapters import claimed_base, read_record
 
     base = None if model or plan else claimed_base(adapter, read_record(adapter))
     given = Options(
@@ -249,9 +249,9 @@ def merge(
         plan, given, [*([f"model.revision={base.revision}"] if base and base.revision else []), *(set_ or [])]
     )
     quiet_libraries()
-    from gaintune.data.load import load_domain
-    from gaintune.models.base import load_tokenizer
-    from gaintune.workflows.merge import merge_adapter
+    from gaintune.data import load_domain
+    from gaintune.models import load_tokenizer
+    from gaintune.workflows import merge_adapter
 
     text = load_domain(settled.data.domains[0], settled.data, load_tokenizer(settled.model))
     certificate = merge_adapter(

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from gaintune.adapters.record import BASE
+from gaintune.adapters import BASE
 from gaintune.cli.console import percent, table
-from gaintune.config.plan import Plan
+from gaintune.config import Plan
 from gaintune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-    from gaintune.evaluate.benchmarks.records import BenchmarkComparison, BenchmarkReport, BenchmarkScore
-    from gaintune.evaluate.benchmarks.tasks import Suite
+    from gaintune.evaluate.benchmarks import (
+        BenchmarkComparison,
+        BenchmarkConfig,
+        BenchmarkReport,
+        BenchmarkScore,
+        Suite,
+    )
     from gaintune.progress import Progress
 
 Benchmarks = Annotated[
@@ -69,7 +73,7 @@ def config_of(
             option = option.replace("_", "-")
             raise ConfigError(f"--{option} is for benchmarks: name some with --benchmarks")
         return None
-    from gaintune.evaluate.benchmarks.config import read_config
+    from gaintune.evaluate.benchmarks import read_config
 
     uncertainty = plan.evaluate
     return read_config(
@@ -87,7 +91,7 @@ def config_of(
 
 def suite_of(config: BenchmarkConfig) -> Suite:
     """The tasks of a config with their rows, before a model is loaded."""
-    from gaintune.evaluate.benchmarks.tasks import load_suite
+    from gaintune.evaluate.benchmarks import load_suite
 
     return load_suite(config)
 
@@ -103,8 +107,8 @@ def measure(
     progress: Progress,
 ) -> BenchmarkReport:
     """Scores of the plan's base and of adapters on it, each in its own numbers; the cache keeps them if `keep`."""
-    from gaintune.evaluate.benchmarks.run import benchmark_adapters
-    from gaintune.storage.assets import cache_dir
+    from gaintune.evaluate.benchmarks import benchmark_adapters
+    from gaintune.storage import cache_dir
 
     return benchmark_adapters(
         plan.model,

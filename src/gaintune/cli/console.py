@@ -116,6 +116,6 @@ def quiet_libraries() -> None:
 
 def progress_on(console: Console) -> progress.Progress:
     """Bars; of several processes on one run, only the first draws."""
-    from gaintune.storage.run import first_process
+    from gaintune.storage import first_process
 
     return Bars(console) if first_process() else progress.Silent()

@@ -37,13 +37,13 @@ from gaintune.cli.options import (
     ValidationTokens,
     assemble,
 )
-from gaintune.config.plan import Plan, as_domain
+from gaintune.config import Plan, as_domain
 from gaintune.errors import ConfigError
 from gaintune.progress import plural
 
 if TYPE_CHECKING:
-    from gaintune.evaluate.classification import Scores, Share
-    from gaintune.workflows.classification import ClassifierResult
+    from gaintune.evaluate import Scores, Share
+    from gaintune.workflows import ClassifierResult
 
 out = Console()
 err = Console(stderr=True)
@@ -146,7 +146,7 @@ def evaluate(
 
 
 def _all_classifiers(adapters: Sequence[Path]) -> bool:
-    from gaintune.evaluate.classifiers import is_classifier
+    from gaintune.evaluate import is_classifier
 
     return all(is_classifier(adapter) for adapter in adapters)
 
@@ -154,18 +154,18 @@ def _all_classifiers(adapters: Sequence[Path]) -> bool:
 def _measurement(plan: Plan, masked: bool, choices: Sequence[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What measures, and what draws its figures."""
     if masked:
-        from gaintune.evaluate.masked import compare_masked
+        from gaintune.evaluate import compare_masked
 
         return compare_masked, partial(_figures_table, of="domain", columns=MASKED)
     if choices:
-        from gaintune.evaluate.choices import compare_choices
+        from gaintune.evaluate import compare_choices
 
         return partial(compare_choices, sets=_sets(choices)), partial(_figures_table, of="questions", columns=CHOICES)
     if plan.classifies:
-        from gaintune.evaluate.classifiers import compare_classifiers
+        from gaintune.evaluate import compare_classifiers
 
         return compare_classifiers, _classifier_tables
-    from gaintune.evaluate.compare import compare_adapters
+    from gaintune.evaluate import compare_adapters
 
     return compare_adapters, partial(_figures_table, of="domain", columns=PERPLEXITY)
 

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def methods() -> None:
     """List the methods, their default rates and options."""
-    from gaintune.methods.catalogue import METHODS
+    from gaintune.methods import METHODS
 
     rows = [
         [m.name, m.description, f"{m.lr:g}", ", ".join(sorted(m.options)) or "—", m.needs] for m in METHODS.values()
@@ -34,7 +34,7 @@ def methods() -> None:
 
 def domains() -> None:
     """List the domains known by name; any local file or folder is one too (name=path)."""
-    from gaintune.data.domains import CATALOGUE
+    from gaintune.data import CATALOGUE
 
     rows = [[entry.name, entry.task, entry.description, entry.source, entry.licence] for entry in CATALOGUE.values()]
     out.print(table("", ["domain", "task", "what it is", "from", "licence"], rows))
@@ -45,9 +45,9 @@ def assets(
     optional: Annotated[bool, typer.Option("--optional", help="With --fetch: also what few commands need.")] = False,
 ) -> None:
     """List the embedded model and texts, and whether they are in the cache."""
-    from gaintune.models.gguf import place_of
-    from gaintune.storage.assets import ASSETS, cache_dir, status
-    from gaintune.storage.assets import fetch as fetch_asset
+    from gaintune.models import place_of
+    from gaintune.storage import ASSETS, cache_dir, status
+    from gaintune.storage import fetch as fetch_asset
 
     rows = []
     for name, asset in ASSETS.items():
@@ -64,6 +64,6 @@ def assets(
 
 def config(plan: PlanFile = None, set_: Set = None) -> None:
     """Print a complete plan with every default: save it, change it, run it. With a PLAN, check it and fill it in."""
-    from gaintune.config.plan import plan_yaml_documented
+    from gaintune.config import plan_yaml_documented
 
     typer.echo(plan_yaml_documented(assemble(plan, Options(), set_)), nl=False)

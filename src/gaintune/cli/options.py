@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gaintune.config.plan import (
+from gaintune.config import (
     DataConfig,
     MethodConfig,
     ModelConfig,
@@ -134,8 +134,7 @@ def parse_method(text: str) -> dict[str, Any]:
 
 def _with_text_column(domains: Any, column: str) -> list[Any]:
     """Domains with the column that holds their text, where they are local files: all that no name stands for."""
-    from gaintune.data.domains import CATALOGUE
-    from gaintune.data.labelled import GLUE
+    from gaintune.data import CATALOGUE, GLUE
 
     known = {*CATALOGUE, *GLUE}
     each = [as_domain(domain) for domain in as_list(domains) or ()]
@@ -181,7 +180,7 @@ def assemble(plan: Path | None, given: Options, assignments: Sequence[str] | Non
 
 def _with_own_tasks(data: Any) -> Any:
     """Domains of the catalogue with their own task, text or instruct, where the plan's is the other one."""
-    from gaintune.data.domains import CATALOGUE
+    from gaintune.data import CATALOGUE
 
     task = data.get("task", "text") if isinstance(data, dict) else None
     if task not in ("text", "instruct"):  # a classifier's domains are not mixed, and the plan refuses what is wrong
@@ -218,7 +217,7 @@ def say(text: str) -> None:
 
 def with_base(adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> tuple[Options, list[str]]:
     """Options and assignments with the base that the first adapter names, and its revision, unless one is given."""
-    from gaintune.adapters.disk import claimed_base, read_record
+    from gaintune.adapters import claimed_base, read_record
 
     settled = list(assignments or ())
     if given.model is not None:
@@ -232,7 +231,7 @@ def survey_plan(plan: Path | None, adapters: Sequence[Path], given: Options, ass
     """The plan of a survey: a file's if there is one, then the options; base and domains learnt last by records."""
     if plan is not None:
         return assemble(plan, given, assignments)
-    from gaintune.adapters.disk import read_record
+    from gaintune.adapters import read_record
 
     given, settled = with_base(adapters, given, assignments)
     records = [read_record(folder) for folder in adapters]

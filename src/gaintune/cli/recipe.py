@@ -9,10 +9,10 @@ import typer
 
 from gaintune.cli.console import progress_on, quiet_libraries, table
 from gaintune.cli.options import Set, err, out, say
-from gaintune.config.plan import apply_overrides
+from gaintune.config import apply_overrides
 
 if TYPE_CHECKING:
-    from gaintune.recipes.schema import Recipe
+    from gaintune.recipes import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="The papers' experiments: list, show, run.")
 
@@ -27,7 +27,7 @@ Name = Annotated[
 @app.command("list")
 def list_() -> None:
     """List the experiments: id, what it is, and where in the papers it stands."""
-    from gaintune.recipes.catalogue import recipes
+    from gaintune.recipes import recipes
 
     rows = [[each.id, each.title, each.source] for each in recipes().values()]
     out.print(table("", ["id", "experiment", "source"], rows))
@@ -36,7 +36,7 @@ def list_() -> None:
 @app.command()
 def show(name: Name) -> None:
     """Show one experiment: the question, its steps, and the claims it decides."""
-    from gaintune.recipes.catalogue import recipe_named
+    from gaintune.recipes import recipe_named
 
     recipe = recipe_named(name)
     say(
@@ -91,12 +91,11 @@ def run(
     set_: Set = None,
 ) -> None:
     """Run one experiment, and write its tables, figures, and a verdict on every claim."""
-    from gaintune.recipes.catalogue import recipe_named
+    from gaintune.recipes import recipe_named
 
     recipe: Recipe = recipe_named(name)
     quiet_libraries()
-    from gaintune.recipes.runner import run_recipe
-    from gaintune.recipes.writing import SMOKE, shown
+    from gaintune.recipes import SMOKE, run_recipe, shown
 
     place = folder or Path("runs") / f"{recipe.id.lower()}-{scale}"
     result = run_recipe(

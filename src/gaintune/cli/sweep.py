@@ -41,24 +41,25 @@ def sweep(
     comparison.md and .json, and the trade-off as tradeoff.png and .svg. Keys of the grid are set as --set seeds=[0,1]
     or --set plan.train.epochs=2. Ends with exit code 1 if any run failed.
     """
-    from gaintune.workflows.sweep.engine import check_engine
+    from gaintune.workflows.sweep import check_engine
 
     chosen = check_engine(engine, jobs, address)  # before what takes seconds to load
     quiet_libraries()
     from gaintune.errors import DataError, SweepError
     from gaintune.progress import plural
-    from gaintune.workflows.sweep.compare import check_comparison, compare_sweep
-    from gaintune.workflows.sweep.grid import read_grid
-    from gaintune.workflows.sweep.report import (
+    from gaintune.workflows.sweep import (
+        check_comparison,
+        compare_sweep,
         curve_sentence,
         discard,
         pair_sentence,
         point_frame,
+        read_grid,
         remarks,
+        run_sweep,
         target_title,
         write,
     )
-    from gaintune.workflows.sweep.run import run_sweep
 
     check_comparison(figure, target)
     settled = read_grid(grid, set_ or ())

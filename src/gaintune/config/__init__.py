@@ -1,1 +1,8 @@
-"""."""
+"""A plan as data: its sections, how it is read, overridden and written, and how its mistakes are explained.
+
+Imports only `errors`. A new plan field is one field of a section in `plan.py`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,9 @@
-"""Text in, blocks of tokens out: where a domain comes from, how it is split, and how it is packed."""
+"""From a domain's name to rows of tokens: where text comes from, how it is split, encoded and packed.
+
+May import `config`, `storage` and what lies below. A new domain is one entry in `domains.py`; a set with labels one in
+`labelled.py`; a set of questions one in `question_sets.py`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,7 +14,7 @@ from gaintune.data.readers import split_files
 from gaintune.data.split import drawn_order
 from gaintune.data.tables import ROW_SUFFIXES, Row, read_table, row_text
 from gaintune.errors import DataError
-from gaintune.storage.files import write_text
+from gaintune.storage import write_text
 
 logger = logging.getLogger(__name__)
 

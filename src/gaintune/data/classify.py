@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.config.plan import ClassifyConfig, DomainConfig
+from gaintune.config import ClassifyConfig, DomainConfig
 from gaintune.data.labelled import LabelledText, LabelledTexts, load_labelled
 from gaintune.data.neighbours import normalise
 from gaintune.data.split import drawn_order

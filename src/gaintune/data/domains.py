@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaintune.config.plan import DataConfig, DomainConfig, Task
+from gaintune.config import DataConfig, DomainConfig, Task
 from gaintune.data import domains as embedded
 from gaintune.data import hub
 from gaintune.data.documents import Document, Documents

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gaintune.models.loss import IGNORED
+from gaintune.models import IGNORED
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.config.plan import DataConfig, DomainConfig, Template
+from gaintune.config import DataConfig, DomainConfig, Template
 from gaintune.data.domains import characters_needed, load_exchanges
 from gaintune.data.encode import beginning_of_text, encode_parts, end_of_text, special_tokens
 from gaintune.data.examples import DomainBlocks, Packed, TokenRow, pack

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from gaintune.config.plan import DomainConfig
+from gaintune.config import DomainConfig
 from gaintune.data.documents import Document, Documents
 from gaintune.data.hub import unreachable
 from gaintune.data.readers import local_path, split_files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.config.plan import DataConfig, DomainConfig
+from gaintune.config import DataConfig, DomainConfig
 from gaintune.data.examples import DomainBlocks
 from gaintune.data.instruct import load_instruct
 from gaintune.data.text import load_text

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gaintune.data.examples import Examples
 from gaintune.data.split import drawn_order
-from gaintune.models.loss import IGNORED
+from gaintune.models import IGNORED
 
 
 def replayed_rows(new: int, ratio: float) -> int:

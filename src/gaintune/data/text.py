@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.config.plan import DataConfig, DomainConfig
+from gaintune.config import DataConfig, DomainConfig
 from gaintune.data.domains import characters_needed, load_documents
 from gaintune.data.encode import Encoded, encode_texts, end_of_text
 from gaintune.data.examples import DomainBlocks, Examples

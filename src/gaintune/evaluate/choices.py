@@ -20,17 +20,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.adapters.disk import BASE, adapter_labels, check_adapters, load_adapter
-from gaintune.config.plan import Plan
-from gaintune.data.choices import ChoiceRow, read_choices
-from gaintune.data.encode import beginning_of_text, encode_parts
+from gaintune.adapters import BASE, adapter_labels, check_adapters, load_adapter
+from gaintune.config import Plan
+from gaintune.data import ChoiceRow, beginning_of_text, encode_parts, read_choices
 from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.classification import Predictions, Share, difference, score
 from gaintune.evaluate.perplexity import autocast
 from gaintune.evaluate.walk import Look, look_at_base_and_adapters
-from gaintune.models.base import Base, load_base
-from gaintune.models.heads import longest_input
-from gaintune.models.loss import NextTokenLoss
+from gaintune.models import Base, NextTokenLoss, load_base, longest_input
 from gaintune.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.results.intervals import paired_shares
+from gaintune.results import paired_shares
 
 POSITIVE = ("1", "equivalent")  # the class of GLUE's F1: MRPC's paraphrases, and 1 where labels are 0 and 1
 

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaintune.adapters.disk import AdapterRecord, adapter_labels, check_adapters, load_adapter, read_record
-from gaintune.config.plan import Plan
-from gaintune.data.classify import ClassifyDomain, LabelledExamples, Padding, load_classification
+from gaintune.adapters import AdapterRecord, adapter_labels, check_adapters, load_adapter, read_record
+from gaintune.config import Plan
+from gaintune.data import ClassifyDomain, LabelledExamples, Padding, load_classification
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.evaluate.classification import Predictions, Scores, Share, difference, score
 from gaintune.evaluate.perplexity import autocast
 from gaintune.evaluate.walk import look_at_adapters
-from gaintune.methods.apply import measuring_numbers
-from gaintune.models.base import load_tokenizer
-from gaintune.models.heads import load_classifier, reads_segments
+from gaintune.methods import measuring_numbers
+from gaintune.models import load_classifier, load_tokenizer, reads_segments
 from gaintune.progress import Progress, Silent
 
 

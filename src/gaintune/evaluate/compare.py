@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.adapters.disk import BASE, adapter_labels, check_adapters
-from gaintune.config.plan import Plan
-from gaintune.data.load import load_domain
+from gaintune.adapters import BASE, adapter_labels, check_adapters
+from gaintune.config import Plan
+from gaintune.data import load_domain
 from gaintune.evaluate.perplexity import measure_domain
 from gaintune.evaluate.walk import Look, look_at_base_and_adapters, with_adapter
-from gaintune.models.base import Base, load_base
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress
-from gaintune.results.losses import DomainLoss, MethodRun, Stage
-from gaintune.results.matrix import build_matrix
+from gaintune.results import DomainLoss, MethodRun, Stage, build_matrix
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaintune.adapters.disk import BASE, adapter_labels, check_adapters
-from gaintune.config.plan import Plan
-from gaintune.data.masked import MaskedBlocks, load_masked_blocks
+from gaintune.adapters import BASE, adapter_labels, check_adapters
+from gaintune.config import Plan
+from gaintune.data import MaskedBlocks, load_masked_blocks
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.evaluate.perplexity import autocast
 from gaintune.evaluate.walk import Look, look_at_base_and_adapters, with_adapter
-from gaintune.models.base import Base
-from gaintune.models.heads import load_masked, longest_input
-from gaintune.models.loss import IGNORED
+from gaintune.models import IGNORED, Base, load_masked, longest_input
 from gaintune.progress import Progress, Silent
-from gaintune.results.bootstrap import LARGEST_EXPONENT
-from gaintune.results.changes import paired_change
+from gaintune.results import LARGEST_EXPONENT, paired_change
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gaintune.data.examples import DomainBlocks, Examples
+from gaintune.data import DomainBlocks, Examples
 from gaintune.errors import BaseModelError, DivergedError
-from gaintune.models.isolation import require_isolation
-from gaintune.models.loss import NextTokenLoss
+from gaintune.models import NextTokenLoss, require_isolation
 from gaintune.progress import Progress, Silent
-from gaintune.results.losses import DomainLoss
-from gaintune.storage.files import canonical_json, make_folder, read_json, write_json
-from gaintune.storage.run import locked
+from gaintune.results import DomainLoss
+from gaintune.storage import canonical_json, locked, make_folder, read_json, write_json
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

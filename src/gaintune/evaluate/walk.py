@@ -11,12 +11,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from gaintune.adapters.disk import BASE, adapter_labels, load_adapter, read_record
-from gaintune.config.plan import Plan
+from gaintune.adapters import BASE, adapter_labels, load_adapter, read_record
+from gaintune.config import Plan
 from gaintune.errors import AdapterError
-from gaintune.methods.apply import Numbers, measuring_numbers
-from gaintune.models.base import Base
-from gaintune.models.heads import load_classifier
+from gaintune.methods import Numbers, measuring_numbers
+from gaintune.models import Base, load_classifier
 
 
 def with_adapter(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False) -> nn.Module:

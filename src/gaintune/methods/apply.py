@@ -14,12 +14,12 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from gaintune.config.plan import MethodConfig, ModelConfig, TrainConfig
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
 from gaintune.methods.rules import Place, StageRule
-from gaintune.models.base import resolve_device, resolve_dtype
+from gaintune.models import resolve_device, resolve_dtype
 
 COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain

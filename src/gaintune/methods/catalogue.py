@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from gaintune.config.plan import MethodConfig
+from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError
 from gaintune.methods import peft_configs
 from gaintune.methods.rules import BudgetSchedule, GainWarnings, Place, StageRule, SubspaceProjection
-from gaintune.tuners.optim import GATES
+from gaintune.tuners import GATES
 
 LORA_PLUS_RATIO = 16.0
 

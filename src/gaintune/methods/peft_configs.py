@@ -11,7 +11,7 @@ import torch
 from peft import AdaLoraConfig, HiraConfig, IA3Config, LoraConfig, OSFConfig, PeftConfig, VeraConfig
 from transformers import PreTrainedModel
 
-from gaintune.config.plan import MethodConfig
+from gaintune.config import MethodConfig
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.mapping import default_projections

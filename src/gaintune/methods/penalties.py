@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gaintune.config.plan import MethodConfig
+from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError, DivergedError
 from gaintune.methods.rules import Lesson, Place, StageRule
 

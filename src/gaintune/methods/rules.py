@@ -13,11 +13,11 @@ from peft.tuners.osf.layer import OSFLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gaintune.config.plan import MethodConfig
+from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError
-from gaintune.models.loss import Objective
+from gaintune.models import Objective
 from gaintune.progress import Progress, Silent
-from gaintune.storage.run import first_process
+from gaintune.storage import first_process
 from gaintune.tuners.gain import GainLayer
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import BaseModelError, ConfigError, one_line
 from gaintune.models.checkpoints import Checkpoint, locate
 from gaintune.models.fingerprint import fingerprint_folder

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import AssetError, BaseModelError
 from gaintune.models.gguf import converted_folder
 from gaintune.storage import assets

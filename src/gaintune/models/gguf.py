@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from gaintune.errors import BaseModelError, one_line
-from gaintune.storage import assets
-from gaintune.storage.files import MANIFEST, complete_folder, sha256_file
+from gaintune.storage import MANIFEST, assets, complete_folder, sha256_file
 
 if TYPE_CHECKING:
     import torch

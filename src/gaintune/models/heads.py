@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gaintune.config.plan import CLASSIFIER_BASE, ModelConfig
+from gaintune.config import CLASSIFIER_BASE, ModelConfig
 from gaintune.errors import BaseModelError, ConfigError
 from gaintune.models.base import (
     Base,

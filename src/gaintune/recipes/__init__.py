@@ -1,1 +1,8 @@
-"""Every experiment of both papers as data, and what runs them."""
+"""The papers' experiments: what a recipe is, how its steps run, and the verdict on every claim.
+
+May import everything but `cli`. A new experiment is one YAML file in `experiments/`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gaintune.config.plan import MethodConfig, Plan
-from gaintune.evaluate.benchmarks.config import as_task
+from gaintune.config import MethodConfig, Plan
+from gaintune.evaluate.benchmarks import as_task
 from gaintune.progress import plural
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
 from gaintune.recipes.world import BUDGETS

@@ -9,13 +9,12 @@ from typing import Any, Protocol, TypeVar
 
 import pandas as pd
 
-from gaintune.config.plan import Plan
+from gaintune.config import Plan
 from gaintune.errors import ConfigError
 from gaintune.progress import Progress
 from gaintune.recipes.schema import Claim, Recipe, Scale
 from gaintune.recipes.world import World
-from gaintune.results.records import Interval
-from gaintune.results.verdicts import Verdict
+from gaintune.results import Interval, Verdict
 
 D = TypeVar("D")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
-from gaintune.models.base import resolve_device
+from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.catalogue import recipe_named
 from gaintune.recipes.differences import budget_note, dropped, names_in, note_of
@@ -20,10 +20,8 @@ from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step
 from gaintune.recipes.steps.kinds import KINDS
 from gaintune.recipes.world import World, world_of
 from gaintune.recipes.writing import write_results
-from gaintune.results.verdicts import judge
-from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import make_folder
-from gaintune.storage.run import Run
+from gaintune.results import judge
+from gaintune.storage import Run, describe_environment, make_folder
 
 RECORD = "recipe.json"
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from gaintune.config.explanations import explain
-from gaintune.config.plan import NAME, Section, as_list
+from gaintune.config import NAME, Section, as_list, explain
 from gaintune.errors import ConfigError
 
 Scale = Literal["smoke", "small", "paper"]

@@ -23,7 +23,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from gaintune.storage.files import complete_folder, damage, write_text
+from gaintune.storage import complete_folder, damage, write_text
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 GLUE_LABELS = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "sst2": 2}

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.config.plan import Plan, build_plan
-from gaintune.data.domains import CATALOGUE, advice_on
-from gaintune.data.question_sets import holds_questions
-from gaintune.data.readers import SUFFIXES
-from gaintune.data.tables import ROW_SUFFIXES
+from gaintune.config import Plan, build_plan
+from gaintune.data import CATALOGUE, ROW_SUFFIXES, SUFFIXES, advice_on, holds_questions
 from gaintune.errors import ConfigError
 from gaintune.recipes import smoke
 from gaintune.recipes.schema import Scale, laid_over
-from gaintune.storage.files import sha256_file
+from gaintune.storage import sha256_file
 
 TEXTS = (".", "domains", "instruct", "glue")
 """Where local copies of texts are looked for, inside the folder of `--data`."""

@@ -11,10 +11,9 @@ import pandas as pd
 
 from gaintune.recipes.outcome import RecipeResult
 from gaintune.recipes.schema import Claim
-from gaintune.report.tables import markdown_table
-from gaintune.report.words import NONE, number
-from gaintune.results.records import Interval
-from gaintune.storage.files import make_folder, write_json, write_text
+from gaintune.report import NONE, markdown_table, number
+from gaintune.results import Interval
+from gaintune.storage import make_folder, write_json, write_text
 
 SMOKE = (
     "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "

@@ -1,5 +1,8 @@
-"""The report of a run: one page, figures and tables, made from what the run directory holds."""
+"""Tables, figures and the page of a run: one canvas, one palette, one way to write an interval.
 
-from gaintune.report.page import write_report
+May import `results` and what lies below; knows nothing of models.
+"""
 
-__all__ = ["write_report"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,8 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from gaintune.report.canvas import INK, MUTED, PAGE, RULE, SHADE, figure_files, styled
 from gaintune.report.palette import diverging, ink_on, largest_change, limit_of, look
 from gaintune.report.words import FIGURES, signed
-from gaintune.results.matrix import Cell, Matrix, MethodMatrix
-from gaintune.results.records import Place
+from gaintune.results import Cell, Matrix, MethodMatrix, Place
 
 
 def _cell(axes: Axes, column: int, row: int, cell: Cell, place: Place, colour: str) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gaintune.config.plan import Plan, build_plan, plan_yaml, read_values
+from gaintune.config import Plan, build_plan, plan_yaml, read_values
 from gaintune.errors import RunDirectoryError
 from gaintune.progress import plural
 from gaintune.report import canvas, figures, palette, tables, words
-from gaintune.results.matrix import Matrix
-from gaintune.results.stored import recomputed
-from gaintune.storage.files import read_json, write_bytes, write_json, write_text
+from gaintune.results import Matrix, recomputed
+from gaintune.storage import read_json, write_bytes, write_json, write_text
 
 
 def write_report(run: str | Path) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib import colormaps
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex, to_rgb
 
-from gaintune.results.matrix import Matrix
+from gaintune.results import Matrix
 
 BINS = 12  # shades on each side of zero on the page
 # % at full colour: noise must not look dramatic, nor one outlier hide the rest

@@ -13,7 +13,7 @@ from pandas.io.formats.style import Styler
 from gaintune.progress import plural
 from gaintune.report.palette import bin_of, limit_of
 from gaintune.report.words import FIGURES, NONE, number, signed, with_interval
-from gaintune.results.matrix import Interval, Matrix, MethodMatrix
+from gaintune.results import Interval, Matrix, MethodMatrix
 
 
 def tidy(matrix: Matrix) -> pd.DataFrame:

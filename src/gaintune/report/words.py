@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gaintune.progress import plural
-from gaintune.results.matrix import Comparison, Interval, Matrix, MethodMatrix
+from gaintune.results import Comparison, Interval, Matrix, MethodMatrix
 
 NONE = "—"
 MINUS = "−"

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.results.averages import interval_of, reach, sum_interval
 from gaintune.results.bootstrap import FloatArray, percent, replicate_means, stretched, unbiased
 from gaintune.results.records import Interval

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
 from gaintune.results.averages import sum_interval, sum_intervals
 from gaintune.results.bootstrap import (

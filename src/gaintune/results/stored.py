@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.results.losses import DomainLoss, MethodRun, Stage
-from gaintune.results.matrix import Matrix, build_matrix
-from gaintune.results.records import MethodMatrix
-from gaintune.storage.files import read_json
-from gaintune.storage.run import Run
+from gaintune.results.matrix import build_matrix
+from gaintune.results.records import Matrix, MethodMatrix
+from gaintune.storage import Run, read_json
 
 logger = logging.getLogger(__name__)
 

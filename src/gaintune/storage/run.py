@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from gaintune.config.plan import Plan, plan_yaml
+from gaintune.config import Plan, plan_yaml
 from gaintune.errors import RunDirectoryError
 from gaintune.storage.diff import differences
 from gaintune.storage.files import canonical_json, make_folder, read_json, write_json, write_text

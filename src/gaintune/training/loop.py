@@ -19,16 +19,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from gaintune.config.plan import MethodConfig, TrainConfig
+from gaintune.config import MethodConfig, TrainConfig
 from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
-from gaintune.methods.apply import learning_rate, rate_multipliers, rules_of
-from gaintune.methods.rules import Lesson, Place, Rows, StageRule, UpdateRule
-from gaintune.models.isolation import require_isolation
-from gaintune.models.loss import NextTokenLoss, Objective
+from gaintune.methods import Lesson, Place, Rows, StageRule, UpdateRule, learning_rate, rate_multipliers, rules_of
+from gaintune.models import NextTokenLoss, Objective, require_isolation
 from gaintune.progress import Advance, Progress, Silent
-from gaintune.storage.files import damage, write_manifest
+from gaintune.storage import damage, write_manifest
 from gaintune.training.snapshots import KeepSnapshots, Snapshots
-from gaintune.tuners.optim import parameter_groups
+from gaintune.tuners import parameter_groups
 
 
 def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from gaintune.adapters.disk import AdapterRecord, save_adapter
+from gaintune.adapters import AdapterRecord, save_adapter
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.storage.run import first_process
+from gaintune.storage import first_process
 
 STEP = re.compile(r"step-(\d+)")
 

@@ -1,1 +1,8 @@
-"""The methods this project adds to PEFT, each as a PEFT tuner of its own type."""
+"""GAIN and DISeL as PEFT tuners, and how they register.
+
+Imports nothing of ours but `errors`, so that it could be lifted into PEFT as it stands.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

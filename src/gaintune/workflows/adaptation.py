@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from gaintune.config.plan import Plan, read_plan
-from gaintune.data.load import load_domain
-from gaintune.data.replay import with_replay
-from gaintune.evaluate.perplexity import measure_domain
-from gaintune.methods.apply import learning_rate
-from gaintune.models.base import load_base
+from gaintune.config import Plan, read_plan
+from gaintune.data import load_domain, with_replay
+from gaintune.evaluate import measure_domain
+from gaintune.methods import learning_rate
+from gaintune.models import load_base
 from gaintune.progress import Progress
-from gaintune.results.losses import DomainLoss, change
+from gaintune.results import DomainLoss, change
 from gaintune.workflows.classification import ClassifierResult, adapt_classifier
 from gaintune.workflows.job import Result, Single, warn_of_other_text
 

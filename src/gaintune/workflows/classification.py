@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.config.plan import Plan, read_plan
-from gaintune.data.classify import ClassifyDomain, Padding, load_classification
+from gaintune.config import Plan, read_plan
+from gaintune.data import ClassifyDomain, Padding, load_classification
 from gaintune.errors import ConfigError
-from gaintune.evaluate.classification import Scores, score
-from gaintune.evaluate.classifiers import LabelLoss, predict
-from gaintune.methods.apply import learning_rate
-from gaintune.models.base import load_tokenizer
-from gaintune.models.heads import ClassifierBase, load_classifier, reads_segments
+from gaintune.evaluate import LabelLoss, Scores, predict, score
+from gaintune.methods import learning_rate
+from gaintune.models import ClassifierBase, load_classifier, load_tokenizer, reads_segments
 from gaintune.progress import Progress
 from gaintune.workflows.job import Result, Single
 

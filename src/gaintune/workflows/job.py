@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, cast
 from peft import PeftModel
 from torch import nn
 
-from gaintune.adapters.disk import (
+from gaintune.adapters import (
     AdapterRecord,
     adapter_weights,
     check_adapters,
@@ -23,30 +23,28 @@ from gaintune.adapters.disk import (
     read_record,
     save_adapter,
 )
-from gaintune.config.plan import MethodConfig, Plan
-from gaintune.data.classify import ClassifyDomain
-from gaintune.data.load import DomainBlocks
+from gaintune.config import MethodConfig, Plan
+from gaintune.data import ClassifyDomain, DomainBlocks
 from gaintune.errors import ConfigError
-from gaintune.methods.apply import (
+from gaintune.methods import (
     OPTIONS,
     TRAINING_OPTIONS,
     Numbers,
+    Place,
+    Rows,
     attach,
     check_method,
+    kind_of,
     learning_rate,
+    method_of,
     numbers_of,
     rules_of,
     trainable_parameters,
 )
-from gaintune.methods.peft_configs import kind_of, method_of
-from gaintune.methods.rules import Place, Rows
-from gaintune.models.base import Base, resolve_device
+from gaintune.models import Base, resolve_device
 from gaintune.progress import Progress, Silent, plural
-from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import sha256_file
-from gaintune.storage.run import Run, open_run
-from gaintune.training.snapshots import Shelf, Snapshots
-from gaintune.training.loop import Learnt, learn
+from gaintune.storage import Run, describe_environment, open_run, sha256_file
+from gaintune.training import Learnt, Shelf, Snapshots, learn
 from gaintune.tuners.disel import DiselConfig
 from gaintune.workflows.sequence import describe_inputs
 

@@ -16,15 +16,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.adapters.absorption import Rounding, absorb, check_mergeable
-from gaintune.adapters.disk import adapter_weights, claimed_base, load_adapter, read_record
-from gaintune.config.plan import ModelConfig
-from gaintune.data.examples import Examples
+from gaintune.adapters import (
+    Rounding,
+    absorb,
+    adapter_weights,
+    check_mergeable,
+    claimed_base,
+    load_adapter,
+    read_record,
+)
+from gaintune.config import ModelConfig
+from gaintune.data import Examples
 from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
-from gaintune.evaluate.perplexity import measure
-from gaintune.models.base import (
+from gaintune.evaluate import measure
+from gaintune.models import (
     DTYPE_NAMES,
     DTYPES,
+    IGNORED,
+    Checkpoint,
+    fingerprint_folder,
     load_base,
     load_model,
     load_tokenizer,
@@ -32,11 +42,8 @@ from gaintune.models.base import (
     resolve_dtype,
     save_model,
 )
-from gaintune.models.checkpoints import Checkpoint
-from gaintune.models.fingerprint import fingerprint_folder
-from gaintune.models.loss import IGNORED
 from gaintune.progress import plural
-from gaintune.results.losses import DomainLoss
+from gaintune.results import DomainLoss
 from gaintune.storage import files
 
 LOGIT_POSITIONS = 512  # positions whose logits are compared: 100 MB for a vocabulary of 50,000

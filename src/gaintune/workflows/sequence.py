@@ -11,26 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.adapters.disk import AdapterRecord, load_adapter, save_adapter
-from gaintune.config.plan import MethodConfig, Plan, read_plan
-from gaintune.data.classify import ClassifyDomain
-from gaintune.data.examples import Examples
-from gaintune.data.load import DomainBlocks, load_domain
-from gaintune.data.replay import replayed_rows, with_replay
+from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
+from gaintune.config import MethodConfig, Plan, read_plan
+from gaintune.data import ClassifyDomain, DomainBlocks, Examples, load_domain, replayed_rows, with_replay
 from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
-from gaintune.evaluate.perplexity import BaseLosses, measure_domain
-from gaintune.methods.apply import attach, check_method, learning_rate, numbers_of, trainable_parameters
-from gaintune.methods.rules import Place
-from gaintune.models.base import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
+from gaintune.evaluate import BaseLosses, measure_domain
+from gaintune.methods import Place, attach, check_method, learning_rate, numbers_of, trainable_parameters
+from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.results.losses import DomainLoss, MethodRun, Stage
-from gaintune.results.matrix import build_matrix
-from gaintune.results.records import Matrix
-from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import damage, read_json, write_json
-from gaintune.storage.run import Run, open_run, process_count
-from gaintune.training.snapshots import Snapshots
-from gaintune.training.loop import count_updates, learn
+from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
+from gaintune.storage import Run, damage, describe_environment, open_run, process_count, read_json, write_json
+from gaintune.training import Snapshots, count_updates, learn
 
 SAME_INPUTS = "A run is one base and one set of texts: name another folder for others"
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gaintune.adapters.record import CONFIG, WEIGHTS, check_whole, read_config, read_record
-from gaintune.config.plan import Plan, build_plan, read_values
+from gaintune.adapters import CONFIG, WEIGHTS, check_whole, read_config, read_record
+from gaintune.config import Plan, build_plan, read_values
 from gaintune.errors import AdapterError, RunDirectoryError
-from gaintune.storage.run import Run
+from gaintune.storage import Run
 
 PARAMETERS = {"GAIN": ("gain_v", 1.0), "IA3": ("ia3_l", 0.0)}
 """By PEFT's type: the name of the parameter, and what is added to it to make the factor (GAIN stores it minus 1)."""

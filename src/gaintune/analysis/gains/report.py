@@ -18,11 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.gains.survey import NEAR, FactorFigures, FactorSequence, FactorSurvey, StageFactors
-from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
-from gaintune.report.palette import diverging, look
-from gaintune.report.tables import markdown_table
-from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import INK, MUTED, RULE, SHADE, diverging, figure_files, look, markdown_table, styled
+from gaintune.storage import describe_environment, write_bytes, write_json, write_text
 
 EVERY = "all"
 TIGHT = f"within [{NEAR[0]:g}, {NEAR[1]:g}]"

@@ -16,11 +16,9 @@ import pandas as pd
 
 from gaintune.analysis.gates.statistics import EVERY, GateRecord, LayerGates, select
 from gaintune.analysis.places import DEPTHS
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
-from gaintune.results.averages import sum_interval
-from gaintune.results.bootstrap import FloatArray, replicate_means, stretched, unbiased
-from gaintune.results.records import Interval
+from gaintune.results import FloatArray, Interval, replicate_means, stretched, sum_interval, unbiased
 
 BLOCKS = ("attention", "mlp")
 

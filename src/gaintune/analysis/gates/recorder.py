@@ -13,7 +13,7 @@ from torch import nn
 from gaintune.analysis.gates.statistics import BINS, GateRecord, LayerGates, check_bins
 from gaintune.analysis.places import Place, places_of
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
-from gaintune.models.loss import IGNORED
+from gaintune.models import IGNORED
 from gaintune.tuners.disel.layer import disel_layers
 
 

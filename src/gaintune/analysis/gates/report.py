@@ -31,10 +31,8 @@ from gaintune.analysis.gates.statistics import (
 from gaintune.analysis.gates.survey import Survey
 from gaintune.analysis.places import DEPTHS
 from gaintune.progress import plural
-from gaintune.report.canvas import MUTED, RULE, SHADE, figure_files, styled
-from gaintune.report.palette import look
-from gaintune.report.tables import markdown_table
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import MUTED, RULE, SHADE, figure_files, look, markdown_table, styled
+from gaintune.storage import write_bytes, write_json, write_text
 
 BLOCKS = ("attention", "mlp")
 NAMES = {"attention": "attention", "mlp": "MLP", EVERY: "all layers"}

@@ -10,16 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gaintune.adapters.disk import FULL, check_adapters, load_adapter, read_config, read_record
+from gaintune.adapters import FULL, check_adapters, load_adapter, read_config, read_record
 from gaintune.analysis.gates.recorder import GateRecorder, all_tokens, record_gates, response_tokens
 from gaintune.analysis.gates.statistics import BINS, GateRecord, check_bins
-from gaintune.config.plan import DataConfig, DomainConfig, Plan
-from gaintune.data.examples import Examples
-from gaintune.data.load import load_domain
+from gaintune.config import DataConfig, DomainConfig, Plan
+from gaintune.data import Examples, load_domain
 from gaintune.errors import AdapterError
-from gaintune.models.base import load_base
+from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
-from gaintune.storage.environment import describe_environment
+from gaintune.storage import describe_environment
 from gaintune.tuners.disel.layer import disel_layers
 
 Counted = Literal["response", "all"]

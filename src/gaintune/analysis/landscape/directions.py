@@ -21,10 +21,9 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters.absorption import absorb
-from gaintune.adapters.disk import FULL, add_adapter, load_adapter, read_config, read_record, strip_adapters
+from gaintune.adapters import FULL, absorb, add_adapter, load_adapter, read_config, read_record, strip_adapters
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.models.base import Base
+from gaintune.models import Base
 from gaintune.tuners.gain.layer import GainLayer
 
 Way = Literal["gains", "scale", "gated", "weights"]

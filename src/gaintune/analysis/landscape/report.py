@@ -16,12 +16,24 @@ from matplotlib.lines import Line2D
 from gaintune.analysis.landscape.directions import WAYS
 from gaintune.analysis.landscape.surface import DomainFigures, Surface
 from gaintune.analysis.landscape.survey import Landscape
-from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
-from gaintune.report.palette import LARGEST_LIMIT, SMALLEST_LIMIT, diverging, ink_on, look
-from gaintune.report.tables import markdown_table
-from gaintune.report.words import NONE, signed, with_interval
-from gaintune.results.records import Interval
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import (
+    INK,
+    LARGEST_LIMIT,
+    MUTED,
+    NONE,
+    RULE,
+    SMALLEST_LIMIT,
+    diverging,
+    figure_files,
+    ink_on,
+    look,
+    markdown_table,
+    signed,
+    styled,
+    with_interval,
+)
+from gaintune.results import Interval
+from gaintune.storage import write_bytes, write_json, write_text
 
 TICKS = [(1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)]
 

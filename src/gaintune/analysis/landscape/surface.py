@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 
 from gaintune.analysis.landscape.directions import WAYS, Geometry, Way
-from gaintune.config.plan import EvaluateConfig
-from gaintune.results.averages import interval_of
-from gaintune.results.bootstrap import FloatArray, bounds, replicate_means, widened
-from gaintune.results.changes import paired_change
-from gaintune.results.losses import DomainLoss
-from gaintune.results.records import Interval
+from gaintune.config import EvaluateConfig
+from gaintune.results import (
+    DomainLoss,
+    FloatArray,
+    Interval,
+    bounds,
+    interval_of,
+    paired_change,
+    replicate_means,
+    widened,
+)
 
 
 @dataclass(frozen=True)

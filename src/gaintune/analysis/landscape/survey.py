@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from gaintune.adapters.disk import check_adapters
+from gaintune.adapters import check_adapters
 from gaintune.analysis.landscape.directions import Way, directions, way_of
 from gaintune.analysis.landscape.surface import Point, Surface
 from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
-from gaintune.config.plan import Plan
-from gaintune.data.load import DomainBlocks, load_domain
+from gaintune.config import Plan
+from gaintune.data import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate.perplexity import measure_domain
-from gaintune.models.base import Base, load_base
+from gaintune.evaluate import measure_domain
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
-from gaintune.results.losses import DomainLoss
+from gaintune.results import DomainLoss
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from torch import nn
 from gaintune.analysis.linear_model.model import Correction, LinearModel, Losses
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.progress import Progress, Silent
+from gaintune.tuners import parameter_groups
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.disel.layer import disel_layers
-from gaintune.tuners.optim import parameter_groups
 
 METHODS = ("full", "lora", "disel")
 POSITIONS = np.linspace(-2.5, 2.5, 201)

@@ -15,11 +15,8 @@ from matplotlib.figure import Figure
 
 from gaintune.analysis.linear_model.experiment import METHODS, POSITIONS, SeedResult, Settings
 from gaintune.analysis.linear_model.model import Losses
-from gaintune.report.canvas import INK, MUTED, RULE, SHADE, figure_files, styled
-from gaintune.report.palette import look
-from gaintune.report.tables import markdown_table
-from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import INK, MUTED, RULE, SHADE, figure_files, look, markdown_table, styled
+from gaintune.storage import describe_environment, write_bytes, write_json, write_text
 
 LABELS = {"full": "full", "lora": "LoRA", "disel": "DISeL"}
 FIXED, BAYES = "best fixed correction", "Bayes-optimal correction"

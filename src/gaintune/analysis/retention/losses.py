@@ -11,19 +11,18 @@ from pathlib import Path
 
 from torch import nn
 
-from gaintune.adapters.disk import adapter_weights
+from gaintune.adapters import adapter_weights, attached
 from gaintune.analysis.provenance import origin_of
-from gaintune.config.plan import Plan
-from gaintune.data.load import DomainBlocks
+from gaintune.config import Plan
+from gaintune.data import DomainBlocks
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmarks.run import attached
-from gaintune.evaluate.perplexity import measure_domain
-from gaintune.methods.apply import Numbers, measuring_numbers
-from gaintune.models.base import Base, load_base
+from gaintune.evaluate import measure_domain
+from gaintune.methods import Numbers, measuring_numbers
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress
-from gaintune.results.losses import DomainLoss
-from gaintune.storage.files import canonical_json, read_json, sha256_file, write_json
-from gaintune.training.snapshots import snapshots_of
+from gaintune.results import DomainLoss
+from gaintune.storage import canonical_json, read_json, sha256_file, write_json
+from gaintune.training import snapshots_of
 
 
 def taken_snapshots(adapters: Sequence[Path], every: int) -> dict[str, dict[int, Path]]:

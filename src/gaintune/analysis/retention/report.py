@@ -13,12 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.retention.survey import Course, Moment, Retention
-from gaintune.report.canvas import INK, RULE, figure_files, styled
-from gaintune.report.palette import Look, look
-from gaintune.report.tables import markdown_table
-from gaintune.report.words import NONE, with_interval
-from gaintune.results.records import Interval
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import INK, NONE, RULE, Look, figure_files, look, markdown_table, styled, with_interval
+from gaintune.results import Interval
+from gaintune.storage import write_bytes, write_json, write_text
 
 Read = Callable[[Course, Moment], Interval | None]
 

@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig, read_config
-from gaintune.evaluate.benchmarks.records import BenchmarkScore, counting_score, mean_difference
-from gaintune.evaluate.benchmarks.run import base_of, benchmark_adapters
-from gaintune.evaluate.benchmarks.tasks import Suite
+from gaintune.evaluate.benchmarks import (
+    BenchmarkConfig,
+    BenchmarkScore,
+    Suite,
+    base_of,
+    benchmark_adapters,
+    counting_score,
+    mean_difference,
+    read_config,
+)
 from gaintune.progress import Progress
-from gaintune.results.records import Interval
+from gaintune.results import Interval
 
 
 @dataclass(frozen=True)

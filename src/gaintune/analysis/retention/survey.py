@@ -14,21 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters.disk import check_adapters
+from gaintune.adapters import check_adapters
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
 from gaintune.analysis.retention.losses import SnapshotLosses, taken_snapshots
 from gaintune.analysis.retention.scores import MeasuredScores, Scores, checked_config, measure_scores
-from gaintune.config.plan import EvaluateConfig, Plan
-from gaintune.data.load import load_domain
+from gaintune.config import EvaluateConfig, Plan
+from gaintune.data import load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmarks.tasks import load_suite
-from gaintune.methods.apply import measuring_numbers
-from gaintune.models.base import load_base
+from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
+from gaintune.methods import measuring_numbers
+from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
-from gaintune.results.changes import Change, changes_of, mean_change
-from gaintune.results.losses import DomainLoss
-from gaintune.results.records import Interval
+from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.subspace.survey import AdapterSubspace, ModuleSubspace, SubspaceSurvey, share_of
-from gaintune.report.canvas import MUTED, RULE, figure_files, styled
-from gaintune.report.palette import look
-from gaintune.report.tables import markdown_table
-from gaintune.report.words import NONE
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import MUTED, NONE, RULE, figure_files, look, markdown_table, styled
+from gaintune.storage import write_bytes, write_json, write_text
 
 NO_OUTSIDE = "no outside"
 LOWEST = 1e-36  # where a share of exactly 0 is drawn: below anything that rounding leaves

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from gaintune.adapters.disk import check_adapters, read_config
+from gaintune.adapters import check_adapters, read_config
 from gaintune.analysis.places import Place, places_of
 from gaintune.analysis.provenance import Origin, Provenance, named_origins
 from gaintune.analysis.subspace.compare import SubspaceFigures, SubspaceSettings, compare_weights
 from gaintune.analysis.subspace.weights import adapted_weights, check_weights
-from gaintune.config.plan import ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError
-from gaintune.models.base import load_base, resolve_device
+from gaintune.models import load_base, resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.storage.environment import describe_environment
+from gaintune.storage import describe_environment
 
 
 @dataclass(frozen=True)

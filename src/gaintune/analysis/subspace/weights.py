@@ -17,13 +17,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters.absorption import check_mergeable
-from gaintune.adapters.disk import FULL, read_config, read_record
-from gaintune.adapters.lend import attached
-from gaintune.adapters.record import WEIGHTS
+from gaintune.adapters import FULL, WEIGHTS, attached, check_mergeable, read_config, read_record
 from gaintune.analysis.gains.factors import PREFIX
 from gaintune.errors import AdapterError, ConfigError, one_line
-from gaintune.models.base import Base
+from gaintune.models import Base
 from gaintune.tuners.gain import GainLayer
 
 logger = logging.getLogger(__name__)

@@ -13,12 +13,9 @@ from matplotlib.lines import Line2D
 
 from gaintune.analysis.tokens.statistics import QUANTILES, TokenChanges
 from gaintune.analysis.tokens.survey import TokenSurvey
-from gaintune.report.canvas import INK, RULE, figure_files, styled
-from gaintune.report.palette import look
-from gaintune.report.tables import markdown_table
-from gaintune.report.words import NONE
-from gaintune.results.records import Interval
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import INK, NONE, RULE, figure_files, look, markdown_table, styled
+from gaintune.results import Interval
+from gaintune.storage import write_bytes, write_json, write_text
 
 
 def table(survey: TokenSurvey) -> pd.DataFrame:

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gaintune.errors import ConfigError, DataError
-from gaintune.results.bootstrap import FloatArray, bounds, replicate_means, widened
-from gaintune.results.records import Interval
+from gaintune.results import FloatArray, Interval, bounds, replicate_means, widened
 
 BINS = 101
 """Bins of a histogram: odd, so that one is centred on zero."""

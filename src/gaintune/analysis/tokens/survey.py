@@ -15,19 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gaintune.adapters.disk import check_adapters
+from gaintune.adapters import check_adapters
 from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
 from gaintune.analysis.tokens.statistics import BINS, TokenChanges, check_histogram, range_of, summarise_changes
-from gaintune.config.plan import Plan
-from gaintune.data.examples import Examples
-from gaintune.data.load import DomainBlocks, load_domain
+from gaintune.config import Plan
+from gaintune.data import DomainBlocks, Examples, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate.perplexity import measure_tokens
-from gaintune.evaluate.walk import Look, look_at_base_and_adapters, with_adapter
-from gaintune.models.base import Base, load_base
-from gaintune.models.loss import IGNORED
+from gaintune.evaluate import Look, look_at_base_and_adapters, measure_tokens, with_adapter
+from gaintune.models import IGNORED, Base, load_base
 from gaintune.progress import Progress
-from gaintune.results.bootstrap import FloatArray
+from gaintune.results import FloatArray
 
 
 @dataclass(frozen=True)

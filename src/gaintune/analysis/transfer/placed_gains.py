@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from gaintune.adapters.disk import load_adapter, strip_adapters
+from gaintune.adapters import load_adapter, strip_adapters
 from gaintune.analysis.gains.factors import PREFIX
 from gaintune.analysis.transfer.sharing import FloatArray, GainVectors
-from gaintune.models.base import Base
+from gaintune.models import Base
 from gaintune.tuners.gain.layer import GainLayer
 
 

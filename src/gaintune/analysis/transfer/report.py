@@ -12,12 +12,21 @@ from matplotlib.figure import Figure
 
 from gaintune.analysis.transfer.sharing import Sharing
 from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Transfer
-from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
-from gaintune.report.palette import diverging, ink_on, look
-from gaintune.report.tables import markdown_table
-from gaintune.report.words import NONE, with_interval
-from gaintune.results.records import Interval
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import (
+    INK,
+    MUTED,
+    NONE,
+    RULE,
+    diverging,
+    figure_files,
+    ink_on,
+    look,
+    markdown_table,
+    styled,
+    with_interval,
+)
+from gaintune.results import Interval
+from gaintune.storage import write_bytes, write_json, write_text
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
 MEANINGS = {

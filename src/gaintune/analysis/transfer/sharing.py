@@ -17,7 +17,7 @@ import numpy as np
 
 from gaintune.analysis.gains.factors import read_factors
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.results.bootstrap import FloatArray
+from gaintune.results import FloatArray
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gaintune.adapters.disk import check_adapters, read_record
+from gaintune.adapters import check_adapters, read_record
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
 from gaintune.analysis.transfer.placed_gains import PlacedGains, placed_gains
 from gaintune.analysis.transfer.sharing import (
@@ -29,15 +29,13 @@ from gaintune.analysis.transfer.sharing import (
     read_gain_vectors,
     sharing_of,
 )
-from gaintune.config.plan import EvaluateConfig, Plan
-from gaintune.data.load import DomainBlocks, load_domain
+from gaintune.config import EvaluateConfig, Plan
+from gaintune.data import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate.perplexity import measure_domain
-from gaintune.models.base import load_base
+from gaintune.evaluate import measure_domain
+from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
-from gaintune.results.changes import Change, changes_of, mean_change, share_of_change
-from gaintune.results.losses import DomainLoss
-from gaintune.results.records import Interval
+from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change, share_of_change
 
 Component = Literal["mean", "principal", "held-out"]
 """What adapters share: their mean vector; what each has along their first principal direction (not centred); or the

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from gaintune.config.explanations import explain
-from gaintune.config.plan import Section
+from gaintune.config import Section, explain
 
 LM_EVAL_SEED = 1234  # lm-eval's own, so that worked examples are those of its command line
 

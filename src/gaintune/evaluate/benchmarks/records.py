@@ -10,9 +10,7 @@ import numpy as np
 
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.results.bootstrap import percent
-from gaintune.results.records import Interval
-from gaintune.results.verdicts import mean_of_independent, paired_bootstrap, paired_shares
+from gaintune.results import Interval, mean_of_independent, paired_bootstrap, paired_shares, percent
 
 Aggregation = Literal["mean", "perplexity", "other"]
 Unit = Literal["points", "%", "own"]

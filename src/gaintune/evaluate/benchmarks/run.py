@@ -15,10 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.adapters.disk import BASE, adapter_labels, check_adapters, read_record
-from gaintune.adapters.lend import adapter_off, attached
-from gaintune.adapters.record import check_adapter
-from gaintune.config.plan import ModelConfig
+from gaintune.adapters import BASE, adapter_labels, adapter_off, attached, check_adapter, check_adapters, read_record
+from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.quiet import quiet
@@ -40,8 +38,8 @@ from gaintune.evaluate.benchmarks.store import (
     versions,
 )
 from gaintune.evaluate.benchmarks.tasks import Suite, load_suite
-from gaintune.methods.apply import Numbers, measuring_numbers
-from gaintune.models.base import Base, load_base
+from gaintune.methods import Numbers, measuring_numbers
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 
 if TYPE_CHECKING:

@@ -14,21 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune import __version__
-from gaintune.adapters.record import CONFIG, WEIGHTS
+from gaintune.adapters import CONFIG, WEIGHTS
 from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.records import BenchmarkScore
 from gaintune.evaluate.benchmarks.tasks import AskedTask
-from gaintune.models.base import TOKENIZER_FILES, Base
-from gaintune.storage.files import MANIFEST, canonical_json, make_folder, read_json, sha256_file, write_json
-from gaintune.storage.run import locked
+from gaintune.models import TOKENIZER_FILES, Base
+from gaintune.storage import MANIFEST, canonical_json, locked, make_folder, read_json, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 OF_A_SCORE = ("task", "metric", "value", "stderr", "rows", "aggregation", "higher_is_better")
-PACKAGES = ("lm_eval", "peft", "torch", "transformers")
+PACKAGES = ("gaintune", "lm_eval", "peft", "torch", "transformers")
 NOT_OF_A_MODEL = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
 TOKENIZER = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
@@ -111,7 +109,7 @@ def _to_dict(score: BenchmarkScore) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a score."""
-    return {"gaintune": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def numbers_name(model: nn.Module, mixed_precision: torch.dtype | None = None) -> str:

@@ -31,15 +31,15 @@ from gaintune.analysis.tokens import report as tokens_report
 from gaintune.analysis.tokens.survey import survey_tokens
 from gaintune.analysis.transfer import report as transfer_report
 from gaintune.analysis.transfer.survey import PARTS, survey_transfer
-from gaintune.config.plan import EvaluateConfig
+from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmarks.config import as_task
+from gaintune.evaluate.benchmarks import as_task
 from gaintune.recipes.outcome import Context, Outcome, bare, exact, highest, last_of_each, lowest
 from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.steps.train import left_out, nothing_to_learn
-from gaintune.report.words import NONE, with_interval
-from gaintune.results.records import Interval
-from gaintune.storage.assets import cache_dir
+from gaintune.report import NONE, with_interval
+from gaintune.results import Interval
+from gaintune.storage import cache_dir
 
 LINEAR = {"dimension": 32, "rank": 4, "separation": 3.0, "steps": 1500, "seeds": 5}
 """What `gaintune linear-model` takes unless told otherwise."""

@@ -11,23 +11,17 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from gaintune.adapters.disk import BASE
-from gaintune.config.plan import Plan
-from gaintune.data.choices import write_choice_rows, write_instruction_rows
-from gaintune.data.question_sets import QUESTION_SETS, load_questions
+from gaintune.adapters import BASE
+from gaintune.config import Plan
+from gaintune.data import QUESTION_SETS, load_questions, write_choice_rows, write_instruction_rows
 from gaintune.errors import ConfigError
-from gaintune.evaluate.choices import ChoiceFigure, compare_choices
-from gaintune.evaluate.classification import Share, difference
+from gaintune.evaluate import ChoiceFigure, Share, compare_choices, difference
 from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.steps.train import MEASURE, adapters_of, learn, matrix_numbers, notes_on
 from gaintune.recipes.world import questions
-from gaintune.report.canvas import INK, RULE, figure_files, styled
-from gaintune.report.palette import look
-from gaintune.report.tables import summary_frame
-from gaintune.report.words import NONE, with_interval
-from gaintune.results.records import Interval
-from gaintune.storage.files import make_folder, sha256_file, write_bytes
-from gaintune.storage.run import Run
+from gaintune.report import INK, NONE, RULE, figure_files, look, styled, summary_frame, with_interval
+from gaintune.results import Interval
+from gaintune.storage import Run, make_folder, sha256_file, write_bytes
 
 SAME_ROWS = "A step is one set of rows: name another folder for others"
 

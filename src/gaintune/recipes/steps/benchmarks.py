@@ -8,23 +8,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gaintune.config.plan import Plan
-from gaintune.data.readers import split_files
-from gaintune.data.tables import ROW_SUFFIXES, read_table
+from gaintune.config import Plan
+from gaintune.data import ROW_SUFFIXES, read_table, split_files
 from gaintune.errors import AssetError, ConfigError, DataError, one_line
-from gaintune.evaluate.benchmarks.config import BenchmarkConfig, BenchmarkTask, as_task, read_config
-from gaintune.evaluate.benchmarks.records import BenchmarkReport, BenchmarkScore, counting_score, mean_difference
-from gaintune.evaluate.benchmarks.rows.catalogue import offline_task
-from gaintune.evaluate.benchmarks.rows.sources import Places
-from gaintune.evaluate.benchmarks.run import base_of, benchmark_adapters
-from gaintune.evaluate.benchmarks.tasks import load_suite
+from gaintune.evaluate.benchmarks import (
+    BenchmarkConfig,
+    BenchmarkReport,
+    BenchmarkScore,
+    BenchmarkTask,
+    Places,
+    as_task,
+    base_of,
+    benchmark_adapters,
+    counting_score,
+    load_suite,
+    mean_difference,
+    offline_task,
+    read_config,
+)
 from gaintune.recipes.differences import stem_of
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
 from gaintune.recipes.world import World
-from gaintune.report.words import NONE, with_interval
-from gaintune.results.records import Interval
-from gaintune.storage.assets import cache_dir
-from gaintune.storage.files import write_json
+from gaintune.report import NONE, with_interval
+from gaintune.results import Interval
+from gaintune.storage import cache_dir, write_json
 
 CONFIG = ("fewshot", "limit", "batch_size", "generated_tokens", "seed")
 OF_BENCHMARKS = ("benchmarks", "instruct")

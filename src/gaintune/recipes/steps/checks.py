@@ -12,9 +12,9 @@ from typing import Any, get_args
 from gaintune.analysis.linear_model.experiment import Settings
 from gaintune.analysis.subspace.compare import SubspaceSettings
 from gaintune.analysis.transfer.survey import Component
-from gaintune.config.plan import Plan
+from gaintune.config import Plan
 from gaintune.errors import ConfigError
-from gaintune.methods.apply import check_method
+from gaintune.methods import check_method
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
 from gaintune.recipes.steps.analyse import LINEAR, gated
 from gaintune.recipes.steps.answers import asked_of
@@ -22,8 +22,8 @@ from gaintune.recipes.steps.benchmarks import asked_config, take_pick
 from gaintune.recipes.steps.classify import Study
 from gaintune.recipes.steps.sweep import plan_and_grid
 from gaintune.recipes.steps.train import nothing_to_learn
-from gaintune.results.bootstrap import BACKWARD_TRANSFER
-from gaintune.workflows.sweep.compare import check_comparison
+from gaintune.results import BACKWARD_TRANSFER
+from gaintune.workflows.sweep import check_comparison
 
 NOWHERE = Path()  # an adapter that is to be expected has no folder yet
 WITH_FACTORS = ("gain", "gain-ffn", "ia3")

@@ -13,27 +13,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from gaintune.config.plan import MethodConfig, Plan, build_plan
+from gaintune.adapters import BASE
+from gaintune.config import MethodConfig, Plan, build_plan
 from gaintune.errors import ConfigError
-from gaintune.evaluate.classifiers import compare_classifiers
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.masked import compare_masked
-from gaintune.evaluate.walk import BASE
-from gaintune.methods.catalogue import get_method
-from gaintune.models.heads import is_masked
+from gaintune.evaluate import compare_adapters, compare_classifiers, compare_masked
+from gaintune.methods import get_method
+from gaintune.models import is_masked
 from gaintune.recipes import smoke
 from gaintune.recipes.outcome import Context, Outcome, bare
 from gaintune.recipes.schema import laid_over
 from gaintune.recipes.steps.train import left_out
 from gaintune.recipes.world import BUDGETS, content_of, labelled_rows
-from gaintune.report.canvas import INK, MUTED, RULE, figure_files, styled
-from gaintune.report.palette import look
-from gaintune.report.words import NONE
-from gaintune.results.records import Interval
-from gaintune.results.verdicts import replicated
-from gaintune.storage.files import damage, make_folder, read_json, write_bytes, write_json, write_text
-from gaintune.storage.run import Run
-from gaintune.workflows.classification import adapt_classifier
+from gaintune.report import INK, MUTED, NONE, RULE, figure_files, look, styled
+from gaintune.results import Interval, replicated
+from gaintune.storage import Run, damage, make_folder, read_json, write_bytes, write_json, write_text
+from gaintune.workflows import adapt_classifier
 
 Read = Callable[["Measured"], float]
 TELLING = 1e9  # digits of a greater number tell nothing

@@ -6,30 +6,31 @@ from typing import Any
 
 import pandas as pd
 
-from gaintune.config.plan import Plan
+from gaintune.config import Plan
 from gaintune.errors import SweepError
 from gaintune.progress import plural
 from gaintune.recipes.outcome import Context, Outcome, highest, lowest
 from gaintune.recipes.steps.train import left_out, nothing_to_learn
-from gaintune.report.tables import markdown_table
-from gaintune.results.bootstrap import BACKWARD_TRANSFER
-from gaintune.results.records import Interval
-from gaintune.storage.files import write_text
-from gaintune.workflows.sweep.compare import compare_sweep, unbroken
-from gaintune.workflows.sweep.grid import Grid, read_grid
-from gaintune.workflows.sweep.records import SweepComparison
-from gaintune.workflows.sweep.report import (
+from gaintune.report import markdown_table
+from gaintune.results import BACKWARD_TRANSFER, Interval
+from gaintune.storage import write_text
+from gaintune.workflows.sweep import (
+    Grid,
+    SweepComparison,
+    SweepTable,
+    compare_sweep,
     curve_sentence,
     discard,
     heading,
     pair_sentence,
     point_frame,
+    read_grid,
     remarks,
+    run_sweep,
     target_title,
+    unbroken,
     write,
 )
-from gaintune.workflows.sweep.run import run_sweep
-from gaintune.workflows.sweep.table import SweepTable
 
 AXES = ("rates", "orders", "order_seed", "seeds", "ranks", "budgets")
 

@@ -7,18 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gaintune.config.plan import Plan
+from gaintune.config import Plan
 from gaintune.errors import DivergedError
 from gaintune.recipes.outcome import Context, Outcome, highest
 from gaintune.recipes.world import STAND_INS
-from gaintune.report import write_report
-from gaintune.report.tables import cell_frame, summary_frame
-from gaintune.report.words import FIGURES, NONE, with_interval
-from gaintune.results.matrix import Interval, Matrix
-from gaintune.results.records import Summary
-from gaintune.storage.files import read_json
-from gaintune.storage.run import stage_folder
-from gaintune.workflows.sequence import run_sequence
+from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
+from gaintune.results import Interval, Matrix, Summary
+from gaintune.storage import read_json, stage_folder
+from gaintune.workflows import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
 

@@ -14,11 +14,20 @@ from typing import Any
 import numpy as np
 
 from gaintune.errors import ConfigError, DataError
-from gaintune.results.averages import reach
-from gaintune.results.bootstrap import BACKWARD_TRANSFER, FIGURES, IN_DOMAIN, FloatArray, stretched
-from gaintune.results.matrix import summary_parts
-from gaintune.results.records import Interval
-from gaintune.results.verdicts import Curve, curve_difference, replicated, sign_flip_test
+from gaintune.results import (
+    BACKWARD_TRANSFER,
+    FIGURES,
+    IN_DOMAIN,
+    Curve,
+    FloatArray,
+    Interval,
+    curve_difference,
+    reach,
+    replicated,
+    sign_flip_test,
+    stretched,
+    summary_parts,
+)
 from gaintune.workflows.sweep.records import CurvePair, Missing, Pair, Point, SweepComparison, Target, Variant
 from gaintune.workflows.sweep.table import SweepRow, SweepTable
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import joblib
 
 from gaintune.errors import ConfigError, SweepError, one_line
-from gaintune.models.devices import visible_devices
+from gaintune.models import visible_devices
 
 Engine = Literal["loky", "ray", "dask", "sequential"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)

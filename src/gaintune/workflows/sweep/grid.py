@@ -15,9 +15,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from gaintune.config.explanations import explain
-from gaintune.config.plan import MethodConfig, Plan, Section, apply_overrides, as_list, read_values
-from gaintune.methods.apply import check_method, learning_rate, numbers_of
+from gaintune.config import MethodConfig, Plan, Section, apply_overrides, as_list, explain, read_values
+from gaintune.methods import check_method, learning_rate, numbers_of
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value)]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gaintune.results.records import Interval
-from gaintune.results.verdicts import CurveDifference
+from gaintune.results import CurveDifference, Interval
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,21 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from gaintune.progress import plural
-from gaintune.report.canvas import INK, PAGE, RULE, figure_files, styled
-from gaintune.report.palette import look
-from gaintune.report.tables import markdown_table, setting
-from gaintune.report.words import FIGURES, signed, with_interval
-from gaintune.results.records import Interval
-from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import write_bytes, write_json, write_text
+from gaintune.report import (
+    FIGURES,
+    INK,
+    PAGE,
+    RULE,
+    figure_files,
+    look,
+    markdown_table,
+    setting,
+    signed,
+    styled,
+    with_interval,
+)
+from gaintune.results import Interval
+from gaintune.storage import describe_environment, write_bytes, write_json, write_text
 from gaintune.workflows.sweep.records import CurvePair, Pair, Point, SweepComparison
 
 LABELS = (((5, 4), "left"), ((5, -10), "left"), ((-5, 4), "right"), ((-5, -10), "right"))

@@ -13,14 +13,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gaintune.config.plan import read_plan
-from gaintune.data.load import load_domain
+from gaintune.config import read_plan
+from gaintune.data import load_domain
 from gaintune.errors import RunDirectoryError, SweepError
-from gaintune.models.base import base_fingerprint, load_tokenizer, resolve_device
+from gaintune.models import base_fingerprint, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.results.records import Matrix
-from gaintune.storage.diff import differences
-from gaintune.storage.files import canonical_json, make_folder, read_json, write_text
+from gaintune.results import Matrix
+from gaintune.storage import canonical_json, differences, make_folder, read_json, write_text
 from gaintune.workflows.sequence import describe_inputs
 from gaintune.workflows.sweep.engine import Engine, Pool, WorkersLostError, check_engine, open_pool
 from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid

@@ -9,12 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from gaintune.report.tables import tidy
-from gaintune.results.bootstrap import FIGURES
-from gaintune.results.losses import DomainLoss, MethodRun, Stage
-from gaintune.results.records import Matrix
-from gaintune.storage.files import read_json, write_bytes, write_text
-from gaintune.storage.run import Run
+from gaintune.report import tidy
+from gaintune.results import FIGURES, DomainLoss, Matrix, MethodRun, Stage
+from gaintune.storage import Run, read_json, write_bytes, write_text
 from gaintune.workflows.sweep.grid import PlannedRun
 
 FACTS = ("numbers", "device")  # of a finished run

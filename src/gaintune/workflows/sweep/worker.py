@@ -18,10 +18,10 @@ from typing import Any
 import joblib
 from filelock import FileLock, Timeout
 
-from gaintune.config.plan import Plan
+from gaintune.config import Plan
 from gaintune.errors import DivergedError, GaintuneError, SweepError, one_line
-from gaintune.models.devices import VISIBLE, take_device
-from gaintune.storage.files import read_json, write_json
+from gaintune.models import VISIBLE, take_device
+from gaintune.storage import read_json, write_json
 
 BEGUN, PUT_OFF, FINISHED, FAILED = "begun", "put off", "finished", "failed"
 LIVES = 2
@@ -110,8 +110,8 @@ def _run(job: Job) -> None:
 
     import torch
 
-    from gaintune.evaluate.perplexity import BaseLosses
-    from gaintune.models.base import resolve_device
+    from gaintune.evaluate import BaseLosses
+    from gaintune.models import resolve_device
     from gaintune.workflows.sequence import run_sequence
 
     found = resolve_device(job.plan.model.device).type

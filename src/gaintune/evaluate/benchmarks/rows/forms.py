@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gaintune.data.tables import Row
+from gaintune.data import Row
 from gaintune.errors import DataError
 
 LETTERS = "ABCDEFGHIJ"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaintune.data.tables import ROW_SUFFIXES, Row, read_table
+from gaintune.data import ROW_SUFFIXES, Row, read_table
 from gaintune.errors import DataError
 from gaintune.evaluate.benchmarks.rows.catalogue import OfflineTask
 from gaintune.evaluate.benchmarks.rows.forms import Form

@@ -1,0 +1,30 @@
+__version__: str
+
+from .adapters import AdapterRecord as AdapterRecord
+from .adapters import load_adapter as load_adapter
+from .adapters import save_adapter as save_adapter
+from .config import ModelConfig as ModelConfig
+from .config import Plan as Plan
+from .data import load_domain as load_domain
+from .errors import GaintuneError as GaintuneError
+from .evaluate import measure as measure
+from .evaluate.benchmarks import BenchmarkConfig as BenchmarkConfig
+from .evaluate.benchmarks import run_benchmarks as run_benchmarks
+from .models import load_base as load_base
+from .recipes import run_recipe as run_recipe
+from .report import write_report as write_report
+from .results import Matrix as Matrix
+from .tuners.disel import DiselConfig as DiselConfig
+from .tuners.disel import DiselModel as DiselModel
+from .tuners.gain import GainConfig as GainConfig
+from .tuners.gain import GainModel as GainModel
+from .tuners.optim import AdapterOptimizerMixin as AdapterOptimizerMixin
+from .tuners.optim import create_disel_optimizer as create_disel_optimizer
+from .tuners.optim import parameter_groups as parameter_groups
+from .workflows import AdaptResult as AdaptResult
+from .workflows import ClassifierResult as ClassifierResult
+from .workflows import adapt as adapt
+from .workflows import adapt_classifier as adapt_classifier
+from .workflows import merge_adapter as merge_adapter
+from .workflows import run_sequence as run_sequence
+from .workflows.sweep import run_sweep as run_sweep

@@ -1,0 +1,5 @@
+from .optim import GATES as GATES
+from .optim import AdapterOptimizerMixin as AdapterOptimizerMixin
+from .optim import create_disel_optimizer as create_disel_optimizer
+from .optim import parameter_groups as parameter_groups
+from .registry import register as register
