@@ -42,7 +42,8 @@ from gaintune.errors import ConfigError
 from gaintune.progress import plural
 
 if TYPE_CHECKING:
-    from gaintune.evaluate import Scores, Share
+    from gaintune.evaluate import Scores
+    from gaintune.results import Interval
     from gaintune.workflows import ClassifierResult
 
 out = Console()
@@ -252,13 +253,13 @@ def classes(scores: Scores, title: str) -> Table:
     return table(f"{scores.domain}: {title}", heads, rows, numeric=range(1, 6))
 
 
-def share(value: Share) -> str:
+def share(value: Interval) -> str:
     """A share in % with its interval."""
     interval = "" if value.low is None or value.high is None else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
     return f"{100 * value.value:.1f} %{interval}"
 
 
-def points(value: Share | None) -> str:
+def points(value: Interval | None) -> str:
     """A difference of two shares in points of % with its interval; a dash for none."""
     if value is None:
         return "—"

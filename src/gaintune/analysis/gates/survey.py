@@ -16,8 +16,9 @@ from gaintune.analysis.gates.statistics import BINS, GateRecord, check_bins
 from gaintune.config import DataConfig, DomainConfig, Plan
 from gaintune.data import Examples, load_domain
 from gaintune.errors import AdapterError
+from gaintune.evaluate import run_batches
 from gaintune.models import load_base
-from gaintune.progress import Progress, Silent
+from gaintune.progress import Progress
 from gaintune.storage import describe_environment
 from gaintune.tuners.disel.layer import disel_layers
 
@@ -102,20 +103,15 @@ def record_examples(
     forward: Any = _without_head(model)
     device = next(model.parameters()).device
     mask_of = response_tokens if counted == "response" else all_tokens
-    training = model.training
-    model.eval()
-    try:
-        with (
-            torch.inference_mode(),
-            (progress or Silent()).task(f"gates on {domain}", examples.tokens, "tokens") as advance,
-        ):
-            for batch in examples.batches(batch_size):
-                inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids") if key in batch}
-                with recorder.counting(domain, mask_of(batch).to(device)):
-                    forward(**inputs, use_cache=False)
-                advance(batch["input_ids"].numel())
-    finally:
-        model.train(training)
+
+    def step(batch: dict[str, torch.Tensor]) -> int:
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids") if key in batch}
+        with recorder.counting(domain, mask_of(batch).to(device)):
+            forward(**inputs, use_cache=False)
+        return batch["input_ids"].numel()
+
+    batches, title = examples.batches(batch_size), f"gates on {domain}"
+    run_batches(model, batches, step, total=examples.tokens, title=title, progress=progress)
 
 
 def _check_gated(adapter: Path) -> None:

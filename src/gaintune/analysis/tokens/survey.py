@@ -21,7 +21,7 @@ from gaintune.analysis.tokens.statistics import BINS, TokenChanges, check_histog
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks, Examples, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate import Look, look_at_base_and_adapters, measure_tokens, with_adapter
+from gaintune.evaluate import Measure, measure_base_and_adapters, measure_tokens
 from gaintune.models import IGNORED, Base, load_base
 from gaintune.progress import Progress
 from gaintune.results import FloatArray
@@ -71,19 +71,18 @@ def survey_tokens(
     domains: list[DomainBlocks] = []
     made_from: list[Provenance] = []
 
-    def prepare(base: Base) -> Look[dict[str, FloatArray]]:
+    def prepare(base: Base) -> Measure[dict[str, FloatArray]]:
         domains.extend(load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured)
         warn_of_other_texts(adapters, domains)
         made_from.append(provenance(plan, base, domains, origins))
         return partial(_losses, domains=domains, plan=plan, progress=progress)
 
-    put_on = partial(with_adapter, plan=plan, allow_other_base=allow_other_base)
-    _, adapted = look_at_base_and_adapters(plan, adapters, load_base, put_on, prepare)
+    _, adapted = measure_base_and_adapters(plan, adapters, load_base, prepare, allow_other_base=allow_other_base)
     changes = {}
     for domain in domains:
         scored = scored_tokens(domain.validation)
         moved = {
-            label: each.found[domain.name] - each.base[domain.name]
+            label: each.adapted[domain.name] - each.base[domain.name]
             for label, each in zip(origins, adapted, strict=True)
         }
         end = limit or range_of([each[scored] for each in moved.values()])
