@@ -99,8 +99,8 @@ FILES = """\
 | `matrix.json` | every number of the report, described below |
 | `report.html`, `figures/`, `matrix.csv`, `matrix.md` | the report |
 
-Losses are `nll` (nats), `tokens` and `bytes`: one number per validation block. `manifest.json` in an adapter folder holds
-the SHA-256 of every file beside it and is written last.
+Losses are `nll` (nats), `tokens` and `bytes`: one number per validation block. An adapter's `manifest.json` holds the
+SHA-256 of every file beside it and is written last.
 
 ## An adapter folder
 
