@@ -5,8 +5,9 @@ from dataclasses import fields
 import pytest
 from typer.testing import CliRunner
 
+from gaintune.cli.analysis_options import OF_EVERY_METHOD, PLACES, Options, assemble
 from gaintune.cli.app import app
-from gaintune.cli.options import OF_EVERY_METHOD, PLACES, Options, assemble, parse_method
+from gaintune.cli.options import parse_method
 from gaintune.errors import ConfigError
 
 

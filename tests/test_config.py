@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from gaintune.cli.options import Options, assemble, parse_method
+from gaintune.cli.analysis_options import Options, assemble
+from gaintune.cli.options import parse_method
 from gaintune.config import apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
 from gaintune.errors import ConfigError
 

@@ -7,18 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gaintune.cli.benchmarks import (
-    AllowCode,
-    BenchmarkData,
-    BenchmarkSource,
-    Fewshot,
-    FewshotSeed,
-    GeneratedTokens,
-    Limit,
-    config_of,
-)
-from gaintune.cli.console import percent, progress_on, quiet_libraries, table
-from gaintune.cli.options import (
+from gaintune.cli.analysis_options import (
     LEARNT,
     Adapters,
     AdaptersBase,
@@ -36,12 +25,20 @@ from gaintune.cli.options import (
     ValidationTokens,
     Watched,
     assemble,
-    err,
-    out,
-    say,
     survey_plan,
     with_base,
 )
+from gaintune.cli.benchmarks import (
+    AllowCode,
+    BenchmarkData,
+    BenchmarkSource,
+    Fewshot,
+    FewshotSeed,
+    GeneratedTokens,
+    Limit,
+    config_of,
+)
+from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
 from gaintune.config import as_domain
 from gaintune.errors import ConfigError
 

@@ -15,8 +15,7 @@ from gaintune.cli import analyse, lists
 from gaintune.cli import evaluate as evaluation
 from gaintune.cli import recipe as recipe_commands
 from gaintune.cli import sweep as sweeps
-from gaintune.cli.console import percent, progress_on, quiet_libraries, show_warnings, table
-from gaintune.cli.options import (
+from gaintune.cli.analysis_options import (
     BatchSize,
     BlockSize,
     Domains,
@@ -39,6 +38,7 @@ from gaintune.cli.options import (
     Watched,
     assemble,
 )
+from gaintune.cli.console import percent, progress_on, quiet_libraries, show_warnings, table
 from gaintune.errors import DivergedError, GaintuneError
 
 app = typer.Typer(

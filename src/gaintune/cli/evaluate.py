@@ -13,6 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from gaintune.cli import benchmarks as benchmark_options
+from gaintune.cli.analysis_options import (
+    BlockSize,
+    Domains,
+    Options,
+    Seed,
+    Set,
+    Task,
+    Template,
+    TextColumn,
+    ValidationTokens,
+    assemble,
+)
 from gaintune.cli.benchmarks import (
     AllowCode,
     BenchmarkData,
@@ -25,18 +37,6 @@ from gaintune.cli.benchmarks import (
     NoCache,
 )
 from gaintune.cli.console import percent, progress_on, quiet_libraries, table
-from gaintune.cli.options import (
-    BlockSize,
-    Domains,
-    Options,
-    Seed,
-    Set,
-    Task,
-    Template,
-    TextColumn,
-    ValidationTokens,
-    assemble,
-)
 from gaintune.config import Plan, as_domain
 from gaintune.errors import ConfigError
 from gaintune.progress import plural

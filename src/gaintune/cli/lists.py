@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from gaintune.cli.analysis_options import Options, PlanFile, Set, assemble
 from gaintune.cli.console import table
-from gaintune.cli.options import Options, PlanFile, Set, assemble
 
 out = Console()
 

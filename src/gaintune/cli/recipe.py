@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gaintune.cli.console import progress_on, quiet_libraries, table
-from gaintune.cli.options import Set, err, out, say
+from gaintune.cli.analysis_options import Set
+from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, table
 from gaintune.config import apply_overrides
 
 if TYPE_CHECKING:

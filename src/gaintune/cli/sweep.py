@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gaintune.cli.console import progress_on, quiet_libraries, table
-from gaintune.cli.options import Set, err, out, say
+from gaintune.cli.analysis_options import Set
+from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, table
 
 
 def register(app: typer.Typer) -> None:
