@@ -46,7 +46,7 @@ class HelpfulGroup(TyperGroup):
         )
         for group, rows in groups.items():
             with formatter.section(f"{group} Commands" if group else "Commands"):
-                formatter.write_dl(records)
+                formatter.write_dl(rows)
 
 
 def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
@@ -58,7 +58,7 @@ def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
     for heading, rows in {"Arguments": arguments, **named, "Options": rest}.items():
         if rows:
             with formatter.section(heading):
-                formatter.write_dl(records)
+                formatter.write_dl(rows)
 
 
 def _grouped(entries: Iterable[tuple[Any, tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
