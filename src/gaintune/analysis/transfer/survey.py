@@ -8,19 +8,23 @@ learn them; what is shared is one of `Component`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
+from torch import nn
 
-from gaintune.adapters import check_adapters, read_record
+from gaintune.adapters import check_adapters, load_adapter, read_record, strip_adapters
+from gaintune.analysis.gains.factors import PREFIX
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
-from gaintune.analysis.transfer.placed_gains import PlacedGains, placed_gains
-from gaintune.analysis.transfer.sharing import (
+from gaintune.analysis.transfer import Component, TransferOptions
+from gaintune.analysis.transfer.statistics import (
     FloatArray,
     GainVectors,
     Sharing,
@@ -33,13 +37,10 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure_domain
-from gaintune.models import load_base
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
 from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change, share_of_change
-
-Component = Literal["mean", "principal", "held-out"]
-"""What adapters share: their mean vector; what each has along their first principal direction (not centred); or the
-mean of all adapters but the one that learnt the domain being measured, so that nothing of that domain is in it."""
+from gaintune.tuners.gain.layer import GainLayer
 
 Part = Literal["whole", "shared", "own"]
 """What of an adapter's v is left: all of it, the shared component alone, or all but the shared component."""
@@ -168,15 +169,14 @@ class Transfer:
         return {
             "sharing": self.sharing.to_dict(),
             "ablations": [each.to_dict() for each in self.ablations],
-            "provenance": self.provenance.to_dict(),
         }
 
 
 def survey_transfer(
     plan: Plan,
     adapters: Sequence[Path],
+    options: TransferOptions | None = None,
     *,
-    components: Sequence[Component] = ("mean",),
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> Transfer:
@@ -186,7 +186,7 @@ def survey_transfer(
         plan: base, domains and how uncertainty is measured. Its domains are those that the adapters learnt, in any
             order; others, and watched ones, are measured as unseen.
         adapters: adapters of method gain or gain-ffn, each trained from the pretrained model on one domain.
-        components: what is taken for shared, one ablation each.
+        options: what is taken for shared.
         allow_other_base: take adapters that were trained on another base.
         progress: where to show progress; nowhere unless given.
 
@@ -197,6 +197,7 @@ def survey_transfer(
         DataError: a domain's text is missing or broken.
     """
     learnt = _by_domain([Path(folder) for folder in adapters], [domain.name for domain in plan.data.measured])
+    components = (options or TransferOptions()).components
     _check_components(components, len(learnt))
     vectors = read_gain_vectors(learnt)
     sharing = sharing_of(vectors)
@@ -208,11 +209,11 @@ def survey_transfer(
     watched = tuple(domain.name for domain in domains if domain.name not in learnt)
     rows = dict(zip(learnt, vectors.values, strict=True))
     with placed_gains(base, next(iter(learnt.values())), vectors, allow_other_base=allow_other_base) as place:
-        look = _Look(plan, place, progress or Silent())
+        measure = _Measure(plan, place, progress or Silent())
         nothing = np.zeros(vectors.values.shape[1])
-        before = {domain.name: look("base", nothing, domain) for domain in domains}
+        before = {domain.name: measure("base", nothing, domain) for domain in domains}
         whole: dict[Key, DomainLoss] = {
-            ("whole", name, domain.name): look(f"{name}, whole", v, domain)
+            ("whole", name, domain.name): measure(f"{name}, whole", v, domain)
             for name, v in rows.items()
             for domain in domains
         }
@@ -222,13 +223,56 @@ def survey_transfer(
             for name, v in rows.items():
                 for domain in domains:
                     shared = shared_component(vectors, component, name, domain.name)
-                    losses["shared", name, domain.name] = look(f"{name}, shared ({component})", shared, domain)
-                    losses["own", name, domain.name] = look(f"{name}, own ({component})", v - shared, domain)
+                    losses["shared", name, domain.name] = measure(f"{name}, shared ({component})", shared, domain)
+                    losses["own", name, domain.name] = measure(f"{name}, own ({component})", v - shared, domain)
             ablations.append(Ablation(component, tuple(learnt), watched, before, losses, plan.evaluate))
     return Transfer(sharing, tuple(ablations), told)
 
 
-class _Look:
+@dataclass(frozen=True)
+class PlacedGains:
+    """A model and the gains in it, in the order of a vector."""
+
+    model: nn.Module
+    gains: tuple[torch.Tensor, ...]
+
+    def put(self, v: FloatArray) -> None:
+        """Set every gain to `1 + v`, `(features,)`; zeros give the pretrained model's outputs, bit for bit."""
+        ends = np.cumsum([len(gain) for gain in self.gains])[:-1]
+        with torch.no_grad():
+            for gain, part in zip(self.gains, np.split(v, ends), strict=True):
+                gain.copy_(torch.from_numpy(part))
+
+
+@contextlib.contextmanager
+def placed_gains(
+    base: Base, adapter: Path, vectors: GainVectors, *, allow_other_base: bool = False
+) -> Iterator[PlacedGains]:
+    """Put an adapter's gains onto a base, to be set to other values; afterwards the base is as it was.
+
+    Args:
+        base: the pretrained model.
+        adapter: one of those that `vectors` were read from; it says where gains are.
+        vectors: the order of modules.
+        allow_other_base: as in `load_adapter`.
+
+    Raises:
+        AdapterError, BaseMismatchError: as `load_adapter` does.
+    """
+    flags = {name: parameter.requires_grad for name, parameter in base.model.named_parameters()}
+    model = load_adapter(base, adapter, allow_other_base=allow_other_base)
+    try:
+        layers = {
+            name.removeprefix(PREFIX): each for name, each in model.named_modules() if isinstance(each, GainLayer)
+        }
+        yield PlacedGains(model, tuple(layers[name].gain_v["default"] for name, _ in vectors.modules))
+    finally:
+        strip_adapters(base.model)
+        for name, parameter in base.model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+class _Measure:
     """Measures domains under gains; the same gains on the same domain, such as what all adapters share, once."""
 
     def __init__(self, plan: Plan, place: PlacedGains, progress: Progress) -> None:
