@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gaintune.report import MUTED, RULE, look, styled
+from gaintune.report import MUTED, NONE, RULE, look, styled
 from gaintune.results import Interval
 
 P = ParamSpec("P")
@@ -59,6 +59,26 @@ def legend(sheet: Figure, labels: Sequence[str], most: int, *, marked: bool = Fa
     ]
     columns = min(most, len(handles))
     sheet.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3)
+
+
+def panels(
+    count: int, columns: int, size: Callable[[int, int], tuple[float, float]], **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """Make a sheet with so many panels, its size by rows and columns; what is left of the last row is empty."""
+    rows = -(-count // columns)
+    sheet = Figure(figsize=size(rows, columns), layout="constrained")
+    grid = list(sheet.subplots(rows, columns, squeeze=False, **shared).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return sheet, grid[:count]
+
+
+def with_ends(figure: Interval | None, form: str) -> str:
+    """Write a figure and its interval in a format such as `.4f`."""
+    if figure is None:
+        return NONE
+    interval = "" if figure.low is None or figure.high is None else f" [{figure.low:{form}}, {figure.high:{form}}]"
+    return f"{figure.value:{form}}{interval}"
 
 
 def ends(figures: Sequence[Interval]) -> tuple[list[float], list[float]]:

@@ -14,7 +14,7 @@ from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Numbers, Result, Subject
-from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, ruled
+from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, panels, ruled, with_ends
 from gaintune.analysis.landscape.directions import WAYS
 from gaintune.analysis.landscape.statistics import DomainFigures, Surface, range_apart
 from gaintune.analysis.landscape.survey import Landscape
@@ -103,10 +103,7 @@ def _spread(one: DomainFigures, *, barrier: bool = False) -> list[str]:
 
 def in_nats(figure: Interval | None) -> str:
     """A range or a barrier with its interval."""
-    if figure is None:
-        return NONE
-    ends = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"
-    return f"{figure.value:.4f}{ends}"
+    return with_ends(figure, ".4f")
 
 
 def geometry(surface: Surface) -> list[str]:
@@ -157,26 +154,21 @@ def _ticks(low: float, high: float) -> list[float]:
     return next((ticks for ticks in choices if len(ticks) <= 7), choices[-1])
 
 
-def _panels(domains: Sequence[str]) -> tuple[int, int]:
-    """How many rows and columns of panels there are, one panel for each domain."""
-    columns = 2 if len(domains) == 4 else min(len(domains), 3)
-    return -(-len(domains) // columns), columns
+def _columns(domains: Sequence[str]) -> int:
+    return 2 if len(domains) == 4 else min(len(domains), 3)
 
 
 @drawn
 def line_figure(found: Landscape) -> Figure:
     """Perplexity along the lines, a panel for each domain (GAIN paper, Figure 3)."""
     domains = found.lines[0].domains
-    rows, columns = _panels(domains)
-    sheet = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + 2.4 * rows), layout="constrained")
-    grid = sheet.subplots(rows, columns, squeeze=False, sharex=True)
-    for place, axes in enumerate(grid.flat):
-        if place < len(domains):
-            _curve(axes, found, domains[place])
-        else:
-            axes.set_axis_off()
-    grid[0, 0].set_xticks([0, 0.5, 1], ["0\npretrained", "0.5", "1\nadapted"])
-    for axes in grid.flat:
+    sheet, grid = panels(
+        len(domains), _columns(domains), lambda rows, columns: (1.0 + 2.9 * columns, 0.9 + 2.4 * rows), sharex=True
+    )
+    for domain, axes in zip(domains, grid, strict=True):
+        _curve(axes, found, domain)
+    grid[0].set_xticks([0, 0.5, 1], ["0\npretrained", "0.5", "1\nadapted"])
+    for axes in grid:
         axes.tick_params(labelbottom=True)
     legend(sheet, [line.labels[0] for line in found.lines], 2, marked=True)
     sheet.supylabel("perplexity (log scale)", fontsize=9, color=MUTED)
@@ -208,21 +200,18 @@ def _plate(axes: Axes, plane: Surface, domain: str, colours: Colormap, scale: No
 def plane_figure(plane: Surface) -> Figure:
     """Change of perplexity over the plane, a panel for each domain, one colour scale (GAIN paper, Figure 4)."""
     domains, steps = plane.domains, len({point.place[0] for point in plane.points})
-    rows, columns = _panels(domains)
-    side = max(0.44 * steps, 2.2)
-    sheet = Figure(figsize=(1.6 + (side + 0.4) * columns, 0.6 + (side + 0.4) * rows), layout="constrained")
-    grid = sheet.subplots(rows, columns, squeeze=False)
+    side = max(0.44 * steps, 2.2) + 0.4
+    sheet, grid = panels(
+        len(domains), _columns(domains), lambda rows, columns: (1.6 + side * columns, 0.6 + side * rows)
+    )
     largest = max(abs(plane.change(point, domain).value) for point in plane.points for domain in domains)
     limit = min(max(5.0 * np.ceil(largest / 5.0), SMALLEST_LIMIT), LARGEST_LIMIT)
     scale, colours = Normalize(-limit, limit, clip=True), diverging()
-    for place, axes in enumerate(grid.flat):
-        if place < len(domains):
-            _plate(axes, plane, domains[place], colours, scale)
-        else:
-            axes.set_axis_off()
+    for domain, axes in zip(domains, grid, strict=True):
+        _plate(axes, plane, domain, colours, scale)
     mapped = ScalarMappable(Normalize(-limit, limit), colours)
     extend = "both" if largest > limit else "neither"
-    color_bar(sheet, mapped, list(grid.flat), "change of perplexity, %", shrink=0.8, extend=extend)
+    color_bar(sheet, mapped, sheet.axes, "change of perplexity, %", shrink=0.8, extend=extend)
     sheet.supxlabel(f"toward {plane.labels[0]}", fontsize=9, color=INK)
     sheet.supylabel(f"toward {plane.labels[1]}", fontsize=9, color=INK)
     return sheet

@@ -12,9 +12,9 @@ import contextlib
 import gc
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ from torch import nn
 
 from gaintune.adapters import adapter_weights, attached, check_adapters
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
-from gaintune.config import EvaluateConfig, ModelConfig, Plan
+from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure_domain
 from gaintune.evaluate.benchmarks import (
     BenchmarkConfig,
+    BenchmarkReport,
     BenchmarkScore,
-    Suite,
     base_of,
     benchmark_adapters,
     counting_score,
@@ -74,10 +74,6 @@ class Scores:
     target_change: Interval | None
     retention: float | None
     retention_change: Interval | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ class Retention:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
 
-        def plain(figure: Interval | None) -> dict[str, Any] | None:
+        def plain(figure: Interval | Scores | None) -> dict[str, Any] | None:
             return None if figure is None else asdict(figure)
 
         def told(trajectory: Trajectory, snapshot: SnapshotScores) -> dict[str, Any]:
@@ -191,7 +187,7 @@ class Retention:
                     }
                     for domain, loss in snapshot.losses.items()
                 },
-                "benchmarks": None if snapshot.scores is None else snapshot.scores.to_dict(),
+                "benchmarks": plain(snapshot.scores),
             }
 
         return {
@@ -199,7 +195,7 @@ class Retention:
             "texts": list(self.texts),
             "base": {
                 "perplexity": {domain: loss.perplexity for domain, loss in self.base.losses.items()},
-                "benchmarks": None if self.base.scores is None else self.base.scores.to_dict(),
+                "benchmarks": plain(self.base.scores),
             },
             "courses": [
                 {
@@ -273,25 +269,19 @@ def survey_retention(
         trajectories.append(Trajectory(label, origin.method, numbers.name, before, (*start, *snapshots)))
     del looking, base  # benchmarks load bases of their own
     if config is not None:
-        named = {(label, step): folder for label, copies in taken.items() for step, folder in copies.items()}
-        scores = measure_scores(
+        report = benchmark_adapters(
             plan.model,
-            named,
+            {f"{label}, step {step}": folder for label, copies in taken.items() for step, folder in copies.items()},
             config,
-            target_tasks,
-            suite=suite,
             cache=benchmark_cache,
+            suite=suite,
             allow_other_base=allow_other_base,
             progress=shown,
         )
-        first = replace(first, scores=scores.base)
-        trajectories = [
-            replace(
-                one,
-                snapshots=tuple(replace(each, scores=scores.at(one.label, each.step)) for each in one.snapshots),
-            )
-            for one in trajectories
-        ]
+        tasks = [task.name for task in config.tasks]
+        score = partial(scores_of, tasks=tasks, target=target_tasks, config=config)
+        first = replace(first, scores=score(report.base, report.base))
+        trajectories = [_with_scores(one, report, score) for one in trajectories]
     target = tuple(domain.name for domain in plan.data.domains)
     texts = tuple(domain.name for domain in plan.data.watched)
     return Retention(target, texts, first, tuple(trajectories), plan.evaluate, told)
@@ -379,19 +369,6 @@ class SnapshotLosses:
         return self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-@dataclass(frozen=True)
-class MeasuredScores:
-    """The base's benchmarks, those in the numbers of each label's snapshots, and every snapshot's by label and step."""
-
-    base: Scores
-    bases: Mapping[str, Scores]
-    snapshots: Mapping[tuple[str, int], Scores]
-
-    def at(self, label: str, step: int) -> Scores:
-        """A snapshot's scores, of step 0 the base's in the same numbers."""
-        return self.bases[label] if step == 0 else self.snapshots[label, step]
-
-
 def scores_of(
     base: Sequence[BenchmarkScore], model: Sequence[BenchmarkScore], tasks: Sequence[str], target: Sequence[str],
     config: BenchmarkConfig,
@@ -423,40 +400,13 @@ def checked_config(benchmarks: BenchmarkConfig | Mapping[str, Any], target: Sequ
     return config
 
 
-def measure_scores(
-    model: ModelConfig,
-    snapshots: Mapping[tuple[str, int], Path],
-    config: BenchmarkConfig,
-    target: Sequence[str],
-    *,
-    suite: Suite | None = None,
-    cache: Path | None = None,
-    allow_other_base: bool = False,
-    progress: Progress | None = None,
-) -> MeasuredScores:
-    """Measure a base, and every snapshot on it, on benchmarks; the adapters are not merged.
-
-    Each is measured in the numbers it was trained in, and against the base in the same. `suite` is what
-    `load_suite(config)` gave, if it has been called already.
-
-    Raises:
-        ConfigError: a task without a share of rows to count; and whatever `benchmark_adapters` raises.
-    """
-    tasks = [task.name for task in config.tasks]
-    named = {f"{label}, step {step}": (label, step) for label, step in snapshots}
-    report = benchmark_adapters(
-        model,
-        {name: snapshots[key] for name, key in named.items()},
-        config,
-        cache=cache,
-        suite=suite,
-        allow_other_base=allow_other_base,
-        progress=progress,
+def _with_scores(one: Trajectory, report: BenchmarkReport, score: Callable[..., Scores]) -> Trajectory:
+    """Add to every snapshot its scores, against the base in the same numbers."""
+    names = {at.step: f"{one.label}, step {at.step}" for at in one.snapshots}
+    base = base_of(report, names[one.snapshots[-1].step])
+    return replace(
+        one,
+        snapshots=tuple(
+            replace(at, scores=score(base, report.adapted[names[at.step]] if at.step else base)) for at in one.snapshots
+        ),
     )
-    found: dict[tuple[str, int], Scores] = {}
-    bases: dict[str, Scores] = {}
-    for name, key in named.items():
-        base = base_of(report, name)
-        bases[key[0]] = scores_of(base, base, tasks, target, config)
-        found[key] = scores_of(base, report.adapted[name], tasks, target, config)
-    return MeasuredScores(scores_of(report.base, report.base, tasks, target, config), bases, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from gaintune.report import MUTED, NONE, look, markdown_table
 from gaintune.results import Interval, exact
 
 NO_OUTSIDE = "no outside"
+COLUMNS = ("outputs", "inputs", "rank", "has_outside", "outside", "has_outside_rows", "outside_rows", "leading_rank")
 LOWEST = 1e-36  # where a share of exactly 0 is drawn: below anything that rounding leaves
 Pick = Callable[[ModuleSubspace], float | None]
 
@@ -35,14 +36,7 @@ def module_table(survey: SubspaceSurvey) -> pd.DataFrame:
                     "adapter": adapter.label,
                     "layer": module.position.layer,
                     "projection": module.position.projection,
-                    "outputs": figures.outputs,
-                    "inputs": figures.inputs,
-                    "rank": figures.rank,
-                    "has_outside": figures.has_outside,
-                    "outside": figures.outside,
-                    "has_outside_rows": figures.has_outside_rows,
-                    "outside_rows": figures.outside_rows,
-                    "leading_rank": figures.leading_rank,
+                    **{name: getattr(figures, name) for name in COLUMNS},
                     "outside_leading": figures.outside_leading,
                     "relative_update": (figures.update_energy / figures.weight_energy) ** 0.5,
                     "intruders": figures.intruders,
@@ -63,22 +57,16 @@ def summary_rows(survey: SubspaceSurvey) -> list[list[str]]:
             chosen = [each for each in adapter.modules if projection in ("all", each.position.projection)]
             if projection == "all" and len(projections) == 1:
                 continue
-            outside = share_of([(each.figures, each.figures.outside) for each in chosen if each.figures.has_outside])
-            any_outside = any(each.figures.has_outside for each in chosen)
-            leading = share_of([(each.figures, each.figures.outside_leading) for each in chosen])
-            update = sum(each.figures.update_energy for each in chosen)
-            weight = sum(each.figures.weight_energy for each in chosen)
-            intruders = sum(each.figures.intruders for each in chosen)
-            looked = sum(len(each.figures.similarities) for each in chosen)
+            part = replace(adapter, modules=tuple(chosen))
             rows.append(
                 [
                     adapter.label,
                     projection,
                     _shapes(chosen),
-                    _share(outside) if any_outside else NO_OUTSIDE,
-                    _share(leading),
-                    f"{(update / weight) ** 0.5:.2e}",
-                    f"{intruders} of {looked}",
+                    _share(part.outside) if part.with_outside else NO_OUTSIDE,
+                    _share(part.outside_leading),
+                    f"{part.relative_update:.2e}",
+                    f"{part.intruders()} of {part.looked_at}",
                 ]
             )
     return rows

@@ -23,14 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.adapters import FULL, WEIGHTS, attached, check_adapters, check_mergeable, read_config, read_record
 from gaintune.analysis.gains.factors import PREFIX
 from gaintune.analysis.positions import ModulePosition, positions_of
-from gaintune.analysis.provenance import Origin, Provenance, named_origins
+from gaintune.analysis.provenance import Origin, Provenance, named_origins, provenance
 from gaintune.analysis.subspace import SubspaceOptions
 from gaintune.analysis.subspace.statistics import SubspaceFigures, compare_weights
 from gaintune.config import Plan
 from gaintune.errors import AdapterError, ConfigError, one_line
-from gaintune.models import Base, load_base, resolve_device
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
-from gaintune.storage import describe_environment
 from gaintune.tuners.gain import GainLayer
 
 logger = logging.getLogger(__name__)
@@ -162,20 +161,8 @@ def survey_subspace(
                 advance(1)
         scales = (adapter / "adapter_config.json").is_file() and read_config(adapter).get("peft_type") == "GAIN"
         found.append(AdapterSubspace(label, origin, scales, held, tuple(modules)))
-    provenance = Provenance(
-        base=base.name,
-        base_revision=base.revision,
-        base_fingerprint=base.fingerprint,
-        adapters=origins,
-        texts={},
-        settings={
-            "subspace": chosen.model_dump(exclude={"gate"}),
-            "gate": gate,
-            "model": plan.model.model_dump(mode="json"),
-        },
-        environment=describe_environment(resolve_device(plan.model.device)),
-    )
-    return SubspaceSurvey(chosen, tuple(found), provenance)
+    settings = {"subspace": chosen.counted(), "gate": gate, "model": plan.model.model_dump(mode="json")}
+    return SubspaceSurvey(chosen, tuple(found), provenance(plan, base, (), origins, settings))
 
 
 @dataclass(frozen=True)

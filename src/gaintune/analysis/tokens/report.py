@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result, Subject
-from gaintune.analysis.drawing import drawn, legend, ruled
+from gaintune.analysis.drawing import drawn, legend, panels, ruled, with_ends
 from gaintune.analysis.tokens.statistics import QUANTILES, TokenChanges
 from gaintune.analysis.tokens.survey import TokenSurvey
 from gaintune.report import INK, NONE, look, markdown_table
@@ -61,10 +61,10 @@ def histogram_table(survey: TokenSurvey) -> pd.DataFrame:
 def cells(one: TokenChanges) -> list[str]:
     """The figures of one adapter on one domain as text, for `HEADS`."""
     return [
-        _with_ends(one.mean, "+.4f"),
+        with_ends(one.mean, "+.4f"),
         f"{one.mean_absolute:.4f}",
         NONE if one.skew is None else f"{one.skew:+.2f}",
-        NONE if one.coherence is None else _with_ends(one.coherence, ".3f"),
+        with_ends(one.coherence, ".3f"),
         f"{100 * one.better:.1f} %",
         f"{100 * one.worse:.1f} %",
         f"{one.tokens:,}",
@@ -78,12 +78,6 @@ def _frame(names: Sequence[str], adapters: Mapping[str, TokenChanges]) -> pd.Dat
 
 
 HEADS = ("mean change, nats", "mean size", "skew", "coherence", "better", "worse", "tokens")
-
-
-def _with_ends(figure: Interval, form: str) -> str:
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:{form}}"
-    return f"{figure.value:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
 
 
 def markdown(survey: TokenSurvey) -> str:
@@ -131,13 +125,8 @@ def _panel(axes: Axes, domain: str, adapters: Mapping[str, TokenChanges]) -> Non
 def figure(survey: TokenSurvey) -> Figure:
     """Histograms of the changes, a panel for each domain and a line for each adapter, with the means."""
     count = len(survey.changes)
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    sheet = Figure(figsize=(max(3.6 * columns, 5.6), 0.9 + 2.7 * rows), layout="constrained")
-    grid = sheet.subplots(rows, columns, squeeze=False)
-    for axes in list(grid.flat)[count:]:
-        axes.set_axis_off()
-    for axes, (domain, adapters) in zip(grid.flat, survey.changes.items(), strict=False):
+    sheet, grid = panels(count, min(count, 3), lambda rows, columns: (max(3.6 * columns, 5.6), 0.9 + 2.7 * rows))
+    for axes, (domain, adapters) in zip(grid, survey.changes.items(), strict=True):
         _panel(axes, domain, adapters)
     legend(sheet, list(next(iter(survey.changes.values()))), 3, linewidth=1.5)
     told = "left is better; upright lines are means; the outermost bins hold all beyond"

@@ -8,19 +8,18 @@ learn them; what is shared is one of `Component`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from gaintune.adapters import check_adapters, load_adapter, read_record, strip_adapters
+from gaintune.adapters import attached, check_adapters, read_record
 from gaintune.analysis.gains.factors import PREFIX
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
 from gaintune.analysis.transfer import Component, TransferOptions
@@ -37,10 +36,9 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import DomainBlocks, load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure_domain
-from gaintune.models import Base, load_base
+from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
 from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change, share_of_change
-from gaintune.tuners.gain.layer import GainLayer
 
 Part = Literal["whole", "shared", "own"]
 """What of an adapter's v is left: all of it, the shared component alone, or all but the shared component."""
@@ -208,8 +206,8 @@ def survey_transfer(
     told = provenance(plan, base, domains, {name: origin_of(folder) for name, folder in learnt.items()})
     watched = tuple(domain.name for domain in domains if domain.name not in learnt)
     rows = dict(zip(learnt, vectors.values, strict=True))
-    with placed_gains(base, next(iter(learnt.values())), vectors, allow_other_base=allow_other_base) as place:
-        measure = _Measure(plan, place, progress or Silent())
+    with attached(base, next(iter(learnt.values())), allow_other_base=allow_other_base) as (model, _):
+        measure = _Measure(plan, model, vectors, progress or Silent())
         nothing = np.zeros(vectors.values.shape[1])
         before = {domain.name: measure("base", nothing, domain) for domain in domains}
         whole: dict[Key, DomainLoss] = {
@@ -229,64 +227,25 @@ def survey_transfer(
     return Transfer(sharing, tuple(ablations), told)
 
 
-@dataclass(frozen=True)
-class PlacedGains:
-    """A model and the gains in it, in the order of a vector."""
-
-    model: nn.Module
-    gains: tuple[torch.Tensor, ...]
-
-    def put(self, v: FloatArray) -> None:
-        """Set every gain to `1 + v`, `(features,)`; zeros give the pretrained model's outputs, bit for bit."""
-        ends = np.cumsum([len(gain) for gain in self.gains])[:-1]
-        with torch.no_grad():
-            for gain, part in zip(self.gains, np.split(v, ends), strict=True):
-                gain.copy_(torch.from_numpy(part))
-
-
-@contextlib.contextmanager
-def placed_gains(
-    base: Base, adapter: Path, vectors: GainVectors, *, allow_other_base: bool = False
-) -> Iterator[PlacedGains]:
-    """Put an adapter's gains onto a base, to be set to other values; afterwards the base is as it was.
-
-    Args:
-        base: the pretrained model.
-        adapter: one of those that `vectors` were read from; it says where gains are.
-        vectors: the order of modules.
-        allow_other_base: as in `load_adapter`.
-
-    Raises:
-        AdapterError, BaseMismatchError: as `load_adapter` does.
-    """
-    flags = {name: parameter.requires_grad for name, parameter in base.model.named_parameters()}
-    model = load_adapter(base, adapter, allow_other_base=allow_other_base)
-    try:
-        layers = {
-            name.removeprefix(PREFIX): each for name, each in model.named_modules() if isinstance(each, GainLayer)
-        }
-        yield PlacedGains(model, tuple(layers[name].gain_v["default"] for name, _ in vectors.modules))
-    finally:
-        strip_adapters(base.model)
-        for name, parameter in base.model.named_parameters():
-            parameter.requires_grad_(flags[name])
-
-
 class _Measure:
-    """Measures domains under gains; the same gains on the same domain, such as what all adapters share, once."""
+    """Measures domains under gains of any values; the same on one domain, such as what all adapters share, once."""
 
-    def __init__(self, plan: Plan, place: PlacedGains, progress: Progress) -> None:
-        self._plan = plan
-        self._place = place
-        self._progress = progress
+    def __init__(self, plan: Plan, model: nn.Module, vectors: GainVectors, progress: Progress) -> None:
+        layers = {name.removeprefix(PREFIX): each for name, each in model.named_modules() if name.startswith(PREFIX)}
+        self._gains: list[torch.Tensor] = [cast(Any, layers[name]).gain_v["default"] for name, _ in vectors.modules]
+        self._plan, self._model, self._progress = plan, model, progress
         self._known: dict[tuple[str, bytes], DomainLoss] = {}
 
     def __call__(self, title: str, v: FloatArray, domain: DomainBlocks) -> DomainLoss:
+        """Measure a domain with every gain at `1 + v`, `(features,)`; zeros are the pretrained model, bit for bit."""
         key = (domain.name, hashlib.sha256(v.astype(np.float32).tobytes()).digest())
         if key not in self._known:
-            self._place.put(v)
+            ends = np.cumsum([len(gain) for gain in self._gains])[:-1]
+            with torch.no_grad():
+                for gain, part in zip(self._gains, np.split(v, ends), strict=True):
+                    gain.copy_(torch.from_numpy(part))
             self._known[key] = measure_domain(
-                self._place.model,
+                self._model,
                 domain,
                 batch_size=self._plan.evaluate.batch_size,
                 title=f"{title}: measuring {domain.name}",
@@ -315,10 +274,8 @@ def _by_domain(adapters: Sequence[Path], measured: Sequence[str]) -> dict[str, P
 
 
 def _check_components(components: Sequence[Component], count: int) -> None:
-    if not components or len(set(components)) != len(components) or set(components) - set(get_args(Component)):
-        raise ConfigError(
-            f"components {', '.join(components)}: name some of {', '.join(get_args(Component))}, each once"
-        )
+    if not components or len(set(components)) != len(components):
+        raise ConfigError(f"components {', '.join(components)}: name some, each once")
     if "held-out" in components and count < 3:
         raise ConfigError(
             f"held-out: the mean of all adapters but the measured domain's takes three or more, and {count} were given"
