@@ -11,8 +11,15 @@ from gaintune.cli.analysis_options import (
     LEARNT,
     Adapters,
     AdaptersBase,
+    AllowCode,
+    BenchmarkData,
+    BenchmarkSource,
     BlockSize,
     Domains,
+    Fewshot,
+    FewshotSeed,
+    GeneratedTokens,
+    Limit,
     Options,
     OtherBase,
     PlanOption,
@@ -25,20 +32,12 @@ from gaintune.cli.analysis_options import (
     ValidationTokens,
     Watched,
     assemble,
+    config_of,
     survey_plan,
     with_base,
 )
-from gaintune.cli.benchmarks import (
-    AllowCode,
-    BenchmarkData,
-    BenchmarkSource,
-    Fewshot,
-    FewshotSeed,
-    GeneratedTokens,
-    Limit,
-    config_of,
-)
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
+from gaintune.cli.help import HelpfulCommand
 from gaintune.config import as_domain
 from gaintune.errors import ConfigError
 
@@ -505,13 +504,13 @@ def tokens(
     say(f"tables and figure {out_folder}")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(gates)
-    app.command("linear-model")(linear_model)
-    app.command()(gains)
-    app.command()(subspace)
-    app.command(epilog=LEARNT)(tokens)
-    app.command(epilog=LEARNT)(landscape)
-    app.command(epilog=LEARNT)(transfer)
-    app.command(epilog=LEARNT)(retention)
+commands = typer.Typer()
+for _name, _function in {"gates": gates, "linear-model": linear_model, "gains": gains, "subspace": subspace}.items():
+    commands.command(_name, rich_help_panel="Analysis", cls=HelpfulCommand)(_function)
+for _name, _function in {
+    "tokens": tokens,
+    "landscape": landscape,
+    "transfer": transfer,
+    "retention": retention,
+}.items():
+    commands.command(_name, rich_help_panel="Analysis", epilog=LEARNT)(_function)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gaintune.cli.benchmarks import BenchmarkOptions
 from gaintune.cli.options import Given
 from gaintune.config import (
     DataConfig,
@@ -18,6 +19,9 @@ from gaintune.config import (
     Section,
     TrainConfig,
 )
+
+if TYPE_CHECKING:
+    from gaintune.evaluate.benchmarks import BenchmarkConfig
 
 
 def _help(section: type[Section], field: str) -> str:
@@ -158,3 +162,27 @@ def survey_plan(plan: Path | None, adapters: Sequence[Path], given: Options, ass
     records = [read_record(folder) for folder in adapters]
     learnt = dict.fromkeys(record.domains[-1] for record in records if record and record.domains)
     return assemble(None, replace(given, domains=given.domains or list(learnt) or None), settled)
+
+
+Fewshot = Annotated[
+    int | None, typer.Option(help="Worked examples before each question; what lm-eval's task file says unless given.")
+]
+FewshotSeed = Annotated[int | None, typer.Option(help="Seed of the draw of worked examples; lm-eval's unless given.")]
+Limit = Annotated[int | None, typer.Option(help="Rows of each benchmark, the first ones; all unless given.")]
+BenchmarkData = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FOLDER|NAME=PATH", help="Local rows: a folder with a folder for each benchmark; repeatable."),
+]
+BenchmarkSource = Annotated[
+    str | None, typer.Option(help="Where rows are from: auto, hub or local; auto asks the Hub for what is not local.")
+]
+GeneratedTokens = Annotated[int | None, typer.Option(help="Longest generated answer, in tokens.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, which humaneval needs.")
+]
+
+
+def config_of(plan: Plan, benchmarks: str | None, **options: Any) -> BenchmarkConfig | None:
+    """Return the benchmarks that options ask for; None for none."""
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    return BenchmarkOptions.model_validate(given).config(plan.evaluate, benchmarks or "")
