@@ -127,6 +127,7 @@ class Analysis:
     Attributes:
         name: of the command, the recipe step and the files.
         help: of the command; the first sentence says what the analysis is.
+        examples: command lines for the help, one to a line.
         takes: what it is given: nothing, one adapter, several, adapters with snapshots, or runs beside adapters.
         argument: what the command's help says of that.
         texts: which texts it measures: none, those that the adapters were trained on unless others are named, or those
@@ -145,6 +146,7 @@ class Analysis:
 
     name: ClassVar[str]
     help: ClassVar[str]
+    examples: ClassVar[str]
     takes: ClassVar[Takes] = "adapters"
     argument: ClassVar[str] = "Adapter folders on one base."
     texts: ClassVar[Texts] = "none"
@@ -180,6 +182,11 @@ class Analysis:
     def part(self, name: str) -> Any:
         """Import a module of the analysis's folder, which loads what the command's help does without."""
         return import_module(f"{type(self).__module__}.{name}")
+
+    @property
+    def loads_model(self) -> bool:
+        """Whether it needs a plan that names a base."""
+        return self.takes not in ("nothing", "runs")
 
     def domains(self, named: Sequence[Any], options: Any) -> Sequence[Any]:
         """Return the domains to measure, given those that a person named."""

@@ -9,11 +9,11 @@ To add a command: write a function and register it.
     def adapt(plan: Plan, out: Annotated[Path, typer.Option(help="Folder for the adapter.")]) -> None:
         "Adapt to one domain with one method and save the adapter."
 
-`takes` names sections of the plan, or single keys; `without` leaves keys out that have no effect there. Commands that
-take something have `--plan` and `--set` too. The function's own parameters are the command's other arguments and
-options. Three names are special: `plan` is the assembled plan, `given` is what it would be assembled from (for commands
-that add to it first), and `options` is an instance of the pydantic model that was passed as `options=`, each field of
-which is an option.
+`takes` names sections of the plan, or single keys; `without` leaves out keys that have no effect there. The function's
+own parameters are the command's other arguments and options; Typer's `rich_help_panel` is their group. Two names are
+special, and bring `--plan` and `--set`: `plan` is the assembled plan, and `given` is what it would be assembled from,
+for commands that add to it first. A parameter that is a pydantic model makes an option of each of its fields, and
+`options` does so of the model that was passed as `options=`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GROUPS = {
     "evaluate": "Evaluation",
     "classify": "Classification",
 }
-EVERYTHING = tuple(GROUPS)
+ORDER = ("Plan", *GROUPS.values())
 PLAN_HELP = "YAML plan; options are laid over it."
 SET_HELP = "Any other key of the plan, such as train.clip=0.5."
 
@@ -60,10 +60,15 @@ class Given:
     options: Mapping[str, Any] = field(default_factory=dict)
     assignments: Sequence[str] = ()
 
-    def under(self, **defaults: Any) -> Given:
-        """Add options that count only where a person gave none; `data__domains` stands for `data.domains`."""
-        named = {key.replace("__", "."): value for key, value in defaults.items()}
-        return replace(self, options={**named, **self.options})
+    def over(self, defaults: Mapping[str, Any]) -> Given:
+        """Add options, by their keys in the plan, that count where a person gave none."""
+        return replace(self, options={**defaults, **self.options})
+
+    def on_file(self, file: Path) -> Given:
+        """Add a plan file that was given by position."""
+        if self.file is not None:
+            raise ConfigError(f"two plans, {file} and {self.file}: give one, by position or with --plan")
+        return replace(self, file=file)
 
     def on_base_of(self, adapters: Sequence[Path]) -> Given:
         """Add the base that the first adapter names, and its revision, unless a plan file or an option names one."""
@@ -72,8 +77,7 @@ class Given:
         from gaintune.adapters import claimed_base, read_record
 
         base = claimed_base(adapters[0], read_record(adapters[0]))
-        revision = {"model.revision": base.revision} if base.revision else {}
-        return replace(self, options={"model.name": base.name, **revision, **self.options})
+        return self.over({"model.name": base.name, **({"model.revision": base.revision} if base.revision else {})})
 
     def on_domains_of(self, adapters: Sequence[Path]) -> Given:
         """Add the domain that each adapter was trained on last, unless a plan file or an option names domains."""
@@ -83,7 +87,7 @@ class Given:
 
         records = [read_record(folder) for folder in adapters]
         trained = dict.fromkeys(record.domains[-1] for record in records if record and record.domains)
-        return self.under(data__domains=list(trained)) if trained else self
+        return self.over({"data.domains": list(trained)}) if trained else self
 
     def plan(self) -> Plan:
         """Assemble the plan: the file, then the options, then `--set`.
@@ -314,7 +318,15 @@ def _read_model(model: type[BaseModel], options: Iterable[FieldOption], values: 
         raise ConfigError("\n".join(lines)) from None
 
 
-RUN_NAMES = ("--run", "--run-dir")  # torchrun takes --run for an abbreviation of one of its own options
+def refuse(reason: str, options: Iterable[str]) -> None:
+    """Refuse options that would have no effect; the message names the first one, before the reason."""
+    for name in options:
+        raise ConfigError(f"--{name.replace('_', '-')} {reason}")
+
+
+def run_option(help_text: str, group: str | None = "Output") -> Any:
+    """Declare `--run`, with the name that `torchrun` hands on: it takes `--run` for an abbreviation of its own."""
+    return typer.Option("--run", "--run-dir", help=help_text, rich_help_panel=group)
 
 
 def command(
@@ -339,36 +351,37 @@ def command(
         takes: sections and keys of the plan whose marked fields become options.
         without: keys that have no effect in this command.
         plan_argument: whether the plan file may be given by position, too.
-        options: a pydantic model, each field of which becomes an option.
-        options_group: the heading of those options.
+        options: the model of the parameter `options`, where it is known only when the command is made.
+        options_group: the heading of its options; those of another model stand under its parameter's name.
         helps: other help texts, by the option's name without dashes.
         examples: command lines for the help, one to a line.
     """
-    fields = plan_options(takes, without)
-    own = model_options(options, options_group) if options else []
+    helps = helps or {}
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         asked = inspect.signature(function, eval_str=True).parameters
         special = [each for each in ("plan", "given") if each in asked]
+        models = {each.name: each.annotation for each in asked.values() if _is_model(each)}
+        models |= {"options": options} if options else {}
+        headings = {name: options_group if name == "options" else name.capitalize() for name in models}
+        own = {name: model_options(model, headings[name]) for name, model in models.items()}
+        fields = [each for each in plan_options(takes, without) if each.parameter not in asked]
 
         def run(**values: Any) -> None:
             values = {key: value for key, value in values.items() if value is not None and value != []}
-            passed = {key: values.get(key, asked[key].default) for key in asked if key not in (*special, "options")}
-            if options:
-                passed["options"] = _read_model(options, own, values)
+            passed = {key: values.get(key, asked[key].default) for key in asked if key not in (*special, *models)}
+            passed |= {name: _read_model(model, own[name], values) for name, model in models.items()}
             if special:
-                given = _given(values, [each for each in fields if each.parameter not in asked])
+                given = _given(values, fields)
                 passed[special[0]] = given if special[0] == "given" else given.plan()
             function(**passed)
 
-        parameters = [_keyword(each.name, each.annotation, each.default) for each in asked.values()]
-        parameters = [each for each in parameters if each.name not in (*special, "options")]
-        shown = [
-            each for each in [*own, *fields] if each.parameter not in asked
-        ]  # a command's own parameter goes first
-        parameters += [each.declared((helps or {}).get(each.name)) for each in shown]
+        plain = [each for each in asked.values() if each.name not in (*special, *models)]
+        parameters = [_keyword(each.name, each.annotation, each.default) for each in plain]
+        parameters += [each.declared(helps.get(each.name)) for group in (*own.values(), fields) for each in group]
         if special:
-            parameters += _plan_parameters(plan_argument, (helps or {}).get("plan", PLAN_HELP))
+            parameters += _plan_parameters(plan_argument, helps.get("plan", PLAN_HELP))
+        parameters.sort(key=_position)
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -376,6 +389,18 @@ def command(
         return function
 
     return register
+
+
+def _position(parameter: inspect.Parameter) -> int:
+    """Return where an option's group stands in the help; a command's own groups come last."""
+    marks = getattr(parameter.annotation, "__metadata__", (None,))
+    group = getattr(marks[-1], "rich_help_panel", None)
+    return ORDER.index(group) if group in ORDER else len(ORDER)
+
+
+def _is_model(parameter: inspect.Parameter) -> bool:
+    kind = parameter.annotation
+    return isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Plan
 
 
 def _plan_parameters(by_position: bool, help_text: str) -> list[inspect.Parameter]:
@@ -390,10 +415,8 @@ def _plan_parameters(by_position: bool, help_text: str) -> list[inspect.Paramete
 
 
 def _given(values: Mapping[str, Any], fields: Iterable[FieldOption]) -> Given:
-    files = [values[key] for key in ("plan_place", "plan") if key in values]
-    if len(files) > 1:
-        raise ConfigError(f"two plans, {files[0]} and {files[1]}: give one, by position or with --plan")
     options = {
         key: each.read(values[each.parameter]) for each in fields if each.parameter in values for key in each.keys
     }
-    return Given(files[0] if files else None, options, values.get("set_", ()))
+    given = Given(values.get("plan"), options, values.get("set_", ()))
+    return given.on_file(values["plan_place"]) if "plan_place" in values else given

@@ -35,6 +35,7 @@ class LandscapeAnalysis(Analysis):
         "GAIN's v is scaled, LoRA's B A, DISeL's B with its gates as they are, and the weights of all others, in fp32. "
         "Writes landscape.csv, .md and .json, and two figures as PNG and SVG."
     )
+    examples = "gaintune landscape adapters/law adapters/code --plane --line 0,0.5,1"
     texts = "trained"
     together = "label"
     one_figure = False

@@ -50,6 +50,7 @@ class LinearModelAnalysis(Analysis):
         "Run the DISeL paper's linear model: full, LoRA and DISeL against the best fixed and the Bayes correction.\n\n"
         "Losses are mean squared errors per output coordinate. Writes linear-model.csv, .md, .json, .png and .svg."
     )
+    examples = "gaintune linear-model --dimension 16 --seeds 3"
     takes = "nothing"
     Options = LinearModelOptions
 

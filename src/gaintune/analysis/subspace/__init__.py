@@ -27,13 +27,13 @@ class SubspaceOptions(Options):
         ge=0,
         lt=1,
         description="singular values up to this share of the largest count as zero in a weight's rank; max(out, in) "
-        "times fp32's epsilon unless given",
+        "times fp32's epsilon unless given.",
     )
     gate: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="DISeL and Gated LoRA: the value at which every gate is held; without it they are refused",
+        description="DISeL and Gated LoRA: the value at which every gate is held; without it they are refused.",
     )
 
     def counted(self) -> dict[str, Any]:
@@ -50,4 +50,7 @@ class SubspaceAnalysis(Analysis):
         "Writes subspace.csv, .md, .json, .png and .svg. Two singular value decompositions for every adapted weight, "
         "in float64, on the model's device."
     )
+    examples = """\
+gaintune subspace adapters/gains adapters/lora --top 10
+gaintune subspace adapters/gated --gate 0.05"""
     Options = SubspaceOptions

@@ -13,7 +13,7 @@ class TokensOptions(Options):
     bins: int = Field(default=101, description="bins of a histogram, an odd number")
     limit: float | None = Field(
         default=None,
-        description="nats at which histograms end; where 99.5 % of a domain's changes lie unless given",
+        description="nats at which histograms end; where 99.5 % of a domain's changes lie unless given.",
     )
 
     @model_validator(mode="after")
@@ -32,5 +32,6 @@ class TokensAnalysis(Analysis):
         "Change of the loss of every token between base and adapter: histogram, mean, skew and coherence.\n\n"
         "Writes tokens.csv, tokens-histogram.csv, tokens.md, .json, .png and .svg. Coherence is |mean| / mean size."
     )
+    examples = "gaintune tokens adapters/gains adapters/lora --domain notes=notes.jsonl --watch law"
     texts = "named"
     Options = TokensOptions
