@@ -8,8 +8,7 @@ import pytest
 
 import tiny_base
 import tiny_domains
-from gaintune.analysis import Subject, survey_retention, write_result
-from gaintune.analysis.retention import RetentionOptions
+from gaintune.analysis import RetentionOptions, Subject, survey_retention, write_result
 from gaintune.analysis.retention.report import figure, markdown, result, sides, table
 from gaintune.analysis.retention.survey import counting_score, scores_of
 from gaintune.config import build_plan

@@ -8,8 +8,7 @@ from peft import get_peft_model
 import tiny_base
 import tiny_domains
 from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
-from gaintune.analysis import survey_transfer
-from gaintune.analysis.transfer import TransferOptions
+from gaintune.analysis import TransferOptions, survey_transfer
 from gaintune.analysis.transfer.statistics import read_gain_vectors, sharing_of
 from gaintune.analysis.transfer.survey import Ablation, shared_component
 from gaintune.config import EvaluateConfig, build_plan

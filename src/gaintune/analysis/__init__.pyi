@@ -5,6 +5,7 @@ from .base import Subject as Subject
 from .base import write_result as write_result
 from .catalogue import ANALYSES as ANALYSES
 from .gains.survey import survey_gains as survey_gains
+from .gates import GatesOptions as GatesOptions
 from .gates.statistics import Group as Group
 from .gates.statistics import apart as apart
 from .gates.statistics import summarise as summarise
@@ -16,9 +17,11 @@ from .landscape.directions import directions as directions
 from .landscape.survey import survey_landscape as survey_landscape
 from .linear_model import LinearModelOptions as LinearModelOptions
 from .linear_model.survey import run_experiment as run_experiment
+from .retention import RetentionOptions as RetentionOptions
 from .retention.survey import survey_retention as survey_retention
 from .subspace import SubspaceOptions as SubspaceOptions
 from .subspace.survey import survey_subspace as survey_subspace
 from .tokens import TokensOptions as TokensOptions
 from .tokens.survey import survey_tokens as survey_tokens
+from .transfer import TransferOptions as TransferOptions
 from .transfer.survey import survey_transfer as survey_transfer

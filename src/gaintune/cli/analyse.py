@@ -89,7 +89,9 @@ def _cell(cell: str | Interval | None) -> str:
     return percent(None, None, None) if cell is None else percent(cell.value, cell.low, cell.high)
 
 
-def _add(analysis: Analysis) -> None:
+def add_command(app: typer.Typer, analysis: Analysis) -> None:
+    """Register the command of an analysis."""
+
     def run(**values: Any) -> None:
         _run(analysis, **values)
 
@@ -99,7 +101,7 @@ def _add(analysis: Analysis) -> None:
         run.__doc__ += f"\n\n{TRAINED}"
     texts = ("data", "evaluate") if analysis.texts != "none" else ()
     command(
-        commands,
+        app,
         analysis.name,
         group="Analysis",
         takes=("model", *texts) if analysis.loads_model else (),
@@ -115,4 +117,4 @@ def _add(analysis: Analysis) -> None:
 
 
 for _analysis in ANALYSES.values():
-    _add(_analysis)
+    add_command(commands, _analysis)

@@ -36,7 +36,7 @@ class GatesOptions(Options):
 
 
 class GatesAnalysis(Analysis):
-    """DISeL paper (arXiv 2605.19028), on when gates open: histograms by depth, mean gates by layer and projection."""
+    """DISeL paper (arXiv 2605.19028), section 5 and appendix V, Figures 4, 5 and 10 to 14."""
 
     name = "gates"
     help = (
