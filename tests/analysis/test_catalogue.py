@@ -58,7 +58,7 @@ class Toy(Analysis):
 
 
 def test_a_new_analysis_has_a_command_with_its_options_its_table_and_its_files(tmp_path):
-    application = typer.Typer()
+    application = typer.Typer(rich_markup_mode=None)
     add_command(application, Toy())
     add_command(application, ANALYSES["gains"])
 

@@ -213,8 +213,8 @@ def write_result(name: str, result: Result, folder: Path) -> None:
     write_json(folder / f"{name}.json", {**result.record, **provenance})
     for drawing, figure in result.figures.items():
         if figure is None:
-            for old in folder.glob(f"{drawing}.*"):
-                old.unlink()
+            for kind in ("png", "svg"):
+                (folder / f"{drawing}.{kind}").unlink(missing_ok=True)
         else:
             for file, content in figure_files(drawing, figure).items():
                 write_bytes(folder / file, content)

@@ -53,15 +53,16 @@ def _read(analysis: Analysis, settings: dict[str, Any], context: Context) -> _Wo
     parts = tuple(_parts(analysis, settings, trained, context))
     if plan is not None:
         _check_methods(analysis, plan, parts, context.origin)
-    notes: tuple[str, ...] = ()
-    if analysis.texts == "named":
-        if why := nothing_to_learn(settings, context):
-            return _Work(notes=(why,))
-        plan, notes = context.world.plan(settings, origin=context.origin), left_out(settings, context)
     options = [
         analysis.Options.read({**analysis.recipe_defaults([*part.adapters.values()]), **given}, context.origin)
         for part in parts
     ]
+    notes: tuple[str, ...] = ()
+    if analysis.texts == "named":
+        settings["domains"] = [*analysis.domains(settings.get("domains", ()), options[0])]
+        if why := nothing_to_learn(settings, context):
+            return _Work(notes=(why,))
+        plan, notes = context.world.plan(settings, origin=context.origin), left_out(settings, context)
     benchmarks = None
     if analysis.measures_benchmarks and plan is not None:
         asked: Any = options[0]
