@@ -208,9 +208,8 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         assert found.plane.figures(domain).barrier is None
         assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
         assert figures.barrier.low <= figures.barrier.value <= figures.barrier.high
-    told = found.to_dict()
-    assert told["provenance"]["adapters"]["gain-ffn on gain-ffn-text"]["method"] == "gain-ffn"
-    assert set(told["provenance"]["texts"]) == {"prose", "code"}
+    assert found.provenance.adapters["gain-ffn on gain-ffn-text"].method == "gain-ffn"
+    assert set(found.provenance.texts) == {"prose", "code"}
     mixed = survey_landscape(
         plan, [place / "dora", place / "gain-ffn"], LandscapeOptions(plane=True, line=[0], grid=[0])
     )

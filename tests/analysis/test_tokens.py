@@ -146,7 +146,7 @@ def test_refusals_come_before_anything_is_measured(made, tmp_path):
     with pytest.raises(ConfigError, match="at least one adapter"):
         survey_tokens(plan, [])
     with pytest.raises(ConfigError, match="odd number"):
-        survey_tokens(plan, [folder / "full"], TokensOptions(bins=10))
+        TokensOptions.read({"bins": 10}, "here")
     with pytest.raises(ConfigError, match="named twice"):
         survey_tokens(plan, [folder / "full", folder / "full"])
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32)

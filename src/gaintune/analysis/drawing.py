@@ -52,11 +52,10 @@ def color_bar(sheet: Figure, mapped: ScalarMappable, panels: Sequence[Axes], lab
 
 def legend(sheet: Figure, labels: Sequence[str], most: int, *, marked: bool = False, **line: Any) -> None:
     """Name the lines above the panels, at most so many in a row, in the looks of their order."""
-    handles = [
-        Line2D([], [], color=style.colour, linestyle=style.dashes, label=label, **line, **marker)
-        for label, style in ((label, look(index)) for index, label in enumerate(labels))
-        for marker in [{"marker": style.marker} if marked else {}]
-    ]
+    handles = []
+    for label, style in zip(labels, map(look, range(len(labels))), strict=True):
+        marker: Any = style.marker if marked else None
+        handles.append(Line2D([], [], color=style.colour, linestyle=style.dashes, marker=marker, label=label, **line))
     columns = min(most, len(handles))
     sheet.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3)
 
