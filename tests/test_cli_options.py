@@ -57,6 +57,132 @@ def test_the_help_of_the_application_lists_every_command_under_a_heading():
     headings = [line for line in told.splitlines() if line.endswith("Commands:")]
     assert headings[0] == "Training Commands:" and len(headings) == len(set(headings)) > 3
     below = told[told.index(headings[0]) :]
+    words = [line.split()[0] for line in below.splitlines() if line.startswith("  ")]
+    assert sorted(words) == sorted(typer.main.get_command(app).commands)
+    assert max(map(len, told.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in PORTED_LATER])
+def test_every_help_has_its_options_in_groups_and_examples_that_can_be_typed(name):
+    told = run(*name.split(), "--help", columns=80)
+    _, _, examples = told.partition("\nExamples:\n")
+    lines = [line.strip() for line in examples.splitlines()]
+    assert lines
+    assert max(map(len, told.splitlines())) <= 80
+    parameters = COMMANDS[name].params
+    if any("--plan" in option.opts for option in parameters):
+        assert "\nPlan options:\n  --plan PLAN.yaml" in told
+    grouped = [option.rich_help_panel for option in parameters if option.rich_help_panel]
+    assert all(f"\n{group} options:\n" in told for group in grouped)
+    for line in lines:
+        words = shlex.split(line.partition(" > ")[0])
+        words = words[words.index("gaintune") + 1 :]  # torchrun may stand before it
+        assert words[: len(name.split())] == name.split()
+        COMMANDS[name].make_context(name, words[len(name.split()) :])
+
+
+def test_the_examples_of_the_application_can_be_typed():
+    lines = typer.main.get_command(app).epilog.splitlines()
+    for words in map(shlex.split, lines):
+        COMMANDS[words[1]].make_context(words[1], words[2:])
+    told = run("--help")
+    assert all(told.index(line) < told.index("Training Commands:") for line in lines)
+
+
+def test_a_plan_is_given_by_position_or_by_option_but_once(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("train: {epochs: 3}\n")
+    printed = run("config", file)
+    assert "epochs: 3" in printed and run("config", "--plan", file) == printed
+    for words in (("config", file), ("sequence", file), ("evaluate", file)):
+        with pytest.raises(ConfigError, match=r"two plans, .* give one, by position or with --plan"):
+            run(*words, "--plan", file)
+    with pytest.raises(ConfigError, match="Name a model, such as demo, or give a plan with --plan"):
+        run("evaluate", "--domain", "law")
+
+
+def test_the_run_directory_has_a_name_that_torchrun_hands_on(capsys):
+    from torch.distributed.run import parse_args
+
+    for name in ("sequence", "demo", "sweep", "recipe run"):
+        assert next(each for each in COMMANDS[name].params if "--run" in each.opts).opts == ["--run", "--run-dir"]
+    words = ["-m", "gaintune", "sequence", "plan.yaml"]
+    assert parse_args([*words, "--run-dir", "x"]).training_script_args == ["sequence", "plan.yaml", "--run-dir", "x"]
+    with pytest.raises(SystemExit):
+        parse_args([*words, "--run", "x"])
+    assert "ambiguous option: --run" in capsys.readouterr().err
+
+
+def test_methods_fit_a_terminal_and_are_printed_as_json():
+    told = run("methods", columns=80)
+    assert max(map(len, told.splitlines())) <= 80
+    entries = {each["name"]: each for each in json.loads(run("methods", "--json"))}
+    assert all(name in told for name in entries)
+    assert entries["lora"]["options"] == ["alpha", "rank", "targets"]
+    assert entries["gain"]["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("evaluate", "demo", "--choices", "a.jsonl", "--block-size", 64),
+            "--block-size is for domains, and --choices",
+        ),
+        (("evaluate", "demo", "--choices", "a.jsonl", "--text-column", "x"), "--text-column is for domains, and"),
+        (("evaluate", "demo", "--benchmarks", "piqa", "--task", "text"), "--task is for domains: name some with --dom"),
+        (
+            ("evaluate", "demo", "--benchmarks", "piqa", "--validation-tokens", 512),
+            "--validation-tokens is for domains",
+        ),
+        (("evaluate", "demo", "--limit", 5), "--limit is for benchmarks: name some with --benchmarks"),
+        (("evaluate", "demo", "--no-cache"), "--no-cache is for benchmarks: name some with --benchmarks"),
+        (("assets", "--optional"), "--optional goes with --fetch"),
+        (("recipe", "run", "G8", "--scale", "smoke", "--data", "x"), "--data has no effect at scale smoke"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        run(*arguments)
+
+
+class Settings(Section):
+    """Options of a command of one's own."""
+
+    bins: int = Field(default=100, gt=0, description="bins of a histogram")
+    plane: bool = Field(default=False, description="measure a plane, too")
+    line: Annotated[tuple[float, ...], Flag(metavar="T,T,...")] = Field(default=(0.0, 1.0), description="places")
+    part: Annotated[list[str], Flag("component")] = Field(default=["mean"], description="what is shared; repeatable")
+    which: Literal["auto", "all"] = Field(default="auto", description="tokens that count")
+    limit: float | None = Field(default=None, description="end of a histogram, in nats")
+
+    @field_validator("bins")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("use an even number")
+        return value
+
+
+@pytest.fixture
+def own():
+    """An application of one command, and what it was called with."""
+    seen = []
+    application = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @command(application, "measure", takes=("train.lr", "data.packing"), examples="gaintune measure x")
+    def measure(given: Given, settings: Settings, adapter: list[Path], out: Path = Path("runs/x")) -> None:
+        """Measure."""
+        seen.append((given, settings, adapter, out))
+
+    return application, seen
+
+
+def test_fields_of_a_model_are_options_with_their_kinds_and_defaults(own):
+    application, seen = own
+    run("a", "b", application=application)
+    given, settings, adapters, out = seen.pop()
+    assert (given, settings, adapters, out) == (Given(), Settings(), [Path("a"), Path("b")], Path("runs/x"))
     words = shlex.split("--bins 20 --plane --line 0,0.5 --component x --component y --which all --limit 2 --lr 0.1")
     run("a", *words, "--set", "data.seed=4", "--out", "o", application=application)
     given, settings, _, out = seen.pop()
