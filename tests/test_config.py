@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from gaintune.cli.options import Options, assemble, parse_method
+from gaintune.cli.options import Given, parse_method
 from gaintune.config import apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
 from gaintune.errors import ConfigError
 
@@ -85,7 +85,7 @@ def test_an_override_that_is_no_assignment_is_refused(text):
 def test_options_are_laid_over_the_plan_file_and_set_over_both(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text("train: {lr: 0.1, epochs: 7}\ndata: {seed: 5}\n")
-    plan = assemble(file, Options(lr=0.2, seed=9), ["data.seed=11"])
+    plan = Given(file, {"train.lr": 0.2, "train.seed": 9}, ["data.seed=11"]).plan()
     assert (plan.train.lr, plan.train.epochs, plan.train.seed, plan.data.seed) == (0.2, 7, 9, 11)
 
 

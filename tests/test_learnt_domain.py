@@ -10,7 +10,7 @@ import tiny_domains
 import tiny_encoders
 from gaintune.adapters import read_record
 from gaintune.adapters.record import LearntDomain
-from gaintune.analysis.gates.survey import survey_gates
+from gaintune.analysis import survey_gates
 from gaintune.config import build_plan
 from gaintune.evaluate import compare_adapters, compare_classifiers, compare_masked
 from gaintune.workflows import adapt

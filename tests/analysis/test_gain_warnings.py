@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import tiny_base
 import tiny_domains
+from gaintune.analysis import survey_gains
 from gaintune.analysis.gains.factors import read_factors
-from gaintune.analysis.gains.survey import survey_gains
 from gaintune.methods import Lesson
 from gaintune.methods.rules import GainWarnings
 from gaintune.models import NextTokenLoss

@@ -1,18 +1,18 @@
-"""Options of `gaintune evaluate` for benchmarks, and what is printed of their scores."""
+"""Options for benchmarks, and the tables of their scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from pydantic import Field
 from rich.table import Table
 
 from gaintune.adapters import BASE
 from gaintune.cli.console import percent, table
-from gaintune.config import Plan
-from gaintune.errors import ConfigError
+from gaintune.cli.options import refuse
+from gaintune.config import EvaluateConfig, Flag, Plan, Section
 
 if TYPE_CHECKING:
     from gaintune.evaluate.benchmarks import (
@@ -24,69 +24,72 @@ if TYPE_CHECKING:
     )
     from gaintune.progress import Progress
 
-Benchmarks = Annotated[
-    str | None,
-    typer.Option(metavar="NAMES", help="lm-eval's benchmarks: arc_easy,piqa, or gsm8k:8 for eight worked examples."),
-]
-Fewshot = Annotated[
-    int | None, typer.Option(help="Worked examples before each question; what lm-eval's task file says unless given.")
-]
-FewshotSeed = Annotated[int | None, typer.Option(help="Seed of the draw of worked examples; lm-eval's unless given.")]
-Limit = Annotated[int | None, typer.Option(help="Rows of each benchmark, the first ones; all unless given.")]
-BenchmarkData = Annotated[
-    list[str] | None,
-    typer.Option(metavar="FOLDER|NAME=PATH", help="Local rows: a folder with a folder for each benchmark; repeatable."),
-]
-BenchmarkSource = Annotated[
-    str | None, typer.Option(help="Where rows are from: auto, hub or local; auto asks the Hub for what is not local.")
-]
-GeneratedTokens = Annotated[int | None, typer.Option(help="Longest generated answer, in tokens.")]
-AllowCode = Annotated[
-    bool, typer.Option("--allow-code-execution", help="Run the programs that the model writes, which humaneval needs.")
-]
 
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure benchmarks anew, and keep no scores.")]
+class BenchmarkSettings(Section):
+    """Options for benchmarks, beside their names; None for what was not given."""
 
-FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}
-
-
-def config_of(
-    plan: Plan, benchmarks: str | None, *, allow_code_execution: bool, no_cache: bool = False, **options: Any
-) -> BenchmarkConfig | None:
-    """The benchmarks that options ask for; None for none.
-
-    Args:
-        plan: where the batch size and what intervals rest on are from.
-        benchmarks: their names.
-        allow_code_execution: whether programs that the model writes may run.
-        no_cache: whether scores are not to be kept.
-        options: the other options of benchmarks by their names; None for what was not given.
-
-    Raises:
-        ConfigError: an option of benchmarks without --benchmarks, or a wrong value.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    if not benchmarks:
-        switches = {"allow_code_execution": allow_code_execution, "no_cache": no_cache}
-        option = next((name for name in (*given, *(name for name, on in switches.items() if on))), None)
-        if option:
-            option = option.replace("_", "-")
-            raise ConfigError(f"--{option} is for benchmarks: name some with --benchmarks")
-        return None
-    from gaintune.evaluate.benchmarks import read_config
-
-    uncertainty = plan.evaluate
-    return read_config(
-        {
-            "tasks": benchmarks,
-            **{FIELDS.get(name, name): value for name, value in given.items()},
-            "allow_code_execution": allow_code_execution,
-            "batch_size": uncertainty.batch_size,
-            "bootstrap_samples": uncertainty.bootstrap_samples,
-            "confidence": uncertainty.confidence,
-            "bootstrap_seed": uncertainty.seed,
-        }
+    fewshot: int | None = Field(
+        default=None,
+        description="Worked examples before each question; what lm-eval's task file says unless given.",
     )
+    fewshot_seed: int | None = Field(
+        default=None, description="Seed of the draw of worked examples; lm-eval's unless given."
+    )
+    limit: int | None = Field(default=None, description="Rows of each benchmark, the first ones; all unless given.")
+    benchmark_data: Annotated[list[str] | None, Flag(metavar="FOLDER|NAME=PATH")] = Field(
+        default=None, description="Local rows: a folder with a folder for each benchmark; repeatable."
+    )
+    benchmark_source: str | None = Field(
+        default=None,
+        description="Where rows are from: auto, hub or local; auto asks the Hub for what is not local.",
+    )
+    generated_tokens: int | None = Field(default=None, description="Longest generated answer, in tokens.")
+    allow_code_execution: bool = Field(
+        default=False, description="Run the programs that the model writes, which humaneval needs."
+    )
+
+    def config(self, uncertainty: EvaluateConfig, benchmarks: str | Sequence[str] | None) -> BenchmarkConfig | None:
+        """Return which benchmarks are asked for and how; None for none.
+
+        Args:
+            uncertainty: the plan's batch size and what intervals rest on.
+            benchmarks: their names.
+
+        Raises:
+            ConfigError: an option for benchmarks without any, or a wrong value.
+        """
+        given = {name: getattr(self, name) for name in BenchmarkSettings.model_fields if name in self.model_fields_set}
+        if not benchmarks:
+            refuse("is for benchmarks: name some with --benchmarks", given)
+            return None
+        from gaintune.evaluate.benchmarks import read_config
+
+        return read_config(
+            {
+                "tasks": benchmarks,
+                **{CONFIG_FIELDS.get(name, name): value for name, value in given.items()},
+                "batch_size": uncertainty.batch_size,
+                "bootstrap_samples": uncertainty.bootstrap_samples,
+                "confidence": uncertainty.confidence,
+                "bootstrap_seed": uncertainty.seed,
+            }
+        )
+
+
+class BenchmarkNames(Section):
+    """The option that names benchmarks."""
+
+    benchmarks: Annotated[
+        str | None,
+        Flag(metavar="NAMES", help="lm-eval's benchmarks: arc_easy,piqa, or gsm8k:8 for eight worked examples."),
+    ] = None
+
+
+class BenchmarkOptions(BenchmarkSettings, BenchmarkNames):
+    """All options for benchmarks; their names come first."""
+
+
+CONFIG_FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}
 
 
 def suite_of(config: BenchmarkConfig) -> Suite:

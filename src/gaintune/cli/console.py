@@ -15,6 +15,8 @@ from rich.table import Table
 from gaintune import progress
 from gaintune.progress import Advance
 
+out = Console()
+err = Console(stderr=True)
 LINES_EVERY = 15.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
@@ -69,6 +71,11 @@ class Bars:
     def note(self, text: str) -> None:
         """One plain line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print one line or more to standard output, as it is: no markup, no colours, no wrapping."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> Table:

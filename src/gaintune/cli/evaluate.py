@@ -9,34 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from gaintune.cli import benchmarks as benchmark_options
-from gaintune.cli.benchmarks import (
-    AllowCode,
-    BenchmarkData,
-    Benchmarks,
-    BenchmarkSource,
-    Fewshot,
-    FewshotSeed,
-    GeneratedTokens,
-    Limit,
-    NoCache,
-)
-from gaintune.cli.console import percent, progress_on, quiet_libraries, table
-from gaintune.cli.options import (
-    BlockSize,
-    Domains,
-    Options,
-    Seed,
-    Set,
-    Task,
-    Template,
-    TextColumn,
-    ValidationTokens,
-    assemble,
-)
+from gaintune.cli import benchmarks as benchmark_tables
+from gaintune.cli.benchmarks import BenchmarkOptions
+from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, table
+from gaintune.cli.options import Given, command, refuse
 from gaintune.config import Plan, as_domain
 from gaintune.errors import ConfigError
 from gaintune.progress import plural
@@ -46,8 +24,7 @@ if TYPE_CHECKING:
     from gaintune.results import Interval
     from gaintune.workflows import ClassifierResult
 
-out = Console()
-err = Console(stderr=True)
+commands = typer.Typer()
 
 
 class Figure(Protocol):
@@ -58,92 +35,116 @@ class Figure(Protocol):
         ...
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(evaluate)
-
-
+@command(
+    commands,
+    "evaluate",
+    group="Evaluation",
+    takes=("model", "data", "evaluate", "classify"),
+    without=("model.name", "data.watched", "data.train_tokens"),
+    helps={"plan": "Plan whose base, domains and data settings are used."},
+    examples="""\
+gaintune evaluate demo --adapter adapters/notes --domain notes.jsonl
+gaintune evaluate --plan plan.yaml --adapter adapters/notes --json
+gaintune evaluate roberta-base --adapter adapters/mrpc --masked --domain law
+gaintune evaluate demo --choices medqa=questions.jsonl
+gaintune evaluate demo --adapter adapters/notes --benchmarks arc_easy,gsm8k:8""",
+)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")],
-    adapter: Annotated[list[Path] | None, typer.Option(help="Adapter to measure against the base; repeatable.")] = None,
-    domain: Domains = None,
-    task: Task = None,
-    template: Template = None,
-    text_column: TextColumn = None,
+    given: Given,
+    benchmark: BenchmarkOptions,
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Adapter to measure against the base; repeatable.", rich_help_panel="Model"),
+    ] = None,
+    allow_other_base: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-base", help="Load adapters that were trained on another base.", rich_help_panel="Model"
+        ),
+    ] = False,
     masked: Annotated[
-        bool, typer.Option("--masked", help="Masked-LM perplexity of an encoder with its original head, on text.")
+        bool,
+        typer.Option(
+            "--masked",
+            help="Masked-LM perplexity of an encoder with its original head, on text.",
+            rich_help_panel="Evaluation",
+        ),
     ] = False,
     choices: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE|NAME=FILE",
             help="Questions with choices: accuracy by the likelihood of each choice; repeatable.",
+            rich_help_panel="Evaluation",
         ),
     ] = None,
-    benchmarks: Benchmarks = None,
-    fewshot: Fewshot = None,
-    fewshot_seed: FewshotSeed = None,
-    limit: Limit = None,
-    benchmark_data: BenchmarkData = None,
-    benchmark_source: BenchmarkSource = None,
-    generated_tokens: GeneratedTokens = None,
-    allow_code_execution: AllowCode = False,
-    no_cache: NoCache = False,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Load adapters that were trained on another base.")
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Measure benchmarks anew, and keep no scores.", rich_help_panel="Benchmark"),
     ] = False,
-    validation_tokens: ValidationTokens = None,
-    block_size: BlockSize = None,
-    seed: Seed = None,
-    set_: Set = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
     """Measure a model, and adapters on it, with paired intervals.
 
     Perplexity and bits per byte of text and instructions; of classifiers the accuracy on labelled rows. With
     --benchmarks lm-eval's scores, and of domains only those that are named with --domain.
     """
-    plan = Path(model) if Path(model).suffix in {".yaml", ".yml"} else None
+    given = _on_model(given, model)
     adapters = adapter or []
+    _check_together(given, benchmark.benchmarks, masked, choices or [])
+    known = given.file or masked or choices or "data.task" in given.options or benchmark.benchmarks
+    if not known and adapters and _all_classifiers(adapters):
+        given = given.over({"data.task": "classify"})
+    plan = given.plan()
+    asked = benchmark.config(plan.evaluate, benchmark.benchmarks)
+    if no_cache and not asked:
+        refuse("is for benchmarks: name some with --benchmarks", ["no-cache"])
+    quiet_libraries()
+    compare, draw = _measurement(plan, masked, choices or [])
+    options: dict[str, Any] = {"allow_other_base": allow_other_base, "progress": progress_on(err)}
+    suite = benchmark_tables.suite_of(asked) if asked else None  # all that is to be read is read before the long part
+    figures = compare(plan, adapters, **options) if "data.domains" in given.options or not asked else []
+    report = None
+    if asked and suite:
+        report = benchmark_tables.measure(plan, adapters, asked, suite, keep=not no_cache, **options)
+    if as_json:
+        values = [figure.to_dict() for figure in figures]
+        typer.echo(json.dumps({"domains": values, "benchmarks": report.to_dict()} if report else values, indent=1))
+        return
+    for drawn in [*(draw(figures) if figures else []), *(benchmark_tables.tables(report) if report else [])]:
+        out.print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
+
+
+def _on_model(given: Given, model: str | None) -> Given:
+    """Read the command's argument: a plan by its ending, else a base in place of the plan's."""
+    if model is None:
+        if given.file is None:
+            raise ConfigError("what is to be measured? Name a model, such as demo, or give a plan with --plan")
+        return given
+    if Path(model).suffix not in {".yaml", ".yml"}:
+        return given.over({"model.name": model})
+    return given.on_file(Path(model))
+
+
+def _check_together(given: Given, benchmarks: str | None, masked: bool, choices: Sequence[str]) -> None:
+    """Refuse options that have no effect beside others."""
+    domain, task = "data.domains" in given.options, "data.task" in given.options
     if masked and (choices or task):
         raise ConfigError("--masked measures text on its own: leave --choices and --task out")
     if choices and (domain or task):
         raise ConfigError("--choices asks questions on its own: leave --domain and --task out")
     if benchmarks and (masked or choices):
         raise ConfigError("--benchmarks goes with --domain alone: leave --masked and --choices out")
-    if not (plan or masked or choices or task or benchmarks) and adapters and _all_classifiers(adapters):
-        task = "classify"
-    given = Options(
-        model=None if plan else model, domains=domain, task=task, template=template, text_column=text_column,
-        validation_tokens=validation_tokens, block_size=block_size, seed=seed,
-    )  # fmt: skip
-    settled = assemble(plan, given, set_)
-    asked = benchmark_options.config_of(
-        settled,
-        benchmarks,
-        fewshot=fewshot,
-        fewshot_seed=fewshot_seed,
-        limit=limit,
-        benchmark_data=benchmark_data,
-        benchmark_source=benchmark_source,
-        generated_tokens=generated_tokens,
-        allow_code_execution=allow_code_execution,
-        no_cache=no_cache,
-    )
-    quiet_libraries()
-    compare, draw = _measurement(settled, masked, choices or [])
-    options: dict[str, Any] = {"allow_other_base": allow_other_base, "progress": progress_on(err)}
-    suite = benchmark_options.suite_of(asked) if asked else None  # all that is to be read is read before the long part
-    figures = compare(settled, adapters, **options) if domain or not asked else []
-    report = None
-    if asked and suite:
-        report = benchmark_options.measure(settled, adapters, asked, suite, keep=not no_cache, **options)
-    if as_json:
-        values = [figure.to_dict() for figure in figures]
-        typer.echo(json.dumps({"domains": values, "benchmarks": report.to_dict()} if report else values, indent=1))
-        return
-    for drawn in [*(draw(figures) if figures else []), *(benchmark_options.tables(report) if report else [])]:
-        out.print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
+    of_texts = [key.rpartition(".")[2] for key in given.options if key.startswith("data.") and key != "data.domains"]
+    if choices:
+        refuse("is for domains, and --choices asks questions on its own: leave it out", of_texts)
+    if benchmarks and not domain:
+        refuse("is for domains: name some with --domain", of_texts)
 
 
 def _all_classifiers(adapters: Sequence[Path]) -> bool:

@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from gaintune.cli.console import table
-from gaintune.cli.options import Options, PlanFile, Set, assemble
+from gaintune.cli.console import out, say, table
+from gaintune.cli.options import command, refuse
+from gaintune.config import Plan
 
-out = Console()
+if TYPE_CHECKING:
+    from gaintune.methods import Method
 
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    for command in (methods, domains, assets, config):
-        app.command()(command)
+commands = typer.Typer()
 
 
-def methods() -> None:
+@command(commands, "methods", group="Information", examples="gaintune methods\ngaintune methods --json")
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the catalogue as JSON.")] = False,
+) -> None:
     """List the methods, their default rates and options."""
     from gaintune.methods import METHODS
 
-    rows = [
-        [m.name, m.description, f"{m.lr:g}", ", ".join(sorted(m.options)) or "—", m.needs] for m in METHODS.values()
-    ]
-    out.print(table("", ["method", "what it does", "rate", "options", "needs"], rows, numeric=(2,)))
-    out.print(
-        "every method: lr, label, penalty=l2 or ewc with penalty_strength (and ewc_rows), replay=RATIO", highlight=False
+    entries = [_entry(method) for method in METHODS.values()]
+    if as_json:
+        typer.echo(json.dumps(entries, indent=1, ensure_ascii=False))
+        return
+    rows = []
+    for entry in entries:
+        options = f"\noptions: {', '.join(entry['options'])}" if entry["options"] else ""
+        rows.append([entry["name"], f"{entry['lr']:g}", f"{entry['description']}\nneeds: {entry['needs']}{options}"])
+    out.print(table("", ["method", "rate", "what it does"], rows, numeric=(1,)))
+    say(
+        "every method: lr, label, penalty=l2 or ewc with penalty_strength\n"
+        "(and ewc_rows), replay=RATIO; as --method lora:rank=16,lr=2e-4"
     )
 
 
+def _entry(method: Method) -> dict[str, Any]:
+    """Return a method's entry in the catalogue as plain values."""
+    return {
+        "name": method.name,
+        "description": method.description,
+        "lr": method.lr,
+        "options": sorted(method.options),
+        "needs": method.needs,
+    }
+
+
+@command(commands, "domains", group="Information", examples="gaintune domains")
 def domains() -> None:
     """List the domains known by name; any local file or folder is one too (name=path)."""
     from gaintune.data import CATALOGUE
@@ -40,11 +59,14 @@ def domains() -> None:
     out.print(table("", ["domain", "task", "what it is", "from", "licence"], rows))
 
 
+@command(commands, "assets", group="Information", examples="gaintune assets\ngaintune assets --fetch --optional")
 def assets(
     fetch: Annotated[bool, typer.Option("--fetch", help="Download what is missing or damaged.")] = False,
     optional: Annotated[bool, typer.Option("--optional", help="With --fetch: also what few commands need.")] = False,
 ) -> None:
     """List the embedded model and texts, and whether they are in the cache."""
+    if optional and not fetch:
+        refuse("goes with --fetch", ["optional"])
     from gaintune.models import place_of
     from gaintune.storage import ASSETS, cache_dir, status
     from gaintune.storage import fetch as fetch_asset
@@ -62,8 +84,18 @@ def assets(
         out.print(f"demo as a transformers folder {made}", highlight=False, soft_wrap=True)
 
 
-def config(plan: PlanFile = None, set_: Set = None) -> None:
+@command(
+    commands,
+    "config",
+    group="Information",
+    plan_argument=True,
+    helps={"plan": "Plan to check and to fill in."},
+    examples="""\
+gaintune config > plan.yaml
+gaintune config plan.yaml --set train.epochs=2""",
+)
+def config(plan: Plan) -> None:
     """Print a complete plan with every default: save it, change it, run it. With a PLAN, check it and fill it in."""
     from gaintune.config import plan_yaml_documented
 
-    typer.echo(plan_yaml_documented(assemble(plan, Options(), set_)), nl=False)
+    typer.echo(plan_yaml_documented(plan), nl=False)

@@ -1,127 +1,115 @@
-"""Options that several commands share, and how they are laid over a plan."""
+"""Commands and their options, made from plan fields.
+
+To add an option for a field of the plan: mark the field with `Flag` in `config/plan.py`. It appears in every command
+that takes the field's section, in the section's group, with the field's description and default.
+
+To add a command: write a function and register it.
+
+    @command(app, "adapt", group="Training", takes=("model", "data"), examples="gaintune adapt --domain law --out law")
+    def adapt(plan: Plan, out: Annotated[Path, typer.Option(help="Folder for the adapter.")]) -> None:
+        "Adapt to one domain with one method and save the adapter."
+
+`takes` names sections of the plan, or single keys; `without` leaves out keys that have no effect there. The function's
+own parameters are the command's other arguments and options; Typer's `rich_help_panel` is their group. Two names are
+special, and bring `--plan` and `--set`: `plan` is the assembled plan, and `given` is what it would be assembled from,
+for commands that add to it first. A parameter that is a pydantic model makes an option of each of its fields, and
+`options` does so of the model that was passed as `options=`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
-from rich.console import Console
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from gaintune.config import (
-    DataConfig,
-    MethodConfig,
-    ModelConfig,
-    Plan,
-    Section,
-    TrainConfig,
-    apply_overrides,
-    as_domain,
-    as_list,
-    build_plan,
-    read_values,
-)
+from gaintune.cli.help import HelpfulCommand
+from gaintune.config import Flag, Plan, apply_overrides, as_domain, as_list, build_plan, read_values, section_of
 from gaintune.errors import ConfigError
 
-
-def _help(section: type[Section], field: str) -> str:
-    """A field's own description and default, so that help and plan never disagree."""
-    info = section.model_fields[field]
-    default = info.get_default(call_default_factory=True)
-    if isinstance(default, tuple):
-        default = " ".join(getattr(each, "name", str(each)) for each in default)
-    text = info.description or ""
-    text = text[:1].upper() + text[1:]
-    return text if default is None else f"{text}. [default: {default}]"
-
-
-def _option(section: type[Section], field: str, *names: str) -> Any:
-    return typer.Option(*names, help=_help(section, field), show_default=False)
-
-
-PlanFile = Annotated[Path | None, typer.Argument(metavar="PLAN.yaml", help="YAML plan; options are laid over it.")]
-Model = Annotated[str | None, _option(ModelConfig, "name", "--model")]
-Domains = Annotated[
-    list[str] | None, typer.Option("--domain", help="Domain: catalogue name, path, or name=path; repeat in order.")
-]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option("--method", help="Method, such as gain-ffn or lora:rank=16,lr=2e-4,label=lora16; repeatable."),
-]
-Task = Annotated[str | None, _option(DataConfig, "task", "--task")]
-Template = Annotated[str | None, _option(DataConfig, "template", "--template")]
-Penalty = Annotated[str | None, _option(MethodConfig, "penalty", "--penalty")]
-PenaltyStrength = Annotated[float | None, _option(MethodConfig, "penalty_strength", "--penalty-strength")]
-Replay = Annotated[float | None, _option(MethodConfig, "replay", "--replay")]
-Watched = Annotated[
-    list[str] | None,
-    typer.Option("--watch", help="Domain that is measured beside the others and never learnt; repeatable."),
-]
-TextColumn = Annotated[
-    str | None,
-    typer.Option("--text-column", help="Column that holds the text of every domain that is a local file or folder."),
-]
-TrainTokens = Annotated[int | None, _option(DataConfig, "train_tokens", "--train-tokens")]
-ValidationTokens = Annotated[int | None, _option(DataConfig, "validation_tokens", "--validation-tokens")]
-BlockSize = Annotated[int | None, _option(DataConfig, "block_size", "--block-size")]
-Lr = Annotated[float | None, _option(TrainConfig, "lr", "--lr")]
-Epochs = Annotated[int | None, _option(TrainConfig, "epochs", "--epochs")]
-BatchSize = Annotated[int | None, _option(TrainConfig, "batch_size", "--batch-size")]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", help="Seed of training and resampling; the split has its own, data.seed. [default: 0]"),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other key of the plan, such as train.clip=0.5."),
-]
-
-PLACES = {
-    "model": ("model.name",),
-    "domains": ("data.domains",),
-    "watched": ("data.watched",),
-    "methods": ("methods",),
-    "task": ("data.task",),
-    "template": ("data.template",),
-    "train_tokens": ("data.train_tokens",),
-    "validation_tokens": ("data.validation_tokens",),
-    "block_size": ("data.block_size",),
-    "lr": ("train.lr",),
-    "epochs": ("train.epochs",),
-    "batch_size": ("train.batch_size",),
-    "seed": ("train.seed", "evaluate.seed"),  # not data.seed: what is held out must not move between runs
+GROUPS = {
+    "model": "Model",
+    "data": "Data",
+    "methods": "Method",
+    "train": "Training",
+    "evaluate": "Evaluation",
+    "classify": "Classification",
 }
-
-OF_EVERY_METHOD = ("penalty", "penalty_strength", "replay")
+ORDER = ("Plan", *GROUPS.values())
+PLAN_HELP = "YAML plan; options are laid over it."
+SET_HELP = "Any other key of the plan, such as train.clip=0.5."
 
 
 @dataclass(frozen=True)
-class Options:
-    """What was given on the command line of the options that several commands share; None for what was not."""
+class Given:
+    """The parts of a plan as a person gave them; `plan()` assembles them.
 
-    model: str | None = None
-    domains: Sequence[Any] | None = None
-    watched: Sequence[str] | None = None
-    methods: Sequence[str] | None = None
-    task: str | None = None
-    template: str | None = None
-    text_column: str | None = None
-    penalty: str | None = None
-    penalty_strength: float | None = None
-    replay: float | None = None
-    train_tokens: int | None = None
-    validation_tokens: int | None = None
-    block_size: int | None = None
-    lr: float | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    seed: int | None = None
+    Attributes:
+        file: the plan file, if there is one.
+        options: values by their keys in the plan, such as `train.lr`; `methods.*.replay` is that of every method.
+        assignments: what `--set` was given.
+    """
+
+    file: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    assignments: Sequence[str] = ()
+
+    def over(self, defaults: Mapping[str, Any]) -> Given:
+        """Add options, by their keys in the plan, that count where a person gave none."""
+        return replace(self, options={**defaults, **self.options})
+
+    def on_file(self, file: Path) -> Given:
+        """Add a plan file that was given by position."""
+        if self.file is not None:
+            raise ConfigError(f"two plans, {file} and {self.file}: give one, by position or with --plan")
+        return replace(self, file=file)
+
+    def on_base_of(self, adapters: Sequence[Path]) -> Given:
+        """Add the base that the first adapter names, and its revision, unless a plan file or an option names one."""
+        if self.file is not None or "model.name" in self.options:
+            return self
+        from gaintune.adapters import claimed_base, read_record
+
+        base = claimed_base(adapters[0], read_record(adapters[0]))
+        return self.over({"model.name": base.name, **({"model.revision": base.revision} if base.revision else {})})
+
+    def on_domains_of(self, adapters: Sequence[Path]) -> Given:
+        """Add the domain that each adapter was trained on last, unless a plan file or an option names domains."""
+        if self.file is not None or "data.domains" in self.options:
+            return self
+        from gaintune.adapters import read_record
+
+        records = [read_record(folder) for folder in adapters]
+        trained = dict.fromkeys(record.domains[-1] for record in records if record and record.domains)
+        return self.over({"data.domains": list(trained)}) if trained else self
+
+    def plan(self) -> Plan:
+        """Assemble the plan: the file, then the options, then `--set`.
+
+        Raises:
+            ConfigError: a mistake, named with its file and key, or with its option.
+        """
+        values: dict[str, Any] = read_values(self.file) if self.file else {}
+        for key, value in self.options.items():
+            if ".*." not in key:
+                values = _laid(values, key, [_entry(key, each) for each in value] if key == "methods" else value)
+        for key, value in self.options.items():
+            if ".*." in key:
+                values = _laid_over_entries(values, key, value)
+        values = apply_overrides(values, self.assignments)
+        if {"data.domains", "data.watched"} & set(self.options):
+            values = {**values, "data": _with_own_tasks(values["data"])}
+        return build_plan(values, origin=str(self.file) if self.file else "plan")
 
 
 def parse_method(text: str) -> dict[str, Any]:
-    """`lora:rank=16,targets=q_proj+v_proj` as the fields of a method."""
+    """Read `lora:rank=16,targets=q_proj+v_proj` as the fields of a method."""
     name, _, options = text.partition(":")
     fields: dict[str, Any] = {}
     for option in filter(None, options.split(",")):
@@ -132,108 +120,303 @@ def parse_method(text: str) -> dict[str, Any]:
     return {"name": name, **fields}
 
 
-def _with_text_column(domains: Any, column: str) -> list[Any]:
-    """Domains with the column that holds their text, where they are local files: all that no name stands for."""
+def _entry(key: str, value: Any) -> Any:
+    """A method or a domain as a mapping, where it is text."""
+    if key != "methods":
+        return as_domain(value)
+    return parse_method(value) if isinstance(value, str) else value
+
+
+def _laid(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    section, _, leaf = key.partition(".")
+    if not leaf:
+        return {**values, section: value}
+    held = values.get(section)
+    return {**values, section: {**(held if isinstance(held, dict) else {}), leaf: value}}
+
+
+def _laid_over_entries(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Lay an option over every method, or over every domain that is a local file: all that no name stands for."""
+    place, _, field_name = key.partition(".*.")
+    held: Any = values
+    default: Any = Plan()
+    for part in place.split("."):
+        held = held.get(part) if isinstance(held, dict) else None
+        default = getattr(default, part)
+    entries = [_entry(place, each) for each in as_list(held) or [each.name for each in default]]
+    if place == "methods":
+        return _laid(values, place, [{**each, field_name: value} for each in entries])
     from gaintune.data import CATALOGUE, GLUE
 
-    known = {*CATALOGUE, *GLUE}
-    each = [as_domain(domain) for domain in as_list(domains) or ()]
-    local = [isinstance(domain, dict) and domain.get("source") not in known for domain in each]
+    local = [isinstance(each, dict) and each.get("source") not in {*CATALOGUE, *GLUE} for each in entries]
     if not any(local):
-        raise ConfigError("--text-column names a column of local files: give one with --domain, such as notes.csv")
-    return [{**domain, "text_column": column} if own else domain for domain, own in zip(each, local, strict=True)]
-
-
-def assemble(plan: Path | None, given: Options, assignments: Sequence[str] | None) -> Plan:
-    """The plan file if there is one, then the options that were given, then `--set`.
-
-    Options of a method (`--penalty` and the like) are laid over every method, and `--text-column` over every local
-    domain.
-    """
-    values: dict[str, Any] = read_values(plan) if plan else {}
-    for option, keys in PLACES.items():
-        value = getattr(given, option)
-        if value is None:
-            continue
-        if option == "methods":
-            value = [parse_method(each) for each in value]
-        for key in keys:
-            section, _, leaf = key.partition(".")
-            if leaf:
-                held = values.get(section)
-                values[section] = {**(held if isinstance(held, dict) else {}), leaf: value}
-            else:
-                values[section] = value
-    if given.text_column is not None:
-        data = values.get("data")
-        data = data if isinstance(data, dict) else {}
-        values["data"] = {**data, "domains": _with_text_column(data.get("domains"), given.text_column)}
-    of_every = {option: getattr(given, option) for option in OF_EVERY_METHOD if getattr(given, option) is not None}
-    if of_every:
-        methods = as_list(values.get("methods")) or [method.name for method in Plan().methods]
-        values["methods"] = [{**({"name": each} if isinstance(each, str) else each), **of_every} for each in methods]
-    values = apply_overrides(values, assignments or ())
-    if given.domains or given.watched:
-        values = {**values, "data": _with_own_tasks(values["data"])}
-    return build_plan(values, origin=str(plan) if plan else "plan")
+        option = f"--{field_name.replace('_', '-')}"
+        raise ConfigError(f"{option} names a column of local files: give one with --domain, such as notes.csv")
+    entries = [{**each, field_name: value} if own else each for each, own in zip(entries, local, strict=True)]
+    return _laid(values, place, entries)
 
 
 def _with_own_tasks(data: Any) -> Any:
-    """Domains of the catalogue with their own task, text or instruct, where the plan's is the other one."""
+    """Give domains of the catalogue their own task, text or instruct, where the plan's is the other one."""
     from gaintune.data import CATALOGUE
 
     task = data.get("task", "text") if isinstance(data, dict) else None
     if task not in ("text", "instruct"):  # a classifier's domains are not mixed, and the plan refuses what is wrong
         return data
 
-    def settled(value: Any) -> Any:
+    def with_task(value: Any) -> Any:
         domain = as_domain(value)
         entry = CATALOGUE.get(str(domain.get("source"))) if isinstance(domain, dict) else None
         return value if entry is None or entry.task in (task, domain.get("task")) else {"task": entry.task, **domain}
 
     given = {key: as_list(data[key]) for key in ("domains", "watched") if data.get(key)}
-    return {**data, **{key: [settled(each) for each in domains] for key, domains in given.items()}}
+    return {**data, **{key: [with_task(each) for each in domains] for key, domains in given.items()}}
 
 
-out = Console()
-err = Console(stderr=True)
+@dataclass(frozen=True)
+class FieldOption:
+    """One option made from a field of the plan, or of a command's own model of options."""
 
-Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter folders on one base.")]
-AdaptersBase = Annotated[
-    str | None, typer.Option(help="Base; the plan's or the one the first adapter names unless given.")
-]
-PlanOption = Annotated[
-    Path | None,
-    typer.Option("--plan", metavar="PLAN.yaml", help="Plan whose base, domains and data settings are used."),
-]
-OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
-LEARNT = "Domains are those that the adapters learnt last, unless --plan or --domain names some."
+    info: FieldInfo
+    flag: Flag
+    name: str
+    keys: tuple[str, ...]
+    group: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The name by which the option's value is passed."""
+        return self.name.replace("-", "_")
+
+    def declared(self, help_text: str | None = None) -> inspect.Parameter:
+        """Declare the option to Typer; a value of None is that it was not given."""
+        kind = _kind(self.info.annotation)
+        names = [f"--{self.name}"]
+        if kind is bool and ("." in self.keys[0] or self.info.default):  # what a plan file turns on can be turned off
+            names = [f"--{self.name}/--no-{self.name}"]
+        text = help_text or self.flag.help or _description(self.info)
+        settings: dict[str, Any] = {"help": text, "metavar": self.flag.metavar, "show_default": False}
+        option = typer.Option(*names, rich_help_panel=self.group, **settings)
+        typed = str if _holds_numbers(self.info.annotation) else kind
+        return _keyword(self.parameter, Annotated[typed | None, option], None)
+
+    def read(self, value: Any) -> Any:
+        """Return a given value as the field's model takes it: numbers with commas between them as a list."""
+        if not _holds_numbers(self.info.annotation):
+            return value
+        try:
+            return [float(each) for each in value.split(",")]
+        except ValueError:
+            message = f"--{self.name} {value}: write numbers with commas between them, such as 0,0.5,1"
+            raise ConfigError(message) from None
 
 
-def say(text: str) -> None:
-    """One line or more to standard output, as it is: no markup, no colours, no wrapping."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+def plan_options(takes: Sequence[str], without: Sequence[str] = (), plan: type[BaseModel] = Plan) -> list[FieldOption]:
+    """List the options of marked fields under the keys of `takes`, without those under the keys of `without`."""
+    found: dict[str, FieldOption] = {}
+    for section in takes:
+        for key, info, flag in _marked(plan):
+            if not _under(key, section) or any(_under(key, left) for left in without):
+                continue
+            name = flag.name or key.rpartition(".")[2].replace("_", "-")
+            if name in found and not (flag.joint and found[name].flag.joint):
+                raise TypeError(f"two fields make --{name}: {found[name].keys[0]} and {key}; name one in its Flag")
+            if name in found:
+                found[name] = replace(found[name], keys=(*found[name].keys, key))
+            else:
+                root = key.partition(".")[0]
+                found[name] = FieldOption(info, flag, name, (key,), GROUPS.get(root, root.capitalize()))
+    return list(found.values())
 
 
-def with_base(adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> tuple[Options, list[str]]:
-    """Options and assignments with the base that the first adapter names, and its revision, unless one is given."""
-    from gaintune.adapters import claimed_base, read_record
-
-    settled = list(assignments or ())
-    if given.model is not None:
-        return given, settled
-    base = claimed_base(adapters[0], read_record(adapters[0]))
-    revision = [f"model.revision={base.revision}"] if base.revision else []
-    return replace(given, model=base.name), [*revision, *settled]
+def _under(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
-def survey_plan(plan: Path | None, adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> Plan:
-    """The plan of a survey: a file's if there is one, then the options; base and domains learnt last by records."""
-    if plan is not None:
-        return assemble(plan, given, assignments)
-    from gaintune.adapters import read_record
+def _marked(model: type[BaseModel], prefix: str = "", seen: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any, Flag]]:
+    """Yield the key, field and mark of every marked field; `*` stands for every entry of a list.
 
-    given, settled = with_base(adapters, given, assignments)
-    records = [read_record(folder) for folder in adapters]
-    learnt = dict.fromkeys(record.domains[-1] for record in records if record and record.domains)
-    return assemble(None, replace(given, domains=given.domains or list(learnt) or None), settled)
+    A model that two lists of a section hold counts for the first of them, the domains that are learned.
+    """
+    for name, info in model.model_fields.items():
+        key = f"{prefix}{name}"
+        flag = _flag(info)
+        if flag:
+            yield key, info, flag
+        inner = section_of(info.annotation)
+        if inner and inner not in seen:
+            seen = (*seen, inner)
+            yield from _marked(inner, f"{key}." if info.annotation is inner else f"{key}.*.")
+
+
+def _flag(info: FieldInfo) -> Flag | None:
+    return next((each for each in info.metadata if isinstance(each, Flag)), None)
+
+
+def _description(info: FieldInfo) -> str:
+    """A field's own description and default, so that help and plan never disagree."""
+    default = info.get_default(call_default_factory=True)
+    text = info.description or ""
+    text = text[:1].upper() + text[1:]
+    if default is None or default is False:
+        return text
+    if isinstance(default, tuple | list):
+        default = ",".join(map(str, default))
+    return f"{text}{'' if text.endswith('.') else '.'} [default: {default}]" if default != "" else text
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The kinds that a field may be, other than None."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _parts(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [part for each in get_args(annotation) for part in _parts(each)]
+    return [] if annotation is types.NoneType else [annotation]
+
+
+def _kind(annotation: Any) -> Any:
+    """What Typer parses: a number, a switch, a path, a list of text, else text that the field's model checks."""
+    (first, *others) = _parts(annotation)
+    if others:
+        return str
+    if get_origin(first) in (tuple, list, Sequence):
+        return list[str]
+    return first if first in (int, float, bool, Path) else str
+
+
+def _holds_numbers(annotation: Any) -> bool:
+    (first, *others) = _parts(annotation)
+    numbers = {each for each in get_args(first) if each is not Ellipsis}
+    return not others and get_origin(first) in (tuple, list, Sequence) and numbers <= {int, float}
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def model_options(model: type[BaseModel], group: str | None = None) -> list[FieldOption]:
+    """List the options of a command's own pydantic model, one for each field; a `Flag` only words them otherwise."""
+    found = []
+    for name, info in model.model_fields.items():
+        flag = _flag(info) or Flag()
+        found.append(FieldOption(info, flag, flag.name or name.replace("_", "-"), (name,), group))
+    return found
+
+
+def _read_model(model: type[BaseModel], options: Iterable[FieldOption], values: Mapping[str, Any]) -> BaseModel:
+    named = {option.keys[0]: option for option in options}
+    given = {key: option.read(values[option.parameter]) for key, option in named.items() if option.parameter in values}
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        lines = []
+        for detail in error.errors():
+            option = named.get(str(detail["loc"][0])) if detail["loc"] else None
+            message = detail["msg"].removeprefix("Value error, ")
+            lines.append(f"--{option.name} {values[option.parameter]}: {message}" if option else message)
+        raise ConfigError("\n".join(lines)) from None
+
+
+def refuse(reason: str, options: Iterable[str]) -> None:
+    """Refuse options that would have no effect; the message names the first one, before the reason."""
+    for name in options:
+        raise ConfigError(f"--{name.replace('_', '-')} {reason}")
+
+
+def run_option(help_text: str, group: str | None = "Output") -> Any:
+    """Declare `--run`, with the name that `torchrun` hands on: it takes `--run` for an abbreviation of its own."""
+    return typer.Option("--run", "--run-dir", help=help_text, rich_help_panel=group)
+
+
+def command(
+    app: typer.Typer,
+    name: str,
+    *,
+    group: str | None = None,
+    takes: Sequence[str] = (),
+    without: Sequence[str] = (),
+    plan_argument: bool = False,
+    options: type[BaseModel] | None = None,
+    options_group: str | None = None,
+    helps: Mapping[str, str] | None = None,
+    examples: str = "",
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command; the head of this file says how.
+
+    Args:
+        app: the application, or the group of commands, that the command belongs to.
+        name: the command's name.
+        group: the heading under which the application's help lists it.
+        takes: sections and keys of the plan whose marked fields become options.
+        without: keys that have no effect in this command.
+        plan_argument: whether the plan file may be given by position, too.
+        options: the model of the parameter `options`, where it is known only when the command is made.
+        options_group: the heading of its options; those of another model stand under its parameter's name.
+        helps: other help texts, by the option's name without dashes.
+        examples: command lines for the help, one to a line.
+    """
+    helps = helps or {}
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        asked = inspect.signature(function, eval_str=True).parameters
+        special = [each for each in ("plan", "given") if each in asked]
+        models = {each.name: each.annotation for each in asked.values() if _is_model(each)}
+        models |= {"options": options} if options else {}
+        headings = {name: options_group if name == "options" else name.capitalize() for name in models}
+        own = {name: model_options(model, headings[name]) for name, model in models.items()}
+        fields = [each for each in plan_options(takes, without) if each.parameter not in asked]
+
+        def run(**values: Any) -> None:
+            values = {key: value for key, value in values.items() if value is not None and value != []}
+            passed = {key: values.get(key, asked[key].default) for key in asked if key not in (*special, *models)}
+            passed |= {name: _read_model(model, own[name], values) for name, model in models.items()}
+            if special:
+                given = _given(values, fields)
+                passed[special[0]] = given if special[0] == "given" else given.plan()
+            function(**passed)
+
+        plain = [each for each in asked.values() if each.name not in (*special, *models)]
+        parameters = [_keyword(each.name, each.annotation, each.default) for each in plain]
+        parameters += [each.declared(helps.get(each.name)) for group in (*own.values(), fields) for each in group]
+        if special:
+            parameters += _plan_parameters(plan_argument, helps.get("plan", PLAN_HELP))
+        parameters.sort(key=_position)
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name, cls=HelpfulCommand, rich_help_panel=group, epilog=examples or None)(run)
+        return function
+
+    return register
+
+
+def _position(parameter: inspect.Parameter) -> int:
+    """Return where an option's group stands in the help; a command's own groups come last."""
+    marks = getattr(parameter.annotation, "__metadata__", (None,))
+    group = getattr(marks[-1], "rich_help_panel", None)
+    return ORDER.index(group) if group in ORDER else len(ORDER)
+
+
+def _is_model(parameter: inspect.Parameter) -> bool:
+    kind = parameter.annotation
+    return isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Plan
+
+
+def _plan_parameters(by_position: bool, help_text: str) -> list[inspect.Parameter]:
+    place = typer.Argument(metavar="PLAN.yaml", help=PLAN_HELP)
+    file = typer.Option("--plan", metavar="PLAN.yaml", help=help_text, rich_help_panel="Plan")
+    keys = typer.Option("--set", metavar="SECTION.KEY=VALUE", help=SET_HELP, rich_help_panel="Plan")
+    return [
+        *([_keyword("plan_place", Annotated[Path | None, place], None)] if by_position else []),
+        _keyword("plan", Annotated[Path | None, file], None),
+        _keyword("set_", Annotated[list[str] | None, keys], None),
+    ]
+
+
+def _given(values: Mapping[str, Any], fields: Iterable[FieldOption]) -> Given:
+    options = {
+        key: each.read(values[each.parameter]) for each in fields if each.parameter in values for key in each.keys
+    }
+    given = Given(values.get("plan"), options, values.get("set_", ()))
+    return given.on_file(values["plan_place"]) if "plan_place" in values else given

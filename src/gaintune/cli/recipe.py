@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gaintune.cli.console import progress_on, quiet_libraries, table
-from gaintune.cli.options import Set, err, out, say
+from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, table
+from gaintune.cli.help import HelpfulGroup
+from gaintune.cli.options import command, refuse, run_option
 from gaintune.config import apply_overrides
 
 if TYPE_CHECKING:
     from gaintune.recipes import Recipe
 
-app = typer.Typer(no_args_is_help=True, help="The papers' experiments: list, show, run.")
+commands = typer.Typer()
+recipe = typer.Typer(
+    cls=HelpfulGroup,
+    no_args_is_help=True,
+    help="The papers' experiments: list, show, run.",
+    epilog="gaintune recipe list\ngaintune recipe run G8",
+)
+commands.add_typer(recipe, name="recipe", rich_help_panel="Experiment")
 
 Name = Annotated[
     str,
@@ -24,7 +32,7 @@ Name = Annotated[
 ]
 
 
-@app.command("list")
+@command(recipe, "list", examples="gaintune recipe list")
 def list_() -> None:
     """List the experiments: id, what it is, and where in the papers it stands."""
     from gaintune.recipes import recipes
@@ -33,24 +41,22 @@ def list_() -> None:
     out.print(table("", ["id", "experiment", "source"], rows))
 
 
-@app.command()
+@command(recipe, "show", examples="gaintune recipe show G2")
 def show(name: Name) -> None:
     """Show one experiment: the question, its steps, and the claims it decides."""
     from gaintune.recipes import recipe_named
 
-    recipe = recipe_named(name)
-    say(
-        f"{recipe.id}: {recipe.title}\n{recipe.source}\nmodel at scale paper: {recipe.model}\n\n{recipe.asks.strip()}\n"
-    )
-    for step in recipe.steps:
+    found = recipe_named(name)
+    say(f"{found.id}: {found.title}\n{found.source}\nmodel at scale paper: {found.model}\n\n{found.asks.strip()}\n")
+    for step in found.steps:
         say(f"step {step.name} ({step.do})")
         for key, value in step.settings.items():
             say(f"    {key}: {_short(value)}")
-        for scale, over in recipe.scales.items():
+        for scale, over in found.scales.items():
             for key, value in over.get(step.name, {}).items():
                 say(f"    at scale {scale}, {key}: {_short(value)}")
     say("")
-    for claim in recipe.claims:
+    for claim in found.claims:
         say(f"claim: {claim.says}\n    {claim.number} {claim.expect}")
 
 
@@ -62,14 +68,19 @@ def _short(value: object) -> str:
     return str(value)
 
 
-@app.command()
+@command(
+    recipe,
+    "run",
+    examples="""\
+gaintune recipe run G8
+gaintune recipe run G2 --scale paper --data papers-data --run-dir runs/g2
+gaintune recipe run mine.yaml --scale smoke""",
+)
 def run(
     name: Name,
     folder: Annotated[
         Path | None,
-        typer.Option(
-            "--run", help="Folder; one that was begun is continued. [default: runs/id-scale]", show_default=False
-        ),
+        run_option("Folder; one that was begun is continued. [default: runs/id-scale]", None),
     ] = None,
     scale: Annotated[
         str,
@@ -88,18 +99,23 @@ def run(
             help="Run programs that a model wrote (HumanEval), in a process of their own with limits.",
         ),
     ] = False,
-    set_: Set = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the steps' plans, such as train.seed=1."),
+    ] = None,
 ) -> None:
     """Run one experiment, and write its tables, figures, and a verdict on every claim."""
     from gaintune.recipes import recipe_named
 
-    recipe: Recipe = recipe_named(name)
+    if scale == "smoke" and data is not None:
+        refuse("has no effect at scale smoke, which makes its own texts: leave it out", ["data"])
+    found: Recipe = recipe_named(name)
     quiet_libraries()
     from gaintune.recipes import SMOKE, run_recipe, shown
 
-    place = folder or Path("runs") / f"{recipe.id.lower()}-{scale}"
+    place = folder or Path("runs") / f"{found.id.lower()}-{scale}"
     result = run_recipe(
-        recipe,
+        found,
         place,
         scale=scale,  # type: ignore[arg-type]  # checked there
         data=data,
@@ -108,7 +124,7 @@ def run(
         progress=progress_on(err),
     )
     rows = [[each.claim.says, each.verdict, shown(each.number), str(each.claim.expect)] for each in result.findings]
-    out.print(table(f"{recipe.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
+    out.print(table(f"{found.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
     if scale == "smoke":
         say(SMOKE)
     for step, outcome in result.outcomes.items():

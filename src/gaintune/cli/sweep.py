@@ -7,20 +7,25 @@ from typing import Annotated
 
 import typer
 
-from gaintune.cli.console import progress_on, quiet_libraries, table
-from gaintune.cli.options import Set, err, out, say
+from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, table
+from gaintune.cli.options import command, run_option
+
+commands = typer.Typer()
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command of this file."""
-    app.command()(sweep)
-
-
+@command(
+    commands,
+    "sweep",
+    group="Training",
+    examples="""\
+gaintune sweep grid.yaml --run runs/sweep --jobs 2
+gaintune sweep grid.yaml --set seeds=[0,1] --set plan.train.epochs=2
+gaintune sweep grid.yaml --engine ray --address ray://head:10001 --jobs 8
+gaintune sweep grid.yaml --figure in_domain --target -20""",
+)
 def sweep(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid: methods, rates, orders, seeds and more.")],
-    run: Annotated[Path, typer.Option(help="Folder of the sweep; what is finished in it is kept.")] = Path(
-        "runs/sweep"
-    ),
+    run: Annotated[Path, run_option("Folder of the sweep; what is finished in it is kept.", None)] = Path("runs/sweep"),
     engine: Annotated[
         str, typer.Option(help="loky (processes of this machine), ray, dask, or sequential (in this process).")
     ] = "loky",
@@ -33,7 +38,10 @@ def sweep(
         typer.Option(help="In-domain change, in %, such as -20, to compare methods at; the strongest all reach."),
     ] = None,
     figure: Annotated[str, typer.Option(help="Figure that is compared, a column of sweep.csv.")] = "backward_transfer",
-    set_: Set = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the grid, such as seeds=[0,1]."),
+    ] = None,
 ) -> None:
     """Run a grid of sequences, whatever of it is missing, and compare its methods over rates, seeds and orders.
 

@@ -1,10 +1,12 @@
 from .explanations import explain as explain
+from .explanations import section_of as section_of
 from .plan import CLASSIFIER_BASE as CLASSIFIER_BASE
 from .plan import NAME as NAME
 from .plan import ClassifyConfig as ClassifyConfig
 from .plan import DataConfig as DataConfig
 from .plan import DomainConfig as DomainConfig
 from .plan import EvaluateConfig as EvaluateConfig
+from .plan import Flag as Flag
 from .plan import MethodConfig as MethodConfig
 from .plan import ModelConfig as ModelConfig
 from .plan import Plan as Plan

@@ -59,12 +59,12 @@ def _section(plan: type[BaseModel], location: Sequence[str | int]) -> type[BaseM
     section = plan
     for part in location[:-1]:
         field = section.model_fields.get(str(part))
-        section = section if field is None else _section_of(field.annotation) or section
+        section = section if field is None else section_of(field.annotation) or section
     return section
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The part of a plan that a field holds, itself or in a list."""
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the part of a plan that a field holds, itself or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for each in get_args(annotation) if (found := _section_of(each))), None)
+    return next((found for each in get_args(annotation) if (found := section_of(each))), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,25 @@ from gaintune.errors import ConfigError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+@dataclass(frozen=True)
+class Flag:
+    """Mark of a field that is a command-line option, in every command that takes the field's section.
+
+    `lr: Annotated[float | None, Flag()] = Field(...)` makes `--lr`, with the field's description and default as help.
+
+    Attributes:
+        name: the option without its dashes, unless it is the field's name.
+        help: the whole help text, where the description and default do not serve.
+        metavar: what stands for the value in the help.
+        joint: one option sets all fields of a command that are marked with this name.
+    """
+
+    name: str = ""
+    help: str = ""
+    metavar: str | None = None
+    joint: bool = False
+
+
 class Section(BaseModel):
     """A frozen part of the plan; a key that is not a field is an error."""
 
@@ -26,7 +46,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which base model, and in which numbers."""
 
-    name: str = Field(default="demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)")
+    name: Annotated[str, Flag("model")] = Field(
+        default="demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
+    )
     revision: str | None = Field(default=None, description="hub revision: a branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto",
@@ -40,11 +62,11 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """One adaptation: optimizer, schedule and bookkeeping."""
 
-    lr: float | None = Field(
+    lr: Annotated[float | None, Flag()] = Field(
         default=None, gt=0, description="peak learning rate of every method; a method's own lr wins"
     )
-    epochs: int = Field(default=1, gt=0, description="passes over the training blocks")
-    batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
+    epochs: Annotated[int, Flag()] = Field(default=1, gt=0, description="passes over the training blocks")
+    batch_size: Annotated[int, Flag()] = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
     gradient_accumulation: int = Field(default=1, gt=0, description="forward passes added up before an update")
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
     warmup_ratio: float = Field(
@@ -56,7 +78,10 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, about 30 % slower"
     )
-    seed: int = Field(default=0, ge=0, description="seed of start values, order of blocks and dropout")
+    seed: Annotated[
+        int,
+        Flag(joint=True, help="Seed of training and resampling; the split has its own, data.seed. [default: 0]"),
+    ] = Field(default=0, ge=0, description="seed of start values, order of blocks and dropout")
     checkpoint_steps: int = Field(default=50, gt=0, description="steps between checkpoints inside a stage")
     snapshot_steps: int | None = Field(
         default=None,
@@ -73,7 +98,7 @@ class EvaluateConfig(Section):
     batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass")
     bootstrap_samples: int = Field(default=2000, gt=0, description="resamples behind an interval")
     confidence: float = Field(default=0.95, gt=0, lt=1, description="coverage of an interval")
-    seed: int = Field(default=0, ge=0, description="seed of the resampling")
+    seed: Annotated[int, Flag(joint=True)] = Field(default=0, ge=0, description="seed of the resampling")
 
 
 class ClassifyConfig(Section):
@@ -121,18 +146,18 @@ class MethodConfig(Section):
         default=None, gt=0, description="disel: rate of the gates as a multiple of the rate"
     )
     gate_rank: int | None = Field(default=None, gt=0, description="disel: rank of the gates' matrix; full unless given")
-    penalty: Literal["l2", "ewc"] | None = Field(
+    penalty: Annotated[Literal["l2", "ewc"] | None, Flag()] = Field(
         default=None,
         description="pull toward the weights after the previous domain: l2 (all alike) or ewc (by the diagonal Fisher "
         "information of the earlier domains)",
     )
-    penalty_strength: float | None = Field(
+    penalty_strength: Annotated[float | None, Flag()] = Field(
         default=None, ge=0, description="strength of the pull: half of it times the squared distance; 0 is none"
     )
     ewc_rows: int | None = Field(
         default=None, gt=0, description="ewc: rows of a domain that its Fisher information is estimated on; all of them"
     )
-    replay: float = Field(
+    replay: Annotated[float, Flag()] = Field(
         default=0.0, ge=0, description="rows of earlier domains mixed into a domain's, as a ratio to its own rows"
     )
 
@@ -184,9 +209,9 @@ class DomainConfig(Section):
 
     name: str = Field(description="label in tables and folders: letters, digits, dot, dash and underscore")
     source: str = Field(description="catalogue name, or path of a .jsonl/.json/.csv/.parquet/.txt/.md file or folder")
-    text_column: str | None = Field(
-        default=None, description="column that holds the text; found by itself when there is one"
-    )
+    text_column: Annotated[
+        str | None, Flag(help="Column that holds the text of every domain that is a local file or folder.")
+    ] = Field(default=None, description="column that holds the text; found by itself when there is one")
     task: Task | None = Field(
         default=None, description="what is learnt from this domain's rows; the plan's unless given"
     )
@@ -225,22 +250,26 @@ def as_domain(value: Any) -> Any:
 class DataConfig(Section):
     """How much of each domain, and how it is cut."""
 
-    domains: Annotated[tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...], BeforeValidator(as_list)] = (
-        Field(
-            default=tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
-            description="domains in the order they are learnt",
-            min_length=1,
-        )
+    domains: Annotated[
+        tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...],
+        BeforeValidator(as_list),
+        Flag("domain", help="Domain: catalogue name, path, or name=path; repeat in order."),
+    ] = Field(
+        default=tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
+        description="domains in the order they are learnt",
+        min_length=1,
     )
-    watched: Annotated[tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...], BeforeValidator(as_list)] = (
-        Field(default=(), description="sequence: domains that are measured beside the others and never learnt")
-    )
-    task: Task = Field(
+    watched: Annotated[
+        tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...],
+        BeforeValidator(as_list),
+        Flag("watch", help="Domain that is measured beside the others and never learnt; repeatable."),
+    ] = Field(default=(), description="sequence: domains that are measured beside the others and never learnt")
+    task: Annotated[Task, Flag()] = Field(
         default="text",
         description="what is learnt from the rows: text (every token), instruct (the completion of a prompt), "
         "or classify (a label)",
     )
-    template: Template = Field(
+    template: Annotated[Template, Flag()] = Field(
         default="auto",
         description="instruct: how prompts and completions are written: plain (as they are), alpaca, magicoder, or "
         "chat (the model's own chat template); auto is chat for messages and plain for prompt and completion",
@@ -254,9 +283,13 @@ class DataConfig(Section):
         description="instruct: learn the end-of-text token after every completion; false leaves it out, to learn "
         "answers alone. A chat template's own end of turn stays",
     )
-    train_tokens: int = Field(default=8192, gt=0, description="training budget of a domain, in tokens")
-    validation_tokens: int = Field(default=4096, gt=0, description="validation budget of a domain, in tokens")
-    block_size: int = Field(default=256, ge=8, description="length of a packed block, in tokens")
+    train_tokens: Annotated[int, Flag()] = Field(
+        default=8192, gt=0, description="training budget of a domain, in tokens"
+    )
+    validation_tokens: Annotated[int, Flag()] = Field(
+        default=4096, gt=0, description="validation budget of a domain, in tokens"
+    )
+    block_size: Annotated[int, Flag()] = Field(default=256, ge=8, description="length of a packed block, in tokens")
     seed: int = Field(default=0, ge=0, description="seed of the split by document and of the order of documents")
 
     @model_validator(mode="after")
@@ -302,7 +335,11 @@ class Plan(Section):
 
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
-    methods: Annotated[tuple[MethodConfig, ...], BeforeValidator(as_list)] = Field(
+    methods: Annotated[
+        tuple[MethodConfig, ...],
+        BeforeValidator(as_list),
+        Flag("method", help="Method, such as gain-ffn or lora:rank=16,lr=2e-4,label=lora16; repeatable."),
+    ] = Field(
         default=(MethodConfig(name="gain-ffn", label="gain-ffn"),),
         min_length=1,
         description="each starts from the same base",

@@ -17,7 +17,8 @@ from torch import nn
 
 from gaintune.adapters import check_adapters
 from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
-from gaintune.analysis.tokens.statistics import BINS, TokenChanges, check_histogram, range_of, summarise_changes
+from gaintune.analysis.tokens import TokensOptions
+from gaintune.analysis.tokens.statistics import TokenChanges, range_of, summarise_changes
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks, Examples, load_domain
 from gaintune.errors import ConfigError
@@ -38,9 +39,8 @@ class TokenSurvey:
 def survey_tokens(
     plan: Plan,
     adapters: Sequence[Path],
+    options: TokensOptions | None = None,
     *,
-    bins: int = BINS,
-    limit: float | None = None,
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> TokenSurvey:
@@ -52,18 +52,16 @@ def survey_tokens(
     Args:
         plan: base, domains (those learnt and those watched), validation budget and how uncertainty is measured.
         adapters: folders of adapters of any method, or of fully fine-tuned weights.
-        bins: bins of a histogram, an odd number.
-        limit: nats at which the histograms end; for each domain where 99.5 % of all adapters' changes lie, unless
-            given.
+        options: the histograms' bins and range.
         allow_other_base: take adapters that were trained on another base.
         progress: where to show progress.
 
     Raises:
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
-        ConfigError: no adapter, one named twice, or an even number of bins.
+        ConfigError: no adapter, or one named twice.
         DataError: a domain's text is missing or broken.
     """
-    check_histogram(bins, limit)
+    chosen = options or TokensOptions()
     if not adapters:
         raise ConfigError("name at least one adapter")
     origins = named_origins(adapters)
@@ -85,10 +83,10 @@ def survey_tokens(
             label: each.adapted[domain.name] - each.base[domain.name]
             for label, each in zip(origins, adapted, strict=True)
         }
-        end = limit or range_of([each[scored] for each in moved.values()])
+        end = chosen.limit or range_of([each[scored] for each in moved.values()])
         changes[domain.name] = {
             label: summarise_changes(
-                each, scored, limit=end, bins=bins, samples=plan.evaluate.bootstrap_samples,
+                each, scored, limit=end, bins=chosen.bins, samples=plan.evaluate.bootstrap_samples,
                 confidence=plan.evaluate.confidence, seed=plan.evaluate.seed, domain=domain.name,
             )
             for label, each in moved.items()

@@ -1,0 +1,137 @@
+"""Commands that train: the demonstration, one adaptation, a sequence of domains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
+from gaintune.cli.evaluate import print_classifier
+from gaintune.cli.options import Given, command, run_option
+from gaintune.config import Plan
+from gaintune.errors import DivergedError
+
+commands = typer.Typer()
+
+DEMO_METHODS = ["gain-ffn", "lora"]
+DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on two cores
+
+
+def _sequence(plan: Plan, run: Path) -> None:
+    """Run a plan, print its summary, write its report."""
+    quiet_libraries()
+    from gaintune.report import write_report
+    from gaintune.storage import first_process
+    from gaintune.workflows import run_sequence
+
+    try:
+        matrix = run_sequence(plan, run, progress=progress_on(err))
+    except DivergedError as error:
+        if error.finished:  # what the others did is worth a report
+            say(f"report  {write_report(run)}")
+        raise
+    if not first_process():
+        return
+    figures = ("in_domain", "backward_transfer", "backward_transfer_since_learnt", "forward_interference")
+    rows = []
+    for method in matrix.methods:
+        found = [getattr(method.summary, name) for name in figures]
+        cells = [percent(each.value, each.low, each.high) if each else "—" for each in found]
+        rows.append([method.label, *cells])
+    heads = ["method", "in-domain", "earlier domains, against base", "earlier domains, since learnt", "not yet learnt"]
+    out.print(table("Change of perplexity, % (negative is better)", heads, rows, numeric=range(1, 5)))
+    say(f"report  {write_report(run)}\nnumbers {run / 'matrix.json'}")
+
+
+@command(
+    commands,
+    "demo",
+    group="Training",
+    takes=("data.domains", "methods"),
+    without=("data.domains.*", "methods.*"),
+    plan_argument=True,
+    examples="""\
+gaintune demo
+gaintune demo --method gain-ffn --method lora:rank=8 --run-dir runs/mine
+gaintune demo --domain medical --domain law --set train.epochs=2""",
+)
+def demo(given: Given, run: Annotated[Path, run_option("Run directory.")] = Path("runs/demo")) -> None:
+    """Run the main job on the embedded model and texts: five domains, gain-ffn and lora, then the report."""
+    if given.file is None:
+        given = given.over({"methods": DEMO_METHODS, "data.validation_tokens": DEMO_VALIDATION_TOKENS})
+    _sequence(given.plan(), run)
+
+
+@command(
+    commands,
+    "sequence",
+    group="Training",
+    takes=("model", "data", "methods", "train", "evaluate"),
+    plan_argument=True,
+    examples="""\
+gaintune sequence plan.yaml --run runs/notes
+gaintune sequence --model demo --domain notes.jsonl --domain law --method lora
+gaintune sequence --plan plan.yaml --method gain-ffn --method lora:rank=16,lr=2e-4
+torchrun --nproc-per-node 2 -m gaintune sequence plan.yaml --run-dir runs/a""",
+)
+def sequence(
+    plan: Plan,
+    run: Annotated[Path, run_option("Run directory; an unfinished run of the same plan is continued.")] = Path(
+        "runs/sequence"
+    ),
+) -> None:
+    """Adapt to domain after domain with each method, measure every domain after every stage, write the report."""
+    _sequence(plan, run)
+
+
+@command(
+    commands,
+    "adapt",
+    group="Training",
+    takes=("model", "data", "methods", "train", "evaluate", "classify"),
+    without=("data.watched",),
+    plan_argument=True,
+    examples="""\
+gaintune adapt --domain notes.jsonl --method gain-ffn --out adapters/notes
+gaintune adapt --domain law --start adapters/notes --out adapters/law
+gaintune adapt --task instruct --domain gsm8k --method lora --out adapters/gsm8k
+gaintune adapt --task classify --domain mrpc --epochs 3 --out adapters/mrpc
+gaintune adapt plan.yaml --out adapters/notes --set train.clip=0.5""",
+)
+def adapt(
+    plan: Plan,
+    out_folder: Annotated[
+        Path, typer.Option("--out", help="Folder for the adapter; must not exist.", rich_help_panel="Output")
+    ],
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Adapter to carry on from, such as the previous domain's.", rich_help_panel="Start"),
+    ] = None,
+    allow_other_base: Annotated[
+        bool,
+        typer.Option("--allow-other-base", help="Use --start even if its base was another.", rich_help_panel="Start"),
+    ] = False,
+) -> None:
+    """Adapt to one domain with one method and save the adapter; with --task classify, a new head beside it."""
+    quiet_libraries()
+    from gaintune.progress import plural
+    from gaintune.results import change
+    from gaintune.storage import first_process
+    from gaintune.workflows import ClassifierResult
+    from gaintune.workflows import adapt as run_adapt
+
+    result = run_adapt(plan, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
+    if not first_process():
+        return
+    if isinstance(result, ClassifierResult):
+        print_classifier(result)
+        return
+    before, after = result.before, result.after
+    say(
+        f"{plan.data.domains[-1].name}: perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} "
+        f"({change(before, after):+.1f} %), {before.bits_per_byte:.3f} -> {after.bits_per_byte:.3f} bits per byte\n"
+        f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens of blocks in "
+        f"{plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}"
+    )
