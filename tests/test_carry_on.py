@@ -1,8 +1,10 @@
 """Carrying an adapter on: what it was made with stays and is recorded, and what cannot be carried on is refused."""
 
 import json
+from dataclasses import fields
 
 import pytest
+from peft import LoraConfig
 
 import tiny_base
 import tiny_domains
@@ -10,7 +12,7 @@ import tiny_encoders
 from gaintune.adapters import read_record
 from gaintune.config import MethodConfig, build_plan
 from gaintune.errors import ConfigError
-from gaintune.methods import METHODS, attach, kind_of
+from gaintune.methods import METHODS, attach, kind_of, recognize
 from gaintune.storage import read_json
 from gaintune.workflows import adapt
 from gaintune.workflows.job import carried_on
@@ -100,6 +102,22 @@ def test_the_catalogue_knows_its_adapters_by_their_configuration(name, plan, tmp
         else:
             with pytest.raises(ConfigError, match="choose its own method with --method"):
                 carried_on(folder, values)
+
+
+def test_every_variant_of_lora_that_peft_knows_is_another_kind():
+    variants = [entry.name for entry in fields(LoraConfig) if entry.metadata.get("is_lora_variant")]
+    assert len(variants) > 3
+    for name in variants:
+        assert kind_of({"peft_type": "LORA", name: True}) == f"LORA {name}"
+    assert recognize({"peft_type": "LORA", variants[-1]: True}) is None
+
+
+def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):
+    folder = written_by_peft(tmp_path / "foreign", {"name": "osf"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert carried_on(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved == 0.5
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "effective_rank": 4}))
+    assert carried_on(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved is None
 
 
 def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):

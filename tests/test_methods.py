@@ -13,7 +13,7 @@ from gaintune.adapters import AdapterRecord, absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import METHODS, Place, attach, check_method, numbers_of, rate_multipliers, trainable_parameters
+from gaintune.methods import METHODS, Place, attach, check_method, prepare_method, trainable_parameters
 from gaintune.methods.rules import STATE, BudgetSchedule
 from gaintune.models import load_base
 from gaintune.training import learn
@@ -62,7 +62,8 @@ def logits(model) -> torch.Tensor:
 def taught(model, method, checkpoints, steps=6, place=None):
     plan = TrainConfig(batch_size=4, epochs=steps, lr=method.lr or 0.02, checkpoint_steps=100)
     rows = Examples.of_blocks(tiny_base.blocks(4, 16))
-    return learn(model, method, rows, plan, place or Place(), checkpoints=checkpoints)
+    prepared = prepare_method(method, ModelConfig(device="cpu", dtype="fp32"), plan)
+    return learn(model, prepared, rows, plan, place or Place(), checkpoints=checkpoints)
 
 
 def test_the_table_above_holds_every_method_of_peft():
@@ -114,8 +115,8 @@ def test_the_seed_draws_vera_s_matrices(folder):
 
 
 def test_lora_plus_trains_b_at_its_multiple_of_the_rate(folder, tmp_path):
-    assert rate_multipliers(method_of("lora")) is None
-    assert rate_multipliers(method_of("lora+")) == {"lora_B": 16.0}
+    assert METHODS["lora"].rates(method_of("lora")) == {}
+    assert METHODS["lora+"].rates(method_of("lora+")) == {"lora_B": 16.0}
     slow, fast = 1e-3, 8.0
     moved = {}
     for name, more in (("lora", {}), ("lora+", {"lr_ratio": fast})):
@@ -238,9 +239,10 @@ def test_osf_s_gradients_stay_out_of_the_preserved_directions(folder, tmp_path, 
 
 
 def test_what_a_method_cannot_do_is_refused():
+    quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
     for name in ("pissa", "osf", "full"):
         with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):
-            numbers_of(ModelConfig(quantization="4bit", dtype="bf16", device="cpu"), MethodConfig(name=name))
+            prepare_method(MethodConfig(name=name), quantized, TrainConfig())
     with pytest.raises(ConfigError, match="method 'lora' has no option 'lr_ratio'"):
         check_method(MethodConfig(name="lora", lr_ratio=4.0))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))

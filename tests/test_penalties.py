@@ -6,10 +6,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
-from gaintune.config import MethodConfig, TrainConfig
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import Lesson, Place, attach
+from gaintune.methods import Lesson, Place, attach, prepare_method
 from gaintune.methods.penalties import FISHER, STRENGTHS, fisher_information, penalty_of, strength_of
 from gaintune.models import IGNORED, NextTokenLoss
 from gaintune.storage import damage, read_json
@@ -135,7 +135,8 @@ def test_a_strong_pull_holds_the_weights_and_a_weak_one_lets_them_go(tmp_path, p
             rule.finish(model, lesson_of(model, rows))
             rule.keep(folder)
         plan = TrainConfig(epochs=20, schedule="cosine", batch_size=8)
-        learn(model, config, rows, plan, Place(previous=folder), checkpoints=folder / "checkpoints")
+        prepared = prepare_method(config, ModelConfig(dtype="fp32", device="cpu"), plan)
+        learn(model, prepared, rows, plan, Place(previous=folder), checkpoints=folder / "checkpoints")
         with torch.no_grad():
             moved.append(sum(float((value - before[name]).norm()) for name, value in trained(model).items()))
     assert moved[1] < 0.6 * moved[0]

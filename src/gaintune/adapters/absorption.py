@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from gaintune.adapters.disk import FULL, load_adapter
+from gaintune.adapters.disk import load_adapter
 from gaintune.adapters.record import read_config, read_record
 from gaintune.errors import AdapterError, one_line
 from gaintune.models import Base
@@ -24,7 +24,7 @@ def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: b
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     record = read_record(adapter)
-    if record is not None and record.method == FULL:
+    if record is not None and record.whole:
         return _absorb_full(base, adapter, dtype, allow_other_base)
     model: Any = load_adapter(base, adapter, allow_other_base=allow_other_base)
     rounding = Rounding()
@@ -53,7 +53,7 @@ def check_mergeable(adapter: Path) -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     record = read_record(adapter)
-    if record is not None and record.method == FULL:
+    if record is not None and record.whole:
         return
     kind = read_config(adapter).get("peft_type")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(cast(Any, kind))

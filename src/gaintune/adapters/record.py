@@ -7,11 +7,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gaintune.config import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.storage import files
+
+if TYPE_CHECKING:
+    from gaintune.methods import Method
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +97,13 @@ class AdapterRecord:
     labels: tuple[str, ...] = ()
     data: dict[str, LearntDomain] = field(default_factory=dict)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every weight of the base was trained, so that the folder holds these and no adapter."""
+        from gaintune.methods import METHODS
+
+        return self.method in METHODS and METHODS[self.method].trains_base
+
     @classmethod
     def of_plan(
         cls,
@@ -163,6 +173,20 @@ def read_record(folder: Path) -> AdapterRecord | None:
         return AdapterRecord(**{key: value for key, value in values.items() if key in known})
     except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path}: damaged record ({error}); restore the folder from where it was saved") from None
+
+
+def adapter_method(folder: Path) -> Method | None:
+    """Find an adapter's method in the catalogue, also where PEFT wrote it without us; None where it has none.
+
+    Raises:
+        AdapterError: not an adapter folder, or a damaged one.
+    """
+    from gaintune.methods import METHODS, recognize
+
+    record = read_record(folder)
+    if record is not None and record.whole:
+        return METHODS[record.method]
+    return recognize(read_config(folder), record.method if record else None)
 
 
 def adapter_labels(folders: Sequence[Path]) -> list[str]:

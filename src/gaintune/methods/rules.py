@@ -1,4 +1,7 @@
-"""What may act on an update beside the gradient of the loss: the border between training and methods or penalties."""
+"""What may act on an update beside the gradient of the loss: the border between training and methods or penalties.
+
+Loads no PEFT, since the catalogue, which names the rules, does not.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from peft.tuners.osf.layer import OSFLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,38 +20,9 @@ from gaintune.errors import ConfigError
 from gaintune.models import Objective
 from gaintune.progress import Progress, Silent
 from gaintune.storage import first_process
-from gaintune.tuners.gain import GainLayer
 
-
-class UpdateRule(Protocol):
-    """A rule that is called around every update of one adaptation.
-
-    Steps are counted from 0. What a rule must remember between updates it writes with the checkpoints and reads back,
-    so that a stopped run ends with the same bytes.
-    """
-
-    def start(self, model: nn.Module, steps: int) -> None:
-        """Before the first update, and before `load`; `steps` is the number of updates of this adaptation.
-
-        The weights are those the adaptation starts from, also when it continues from a checkpoint.
-        """
-        ...
-
-    def before_update(self, model: nn.Module, step: int) -> None:
-        """Gradients are complete (accumulated, reduced, unscaled) and not clipped yet: add to them here."""
-        ...
-
-    def after_update(self, model: nn.Module, step: int) -> None:
-        """The weights have moved; the gradients are still there."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the rule's state into a checkpoint's folder, as safetensors or JSON."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Take the state back from a checkpoint's folder."""
-        ...
+if TYPE_CHECKING:
+    from gaintune.tuners.gain import GainLayer
 
 
 class Rows(Protocol):
@@ -93,29 +66,33 @@ class Lesson:
 
 
 class StageRule:
-    """An update rule that does nothing; rules of methods and penalties say what they do instead.
+    """What acts on the updates of one adaptation beside the gradient of its loss; this one does nothing.
 
-    Beside `UpdateRule`, a rule may learn from the rows of a stage once it is over, and keep something with the adapter
-    for the next one.
+    The methods are called in the order in which they stand. Steps are counted from 0. What a rule must remember between
+    updates it writes with the checkpoints and reads back, so that a stopped run ends with the same bytes; what it keeps
+    with the adapter is for the next domain.
     """
 
     def start(self, model: nn.Module, steps: int) -> None:
-        """See `UpdateRule`."""
+        """Prepare for `steps` updates; called before `load`.
 
-    def before_update(self, model: nn.Module, step: int) -> None:
-        """See `UpdateRule`."""
-
-    def after_update(self, model: nn.Module, step: int) -> None:
-        """See `UpdateRule`."""
-
-    def save(self, folder: Path) -> None:
-        """See `UpdateRule`."""
+        The weights are those the adaptation starts from, also when it continues from a checkpoint.
+        """
 
     def load(self, folder: Path) -> None:
-        """See `UpdateRule`."""
+        """Take the state back from a checkpoint's folder."""
+
+    def before_update(self, model: nn.Module, step: int) -> None:
+        """Add to the gradients, which are complete (accumulated, reduced, unscaled) and not clipped yet."""
+
+    def after_update(self, model: nn.Module, step: int) -> None:
+        """Read the weights that have moved, and the gradients, which are still there."""
+
+    def save(self, folder: Path) -> None:
+        """Write the rule's state into a checkpoint's folder, as safetensors or JSON."""
 
     def finish(self, model: nn.Module, lesson: Lesson) -> None:
-        """After the last update of the adaptation, in every process."""
+        """Learn from the rows of the stage after its last update, in every process."""
 
     def keep(self, folder: Path) -> None:
         """Write beside the adapter, before its manifest, what the next adaptation needs; in the process that writes."""
@@ -130,6 +107,8 @@ class SubspaceProjection(StageRule):
 
     def start(self, model: nn.Module, steps: int) -> None:
         """Hang the hooks anew."""
+        from peft.tuners.osf.layer import OSFLayer
+
         for layer in model.modules():
             if isinstance(layer, OSFLayer):
                 layer._detach_hooks()
@@ -296,6 +275,8 @@ class GainWarnings(StageRule):
 
 def _trained_layers(model: nn.Module) -> dict[str, tuple[GainLayer, torch.Tensor]]:
     """The layers whose gains train, each with these gains minus 1, by the name of their module in the base."""
+    from gaintune.tuners.gain import GainLayer
+
     return {
         name.removeprefix("base_model.model."): (layer, v)
         for name, layer in model.named_modules()

@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from gaintune.config import MethodConfig, TrainConfig
+from gaintune.config import TrainConfig
 from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
-from gaintune.methods import Lesson, Place, Rows, StageRule, UpdateRule, learning_rate, rate_multipliers, rules_of
+from gaintune.methods import Lesson, Place, PreparedMethod, Rows, StageRule, rules_of
 from gaintune.models import NextTokenLoss, Objective, require_isolation
 from gaintune.progress import Advance, Progress, Silent
 from gaintune.storage import damage, write_manifest
@@ -46,7 +46,7 @@ class RowTrainer(Trainer):
         *,
         plan: TrainConfig,
         objective: Objective | None,
-        rules: Sequence[UpdateRule],
+        rules: Sequence[StageRule],
         rate_multipliers: Mapping[str, float] | None,
         **kwargs: Any,
     ) -> None:
@@ -156,7 +156,7 @@ class Watch(TrainerCallback):
 class AfterUpdate(TrainerCallback):
     """Calls the rules once the weights have moved."""
 
-    def __init__(self, model: nn.Module, rules: Sequence[UpdateRule]) -> None:
+    def __init__(self, model: nn.Module, rules: Sequence[StageRule]) -> None:
         self._model = model
         self._rules = rules
 
@@ -202,7 +202,7 @@ def train(
     checkpoints: Path,
     objective: Objective | None = None,
     collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, torch.Tensor]] | None = None,
-    rules: Sequence[UpdateRule] = (),
+    rules: Sequence[StageRule] = (),
     rate_multipliers: Mapping[str, float] | None = None,
     snapshots: Snapshots | None = None,
     logs: Path | None = None,
@@ -358,7 +358,7 @@ class Learnt:
 
 def learn(
     model: nn.Module,
-    method: MethodConfig,
+    method: PreparedMethod,
     rows: Rows,
     plan: TrainConfig,
     place: Place,
@@ -370,7 +370,6 @@ def learn(
     head_rates: Mapping[str, float] | None = None,
     snapshots: Snapshots | None = None,
     logs: Path | None = None,
-    mixed_precision: torch.dtype | None = None,
     title: str = "learning",
     progress: Progress | None = None,
 ) -> Learnt:
@@ -388,34 +387,28 @@ def learn(
 
     The others are those of `train`, which says what is raised beside what `rules_of` does.
     """
-    shown = progress or Silent()
-    rules = rules_of(method, place, seed=plan.seed)
+    shown, mixed = progress or Silent(), method.numbers.mixed
+    rules = rules_of(method.config, place, seed=plan.seed)
     adaptation = train(
         model,
         rows,
         plan,
-        lr=learning_rate(method, plan),
+        lr=method.lr,
         seed=plan.seed,
         checkpoints=checkpoints,
         objective=objective,
         collate=collate,
         rules=rules,
-        rate_multipliers={**(head_rates or {}), **(rate_multipliers(method) or {})},
+        rate_multipliers={**(head_rates or {}), **method.rate_multipliers},
         snapshots=snapshots,
         logs=logs,
-        mixed_precision=mixed_precision,
+        mixed_precision=mixed,
         title=title,
         progress=shown,
     )
     if rules:
-        lesson = Lesson(
-            own_rows or rows,
-            objective or NextTokenLoss(model),
-            f"{title}: what matters to it",
-            collate,
-            mixed_precision,
-            shown,
-        )
+        loss = objective or NextTokenLoss(model)
+        lesson = Lesson(own_rows or rows, loss, f"{title}: what matters to it", collate, mixed, shown)
         for rule in rules:
             rule.finish(model, lesson)
     return Learnt(adaptation, tuple(rules))

@@ -13,7 +13,6 @@ import torch
 from gaintune.config import Plan, read_plan
 from gaintune.data import load_domain, with_replay
 from gaintune.evaluate import measure_domain
-from gaintune.methods import learning_rate
 from gaintune.models import load_base
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss, change
@@ -66,7 +65,7 @@ def adapt(
         return adapt_classifier(settled, out, start=start, allow_other_base=allow_other_base, progress=progress)
     single = Single.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
     with single.run() as run:
-        base = load_base(settled.model, dtype=single.numbers.load)
+        base = load_base(settled.model, dtype=single.method.numbers.load)
         *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
         warn_of_other_text(single.start, single.previous, earlier)
         single.settle(run, base.fingerprint, [*earlier, domain])
@@ -76,7 +75,7 @@ def adapt(
                 model,
                 domain,
                 batch_size=settled.evaluate.batch_size,
-                mixed_precision=single.numbers.mixed,
+                mixed_precision=single.method.numbers.mixed,
                 title=f"measuring {domain.name} {when}",
                 base=base,
                 progress=single.progress,
@@ -84,13 +83,13 @@ def adapt(
 
         model = single.model(base)
         before = look(model, "before", base=None if single.start else settled.model.name)
-        replay, seed = single.method.replay, settled.train.seed
+        replay, seed = single.method.config.replay, settled.train.seed
         rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
         record = single.record(base, domain)
         learnt = single.learn(run, model, rows, domain, record, own_rows=domain.train)
         after = look(model, "after")
         if run.writes:
-            _warn_of_worse(domain.name, before, after, learning_rate(single.method, settled.train))
+            _warn_of_worse(domain.name, before, after, single.method.lr)
         single.save(run, model, learnt, record)
     return single.result(AdaptResult, model, learnt, before=before, after=after)
 

@@ -11,12 +11,11 @@ from gaintune.config import Plan, read_plan
 from gaintune.data import ClassifyDomain, Padding, load_classification
 from gaintune.errors import ConfigError
 from gaintune.evaluate import LabelLoss, Scores, predict, score
-from gaintune.methods import learning_rate
-from gaintune.models import ClassifierBase, load_classifier, load_tokenizer, reads_segments
+from gaintune.models import load_classifier, load_tokenizer, reads_segments
 from gaintune.progress import Progress
 from gaintune.workflows.job import Result, Single
 
-HIGHEST_HEAD_LR = 1e-3  # gains learn at ten times what a random matrix bears
+HIGHEST_HEAD_LR = 1e-3  # of a new head, unless the plan gives its rate: gains bear ten times what a random matrix does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +73,12 @@ def adapt_classifier(
             segments=reads_segments(settled.model),
         )
         _require_labels(single, domain)
-        base = load_classifier(settled.model, domain.labels, seed=settled.train.seed, dtype=single.numbers.load)
+        base = load_classifier(settled.model, domain.labels, seed=settled.train.seed, dtype=single.method.numbers.load)
         base.check_length(settled.classify.max_length)
         single.settle(run, base.fingerprint, [domain])
         model = single.model(base, task_type="SEQ_CLS", head=base.head)
-        classify = {**settled.classify.model_dump(mode="json"), "head_lr": head_learning_rate(settled)}
+        head_lr = settled.classify.head_lr or min(single.method.lr, HIGHEST_HEAD_LR)
+        classify = {**settled.classify.model_dump(mode="json"), "head_lr": head_lr}
         record = single.record(base, domain, labels=domain.labels, settings={"classify": classify})
         padding = Padding(base.padding)
         learnt = single.learn(
@@ -89,14 +89,14 @@ def adapt_classifier(
             record,
             objective=LabelLoss(model),
             collate=padding,
-            head_rates=_head_rates(base, settled),
+            head_rates={f"{name}.": head_lr / single.method.lr for name in base.head},
         )
         predictions = predict(
             model,
             domain,
             padding,
             batch_size=settled.evaluate.batch_size,
-            mixed_precision=single.numbers.mixed,
+            mixed_precision=single.method.numbers.mixed,
             title=f"measuring {domain.name} after",
             progress=single.progress,
         )
@@ -112,14 +112,3 @@ def _require_labels(single: Single, domain: ClassifyDomain) -> None:
             f"{single.start} tells {', '.join(single.previous.labels)} apart, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
-
-
-def head_learning_rate(plan: Plan) -> float:
-    """The peak rate of a new head: the plan's, else the method's but at most `HIGHEST_HEAD_LR`."""
-    return plan.classify.head_lr or min(learning_rate(plan.methods[0], plan.train), HIGHEST_HEAD_LR)
-
-
-def _head_rates(base: ClassifierBase, plan: Plan) -> dict[str, float]:
-    """The factor on the method's rate for every part of the head, by the beginning of its parameters' names."""
-    factor = head_learning_rate(plan) / learning_rate(plan.methods[0], plan.train)
-    return {f"{name}.": factor for name in base.head}

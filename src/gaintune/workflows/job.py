@@ -29,23 +29,21 @@ from gaintune.errors import ConfigError
 from gaintune.methods import (
     OPTIONS,
     TRAINING_OPTIONS,
-    Numbers,
     Place,
+    PreparedMethod,
     Rows,
     attach,
     check_method,
     kind_of,
-    learning_rate,
-    method_of,
-    numbers_of,
+    prepare_method,
     rules_of,
+    stored_options,
     trainable_parameters,
 )
 from gaintune.models import Base, resolve_device
 from gaintune.progress import Progress, Silent, plural
 from gaintune.storage import Run, describe_environment, open_run, sha256_file
 from gaintune.training import Learnt, Shelf, Snapshots, learn
-from gaintune.tuners.disel import DiselConfig
 from gaintune.workflows.sequence import describe_inputs
 
 logger = logging.getLogger(__name__)
@@ -120,15 +118,16 @@ def _foreign(start: Path, method: MethodConfig) -> MethodConfig:
             f"{start} is a {found} adapter, and method {method.name!r} carries on {wanted.kind or 'full weights'}: "
             "choose its own method with --method, or leave --start out to begin anew"
         )
-    return method_of(config, method.name, wanted.options)
+    return stored_options(wanted, config)
 
 
-def open_adapter(base: Base, start: Path, method: MethodConfig, *, allow_other_base: bool = False) -> nn.Module:
-    """Load an adapter to go on training it; a gate rate given anew is its own from now on. Raises as `load_adapter`."""
+def open_adapter(base: Base, start: Path, method: PreparedMethod, *, allow_other_base: bool = False) -> nn.Module:
+    """Load an adapter to go on training it, with training options given anew. Raises as `load_adapter`."""
     model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
-    if method.gate_lr_ratio is not None:  # other trainers read it from the adapter's configuration
-        adapted = cast(PeftModel, model)
-        cast(DiselConfig, adapted.peft_config[str(adapted.active_adapter)]).gate_lr_ratio = method.gate_lr_ratio
+    for option, key in method.entry.options.items():
+        value = getattr(method.config, option)
+        if option in TRAINING_OPTIONS and key and value is not None:  # other trainers read it from the configuration
+            setattr(cast(PeftModel, model).peft_config["default"], key, value)
     return model
 
 
@@ -203,18 +202,16 @@ class Single:
         out: folder for the adapter.
         start: the adapter to carry on, None for a new one.
         previous: its record; None also where PEFT wrote it.
-        numbers: what the method computes with.
         environment: of this machine.
         allow_other_base: whether `start` may be of another base.
         progress: where to show it.
     """
 
     plan: Plan
-    method: MethodConfig
+    method: PreparedMethod
     out: Path
     start: Path | None
     previous: AdapterRecord | None
-    numbers: Numbers
     environment: dict[str, Any]
     allow_other_base: bool
     progress: Progress
@@ -227,15 +224,16 @@ class Single:
         require_one_of_each(plan)
         if out.exists():
             raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
-        method, previous = plan.methods[0], None
-        check_method(method)
+        config, previous = plan.methods[0], None
+        check_method(config)
         if start is not None:
             start = Path(start)
-            previous, method = carried_on(start, plan, allow_other_base=allow_other_base)
+            previous, config = carried_on(start, plan, allow_other_base=allow_other_base)
         check_replay(plan, start, previous)
-        rules_of(method, Place(previous=start), seed=plan.train.seed)  # for what it refuses
-        numbers, environment = numbers_of(plan.model, method), describe_environment(resolve_device(plan.model.device))
-        single = cls(plan, method, out, start, previous, numbers, environment, allow_other_base, progress or Silent())
+        rules_of(config, Place(previous=start), seed=plan.train.seed)  # for what it refuses
+        method = prepare_method(config, plan.model, plan.train)
+        environment = describe_environment(resolve_device(plan.model.device))
+        single = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
         single._shelf.check()
         return single
 
@@ -259,14 +257,14 @@ class Single:
         """The base ready to train: with the adapter to carry on, or with a new one; `new` goes to `attach`."""
         if self.start is not None:
             return open_adapter(base, self.start, self.method, allow_other_base=self.allow_other_base)
-        return attach(base.model, self.method, seed=self.plan.train.seed, **new)
+        return attach(base.model, self.method.config, seed=self.plan.train.seed, **new)
 
     def record(self, base: Base, domain: Domain, **more: Any) -> AdapterRecord:
         """What is recorded of the finished adapter; `more` goes to `AdapterRecord.of_plan`."""
         return AdapterRecord.of_plan(
             self.plan,
-            self.method,
-            lr=learning_rate(self.method, self.plan.train),
+            self.method.config,
+            lr=self.method.lr,
             fingerprint=base.fingerprint,
             learnt=[(domain.name, domain.content_hash)],
             versions=self.environment["packages"],
@@ -290,8 +288,7 @@ class Single:
             checkpoints=self._unfinished / "checkpoints",
             snapshots=Snapshots(self._shelf.unfinished, every, record) if every else None,
             logs=self.out.with_name(f"{self.out.name}.tensorboard"),
-            mixed_precision=self.numbers.mixed,
-            title=f"{self.method.label}: learning {domain.name}",
+            title=f"{self.method.config.label}: learning {domain.name}",
             progress=self.progress,
             **more,
         )

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.config import MethodConfig, Plan, read_plan
+from gaintune.config import Plan, read_plan
 from gaintune.data import ClassifyDomain, DomainBlocks, Examples, load_domain, replayed_rows, with_replay
 from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate import BaseLosses, measure_domain
-from gaintune.methods import Place, attach, check_method, learning_rate, numbers_of, trainable_parameters
+from gaintune.methods import Place, PreparedMethod, attach, prepare_method, trainable_parameters
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
@@ -59,9 +59,7 @@ def run_sequence(
             "a sequence measures perplexity, and a classifier has none: adapt to each domain with `gaintune adapt`, "
             "and measure what is kept with `gaintune evaluate --masked`"
         )
-    for method in settled.methods:
-        check_method(method)
-        numbers_of(settled.model, method)
+    methods = [prepare_method(method, settled.model, settled.train) for method in settled.methods]
     shown = progress or Silent()
     device = resolve_device(settled.model.device)
     with open_run(Path(run), settled, describe_environment(device), cpu=device.type == "cpu") as directory:
@@ -70,19 +68,18 @@ def run_sequence(
         fingerprint = base_fingerprint(settled.model)
         directory.settle("inputs.json", describe_inputs(fingerprint, domains), SAME_INPUTS)
         sequences = [
-            _Sequence(settled, directory, domains, fingerprint, shown, method, base_losses)
-            for method in settled.methods
+            _Sequence(settled, directory, domains, fingerprint, shown, method, base_losses) for method in methods
         ]
         diverged: dict[str, str] = {}
-        for method, sequence in zip(settled.methods, sequences, strict=True):
+        for sequence in sequences:
             try:
                 sequence.run(after_stage=lambda: _write_matrix(directory, settled, sequences))
             except DivergedError as error:
                 if process_count() > 1:  # the other processes may not have seen it, and would wait for this one
                     raise
-                diverged[method.label] = str(error)
-                directory.event("diverged", method=method.label, error=str(error))
-                shown.note(f"{method.label} diverged: {error}")
+                diverged[sequence.label] = str(error)
+                directory.event("diverged", method=sequence.label, error=str(error))
+                shown.note(f"{sequence.label} diverged: {error}")
         _write_matrix(directory, settled, sequences)
         if diverged:
             told = "; ".join(f"{label}: {why}" for label, why in diverged.items())
@@ -117,7 +114,7 @@ class _Sequence:
         domains: list[DomainBlocks],
         fingerprint: str,
         progress: Progress,
-        method: MethodConfig,
+        method: PreparedMethod,
         base_losses: BaseLosses | None = None,
     ) -> None:
         self._plan = plan
@@ -127,18 +124,18 @@ class _Sequence:
         self._fingerprint = fingerprint
         self._progress = progress
         self._method = method
+        self.label = method.config.label
         self._base_losses = base_losses
-        self._numbers = numbers_of(plan.model, method)
-        self._stages = [run.stage(method.label, index, domain.name) for index, domain in enumerate(self._domains)]
+        self._stages = [run.stage(self.label, index, domain.name) for index, domain in enumerate(self._domains)]
 
     def run(self, after_stage: Callable[[], None]) -> None:
         """Do what is not on disk yet: measure the base, learn the stages that are missing, measure every cell."""
         unfinished = [index for index in range(len(self._stages)) if not self._finished(index)]
         if not unfinished and all(self._base_file(domain).exists() for domain in self._measured):
-            self._progress.note(f"{self._method.label}: all {len(self._stages)} stages are finished")
+            self._progress.note(f"{self.label}: all {len(self._stages)} stages are finished")
             return
-        self._run.event("method started", method=self._method.label)
-        base = load_base(self._plan.model, dtype=self._numbers.load)
+        self._run.event("method started", method=self.label)
+        base = load_base(self._plan.model, dtype=self._method.numbers.load)
         for domain in self._measured:
             self._measure(base.model, domain, self._base_file(domain), "base", untouched=True)
         self._run.wait()
@@ -150,7 +147,7 @@ class _Sequence:
             if model is None or holds != wanted:
                 if model is not None:  # its base carries another stage's adapter
                     del model
-                    base = load_base(self._plan.model, dtype=self._numbers.load)
+                    base = load_base(self._plan.model, dtype=self._method.numbers.load)
                 model = self._model_after(base, wanted)
             if not learnt:
                 self._learn(model, index)
@@ -169,12 +166,12 @@ class _Sequence:
         return all(path.exists() for path in (folder / "metrics.json", folder / "adapter", *cells))
 
     def _base_file(self, domain: DomainBlocks) -> Path:
-        return self._run.base(self._numbers.name, domain.name)
+        return self._run.base(self._method.numbers.name, domain.name)
 
     def measured(self) -> MethodRun:
         """Everything on disk of this method: base, then the stages begun so far."""
         stages = []
-        info: dict[str, Any] = {"method": self._method.name, "lr": learning_rate(self._method, self._plan.train)}
+        info: dict[str, Any] = {"method": self._method.entry.name, "lr": self._method.lr}
         for domain, folder in zip(self._domains, self._stages, strict=True):
             losses = self._losses({each.name: folder / "evaluations" / f"{each.name}.json" for each in self._measured})
             if losses:
@@ -182,8 +179,8 @@ class _Sequence:
             if (folder / "metrics.json").exists():
                 info["trainable_parameters"] = read_json(folder / "metrics.json")["trainable_parameters"]
         base = self._losses({each.name: self._base_file(each) for each in self._measured})
-        info["numbers"] = self._numbers.name
-        return MethodRun(self._method.label, base, tuple(stages), info)
+        info["numbers"] = self._method.numbers.name
+        return MethodRun(self.label, base, tuple(stages), info)
 
     @staticmethod
     def _losses(files: dict[str, Path]) -> dict[str, DomainLoss]:
@@ -192,14 +189,14 @@ class _Sequence:
     def _model_after(self, base: Base, index: int) -> nn.Module:
         """The model as it is after a stage, ready to train on; -1 stands for the start."""
         if index < 0:
-            return attach(base.model, self._method, seed=self._plan.train.seed)
+            return attach(base.model, self._method.config, seed=self._plan.train.seed)
         adapter = self._stages[index] / "adapter"
-        self._progress.note(f"{self._method.label}: continuing from {adapter}")
+        self._progress.note(f"{self.label}: continuing from {adapter}")
         return load_adapter(base, adapter, trainable=True)
 
     def _learn(self, model: nn.Module, index: int) -> None:
         """Train on one domain and save the adapter."""
-        folder, domain, label = self._stages[index], self._domains[index], self._method.label
+        folder, domain, label = self._stages[index], self._domains[index], self.label
         later = [str(stage) for stage in self._stages[index + 1 :] if stage.exists()]
         if later:
             raise RunDirectoryError(
@@ -217,7 +214,6 @@ class _Sequence:
             checkpoints=folder / "checkpoints",
             snapshots=Snapshots(folder / "snapshots", every, record) if every else None,
             logs=folder / "tensorboard",
-            mixed_precision=self._numbers.mixed,
             title=f"{label}: learning {domain.name}",
             progress=self._progress,
         )
@@ -232,28 +228,27 @@ class _Sequence:
     def _rows(self, index: int) -> Examples:
         """What a stage trains on: its domain's rows, and rows of the earlier ones where the method replays them."""
         earlier = [domain.train for domain in self._domains[:index]]
-        return with_replay(self._domains[index].train, earlier, self._method.replay, self._plan.train.seed)
+        return with_replay(self._domains[index].train, earlier, self._method.config.replay, self._plan.train.seed)
 
     def _place(self, index: int) -> Place:
         """Where a stage stands among the updates of all stages."""
         counts = []
         for number, domain in enumerate(self._domains):
             rows = len(domain.train)
-            rows += replayed_rows(rows, self._method.replay) if number else 0
+            rows += replayed_rows(rows, self._method.config.replay) if number else 0
             counts.append(count_updates(rows, self._plan.train, process_count()))
         previous = self._stages[index - 1] / "adapter" if index else None
         return Place(previous, sum(counts[:index]), sum(counts))
 
     def _close(self, model: nn.Module, index: int) -> None:
         """Measure all domains after a stage, and mark the stage as finished."""
-        folder, domain, label = self._stages[index], self._domains[index], self._method.label
+        folder, domain, label = self._stages[index], self._domains[index], self.label
         for measured in self._measured:
             file = folder / "evaluations" / f"{measured.name}.json"
             self._measure(model, measured, file, f"{label} after {domain.name}")
         if self._run.writes:
-            lr = learning_rate(self._method, self._plan.train)
-            told = read_json(folder / "training.json")
-            write_json(folder / "metrics.json", {**told, "lr": lr, "trainable_parameters": trainable_parameters(model)})
+            made = {"lr": self._method.lr, "trainable_parameters": trainable_parameters(model)}
+            write_json(folder / "metrics.json", {**read_json(folder / "training.json"), **made})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             self._run.event("stage finished", method=label, domain=domain.name)
         self._run.wait()
@@ -261,8 +256,8 @@ class _Sequence:
     def _record(self, index: int) -> AdapterRecord:
         return AdapterRecord.of_plan(
             self._plan,
-            self._method,
-            lr=learning_rate(self._method, self._plan.train),
+            self._method.config,
+            lr=self._method.lr,
             fingerprint=self._fingerprint,
             learnt=[(domain.name, domain.content_hash) for domain in self._domains[: index + 1]],
             versions=describe_environment(torch.device("cpu"))["packages"],
@@ -281,7 +276,7 @@ class _Sequence:
                 model,
                 domain,
                 batch_size=batch_size,
-                mixed_precision=self._numbers.mixed,
+                mixed_precision=self._method.numbers.mixed,
                 title=f"{title}: measuring {domain.name}",
                 base=self._plan.model.name if untouched else None,
                 progress=self._progress,
@@ -294,7 +289,7 @@ class _Sequence:
                 domain,
                 look,
                 fingerprint=self._fingerprint,
-                numbers=self._numbers.name,
+                numbers=self._method.numbers.name,
                 device=next(model.parameters()).device.type,
                 batch_size=batch_size,
             )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gaintune.adapters import FULL, check_adapters, load_adapter, read_config, read_record
+from gaintune.adapters import adapter_method, check_adapters, load_adapter, read_config, read_record
 from gaintune.analysis.gates.recorder import GateRecorder, all_tokens, record_gates, response_tokens
 from gaintune.analysis.gates.statistics import BINS, GateRecord, check_bins
 from gaintune.config import DataConfig, DomainConfig, Plan
@@ -120,10 +120,9 @@ def record_examples(
 
 def _check_gated(adapter: Path) -> None:
     """One clear line, before a model is loaded, for an adapter that has no gates."""
-    record = read_record(adapter)
-    kind = FULL if record is not None and record.method == FULL else str(read_config(adapter).get("peft_type"))
-    if kind != "DISEL":
-        name = record.method if record is not None else kind
+    method, record = adapter_method(adapter), read_record(adapter)
+    if method is None or not method.gates:
+        name = record.method if record is not None else read_config(adapter).get("peft_type")
         raise AdapterError(
             f"{adapter}: an adapter of method {name} has no gates; give one of method disel "
             "(gaintune adapt --method disel)"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gaintune.adapters import check_adapters, read_config
+from gaintune.adapters import adapter_method, check_adapters
 from gaintune.analysis.places import Place, places_of
 from gaintune.analysis.provenance import Origin, Provenance, named_origins
 from gaintune.analysis.subspace.compare import SubspaceFigures, SubspaceSettings, compare_weights
@@ -142,7 +142,8 @@ def survey_subspace(
                     ModuleSubspace(places[pair.name], compare_weights(pair.pretrained, pair.adapted, chosen))
                 )
                 advance(1)
-        scales = (adapter / "adapter_config.json").is_file() and read_config(adapter).get("peft_type") == "GAIN"
+        method = adapter_method(adapter)
+        scales = method is not None and method.line == "gains"
         found.append(AdapterSubspace(label, origin, scales, held, tuple(modules)))
     provenance = Provenance(
         base=base.name,

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import FULL, WEIGHTS, attached, check_mergeable, read_config, read_record
+from gaintune.adapters import WEIGHTS, adapter_method, attached, check_mergeable, read_record
 from gaintune.analysis.gains.factors import PREFIX
 from gaintune.errors import AdapterError, ConfigError, one_line
 from gaintune.models import Base
@@ -25,7 +25,6 @@ from gaintune.tuners.gain import GainLayer
 
 logger = logging.getLogger(__name__)
 
-GATED = "DISEL"
 NAMED = 8  # modules that a warning names; of more it says how many
 
 
@@ -51,7 +50,8 @@ def check_weights(adapter: Path, gate: float | None = None) -> bool:
     record = read_record(adapter)
     if record is not None and record.labels:
         raise AdapterError(f"{adapter} is a classifier: give an adapter of a language model")
-    gated = (record is None or record.method != FULL) and read_config(adapter).get("peft_type") == GATED
+    method = adapter_method(adapter)
+    gated = method is not None and method.gates
     if gate is not None and not 0 < gate <= 1:
         raise ConfigError(f"gate is {gate}: a gate is above 0 and at most 1")
     if gated and gate is None:
@@ -132,7 +132,7 @@ def adapted_weights(
     if not check_weights(adapter, gate) and gate is not None:
         raise ConfigError(f"{adapter} has no gates: leave the gate's value out")
     record = read_record(adapter)
-    full = record is not None and record.method == FULL
+    full = record is not None and record.whole
     before = _linear_weights(base.model, None if full else _tensor_names(adapter))
     rest = _other_parameters(base.model) if full else {}
     with attached(base, adapter, allow_other_base=allow_other_base) as (model, _):

@@ -255,7 +255,7 @@ def _joined(reports: Sequence[BenchmarkReport], labels: Sequence[str]) -> Benchm
 
 def _warn_of_rounding(folder: Path, label: str, numbers: str) -> None:
     record = read_record(folder)
-    if record is not None and record.method == "full" and not numbers.startswith("float32"):
+    if record is not None and record.whole and not numbers.startswith("float32"):
         logger.warning(
             "%s was trained whole in fp32 and is measured rounded to %s; benchmark_adapters(ModelConfig(...), ...) "
             "measures it as it was trained",

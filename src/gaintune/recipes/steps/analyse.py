@@ -34,6 +34,7 @@ from gaintune.analysis.transfer.survey import PARTS, survey_transfer
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks import as_task
+from gaintune.methods import get_method
 from gaintune.recipes.outcome import Context, Outcome, bare, exact, highest, last_of_each, lowest
 from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.steps.train import left_out, nothing_to_learn
@@ -130,7 +131,8 @@ def gated(settings: dict[str, Any], trained: Outcome, context: Context) -> tuple
     stages = [key for key in trained.adapters if key.partition("/")[0] == label]
     if not stages:
         raise ConfigError(f"{context.origin}: no adapter is called {label!r}; there are {', '.join(trained.labels)}")
-    if trained.plan is not None and any(each.label == label and each.name != "disel" for each in trained.plan.methods):
+    methods = trained.plan.methods if trained.plan else ()
+    if any(each.label == label and not get_method(each.name).gates for each in methods):
         raise ConfigError(f"{context.origin}: {label} has no gates; name one of method disel")
     return label, stages
 

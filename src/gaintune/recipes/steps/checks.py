@@ -14,7 +14,7 @@ from gaintune.analysis.subspace.compare import SubspaceSettings
 from gaintune.analysis.transfer.survey import Component
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
-from gaintune.methods import check_method
+from gaintune.methods import METHODS, check_method, get_method
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
 from gaintune.recipes.steps.analyse import LINEAR, gated
 from gaintune.recipes.steps.answers import asked_of
@@ -26,7 +26,6 @@ from gaintune.results import BACKWARD_TRANSFER
 from gaintune.workflows.sweep import check_comparison
 
 NOWHERE = Path()  # an adapter that is to be expected has no folder yet
-WITH_FACTORS = ("gain", "gain-ffn", "ia3")
 DOMAINS = {"data.domains": "the recipe says what each run learns"}
 
 
@@ -140,8 +139,9 @@ def gains(settings: dict[str, Any], context: Context) -> Outcome:
     context.refuse_unknown(settings)
     if not trained.runs:
         raise ConfigError(f"{context.origin}: the step it is `of` is no run of domains")
-    if not {method.name for method in plan.methods} & set(WITH_FACTORS):
-        raise ConfigError(f"{context.origin}: the step it is `of` has no method of {', '.join(WITH_FACTORS)}")
+    if not any(get_method(method.name).factors for method in plan.methods):
+        known = ", ".join(method.name for method in METHODS.values() if method.factors)
+        raise ConfigError(f"{context.origin}: the step it is `of` has no method of {known}")
     return Outcome()
 
 
