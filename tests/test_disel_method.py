@@ -10,9 +10,9 @@ from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.methods import METHODS, Place, attach, check_method, prepare_method, trainable_parameters
+from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.models import load_base
-from gaintune.training import learn
+from gaintune.training import train_stage
 from gaintune.tuners import parameter_groups
 from gaintune.workflows import merge_adapter
 
@@ -47,7 +47,7 @@ def taught(model, method, checkpoints, steps=4, checkpoint_steps=100):
     plan = TrainConfig(batch_size=4, epochs=steps, lr=0.02, weight_decay=0.1, checkpoint_steps=checkpoint_steps)
     rows = Examples.of_blocks(tiny_base.blocks(4, 16))
     prepared = prepare_method(method, ModelConfig(dtype="bf16", device="cpu"), plan)
-    return learn(model, prepared, rows, plan, Place(), checkpoints=checkpoints)
+    return train_stage(model, prepared, rows, plan, StagePosition(), checkpoints=checkpoints)
 
 
 @pytest.mark.parametrize("case", SIZES)

@@ -13,10 +13,10 @@ from gaintune.adapters import AdapterRecord, absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import METHODS, Place, attach, check_method, prepare_method, trainable_parameters
+from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.methods.rules import STATE, BudgetSchedule
 from gaintune.models import load_base
-from gaintune.training import learn
+from gaintune.training import train_stage
 
 D, FFN, LAYERS, KV = 32, 48, 2, 16
 LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down
@@ -59,11 +59,11 @@ def logits(model) -> torch.Tensor:
         return model(tiny_base.blocks(2, 16, seed=9)).logits
 
 
-def taught(model, method, checkpoints, steps=6, place=None):
+def taught(model, method, checkpoints, steps=6, position=None):
     plan = TrainConfig(batch_size=4, epochs=steps, lr=method.lr or 0.02, checkpoint_steps=100)
     rows = Examples.of_blocks(tiny_base.blocks(4, 16))
     prepared = prepare_method(method, ModelConfig(device="cpu", dtype="fp32"), plan)
-    return learn(model, prepared, rows, plan, place or Place(), checkpoints=checkpoints)
+    return train_stage(model, prepared, rows, plan, position or StagePosition(), checkpoints=checkpoints)
 
 
 def test_the_table_above_holds_every_method_of_peft():
@@ -138,7 +138,7 @@ def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(folder):
         model.peft_config["default"].orth_reg_weight = weight
         model(input_ids=blocks, labels=blocks).loss.backward()
         if ours:
-            rule = BudgetSchedule(method, Place())
+            rule = BudgetSchedule(method, StagePosition())
             rule.start(model, steps=10)
             rule.before_update(model, 0)
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -155,7 +155,7 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path)
     method = method_of("adalora")
     matrices, target, start = LAYERS * len(LINEARS), 2, 3
     model = attach(base_of(folder).model, method, seed=0)
-    first = taught(model, method, tmp_path / "a", steps=10, place=Place(total=20))
+    first = taught(model, method, tmp_path / "a", steps=10, position=StagePosition(total=20))
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     # budget at step 9 of 20: warm-up of 2, last 6 fixed, cubic in between
     expected = int((start - target) * matrices * (1 - (9 - 2) / 12) ** 3 + target * matrices)
@@ -164,18 +164,18 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path)
     record = AdapterRecord(base_fingerprint=base.fingerprint, method="adalora", **RECORD)
     save_adapter(model, tmp_path / "first", record, keep=first.keep)
     assert (tmp_path / "first" / STATE).is_file()
-    place = Place(previous=tmp_path / "first", first=10, total=20)
-    carried = BudgetSchedule(method, place)
+    position = StagePosition(previous=tmp_path / "first", first=10, total=20)
+    carried = BudgetSchedule(method, position)
     carried.start(model, steps=10)
     (tmp_path / "carried").mkdir()
     carried.save(tmp_path / "carried")
     assert (tmp_path / "carried" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
-    taught(model, method, tmp_path / "b", steps=10, place=place)
+    taught(model, method, tmp_path / "b", steps=10, position=position)
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     assert sum(kept) == target * matrices
     assert len(set(kept)) > 1  # some matrices have more than others: that is what it is for
     again = load_adapter(base, tmp_path / "first", trainable=True)
-    taught(again, method, tmp_path / "c", steps=10, place=place)
+    taught(again, method, tmp_path / "c", steps=10, position=position)
     assert torch.equal(logits(again), logits(model))
 
 

@@ -111,10 +111,10 @@ def count_rounding(base: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype)
         gain = _gain(base, merged, axis)
         if not torch.allclose(merged, base * gain, rtol=1e-5, atol=1e-6 * base.abs().max().item()):
             continue
-        learnt, acting = gain - 1, _gain(base_rounded, merged_rounded, axis) - 1
-        moving = (learnt.abs() > 1e-6) & (changed.sum(dim=axis, keepdim=True) > 0)
+        trained, acting = gain - 1, _gain(base_rounded, merged_rounded, axis) - 1
+        moving = (trained.abs() > 1e-6) & (changed.sum(dim=axis, keepdim=True) > 0)
         lost = moving & (2 * unmoved.sum(dim=axis, keepdim=True) > changed.sum(dim=axis, keepdim=True))
-        error = ((acting - learnt).abs() / learnt.abs())[moving].double().sum()
+        error = ((acting - trained).abs() / trained.abs())[moving].double().sum()
         return total + Rounding(gains=int(moving.sum()), lost=int(lost.sum()), error=float(error))
     return total
 

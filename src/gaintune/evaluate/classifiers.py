@@ -20,7 +20,7 @@ from gaintune.errors import ConfigError, TrainingError
 from gaintune.evaluate.classification import Predictions, Scores, Share, difference, score
 from gaintune.evaluate.perplexity import autocast
 from gaintune.evaluate.walk import look_at_adapters
-from gaintune.methods import measuring_numbers
+from gaintune.methods import measuring_precision
 from gaintune.models import load_classifier, load_tokenizer, reads_segments
 from gaintune.progress import Progress, Silent
 
@@ -161,7 +161,7 @@ def compare_classifiers(
         _check(adapter, record, domains, plan)
 
     def look(label: str, adapter: Path) -> list[Predictions]:
-        names, numbers = records[adapter].labels, measuring_numbers(plan.model, records[adapter].method)
+        names, numbers = records[adapter].labels, measuring_precision(plan.model, records[adapter].method)
         base = load_classifier(plan.model, names, seed=0, dtype=numbers.load)
         base.check_length(plan.classify.max_length)
         model = load_adapter(base, adapter, allow_other_base=allow_other_base)

@@ -14,7 +14,7 @@ from torch import nn
 from gaintune.adapters import BASE, adapter_labels, load_adapter, read_record
 from gaintune.config import Plan
 from gaintune.errors import AdapterError
-from gaintune.methods import Numbers, measuring_numbers
+from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_classifier
 
 
@@ -101,7 +101,7 @@ def look_at_base_and_adapters(
     return untouched[first], looked
 
 
-def _numbers(plan: Plan, folder: Path | None) -> Numbers:
+def _numbers(plan: Plan, folder: Path | None) -> Precision:
     """The numbers to measure an adapter in; None stands for a base without one."""
     record = None if folder is None else read_record(folder)
-    return measuring_numbers(plan.model, record.method if record else None)
+    return measuring_precision(plan.model, record.method if record else None)

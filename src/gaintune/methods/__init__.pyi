@@ -1,10 +1,10 @@
 from .apply import OPTIONS as OPTIONS
 from .apply import TRAINING_OPTIONS as TRAINING_OPTIONS
-from .apply import Numbers as Numbers
+from .apply import Precision as Precision
 from .apply import PreparedMethod as PreparedMethod
 from .apply import attach as attach
 from .apply import check_method as check_method
-from .apply import measuring_numbers as measuring_numbers
+from .apply import measuring_precision as measuring_precision
 from .apply import prepare_method as prepare_method
 from .apply import rules_of as rules_of
 from .apply import trainable_parameters as trainable_parameters
@@ -14,7 +14,7 @@ from .catalogue import get_method as get_method
 from .catalogue import kind_of as kind_of
 from .catalogue import recognize as recognize
 from .catalogue import stored_options as stored_options
-from .rules import Lesson as Lesson
-from .rules import Place as Place
 from .rules import Rows as Rows
-from .rules import StageRule as StageRule
+from .rules import StageData as StageData
+from .rules import StagePosition as StagePosition
+from .rules import TrainingRule as TrainingRule

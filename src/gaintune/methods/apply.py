@@ -19,7 +19,7 @@ from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
-from gaintune.methods.rules import Place, StageRule
+from gaintune.methods.rules import StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
 from gaintune.tuners.gain.mapping import default_projections
 
@@ -38,7 +38,7 @@ def check_method(config: MethodConfig) -> Method:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Precision:
     """The numbers a method computes with: how the base is loaded, and the autocast around it if there is one."""
 
     name: str
@@ -60,7 +60,7 @@ class PreparedMethod:
     config: MethodConfig
     entry: Method
     lr: float
-    numbers: Numbers
+    precision: Precision
 
     @property
     def rate_multipliers(self) -> Mapping[str, float]:
@@ -79,13 +79,13 @@ def prepare_method(config: MethodConfig, model: ModelConfig, train: TrainConfig)
         raise ConfigError(
             f"method {config.name!r} works on the base's own weights: leave model.quantization={model.quantization} out"
         )
-    numbers = measuring_numbers(model, config.name)
-    if numbers.mixed is torch.float16:
+    precision = measuring_precision(model, config.name)
+    if precision.mixed is torch.float16:
         raise ConfigError(f"method {config.name!r} trains the base itself, not with fp16: use model.dtype bf16 or fp32")
-    return PreparedMethod(config, entry, config.lr or train.lr or entry.lr, numbers)
+    return PreparedMethod(config, entry, config.lr or train.lr or entry.lr, precision)
 
 
-def measuring_numbers(model: ModelConfig, method: str | None = None) -> Numbers:
+def measuring_precision(model: ModelConfig, method: str | None = None) -> Precision:
     """The numbers in which what a method made is measured: those it was trained in.
 
     `method` is the name in an adapter's record; None for a base, or an adapter that we did not write.
@@ -93,26 +93,26 @@ def measuring_numbers(model: ModelConfig, method: str | None = None) -> Numbers:
     dtype = resolve_dtype(model.dtype, resolve_device(model.device))
     short = str(dtype).removeprefix("torch.")
     if method not in METHODS or not METHODS[method].trains_base:
-        return Numbers(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
+        return Precision(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
     if dtype is torch.float32:
-        return Numbers("float32", dtype, None)
-    return Numbers(f"float32-autocast-{short}", torch.float32, dtype)
+        return Precision("float32", dtype, None)
+    return Precision(f"float32-autocast-{short}", torch.float32, dtype)
 
 
-def rules_of(config: MethodConfig, place: Place, *, seed: int) -> list[StageRule]:
+def rules_of(config: MethodConfig, position: StagePosition, *, seed: int) -> list[TrainingRule]:
     """What acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
 
     Args:
         config: the method and its options.
-        place: where the adaptation stands in its sequence.
+        position: where the adaptation stands in its sequence.
         seed: seed of the choice of rows for EWC.
 
     Raises:
         ConfigError: what the rules need is not kept with the adapter that is carried on.
     """
     make = get_method(config.name).rule
-    own = None if make is None else make(config, place)
-    return [rule for rule in (own, penalty_of(config, place, seed=seed)) if rule is not None]
+    own = None if make is None else make(config, position)
+    return [rule for rule in (own, penalty_of(config, position, seed=seed)) if rule is not None]
 
 
 def attach(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError
-from gaintune.methods.rules import BudgetSchedule, GainWarnings, Place, StageRule, SubspaceProjection
+from gaintune.methods.rules import BudgetSchedule, GainWarnings, StagePosition, SubspaceProjection, TrainingRule
 from gaintune.tuners import GATES
 
 LORA_PLUS_RATIO = 16.0
@@ -74,7 +74,7 @@ class Method:
     peft_type: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     rates: Callable[[MethodConfig], Mapping[str, float]] = lambda config: {}
-    rule: Callable[[MethodConfig, Place], StageRule] | None = None
+    rule: Callable[[MethodConfig, StagePosition], TrainingRule] | None = None
     quantized: bool = True
     factors: FactorTensor | None = None
     line: Literal["gains", "scale", "gated", "weights"] = "weights"
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
             f"{_FROZEN}; gains only (fp32)",
             "GAIN",
             {"ffn": False},
-            rule=lambda config, place: GainWarnings(),
+            rule=lambda config, position: GainWarnings(),
             factors=FactorTensor("gain_v", 1.0),
             line="gains",
         ),
@@ -131,7 +131,7 @@ METHODS: dict[str, Method] = {
             f"{_FROZEN}; gains only (fp32)",
             "GAIN",
             {"ffn": True},
-            rule=lambda config, place: GainWarnings(),
+            rule=lambda config, position: GainWarnings(),
             factors=FactorTensor("gain_v", 1.0),
             line="gains",
         ),
@@ -252,7 +252,7 @@ METHODS: dict[str, Method] = {
             "an SVD of every weight at each start and load; about full's memory (fp32); not for quantized bases",
             "OSF",
             {"effective_rank": 0.5, "target_modules": "all-linear"},
-            rule=lambda config, place: SubspaceProjection(),
+            rule=lambda config, position: SubspaceProjection(),
             quantized=False,
         ),
         Method(

@@ -39,7 +39,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePosition:
     """Where an adaptation stands in a sequence of them.
 
     Attributes:
@@ -54,7 +54,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class StageData:
     """What an adaptation was trained on and how its loss is computed, for rules that look at it afterwards."""
 
     rows: Rows
@@ -65,7 +65,7 @@ class Lesson:
     progress: Progress = field(default_factory=Silent)
 
 
-class StageRule:
+class TrainingRule:
     """What acts on the updates of one adaptation beside the gradient of its loss; this one does nothing.
 
     The methods are called in the order in which they stand. Steps are counted from 0. What a rule must remember between
@@ -91,14 +91,14 @@ class StageRule:
     def save(self, folder: Path) -> None:
         """Write the rule's state into a checkpoint's folder, as safetensors or JSON."""
 
-    def finish(self, model: nn.Module, lesson: Lesson) -> None:
+    def finish(self, model: nn.Module, stage_data: StageData) -> None:
         """Learn from the rows of the stage after its last update, in every process."""
 
     def keep(self, folder: Path) -> None:
         """Write beside the adapter, before its manifest, what the next adaptation needs; in the process that writes."""
 
 
-class SubspaceProjection(StageRule):
+class SubspaceProjection(TrainingRule):
     """Puts the hooks that project the gradients onto the parameters that train.
 
     PEFT hangs them on the parameters it makes first. On a bf16 or fp16 base it then replaces these by fp32 ones, which
@@ -121,7 +121,7 @@ ORTHOGONALITY = 0.1
 WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100
 
 
-class BudgetSchedule(StageRule):
+class BudgetSchedule(TrainingRule):
     """Drives PEFT's rank allocator over the updates of a sequence.
 
     The full rank trains for the first tenth of all updates; then the budget falls (by a cubic) to the average rank
@@ -134,12 +134,12 @@ class BudgetSchedule(StageRule):
 
     Args:
         config: the method; `orthogonality` is heeded here.
-        place: where this adaptation stands. A single one has a schedule of its own, whatever it carries on.
+        position: where this adaptation stands. A single one has a schedule of its own, whatever it carries on.
     """
 
-    def __init__(self, config: MethodConfig, place: Place) -> None:
+    def __init__(self, config: MethodConfig, position: StagePosition) -> None:
         self._weight = ORTHOGONALITY if config.orthogonality is None else config.orthogonality
-        self._place = place
+        self._position = position
         self._kept: dict[str, list[bool]] | None = None
         self._tuner: Any = None
 
@@ -147,14 +147,14 @@ class BudgetSchedule(StageRule):
         """Set the schedule, and take the allocator's state of the stage before."""
         self._tuner = model.base_model
         config = self._config
-        total = self._place.total or steps
+        total = self._position.total or steps
         if total < 2:
             raise ConfigError("adalora needs at least two updates: give more text or train.epochs, or smaller batches")
         config.total_step, config.tinit, config.tfinal = total, int(WARM_UP * total), max(1, round(FINAL * total))
         config.deltaT = max(1, total // ALLOCATIONS)
         self._tuner.rankallocator.reset_ipt()
-        if self._place.first and self._place.previous is not None:
-            self.load(self._place.previous)
+        if self._position.first and self._position.previous is not None:
+            self.load(self._position.previous)
 
     @torch.no_grad()
     def before_update(self, model: nn.Module, step: int) -> None:
@@ -177,7 +177,7 @@ class BudgetSchedule(StageRule):
         """Measure what every direction is worth, and allocate the budget of this update."""
         config = self._config
         config.rank_pattern = self._kept
-        self._tuner.update_and_allocate(self._place.first + step)
+        self._tuner.update_and_allocate(self._position.first + step)
         # PEFT would cut the saved matrices down by it, and then not load them into the model that goes on training
         self._kept, config.rank_pattern = config.rank_pattern, None
 
@@ -222,7 +222,7 @@ class BudgetSchedule(StageRule):
 logger = logging.getLogger(__name__)
 
 
-class GainWarnings(StageRule):
+class GainWarnings(TrainingRule):
     """Looks at the smallest gain after every update until it has warned once, and at all after the last one.
 
     A look is one pass over the gains and one number read back from the device. It changes nothing.
@@ -245,7 +245,7 @@ class GainWarnings(StageRule):
             if first_process():
                 self._warn(step + 1)
 
-    def finish(self, model: nn.Module, lesson: Lesson) -> None:
+    def finish(self, model: nn.Module, stage_data: StageData) -> None:
         """Warn where no gain is far enough from 1 to change an activation in the base's numbers."""
         found = _trained_layers(model).values()
         dtypes = {cast(torch.Tensor, layer.get_base_layer().weight).dtype for layer, _ in found}

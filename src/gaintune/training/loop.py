@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from gaintune.config import TrainConfig
 from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
-from gaintune.methods import Lesson, Place, PreparedMethod, Rows, StageRule, rules_of
+from gaintune.methods import PreparedMethod, Rows, StageData, StagePosition, TrainingRule, rules_of
 from gaintune.models import NextTokenLoss, Objective, require_isolation
 from gaintune.progress import Advance, Progress, Silent
 from gaintune.storage import damage, write_manifest
@@ -46,7 +46,7 @@ class RowTrainer(Trainer):
         *,
         plan: TrainConfig,
         objective: Objective | None,
-        rules: Sequence[StageRule],
+        rules: Sequence[TrainingRule],
         rate_multipliers: Mapping[str, float] | None,
         **kwargs: Any,
     ) -> None:
@@ -156,7 +156,7 @@ class Watch(TrainerCallback):
 class AfterUpdate(TrainerCallback):
     """Calls the rules once the weights have moved."""
 
-    def __init__(self, model: nn.Module, rules: Sequence[StageRule]) -> None:
+    def __init__(self, model: nn.Module, rules: Sequence[TrainingRule]) -> None:
         self._model = model
         self._rules = rules
 
@@ -202,7 +202,7 @@ def train(
     checkpoints: Path,
     objective: Objective | None = None,
     collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, torch.Tensor]] | None = None,
-    rules: Sequence[StageRule] = (),
+    rules: Sequence[TrainingRule] = (),
     rate_multipliers: Mapping[str, float] | None = None,
     snapshots: Snapshots | None = None,
     logs: Path | None = None,
@@ -344,11 +344,11 @@ def _arguments(
 
 
 @dataclass(frozen=True)
-class Learnt:
+class TrainedStage:
     """What an adaptation did, and the rules that have something to keep with the adapter."""
 
     adaptation: Adaptation
-    rules: tuple[StageRule, ...]
+    rules: tuple[TrainingRule, ...]
 
     def keep(self, folder: Path) -> None:
         """Write what the next adaptation needs; given to `save_adapter`."""
@@ -356,12 +356,12 @@ class Learnt:
             rule.keep(folder)
 
 
-def learn(
+def train_stage(
     model: nn.Module,
     method: PreparedMethod,
     rows: Rows,
     plan: TrainConfig,
-    place: Place,
+    position: StagePosition,
     *,
     checkpoints: Path,
     own_rows: Rows | None = None,
@@ -372,7 +372,7 @@ def learn(
     logs: Path | None = None,
     title: str = "learning",
     progress: Progress | None = None,
-) -> Learnt:
+) -> TrainedStage:
     """Train a model with its method's rates, rules and penalty, continuing from a checkpoint if there is one.
 
     Args:
@@ -380,15 +380,15 @@ def learn(
         method: its method.
         rows: what is trained on, replayed rows among them.
         plan: optimizer, schedule, batch and seed.
-        place: where this adaptation stands among those before and after it.
+        position: where this adaptation stands among those before and after it.
         checkpoints: folder for checkpoints inside this adaptation.
         own_rows: the domain's own rows, which EWC's information is about; `rows` unless given.
         head_rates: factors on the rate for the parts of a new head, beside the method's own.
 
     The others are those of `train`, which says what is raised beside what `rules_of` does.
     """
-    shown, mixed = progress or Silent(), method.numbers.mixed
-    rules = rules_of(method.config, place, seed=plan.seed)
+    shown, mixed = progress or Silent(), method.precision.mixed
+    rules = rules_of(method.config, position, seed=plan.seed)
     adaptation = train(
         model,
         rows,
@@ -408,7 +408,7 @@ def learn(
     )
     if rules:
         loss = objective or NextTokenLoss(model)
-        lesson = Lesson(own_rows or rows, loss, f"{title}: what matters to it", collate, mixed, shown)
+        stage_data = StageData(own_rows or rows, loss, f"{title}: what matters to it", collate, mixed, shown)
         for rule in rules:
-            rule.finish(model, lesson)
-    return Learnt(adaptation, tuple(rules))
+            rule.finish(model, stage_data)
+    return TrainedStage(adaptation, tuple(rules))

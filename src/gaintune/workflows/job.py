@@ -29,9 +29,9 @@ from gaintune.errors import ConfigError
 from gaintune.methods import (
     OPTIONS,
     TRAINING_OPTIONS,
-    Place,
     PreparedMethod,
     Rows,
+    StagePosition,
     attach,
     check_method,
     kind_of,
@@ -43,7 +43,7 @@ from gaintune.methods import (
 from gaintune.models import Base, resolve_device
 from gaintune.progress import Progress, Silent, plural
 from gaintune.storage import Run, describe_environment, open_run, sha256_file
-from gaintune.training import Learnt, Shelf, Snapshots, learn
+from gaintune.training import Shelf, Snapshots, TrainedStage, train_stage
 from gaintune.workflows.sequence import describe_inputs
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ def require_one_of_each(plan: Plan) -> None:
     )
 
 
-def carried_on(start: Path, plan: Plan, *, allow_other_base: bool = False) -> tuple[AdapterRecord | None, MethodConfig]:
+def resumed_method(
+    start: Path, plan: Plan, *, allow_other_base: bool = False
+) -> tuple[AdapterRecord | None, MethodConfig]:
     """The record of the adapter that a plan carries on, None for a foreign one, and the plan's method as that has it.
 
     What the adapter was made with stays: options that the plan leaves out are the adapter's own, and only those of
@@ -138,8 +140,8 @@ def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None)
     if not method.replay:
         return
     if not earlier or start is None:
-        learnt = previous.domains if previous else ("earlier",)
-        named = " ".join(f"--domain {name}" for name in [*learnt, plan.data.domains[-1].name])
+        trained = previous.domains if previous else ("earlier",)
+        named = " ".join(f"--domain {name}" for name in [*trained, plan.data.domains[-1].name])
         given, wanted = ("", "--start, and those") if start is None else (f", which {start} has learnt", "those")
         raise ConfigError(
             f"replay mixes in rows of earlier domains{given}: give {wanted} before the new one ({named}); or leave "
@@ -147,8 +149,8 @@ def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None)
         )
     unknown = [name for name in earlier if previous is not None and name not in previous.domains]
     if unknown:
-        learnt = ", ".join(previous.domains if previous else ())
-        raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {learnt}")
+        trained = ", ".join(previous.domains if previous else ())
+        raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {trained}")
 
 
 def warn_of_other_text(start: Path | None, previous: AdapterRecord | None, earlier: Sequence[DomainBlocks]) -> None:
@@ -193,7 +195,7 @@ R = TypeVar("R", bound=Result)
 
 
 @dataclass(frozen=True)
-class Single:
+class AdaptationJob:
     """One adaptation of a plan's one method, checked as far as nothing need be loaded; see `of_plan`.
 
     Attributes:
@@ -228,14 +230,14 @@ class Single:
         check_method(config)
         if start is not None:
             start = Path(start)
-            previous, config = carried_on(start, plan, allow_other_base=allow_other_base)
+            previous, config = resumed_method(start, plan, allow_other_base=allow_other_base)
         check_replay(plan, start, previous)
-        rules_of(config, Place(previous=start), seed=plan.train.seed)  # for what it refuses
+        rules_of(config, StagePosition(previous=start), seed=plan.train.seed)  # for what it refuses
         method = prepare_method(config, plan.model, plan.train)
         environment = describe_environment(resolve_device(plan.model.device))
-        single = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
-        single._shelf.check()
-        return single
+        job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
+        job._shelf.check()
+        return job
 
     @contextlib.contextmanager
     def run(self) -> Iterator[Run]:
@@ -247,7 +249,7 @@ class Single:
         if run.writes:
             shutil.rmtree(self._unfinished)
 
-    def settle(self, run: Run, fingerprint: str, domains: Sequence[Domain]) -> None:
+    def check_inputs(self, run: Run, fingerprint: str, domains: Sequence[Domain]) -> None:
         """Refuse to go on where base, texts or start are not those that the run began with."""
         start = None if self.start is None else sha256_file(adapter_weights(self.start))
         inputs = {**describe_inputs(fingerprint, domains), "start": start}
@@ -266,25 +268,25 @@ class Single:
             self.method.config,
             lr=self.method.lr,
             fingerprint=base.fingerprint,
-            learnt=[(domain.name, domain.content_hash)],
+            trained=[(domain.name, domain.content_hash)],
             versions=self.environment["packages"],
             previous=self.previous,
             **more,
         )
 
-    def learn(
+    def train(
         self, run: Run, model: nn.Module, rows: Rows, domain: Domain, record: AdapterRecord, **more: Any
-    ) -> Learnt:
-        """Train on rows of a domain, keeping the copies the plan asks for; `more` goes to `learn`."""
+    ) -> TrainedStage:
+        """Train on rows of a domain, keeping the copies the plan asks for; `more` goes to `train_stage`."""
         if run.writes:
             self._shelf.reopen()
         every = self.plan.train.snapshot_steps
-        return learn(
+        return train_stage(
             model,
             self.method,
             rows,
             self.plan.train,
-            Place(previous=self.start),
+            StagePosition(previous=self.start),
             checkpoints=self._unfinished / "checkpoints",
             snapshots=Snapshots(self._shelf.unfinished, every, record) if every else None,
             logs=self.out.with_name(f"{self.out.name}.tensorboard"),
@@ -293,15 +295,15 @@ class Single:
             **more,
         )
 
-    def save(self, run: Run, model: nn.Module, learnt: Learnt, record: AdapterRecord) -> None:
+    def save(self, run: Run, model: nn.Module, trained: TrainedStage, record: AdapterRecord) -> None:
         """Write the adapter with its record, and its copies beside it, in the process that writes."""
         if run.writes:
             self._shelf.close()
-            save_adapter(model, self.out, record, keep=learnt.keep)
+            save_adapter(model, self.out, record, keep=trained.keep)
 
-    def result(self, kind: type[R], model: nn.Module, learnt: Learnt, **own: Any) -> R:
+    def result(self, kind: type[R], model: nn.Module, trained: TrainedStage, **own: Any) -> R:
         """A result of a kind, whose own fields are given."""
-        done = learnt.adaptation
+        done = trained.adaptation
         return kind(
             adapter=self.out,
             trainable_parameters=trainable_parameters(model),

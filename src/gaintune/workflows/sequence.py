@@ -16,12 +16,12 @@ from gaintune.config import Plan, read_plan
 from gaintune.data import ClassifyDomain, DomainBlocks, Examples, load_domain, replayed_rows, with_replay
 from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate import BaseLosses, measure_domain
-from gaintune.methods import Place, PreparedMethod, attach, prepare_method, trainable_parameters
+from gaintune.methods import PreparedMethod, StagePosition, attach, prepare_method, trainable_parameters
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
 from gaintune.storage import Run, damage, describe_environment, open_run, process_count, read_json, write_json
-from gaintune.training import Snapshots, count_updates, learn
+from gaintune.training import Snapshots, count_updates, train_stage
 
 SAME_INPUTS = "A run is one base and one set of texts: name another folder for others"
 
@@ -135,22 +135,22 @@ class _Sequence:
             self._progress.note(f"{self.label}: all {len(self._stages)} stages are finished")
             return
         self._run.event("method started", method=self.label)
-        base = load_base(self._plan.model, dtype=self._method.numbers.load)
+        base = load_base(self._plan.model, dtype=self._method.precision.load)
         for domain in self._measured:
             self._measure(base.model, domain, self._base_file(domain), "base", untouched=True)
         self._run.wait()
         model: nn.Module | None = None
         holds = -1
         for index in unfinished:
-            learnt = damage(self._stages[index] / "adapter") is None
-            wanted = index if learnt else index - 1
+            trained = damage(self._stages[index] / "adapter") is None
+            wanted = index if trained else index - 1
             if model is None or holds != wanted:
                 if model is not None:  # its base carries another stage's adapter
                     del model
-                    base = load_base(self._plan.model, dtype=self._method.numbers.load)
+                    base = load_base(self._plan.model, dtype=self._method.precision.load)
                 model = self._model_after(base, wanted)
-            if not learnt:
-                self._learn(model, index)
+            if not trained:
+                self._train(model, index)
             self._close(model, index)
             holds = index
             after_stage()
@@ -166,7 +166,7 @@ class _Sequence:
         return all(path.exists() for path in (folder / "metrics.json", folder / "adapter", *cells))
 
     def _base_file(self, domain: DomainBlocks) -> Path:
-        return self._run.base(self._method.numbers.name, domain.name)
+        return self._run.base(self._method.precision.name, domain.name)
 
     def measured(self) -> MethodRun:
         """Everything on disk of this method: base, then the stages begun so far."""
@@ -179,7 +179,7 @@ class _Sequence:
             if (folder / "metrics.json").exists():
                 info["trainable_parameters"] = read_json(folder / "metrics.json")["trainable_parameters"]
         base = self._losses({each.name: self._base_file(each) for each in self._measured})
-        info["numbers"] = self._method.numbers.name
+        info["numbers"] = self._method.precision.name
         return MethodRun(self.label, base, tuple(stages), info)
 
     @staticmethod
@@ -194,7 +194,7 @@ class _Sequence:
         self._progress.note(f"{self.label}: continuing from {adapter}")
         return load_adapter(base, adapter, trainable=True)
 
-    def _learn(self, model: nn.Module, index: int) -> None:
+    def _train(self, model: nn.Module, index: int) -> None:
         """Train on one domain and save the adapter."""
         folder, domain, label = self._stages[index], self._domains[index], self.label
         later = [str(stage) for stage in self._stages[index + 1 :] if stage.exists()]
@@ -204,12 +204,12 @@ class _Sequence:
                 f"{', '.join(later)} too, and they are learnt anew"
             )
         every, record = self._plan.train.snapshot_steps, self._record(index)
-        learnt = learn(
+        trained = train_stage(
             model,
             self._method,
             self._rows(index),
             self._plan.train,
-            self._place(index),
+            self._position(index),
             own_rows=domain.train,
             checkpoints=folder / "checkpoints",
             snapshots=Snapshots(folder / "snapshots", every, record) if every else None,
@@ -217,20 +217,20 @@ class _Sequence:
             title=f"{label}: learning {domain.name}",
             progress=self._progress,
         )
-        adaptation = learnt.adaptation
+        adaptation = trained.adaptation
         pace = round(adaptation.tokens_per_second, 1)
         self._run.event("learnt", method=label, domain=domain.name, tokens_per_second=pace)
         if self._run.writes:
             told = {"steps": adaptation.steps, "tokens": adaptation.tokens, "losses": adaptation.losses}
             write_json(folder / "training.json", told)
-            save_adapter(model, folder / "adapter", record, keep=learnt.keep)
+            save_adapter(model, folder / "adapter", record, keep=trained.keep)
 
     def _rows(self, index: int) -> Examples:
         """What a stage trains on: its domain's rows, and rows of the earlier ones where the method replays them."""
         earlier = [domain.train for domain in self._domains[:index]]
         return with_replay(self._domains[index].train, earlier, self._method.config.replay, self._plan.train.seed)
 
-    def _place(self, index: int) -> Place:
+    def _position(self, index: int) -> StagePosition:
         """Where a stage stands among the updates of all stages."""
         counts = []
         for number, domain in enumerate(self._domains):
@@ -238,7 +238,7 @@ class _Sequence:
             rows += replayed_rows(rows, self._method.config.replay) if number else 0
             counts.append(count_updates(rows, self._plan.train, process_count()))
         previous = self._stages[index - 1] / "adapter" if index else None
-        return Place(previous, sum(counts[:index]), sum(counts))
+        return StagePosition(previous, sum(counts[:index]), sum(counts))
 
     def _close(self, model: nn.Module, index: int) -> None:
         """Measure all domains after a stage, and mark the stage as finished."""
@@ -259,7 +259,7 @@ class _Sequence:
             self._method.config,
             lr=self._method.lr,
             fingerprint=self._fingerprint,
-            learnt=[(domain.name, domain.content_hash) for domain in self._domains[: index + 1]],
+            trained=[(domain.name, domain.content_hash) for domain in self._domains[: index + 1]],
             versions=describe_environment(torch.device("cpu"))["packages"],
         )
 
@@ -276,7 +276,7 @@ class _Sequence:
                 model,
                 domain,
                 batch_size=batch_size,
-                mixed_precision=self._method.numbers.mixed,
+                mixed_precision=self._method.precision.mixed,
                 title=f"{title}: measuring {domain.name}",
                 base=self._plan.model.name if untouched else None,
                 progress=self._progress,
@@ -289,7 +289,7 @@ class _Sequence:
                 domain,
                 look,
                 fingerprint=self._fingerprint,
-                numbers=self._method.numbers.name,
+                numbers=self._method.precision.name,
                 device=next(model.parameters()).device.type,
                 batch_size=batch_size,
             )

@@ -17,7 +17,7 @@ from gaintune.config import Plan
 from gaintune.data import DomainBlocks
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure_domain
-from gaintune.methods import Numbers, measuring_numbers
+from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss
@@ -57,14 +57,14 @@ class SnapshotLosses:
         progress: Progress,
     ) -> None:
         self._plan = plan
-        self._bases = {measuring_numbers(plan.model): base}
+        self._bases = {measuring_precision(plan.model): base}
         self._domains = domains
         self._cache = cache
         self._allow_other_base = allow_other_base
         self._progress = progress
         self._facts = [base.fingerprint, base.model.device.type, plan.evaluate.batch_size]
 
-    def at(self, adapter: Path | None, numbers: Numbers, title: str) -> dict[str, DomainLoss]:
+    def at(self, adapter: Path | None, numbers: Precision, title: str) -> dict[str, DomainLoss]:
         """Losses by domain of the base with an adapter, or without one, in some numbers."""
         files = {domain.name: self._file(adapter, numbers, domain) for domain in self._domains}
         if all(file is not None and file.exists() for file in files.values()):
@@ -93,13 +93,13 @@ class SnapshotLosses:
                 write_json(file, losses[name].to_dict())
         return losses
 
-    def _in(self, numbers: Numbers) -> Base:
+    def _in(self, numbers: Precision) -> Base:
         """The base in some numbers; those that it is needed in stay."""
         if numbers not in self._bases:
             self._bases[numbers] = load_base(self._plan.model, dtype=numbers.load)
         return self._bases[numbers]
 
-    def _file(self, adapter: Path | None, numbers: Numbers, domain: DomainBlocks) -> Path | None:
+    def _file(self, adapter: Path | None, numbers: Precision, domain: DomainBlocks) -> Path | None:
         if self._cache is None:
             return None
         which = None if adapter is None else sha256_file(adapter_weights(adapter))

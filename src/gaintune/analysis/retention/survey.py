@@ -22,7 +22,7 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
-from gaintune.methods import measuring_numbers
+from gaintune.methods import measuring_precision
 from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
 from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change
@@ -206,11 +206,11 @@ def survey_retention(
     last = {label: list(copies.values())[-1] for label, copies in taken.items()}
     told = provenance(plan, base, domains, {label: origin_of(folder) for label, folder in last.items()})
     looking = SnapshotLosses(plan, base, domains, cache, allow_other_base, shown)
-    first = Moment(0, looking.at(None, measuring_numbers(plan.model), "base"))
+    first = Moment(0, looking.at(None, measuring_precision(plan.model), "base"))
     courses = []
     for label, copies in taken.items():
         origin = told.adapters[label]
-        numbers = measuring_numbers(plan.model, origin.method)
+        numbers = measuring_precision(plan.model, origin.method)
         before = looking.at(None, numbers, "base")
         moments = [
             Moment(step, looking.at(folder, numbers, f"{label}, step {step}")) for step, folder in copies.items()

@@ -15,7 +15,7 @@ from gaintune.errors import ConfigError
 from gaintune.methods import METHODS, attach, kind_of, recognize
 from gaintune.storage import read_json
 from gaintune.workflows import adapt
-from gaintune.workflows.job import carried_on
+from gaintune.workflows.job import resumed_method
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_rate_that_belongs_to_the_method_is_kept_unless_given_anew(plan, tmp_p
 
 def test_rate_penalty_and_replay_are_those_of_the_new_plan(plan, tmp_path):
     adapt({**plan, "methods": [{"name": "lora", "lr": 0.02, "penalty": "l2"}]}, tmp_path / "first")
-    _, method = carried_on(tmp_path / "first", build_plan({**plan, "methods": ["lora"]}))
+    _, method = resumed_method(tmp_path / "first", build_plan({**plan, "methods": ["lora"]}))
     assert (method.lr, method.penalty) == (None, None)
 
 
@@ -98,10 +98,10 @@ def test_the_catalogue_knows_its_adapters_by_their_configuration(name, plan, tmp
     for other in METHODS.values():
         values = build_plan({**plan, "methods": [other.name]})
         if other.kind == METHODS[name].kind:
-            assert carried_on(folder, values)[1].name == other.name
+            assert resumed_method(folder, values)[1].name == other.name
         else:
             with pytest.raises(ConfigError, match="choose its own method with --method"):
-                carried_on(folder, values)
+                resumed_method(folder, values)
 
 
 def test_every_variant_of_lora_that_peft_knows_is_another_kind():
@@ -115,23 +115,23 @@ def test_every_variant_of_lora_that_peft_knows_is_another_kind():
 def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):
     folder = written_by_peft(tmp_path / "foreign", {"name": "osf"})
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert carried_on(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved == 0.5
+    assert resumed_method(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved == 0.5
     (folder / "adapter_config.json").write_text(json.dumps({**config, "effective_rank": 4}))
-    assert carried_on(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved is None
+    assert resumed_method(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved is None
 
 
 def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     folder = written_by_peft(tmp_path / "foreign", {"name": "disel", "rank": 3, "gate_bias": -1, "gate_lr_ratio": 7})
-    record, method = carried_on(folder, build_plan({**plan, "methods": ["disel"]}))
+    record, method = resumed_method(folder, build_plan({**plan, "methods": ["disel"]}))
     assert record is None
     assert (method.rank, method.alpha, method.gate_bias, method.gate_lr_ratio) == (3, 6, -1, 7)
     assert len(method.targets) == 14 and "model.layers.1.mlp.down_proj" in method.targets
     with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be carried on"):
-        carried_on(folder, build_plan({**plan, "methods": [{"name": "disel", "targets": "q_proj"}]}))
+        resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "targets": "q_proj"}]}))
     with pytest.raises(ConfigError, match="was made with rank 3"):
-        carried_on(folder, build_plan({**plan, "methods": [{"name": "disel", "rank": 4}]}))
+        resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "rank": 4}]}))
     adalora = written_by_peft(tmp_path / "adalora", {"name": "adalora", "rank": 2})
-    assert carried_on(adalora, build_plan({**plan, "methods": ["adalora"]}))[1].rank == 2
+    assert resumed_method(adalora, build_plan({**plan, "methods": ["adalora"]}))[1].rank == 2
 
 
 def test_a_plan_for_a_gate_rate_needs_gates(plan, tmp_path):
