@@ -16,7 +16,7 @@ from gaintune.methods.rules import GainWarnings
 from gaintune.models import NextTokenLoss
 from gaintune.training import loop as learning
 from gaintune.tuners.gain import GainConfig
-from gaintune.tuners.gain.scale import scale_features
+from gaintune.tuners.gain.layer import scale_features
 from gaintune.workflows import run_sequence
 
 LOGGER = "gaintune.methods.rules"

@@ -81,7 +81,7 @@ def _extend_hotswap() -> None:
     from peft.utils import hotswap
 
     from gaintune.tuners.disel import hotswap as gates
-    from gaintune.tuners.disel.checks import require_gates
+    from gaintune.tuners.disel.model import require_gates
     from gaintune.tuners.gain.hotswap import swap_values
 
     gain, disel = add_peft_type("GAIN"), add_peft_type("DISEL")
