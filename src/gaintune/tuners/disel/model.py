@@ -1,4 +1,4 @@
-"""DISeL as a PEFT tuner: PEFT's LoRA with a gate on every rank-one part, and what is refused before the model is touched."""
+"""DISeL as a PEFT tuner: PEFT's LoRA with a gate on every rank-one part, and what is refused beforehand."""
 
 from __future__ import annotations
 
