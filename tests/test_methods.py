@@ -83,7 +83,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_
     else:
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
     learnt = taught(model, method, tmp_path / "checkpoints")
-    losses = learnt.adaptation.losses
+    losses = learnt.losses
     assert losses[-1] < losses[0] - 0.01, losses
     record = AdapterRecord(base_fingerprint=base.fingerprint, method=name, **RECORD)
     save_adapter(model, tmp_path / "adapter", record, keep=learnt.keep)
@@ -103,7 +103,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_
 def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(folder, tmp_path, name):
     model = attach(base_of(folder, "bf16").model, method_of(name), seed=0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    losses = taught(model, method_of(name), tmp_path, steps=3).adaptation.losses
+    losses = taught(model, method_of(name), tmp_path, steps=3).losses
     assert all(map(math.isfinite, losses))
 
 

@@ -99,20 +99,19 @@ def measuring_precision(model: ModelConfig, method: str | None = None) -> Precis
     return Precision(f"float32-autocast-{short}", torch.float32, dtype)
 
 
-def rules_of(config: MethodConfig, position: StagePosition, *, seed: int) -> list[TrainingRule]:
+def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> list[TrainingRule]:
     """What acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
 
     Args:
-        config: the method and its options.
+        method: the method and its options.
         position: where the adaptation stands in its sequence.
         seed: seed of the choice of rows for EWC.
 
     Raises:
         ConfigError: what the rules need is not kept with the adapter that is carried on.
     """
-    make = get_method(config.name).rule
-    own = None if make is None else make(config, position)
-    return [rule for rule in (own, penalty_of(config, position, seed=seed)) if rule is not None]
+    own = None if method.entry.rule is None else method.entry.rule(method.config, position)
+    return [rule for rule in (own, penalty_of(method.config, position, seed=seed)) if rule is not None]
 
 
 def attach(

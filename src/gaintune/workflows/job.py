@@ -232,8 +232,8 @@ class AdaptationJob:
             start = Path(start)
             previous, config = resumed_method(start, plan, allow_other_base=allow_other_base)
         check_replay(plan, start, previous)
-        rules_of(config, StagePosition(previous=start), seed=plan.train.seed)  # for what it refuses
         method = prepare_method(config, plan.model, plan.train)
+        rules_of(method, StagePosition(previous=start), seed=plan.train.seed)  # for what it refuses
         environment = describe_environment(resolve_device(plan.model.device))
         job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
         job._shelf.check()
@@ -303,14 +303,13 @@ class AdaptationJob:
 
     def result(self, kind: type[R], model: nn.Module, trained: TrainedStage, **own: Any) -> R:
         """A result of a kind, whose own fields are given."""
-        done = trained.adaptation
         return kind(
             adapter=self.out,
             trainable_parameters=trainable_parameters(model),
-            steps=done.steps,
-            tokens=done.tokens,
-            seconds=done.seconds,
-            tokens_per_second=done.tokens_per_second,
+            steps=trained.steps,
+            tokens=trained.tokens,
+            seconds=trained.seconds,
+            tokens_per_second=trained.tokens_per_second,
             **own,
         )
 
