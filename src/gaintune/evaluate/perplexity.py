@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +12,10 @@ from torch import nn
 
 from gaintune.data import DomainBlocks, Examples
 from gaintune.errors import BaseModelError, DivergedError
-from gaintune.models import NextTokenLoss, require_isolation
+from gaintune.models import NextTokenLoss, autocast, require_isolation
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss
 from gaintune.storage import canonical_json, locked, make_folder, read_json, write_json
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Mixed precision in `dtype`, or nothing at all where `dtype` is None."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def measure(

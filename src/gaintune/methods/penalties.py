@@ -7,7 +7,6 @@ domain: w_i = 1 for L2, and the Fisher information of the earlier domains for el
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError, DivergedError
 from gaintune.methods.rules import StageData, StagePosition, TrainingRule
+from gaintune.models import autocast
 
 
 def fisher_information(
@@ -53,7 +53,7 @@ def fisher_information(
         with stage_data.progress.task(stage_data.title, round(tokens), "tokens") as advance:
             for row in picked[first::step]:
                 batch = _batch(stage_data, row, weights[0].device)
-                with _autocast(weights[0].device, stage_data.mixed_precision):
+                with autocast(weights[0].device, stage_data.mixed_precision):
                     loss = stage_data.objective.sum(model, batch)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
                 per_item = 1.0 / max(int(stage_data.objective.scored(batch)), 1)
@@ -84,10 +84,6 @@ def _batch(stage_data: StageData, row: int, device: torch.device) -> dict[str, A
     else:
         batch = {name: tensor.unsqueeze(0) for name, tensor in picked.items()}
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 FISHER = "penalty.safetensors"

@@ -26,7 +26,7 @@ from gaintune.models import NextTokenLoss, Objective, require_isolation
 from gaintune.progress import Advance, Progress, Silent
 from gaintune.storage import damage, write_manifest
 from gaintune.training.snapshots import KeepSnapshots, Snapshots
-from gaintune.tuners import parameter_groups
+from gaintune.tuners import AdapterOptimizerMixin
 
 
 def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
@@ -38,7 +38,7 @@ def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> floa
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-class RowTrainer(Trainer):
+class RowTrainer(AdapterOptimizerMixin, Trainer):
     """`Trainer` with our loss and groups, update rules before clipping, and a stop before a non-finite update."""
 
     def __init__(
@@ -53,7 +53,7 @@ class RowTrainer(Trainer):
         super().__init__(**kwargs)
         self._plan = plan
         self._rules = rules
-        self._rate_multipliers = rate_multipliers
+        self.rate_multipliers = rate_multipliers
         self._minimised: Objective = objective or NextTokenLoss(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the loss is a sum divided by the items of the whole update
 
@@ -97,18 +97,6 @@ class RowTrainer(Trainer):
                 "before the update. Lower the learning rate (train.lr), or train in fp32 (model.dtype=fp32); finished "
                 "work is kept"
             )
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = parameter_groups(
-                cast(nn.Module, model or self.model),
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                rate_multipliers=self._rate_multipliers,
-            )
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
-        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
@@ -330,6 +318,7 @@ def _arguments(
         "per_device_train_batch_size": plan.batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation,
         "num_train_epochs": plan.epochs,
+        "optim": "adamw_torch",
         "learning_rate": lr,
         "weight_decay": plan.weight_decay,
         "adam_beta1": plan.betas[0],

@@ -87,7 +87,22 @@ def resumed_method(
         ConfigError: another method made it, or with other options than the plan gives.
     """
     record, method = read_record(start), plan.methods[0]
-    had = _foreign(start, method) if record is None else _ours(start, record, method)
+    if record is None:
+        config, entry = read_config(start), check_method(method)
+        if kind_of(config) != entry.kind:
+            raise ConfigError(
+                f"{start} is a {kind_of(config)} adapter, and method {method.name!r} carries on "
+                f"{entry.kind or 'full weights'}: choose its own method with --method, or leave --start out to begin "
+                "anew"
+            )
+        had = stored_options(entry, config)
+    elif record.method != method.name:
+        raise ConfigError(
+            f"{start} was made by method {record.method!r}, and {method.name!r} cannot carry it on: use --method "
+            f"{record.method}, or leave --start out to begin anew"
+        )
+    else:
+        had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
     for option in (option for option in OPTIONS if option not in TRAINING_OPTIONS):
         given, held = getattr(method, option), getattr(had, option)
         if given is not None and given != held:
@@ -99,38 +114,6 @@ def resumed_method(
     check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
     kept = {option: getattr(had, option) for option in OPTIONS if getattr(method, option) is None}
     return record, method.model_copy(update=kept)
-
-
-def _ours(start: Path, record: AdapterRecord, method: MethodConfig) -> MethodConfig:
-    """The method that made an adapter of ours; refuses another than the plan's."""
-    if record.method != method.name:
-        raise ConfigError(
-            f"{start} was made by method {record.method!r}, and {method.name!r} cannot carry it on: use --method "
-            f"{record.method}, or leave --start out to begin anew"
-        )
-    return MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
-
-
-def _foreign(start: Path, method: MethodConfig) -> MethodConfig:
-    """The plan's method with the options of an adapter that PEFT wrote without us; refuses one of another kind."""
-    config, wanted = read_config(start), check_method(method)
-    found = kind_of(config)
-    if wanted.kind != found:
-        raise ConfigError(
-            f"{start} is a {found} adapter, and method {method.name!r} carries on {wanted.kind or 'full weights'}: "
-            "choose its own method with --method, or leave --start out to begin anew"
-        )
-    return stored_options(wanted, config)
-
-
-def open_adapter(base: Base, start: Path, method: PreparedMethod, *, allow_other_base: bool = False) -> nn.Module:
-    """Load an adapter to go on training it, with training options given anew. Raises as `load_adapter`."""
-    model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
-    for option, key in method.entry.options.items():
-        value = getattr(method.config, option)
-        if option in TRAINING_OPTIONS and key and value is not None:  # other trainers read it from the configuration
-            setattr(cast(PeftModel, model).peft_config["default"], key, value)
-    return model
 
 
 def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None) -> None:
@@ -257,9 +240,14 @@ class AdaptationJob:
 
     def model(self, base: Base, **new: Any) -> nn.Module:
         """The base ready to train: with the adapter to carry on, or with a new one; `new` goes to `attach`."""
-        if self.start is not None:
-            return open_adapter(base, self.start, self.method, allow_other_base=self.allow_other_base)
-        return attach(base.model, self.method.config, seed=self.plan.train.seed, **new)
+        if self.start is None:
+            return attach(base.model, self.method.config, seed=self.plan.train.seed, **new)
+        model = load_adapter(base, self.start, trainable=True, allow_other_base=self.allow_other_base)
+        for option, key in self.method.entry.options.items():
+            value = getattr(self.method.config, option)
+            if option in TRAINING_OPTIONS and key and value is not None:  # other trainers read it from there
+                setattr(cast(PeftModel, model).peft_config["default"], key, value)
+        return model
 
     def record(self, base: Base, domain: Domain, **more: Any) -> AdapterRecord:
         """What is recorded of the finished adapter; `more` goes to `AdapterRecord.of_plan`."""
