@@ -1,7 +1,7 @@
 """Carrying an adapter on: what it was made with stays and is recorded, and what cannot be carried on is refused."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 from peft import LoraConfig
@@ -9,7 +9,7 @@ from peft import LoraConfig
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.adapters import read_record
+from gaintune.adapters import AdapterRecord, adapter_method, read_record
 from gaintune.config import MethodConfig, build_plan
 from gaintune.errors import ConfigError
 from gaintune.methods import METHODS, attach, kind_of, recognize
@@ -110,6 +110,40 @@ def test_every_variant_of_lora_that_peft_knows_is_another_kind():
     for name in variants:
         assert kind_of({"peft_type": "LORA", name: True}) == f"LORA {name}"
     assert recognize({"peft_type": "LORA", variants[-1]: True}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "gates", "factors", "line"),
+    [
+        ("gain-ffn", "gain", False, True, "gains"),
+        ("gated-lora", "gated-lora", True, False, "gated"),
+        ("ia3", "ia3", False, True, "weights"),
+        ("lora+", "lora", False, False, "scale"),
+        ("dora", "dora", False, False, "weights"),
+    ],
+)
+def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, name, first, gates, factors, line):
+    folder = written_by_peft(tmp_path / "adapter", {"name": name})
+    foreign = adapter_method(folder)
+    record = AdapterRecord(base_name="tiny", base_fingerprint="", method=name, label=name, domains=())
+    (folder / "gaintune.json").write_text(json.dumps(asdict(record)))
+    ours = adapter_method(folder)
+    assert (foreign.name, ours.name) == (first, name)
+    for method in (foreign, ours):
+        assert (method.gates, method.factors is not None, method.line, method.trains_base) == (
+            gates, factors, line, False
+        )  # fmt: skip
+
+
+def test_what_is_not_in_the_catalogue_has_no_method_and_full_weights_need_no_configuration(tmp_path):
+    folder = written_by_peft(tmp_path / "adapter", {"name": "lora"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_qalora": True}))
+    assert adapter_method(folder) is None
+    record = AdapterRecord(base_name="tiny", base_fingerprint="", method="full", label="full", domains=())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "gaintune.json").write_text(json.dumps(asdict(record)))
+    assert adapter_method(tmp_path / "full").trains_base
 
 
 def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):
