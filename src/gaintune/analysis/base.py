@@ -114,8 +114,8 @@ class Result:
     survey: Any = None
 
 
-Numbers = tuple[Mapping[str, "Interval"], Mapping[str, str]]
-"""Numbers by name, and those that could not be had, each with the reason."""
+Precision = tuple[Mapping[str, "Interval"], Mapping[str, str]]
+"""Precision by name, and those that could not be had, each with the reason."""
 
 
 class Analysis:
@@ -196,7 +196,7 @@ class Analysis:
         """Return options that are others in a recipe than in the command, given the adapters of one run."""
         return {}
 
-    def across(self, results: Mapping[str, Result]) -> Numbers:
+    def across(self, results: Mapping[str, Result]) -> Precision:
         """Return the numbers of a recipe that take the results of several labels, by label."""
         return {}, {}
 

@@ -15,7 +15,7 @@ from torch import nn
 from gaintune.adapters import BASE, adapter_labels, attached, load_adapter, read_record
 from gaintune.config import Plan
 from gaintune.errors import AdapterError
-from gaintune.methods import Numbers, measuring_numbers
+from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_classifier
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ def measure_base_and_adapters(
     """
     labels = adapter_labels(adapters)
     precisions = [_precision(plan, folder) for folder in adapters] or [_precision(plan, None)]
-    untouched: dict[Numbers, T] = {}
+    untouched: dict[Precision, T] = {}
     adapted: dict[str, T] = {}
     measure: Measure[T] | None = None
     for precision in dict.fromkeys(precisions):
@@ -77,10 +77,10 @@ def measure_base_and_adapters(
     return untouched[precisions[0]], measured
 
 
-def _precision(plan: Plan, folder: Path | None) -> Numbers:
+def _precision(plan: Plan, folder: Path | None) -> Precision:
     """Return the precision to measure an adapter in; None stands for a base without one."""
     record = None if folder is None else read_record(folder)
-    return measuring_numbers(plan.model, record.method if record else None)
+    return measuring_precision(plan.model, record.method if record else None)
 
 
 @contextlib.contextmanager

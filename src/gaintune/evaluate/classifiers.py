@@ -20,7 +20,7 @@ from gaintune.data import ClassifyDomain, LabelledExamples, Padding, load_classi
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.evaluate.batches import run_batches
 from gaintune.evaluate.classification import Predictions, Scores, difference, score
-from gaintune.methods import measuring_numbers
+from gaintune.methods import measuring_precision
 from gaintune.models import load_classifier, load_tokenizer, reads_segments
 from gaintune.progress import Progress
 from gaintune.results import Interval
@@ -164,7 +164,7 @@ def compare_classifiers(
         _check(adapter, record, domains, plan)
 
     def measure(label: str, adapter: Path) -> list[Predictions]:
-        names, numbers = records[adapter].labels, measuring_numbers(plan.model, records[adapter].method)
+        names, numbers = records[adapter].labels, measuring_precision(plan.model, records[adapter].method)
         base = load_classifier(plan.model, names, seed=0, dtype=numbers.load)
         base.check_length(plan.classify.max_length)
         model = load_adapter(base, adapter, allow_other_base=allow_other_base)

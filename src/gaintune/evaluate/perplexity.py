@@ -192,7 +192,7 @@ class BaseLosses:
             domain: the domain; its name does not matter.
             measure: measures its validation rows.
             fingerprint: of the base.
-            numbers: what the base computes with, as `Numbers.name`.
+            numbers: what the base computes with, as `Precision.name`.
             device: kind of device, such as `cuda`: another one rounds otherwise.
             batch_size: rows in a forward pass, for the same reason.
         """

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gaintune.adapters import FULL, check_adapters, load_adapter, read_config, read_record
+from gaintune.adapters import adapter_method, check_adapters, load_adapter, read_config, read_record
 from gaintune.analysis.gates import GatesOptions, Tokens
 from gaintune.analysis.gates.statistics import BINS, GateRecord, LayerGates, check_bins
 from gaintune.analysis.positions import ModulePosition, positions_of
@@ -115,10 +115,9 @@ def record_examples(
 
 def _check_gated(adapter: Path) -> None:
     """One clear line, before a model is loaded, for an adapter that has no gates."""
-    record = read_record(adapter)
-    kind = FULL if record is not None and record.method == FULL else str(read_config(adapter).get("peft_type"))
-    if kind != "DISEL":
-        name = record.method if record is not None else kind
+    method, record = adapter_method(adapter), read_record(adapter)
+    if method is None or not method.gates:
+        name = record.method if record is not None else read_config(adapter).get("peft_type")
         raise AdapterError(
             f"{adapter}: an adapter of method {name} has no gates; give one of method disel "
             "(gaintune adapt --method disel)"
@@ -245,7 +244,7 @@ class GateRecorder:
 
     @property
     def stored_values(self) -> int:
-        """Numbers held: by domains, layers, rank and bins, and one for each layer and row, however long the rows."""
+        """Precision held: by domains, layers, rank and bins, and one for each layer and row, however long the rows."""
         accumulators = [each for counts in self._counts.values() for each in counts.values()]
         fixed = sum(each.histogram.numel() + each.moments.numel() + each.offsets.numel() for each in accumulators)
         return fixed + sum(len(sums) for each in accumulators for _, sums in each.rows.values())

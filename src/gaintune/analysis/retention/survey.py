@@ -38,7 +38,7 @@ from gaintune.evaluate.benchmarks import (
     mean_difference,
     read_config,
 )
-from gaintune.methods import Numbers, measuring_numbers
+from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
 from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change
@@ -255,11 +255,11 @@ def survey_retention(
     last = {label: list(copies.values())[-1] for label, copies in taken.items()}
     told = provenance(plan, base, domains, {label: origin_of(folder) for label, folder in last.items()})
     looking = SnapshotLosses(plan, base, domains, cache, allow_other_base, shown)
-    first = SnapshotScores(0, looking.at(None, measuring_numbers(plan.model), "base"))
+    first = SnapshotScores(0, looking.at(None, measuring_precision(plan.model), "base"))
     trajectories = []
     for label, copies in taken.items():
         origin = told.adapters[label]
-        numbers = measuring_numbers(plan.model, origin.method)
+        numbers = measuring_precision(plan.model, origin.method)
         before = looking.at(None, numbers, "base")
         snapshots = [
             SnapshotScores(step, looking.at(folder, numbers, f"{label}, step {step}"))
@@ -319,14 +319,14 @@ class SnapshotLosses:
         progress: Progress,
     ) -> None:
         self._plan = plan
-        self._bases = {measuring_numbers(plan.model): base}
+        self._bases = {measuring_precision(plan.model): base}
         self._domains = domains
         self._cache = cache
         self._allow_other_base = allow_other_base
         self._progress = progress
         self._facts = [base.fingerprint, base.model.device.type, plan.evaluate.batch_size]
 
-    def at(self, adapter: Path | None, numbers: Numbers, title: str) -> dict[str, DomainLoss]:
+    def at(self, adapter: Path | None, numbers: Precision, title: str) -> dict[str, DomainLoss]:
         """Losses by domain of the base with an adapter, or without one, in some numbers."""
         files = {domain.name: self._file(adapter, numbers, domain) for domain in self._domains}
         if all(file is not None and file.exists() for file in files.values()):
@@ -355,13 +355,13 @@ class SnapshotLosses:
                 write_json(file, losses[name].to_dict())
         return losses
 
-    def _in(self, numbers: Numbers) -> Base:
+    def _in(self, numbers: Precision) -> Base:
         """The base in some numbers; those that it is needed in stay."""
         if numbers not in self._bases:
             self._bases[numbers] = load_base(self._plan.model, dtype=numbers.load)
         return self._bases[numbers]
 
-    def _file(self, adapter: Path | None, numbers: Numbers, domain: DomainBlocks) -> Path | None:
+    def _file(self, adapter: Path | None, numbers: Precision, domain: DomainBlocks) -> Path | None:
         if self._cache is None:
             return None
         which = None if adapter is None else sha256_file(adapter_weights(adapter))

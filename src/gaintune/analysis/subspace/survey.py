@@ -20,7 +20,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import FULL, WEIGHTS, attached, check_adapters, check_mergeable, read_config, read_record
+from gaintune.adapters import (
+    WEIGHTS,
+    adapter_method,
+    attached,
+    check_adapters,
+    check_mergeable,
+    read_record,
+)
 from gaintune.analysis.gains.factors import PREFIX
 from gaintune.analysis.positions import ModulePosition, positions_of
 from gaintune.analysis.provenance import Origin, Provenance, named_origins, provenance
@@ -34,7 +41,6 @@ from gaintune.tuners.gain import GainLayer
 
 logger = logging.getLogger(__name__)
 
-GATED = "DISEL"
 NAMED = 8  # modules that a warning names; of more it says how many
 
 
@@ -159,7 +165,8 @@ def survey_subspace(
                     ModuleSubspace(positions[pair.name], compare_weights(pair.pretrained, pair.adapted, chosen))
                 )
                 advance(1)
-        scales = (adapter / "adapter_config.json").is_file() and read_config(adapter).get("peft_type") == "GAIN"
+        method = adapter_method(adapter)
+        scales = method is not None and method.line == "gains"
         found.append(AdapterSubspace(label, origin, scales, held, tuple(modules)))
     settings = {"subspace": chosen.counted(), "gate": gate, "model": plan.model.model_dump(mode="json")}
     return SubspaceSurvey(chosen, tuple(found), provenance(plan, base, (), origins, settings))
@@ -187,7 +194,8 @@ def check_weights(adapter: Path, gate: float | None = None) -> bool:
     record = read_record(adapter)
     if record is not None and record.labels:
         raise AdapterError(f"{adapter} is a classifier: give an adapter of a language model")
-    gated = (record is None or record.method != FULL) and read_config(adapter).get("peft_type") == GATED
+    method = adapter_method(adapter)
+    gated = method is not None and method.gates
     if gate is not None and not 0 < gate <= 1:
         raise ConfigError(f"gate is {gate}: a gate is above 0 and at most 1")
     if gated and gate is None:
@@ -268,7 +276,7 @@ def adapted_weights(
     if not check_weights(adapter, gate) and gate is not None:
         raise ConfigError(f"{adapter} has no gates: leave the gate's value out")
     record = read_record(adapter)
-    full = record is not None and record.method == FULL
+    full = record is not None and record.whole
     before = _linear_weights(base.model, None if full else _tensor_names(adapter))
     rest = _other_parameters(base.model) if full else {}
     with attached(base, adapter, allow_other_base=allow_other_base) as (model, _):
