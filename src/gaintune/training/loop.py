@@ -106,7 +106,7 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
                 warmup=math.ceil(num_training_steps * self._plan.warmup_ratio),
                 cosine=self._plan.schedule == "cosine",
             )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(cast(Any, optimizer or self.optimizer), factor)
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
