@@ -45,7 +45,7 @@ class GatesAnalysis(Analysis):
         "gates-rows.csv, gates.md, gates.json and two figures as PNG and SVG. A gate counts if the token at its own "
         "position does."
     )
-    examples = "gaintune gates adapters/gsm8k --domain law --domain code --instruct gsm8k=gsm8k.jsonl"
+    examples = "gaintune gates adapters/gsm8k --domain law --instruct gsm8k=gsm8k.jsonl"
     takes = "adapter"
     argument = "Folder of a DISeL adapter."
     texts = "named"

@@ -43,7 +43,7 @@ class RetentionAnalysis(Analysis):
         "--domain is the target, --watch a text whose retention is asked. Writes retention.csv, .md and .json, and a "
         "figure as PNG and SVG."
     )
-    examples = "gaintune retention adapters/notes --watch law --benchmarks arc_easy,piqa --limit 100"
+    examples = "gaintune retention adapters/notes --watch law --benchmarks arc_easy,piqa"
     takes = "snapshots"
     argument = "Adapters with snapshots (train.snapshot_steps)."
     texts = "trained"

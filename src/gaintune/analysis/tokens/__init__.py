@@ -32,6 +32,6 @@ class TokensAnalysis(Analysis):
         "Change of the loss of every token between base and adapter: histogram, mean, skew and coherence.\n\n"
         "Writes tokens.csv, tokens-histogram.csv, tokens.md, .json, .png and .svg. Coherence is |mean| / mean size."
     )
-    examples = "gaintune tokens adapters/gains adapters/lora --domain notes=notes.jsonl --watch law"
+    examples = "gaintune tokens adapters/gains adapters/lora --watch law"
     texts = "named"
     Options = TokensOptions

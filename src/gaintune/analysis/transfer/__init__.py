@@ -35,7 +35,7 @@ class TransferAnalysis(Analysis):
         "What separately trained GAIN adapters share, and what is left of transfer without it, or with it alone.\n\n"
         "Writes transfer.csv, .md and .json, transfer-correlations.csv, and a figure as PNG and SVG."
     )
-    examples = "gaintune transfer adapters/law adapters/code adapters/manual --component mean --component held-out"
+    examples = "gaintune transfer adapters/law adapters/code --component principal"
     texts = "trained"
     together = "label"
     label = "gain-ffn"
