@@ -114,8 +114,8 @@ class Result:
     survey: Any = None
 
 
-Precision = tuple[Mapping[str, "Interval"], Mapping[str, str]]
-"""Precision by name, and those that could not be had, each with the reason."""
+Numbers = tuple[Mapping[str, "Interval"], Mapping[str, str]]
+"""Numbers by name, and those that could not be had, each with the reason."""
 
 
 class Analysis:
@@ -138,8 +138,8 @@ class Analysis:
         together: in a recipe, whether it is run on what all labels ended with, on each label's adapters, or on one
             adapter at a time.
         label: in a recipe, the label whose adapters are taken unless the step's `label` names another; "" for all.
-        methods: the methods it can look at; none for all. A recipe is refused before it trains others.
-        lacks: what other methods lack, for that refusal.
+        needs: the ability that a method must have in the catalogue, such as `gates`; "" for none. A recipe is refused
+            before it trains others.
         one_figure: whether it draws one figure and no more.
         Options: its options.
     """
@@ -155,8 +155,7 @@ class Analysis:
     measures_benchmarks: ClassVar[bool] = False
     together: ClassVar[Together] = "all"
     label: ClassVar[str] = ""
-    methods: ClassVar[Sequence[str]] = ()
-    lacks: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
     one_figure: ClassVar[bool] = True
     Options: ClassVar[type[Options]] = Options
 
@@ -196,7 +195,7 @@ class Analysis:
         """Return options that are others in a recipe than in the command, given the adapters of one run."""
         return {}
 
-    def across(self, results: Mapping[str, Result]) -> Precision:
+    def across(self, results: Mapping[str, Result]) -> Numbers:
         """Return the numbers of a recipe that take the results of several labels, by label."""
         return {}, {}
 

@@ -42,7 +42,7 @@ def merge(
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model; must not exist.")],
     dtype: Annotated[
         str,
-        typer.Option(help="Precision of the merged weights: auto, bf16, fp16 or fp32.", rich_help_panel="Output"),
+        typer.Option(help="Numbers of the merged weights: auto, bf16, fp16 or fp32.", rich_help_panel="Output"),
     ] = "auto",
     max_shard_size: Annotated[
         str, typer.Option(help="Largest size of one safetensors file.", rich_help_panel="Output")

@@ -75,7 +75,7 @@ def config_facts(folder: Path, trust_remote_code: bool = False) -> dict[str, Any
 
 
 def _plain(value: Any) -> Any:
-    """Precision to six digits (a .gguf file stores 1e-5 as 9.9999997e-6); of nested rope settings only what matters."""
+    """Numbers to six digits (a .gguf file stores 1e-5 as 9.9999997e-6); of nested rope settings only what matters."""
     if isinstance(value, dict):
         kept = {key: _plain(entry) for key, entry in value.items() if key in ROPE_FACTS or isinstance(entry, dict)}
         return {key: entry for key, entry in kept.items() if entry is not None}

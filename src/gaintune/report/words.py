@@ -1,4 +1,4 @@
-"""Precision in words: formats, names of the figures, and sentences that claim no more than the intervals allow."""
+"""Numbers in words: formats, names of the figures, and sentences that claim no more than the intervals allow."""
 
 from __future__ import annotations
 

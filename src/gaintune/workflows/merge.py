@@ -96,7 +96,7 @@ PAGE = "certificate.md"
 
 @dataclass(frozen=True)
 class Certificate:
-    """Precision of one merge. Perplexities are per token on the same blocks; changes and tolerance are in %.
+    """Numbers of one merge. Perplexities are per token on the same blocks; changes and tolerance are in %.
 
     `share_unmoved` is the share of the weights the adapter changes that rounding puts back to the base's value, and
     `gains_lost` the share of gains that leave more than half of their weights unmoved (None where the adapter is not

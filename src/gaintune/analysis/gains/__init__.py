@@ -19,7 +19,7 @@ class GainsAnalysis(Analysis):
     examples = "gaintune gains runs/demo adapters/law --out runs/gains"
     takes = "runs"
     argument = "Run directories, or GAIN and (IA)3 adapters."
-    methods = ("gain", "gain-ffn", "ia3")
+    needs = "factors"
     one_figure = False
 
     def measure(self, subject: Subject, options: Options, progress: Progress) -> Any:

@@ -283,7 +283,7 @@ def near_apart(survey: FactorSurvey) -> tuple[dict[str, Interval], dict[str, str
 def result(survey: FactorSurvey, *_: Any) -> Result:
     """Put the survey together.
 
-    Precision, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
+    Numbers, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
     `.flipped` after the last domain, `LABEL.after-DOMAIN.…` after each, `LABEL.smallest_ever` and `.flipped_ever` over
     all stages; `A-minus-B.near` after the last. Of several runs all begin with `RUN.`.
     """

@@ -53,8 +53,7 @@ class GatesAnalysis(Analysis):
     watches = False
     together = "one"
     label = "disel"
-    methods = ("disel",)
-    lacks = "gates"
+    needs = "gates"
     one_figure = False
     Options = GatesOptions
 

@@ -296,7 +296,7 @@ def _cells(one: GateSummary) -> list[str]:
 def result(survey: GateSurvey, subject: Subject, *_: Any) -> Result:
     """Put the survey together.
 
-    Precision: `DOMAIN.DEPTH.mean` and `DOMAIN.PROJECTION.mean`; with intervals over rows of text `A-minus-B.mean`,
+    Numbers: `DOMAIN.DEPTH.mean` and `DOMAIN.PROJECTION.mean`; with intervals over rows of text `A-minus-B.mean`,
     `.DEPTH.mean`, `.DEPTH.BLOCK.mean` and `.PROJECTION.mean` of two domains, and on one
     `DOMAIN.PROJECTION-minus-PROJECTION.mean` and `DOMAIN.mlp-minus-attention.mean`.
     """

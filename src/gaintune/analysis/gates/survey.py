@@ -244,7 +244,7 @@ class GateRecorder:
 
     @property
     def stored_values(self) -> int:
-        """Precision held: by domains, layers, rank and bins, and one for each layer and row, however long the rows."""
+        """Numbers held: by domains, layers, rank and bins, and one for each layer and row, however long the rows."""
         accumulators = [each for counts in self._counts.values() for each in counts.values()]
         fixed = sum(each.histogram.numel() + each.moments.numel() + each.offsets.numel() for each in accumulators)
         return fixed + sum(len(sums) for each in accumulators for _, sums in each.rows.values())

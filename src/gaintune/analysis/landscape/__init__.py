@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from gaintune.analysis.base import Analysis, Options, Precision, Result
+from gaintune.analysis.base import Analysis, Numbers, Options, Result
 from gaintune.config import Flag, as_list
 
 Positions = Annotated[tuple[float, ...], BeforeValidator(as_list)]
@@ -45,7 +45,7 @@ class LandscapeAnalysis(Analysis):
         """Measure the plane wherever there are two adapters."""
         return {"plane": len(adapters) == 2}
 
-    def across(self, results: Mapping[str, Result]) -> Precision:
+    def across(self, results: Mapping[str, Result]) -> Numbers:
         """Return the numbers of every plane, and of every two."""
         from gaintune.analysis.landscape import report
 

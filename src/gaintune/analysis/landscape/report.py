@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
 
-from gaintune.analysis.base import Headline, Precision, Result, Subject
+from gaintune.analysis.base import Headline, Numbers, Result, Subject
 from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, panels, ruled, with_ends
 from gaintune.analysis.landscape.directions import WAYS
 from gaintune.analysis.landscape.statistics import DomainFigures, Surface, range_apart
@@ -220,10 +220,10 @@ def plane_figure(plane: Surface) -> Figure:
 NO_LENGTH = "a direction has no length"
 
 
-def plane_numbers(found: Mapping[str, Landscape]) -> Precision:
+def plane_numbers(found: Mapping[str, Landscape]) -> Numbers:
     """Return the numbers of every label's plane and of every two, and those that are not to be had, with the reasons.
 
-    Precision: `LABEL.cosine` of the two directions, `LABEL.DOMAIN.both` and `LABEL.DOMAIN.range`; of two labels
+    Numbers: `LABEL.cosine` of the two directions, `LABEL.DOMAIN.both` and `LABEL.DOMAIN.range`; of two labels
     `A-minus-B.cosine`, of the cosines without their signs, and `A-minus-B.DOMAIN.range`.
     """
     numbers: dict[str, Interval] = {}
@@ -263,7 +263,7 @@ def plane_numbers(found: Mapping[str, Landscape]) -> Precision:
 def result(found: Landscape, subject: Subject, *_: Any) -> Result:
     """Put the survey together.
 
-    Precision: `DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT, and `LEARNT.barrier`, nats.
+    Numbers: `DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT, and `LEARNT.barrier`, nats.
     """
     numbers: dict[str, Interval] = {}
     rows, shown = [], {}

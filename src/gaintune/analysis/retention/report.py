@@ -196,7 +196,7 @@ def _trajectory_numbers(found: Retention, one: Trajectory) -> dict[str, Interval
 def result(found: Retention, subject: Subject, options: RetentionOptions) -> Result:
     """Put the survey together.
 
-    Precision: `LABEL.target` and `LABEL.texts`, change of perplexity in % at the last snapshot; `LABEL.texts.worst` at
+    Numbers: `LABEL.target` and `LABEL.texts`, change of perplexity in % at the last snapshot; `LABEL.texts.worst` at
     the worst one; `A-minus-B.texts` and `A-minus-B.target` at the last; in points against the base
     `LABEL.target_benchmarks` and, of all other benchmarks, `LABEL.kept` at the last, and `LABEL.kept.worst`.
     """

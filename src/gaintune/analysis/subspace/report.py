@@ -237,7 +237,7 @@ def figure(survey: SubspaceSurvey) -> Figure:
 def result(survey: SubspaceSurvey, subject: Subject, *_: Any) -> Result:
     """Put the survey together.
 
-    Precision, counted and not sampled: `LABEL.outside` and `LABEL.outside_leading`, shares of the update's energy in %;
+    Numbers, counted and not sampled: `LABEL.outside` and `LABEL.outside_leading`, shares of the update's energy in %;
     `LABEL.intruders`.
     """
     numbers: dict[str, Interval] = {}

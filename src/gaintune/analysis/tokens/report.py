@@ -138,7 +138,7 @@ def figure(survey: TokenSurvey) -> Figure:
 def result(survey: TokenSurvey, subject: Subject, *_: Any) -> Result:
     """Put the survey together.
 
-    Precision: `LABEL.DOMAIN.mean` in nats and `LABEL.DOMAIN.coherence`, with intervals over blocks; `.size`, the mean
+    Numbers: `LABEL.DOMAIN.mean` in nats and `LABEL.DOMAIN.coherence`, with intervals over blocks; `.size`, the mean
     size of a change, and `.skew`, without.
     """
     numbers: dict[str, Interval] = {}

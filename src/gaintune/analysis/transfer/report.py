@@ -172,7 +172,7 @@ def figure(found: Transfer) -> Figure:
 def result(found: Transfer, *_: Any) -> Result:
     """Put the survey together.
 
-    Precision: `correlation.smallest`, `.largest` and `.mean`; `common_share` in %; `COMPONENT.PART.transfer`,
+    Numbers: `correlation.smallest`, `.largest` and `.mean`; `common_share` in %; `COMPONENT.PART.transfer`,
     `.in_domain` and `.left` in %, for the parts whole, shared and own.
     """
     sharing, pairs = found.sharing, found.sharing.pairs

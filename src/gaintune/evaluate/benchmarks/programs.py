@@ -35,7 +35,7 @@ NOBODY = "nobody"
 
 @functools.cache
 def nobody() -> tuple[int, int] | None:
-    """Precision of the user and group that a program of root's is run as; None for the caller's own.
+    """Numbers of the user and group that a program of root's is run as; None for the caller's own.
 
     No limit on the number of processes holds for root. Where the interpreter lies in a folder that only root may read,
     a user without rights could import nothing, so the program stays root's, which is said once.

@@ -17,6 +17,7 @@ from gaintune.analysis import ANALYSES, Analysis, Options, Subject, write_result
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks import BenchmarkConfig
+from gaintune.methods import METHODS
 from gaintune.recipes.outcome import Context, Kind, Outcome, last_of_each
 from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.steps.train import left_out, nothing_to_learn
@@ -105,14 +106,15 @@ def _check_methods(analysis: Analysis, plan: Plan, parts: tuple[_Part, ...], ori
     """Refuse a step `of` one whose methods have nothing of what the analysis looks at."""
     if analysis.takes == "snapshots" and plan.train.snapshot_steps is None:
         raise ConfigError(f"{origin}: the step it is `of` keeps no snapshots; give it train.snapshot_steps")
-    named, of = ", ".join(analysis.methods), {method.label: method.name for method in plan.methods}
-    if not analysis.methods:
+    if not analysis.needs:
         return
-    if analysis.takes == "runs" and not set(of.values()) & set(analysis.methods):
+    able = [name for name, method in METHODS.items() if getattr(method, analysis.needs)]
+    named, of = ", ".join(able), {method.label: method.name for method in plan.methods}
+    if analysis.takes == "runs" and not set(of.values()) & set(able):
         raise ConfigError(f"{origin}: the step it is `of` has no method of {named}")
     for label in () if analysis.takes == "runs" else (part.title.partition("/")[0] for part in parts):
-        if of.get(label, analysis.methods[0]) not in analysis.methods:
-            raise ConfigError(f"{origin}: {label} has no {analysis.lacks}; name one of method {named}")
+        if of.get(label, able[0]) not in able:
+            raise ConfigError(f"{origin}: {label} has no {analysis.needs}; name one of method {named}")
 
 
 def _run(analysis: Analysis, settings: dict[str, Any], context: Context) -> Outcome:

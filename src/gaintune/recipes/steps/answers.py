@@ -33,7 +33,7 @@ def answers(settings: dict[str, Any], context: Context) -> Outcome:
     GAIN's appendix H. Rows that are asked are none of those that are learnt. Settings: `learn`, `ask`, `methods`,
     sections of a plan; `classify.validation_rows` limits the rows that are asked of a set.
 
-    Precision: `LABEL.SET.accuracy` and `base.SET.accuracy` in %; `LABEL.SET`, points of accuracy against the base, and
+    Numbers: `LABEL.SET.accuracy` and `base.SET.accuracy` in %; `LABEL.SET`, points of accuracy against the base, and
     `A-minus-B.SET`, both paired row by row; `LABEL.in_domain`, % of perplexity of the answers learnt.
     """
     asked = asked_of(settings, context)

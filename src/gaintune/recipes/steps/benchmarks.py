@@ -49,7 +49,7 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
 
     Settings: `of`; `labels` and `after` pick adapters; `tasks`, and `target` for those that the training was for; those
     of a `BenchmarkConfig`; `pick`, target or in_domain, for labels such as lora-lr0.001, of which the one that is best
-    on the target's benchmarks, or on the text that was learnt, stands for lora. Precision, in points of % against the
+    on the target's benchmarks, or on the text that was learnt, stands for lora. Numbers, in points of % against the
     base: `LABEL.TASK`; `LABEL.kept` and `LABEL.target`, means over tasks; `A-minus-B.kept` and so on, paired row by
     row. Scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
     """

@@ -216,7 +216,7 @@ def classify(settings: dict[str, Any], context: Context) -> Outcome:
     `texts`; `methods`; `ranks` for those that have one; `seeds`; `text`, the sizes of the texts; sections of a
     plan. Finished classifiers are kept and not trained again.
 
-    Precision, means over tasks and ranks with t intervals over seeds: `LABEL.accuracy` in %; `LABEL.TASK.accuracy`;
+    Numbers, means over tasks and ranks with t intervals over seeds: `LABEL.accuracy` in %; `LABEL.TASK.accuracy`;
     `LABEL.retention`, the change of perplexity in %; `LABEL.perplexity`; of several ranks also `LABEL-rRANK.accuracy`
     and so on; `A-minus-B.accuracy` and `.retention`, paired seed by seed, for every method A and those before it.
     """

@@ -38,7 +38,7 @@ AXES = ("rates", "orders", "order_seed", "seeds", "ranks", "budgets")
 def sweep(settings: dict[str, Any], context: Context) -> Outcome:
     """Every combination of methods, rates, orders and seeds; numbers over replicates, in % of perplexity.
 
-    Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. Precision:
+    Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. Numbers:
     `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
     `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE; `A-minus-B` of variants with one rate each, matched or not.
     A rate of which a run diverged has no number, and its variant no `.worst`; `.best` is that of the other rates.

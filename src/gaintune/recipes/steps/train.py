@@ -22,7 +22,7 @@ MEASURE = "change of perplexity against the base, %, intervals over validation b
 def sequence(settings: dict[str, Any], context: Context) -> Outcome:
     """Domain after domain with each method: `gaintune sequence`.
 
-    Precision, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.worst_below`, the worst
+    Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.worst_below`, the worst
     domain learnt before, at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`;
     `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
     """
