@@ -87,7 +87,7 @@ def adapt(
         before = look(model, "before", base=None if single.start else settled.model.name)
         replay, seed = single.method.replay, settled.train.seed
         rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
-        record = single.record(base, domain)
+        record = single.record(base, domain, settings=domain.settings)
         learnt = single.learn(run, model, rows, domain, record, own_rows=domain.train)
         after = look(model, "after")
         if run.writes:

@@ -19,6 +19,7 @@ from torch import nn
 from gaintune.adapters.absorb import Rounding, absorb, check_mergeable
 from gaintune.adapters.disk import adapter_weights, claimed_base, load_adapter, read_record
 from gaintune.config.plan import ModelConfig
+from gaintune.data.encode import beginning_of_text
 from gaintune.data.examples import Examples
 from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
 from gaintune.evaluate.perplexity import measure
@@ -305,13 +306,15 @@ def _judging_text(
 
 
 def blocks_of(texts: Sequence[str], tokenizer: Any, block_size: int = 256) -> torch.Tensor:
-    """Texts one after another, an end-of-text token between them, cut into blocks; a rest is dropped."""
+    """Cut texts, joined with end-of-text tokens, into blocks that begin as the model's texts do; drop the rest."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False).input_ids, *end]]
-    size = min(block_size, len(ids))
-    if size < 2:
+    begin = torch.tensor(beginning_of_text(tokenizer), dtype=torch.long)
+    size = min(block_size - len(begin), len(ids))
+    if size + len(begin) < 2:
         raise ConfigError("the text to judge a merge on is empty")
-    return torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
+    rows = torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
+    return torch.cat([begin.expand(len(rows), -1), rows], dim=1)
 
 
 def apply_merge(plan: MergePlan) -> Certificate:

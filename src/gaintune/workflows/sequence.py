@@ -275,6 +275,7 @@ class _Sequence:
             fingerprint=self._fingerprint,
             learnt=[(domain.name, domain.content_hash) for domain in self._domains[: index + 1]],
             versions=describe_environment(torch.device("cpu"))["packages"],
+            settings=self._domains[index].settings,
         )
 
     def _measure(
