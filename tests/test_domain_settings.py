@@ -43,7 +43,7 @@ def test_the_record_says_how_rows_were_made(folder, tmp_path):
     sums = DomainSettings(task="instruct", seed=0, template="alpaca", block_size=256, packing=True, end_of_text=True)
     assert read_record(folder / "adapter").data == {"sums": sums}
     on_disk = json.loads((folder / "adapter" / "gaintune.json").read_text())["data"]
-    assert on_disk == {"sums": asdict(sums)}
+    assert on_disk == {"sums": {key: value for key, value in asdict(sums).items() if key != "beginning_of_text"}}
     prose = {"domains": [str(folder / "prose.jsonl")], "task": "text", "template": "auto", "seed": 4}
     adapt(plan_of(folder, **prose), tmp_path / "second", start=folder / "adapter")
     text = DomainSettings("text", 4, "auto", 256, packing=True, end_of_text=True)
@@ -66,6 +66,8 @@ def test_another_split_or_template_is_said_with_what_to_give(measure, folder, tm
     MEASURES[measure](folder, plan_of(folder), tmp_path / "same")
     MEASURES[measure](folder, plan_of(folder, name="others", seed=1, template="plain"), tmp_path / "other")
     assert "learnt sums" not in caplog.text
+    MEASURES[measure](folder, plan_of(folder, beginning_of_text="always"), tmp_path / "begun")
+    assert "learnt sums with data.beginning_of_text auto, here it is always" in caplog.text
 
 
 def test_classifiers_are_told_of_another_split_too(tmp_path, caplog):

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 import tiny_base
+from gaintune.data import beginning_of_text
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
 from gaintune.data.instruct import _token_rows
 
@@ -25,7 +26,8 @@ def trl_rows(rows: list[dict], tokenizer, folder) -> list[tuple[list[int], list[
 
 
 def our_rows(exchanges: list[Exchange], tokenizer) -> list[tuple[list[int], list[int]]]:
-    rows = _token_rows(exchanges, iter(range(len(exchanges))), "auto", tokenizer, ends=True)
+    order, begin = iter(range(len(exchanges))), beginning_of_text(tokenizer)
+    rows = _token_rows(exchanges, order, "auto", tokenizer, begin, ends=True)
     return [(row.ids.tolist(), row.scored.astype(int).tolist()) for row in rows]
 
 

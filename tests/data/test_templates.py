@@ -76,7 +76,6 @@ def test_chat_scores_every_answer_up_to_its_end_of_turn(chatty):
             Part("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
             Part("d<|im_end|>", True),
         ),
-        begins=True,
         ends=True,
     )
     whole = chatty.apply_chat_template(

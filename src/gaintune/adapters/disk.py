@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -78,7 +77,7 @@ def save_adapter(
             save_model(cast(Any, model), temporary)
         if keep is not None:
             keep(temporary)
-        files.write_json(temporary / RECORD, {"format": FORMAT, **asdict(record)})
+        files.write_json(temporary / RECORD, {"format": FORMAT, **record.to_dict()})
 
 
 def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:

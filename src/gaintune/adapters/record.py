@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,19 @@ class DomainSettings:
     block_size: int
     packing: bool
     end_of_text: bool
+    beginning_of_text: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; `beginning_of_text` only where a plan chose it, so that records stay alike."""
+        values = asdict(self)
+        if self.beginning_of_text == "auto":
+            del values["beginning_of_text"]
+        return values
 
     @classmethod
     def of(cls, domain: DomainConfig, data: DataConfig) -> DomainSettings:
         """What a plan says of one of its domains."""
-        written = (data.template_of(domain), data.block_size, data.packing, data.end_of_text)
+        written = (data.template_of(domain), data.block_size, data.packing, data.end_of_text, data.beginning_of_text)
         return cls(data.task_of(domain), data.seed, *written)
 
 
@@ -54,6 +62,11 @@ def warn_of_other_rows(adapter: Path, trained: Mapping[str, DomainSettings], dat
                 "%s learnt %s with data.seed %d, here it is %d: unless its source has a validation split of its own, "
                 "text that was trained on counts as held out. Give --set data.seed=%d",
                 adapter, domain.name, before.seed, here.seed, before.seed,
+            )  # fmt: skip
+        if before.beginning_of_text != here.beginning_of_text:
+            logger.warning(
+                "%s learnt %s with data.beginning_of_text %s, here it is %s. Give --set data.beginning_of_text=%s",
+                adapter, domain.name, before.beginning_of_text, here.beginning_of_text, before.beginning_of_text,
             )  # fmt: skip
         if not before.task == here.task == "instruct":
             continue
@@ -103,6 +116,10 @@ class AdapterRecord:
         from gaintune.methods import METHODS
 
         return self.method in METHODS and METHODS[self.method].trains_base
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "data": {name: made.to_dict() for name, made in self.data.items()}}
 
     @classmethod
     def of_plan(

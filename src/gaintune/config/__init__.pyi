@@ -2,6 +2,7 @@ from .explanations import explain as explain
 from .explanations import section_of as section_of
 from .plan import CLASSIFIER_BASE as CLASSIFIER_BASE
 from .plan import NAME as NAME
+from .plan import BeginningOfText as BeginningOfText
 from .plan import ClassifyConfig as ClassifyConfig
 from .plan import DataConfig as DataConfig
 from .plan import DomainConfig as DomainConfig

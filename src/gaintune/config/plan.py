@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from gaintune.config.explanations import explain
 from gaintune.errors import ConfigError
@@ -202,6 +212,7 @@ DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
 CLASSIFIER_BASE = "FacebookAI/roberta-base"
 Task = Literal["text", "instruct", "classify"]
 Template = Literal["auto", "plain", "alpaca", "magicoder", "chat"]
+BeginningOfText = Literal["auto", "always", "never"]
 
 
 class DomainConfig(Section):
@@ -283,13 +294,21 @@ class DataConfig(Section):
         description="instruct: learn the end-of-text token after every completion; false leaves it out, to learn "
         "answers alone. A chat template's own end of turn stays",
     )
+    beginning_of_text: BeginningOfText = Field(
+        default="auto",
+        description="start every block of text and every row of instructions with the tokenizer's beginning-of-text "
+        "token: always, never, or (auto) where the model was trained with one, such as Llama, Mistral and Gemma. It "
+        "is one of the block's tokens and is not scored. One that a chat template writes itself stays",
+    )
     train_tokens: Annotated[int, Flag()] = Field(
         default=8192, gt=0, description="training budget of a domain, in tokens"
     )
     validation_tokens: Annotated[int, Flag()] = Field(
         default=4096, gt=0, description="validation budget of a domain, in tokens"
     )
-    block_size: Annotated[int, Flag()] = Field(default=256, ge=8, description="length of a packed block, in tokens")
+    block_size: Annotated[int, Flag()] = Field(
+        default=256, ge=8, description="length of a packed block, in tokens, a beginning-of-text token among them"
+    )
     seed: int = Field(default=0, ge=0, description="seed of the split by document and of the order of documents")
 
     @model_validator(mode="after")
@@ -304,6 +323,8 @@ class DataConfig(Section):
         if "classify" in tasks.values() and len(set(tasks.values())) > 1:
             others = ", ".join(f"{name} ({task})" for name, task in tasks.items() if task != "classify")
             raise ValueError(f"domains: a classifier's domains cannot be mixed with others: {others}")
+        if "classify" in tasks.values() and self.beginning_of_text != "auto":
+            raise ValueError("beginning_of_text is for text and instructions: leave it out of a classifier's plan")
         for domain in self.measured:
             own = ("template", "prompt_column", "completion_column")
             given = [field for field in own if getattr(domain, field) is not None]
@@ -315,6 +336,14 @@ class DataConfig(Section):
                     f"{field} is for task instruct, and no domain has it: set data.task=instruct (--task instruct)"
                 )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_beginning(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `beginning_of_text` out at its default: the files of a plan are those of versions without the key."""
+        values: dict[str, Any] = handler(self)
+        if self.beginning_of_text == "auto":
+            values.pop("beginning_of_text", None)
+        return values
 
     @property
     def measured(self) -> tuple[DomainConfig, ...]:
@@ -469,8 +498,10 @@ def plan_yaml_documented(plan: Plan) -> str:
         value = getattr(plan, name)
         if isinstance(value, Section):
             lines.append(f"{name}:")
+            values = value.model_dump(mode="json")
             for key, field in type(value).model_fields.items():
-                dumped = yaml.safe_dump({key: value.model_dump(mode="json")[key]}, sort_keys=False).rstrip("\n")
+                shown = values.get(key, field.default)  # a dump may leave a newer key out at its default
+                dumped = yaml.safe_dump({key: shown}, sort_keys=False).rstrip("\n")
                 lines.extend(f"  {line}" for line in (f"# {field.description}", *dumped.split("\n")))
         else:
             dumped = yaml.safe_dump({name: plan.model_dump(mode="json")[name]}, sort_keys=False).rstrip("\n")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.errors import BaseModelError
+from gaintune.config import BeginningOfText
+from gaintune.errors import BaseModelError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,24 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return token
 
 
-def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text of its own accord: its beginning-of-text token, or nothing."""
+def beginning_of_text(tokenizer: PreTrainedTokenizerBase, choice: BeginningOfText = "auto") -> list[int]:
+    """Return what comes before every text: the tokenizer's beginning-of-text token, or nothing.
+
+    `auto` is what the tokenizer does by itself; `tokenizer_of` sees to it that it does what the model
+    was trained with.
+
+    Raises:
+        ConfigError: `always`, and the tokenizer has no such token.
+    """
+    if choice == "never":
+        return []
+    if choice == "always":
+        if not isinstance(tokenizer.bos_token_id, int):
+            raise ConfigError(
+                f"data.beginning_of_text is always, but the tokenizer {tokenizer.name_or_path!r} has no "
+                "beginning-of-text token: set it to auto, or set bos_token in its tokenizer_config.json"
+            )
+        return [tokenizer.bos_token_id]
     added = tokenizer("a")["input_ids"]  # of an empty text the end, which may be the same token, would come first
     return added[:1] if added and added[0] == tokenizer.bos_token_id else []
 

@@ -70,7 +70,8 @@ class DomainBlocks:
     tokens of each validation block, end-of-text and other special tokens counting none. `content_hash` is the SHA-256
     of the tokens and of the settings that made them. Documents (of instruction data, rows) are counted where some of
     their text is in a block; `removed_near_duplicates` counts those that were drawn for validation and found in one
-    that is trained on.
+    that is trained on. `beginning` is the beginning-of-text token that starts every block of running text, None for
+    none; rows of instructions bring their own.
     """
 
     name: str
@@ -81,9 +82,15 @@ class DomainBlocks:
     train_documents: int
     validation_documents: int
     removed_near_duplicates: int
+    beginning: int | None = None
+
+    @property
+    def settings(self) -> dict[str, dict[str, int]]:
+        """What was decided for this domain and no plan says, by section; nothing where there is nothing to say."""
+        return {} if self.beginning is None else {"data": {"beginning_of_text": self.beginning}}
 
     def describe(self) -> dict[str, str | int]:
-        """What a record keeps of the text: its content hash and how much there was."""
+        """Return what a record keeps of the text: its content hash, how much there was, and what starts its blocks."""
         return {
             "content_hash": self.content_hash,
             "train_tokens": self.train.tokens,
@@ -91,6 +98,7 @@ class DomainBlocks:
             "train_documents": self.train_documents,
             "validation_documents": self.validation_documents,
             "removed_near_duplicates": self.removed_near_duplicates,
+            **self.settings.get("data", {}),
         }
 
 

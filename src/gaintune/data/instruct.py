@@ -55,12 +55,10 @@ class Rendered:
 
     Attributes:
         parts: in order; the first is never scored, the last always.
-        begins: whether the text brings its own beginning-of-text token.
         ends: whether the text brings its own end-of-turn token.
     """
 
     parts: tuple[Part, ...]
-    begins: bool = False
     ends: bool = False
 
 
@@ -119,7 +117,7 @@ def _chat(exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         parts += [Part(before[len(written) :], scored=False), Part(learnt, scored=True)]
         written = before + learnt
     merged = tuple(part for part in parts if part.text)
-    return Rendered(merged, begins=True, ends=ends)
+    return Rendered(merged, ends=ends)
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], origin: str, *, add_generation_prompt: bool) -> str:
@@ -163,11 +161,11 @@ def load_instruct(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedT
 
     Raises:
         DataError: rows are missing, broken, or have a prompt that leaves no room for the completion; names the line.
-        ConfigError: the chat template is asked for and the tokenizer has none.
+        ConfigError: the chat template or a beginning of text is asked for, and the tokenizer has none.
         AssetError: a download failed.
         BaseModelError: the tokenizer has no end-of-text token.
     """
-    end = end_of_text(tokenizer)
+    begin, end = beginning_of_text(tokenizer, data.beginning_of_text), end_of_text(tokenizer)
     template = data.template_of(domain)
     rows = split_documents(
         load_exchanges(domain, characters=characters_needed(data)), data.seed, lambda exchange: exchange.question
@@ -176,7 +174,7 @@ def load_instruct(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedT
 
     def packed(source: Sequence[Exchange], order: Iterable[int], budget: int) -> Packed:
         return pack(
-            _token_rows(source, iter(order), template, tokenizer, ends=data.end_of_text),
+            _token_rows(source, iter(order), template, tokenizer, begin, ends=data.end_of_text),
             block_size=data.block_size,
             blocks=budget // data.block_size,
             filler=end,
@@ -221,19 +219,24 @@ def _token_rows(
     order: Iterator[int],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
+    begin: list[int],
     *,
     ends: bool,
 ) -> Iterator[TokenRow]:
-    """Tokens of the rows in an order, each with an end if `ends`: a few at a time, in parallel where that works."""
-    begin, end = beginning_of_text(tokenizer), [end_of_text(tokenizer)] if ends else []
+    """Tokens of the rows in an order, each with an end if `ends`: a few at a time, in parallel where that works.
+
+    `begin` comes before every row that has not written it itself, as most chat templates do.
+    """
+    end = [end_of_text(tokenizer)] if ends else []
     special = np.array(sorted(special_tokens(tokenizer)))
     while numbers := list(islice(order, ENCODED_AT_ONCE)):
         rendered = [render(rows[number], template, tokenizer) for number in numbers]
         encoded = encode_parts([[part.text for part in each.parts] for each in rendered], tokenizer)
         for number, text, pieces in zip(numbers, rendered, encoded, strict=True):
-            before = [] if text.begins else begin
+            written = np.concatenate([piece.ids for piece in pieces])
+            before = [] if written[:1].tolist() == begin else begin
             after = [] if text.ends else end
-            ids = np.concatenate([before, *(piece.ids for piece in pieces), after]).astype(np.int64)
+            ids = np.concatenate([before, written, after]).astype(np.int64)
             scored = np.repeat(
                 [False, *(part.scored for part in text.parts), True],
                 [len(before), *(len(piece.ids) for piece in pieces), len(after)],

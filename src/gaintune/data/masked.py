@@ -56,7 +56,7 @@ def load_masked_blocks(
         BaseModelError: the tokenizer lacks the special tokens of an encoder.
         DataError, AssetError: as for `load_text`.
     """
-    inner = data.model_copy(update={"block_size": data.block_size - ENDS})
+    inner = data.model_copy(update={"block_size": data.block_size - ENDS, "beginning_of_text": "never"})
     return mask_blocks(load_text(domain, inner, tokenizer).validation.input_ids, domain.name, tokenizer, seed=seed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data.domains import characters_needed, load_documents
-from gaintune.data.encode import Encoded, encode_texts, end_of_text
+from gaintune.data.encode import Encoded, beginning_of_text, encode_texts, end_of_text
 from gaintune.data.examples import DomainBlocks, Examples
 from gaintune.data.neighbours import NeighbourIndex
 from gaintune.data.split import Passage, in_drawn_order, split_documents
@@ -28,7 +29,10 @@ ENCODED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class _Packed:
-    """Blocks of one side: tokens and bytes `(blocks, block_size)`, the passages in them, the tokens that were there."""
+    """Blocks of one side: tokens and bytes `(blocks, block_size)`, the passages in them, the tokens that were there.
+
+    Those are the tokens of text, and a beginning-of-text token for every block that they begin.
+    """
 
     tokens: np.ndarray
     bytes: np.ndarray
@@ -44,23 +48,25 @@ def load_text(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedToken
     """Load, split and pack a domain of running text within its budgets.
 
     Documents are drawn in an order the seed decides and joined with the tokenizer's end-of-text token; what is beyond
-    the last whole block of the budget is left out. A domain smaller than a budget is used up, with a warning.
-    Validation text does not depend on the training budget, except that near-duplicates of what is trained on are left
-    out.
+    the last whole block of the budget is left out. Where `data.beginning_of_text` or the model calls for it, every
+    block begins with the beginning-of-text token and holds one token of text less. A domain smaller than a budget is
+    used up, with a warning. Validation text does not depend on the training budget, except that near-duplicates of what
+    is trained on are left out.
 
     Raises:
         DataError: the text is missing, broken, or less than one block on one side; the file and line are named.
         AssetError: a download failed.
         BaseModelError: the tokenizer has no end-of-text token.
+        ConfigError: a beginning-of-text token is asked for, and the tokenizer has none.
     """
-    separator = end_of_text(tokenizer)
+    begin, separator = beginning_of_text(tokenizer, data.beginning_of_text), end_of_text(tokenizer)
     documents = split_documents(load_documents(domain, characters=characters_needed(data)), data.seed)
     assert documents.validation is not None
 
     def pack(side: str, budget: int, keep: Callable[[Passage], bool]) -> _Packed:
         source = documents.train if side == "train" else documents.validation or ()
         passages = filter(keep, in_drawn_order(source, data.seed, side, data.block_size))
-        return _pack(passages, tokenizer, separator, data.block_size, budget)
+        return _pack(passages, tokenizer, begin, separator, data.block_size, budget)
 
     train = pack("train", data.train_tokens, lambda passage: True)
     _check_size(train, "training", domain, documents.source, data.train_tokens, data.block_size, "")
@@ -91,14 +97,21 @@ def load_text(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedToken
         train_documents=train.documents,
         validation_documents=validation.documents,
         removed_near_duplicates=len(removed),
+        beginning=begin[0] if begin else None,
     )
 
 
 def _pack(
-    passages: Iterator[Passage], tokenizer: PreTrainedTokenizerBase, separator: int, block_size: int, budget: int
+    passages: Iterator[Passage],
+    tokenizer: PreTrainedTokenizerBase,
+    begin: list[int],
+    separator: int,
+    block_size: int,
+    budget: int,
 ) -> _Packed:
-    """Draw passages until the budget's whole blocks are full, or there are no more."""
-    wanted = budget // block_size * block_size
+    """Draw passages until the budget's whole blocks are full, or there are no more; `begin` starts every block."""
+    room = block_size - len(begin)
+    wanted = budget // block_size * room
     ids: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
     starts: list[tuple[int, Passage]] = []
@@ -114,13 +127,17 @@ def _pack(
         ids.append(encoded.ids)
         sizes.append(encoded.bytes)
         available += len(encoded.ids)
-    kept = min(available, wanted) // block_size * block_size
-    empty = [np.empty(0, np.int64)]
+    kept = min(available, wanted) // room * room
+
+    def blocks(pieces: list[np.ndarray], first: list[int]) -> np.ndarray:
+        rows = np.concatenate(pieces or [np.empty(0, np.int64)])[:kept].reshape(-1, room)
+        return np.concatenate([np.tile(np.array(first, np.int64), (len(rows), 1)), rows], axis=1)
+
     return _Packed(
-        tokens=np.concatenate(ids or empty)[:kept].reshape(-1, block_size),
-        bytes=np.concatenate(sizes or empty)[:kept].reshape(-1, block_size),
+        tokens=blocks(ids, begin),
+        bytes=blocks(sizes, [0] * len(begin)),
         passages=tuple(passage for start, passage in starts if start < kept),
-        available=available,
+        available=available + len(begin) * math.ceil(available / room),
     )
 
 

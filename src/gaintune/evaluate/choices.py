@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.adapters import BASE, check_adapters
-from gaintune.config import Plan
+from gaintune.config import BeginningOfText, Plan
 from gaintune.data import ChoiceRow, beginning_of_text, encode_parts, read_choices
 from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.base_and_adapters import Measure, measure_base_and_adapters
@@ -117,6 +117,7 @@ def compare_choices(
                     tokenizer,
                     rows,
                     name,
+                    beginning=plan.data.beginning_of_text,
                     batch_size=plan.evaluate.batch_size,
                     mixed_precision=mixed,
                     title=f"{label}: answering {name}",
@@ -141,6 +142,7 @@ def choice_likelihoods(
     rows: Sequence[ChoiceRow],
     name: str,
     *,
+    beginning: BeginningOfText = "auto",
     batch_size: int = 4,
     mixed_precision: torch.dtype | None = None,
     title: str = "answering",
@@ -149,7 +151,7 @@ def choice_likelihoods(
     """The log-likelihood of every choice of every row after its prompt.
 
     Prompt and choice are tokenised as a prompt and its completion are in training (`encode_parts`), and the choice's
-    tokens are scored. A prompt that is too long for the model loses its beginning, with a warning; the tokenizer's
+    tokens are scored. A prompt that is too long for the model loses its beginning, with a warning; the
     beginning-of-text token stays.
 
     Args:
@@ -157,16 +159,19 @@ def choice_likelihoods(
         tokenizer: the base's.
         rows: the questions.
         name: what the set is called.
+        beginning: whether a beginning-of-text token comes before every prompt, as `data.beginning_of_text`.
         batch_size: prompts in a forward pass.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
 
     Raises:
         DataError: a choice that the tokenizer makes no token of.
+        ConfigError: `beginning` is always, and the tokenizer has no such token.
         TrainingError: a likelihood is not finite; the model is broken.
     """
     wrapped: Any = model
     carrier = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
-    asked = _encode(rows, tokenizer, longest_input(carrier, tokenizer), name)
+    begin = tuple(beginning_of_text(tokenizer, beginning))
+    asked = _encode(rows, tokenizer, begin, longest_input(carrier, tokenizer), name)
     choices_after: dict[tuple[int, ...], list[int]] = {}
     for number, each in enumerate(asked):
         choices_after.setdefault(each.seen, []).append(number)
@@ -222,10 +227,13 @@ class _Asked:
 
 
 def _encode(
-    rows: Sequence[ChoiceRow], tokenizer: PreTrainedTokenizerBase, longest: int | None, name: str
+    rows: Sequence[ChoiceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    begin: tuple[int, ...],
+    longest: int | None,
+    name: str,
 ) -> list[_Asked]:
     """Every choice of every row in order, tokenised as training does; of a context that is too long the end is kept."""
-    begin = tuple(beginning_of_text(tokenizer))
     room = None if longest is None else longest - len(begin)
     made: list[_Asked] = []
     cut = 0

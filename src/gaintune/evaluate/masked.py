@@ -43,8 +43,10 @@ def compare_masked(
     Raises:
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
         BaseModelError: the base is no encoder with a masked-LM head.
-        ConfigError: blocks longer than the encoder takes, or an adapter named twice.
+        ConfigError: blocks longer than the encoder takes, `data.beginning_of_text`, or an adapter named twice.
     """
+    if plan.data.beginning_of_text != "auto":
+        raise ConfigError("data.beginning_of_text is for decoders: an encoder's special tokens are around every block")
     check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
 
     def prepare(base: Base) -> Measure[list[DomainLoss]]:

@@ -3,6 +3,7 @@ from .base import DTYPES as DTYPES
 from .base import TOKENIZER_FILES as TOKENIZER_FILES
 from .base import Base as Base
 from .base import base_fingerprint as base_fingerprint
+from .base import begin_texts as begin_texts
 from .base import load_base as load_base
 from .base import load_model as load_model
 from .base import load_tokenizer as load_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -268,7 +269,7 @@ def _quantization(name: str, dtype: torch.dtype, device: torch.device, unquantiz
 
 
 def tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in a base's folder; raises as `load_base` does."""
+    """Load the tokenizer in a base's folder, made to begin texts as the model's do; raises as `load_base` does."""
     from transformers import AutoTokenizer
 
     folder = checkpoint.folder
@@ -276,10 +277,37 @@ def tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedToken
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise BaseModelError(f"{shown}: no tokenizer in {folder} (none of {', '.join(TOKENIZER_FILES)})")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        kind, told = (_read_keys(folder / file) for file in ("config.json", "tokenizer_config.json"))
+        begin_texts(tokenizer, kind.get("model_type"), told=told.get("add_bos_token") is True)
+        return tokenizer
     except Exception as error:  # a damaged file raises whatever its parser does
         reason = one_line(error)[:300]
         raise BaseModelError(f"{shown}: the tokenizer in {folder} cannot be loaded ({reason})") from error
+
+
+def begin_texts(tokenizer: PreTrainedTokenizerBase, model_type: str | None, *, told: bool = False) -> None:
+    """Make a tokenizer put its beginning-of-text token before every text, if the model was trained with one.
+
+    Nothing changes where it puts special tokens around a text already, or has no such token. transformers 5 does not
+    read `add_bos_token` of a tokenizer_config.json that lies beside a tokenizer.json.
+
+    Args:
+        tokenizer: changed in place; slow ones are left alone.
+        model_type: of the model's config. Gemma of every generation was trained with the token, whatever files say:
+            without it, its perplexity is several times what it should be.
+        told: whether the tokenizer's settings, or those of the .gguf file it is from, ask for the token.
+    """
+    wrapped: Any = tokenizer
+    if not (told or "gemma" in (model_type or "")) or not tokenizer.is_fast or tokenizer.bos_token_id is None:
+        return
+    if wrapped("a")["input_ids"] == wrapped("a", add_special_tokens=False)["input_ids"]:
+        wrapped.add_bos_token = True
+
+
+def _read_keys(file: Path) -> dict[str, Any]:
+    """Read a JSON file's keys; none where it is not there."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 TOKENIZER_FILES = (

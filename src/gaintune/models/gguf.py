@@ -134,11 +134,13 @@ def _quick_gguf() -> Iterator[Any]:
     }
     with _quick:
         slow = {name: getattr(gguf, name) for name in quick}
-        vars(gguf).update(quick)
+        for name, function in quick.items():
+            setattr(gguf, name, function)
         try:
             yield quick["GGUFReader"]
         finally:
-            vars(gguf).update(slow)
+            for name, function in slow.items():
+                setattr(gguf, name, function)
 
 
 class QuickReader(GGUFReader):
@@ -165,7 +167,7 @@ class QuickReader(GGUFReader):
         """Return the bytes of each string, and where the last one ends."""
         data, entries = np.asarray(self.data), []  # plain views: those of a memory map take ten times as long
         for _ in range(count):
-            (size,) = struct.unpack_from("=Q", data, start)  # raises past the end of the file
+            (size,) = struct.unpack_from("=Q", memoryview(data), start)  # raises past the end of the file
             start += 8 + size
             entries.append(data[start - size : start])
         return entries, start

@@ -85,7 +85,7 @@ def adapt(
         before = look(model, "before", base=None if job.start else settled.model.name)
         replay, seed = job.method.config.replay, settled.train.seed
         rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
-        record = job.record(base, domain)
+        record = job.record(base, domain, settings=domain.settings)
         trained = job.train(run, model, rows, domain, record, own_rows=domain.train)
         after = look(model, "after")
         if run.writes:

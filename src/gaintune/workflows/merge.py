@@ -26,7 +26,7 @@ from gaintune.adapters import (
     read_record,
 )
 from gaintune.config import ModelConfig
-from gaintune.data import Examples
+from gaintune.data import Examples, beginning_of_text
 from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
 from gaintune.evaluate import measure
 from gaintune.models import (
@@ -312,13 +312,15 @@ def _judging_text(
 
 
 def blocks_of(texts: Sequence[str], tokenizer: Any, block_size: int = 256) -> torch.Tensor:
-    """Texts one after another, an end-of-text token between them, cut into blocks; a rest is dropped."""
+    """Cut texts, joined with end-of-text tokens, into blocks that begin as the model's texts do; drop the rest."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False).input_ids, *end]]
-    size = min(block_size, len(ids))
-    if size < 2:
+    begin = torch.tensor(beginning_of_text(tokenizer), dtype=torch.long)
+    size = min(block_size - len(begin), len(ids))
+    if size + len(begin) < 2:
         raise ConfigError("the text to judge a merge on is empty")
-    return torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
+    rows = torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
+    return torch.cat([begin.expand(len(rows), -1), rows], dim=1)
 
 
 def apply_merge(plan: MergePlan) -> Certificate:

@@ -256,6 +256,7 @@ class _Sequence:
             fingerprint=self.fingerprint,
             trained=[(domain.name, domain.content_hash) for domain in self.domains[: index + 1]],
             versions=describe_environment(torch.device("cpu"))["packages"],
+            settings=self.domains[index].settings,
         )
 
     def _measure(

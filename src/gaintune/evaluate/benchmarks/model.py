@@ -23,6 +23,7 @@ from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.quiet import quiet
 from gaintune.evaluate.benchmarks.records import Aggregation, BenchmarkScore
 from gaintune.evaluate.benchmarks.tasks import AskedTask
+from gaintune.models import begin_texts
 from gaintune.progress import Advance, Progress, Silent
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class AskedModel(_HFLM):
 
     Args:
         model: the model, with or without an adapter.
-        tokenizer: its tokenizer; a copy is used, since lm-eval adds a padding token.
+        tokenizer: its tokenizer; a copy is used, since lm-eval adds a padding token. Whether prompts begin with the
+            beginning-of-text token is its own doing, but for Gemma, which always needs one (`begin_texts`).
         batch_size: prompts in a forward pass.
         title: what a progress bar says.
         progress: where to show it.
@@ -54,9 +56,11 @@ class AskedModel(_HFLM):
         progress: Progress,
         mixed_precision: torch.dtype | None = None,
     ) -> None:
+        own = copy.deepcopy(tokenizer)
+        begin_texts(own, model.config.model_type)
         super().__init__(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=own,
             backend="causal",
             batch_size=batch_size,
             softmax_dtype="float32",

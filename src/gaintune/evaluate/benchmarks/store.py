@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gaintune.adapters import CONFIG, WEIGHTS
+from gaintune.data import beginning_of_text
 from gaintune.errors import RunDirectoryError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.records import BenchmarkScore
@@ -38,7 +39,7 @@ class ModelIdentity:
     Attributes:
         fingerprint: of the base's weights.
         settings: hash over its whole config, such as the longest context and every number of its positions.
-        tokenizer: hash over its files, and the longest text that it takes.
+        tokenizer: hash over its files, the longest text that it takes, and the token it begins texts with, if any.
         numbers: what it computes in, as `numbers_name`.
         attention: the implementation that transformers chose.
         device: kind of device, such as `cuda`.
@@ -133,7 +134,7 @@ def identity_of(base: Base, numbers: str) -> ModelIdentity:
     return ModelIdentity(
         fingerprint=base.fingerprint,
         settings=_hash(settings),
-        tokenizer=_hash([*tokenizer, base.tokenizer.model_max_length]),
+        tokenizer=_hash([*tokenizer, base.tokenizer.model_max_length, *beginning_of_text(base.tokenizer)]),
         numbers=numbers,
         attention=str(getattr(model.config, "_attn_implementation", None)),
         device=model.device.type,
