@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import numpy as np
@@ -167,7 +167,7 @@ class QuickReader(GGUFReader):
         """Return the bytes of each string, and where the last one ends."""
         data, entries = np.asarray(self.data), []  # plain views: those of a memory map take ten times as long
         for _ in range(count):
-            (size,) = struct.unpack_from("=Q", memoryview(data), start)  # raises past the end of the file
+            (size,) = struct.unpack_from("=Q", cast(Any, data), start)  # raises past the end of the file
             start += 8 + size
             entries.append(data[start - size : start])
         return entries, start
