@@ -17,8 +17,8 @@ from gaintune.models.isolation import require_isolation
 from gaintune.models.loss import NextTokenLoss
 from gaintune.progress import Progress, Silent
 from gaintune.results.losses import DomainLoss
-from gaintune.storage.files import canonical_json, make_folder, read_json, write_json
-from gaintune.storage.run import locked
+from gaintune.storage.files import canonical_json, make_folder, write_json
+from gaintune.storage.run import locked, read_stored
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -210,7 +210,7 @@ class BaseLosses:
             with locked(self.folder / f".{key}.lock", f"measuring the base on {domain.name}"):
                 if not file.exists():
                     write_json(file, measure().to_dict())
-        return DomainLoss.from_dict(read_json(file))
+        return read_stored(file, DomainLoss.from_dict)
 
 
 def _rows_hash(rows: Examples) -> str:

@@ -9,8 +9,7 @@ from gaintune.config.plan import EvaluateConfig
 from gaintune.results.losses import DomainLoss, MethodRun, Stage
 from gaintune.results.matrix import Matrix, build_matrix
 from gaintune.results.records import MethodMatrix
-from gaintune.storage.files import read_json
-from gaintune.storage.run import Run
+from gaintune.storage.run import Run, read_stored
 
 logger = logging.getLogger(__name__)
 
@@ -54,4 +53,4 @@ def _losses(run: Run, method: MethodMatrix) -> MethodRun:
 def _read(file: Path) -> DomainLoss:
     if not file.is_file():
         raise FileNotFoundError(file)
-    return DomainLoss.from_dict(read_json(file))
+    return read_stored(file, DomainLoss.from_dict)

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gaintune.errors import RunDirectoryError
@@ -86,6 +86,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise RunDirectoryError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore or delete it") from error
+    except UnicodeDecodeError as error:
+        raise RunDirectoryError(f"{path}: not text in UTF-8 ({error.reason}); restore or delete it") from error
 
 
 def write_manifest(folder: Path) -> None:
@@ -123,14 +125,26 @@ def complete_folder(path: Path) -> Iterator[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """Compare a folder with its manifest: None when whole, else what is wrong with it, in words."""
+    """Compare a folder with its manifest: None when whole, else what is wrong with it, in words. Never raises."""
     manifest = path / MANIFEST
-    if not manifest.is_file():
-        return f"{manifest} is missing, so the folder was never finished"
-    for name, expected in read_json(manifest)["sha256"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if sha256_file(file) != expected:
-            return f"{file} does not match its SHA-256 in {MANIFEST} (cut short or changed)"
+    try:
+        if not manifest.is_file():
+            return f"{manifest} is missing, so the folder was never finished"
+        try:
+            value = json.loads(manifest.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):  # neither text nor JSON, or JSON nested without end
+            return f"{manifest} is not valid JSON (cut short or changed)"
+        sums = value.get("sha256") if isinstance(value, dict) else None
+        if not isinstance(sums, dict) or not sums:
+            return f"{manifest} lists no SHA-256 sums (cut short or changed)"
+        for name, expected in sums.items():
+            file, parts = path / name, PurePosixPath(name).parts
+            if not parts or parts[0] == "/" or ".." in parts:
+                return f"{manifest} lists {name!r}, which is not a file of the folder"
+            if not file.is_file():
+                return f"{file} is missing"
+            if sha256_file(file) != expected:
+                return f"{file} does not match its SHA-256 in {MANIFEST} (cut short or changed)"
+    except (OSError, ValueError) as error:  # a file that cannot be read, or a name that no file can have
+        return f"{path} cannot be checked ({error})"
     return None

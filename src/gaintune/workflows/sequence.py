@@ -27,8 +27,8 @@ from gaintune.results.losses import DomainLoss, MethodRun, Stage
 from gaintune.results.matrix import build_matrix
 from gaintune.results.records import Matrix
 from gaintune.storage.environment import describe_environment
-from gaintune.storage.files import damage, read_json, write_json
-from gaintune.storage.run import Run, open_run, process_count
+from gaintune.storage.files import damage, write_json
+from gaintune.storage.run import Run, open_run, process_count, read_stored
 from gaintune.training.snapshots import Snapshots
 from gaintune.training.train import count_updates, learn
 
@@ -98,7 +98,7 @@ def run_sequence(
             raise DivergedError(told, diverged, finished=len(sequences) - len(diverged))
         directory.event("finished")
         directory.wait()
-        return Matrix.from_dict(read_json(directory.matrix))
+        return read_stored(directory.matrix, Matrix.from_dict)
 
 
 def describe_inputs(fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> dict[str, Any]:
@@ -189,14 +189,15 @@ class _Sequence:
             if losses:
                 stages.append(Stage(domain.name, losses))
             if (folder / "metrics.json").exists():
-                info["trainable_parameters"] = read_json(folder / "metrics.json")["trainable_parameters"]
+                trained = read_stored(folder / "metrics.json", lambda metrics: metrics["trainable_parameters"])
+                info["trainable_parameters"] = trained
         base = self._losses({each.name: self._base_file(each) for each in self._measured})
         info["numbers"] = self._numbers.name
         return MethodRun(self._method.label, base, tuple(stages), info)
 
     @staticmethod
     def _losses(files: dict[str, Path]) -> dict[str, DomainLoss]:
-        return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file.exists()}
+        return {name: read_stored(file, DomainLoss.from_dict) for name, file in files.items() if file.exists()}
 
     def _model_after(self, base: Base, index: int) -> nn.Module:
         """The model as it is after a stage, ready to train on; -1 stands for the start."""
@@ -261,7 +262,7 @@ class _Sequence:
             self._measure(model, measured, file, f"{label} after {domain.name}")
         if self._run.writes:
             lr = learning_rate(self._method, self._plan.train)
-            told = read_json(folder / "training.json")
+            told = read_stored(folder / "training.json", dict)
             write_json(folder / "metrics.json", {**told, "lr": lr, "trainable_parameters": trainable_parameters(model)})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             self._run.event("stage finished", method=label, domain=domain.name)

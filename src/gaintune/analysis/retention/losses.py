@@ -22,7 +22,8 @@ from gaintune.methods.attach import Numbers, measuring_numbers
 from gaintune.models.base import Base, load_base
 from gaintune.progress import Progress
 from gaintune.results.losses import DomainLoss
-from gaintune.storage.files import canonical_json, read_json, sha256_file, write_json
+from gaintune.storage.files import canonical_json, sha256_file, write_json
+from gaintune.storage.run import read_stored
 from gaintune.training.snapshots import snapshots_of
 
 
@@ -69,7 +70,7 @@ class SnapshotLosses:
         """Losses by domain of the base with an adapter, or without one, in some numbers."""
         files = {domain.name: self._file(adapter, numbers, domain) for domain in self._domains}
         if all(file is not None and file.exists() for file in files.values()):
-            return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file is not None}
+            return {name: read_stored(file, DomainLoss.from_dict) for name, file in files.items() if file is not None}
         with contextlib.ExitStack() as stack:
             base = self._in(numbers)
             model: nn.Module = base.model

@@ -16,8 +16,7 @@ from gaintune.report.tables import cell_frame, summary_frame
 from gaintune.report.words import FIGURES, NONE, with_interval
 from gaintune.results.matrix import Interval, Matrix
 from gaintune.results.records import Summary
-from gaintune.storage.files import read_json
-from gaintune.storage.run import stage_folder
+from gaintune.storage.run import read_stored, stage_folder
 from gaintune.workflows.sequence import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
@@ -89,7 +88,7 @@ def learn(plan: Plan, run: Path, context: Context) -> tuple[Matrix, dict[str, st
         if not error.finished:
             raise
         diverged = error.methods
-        found = Matrix.from_dict(read_json(run / "matrix.json"))
+        found = read_stored(run / "matrix.json", Matrix.from_dict)
         matrix = replace(
             found,
             methods=tuple(method for method in found.methods if method.label not in diverged),

@@ -13,8 +13,8 @@ from gaintune.report.tables import tidy
 from gaintune.results.bootstrap import FIGURES
 from gaintune.results.losses import DomainLoss, MethodRun, Stage
 from gaintune.results.records import Matrix
-from gaintune.storage.files import read_json, write_bytes, write_text
-from gaintune.storage.run import Run
+from gaintune.storage.files import write_bytes, write_text
+from gaintune.storage.run import Run, read_stored
 from gaintune.workflows.sweep.grid import PlannedRun
 
 FACTS = ("numbers", "device")  # of a finished run
@@ -51,7 +51,9 @@ class SweepRow:
     @property
     def device(self) -> str | None:
         """The device that a finished run was begun on, by its name; None of one that is not."""
-        return None if self.matrix is None else read_json(self.folder / "environment.json")["device"]
+        if self.matrix is None:
+            return None
+        return read_stored(self.folder / "environment.json", lambda environment: environment["device"])
 
     def figures(self) -> dict[str, Any]:
         """The summary in %, each figure with the ends of its interval over blocks; nothing of an unfinished run."""
@@ -78,7 +80,7 @@ class SweepRow:
         run = Run(self.folder)
 
         def read(folder: Path) -> dict[str, DomainLoss]:
-            return {name: DomainLoss.from_dict(read_json(folder / f"{name}.json")) for name in method.base}
+            return {name: read_stored(folder / f"{name}.json", DomainLoss.from_dict) for name in method.base}
 
         base = read(run.base(method.info["numbers"], self.matrix.domains[0]).parent)
         folders = (run.stage(method.label, index, stage.domain) for index, stage in enumerate(method.stages))
