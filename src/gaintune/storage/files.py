@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -90,20 +90,28 @@ def read_json(path: Path) -> Any:
         raise RunDirectoryError(f"{path}: not text in UTF-8 ({error.reason}); restore or delete it") from error
 
 
-def write_manifest(folder: Path) -> None:
-    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically."""
-    files = sorted(entry for entry in folder.rglob("*") if entry.is_file() and entry.name != MANIFEST)
-    for file in files:
+def write_manifest(folder: Path, editable: Collection[str] = ()) -> None:
+    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically.
+
+    Files named in `editable` are a person's to change, so the manifest leaves them out.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    for file in files.values():
         _sync(file)
-    sums = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+    sums = {name: sha256_file(file) for name, file in files.items() if name not in editable}
     write_json(folder / MANIFEST, {"sha256": sums})
 
 
 @contextlib.contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path, editable: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
 
-    An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole.
+    An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole. It
+    leaves out the files named in `editable`, which a person may change later.
     """
     make_folder(path.parent)
     temporary = _beside(path)
@@ -114,7 +122,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)  # safetensors writes for the owner's eyes only, whatever the umask says
-        write_manifest(temporary)
+        write_manifest(temporary, editable)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
