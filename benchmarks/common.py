@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gaintune.tuners.disel.products import stacked_product
 from peft import IA3Config, get_peft_model
 
 from gaintune.config import MethodConfig, build_plan
@@ -17,7 +18,6 @@ from gaintune.methods import attach
 from gaintune.models import Base, load_base
 from gaintune.storage import describe_environment
 from gaintune.tuners.disel.layer import DiselVariant, disel_layers, widened
-from gaintune.tuners.disel.products import stacked_product
 
 BATCH, BLOCK = 4, 256
 DOMAIN = "law"

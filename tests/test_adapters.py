@@ -1,10 +1,14 @@
 """Adapters on disk: what is saved comes back exactly, on its own base, or not at all."""
 
 import json
+import shutil
 import warnings
+from dataclasses import replace
 
+import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -206,9 +210,31 @@ def test_an_adapter_without_its_manifest_was_never_finished(tiny, tmp_path):
     assert "never finished" in refused(tiny, tmp_path / "adapter")
 
 
-def test_a_readme_written_later_is_no_damage(tiny, tmp_path):
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_card_of_peft_stays_and_names_no_path(tiny, tmp_path, method):
+    copy = shutil.copytree(tiny, tmp_path / "elsewhere")
+    for folder, base in (("first", tiny), ("second", copy)):
+        saved(base, tmp_path / folder, method)
+    text = (tmp_path / "first" / "README.md").read_text()
+    assert ModelCard(text).data.library_name == "peft" and f"- PEFT {peft.__version__}" in text
+    assert str(tiny) not in text and "base_model" not in text
+    assert text == (tmp_path / "second" / "README.md").read_text()
+
+
+def test_the_card_names_a_base_of_the_hub(tiny, tmp_path):
+    base = base_of(tiny)
+    model = get_peft_model(base.model, CONFIGS["lora"](), adapter_name="contracts")
+    save_adapter(model, tmp_path / "adapter", replace(record_of(base, "lora"), base_name="org/model"))
+    card = ModelCard.load(tmp_path / "adapter" / "README.md").data
+    assert card.base_model == "org/model"
+    assert card.tags == ["base_model:adapter:org/model", "lora", "transformers"]
+
+
+def test_a_card_that_was_rewritten_or_is_not_there_is_no_damage(tiny, tmp_path):
     expected = saved(tiny, tmp_path / "adapter")
     (tmp_path / "adapter" / "README.md").write_text("what this adapter is for")
+    assert torch.equal(logits(load_adapter(base_of(tiny), tmp_path / "adapter")), expected)
+    (tmp_path / "adapter" / "README.md").unlink()
     assert torch.equal(logits(load_adapter(base_of(tiny), tmp_path / "adapter")), expected)
 
 

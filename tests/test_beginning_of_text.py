@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import yaml
-from gaintune.workflows.adapt import adapt
 from torch.nn import functional as F
 
 import tiny_base
@@ -17,7 +16,7 @@ from gaintune.data import ChoiceRow, beginning_of_text, load_domain
 from gaintune.evaluate import measure
 from gaintune.evaluate.choices import choice_likelihoods
 from gaintune.models import begin_texts, load_base, load_tokenizer
-from gaintune.workflows import run_sequence
+from gaintune.workflows import adapt, run_sequence
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,24 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 
 import pytest
 
 from gaintune.config import build_plan
 from gaintune.errors import RunDirectoryError
-from gaintune.storage import canonical_json, complete_folder, damage, open_run, read_json, write_json, write_text
+from gaintune.results import DomainLoss
+from gaintune.storage import (
+    canonical_json,
+    complete_folder,
+    damage,
+    open_run,
+    read_json,
+    read_stored,
+    write_json,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -41,6 +52,35 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert "does not match" in damage(folder)
     (folder / "weights").unlink()
     assert "missing" in damage(folder)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "problem"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"sha256": {', "not valid JSON"),
+        (b'{"sha256": {"weights\xf7": ""}}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "lists no SHA-256 sums"),
+        (b'{"sha255": {"weights": ""}}', "lists no SHA-256 sums"),
+        (b'{"sha256": ["weights"]}', "lists no SHA-256 sums"),
+        (b'{"sha256": {}}', "lists no SHA-256 sums"),
+        (b'{"sha256": {"weights": 5}}', "does not match"),
+        (b'{"sha256": {"weightt": ""}}', "is missing"),
+        (b'{"sha256": {"../secret": ""}}', "not a file of the folder"),
+        (b'{"sha256": {"/ecret": ""}}', "not a file of the folder"),
+        (b'{"sha256": {"": ""}}', "not a file of the folder"),
+        (b'{"sha256": {"weights\\u0000": ""}}', "is missing|cannot be checked"),
+        (b'{"sha256": {"%s": ""}}' % (b"w" * 5000), "cannot be checked"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[:30].decode(errors="replace"),
+)
+def test_a_broken_manifest_is_damage_in_words(tmp_path, manifest, problem):
+    (tmp_path / "secret").write_text("")
+    with complete_folder(tmp_path / "adapter") as temporary:
+        (temporary / "weights").write_text("whole")
+    (tmp_path / "adapter" / "manifest.json").write_bytes(manifest)
+    assert re.search(problem, damage(tmp_path / "adapter"))
 
 
 def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path):
@@ -110,6 +150,27 @@ def test_broken_json_names_file_and_line(tmp_path):
     file.write_text('{"a": 1,\n"b" 2}')
     with pytest.raises(RunDirectoryError, match=r"metrics\.json:2"):
         read_json(file)
+    file.write_bytes(b'{"a": "\xf7"}')
+    with pytest.raises(RunDirectoryError, match=r"metrics\.json: not text in UTF-8"):
+        read_json(file)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        None,
+        {"nll": [1.0], "tokens": [5]},
+        {"nll": ["x"], "tokens": [5], "bytes": [9]},
+        {"nll": [1.0, 2.0], "tokens": [5], "bytes": [9]},
+        {"nll": [1.0], "tokens": [5], "bytes": "nine"},
+    ],
+)
+def test_a_stored_value_of_another_shape_names_its_file(tmp_path, value):
+    write_json(tmp_path / "law.json", value)
+    with pytest.raises(RunDirectoryError, match=r"law\.json: .*; restore or delete it"):
+        read_stored(tmp_path / "law.json", DomainLoss.from_dict)
 
 
 def test_a_run_directory_of_another_plan_is_refused_with_what_differs(tmp_path):

@@ -77,6 +77,21 @@ def test_every_method_and_penalty_survives_a_stop_in_a_later_stage(model, tmp_pa
     assert contents(run) == contents(tmp_path / "whole")
 
 
+def test_a_newest_checkpoint_with_a_damaged_manifest_costs_its_updates_and_nothing_else(model, tmp_path, caplog):
+    plan = tiny_domains.plan(model, tmp_path)
+    run_sequence(plan, tmp_path / "whole")
+    run = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        run_sequence(plan, run, progress=StopAt("gain-ffn: learning code", 7))
+    checkpoints = run / "stages" / "gain-ffn" / "02-code" / "checkpoints"
+    manifest = checkpoints / "checkpoint-6" / "manifest.json"
+    assert (checkpoints / "checkpoint-3").is_dir()
+    manifest.write_bytes(manifest.read_bytes().replace(b"s", b"\xf3", 1))
+    run_sequence(plan, run)
+    assert [record.getMessage().count("training continues from checkpoint-3") for record in caplog.records] == [1]
+    assert contents(run) == contents(tmp_path / "whole")
+
+
 def test_cells_are_what_the_saved_adapters_measure(model, tmp_path):
     plan = tiny_domains.plan(model, tmp_path, methods=["gain-ffn", {"name": "lora", "rank": 2, "lr": 0.02}])
     run = tmp_path / "run"

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import random
+import shutil
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from gaintune.data import Examples
 from gaintune.errors import ConfigError, DivergedError
 from gaintune.methods import METHODS, Precision, PreparedMethod, StagePosition, attach
 from gaintune.models import NextTokenLoss
-from gaintune.storage import damage
+from gaintune.storage import MANIFEST, damage
 from gaintune.training import TrainedStage, train_stage
 from gaintune.training.loop import newest_checkpoint, schedule_factor
 
@@ -124,6 +126,38 @@ def test_a_checkpoint_cut_short_is_not_used(tmp_path):
     (newest / "trainer_state.json").write_text("{")
     assert newest_checkpoint(tmp_path).name == "checkpoint-2"
     assert not newest.exists()
+
+
+def test_whatever_bit_is_flipped_in_the_newest_checkpoint_the_older_one_is_found(tmp_path, caplog):
+    kept, used, rng = tmp_path / "kept", tmp_path / "used", random.Random(0)
+    plan = TrainConfig(batch_size=4, checkpoint_steps=1)
+    train(adapted(), examples(tiny_base.blocks(8, 16)), plan, lr=0.05, seed=0, checkpoints=kept)
+    newest = kept / "checkpoint-2"
+    files = sorted(file.name for file in newest.iterdir() if file.name != MANIFEST)
+    for number in range(400):
+        name = MANIFEST if number % 2 else rng.choice(files)
+        damaged = bytearray((newest / name).read_bytes())
+        bit = rng.randrange(8 * len(damaged))
+        damaged[bit // 8] ^= 1 << bit % 8
+        shutil.copytree(kept, used)
+        (used / newest.name / name).write_bytes(damaged)
+        caplog.clear()
+        assert newest_checkpoint(used) == used / "checkpoint-1", (name, bit)
+        assert [record.getMessage().count("continues from checkpoint-1") for record in caplog.records] == [1], (
+            name,
+            bit,
+        )
+        assert not (used / newest.name).exists()
+        shutil.rmtree(used)
+
+
+def test_with_no_whole_checkpoint_training_starts_again_and_other_folders_stay(tmp_path, caplog):
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-2 of mine"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path) is None
+    (record,) = caplog.records
+    assert record.getMessage().count("never finished") == 2 and "training starts again" in record.getMessage()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-2 of mine"]
 
 
 def test_no_pickle_of_settings_is_left_behind(tmp_path):

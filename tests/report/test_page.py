@@ -173,7 +173,13 @@ def test_what_is_missing_is_named(tmp_path, two_methods):
     with pytest.raises(RunDirectoryError, match=r"matrix\.json:1: not valid JSON"):
         write_report(run)
     write_text(run / "matrix.json", "[]")
-    with pytest.raises(RunDirectoryError, match="not a matrix of format 1"):
+    with pytest.raises(RunDirectoryError, match=r"matrix\.json: not a matrix of format 1"):
+        write_report(run)
+    values = two_methods.to_dict()
+    domain = values["domains"][0]
+    values["methods"][0]["base"]["other"] = values["methods"][0]["base"].pop(domain)
+    write_json(run / "matrix.json", values)
+    with pytest.raises(RunDirectoryError, match=rf"matrix\.json: a matrix with a part .*the base on {domain}"):
         write_report(run)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from gaintune.adapters.record import (
@@ -23,7 +24,7 @@ from gaintune.adapters.record import (
 )
 from gaintune.config import DataConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseModelError, one_line
-from gaintune.models import Base, Checkpoint, base_fingerprint, load_model, save_model
+from gaintune.models import Base, Checkpoint, base_fingerprint, is_hub_id, load_model, save_model
 from gaintune.storage import files
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CARD = "README.md"
 FORMAT = 1
 
 
@@ -70,7 +72,7 @@ def save_adapter(
     """
     from peft import PeftModel
 
-    with files.complete_folder(Path(folder)) as temporary:
+    with files.complete_folder(Path(folder), editable=(CARD,)) as temporary:
         if isinstance(model, PeftModel):
             _save_peft(model, temporary, record)
         else:
@@ -88,7 +90,7 @@ def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:
         for file in (folder / name).iterdir():
             file.rename(folder / file.name)
         (folder / name).rmdir()
-    (folder / "README.md").unlink(missing_ok=True)  # a form to fill in; one written later is not under the manifest
+    _name_base_in_card(folder / CARD, record.base_name)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = record.base_name
     config["revision"] = record.base_revision
@@ -96,6 +98,19 @@ def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:
         if isinstance(getattr(model.peft_config[name], key, None), set):
             config[key] = sorted(value)
     files.write_json(folder / CONFIG, config)
+
+
+def _name_base_in_card(file: Path, base_name: str) -> None:
+    """Let PEFT's card name the base by its hub id; a path of this machine or 'demo' means nothing to a reader."""
+    if not file.is_file():
+        return
+    named = is_hub_id(base_name)
+    card = ModelCard.load(file)
+    data: Any = card.data
+    data.base_model = base_name if named else None
+    tags = [tag for tag in data.tags or () if not tag.startswith("base_model:")]
+    data.tags = sorted([*tags, *([f"base_model:adapter:{base_name}"] if named else ())]) or None
+    card.save(file)
 
 
 def load_adapter(

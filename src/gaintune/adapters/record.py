@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaintune.config import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
-from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
+from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.storage import files
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
         values["data"] = {name: DomainSettings(**each) for name, each in values.get("data", {}).items()}
         known = {entry.name for entry in fields(AdapterRecord)}
         return AdapterRecord(**{key: value for key, value in values.items() if key in known})
-    except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{path}: damaged record ({error}); restore the folder from where it was saved") from None
 
 
@@ -283,10 +283,6 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
 
 def check_whole(folder: Path) -> None:
     """An adapter of ours has a manifest; one without a record may have none."""
-    if (folder / files.MANIFEST).is_file() or (folder / RECORD).is_file():
-        try:
-            problem = files.damage(folder)
-        except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-            problem = f"{folder / files.MANIFEST} is damaged"
-        if problem:
-            raise AdapterError(f"damaged adapter: {problem}; restore the folder from where it was saved")
+    ours = (folder / files.MANIFEST).is_file() or (folder / RECORD).is_file()
+    if ours and (problem := files.damage(folder)):
+        raise AdapterError(f"damaged adapter: {problem}; restore the folder from where it was saved")

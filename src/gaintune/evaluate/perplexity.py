@@ -16,7 +16,7 @@ from gaintune.evaluate.batches import run_batches
 from gaintune.models import NextTokenLoss, require_isolation
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss
-from gaintune.storage import canonical_json, locked, make_folder, read_json, write_json
+from gaintune.storage import canonical_json, locked, make_folder, read_stored, write_json
 
 
 def measure(
@@ -204,7 +204,7 @@ class BaseLosses:
             with locked(self.folder / f".{key}.lock", f"measuring the base on {domain.name}"):
                 if not file.exists():
                     write_json(file, measure().to_dict())
-        return DomainLoss.from_dict(read_json(file))
+        return read_stored(file, DomainLoss.from_dict)
 
 
 def _rows_hash(rows: Examples) -> str:

@@ -11,6 +11,7 @@ from .base import resolve_device as resolve_device
 from .base import resolve_dtype as resolve_dtype
 from .base import save_model as save_model
 from .checkpoints import Checkpoint as Checkpoint
+from .checkpoints import is_hub_id as is_hub_id
 from .devices import VISIBLE as VISIBLE
 from .devices import take_device as take_device
 from .devices import visible_devices as visible_devices

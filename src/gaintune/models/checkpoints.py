@@ -64,6 +64,12 @@ def locate(config: ModelConfig) -> Checkpoint:
     return checkpoint
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a base's name is an id of the hub rather than 'demo' or a path of this machine."""
+    here = name == "demo" or name.startswith(".") or name.endswith(".gguf") or Path(name).exists()
+    return not here and HUB_ID.fullmatch(name) is not None
+
+
 def weight_files(folder: Path, name: str | None = None) -> list[Path]:
     """The safetensors files of a model folder, in the order of their names.
 

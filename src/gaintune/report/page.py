@@ -13,7 +13,7 @@ from gaintune.errors import RunDirectoryError
 from gaintune.progress import plural
 from gaintune.report import canvas, figures, palette, tables, words
 from gaintune.results import Matrix, recomputed
-from gaintune.storage import read_json, write_bytes, write_json, write_text
+from gaintune.storage import read_stored, write_bytes, write_json, write_text
 
 
 def write_report(run: str | Path) -> Path:
@@ -40,13 +40,13 @@ def write_report(run: str | Path) -> Path:
         )
     if not source.is_file():
         raise RunDirectoryError(f"{source}: nothing measured yet; run `gaintune sequence` on this run directory first")
-    stored = Matrix.from_dict(read_json(source))
+    stored = read_stored(source, Matrix.from_dict)
     plan = build_plan(read_values(run / "plan.yaml"), str(run / "plan.yaml"))
     matrix = recomputed(run, stored, plan.evaluate)
     if matrix != stored:
         write_json(source, matrix.to_dict())
     record = run / "environment.json"
-    environment = read_json(record) if record.is_file() else {}
+    environment = read_stored(record, dict) if record.is_file() else {}
     page = render(matrix, plan, environment, run.resolve().name)
     write_text(run / "matrix.csv", tables.to_csv(matrix))
     write_text(run / "matrix.md", tables.to_markdown(matrix))

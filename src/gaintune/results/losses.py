@@ -62,7 +62,7 @@ class DomainLoss:
                 tuple(map(float, value["nll"])), tuple(map(int, value["tokens"])), tuple(map(int, value["bytes"]))
             )
         except (KeyError, TypeError) as error:
-            raise RunDirectoryError(f"not the losses of a domain ({error!r}); delete the file and run again") from error
+            raise RunDirectoryError(f"not the losses of a domain ({error!r})") from error
 
 
 @dataclass(frozen=True)

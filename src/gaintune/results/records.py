@@ -147,7 +147,7 @@ class Matrix:
         """
         found = value.get("format") if isinstance(value, dict) else None
         if found != FORMAT:
-            raise RunDirectoryError(f"not a matrix of format {FORMAT} (found {found!r}); run `gaintune sequence` again")
+            raise RunDirectoryError(f"not a matrix of format {FORMAT} (found {found!r})")
         try:
             return cls(
                 domains=tuple(value["domains"]),
@@ -161,7 +161,7 @@ class Matrix:
                 partial=value["partial"],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise RunDirectoryError(f"a matrix with a part missing or wrong ({error!r}); build it again") from error
+            raise RunDirectoryError(f"a matrix with a part missing or wrong ({error!r})") from error
 
 
 def _read_interval(value: dict[str, Any] | None) -> Interval | None:
@@ -173,7 +173,7 @@ def _read_summary(value: dict[str, Any]) -> Summary:
 
 
 def _read_method(value: dict[str, Any]) -> MethodMatrix:
-    rows = (
+    rows = tuple(
         MatrixRow(row["domain"], {name: Cell(**cell) for name, cell in row["cells"].items()}, row["finished"])
         for row in value["stages"]
     )
@@ -182,5 +182,7 @@ def _read_method(value: dict[str, Any]) -> MethodMatrix:
         for row in value["per_stage"]
     )
     base = {name: BaseFigures(**figures) for name, figures in value["base"].items()}
+    if unknown := sorted({name for row in rows for name in row.cells} - set(base)):
+        raise KeyError(f"the base on {unknown[0]}")
     summary = _read_summary(value["summary"])
-    return MethodMatrix(value["label"], dict(value["info"]), base, tuple(rows), summary, tuple(per_stage))
+    return MethodMatrix(value["label"], dict(value["info"]), base, rows, summary, tuple(per_stage))

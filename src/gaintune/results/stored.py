@@ -9,7 +9,7 @@ from gaintune.config import EvaluateConfig
 from gaintune.results.losses import DomainLoss, MethodRun, Stage
 from gaintune.results.matrix import build_matrix
 from gaintune.results.records import Matrix, MethodMatrix
-from gaintune.storage import Run, read_json
+from gaintune.storage import Run, read_stored
 
 logger = logging.getLogger(__name__)
 
@@ -53,4 +53,4 @@ def _losses(run: Run, method: MethodMatrix) -> MethodRun:
 def _read(file: Path) -> DomainLoss:
     if not file.is_file():
         raise FileNotFoundError(file)
-    return DomainLoss.from_dict(read_json(file))
+    return read_stored(file, DomainLoss.from_dict)

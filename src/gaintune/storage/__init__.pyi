@@ -20,4 +20,5 @@ from .run import first_process as first_process
 from .run import locked as locked
 from .run import open_run as open_run
 from .run import process_count as process_count
+from .run import read_stored as read_stored
 from .run import stage_folder as stage_folder

@@ -145,10 +145,7 @@ def _asset(name: str) -> Asset:
 
 def _damage(asset: Asset) -> str | None:
     """What is wrong with an unpacked asset, in words; None when it is whole."""
-    try:
-        found = files.damage(asset.folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {files.MANIFEST} cannot be read ({error})"
+    found = files.damage(asset.folder)
     missing = [member for member in asset.members if not (asset.folder / member).exists()]
     return found or (f"{missing[0]} is missing" if missing else None)
 

@@ -9,8 +9,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gaintune.errors import RunDirectoryError
@@ -86,22 +86,32 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise RunDirectoryError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore or delete it") from error
+    except UnicodeDecodeError as error:
+        raise RunDirectoryError(f"{path}: not text in UTF-8 ({error.reason}); restore or delete it") from error
 
 
-def write_manifest(folder: Path) -> None:
-    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically."""
-    files = sorted(entry for entry in folder.rglob("*") if entry.is_file() and entry.name != MANIFEST)
-    for file in files:
+def write_manifest(folder: Path, editable: Collection[str] = ()) -> None:
+    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically.
+
+    Files named in `editable` are a person's to change, so the manifest leaves them out.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    for file in files.values():
         _sync(file)
-    sums = {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+    sums = {name: sha256_file(file) for name, file in files.items() if name not in editable}
     write_json(folder / MANIFEST, {"sha256": sums})
 
 
 @contextlib.contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path, editable: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
 
-    An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole.
+    An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole. It
+    leaves out the files named in `editable`, which a person may change later.
     """
     make_folder(path.parent)
     temporary = _beside(path)
@@ -112,7 +122,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)  # safetensors writes for the owner's eyes only, whatever the umask says
-        write_manifest(temporary)
+        write_manifest(temporary, editable)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
@@ -123,14 +133,26 @@ def complete_folder(path: Path) -> Iterator[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """Compare a folder with its manifest: None when whole, else what is wrong with it, in words."""
+    """Compare a folder with its manifest: None when whole, else what is wrong with it, in words. Never raises."""
     manifest = path / MANIFEST
-    if not manifest.is_file():
-        return f"{manifest} is missing, so the folder was never finished"
-    for name, expected in read_json(manifest)["sha256"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if sha256_file(file) != expected:
-            return f"{file} does not match its SHA-256 in {MANIFEST} (cut short or changed)"
+    try:
+        if not manifest.is_file():
+            return f"{manifest} is missing, so the folder was never finished"
+        try:
+            value = json.loads(manifest.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):  # neither text nor JSON, or JSON nested without end
+            return f"{manifest} is not valid JSON (cut short or changed)"
+        sums = value.get("sha256") if isinstance(value, dict) else None
+        if not isinstance(sums, dict) or not sums:
+            return f"{manifest} lists no SHA-256 sums (cut short or changed)"
+        for name, expected in sums.items():
+            file, parts = path / name, PurePosixPath(name).parts
+            if not parts or parts[0] == "/" or ".." in parts:
+                return f"{manifest} lists {name!r}, which is not a file of the folder"
+            if not file.is_file():
+                return f"{file} is missing"
+            if sha256_file(file) != expected:
+                return f"{file} does not match its SHA-256 in {MANIFEST} (cut short or changed)"
+    except (OSError, ValueError) as error:  # a file that cannot be read, or a name that no file can have
+        return f"{path} cannot be checked ({error})"
     return None

@@ -7,17 +7,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
 from filelock import FileLock, Timeout
 
-from gaintune.config import Plan, plan_yaml
-from gaintune.errors import RunDirectoryError
+from gaintune.config import Plan, plan_yaml, read_values
+from gaintune.errors import GaintuneError, RunDirectoryError
 from gaintune.storage.diff import differences
 from gaintune.storage.files import canonical_json, make_folder, read_json, write_json, write_text
 
@@ -42,7 +41,23 @@ def locked(path: Path, doing: str, *, patience: float = PATIENCE) -> Iterator[No
         lock.release()
 
 
+T = TypeVar("T")
+
 TAKING = {"plan.yaml", "environment.json", "inputs.json", "events.jsonl", ".lock"}
+
+
+def read_stored(path: Path, parse: Callable[[Any], T]) -> T:
+    """Read a JSON file and return what `parse` makes of it.
+
+    Raises:
+        RunDirectoryError: the file is damaged, or holds something that `parse` cannot use.
+    """
+    value = read_json(path)
+    try:
+        return parse(value)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        problem = str(error) if isinstance(error, GaintuneError) else f"damaged ({error!r})"
+        raise RunDirectoryError(f"{path}: {problem}; restore or delete it") from error
 
 
 def stage_folder(run: Path, label: str, index: int, domain: str) -> Path:
@@ -184,7 +199,7 @@ def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator
     try:
         run = Run(folder)
         if plan_file.exists():
-            changed = differences(plan.model_dump(mode="json"), yaml.safe_load(plan_file.read_text(encoding="utf-8")))
+            changed = differences(plan.model_dump(mode="json"), read_values(plan_file))
             if changed and _nothing_finished(folder):
                 _start_over(folder)  # such as after a mistake in the plan: the corrected one is welcome
                 write_text(plan_file, plan_yaml(plan))

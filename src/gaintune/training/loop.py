@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +26,7 @@ from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
 from gaintune.methods import PreparedMethod, Rows, StageData, StagePosition, TrainingRule, rules_of
 from gaintune.models import NextTokenLoss, Objective, require_isolation
 from gaintune.progress import Advance, Progress, Silent
-from gaintune.storage import damage, write_manifest
+from gaintune.storage import damage, first_process, write_manifest
 from gaintune.training.snapshots import KeepSnapshots, Snapshots
 from gaintune.tuners import AdapterOptimizerMixin
 
@@ -153,6 +155,11 @@ class AfterUpdate(TrainerCallback):
             rule.after_update(self._model, state.global_step)
 
 
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
 @dataclass(frozen=True)
 class TrainedStage:
     """What one adaptation did: updates, tokens seen, loss of every update (nats per token), and its pace this time.
@@ -179,14 +186,24 @@ def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint in a folder; those cut short while being written are deleted."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if damage(checkpoint) is None:
-            whole.append(checkpoint)
-        else:
+    """Return the latest whole checkpoint in a folder; the others are deleted, and one warning says why.
+
+    Of several processes on one run, the first warns and deletes.
+    """
+    found = sorted(
+        (int(name[1]), entry)
+        for entry in folder.glob("*")
+        if (name := CHECKPOINT.fullmatch(entry.name)) and entry.is_dir()
+    )
+    problems = {checkpoint: damage(checkpoint) for _, checkpoint in found}
+    newest = next((checkpoint for checkpoint in reversed(problems) if problems[checkpoint] is None), None)
+    broken = {checkpoint: problem for checkpoint, problem in problems.items() if problem is not None}
+    if broken and first_process():
+        goes_on = f"training continues from {newest.name}" if newest else "training starts again"
+        logger.warning("%s; it is deleted, and %s", "; ".join(broken.values()), goes_on)
+        for checkpoint in broken:  # left there, it would count as one of the newest two, which are kept
             shutil.rmtree(checkpoint)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return newest
 
 
 def train_stage(

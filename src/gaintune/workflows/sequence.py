@@ -21,7 +21,15 @@ from gaintune.methods import PreparedMethod, StagePosition, attach, prepare_meth
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
-from gaintune.storage import Run, damage, describe_environment, open_run, process_count, read_json, write_json
+from gaintune.storage import (
+    Run,
+    damage,
+    describe_environment,
+    open_run,
+    process_count,
+    read_stored,
+    write_json,
+)
 from gaintune.training import Snapshots, count_updates, train_stage
 
 SAME_INPUTS = "A run is one base and one set of texts: name another folder for others"
@@ -87,7 +95,7 @@ def run_sequence(
             raise DivergedError(told, diverged, finished=len(sequences) - len(diverged))
         directory.event("finished")
         directory.wait()
-        return Matrix.from_dict(read_json(directory.matrix))
+        return read_stored(directory.matrix, Matrix.from_dict)
 
 
 def describe_inputs(fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> dict[str, Any]:
@@ -173,14 +181,15 @@ class _Sequence:
             if losses:
                 stages.append(Stage(domain.name, losses))
             if (folder / "metrics.json").exists():
-                info["trainable_parameters"] = read_json(folder / "metrics.json")["trainable_parameters"]
+                trained = read_stored(folder / "metrics.json", lambda metrics: metrics["trainable_parameters"])
+                info["trainable_parameters"] = trained
         base = self._losses({each.name: self._base_file(each) for each in self.measured})
         info["numbers"] = self.method.precision.name
         return MethodRun(self.label, base, tuple(stages), info)
 
     @staticmethod
     def _losses(files: dict[str, Path]) -> dict[str, DomainLoss]:
-        return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file.exists()}
+        return {name: read_stored(file, DomainLoss.from_dict) for name, file in files.items() if file.exists()}
 
     def _model_after(self, base: Base, index: int) -> nn.Module:
         """The model as it is after a stage, ready to train on; -1 stands for the start."""
@@ -243,7 +252,7 @@ class _Sequence:
             self._measure(model, measured, file, f"{label} after {domain.name}")
         if self.directory.writes:
             made = {"lr": self.method.lr, "trainable_parameters": trainable_parameters(model)}
-            write_json(folder / "metrics.json", {**read_json(folder / "training.json"), **made})
+            write_json(folder / "metrics.json", {**read_stored(folder / "training.json", dict), **made})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             self.directory.event("stage finished", method=label, domain=domain.name)
         self.directory.wait()

@@ -21,7 +21,14 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import absorb, adapter_method, add_adapter, load_adapter, read_config, strip_adapters
+from gaintune.adapters import (
+    absorb,
+    adapter_method,
+    add_adapter,
+    load_adapter,
+    read_config,
+    strip_adapters,
+)
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models import Base
 from gaintune.tuners.gain.layer import GainLayer

@@ -42,7 +42,7 @@ from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress, Silent
 from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change
-from gaintune.storage import canonical_json, read_json, sha256_file, write_json
+from gaintune.storage import canonical_json, read_stored, sha256_file, write_json
 from gaintune.training import snapshots_of
 
 
@@ -330,7 +330,7 @@ class SnapshotLosses:
         """Losses by domain of the base with an adapter, or without one, in some numbers."""
         files = {domain.name: self._file(adapter, numbers, domain) for domain in self._domains}
         if all(file is not None and file.exists() for file in files.values()):
-            return {name: DomainLoss.from_dict(read_json(file)) for name, file in files.items() if file is not None}
+            return {name: read_stored(file, DomainLoss.from_dict) for name, file in files.items() if file is not None}
         with contextlib.ExitStack() as stack:
             base = self._in(numbers)
             model: nn.Module = base.model

@@ -99,7 +99,7 @@ class ScoreStore:
             value = read_json(file)
             if value["format"] == FORMAT and all({*OF_A_SCORE, "items"} == set(each) for each in value["scores"]):
                 return value["scores"]
-        except (RunDirectoryError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except (RunDirectoryError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s); measuring again", file, error)
         return None
 

@@ -26,7 +26,7 @@ from gaintune.recipes.steps.train import left_out
 from gaintune.recipes.world import BUDGETS, content_of, labelled_rows
 from gaintune.report import INK, MUTED, NONE, RULE, figure_files, look, styled
 from gaintune.results import Interval, bare, replicated
-from gaintune.storage import Run, damage, make_folder, read_json, write_bytes, write_json, write_text
+from gaintune.storage import Run, damage, make_folder, read_stored, write_bytes, write_json, write_text
 from gaintune.workflows import adapt_classifier
 
 Read = Callable[["Measured"], float]
@@ -267,6 +267,11 @@ def mean_kept(texts: Sequence[tuple[float, float]]) -> Kept:
     return Kept(*(sum(min(each, HOPELESS) for each in figures) / len(texts) for figures in zip(*texts, strict=True)))
 
 
+def _all_kept(values: dict[str, dict[str, float]]) -> dict[str, Kept]:
+    """Read back what kept.json holds, by name of the classifier."""
+    return {name: Kept(**each) for name, each in values.items()}
+
+
 class Study:
     """The classifiers of one step: their plans, where they lie, and how each is measured."""
 
@@ -349,7 +354,7 @@ class Study:
         progress = self._context.progress
         if file.exists() and damage(adapter) is None:
             progress.note(f"{cell.task}: {cell.name} is finished")
-            return read_json(file)["accuracy"]["value"]
+            return read_stored(file, lambda scores: float(scores["accuracy"]["value"]))
         make_folder(folder)
         if adapter.is_dir() and damage(adapter) is None:
             scores = compare_classifiers(cell.plan, [adapter], progress=progress)[0].scores
@@ -361,7 +366,7 @@ class Study:
     def kept(self, cells: Sequence[Cell]) -> dict[str, Kept]:
         """What the classifiers of one task keep, by name, and the base among them; what is on disk is not measured."""
         file = self._context.folder / "classifiers" / cells[0].task / "kept.json"
-        found = read_json(file) if file.exists() else {}
+        found = read_stored(file, _all_kept) if file.exists() else {}
         adapters = {str(self.folder(cell) / "adapter"): cell.name for cell in cells if cell.name not in found}
         if adapters:
             plan = self.text_plan()
@@ -369,9 +374,9 @@ class Study:
             figures = compare(plan, list(map(Path, adapters)), progress=self._context.progress)
             for label, name in {BASE: BASE, **adapters}.items():
                 own = [figure for figure in figures if figure.label == label]
-                found[name] = asdict(mean_kept([(figure.perplexity, figure.change or 0.0) for figure in own]))
-            write_json(file, found)
-        return {name: Kept(**values) for name, values in found.items()}
+                found[name] = mean_kept([(figure.perplexity, figure.change or 0.0) for figure in own])
+            write_json(file, {name: asdict(kept) for name, kept in found.items()})
+        return found
 
     def text_plan(self) -> Plan:
         """The plan that measures what classifiers keep."""

@@ -13,7 +13,7 @@ from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.world import STAND_INS
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
 from gaintune.results import Interval, Matrix, Summary, highest
-from gaintune.storage import read_json, stage_folder
+from gaintune.storage import read_stored, stage_folder
 from gaintune.workflows import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
@@ -85,7 +85,7 @@ def learn(plan: Plan, run: Path, context: Context) -> tuple[Matrix, dict[str, st
         if not error.finished:
             raise
         diverged = error.methods
-        found = Matrix.from_dict(read_json(run / "matrix.json"))
+        found = read_stored(run / "matrix.json", Matrix.from_dict)
         matrix = replace(
             found,
             methods=tuple(method for method in found.methods if method.label not in diverged),

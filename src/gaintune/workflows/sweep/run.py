@@ -19,7 +19,7 @@ from gaintune.errors import RunDirectoryError, SweepError
 from gaintune.models import base_fingerprint, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import Matrix
-from gaintune.storage import canonical_json, differences, make_folder, read_json, write_text
+from gaintune.storage import canonical_json, differences, make_folder, read_json, read_stored, write_text
 from gaintune.workflows.sequence import describe_inputs
 from gaintune.workflows.sweep.engine import Engine, Pool, WorkersLostError, check_engine, open_pool
 from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
@@ -106,7 +106,7 @@ def _matrix(folder: Path, run: PlannedRun) -> Matrix | None:
     file = folder / "runs" / run.id / "matrix.json"
     if not file.exists():
         return None
-    matrix = Matrix.from_dict(read_json(file))
+    matrix = read_stored(file, Matrix.from_dict)
     return None if matrix.partial else matrix
 
 
@@ -244,6 +244,6 @@ def _row(folder: Path, run: PlannedRun) -> SweepRow:
     place = folder / "runs" / run.id
     if matrix is not None:
         return SweepRow(run, place, matrix, None)
-    told: dict[str, Any] = read_json(outcome) if outcome.exists() else {"error": "not run yet"}
+    told: dict[str, Any] = read_stored(outcome, dict) if outcome.exists() else {"error": "not run yet"}
     error = told.get("error", "stopped before it was finished")
     return SweepRow(run, place, None, error, told.get("diverged", False))

@@ -11,7 +11,7 @@ import pandas as pd
 
 from gaintune.report import tidy
 from gaintune.results import FIGURES, DomainLoss, Matrix, MethodRun, Stage
-from gaintune.storage import Run, read_json, write_bytes, write_text
+from gaintune.storage import Run, read_stored, write_bytes, write_text
 from gaintune.workflows.sweep.grid import PlannedRun
 
 FACTS = ("numbers", "device")  # of a finished run
@@ -48,7 +48,9 @@ class SweepRow:
     @property
     def device(self) -> str | None:
         """The device that a finished run was begun on, by its name; None of one that is not."""
-        return None if self.matrix is None else read_json(self.folder / "environment.json")["device"]
+        if self.matrix is None:
+            return None
+        return read_stored(self.folder / "environment.json", lambda environment: environment["device"])
 
     def figures(self) -> dict[str, Any]:
         """The summary in %, each figure with the ends of its interval over blocks; nothing of an unfinished run."""
@@ -75,7 +77,7 @@ class SweepRow:
         run = Run(self.folder)
 
         def read(folder: Path) -> dict[str, DomainLoss]:
-            return {name: DomainLoss.from_dict(read_json(folder / f"{name}.json")) for name in method.base}
+            return {name: read_stored(folder / f"{name}.json", DomainLoss.from_dict) for name in method.base}
 
         base = read(run.base(method.info["numbers"], self.matrix.domains[0]).parent)
         folders = (run.stage(method.label, index, stage.domain) for index, stage in enumerate(method.stages))

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from gaintune.config import Plan
 from gaintune.errors import DivergedError, GaintuneError, SweepError, one_line
 from gaintune.models import VISIBLE, take_device
-from gaintune.storage import read_json, write_json
+from gaintune.storage import read_stored, write_json
 
 BEGUN, PUT_OFF, FINISHED, FAILED = "begun", "put off", "finished", "failed"
 LIVES = 2
@@ -70,12 +70,12 @@ class Job:
 
 def state(job: Job) -> str | None:
     """How far a run came in this sweep; None before it has begun."""
-    return read_json(job.outcome)["state"] if job.outcome.exists() else None
+    return read_stored(job.outcome, lambda outcome: outcome["state"]) if job.outcome.exists() else None
 
 
 def _lives_lost(job: Job) -> int:
     """How many workers began a run and are gone; asked before another one begins it."""
-    return read_json(job.outcome)["attempts"] if job.outcome.exists() else 0
+    return read_stored(job.outcome, lambda outcome: int(outcome["attempts"])) if job.outcome.exists() else 0
 
 
 def tell(job: Job, now: str, **facts: Any) -> None:
