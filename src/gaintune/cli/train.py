@@ -120,7 +120,7 @@ def adapt(
     from gaintune.results import change
     from gaintune.storage import first_process
     from gaintune.workflows import ClassifierResult
-    from gaintune.workflows import adaptation as run_adapt
+    from gaintune.workflows import adapt as run_adapt
 
     result = run_adapt(plan, out_folder, start=start, allow_other_base=allow_other_base, progress=progress_on(err))
     if not first_process():
