@@ -73,7 +73,7 @@ def demo(given: Given, run: Annotated[Path, run_option("Run directory.")] = Path
     examples="""\
 gaintune sequence plan.yaml --run runs/notes
 gaintune sequence --model demo --domain notes.jsonl --domain law --method lora
-gaintune sequence --plan plan.yaml --method gain-ffn --method lora:rank=16,lr=2e-4
+gaintune sequence --plan plan.yaml --method lora:rank=16,lr=2e-4
 torchrun --nproc-per-node 2 -m gaintune sequence plan.yaml --run-dir out""",
 )
 def sequence(
