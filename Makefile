@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 # Two test files at a time, one thread each: most of a test's time is not spent in matrix products.
 TOGETHER = -n 2 --dist loadfile
 
-.PHONY: demo test test-unit test-peft bench lint clean
+.PHONY: demo test test-unit test-peft bench lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gaintune assets --fetch
@@ -48,3 +48,6 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist src/*.egg-info
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py

@@ -15,7 +15,7 @@ import torch
 from common import demo_base, demo_blocks, markdown, provenance, spread
 from peft import get_peft_model
 
-from gaintune.analysis.gates.recorder import record_gates
+from gaintune.analysis import record_gates
 from gaintune.tuners.disel import DiselConfig
 
 LARGEST_SHARE = 0.10

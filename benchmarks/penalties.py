@@ -21,7 +21,7 @@ from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdow
 
 from gaintune.config import MethodConfig
 from gaintune.data import Examples
-from gaintune.evaluate.perplexity import autocast
+from gaintune.evaluate import autocast
 from gaintune.methods import Lesson, Place, trainable_parameters
 from gaintune.methods.penalties import penalty_of
 from gaintune.models import NextTokenLoss

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdown, peak_gib, provenance, spread
 
-from gaintune.evaluate.perplexity import autocast
+from gaintune.evaluate import autocast
 from gaintune.methods import trainable_parameters
 from gaintune.models import NextTokenLoss
 from gaintune.tuners import parameter_groups

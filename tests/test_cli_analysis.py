@@ -73,7 +73,7 @@ def test_gates_of_an_adapter_are_written_as_tables_and_figures(trained, tmp_path
 def test_gates_refuses_what_has_none_in_one_line(trained, tmp_path):
     assert "method lora has no gates" in refused(gaintune("gates", trained / "lora", "--out", tmp_path / "out"))
     assert "no such adapter folder" in refused(gaintune("gates", tmp_path / "missing"))
-    assert "use auto, response or all" in refused(gaintune("gates", trained / "disel", "--tokens", "some"))
+    assert "'auto', 'response' or 'all'" in refused(gaintune("gates", trained / "disel", "--tokens", "some"))
     assert "multiple of 20" in refused(
         gaintune("gates", trained / "disel", "--domain", trained / "prose.jsonl", "--bins", 7, "--block-size", 32,
                  "--validation-tokens", 128, "--set", "data.train_tokens=256")

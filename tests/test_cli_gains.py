@@ -50,7 +50,7 @@ def test_subspace_asks_at_which_value_gates_are_held(trained, tmp_path):
         run("subspace", trained / "disel", "--out", tmp_path)
     said = run("subspace", trained / "disel", "--gate", 0.05, "--set", "model.device=cpu", "--out", tmp_path)
     assert "every gate held at 0.05" in said
-    with pytest.raises(ConfigError, match=r"epsilon is 2\.0"):
+    with pytest.raises(ConfigError, match=r"--epsilon 2\.0: .* less than or equal to 1"):
         run("subspace", trained / "lora", "--epsilon", 2)
 
 

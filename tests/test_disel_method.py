@@ -10,9 +10,9 @@ from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.methods import Place, attach, check_method, rate_multipliers, trainable_parameters
+from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.models import load_base
-from gaintune.training import learn
+from gaintune.training import train_stage
 from gaintune.tuners import parameter_groups
 from gaintune.workflows import merge_adapter
 
@@ -45,7 +45,9 @@ def logits(model):
 
 def taught(model, method, checkpoints, steps=4, checkpoint_steps=100):
     plan = TrainConfig(batch_size=4, epochs=steps, lr=0.02, weight_decay=0.1, checkpoint_steps=checkpoint_steps)
-    return learn(model, method, Examples.of_blocks(tiny_base.blocks(4, 16)), plan, Place(), checkpoints=checkpoints)
+    rows = Examples.of_blocks(tiny_base.blocks(4, 16))
+    prepared = prepare_method(method, ModelConfig(dtype="bf16", device="cpu"), plan)
+    return train_stage(model, prepared, rows, plan, StagePosition(), checkpoints=checkpoints)
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -57,7 +59,7 @@ def test_it_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_path, 
     model = attach(base.model, method, seed=0)
     assert torch.equal(logits(model), before)
     assert trainable_parameters(model) == size
-    losses = taught(model, method, tmp_path / "checkpoints").adaptation.losses
+    losses = taught(model, method, tmp_path / "checkpoints").losses
     assert losses[-1] < losses[0] - 0.05
     after = logits(model)
     record = AdapterRecord("tiny", base.fingerprint, method.name, "x", ("prose",))
@@ -84,7 +86,7 @@ def test_options_reach_the_adapter_and_the_optimizer(folder):
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.gate_bias_init, config.gate_rank) == (4, 3, -7, 2)
     assert config.target_modules == {"o_proj"}
-    for multipliers in (rate_multipliers(method), None):
+    for multipliers in (METHODS[method.name].rates(method), None):
         groups = parameter_groups(model, 0.01, 0.1, multipliers)
         rates = {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]}
         assert rates == {(0.02, 0.0)}

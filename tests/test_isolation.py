@@ -16,12 +16,13 @@ from transformers import (
 )
 
 import tiny_base
-from gaintune.config import TrainConfig
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure
+from gaintune.methods import StagePosition, prepare_method
 from gaintune.models import IGNORED, NextTokenLoss, require_isolation
-from gaintune.training.loop import train
+from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
 
 SIZES = {
@@ -128,7 +129,8 @@ def test_a_model_that_mixes_packed_rows_is_refused_in_measuring_and_in_training(
     with pytest.raises(ConfigError, match=says):
         measure(model, examples, (1,))
     with pytest.raises(ConfigError, match=says):
-        train(model, examples, TrainConfig(), lr=0.01, seed=0, checkpoints=tmp_path)
+        method = prepare_method(MethodConfig(name="full"), ModelConfig(dtype="fp32", device="cpu"), TrainConfig())
+        train_stage(model, method, examples, TrainConfig(), StagePosition(), checkpoints=tmp_path)
     alone = Examples(examples.input_ids, examples.labels)
     assert measure(model, alone, (1,)).tokens == examples.scored, "one text in a row is fine"
 

@@ -13,10 +13,10 @@ from gaintune.adapters import AdapterRecord, absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import METHODS, Place, attach, check_method, numbers_of, rate_multipliers, trainable_parameters
+from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.methods.rules import STATE, BudgetSchedule
 from gaintune.models import load_base
-from gaintune.training import learn
+from gaintune.training import train_stage
 
 D, FFN, LAYERS, KV = 32, 48, 2, 16
 LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down
@@ -59,10 +59,11 @@ def logits(model) -> torch.Tensor:
         return model(tiny_base.blocks(2, 16, seed=9)).logits
 
 
-def taught(model, method, checkpoints, steps=6, place=None):
+def taught(model, method, checkpoints, steps=6, position=None):
     plan = TrainConfig(batch_size=4, epochs=steps, lr=method.lr or 0.02, checkpoint_steps=100)
     rows = Examples.of_blocks(tiny_base.blocks(4, 16))
-    return learn(model, method, rows, plan, place or Place(), checkpoints=checkpoints)
+    prepared = prepare_method(method, ModelConfig(device="cpu", dtype="fp32"), plan)
+    return train_stage(model, prepared, rows, plan, position or StagePosition(), checkpoints=checkpoints)
 
 
 def test_the_table_above_holds_every_method_of_peft():
@@ -82,7 +83,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_
     else:
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
     learnt = taught(model, method, tmp_path / "checkpoints")
-    losses = learnt.adaptation.losses
+    losses = learnt.losses
     assert losses[-1] < losses[0] - 0.01, losses
     record = AdapterRecord(base_fingerprint=base.fingerprint, method=name, **RECORD)
     save_adapter(model, tmp_path / "adapter", record, keep=learnt.keep)
@@ -102,7 +103,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_
 def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(folder, tmp_path, name):
     model = attach(base_of(folder, "bf16").model, method_of(name), seed=0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    losses = taught(model, method_of(name), tmp_path, steps=3).adaptation.losses
+    losses = taught(model, method_of(name), tmp_path, steps=3).losses
     assert all(map(math.isfinite, losses))
 
 
@@ -114,8 +115,8 @@ def test_the_seed_draws_vera_s_matrices(folder):
 
 
 def test_lora_plus_trains_b_at_its_multiple_of_the_rate(folder, tmp_path):
-    assert rate_multipliers(method_of("lora")) is None
-    assert rate_multipliers(method_of("lora+")) == {"lora_B": 16.0}
+    assert METHODS["lora"].rates(method_of("lora")) == {}
+    assert METHODS["lora+"].rates(method_of("lora+")) == {"lora_B": 16.0}
     slow, fast = 1e-3, 8.0
     moved = {}
     for name, more in (("lora", {}), ("lora+", {"lr_ratio": fast})):
@@ -137,7 +138,7 @@ def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(folder):
         model.peft_config["default"].orth_reg_weight = weight
         model(input_ids=blocks, labels=blocks).loss.backward()
         if ours:
-            rule = BudgetSchedule(method, Place())
+            rule = BudgetSchedule(method, StagePosition())
             rule.start(model, steps=10)
             rule.before_update(model, 0)
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -154,7 +155,7 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path)
     method = method_of("adalora")
     matrices, target, start = LAYERS * len(LINEARS), 2, 3
     model = attach(base_of(folder).model, method, seed=0)
-    first = taught(model, method, tmp_path / "a", steps=10, place=Place(total=20))
+    first = taught(model, method, tmp_path / "a", steps=10, position=StagePosition(total=20))
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     # budget at step 9 of 20: warm-up of 2, last 6 fixed, cubic in between
     expected = int((start - target) * matrices * (1 - (9 - 2) / 12) ** 3 + target * matrices)
@@ -163,18 +164,18 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path)
     record = AdapterRecord(base_fingerprint=base.fingerprint, method="adalora", **RECORD)
     save_adapter(model, tmp_path / "first", record, keep=first.keep)
     assert (tmp_path / "first" / STATE).is_file()
-    place = Place(previous=tmp_path / "first", first=10, total=20)
-    carried = BudgetSchedule(method, place)
+    position = StagePosition(previous=tmp_path / "first", first=10, total=20)
+    carried = BudgetSchedule(method, position)
     carried.start(model, steps=10)
     (tmp_path / "carried").mkdir()
     carried.save(tmp_path / "carried")
     assert (tmp_path / "carried" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
-    taught(model, method, tmp_path / "b", steps=10, place=place)
+    taught(model, method, tmp_path / "b", steps=10, position=position)
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     assert sum(kept) == target * matrices
     assert len(set(kept)) > 1  # some matrices have more than others: that is what it is for
     again = load_adapter(base, tmp_path / "first", trainable=True)
-    taught(again, method, tmp_path / "c", steps=10, place=place)
+    taught(again, method, tmp_path / "c", steps=10, position=position)
     assert torch.equal(logits(again), logits(model))
 
 
@@ -238,9 +239,10 @@ def test_osf_s_gradients_stay_out_of_the_preserved_directions(folder, tmp_path, 
 
 
 def test_what_a_method_cannot_do_is_refused():
+    quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
     for name in ("pissa", "osf", "full"):
         with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):
-            numbers_of(ModelConfig(quantization="4bit", dtype="bf16", device="cpu"), MethodConfig(name=name))
+            prepare_method(MethodConfig(name=name), quantized, TrainConfig())
     with pytest.raises(ConfigError, match="method 'lora' has no option 'lr_ratio'"):
         check_method(MethodConfig(name="lora", lr_ratio=4.0))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))

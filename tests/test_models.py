@@ -2,10 +2,14 @@
 
 import builtins
 import json
+import logging
+import shutil
 
+import gguf
+import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
@@ -14,6 +18,7 @@ from gaintune.config import ModelConfig
 from gaintune.errors import AssetError, BaseModelError, ConfigError
 from gaintune.models import base as models
 from gaintune.models import base_fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from gaintune.models import gguf as gguf_base
 from gaintune.storage import assets
 
 
@@ -194,6 +199,7 @@ def test_a_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path, monkeypatch)
     assert "not a .gguf file transformers can read" in refused(at(tmp_path / "broken.gguf"))
     assert not [entry for entry in (tmp_path / "cache" / "models").iterdir() if entry.is_dir()]
     assert "name the file itself" in refused(at(tmp_path))
+    assert gguf.GGUFReader is GGUFReader and gguf.dequantize is dequantize, "gguf is what it was"
 
 
 @pytest.mark.parametrize(
@@ -224,6 +230,122 @@ def test_an_unfinished_conversion_is_done_again(tmp_path, monkeypatch):
     (base.folder / "manifest.json").unlink()
     (base.folder / "model.safetensors").write_bytes(b"half")
     assert load_base(at(tmp_path / "tiny.gguf")).fingerprint == base.fingerprint
+
+
+def flip(file, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", ["weights", "config", "tokenizer", "manifest", "a file gone"])
+def test_a_damaged_conversion_is_done_again_with_one_warning(tmp_path, monkeypatch, caplog, harm):
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    tiny_base.gguf(tmp_path / "tiny.gguf")
+    folder = load_base(at(tmp_path / "tiny.gguf")).folder
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    if harm == "weights":
+        flip(folder / "model.safetensors", -1)  # of one of the last weights, so that the file can still be read
+    elif harm == "manifest":
+        flip(folder / "manifest.json", whole["manifest.json"].index(b'"config.json": "') + 20)
+    elif harm == "a file gone":
+        (folder / "generation_config.json").unlink()
+    else:
+        flip(folder / f"{harm}.json", -1)
+    monkeypatch.setattr(gguf_base, "_whole", set())  # as in another process
+    with caplog.at_level(logging.WARNING, "gaintune"):
+        assert load_base(at(tmp_path / "tiny.gguf")).folder == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+    assert caplog.text.count("tiny.gguf in the cache is damaged") == caplog.text.count("doing it again") == 1
+
+
+def test_a_conversion_is_checked_once_a_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    tiny_base.gguf(tmp_path / "tiny.gguf")
+    folder = load_base(at(tmp_path / "tiny.gguf")).folder
+    checked = []
+    monkeypatch.setattr(gguf_base, "_whole", set())
+    monkeypatch.setattr(gguf_base, "damage", checked.append)
+    for _ in range(3):
+        load_tokenizer(at(tmp_path / "tiny.gguf"))
+    assert checked == [folder]
+
+
+@pytest.mark.parametrize("adds", [{"bos": True}, {"bos": False}, {"bos": True, "eos": True}, {}])
+def test_a_gguf_file_says_which_tokens_are_put_around_every_text(tmp_path, monkeypatch, adds):
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    tiny_base.gguf(tmp_path / "tiny.gguf", **adds)
+    base = load_base(at(tmp_path / "tiny.gguf"))
+    settings = json.loads((base.folder / "tokenizer_config.json").read_text())
+    assert {key: value for key, value in settings.items() if key.startswith("add_")} == {
+        f"add_{token}_token": added for token, added in adds.items()
+    }
+    plain = base.tokenizer("a th", add_special_tokens=False).input_ids
+    assert base.tokenizer("a th").input_ids == [0] * adds.get("bos", False) + plain + [0] * adds.get("eos", False)
+
+
+def test_a_conversion_of_an_earlier_version_is_not_used(tmp_path, monkeypatch):
+    """Of version 1, which did not write `add_bos_token`."""
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    tiny_base.gguf(tmp_path / "tiny.gguf", bos=True)
+    folder = load_base(at(tmp_path / "tiny.gguf")).folder
+    earlier = folder.with_name(f"{folder.name.split('-')[0]}-1")
+    shutil.move(folder, earlier)
+    now = load_base(at(tmp_path / "tiny.gguf"))
+    assert now.folder == folder != earlier
+    assert earlier.is_dir(), "a version that is still installed elsewhere may use it"
+
+
+@pytest.mark.parametrize("kind", [*gguf.quants._type_traits, GGMLQuantizationType.F16, GGMLQuantizationType.F32])
+def test_weights_are_unpacked_to_the_bits_that_gguf_gives(kind, monkeypatch):
+    monkeypatch.setattr(gguf_base, "SLAB", 1000)  # a few rows at most, and a rest
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = 2 if values > 1 else 512
+    data = np.random.default_rng(0).integers(0, 256, (3, 25, blocks * size), dtype=np.uint8)
+    if values == 1 and kind != GGMLQuantizationType.BF16:
+        data = data.view(np.float16 if kind == GGMLQuantizationType.F16 else np.float32)
+    with np.errstate(all="ignore"):  # random bytes make scales that are no numbers
+        expected, found = dequantize(data, kind), gguf_base.dequantize(data, kind)
+    assert found.shape == expected.shape == (3, 25, blocks * values)
+    assert found.dtype == expected.dtype == np.float32
+    assert np.array_equal(found.view(np.int32), expected.view(np.int32))
+
+
+def test_metadata_is_read_as_gguf_reads_it(tmp_path):
+    lists = {
+        "words": ["", "a", "zwölf", "\u2581th"],
+        "scores": [0.5, -1000.0],
+        "counts": [3, 0, 8],
+        "flags": [True, False],
+        "nested": [[1, 2], [3]],
+    }
+    writer = GGUFWriter(str(tmp_path / "tiny.gguf"), "llama")
+    for key, value in lists.items():
+        writer.add_array(key, value)
+    writer.add_string("after", "the arrays")
+    writer.add_tensor("weight", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = (kind(tmp_path / "tiny.gguf") for kind in (gguf_base.QuickReader, GGUFReader))
+    assert ours.fields.keys() == theirs.fields.keys()
+    for key, field in theirs.fields.items():
+        assert ours.fields[key].types == field.types
+        assert ours.fields[key].contents() == field.contents()
+        read = [[bytes(each.parts[index]) for index in each.data] for each in (ours.fields[key], field)]
+        assert read[0] == read[1], key
+    assert ours.fields["words"].contents() == lists["words"]
+    assert np.array_equal(ours.tensors[0].data, theirs.tensors[0].data)
+
+
+@pytest.mark.parametrize("length", [150, 1000, 4000, -100])
+def test_a_gguf_file_that_is_cut_short_is_refused(tmp_path, monkeypatch, length):
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    tiny_base.gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content[:length])
+    assert "not a .gguf file transformers can read" in refused(at(tmp_path / "tiny.gguf"))
 
 
 @pytest.fixture(scope="module")

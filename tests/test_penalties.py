@@ -6,14 +6,14 @@ from safetensors.torch import load_file, save_file
 
 import tiny_base
 import tiny_domains
-from gaintune.config import MethodConfig, TrainConfig
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import Lesson, Place, attach
+from gaintune.methods import StageData, StagePosition, attach, prepare_method
 from gaintune.methods.penalties import FISHER, STRENGTHS, fisher_information, penalty_of, strength_of
 from gaintune.models import IGNORED, NextTokenLoss
 from gaintune.storage import damage, read_json
-from gaintune.training import learn
+from gaintune.training import train_stage
 from gaintune.workflows import adapt, run_sequence
 
 LORA = {"name": "lora", "rank": 2, "lr": 0.05}
@@ -37,8 +37,8 @@ def adapted(config=None, dtype=torch.float32):
     return model.to(dtype)
 
 
-def lesson_of(model, examples) -> Lesson:
-    return Lesson(examples, NextTokenLoss(model), "looking")
+def stage_data_of(model, examples) -> StageData:
+    return StageData(examples, NextTokenLoss(model), "looking")
 
 
 @pytest.mark.parametrize("name", ["lora", "gain-ffn", "full"])
@@ -48,15 +48,15 @@ def test_the_fisher_estimate_is_the_mean_of_squared_gradients_of_single_rows(nam
     labels = blocks.clone()
     labels[0, :7] = IGNORED  # rows of unequal weight
     model = adapted(config)
-    found = fisher_information(model, lesson_of(model, Examples(blocks, labels)))
+    found = fisher_information(model, stage_data_of(model, Examples(blocks, labels)))
 
     twin = adapted(config).double().eval()
     weights = trained(twin)
     expected = {key: torch.zeros_like(value) for key, value in weights.items()}
     for row, target in zip(blocks, labels, strict=True):
         logs = twin(row.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
-        scored = [place for place in range(11) if target[place + 1] != IGNORED]
-        log_p = sum(logs[place, row[place + 1]] for place in scored)
+        scored = [position for position in range(11) if target[position + 1] != IGNORED]
+        log_p = sum(logs[position, row[position + 1]] for position in scored)
         for key, gradient in zip(weights, torch.autograd.grad(log_p, weights.values()), strict=True):
             expected[key] += gradient**2 / len(scored) / 5
     assert found.keys() == expected.keys()
@@ -68,14 +68,14 @@ def test_the_fisher_estimate_is_without_dropout_repeatable_and_leaves_the_model_
     model = adapted(MethodConfig(name="full"))
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    lesson = lesson_of(model, Examples.of_blocks(tiny_base.blocks(4, 12)))
+    stage_data = stage_data_of(model, Examples.of_blocks(tiny_base.blocks(4, 12)))
     model.train()
     weights = trained(model)
-    first, again = fisher_information(model, lesson), fisher_information(model, lesson)
+    first, again = fisher_information(model, stage_data), fisher_information(model, stage_data)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert model.training
     assert all(value.grad is None for value in weights.values())
-    some, same, others = (fisher_information(model, lesson, rows=2, seed=seed) for seed in (0, 0, 3))
+    some, same, others = (fisher_information(model, stage_data, rows=2, seed=seed) for seed in (0, 0, 3))
     assert all(torch.equal(some[name], same[name]) for name in some)
     assert any(not torch.equal(some[name], others[name]) for name in some)
 
@@ -85,17 +85,17 @@ def test_the_pull_is_the_gradient_of_the_penalty(tmp_path, penalty):
     strength = 0.7
     config = method(penalty=penalty, penalty_strength=strength)
     model = adapted()
-    first = penalty_of(config, Place(), seed=0)
+    first = penalty_of(config, StagePosition(), seed=0)
     first.start(model, 1)
     first.before_update(model, 0)
     assert all(value.grad is None for value in trained(model).values())  # nothing to stay near to yet
     rows = [Examples.of_blocks(tiny_base.blocks(4, 12, seed=seed)) for seed in (0, 1)]
-    first.finish(model, lesson_of(model, rows[0]))
+    first.finish(model, stage_data_of(model, rows[0]))
     first.keep(tmp_path)
-    second = penalty_of(config, Place(previous=tmp_path), seed=0)
+    second = penalty_of(config, StagePosition(previous=tmp_path), seed=0)
     second.start(model, 1)
     anchor = {name: value.detach().clone() for name, value in trained(model).items()}
-    fisher = fisher_information(model, lesson_of(model, rows[0])) if penalty == "ewc" else None
+    fisher = fisher_information(model, stage_data_of(model, rows[0])) if penalty == "ewc" else None
     with torch.no_grad():
         for value in trained(model).values():
             value.add_(0.1 * torch.randn_like(value))
@@ -111,10 +111,10 @@ def test_the_pull_is_the_gradient_of_the_penalty(tmp_path, penalty):
         torch.testing.assert_close(value.grad, 1 + gradient, rtol=1e-5, atol=1e-7, msg=name)
     if fisher is None:
         return
-    second.finish(model, lesson_of(model, rows[1]))  # the information of both domains goes on
+    second.finish(model, stage_data_of(model, rows[1]))  # the information of both domains goes on
     (tmp_path / "second").mkdir()
     second.keep(tmp_path / "second")
-    new = fisher_information(model, lesson_of(model, rows[1]))
+    new = fisher_information(model, stage_data_of(model, rows[1]))
     for name, value in load_file(tmp_path / "second" / FISHER).items():
         torch.testing.assert_close(value, fisher[name] + new[name], rtol=1e-6, atol=0, msg=name)
 
@@ -130,12 +130,13 @@ def test_a_strong_pull_holds_the_weights_and_a_weak_one_lets_them_go(tmp_path, p
         folder.mkdir()
         before = {name: value.detach().clone() for name, value in trained(model).items()}
         if strength:
-            rule = penalty_of(config, Place(), seed=0)
+            rule = penalty_of(config, StagePosition(), seed=0)
             rule.start(model, 1)
-            rule.finish(model, lesson_of(model, rows))
+            rule.finish(model, stage_data_of(model, rows))
             rule.keep(folder)
         plan = TrainConfig(epochs=20, schedule="cosine", batch_size=8)
-        learn(model, config, rows, plan, Place(previous=folder), checkpoints=folder / "checkpoints")
+        prepared = prepare_method(config, ModelConfig(dtype="fp32", device="cpu"), plan)
+        train_stage(model, prepared, rows, plan, StagePosition(previous=folder), checkpoints=folder / "checkpoints")
         with torch.no_grad():
             moved.append(sum(float((value - before[name]).norm()) for name, value in trained(model).items()))
     assert moved[1] < 0.6 * moved[0]
@@ -144,7 +145,7 @@ def test_a_strong_pull_holds_the_weights_and_a_weak_one_lets_them_go(tmp_path, p
 def test_strengths_and_what_is_not_a_penalty():
     assert strength_of(method()) == 0
     assert strength_of(method(penalty="ewc")) == STRENGTHS["ewc"] == 1.0
-    assert penalty_of(method(penalty="ewc", penalty_strength=0), Place(), seed=0) is None
+    assert penalty_of(method(penalty="ewc", penalty_strength=0), StagePosition(), seed=0) is None
     for wrong in ({"penalty": "l1"}, {"penalty_strength": 1.0}, {"penalty": "l2", "ewc_rows": 4}, {"replay": -1}):
         with pytest.raises(ValueError):
             method(**wrong)
@@ -157,7 +158,7 @@ def test_the_earlier_information_lies_where_each_weight_does(tmp_path):
     model.near = torch.nn.Parameter(torch.zeros(2))
     model.far = torch.nn.Parameter(torch.zeros(3, device="meta"))  # any other device
     save_file({"near": torch.ones(2), "far": torch.ones(3)}, tmp_path / FISHER)
-    rule = penalty_of(method(penalty="ewc"), Place(previous=tmp_path), seed=0)
+    rule = penalty_of(method(penalty="ewc"), StagePosition(previous=tmp_path), seed=0)
     rule.start(model, steps=1)
     rule.before_update(model, 0)
     assert (model.near.grad.device.type, model.far.grad.device.type) == ("cpu", "meta")

@@ -16,7 +16,7 @@ import tiny_domains
 from gaintune.adapters import load_adapter
 from gaintune.config import build_plan
 from gaintune.data import load_domain
-from gaintune.methods import Lesson
+from gaintune.methods import StageData
 from gaintune.methods.penalties import FISHER, fisher_information
 from gaintune.models import NextTokenLoss, load_base
 from gaintune.storage import damage, read_json
@@ -53,6 +53,6 @@ def test_two_processes_share_a_run(tmp_path):
     prose = load_domain(settled.data.domains[0], settled.data, base.tokenizer).train
     first = run / "stages" / "gain-ffn" / "01-prose" / "adapter"
     adapted = load_adapter(base, first, trainable=True)
-    alone = fisher_information(adapted, Lesson(prose, NextTokenLoss(adapted), "alone"))
+    alone = fisher_information(adapted, StageData(prose, NextTokenLoss(adapted), "alone"))
     for name, together in load_file(first / FISHER).items():
         torch.testing.assert_close(together, alone[name], rtol=1e-3, atol=1e-7, msg=name)

@@ -11,10 +11,11 @@ import tiny_base
 from gaintune.config import MethodConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError, DivergedError
-from gaintune.methods import attach
+from gaintune.methods import METHODS, Precision, PreparedMethod, StagePosition, attach
 from gaintune.models import NextTokenLoss
 from gaintune.storage import damage
-from gaintune.training.loop import newest_checkpoint, schedule_factor, train
+from gaintune.training import TrainedStage, train_stage
+from gaintune.training.loop import newest_checkpoint, schedule_factor
 
 GAIN_FFN = MethodConfig(name="gain-ffn", label="gain-ffn")
 LORA = MethodConfig(name="lora", label="lora", rank=2)
@@ -29,6 +30,14 @@ def gains(model):
 
 def adapted(method=GAIN_FFN, **changes):
     return attach(tiny_base.model(**changes), method, seed=0)
+
+
+def train(model, rows, plan, *, lr, seed, checkpoints, mixed_precision=None) -> TrainedStage:
+    """One adaptation with no rule or rate of a method's own."""
+    precision = Precision("float32", torch.float32, mixed_precision)
+    method = PreparedMethod(MethodConfig(name="ia3"), METHODS["ia3"], lr, precision)
+    plan = plan.model_copy(update={"seed": seed})
+    return train_stage(model, method, rows, plan, StagePosition(), checkpoints=checkpoints)
 
 
 def test_training_equals_a_plain_loop(tmp_path):

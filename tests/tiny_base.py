@@ -66,8 +66,11 @@ def blocks(count: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 257, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def gguf(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0) -> LlamaForCausalLM:
-    """Write a tiny model as llama.cpp does, and return the model whose weights were written, before quantization."""
+def gguf(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0, **adds: bool) -> LlamaForCausalLM:
+    """Write a tiny model as llama.cpp does, and return the model whose weights were written, before quantization.
+
+    `adds` is what the file says of the tokens around every text: `bos` and `eos`.
+    """
     tiny = model(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)
     writer = GGUFWriter(str(path), "llama")
     writer.add_context_length(128)
@@ -89,6 +92,8 @@ def gguf(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0) -> 
     writer.add_token_merges(["t h"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
+    for token, added in adds.items():
+        writer.add_bool(f"tokenizer.ggml.add_{token}_token", added)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     for name, tensor in tiny.state_dict().items():
         values, name = tensor.numpy(), name.removesuffix(".weight").removeprefix("model.")

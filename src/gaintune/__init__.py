@@ -18,6 +18,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 @wrapt.when_imported("peft")
 def _register(peft: Any) -> None:
-    from gaintune.tuners.registry import register
+    from gaintune.tuners import register
 
     register()

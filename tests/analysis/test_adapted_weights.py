@@ -11,11 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_base
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.analysis.subspace.compare import SubspaceSettings
-from gaintune.analysis.subspace.report import markdown, remarks, write
-from gaintune.analysis.subspace.survey import survey_subspace
-from gaintune.analysis.subspace.weights import adapted_weights
-from gaintune.config import MethodConfig, ModelConfig
+from gaintune.analysis import Subject, SubspaceOptions, survey_subspace, write_result
+from gaintune.analysis.subspace.report import markdown, remarks, result
+from gaintune.analysis.subspace.survey import adapted_weights
+from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.methods import attach
 from gaintune.models import load_base
@@ -115,10 +114,10 @@ def test_adapters_that_change_the_base_as_they_load_leave_it_to_the_next_as_it_w
     """One base for all of a survey: each adapter's figures are those it has alone."""
     kinds = {"pissa": {"rank": 2}, "osf": {}, "full": {}, "lora": {"rank": 2}}
     folders = [adapter(narrow, tmp_path / name, method(name, **options)) for name, options in kinds.items()]
-    model, settings = ModelConfig(name=str(narrow), device="cpu"), SubspaceSettings(top=4)
-    together = survey_subspace(folders, model, settings=settings).adapters
+    plan, options = Plan(model=ModelConfig(name=str(narrow), device="cpu")), SubspaceOptions(top=4)
+    together = survey_subspace(plan, folders, options).adapters
     for folder, one in zip(folders, together, strict=True):
-        (alone,) = survey_subspace([folder], model, settings=settings).adapters
+        (alone,) = survey_subspace(plan, [folder], options).adapters
         assert [each.figures for each in one.modules] == [each.figures for each in alone.modules], folder.name
 
 
@@ -168,7 +167,7 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
         adapter(narrow, tmp_path / "gain", method("gain-ffn")),
         adapter(narrow, tmp_path / "lora", method("lora", rank=1)),
     ]
-    survey = survey_subspace(folders, ModelConfig(name=str(narrow), device="cpu"), settings=SubspaceSettings(top=4))
+    survey = survey_subspace(Plan(model=ModelConfig(name=str(narrow), device="cpu")), folders, SubspaceOptions(top=4))
     gains, lora = survey.adapters
     assert gains.scales_inputs and not lora.scales_inputs
     assert gains.with_outside == 4 and gains.outside < 1e-28
@@ -178,7 +177,7 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
     assert lora.outside == pytest.approx(np.average(shares, weights=energies))
     assert gains.looked_at == 16 and lora.looked_at == 8
     assert lora.intruders(1.0) >= lora.intruders() >= lora.intruders(0.1)
-    write(survey, tmp_path / "out")
+    write_result("subspace", result(survey, Subject()), tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         f"subspace.{kind}" for kind in ("csv", "md", "json", "png", "svg")
     }
@@ -193,34 +192,34 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
 def test_weights_without_an_outside_are_said_to_have_none(tmp_path):
     square = tiny_base.folder(tmp_path / "base", dtype=torch.float32)
     folder = adapter(square, tmp_path / "lora", method("lora", rank=1))
-    survey = survey_subspace([folder], ModelConfig(name=str(square), device="cpu"))
+    survey = survey_subspace(Plan(model=ModelConfig(name=str(square), device="cpu")), [folder])
     (lora,) = survey.adapters
     assert lora.with_outside == 0 and lora.outside is None
     assert all(each.figures.outside < 1e-25 for each in lora.modules)
     assert any("no update of any method can leave it" in remark for remark in remarks(survey))
     assert "no outside" in markdown(survey)
-    write(survey, tmp_path / "out")
+    write_result("subspace", result(survey, Subject()), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "subspace.json").read_text())["adapters"][0]["outside"] is None
 
 
 def test_gates_must_be_held_at_a_value_that_is_said(narrow, tmp_path):
     folder = adapter(narrow, tmp_path / "disel", method("disel", rank=2, targets="output-projection"))
-    model = ModelConfig(name=str(narrow), device="cpu")
+    plan = Plan(model=ModelConfig(name=str(narrow), device="cpu"))
     with pytest.raises(AdapterError, match="open and shut token by token"):
-        survey_subspace([folder], model)
-    with pytest.raises(ConfigError, match="gate is 0"):
-        survey_subspace([folder], model, gate=0)
-    half, whole = (survey_subspace([folder], model, gate=gate) for gate in (0.5, 1.0))
+        survey_subspace(plan, [folder])
+    with pytest.raises(ConfigError, match=r"here: gate: .* greater than 0"):
+        SubspaceOptions.read({"gate": 0}, "here")
+    half, whole = (survey_subspace(plan, [folder], SubspaceOptions(gate=gate)) for gate in (0.5, 1.0))
     assert half.adapters[0].outside == pytest.approx(whole.adapters[0].outside)
     assert half.adapters[0].relative_update == pytest.approx(0.5 * whole.adapters[0].relative_update)
     assert "every gate held at 0.5" in markdown(half)
     lora = adapter(narrow, tmp_path / "lora", method("lora", rank=1))
     with pytest.raises(ConfigError, match="none of these adapters has gates"):
-        survey_subspace([lora], model, gate=1)
+        survey_subspace(plan, [lora], SubspaceOptions(gate=1))
     base = load_base(str(narrow), dtype=torch.float32)
     with pytest.raises(ConfigError, match="has no gates"), adapted_weights(base, lora, gate=1):
         pass
-    beside = survey_subspace([folder, lora], model, gate=0.5).adapters
+    beside = survey_subspace(plan, [folder, lora], SubspaceOptions(gate=0.5)).adapters
     assert [each.gate for each in beside] == [0.5, None]
     assert beside[0].outside == pytest.approx(half.adapters[0].outside)
 
@@ -229,7 +228,7 @@ def test_another_base_and_no_adapter_are_refused(narrow, tmp_path):
     folder = adapter(narrow, tmp_path / "gain", method("gain"))
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32, **NARROW)
     with pytest.raises(BaseMismatchError):
-        survey_subspace([folder], ModelConfig(name=str(other), device="cpu"))
-    assert survey_subspace([folder], ModelConfig(name=str(other), device="cpu"), allow_other_base=True)
+        survey_subspace(Plan(model=ModelConfig(name=str(other), device="cpu")), [folder])
+    assert survey_subspace(Plan(model=ModelConfig(name=str(other), device="cpu")), [folder], allow_other_base=True)
     with pytest.raises(ConfigError, match="at least one"):
-        survey_subspace([], ModelConfig(name=str(narrow)))
+        survey_subspace(Plan(model=ModelConfig(name=str(narrow))), [])

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 
 import tiny_base
 import tiny_domains
+from gaintune.analysis import survey_gains
 from gaintune.analysis.gains.factors import read_factors
-from gaintune.analysis.gains.survey import survey_gains
-from gaintune.methods import Lesson
+from gaintune.methods import StageData
 from gaintune.methods.rules import GainWarnings
 from gaintune.models import NextTokenLoss
 from gaintune.training import loop as learning
 from gaintune.tuners.gain import GainConfig
-from gaintune.tuners.gain.scale import scale_features
+from gaintune.tuners.gain.layer import scale_features
 from gaintune.workflows import run_sequence
 
 LOGGER = "gaintune.methods.rules"
@@ -72,7 +72,7 @@ def test_gains_that_no_activation_shows_are_warned_of(caplog, dtype, furthest, w
     moved = scale_features(x, layer.gain_v["default"].detach()) != x
     assert moved.any().item() is (not warned and furthest > 0)
     with caplog.at_level(logging.WARNING, logger=LOGGER):
-        GainWarnings().finish(model, Lesson([], NextTokenLoss(model), "prose"))
+        GainWarnings().finish(model, StageData([], NextTokenLoss(model), "prose"))
     told = [f"{str(kind)[6:]} activations show nothing below" in each for each in warnings(caplog)]
     assert told == [True] * warned
 
@@ -99,8 +99,8 @@ def test_the_check_changes_no_byte_of_what_is_learnt(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "rules_of", lambda *_, **__: [])  # the same training, the rule left out
     run_sequence(plan, tmp_path / "without")
     for name in ("01-prose", "02-code"):
-        place = f"stages/gain-ffn/{name}/adapter/{WEIGHTS}"
-        assert (tmp_path / "with" / place).read_bytes() == (tmp_path / "without" / place).read_bytes()
+        position = f"stages/gain-ffn/{name}/adapter/{WEIGHTS}"
+        assert (tmp_path / "with" / position).read_bytes() == (tmp_path / "without" / position).read_bytes()
 
 
 def test_ia3_of_plain_peft_is_read_as_its_own_factors(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import saved_factors
 import torch
 
+from gaintune.analysis import survey_gains, write_result
 from gaintune.analysis.gains.factors import read_factors
-from gaintune.analysis.gains.report import layer_table, markdown, stage_table, verdict, write
-from gaintune.analysis.gains.survey import describe, regime_of, survey_gains
+from gaintune.analysis.gains.report import layer_table, markdown, result, stage_table, verdict
+from gaintune.analysis.gains.survey import describe, regime_of
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 
 O_PROJ = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]
@@ -78,7 +79,7 @@ def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run)
         assert stage.figures.near == np.mean([0.95 <= value <= 1.05 for value in values])
         assert stage.figures.deviation == pytest.approx(values.std())
         assert stage.figures.flipped == (0, 0, 11)[index]
-        assert [each.place.name for each in stage.layers] == [
+        assert [each.position.name for each in stage.layers] == [
             O_PROJ[0],
             DOWN[0],
             O_PROJ[1],
@@ -86,7 +87,7 @@ def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run)
             O_PROJ[2],
             DOWN[2],
         ]
-        assert [each.place.depth for each in stage.layers] == ["early"] * 2 + ["middle"] * 2 + ["late"] * 2
+        assert [each.position.depth for each in stage.layers] == ["early"] * 2 + ["middle"] * 2 + ["late"] * 2
         assert stage.of("o_proj").count == 18 and stage.of("down_proj").count == 30
     assert survey.sequences[1].stages[0].figures.largest == pytest.approx(1.2)  # (IA)3 stores the factor itself
     assert survey.sequences[0].regime == "mildly unstable" and survey.sequences[1].regime == "stable"
@@ -96,7 +97,7 @@ def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run)
 
 def test_tables_figures_and_provenance_are_written(run, tmp_path):
     out = tmp_path / "out"
-    write(survey_gains([run]), out)
+    write_result("gains", result(survey_gains([run])), out)
     stages = pd.read_csv(out / "gains.csv").set_index(["sequence", "stage", "projection"])
     assert stages.loc[("gain-ffn", 3, "all"), "flipped"] == 11
     assert stages.loc[("gain-ffn", 3, "o_proj"), "flipped"] == 1

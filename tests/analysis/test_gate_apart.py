@@ -7,10 +7,9 @@ import torch
 from scipy import stats
 from test_gates import whole_gates
 
-from gaintune.analysis.gates.apart import Group, apart, apart_table, compared, row_table
-from gaintune.analysis.gates.recorder import record_gates
-from gaintune.analysis.gates.statistics import GateRecord, LayerGates
-from gaintune.analysis.places import Place
+from gaintune.analysis import Group, apart, record_gates
+from gaintune.analysis.gates.statistics import GateRecord, LayerGates, apart_table, compared, row_table
+from gaintune.analysis.positions import ModulePosition
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
 
@@ -42,7 +41,7 @@ def by_row(gates, mask, *parts) -> list[np.ndarray]:
 def test_rows_have_the_sums_of_their_counted_gates(found):
     record, whole = found
     for layer in record.domains["law"]:
-        rows = by_row(whole["law"], RESPONSES.numpy(), layer.place.name)
+        rows = by_row(whole["law"], RESPONSES.numpy(), layer.position.name)
         assert layer.row_values.tolist() == [len(row) for row in rows]
         assert layer.row_totals == pytest.approx([row.sum() for row in rows], rel=1e-5, abs=1e-9)
         assert layer.row_totals.sum() == pytest.approx(layer.total.sum(), rel=1e-5)
@@ -91,7 +90,7 @@ def test_parts_of_the_model_are_paired_by_rows(found):
 
 def made(domain_rows: dict[str, np.ndarray]) -> GateRecord:
     """A record of one module of rank 1 from the mean gates of rows of ten tokens."""
-    place = Place("model.layers.0.mlp.up_proj", 0, "early", "up_proj", "mlp")
+    place = ModulePosition("model.layers.0.mlp.up_proj", 0, "early", "up_proj", "mlp")
     empty = np.zeros(1)
     return GateRecord("default", {
         name: (LayerGates(place, 10 * len(rows), empty, empty, empty, np.full(len(rows), 10), 10 * rows),)
@@ -131,7 +130,7 @@ def test_everything_is_compared_in_both_directions(found):
     assert pairs[forth].low == pytest.approx(-pairs[back].high)
     alone = apart(record, *forth, SETTINGS)  # whatever else is asked
     assert (pairs[forth].low, pairs[forth].high) == pytest.approx((alone.low, alone.high))
-    table = apart_table(record, SETTINGS)
+    table = apart_table(compared(record, SETTINGS))
     assert len(table) == len(pairs) and table["low"].le(table["difference"]).all()
     rows = row_table(record)
     assert len(rows) == 21 * (5 + 9)

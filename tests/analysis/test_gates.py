@@ -6,9 +6,9 @@ import tiny_gated
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gaintune.analysis.gates.recorder import all_tokens, record_gates, response_tokens
-from gaintune.analysis.gates.statistics import summarise
-from gaintune.analysis.places import DEPTHS, places_of
+from gaintune.analysis import record_gates, response_tokens, summarise
+from gaintune.analysis.gates.survey import all_tokens
+from gaintune.analysis.positions import DEPTHS, positions_of
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.tuners.disel import disel_layers
 
@@ -56,9 +56,9 @@ def recorded(model, mask, ids=IDS, **options):
 def test_histograms_and_moments_equal_those_of_whole_gate_tensors(gated, mask):
     expected = whole_gates(gated, IDS)
     layers = recorded(gated, mask)
-    assert [each.place.name for each in layers] == list(expected)
+    assert [each.position.name for each in layers] == list(expected)
     for each in layers:
-        values = expected[each.place.name][mask].numpy()
+        values = expected[each.position.name][mask].numpy()
         assert each.tokens == len(values) == int(mask.sum())
         for part in range(tiny_gated.RANK):
             counts, _ = np.histogram(values[:, part], bins=100, range=(0, 1))
@@ -159,7 +159,7 @@ def test_recording_works_inside_and_outside_of_inference_mode_and_while_training
 
 def test_places_say_layer_third_projection_and_block():
     model = tiny_gated.model(tiny_gated.llama(layers=7))
-    places = list(places_of(model, [name for name, _ in disel_layers(model)]).values())
+    places = list(positions_of(model, [name for name, _ in disel_layers(model)]).values())
     assert [place.depth for place in places if place.projection == "q_proj"] == [
         *["early"] * 3, *["middle"] * 2, *["late"] * 2
     ]  # fmt: skip
@@ -172,7 +172,7 @@ def test_places_say_layer_third_projection_and_block():
 
 def test_projections_that_share_a_name_are_told_apart():
     model = tiny_gated.model(tiny_gated.gpt2())
-    places = places_of(model, [name for name, _ in disel_layers(model)]).values()
+    places = positions_of(model, [name for name, _ in disel_layers(model)]).values()
     blocks = {place.projection: place.block for place in places}
     assert blocks == {"c_attn": "attention", "attn.c_proj": "attention", "c_fc": "mlp", "mlp.c_proj": "mlp"}
     assert [place.depth for place in places if place.projection == "c_fc"] == list(DEPTHS)

@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tiny_base
 import tiny_domains
 from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
-from gaintune.analysis.landscape import report as landscape_report
-from gaintune.analysis.landscape.directions import directions, way_of
-from gaintune.analysis.landscape.survey import survey_landscape
+from gaintune.analysis import LandscapeOptions, Subject, directions, survey_landscape, write_result
+from gaintune.analysis.landscape.directions import way_of
+from gaintune.analysis.landscape.report import result
 from gaintune.config import build_plan
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, DivergedError
 from gaintune.evaluate import compare_adapters
@@ -190,7 +190,7 @@ def plan(place):
 
 def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     adapters = [place / "gain-ffn", place / "gain-ffn2"]
-    found = survey_landscape(plan, adapters, plane=True, line=[0.5, -0.25], grid=[0.5])
+    found = survey_landscape(plan, adapters, LandscapeOptions(plane=True, line=[0.5, -0.25], grid=[0.5]))
     first, _ = found.lines
     assert [point.place for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
     assert found.plane is not None
@@ -208,21 +208,24 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         assert found.plane.figures(domain).barrier is None
         assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
         assert figures.barrier.low <= figures.barrier.value <= figures.barrier.high
-    told = found.to_dict()
-    assert told["provenance"]["adapters"]["gain-ffn on gain-ffn-text"]["method"] == "gain-ffn"
-    assert set(told["provenance"]["texts"]) == {"prose", "code"}
-    mixed = survey_landscape(plan, [place / "dora", place / "gain-ffn"], line=[], plane=True, grid=[])
+    assert found.provenance.adapters["gain-ffn on gain-ffn-text"].method == "gain-ffn"
+    assert set(found.provenance.texts) == {"prose", "code"}
+    mixed = survey_landscape(
+        plan, [place / "dora", place / "gain-ffn"], LandscapeOptions(plane=True, line=[0], grid=[0])
+    )
     assert [line.way for line in mixed.lines] == ["weights", "gains"]
     assert [line.numbers for line in mixed.lines] == ["float32", "bfloat16"]
     assert mixed.plane is not None and (mixed.plane.way, mixed.plane.numbers) == ("weights", "float32")
     for domain in ("prose", "code"):
         assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
         assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
-    apart = survey_landscape(plan, adapters, line=[], plane=True, grid=[0.5])  # here the plane alone has these places
+    apart = survey_landscape(
+        plan, adapters, LandscapeOptions(line=[0], plane=True, grid=[0.5])
+    )  # here the plane alone has these places
     for domain in ("prose", "code"):
         assert apart.plane.at(0.5, 0.0).losses[domain] == first.at(0.5).losses[domain]
     with pytest.raises(ConfigError, match="spanned by two adapters, not by 1"):
-        survey_landscape(plan, adapters[:1], plane=True)
+        survey_landscape(plan, adapters[:1], LandscapeOptions(plane=True))
 
 
 def test_places_that_lines_and_their_plane_share_are_measured_once(place, plan):
@@ -233,7 +236,8 @@ def test_places_that_lines_and_their_plane_share_are_measured_once(place, plan):
             titles.append(title)
             return super().task(title, total, unit)
 
-    survey_landscape(plan, [place / "lora", place / "lora2"], plane=True, line=[0.5], grid=[0.5], progress=Listening())
+    options = LandscapeOptions(plane=True, line=[0.5], grid=[0.5])
+    survey_landscape(plan, [place / "lora", place / "lora2"], options, progress=Listening())
     places = [title for title in titles if "prose at" in title]
     assert len(places) == len(set(places)) == 3 + 2 + 4  # of 3 + 3 + 9: not the base again, nor the plane's two edges
 
@@ -246,7 +250,7 @@ def test_a_base_with_broken_weights_is_told_from_an_adapter_with_such(place, pla
     base = plan.model_copy(update={"model": plan.model.model_copy(update={"name": str(tmp_path / "base")})})
     told = r"the base's own loss on \w+ is not finite in bfloat16"
     with pytest.raises(BaseModelError, match=told):
-        survey_landscape(base, [place / "gain-ffn"], line=[0.5], allow_other_base=True)
+        survey_landscape(base, [place / "gain-ffn"], LandscapeOptions(line=[0.5]), allow_other_base=True)
     with pytest.raises(BaseModelError, match=told):
         compare_adapters(base, [place / "gain-ffn"], allow_other_base=True)
     model = load_adapter(load_base(str(place / "base")), place / "gain-ffn", trainable=True)
@@ -261,8 +265,11 @@ def test_a_base_with_broken_weights_is_told_from_an_adapter_with_such(place, pla
 
 def test_steps_that_16_bits_round_away_are_said_and_a_plane_of_an_earlier_call_goes(place, plan, tmp_path, caplog):
     adapters = [place / "gain-ffn", place / "gain-ffn2"]
-    landscape_report.write(survey_landscape(plan, adapters, plane=True, line=[1e-6, 0.5], grid=[]), tmp_path)
+    options = LandscapeOptions(plane=True, line=[1e-6, 0.5], grid=[0])
+    write_result("landscape", result(survey_landscape(plan, adapters, options), Subject()), tmp_path)
     assert caplog.text.count("at 1e-06 every loss is the pretrained model's to the last bit, as bfloat16 rounds") == 2
     assert (tmp_path / "landscape-plane.png").exists()
-    landscape_report.write(survey_landscape(plan, adapters, line=[0.5]), tmp_path)
+    write_result(
+        "landscape", result(survey_landscape(plan, adapters, LandscapeOptions(line=[0.5])), Subject()), tmp_path
+    )
     assert (tmp_path / "landscape-lines.png").exists() and not list(tmp_path.glob("landscape-plane.*"))

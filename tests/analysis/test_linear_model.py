@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from gaintune.analysis.linear_model.experiment import Settings, run_experiment, student
+from gaintune.analysis import LinearModelOptions, Subject, run_experiment, write_result
 from gaintune.analysis.linear_model.model import LinearModel, Losses
-from gaintune.analysis.linear_model.report import checks, figure, markdown, record, summary, table, write
+from gaintune.analysis.linear_model.report import checks, figure, markdown, record, result, summary, table
+from gaintune.analysis.linear_model.survey import student
 from gaintune.errors import ConfigError
 
 SAMPLES = 200_000
@@ -151,7 +152,7 @@ def test_losses_of_any_correction_agree_with_the_exact_ones():
 
 @pytest.fixture(scope="module")
 def short():
-    settings = Settings(dimension=8, rank=2, steps=600, seeds=2, lr=0.02)
+    settings = LinearModelOptions(dimension=8, rank=2, steps=600, seeds=2, lr=0.02)
     return settings, run_experiment(settings)
 
 
@@ -167,17 +168,17 @@ def test_training_reaches_the_closed_forms(short):
 
 def test_learnt_gates_follow_the_bayes_gate(short):
     _, results = short
-    for result in results:
-        gates = next(one.gates for one in result.trained if one.gates is not None)
+    for seed in results:
+        gates = next(one.gates for one in seed.trained if one.gates is not None)
         assert gates.shape == (201, 2)
-        assert np.abs(gates - result.bayes_gate[:, None]).mean() < 0.05
+        assert np.abs(gates - seed.bayes_gate[:, None]).mean() < 0.05
 
 
 def test_the_same_settings_give_the_same_numbers_and_files(short, tmp_path):
-    settings = Settings(dimension=4, rank=1, steps=20, seeds=1)
+    settings = LinearModelOptions(dimension=4, rank=1, steps=20, seeds=1)
     for name in ("one", "two"):
         torch.manual_seed(hash(name) % 1000)
-        write(settings, run_experiment(settings), tmp_path / name)
+        write_result("linear-model", result(run_experiment(settings), Subject(), settings), tmp_path / name)
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert names == [f"linear-model.{kind}" for kind in ("csv", "json", "md", "png", "svg")]
     for name in names:
@@ -191,7 +192,7 @@ def test_tables_tell_losses_and_verdicts(short):
     assert "presuppose" not in text, "few steps were enough"
     failing = [replace(each, bayes=Losses(1e-9, 1e-9)) for each in results]
     assert "presuppose 1500 training steps" in markdown(settings, failing)
-    assert "presuppose" not in markdown(Settings(dimension=8), failing)
+    assert "presuppose" not in markdown(LinearModelOptions(dimension=8), failing)
     frame = table(results)
     assert len(frame) == 2 * 5
     mixed = (frame["in_domain"] + frame["retention"]) / 2
@@ -203,7 +204,7 @@ def test_tables_tell_losses_and_verdicts(short):
 
 
 def test_every_student_starts_at_the_pretrained_map():
-    settings = Settings(dimension=6, rank=2)
+    settings = LinearModelOptions(dimension=6, rank=2)
     problem = LinearModel.draw(6, 2, 3.0, 0)
     inputs = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     for method in ("full", "lora", "disel"):
@@ -222,4 +223,4 @@ def test_every_student_starts_at_the_pretrained_map():
 )
 def test_settings_that_make_no_sense_are_refused(changes, named):
     with pytest.raises(ConfigError, match=named):
-        Settings(**changes)
+        LinearModelOptions.read(changes, "here")

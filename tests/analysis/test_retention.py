@@ -8,9 +8,9 @@ import pytest
 
 import tiny_base
 import tiny_domains
-from gaintune.analysis.retention.report import figure, markdown, sides, table, write
-from gaintune.analysis.retention.scores import counting_score, scores_of
-from gaintune.analysis.retention.survey import survey_retention
+from gaintune.analysis import RetentionOptions, Subject, survey_retention, write_result
+from gaintune.analysis.retention.report import figure, markdown, result, sides, table
+from gaintune.analysis.retention.survey import counting_score, scores_of
 from gaintune.config import build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import compare_adapters
@@ -42,29 +42,29 @@ def test_every_snapshot_is_measured_as_an_adapter_of_its_own(place, tmp_path):
     folder, plan = place
     found = survey_retention(plan, [folder / "lora", folder / "full"], cache=tmp_path / "measured")
     assert (found.target, found.texts) == (("prose",), ("code",))
-    assert [course.label for course in found.courses] == ["lora", "full"]
+    assert [trajectory.label for trajectory in found.trajectories] == ["lora", "full"]
     paths = [path for name in ("lora", "full") for path in snapshots_of(folder / name).values()]
     expected = {(each.domain, each.label): each for each in compare_adapters(plan, paths)}
-    for course in found.courses:
-        assert [moment.step for moment in course.moments] == [0, 3, 6, 8]
-        start = course.moments[0]
-        assert found.change(course, start, ["prose"]).value == 0.0
-        for moment in course.moments[1:]:
-            path = str(snapshots_of(folder / course.label)[moment.step])
+    for trajectory in found.trajectories:
+        assert [snapshot.step for snapshot in trajectory.snapshots] == [0, 3, 6, 8]
+        start = trajectory.snapshots[0]
+        assert found.change(trajectory, start, ["prose"]).value == 0.0
+        for snapshot in trajectory.snapshots[1:]:
+            path = str(snapshots_of(folder / trajectory.label)[snapshot.step])
             for domain in ("prose", "code"):
-                change, told = found.change(course, moment, [domain]), expected[domain, path]
-                assert moment.losses[domain].perplexity == told.perplexity
+                change, told = found.change(trajectory, snapshot, [domain]), expected[domain, path]
+                assert snapshot.losses[domain].perplexity == told.perplexity
                 assert (change.value, change.low, change.high) == (told.change, told.low, told.high)
-            both = found.change(course, moment, ["prose", "code"])
-            means = [found.change(course, moment, [domain]).value for domain in ("prose", "code")]
+            both = found.change(trajectory, snapshot, ["prose", "code"])
+            means = [found.change(trajectory, snapshot, [domain]).value for domain in ("prose", "code")]
             assert both.value == pytest.approx(np.mean(means))
-        changes = [found.change(course, moment, ["prose"]).value for moment in course.moments]
-        assert found.best(course).step == [0, 3, 6, 8][int(np.argmin(changes))]
+        changes = [found.change(trajectory, snapshot, ["prose"]).value for snapshot in trajectory.snapshots]
+        assert found.best(trajectory).step == [0, 3, 6, 8][int(np.argmin(changes))]
 
     again = survey_retention(plan, [folder / "lora"], every=2, cache=tmp_path / "measured", progress=Nothing())
-    assert [moment.step for moment in again.courses[0].moments] == [0, 6, 8]
-    assert again.courses[0].moments[-1] == found.courses[0].moments[-1]
-    write(found, tmp_path / "out")
+    assert [snapshot.step for snapshot in again.trajectories[0].snapshots] == [0, 6, 8]
+    assert again.trajectories[0].snapshots[-1] == found.trajectories[0].snapshots[-1]
+    write_result("retention", result(found, Subject(), RetentionOptions()), tmp_path / "out")
     names = {f"retention.{kind}" for kind in ("csv", "md", "json", "png", "svg")}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     told = json.loads((tmp_path / "out" / "retention.json").read_text())
@@ -147,8 +147,8 @@ def test_snapshots_are_asked_benchmarks_of_target_and_retention(place, tmp_path)
     found = survey_retention(
         plan, [folder / "lora"], benchmarks=asked, target_tasks=["boolq"], every=4, benchmark_cache=tmp_path / "cache"
     )
-    (course,) = found.courses
-    start, end = course.moments
+    (trajectory,) = found.trajectories
+    start, end = trajectory.snapshots
     assert (start.step, end.step) == (0, 8)
     report = run_benchmarks(load_base(plan.model), {"it": snapshots_of(folder / "lora")[8]}, read_config(asked))
     assert end.scores.target == pytest.approx(100 * report.score("boolq", "acc", "it").value)
@@ -158,12 +158,12 @@ def test_snapshots_are_asked_benchmarks_of_target_and_retention(place, tmp_path)
     assert start.scores.target_change.value == start.scores.retention_change.value == 0.0
     told = {(each.task, each.metric): each.difference for each in report.comparisons}
     assert end.scores.target_change.value == pytest.approx(told["boolq", "acc"].value)
-    write(found, tmp_path / "out")
+    write_result("retention", result(found, Subject(), RetentionOptions()), tmp_path / "out")
     assert set(table(found)["kind"]) == {"target", "text", "benchmark", "mean of benchmarks"}
     names = [[side.name.partition(":")[0] for side in pair] for pair in sides(found)]
     assert names == [["target", "other texts"], ["target task", "benchmarks"]]
-    assert [[side.read(course, end) for side in pair] for pair in sides(found)] == [
-        [found.change(course, end, ["prose"]), found.change(course, end, ["code"])],
+    assert [[side.read(trajectory, end) for side in pair] for pair in sides(found)] == [
+        [found.change(trajectory, end, ["prose"]), found.change(trajectory, end, ["code"])],
         [end.scores.target_change, end.scores.retention_change],
     ]
     without = replace(found, texts=(), base=replace(found.base, scores=replace(found.base.scores, retention=None)))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gaintune.analysis.subspace.compare import SubspaceSettings, compare_weights, share_outside
+from gaintune.analysis import SubspaceOptions
+from gaintune.analysis.subspace.statistics import compare_weights, share_outside
 from gaintune.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ def reference(before: np.ndarray, after: np.ndarray, top: int, epsilon: float) -
 def test_low_rank_updates_equal_the_numpy_reference(shape):
     before = random(*shape)
     after = before + 2.0 * random(shape[0], 2, seed=1) @ random(2, shape[1], seed=2)
-    settings = SubspaceSettings(top=6, epsilon=0.6)
+    settings = SubspaceOptions(top=6, epsilon=0.6)
     figures = compare_weights(before, after, settings)
     outside, intruders, similarities = reference(before.numpy(), after.numpy(), 6, 0.6)
     assert figures.rank == min(shape)
@@ -63,10 +64,10 @@ def test_a_direction_from_nowhere_is_one_intruder_and_lies_outside():
     before = torch.diag(torch.tensor([5.0, 4.0, 3.0, 0.0], dtype=torch.float64))[:, :3]
     after = before.clone()
     after[3, 2] = 9.0  # the third direction is turned almost wholly into the fourth, which the weight never reached
-    figures = compare_weights(before, after, SubspaceSettings(top=3, epsilon=0.5))
+    figures = compare_weights(before, after, SubspaceOptions(top=3, epsilon=0.5))
     assert figures.rank == 3 and figures.outside == pytest.approx(1.0)
     assert figures.intruders == 1 and figures.similarities[0] == pytest.approx(3 / 90**0.5)
-    assert compare_weights(before, after, SubspaceSettings(top=3, epsilon=0.3)).intruders == 0
+    assert compare_weights(before, after, SubspaceOptions(top=3, epsilon=0.3)).intruders == 0
 
 
 def test_the_rank_follows_the_tolerance_and_leading_directions_the_energy():
@@ -77,15 +78,15 @@ def test_the_rank_follows_the_tolerance_and_leading_directions_the_energy():
     assert figures.rank == 3  # 1e-9 of 10 is below 6 fp32 epsilons
     assert figures.outside == pytest.approx(0.8)
     assert figures.leading_rank == 1 and figures.outside_leading == pytest.approx(1.0)
-    assert compare_weights(before, before + update, SubspaceSettings(tolerance=1e-2)).rank == 2
-    assert compare_weights(before, before + update, SubspaceSettings(tolerance=0)).rank == 4
-    assert compare_weights(before, before + update, SubspaceSettings(leading=1.0)).leading_rank == 3
+    assert compare_weights(before, before + update, SubspaceOptions(tolerance=1e-2)).rank == 2
+    assert compare_weights(before, before + update, SubspaceOptions(tolerance=0)).rank == 4
+    assert compare_weights(before, before + update, SubspaceOptions(leading=1.0)).leading_rank == 3
 
 
 def test_wrong_settings_and_weights_are_refused():
     for wrong in ({"top": 0}, {"epsilon": 0}, {"epsilon": 1.5}, {"leading": 0}, {"tolerance": 1.0}):
-        with pytest.raises(ConfigError):
-            SubspaceSettings(**wrong)
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            SubspaceOptions.read(wrong, "here")
     with pytest.raises(ConfigError, match="one shape"):
         compare_weights(random(3, 2), random(2, 3))
     with pytest.raises(ConfigError, match="zero everywhere"):

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 import tiny_base
 import tiny_domains
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
-from gaintune.analysis.tokens.report import cells, markdown, write
-from gaintune.analysis.tokens.survey import scored_tokens, survey_tokens
+from gaintune.analysis import Subject, TokensOptions, survey_tokens, write_result
+from gaintune.analysis.tokens.report import cells, markdown, result
+from gaintune.analysis.tokens.survey import scored_tokens
 from gaintune.config import MethodConfig, build_plan
 from gaintune.data import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError
@@ -63,7 +64,7 @@ def whole_losses(model, examples) -> np.ndarray:
 @pytest.mark.parametrize("name", ["gain-ffn", "disel", "full"])
 def test_changes_equal_those_from_whole_logits(made, name):
     folder, plan = made
-    survey = survey_tokens(plan, [folder / name], limit=0.5, bins=11)
+    survey = survey_tokens(plan, [folder / name], TokensOptions(limit=0.5, bins=11))
     assert list(survey.changes) == ["prose", "code", "sums"]
     for domain in plan.data.domains:
         base = load_base(plan.model)
@@ -115,7 +116,7 @@ def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
     assert list(survey.changes["code"]) == ["gain-ffn on prose", "full on prose"]
     for adapters in survey.changes.values():
         assert len({one.limit for one in adapters.values()}) == 1
-    write(survey, tmp_path)
+    write_result("tokens", result(survey, Subject()), tmp_path)
     names = {f"tokens.{kind}" for kind in ("csv", "md", "json", "png", "svg")} | {"tokens-histogram.csv"}
     assert {file.name for file in tmp_path.iterdir()} == names
     table = pd.read_csv(tmp_path / "tokens.csv")
@@ -135,7 +136,7 @@ def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
 def test_the_same_survey_gives_the_same_bytes(made, tmp_path):
     folder, plan = made
     for name in ("one", "two"):
-        write(survey_tokens(plan, [folder / "gain-ffn"]), tmp_path / name)
+        write_result("tokens", result(survey_tokens(plan, [folder / "gain-ffn"]), Subject()), tmp_path / name)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
@@ -145,7 +146,7 @@ def test_refusals_come_before_anything_is_measured(made, tmp_path):
     with pytest.raises(ConfigError, match="at least one adapter"):
         survey_tokens(plan, [])
     with pytest.raises(ConfigError, match="odd number"):
-        survey_tokens(plan, [folder / "full"], bins=10)
+        TokensOptions.read({"bins": 10}, "here")
     with pytest.raises(ConfigError, match="named twice"):
         survey_tokens(plan, [folder / "full", folder / "full"])
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32)

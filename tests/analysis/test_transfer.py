@@ -8,8 +8,9 @@ from peft import get_peft_model
 import tiny_base
 import tiny_domains
 from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
-from gaintune.analysis.transfer.sharing import read_gain_vectors, sharing_of
-from gaintune.analysis.transfer.survey import Ablation, shared_component, survey_transfer
+from gaintune.analysis import TransferOptions, survey_transfer
+from gaintune.analysis.transfer.statistics import read_gain_vectors, sharing_of
+from gaintune.analysis.transfer.survey import Ablation, shared_component
 from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import compare_adapters
@@ -98,7 +99,7 @@ def test_components_are_what_they_say(place):
 
 def test_parts_are_measured_as_adapters_of_their_own(place):
     folder, plan, v = place
-    found = survey_transfer(plan, [folder / name for name in NAMES], components=["mean", "held-out"])
+    found = survey_transfer(plan, [folder / name for name in NAMES], TransferOptions(components=("mean", "held-out")))
     one, held = found.ablations
     base = load_base(plan.model)
     write_adapter(folder / "mean", base, v.mean(0), ("mean",))
@@ -159,7 +160,7 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
     with pytest.raises(ConfigError, match="takes two or more"):
         survey_transfer(plan, [folder / "prose"])
     with pytest.raises(ConfigError, match=r"held-out.*three or more, and 2 were given"):
-        survey_transfer(plan, [folder / "prose", folder / "code"], components=["held-out"])
+        survey_transfer(plan, [folder / "prose", folder / "code"], TransferOptions(components=("held-out",)))
     narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
     with pytest.raises(ConfigError, match="in other places"):
         survey_transfer(plan, [folder / "prose", narrow])

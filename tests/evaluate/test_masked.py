@@ -15,11 +15,11 @@ from gaintune.config import ModelConfig, build_plan
 from gaintune.data import load_domain, load_masked_blocks
 from gaintune.data.masked import mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
-from gaintune.evaluate import compare_adapters, compare_masked, measure, with_adapter
-from gaintune.evaluate.masked import MaskedLoss, measure_masked
+from gaintune.evaluate import compare_adapters, compare_masked, lent, measure
+from gaintune.evaluate.masked import measure_masked
 from gaintune.methods import attach
 from gaintune.models import is_masked, load_base, load_classifier, load_masked
-from gaintune.results import paired_change
+from gaintune.results import DomainLoss, paired_change
 from gaintune.workflows import adapt
 
 TOKENIZER = tiny_encoders.tokenizer()
@@ -117,9 +117,11 @@ def test_the_adapted_encoder_meets_the_original_head(encoder, gains, tmp_path):
     adapter = classifier_adapter(encoder, tmp_path / "adapter", gains=gains)
     settings = ModelConfig(name=str(encoder), dtype="fp32", device="cpu")
     untouched, base = load_masked(settings), load_masked(settings)
-    model = with_adapter(base, adapter, build_plan({"model": settings.model_dump()}))
     masked = mask_blocks(blocks(6), "prose", base.tokenizer)
-    before, after = measure_masked(untouched.model, masked), measure_masked(model, masked)
+    before = measure_masked(untouched.model, masked)
+    with lent(base, adapter, build_plan({"model": settings.model_dump()})) as model:
+        after = measure_masked(model, masked)
+    assert measure_masked(base.model, masked) == before
     assert (after == before) == (gains == 0)
     by_hand = load_masked(settings).model
     endings = {"bert": ("output.dense",), "distilbert": ("out_lin", "ffn.lin2")}
@@ -140,9 +142,10 @@ def test_full_weights_replace_the_encoder_and_leave_the_head_alone(roberta, tmp_
     base = load_masked(build_plan(values).model)
     head = {name: tensor.clone() for name, tensor in base.model.lm_head.state_dict().items()}
     encoder = base.model.roberta.encoder.layer[0].output.dense.weight.clone()
-    model = with_adapter(base, tmp_path / "full", build_plan(values))
-    assert all(torch.equal(tensor, head[name]) for name, tensor in model.lm_head.state_dict().items())
-    assert not torch.equal(model.roberta.encoder.layer[0].output.dense.weight, encoder)
+    with lent(base, tmp_path / "full", build_plan(values)) as model:
+        assert all(torch.equal(tensor, head[name]) for name, tensor in model.lm_head.state_dict().items())
+        assert not torch.equal(model.roberta.encoder.layer[0].output.dense.weight, encoder)
+    assert torch.equal(base.model.roberta.encoder.layer[0].output.dense.weight, encoder)
 
 
 def test_base_and_adapters_are_compared_on_text(roberta, tmp_path):
@@ -193,9 +196,9 @@ def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):
 
 
 def test_one_block_has_no_interval():
-    loss = MaskedLoss((3.0,), (2,))
+    loss = DomainLoss((3.0,), (2,))
     settings = build_plan({}).evaluate
-    change = paired_change(loss, MaskedLoss((4.0,), (2,)), "prose", settings)
+    change = paired_change(loss, DomainLoss((4.0,), (2,)), "prose", settings)
     assert change.value == pytest.approx(100 * (math.exp(0.5) - 1))
     assert change.low is change.high is None
 

@@ -45,7 +45,7 @@ APART = ("run", "separately", {**LEARNS, "domains": ["pubmedqa", "wikitext"]})
         ([RUN, ("look", "transfer", {"of": "run", "label": "gain", "components": ["median"]})], {}, "'median'"),
         ([RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["piqa"], "limits": 2})], {}, "unknown key 'limits'"),
         ([RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["arc_easy"], "pick": "best"})], {}, "pick 'best'"),
-        ([RUN, ("look", "landscape", {"of": "run", "line": "long"})], {}, "line is a list of numbers"),
+        ([RUN, ("look", "landscape", {"of": "run", "line": "long"})], {}, "line.0: .* a valid number"),
         ([APART, ("look", "subspace", {"of": "run"})], {}, "`after` names one of pubmedqa, wikitext"),
         ([("run", "sequence", {**LEARNS, "methods": ["gian"]})], {}, "gian"),
         ([("look", "linear-model", {})], {"train": {"seed": 1}}, "no step of it has a plan"),

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gaintune.tuners.disel import DiselConfig, disel_layers
-from gaintune.tuners.disel.products import add_product, stacked_product
+from gaintune.tuners.disel.layer import add_product, stacked_product
 
 IDS = tiny_models.tokens()
 KINDS = [{}, {"gate_rank": 2}, {"gate_kind": "relu"}]

@@ -8,7 +8,7 @@ from torch import nn
 
 from gaintune.errors import MergeError, UnsupportedModuleError
 from gaintune.tuners.disel import DiselConfig
-from gaintune.tuners.disel.checks import refuse_layer
+from gaintune.tuners.disel.model import refuse_layer
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

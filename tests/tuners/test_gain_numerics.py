@@ -7,7 +7,7 @@ from peft import IA3Config, get_peft_model
 from torch import nn
 
 from gaintune.tuners.gain import GainConfig
-from gaintune.tuners.gain.scale import scale_features
+from gaintune.tuners.gain.layer import scale_features
 
 TARGETS = {"llama": ["o_proj", "down_proj"], "gpt2": ["attn.c_proj", "mlp.c_proj"]}
 

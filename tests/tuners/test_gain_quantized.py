@@ -11,7 +11,7 @@ from torch import nn
 
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain import GainConfig, GainLinear
-from gaintune.tuners.gain.scale import scale_features
+from gaintune.tuners.gain.layer import scale_features
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -1,7 +1,6 @@
 from .absorption import Rounding as Rounding
 from .absorption import absorb as absorb
 from .absorption import check_mergeable as check_mergeable
-from .disk import FULL as FULL
 from .disk import add_adapter as add_adapter
 from .disk import check_adapters as check_adapters
 from .disk import load_adapter as load_adapter
@@ -14,6 +13,7 @@ from .record import CONFIG as CONFIG
 from .record import WEIGHTS as WEIGHTS
 from .record import AdapterRecord as AdapterRecord
 from .record import adapter_labels as adapter_labels
+from .record import adapter_method as adapter_method
 from .record import adapter_weights as adapter_weights
 from .record import check_adapter as check_adapter
 from .record import check_whole as check_whole

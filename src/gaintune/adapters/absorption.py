@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from gaintune.adapters.disk import FULL, load_adapter
+from gaintune.adapters.disk import load_adapter
 from gaintune.adapters.record import read_config, read_record
 from gaintune.errors import AdapterError, one_line
 from gaintune.models import Base
@@ -24,7 +24,7 @@ def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: b
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     record = read_record(adapter)
-    if record is not None and record.method == FULL:
+    if record is not None and record.whole:
         return _absorb_full(base, adapter, dtype, allow_other_base)
     model: Any = load_adapter(base, adapter, allow_other_base=allow_other_base)
     rounding = Rounding()
@@ -53,7 +53,7 @@ def check_mergeable(adapter: Path) -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     record = read_record(adapter)
-    if record is not None and record.method == FULL:
+    if record is not None and record.whole:
         return
     kind = read_config(adapter).get("peft_type")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(cast(Any, kind))
@@ -111,10 +111,10 @@ def count_rounding(base: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype)
         gain = _gain(base, merged, axis)
         if not torch.allclose(merged, base * gain, rtol=1e-5, atol=1e-6 * base.abs().max().item()):
             continue
-        learnt, acting = gain - 1, _gain(base_rounded, merged_rounded, axis) - 1
-        moving = (learnt.abs() > 1e-6) & (changed.sum(dim=axis, keepdim=True) > 0)
+        trained, acting = gain - 1, _gain(base_rounded, merged_rounded, axis) - 1
+        moving = (trained.abs() > 1e-6) & (changed.sum(dim=axis, keepdim=True) > 0)
         lost = moving & (2 * unmoved.sum(dim=axis, keepdim=True) > changed.sum(dim=axis, keepdim=True))
-        error = ((acting - learnt).abs() / learnt.abs())[moving].double().sum()
+        error = ((acting - trained).abs() / trained.abs())[moving].double().sum()
         return total + Rounding(gains=int(moving.sum()), lost=int(lost.sum()), error=float(error))
     return total
 

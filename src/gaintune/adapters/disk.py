@@ -13,15 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gaintune.adapters.record import (
-    BASE,
     CONFIG,
     RECORD,
     WEIGHTS,
     AdapterRecord,
-    adapter_labels,
-    adapter_weights,
     check_adapter,
-    claimed_base,
     read_config,
     read_record,
     warn_of_other_rows,
@@ -36,22 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "BASE",
-    "AdapterRecord",
-    "adapter_labels",
-    "adapter_weights",
-    "add_adapter",
-    "check_adapters",
-    "claimed_base",
-    "load_adapter",
-    "read_config",
-    "read_record",
-    "save_adapter",
-    "strip_adapters",
-]
-
-FULL = "full"
 FORMAT = 1
 
 
@@ -139,7 +119,7 @@ def load_adapter(
     if doubt:
         logger.warning("%s", doubt)
     record = read_record(folder)
-    if record is not None and record.method == FULL:
+    if record is not None and record.whole:
         return _load_full(base, folder, trainable)
     return _load_peft(base, folder, trainable)
 

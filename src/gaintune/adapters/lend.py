@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -61,13 +62,15 @@ def attached(base: Base, folder: Path, *, allow_other_base: bool = False) -> Ite
 def _probe(model: nn.Module) -> torch.Tensor:
     """Logits on a few tokens from all over the vocabulary: they tell whether a model is what it was."""
     wrapped: Any = model
+    carrier = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    options = {"use_cache": False} if "use_cache" in inspect.signature(carrier.forward).parameters else {}
     last = wrapped.config.get_text_config().vocab_size - 1
     tokens = torch.linspace(0, last, PROBE_TOKENS, dtype=torch.float64).long().to(wrapped.device)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            return wrapped(input_ids=tokens[None], use_cache=False).logits.clone()
+            return wrapped(input_ids=tokens[None], **options).logits.clone()
     finally:
         model.train(training)
 

@@ -7,17 +7,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gaintune.config import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.storage import files
 
+if TYPE_CHECKING:
+    from gaintune.methods import Method
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LearntDomain:
+class DomainSettings:
     """What decided which of a domain's rows were held out, and how its rows became tokens; see `DataConfig`."""
 
     task: str
@@ -28,24 +31,24 @@ class LearntDomain:
     end_of_text: bool
 
     @classmethod
-    def of(cls, domain: DomainConfig, data: DataConfig) -> LearntDomain:
+    def of(cls, domain: DomainConfig, data: DataConfig) -> DomainSettings:
         """What a plan says of one of its domains."""
         written = (data.template_of(domain), data.block_size, data.packing, data.end_of_text)
         return cls(data.task_of(domain), data.seed, *written)
 
 
-def warn_of_other_rows(adapter: Path, learnt: Mapping[str, LearntDomain], data: DataConfig) -> None:
+def warn_of_other_rows(adapter: Path, trained: Mapping[str, DomainSettings], data: DataConfig) -> None:
     """Say which domains an adapter has learnt with another split or template than a plan has, and what to give.
 
     Args:
         adapter: its folder.
-        learnt: its domains by name, as its record has them.
+        trained: its domains by name, as its record has them.
         data: the plan's.
     """
     for domain in data.domains:
-        if domain.name not in learnt:
+        if domain.name not in trained:
             continue
-        before, here = learnt[domain.name], LearntDomain.of(domain, data)
+        before, here = trained[domain.name], DomainSettings.of(domain, data)
         if before.seed != here.seed:
             logger.warning(
                 "%s learnt %s with data.seed %d, here it is %d: unless its source has a validation split of its own, "
@@ -92,7 +95,14 @@ class AdapterRecord:
     base_revision: str | None = None
     content_hashes: dict[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
-    data: dict[str, LearntDomain] = field(default_factory=dict)
+    data: dict[str, DomainSettings] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every weight of the base was trained, so that the folder holds these and no adapter."""
+        from gaintune.methods import METHODS
+
+        return self.method in METHODS and METHODS[self.method].trains_base
 
     @classmethod
     def of_plan(
@@ -102,7 +112,7 @@ class AdapterRecord:
         *,
         lr: float,
         fingerprint: str,
-        learnt: Sequence[tuple[str, str]],
+        trained: Sequence[tuple[str, str]],
         versions: dict[str, str],
         previous: AdapterRecord | None = None,
         labels: tuple[str, ...] = (),
@@ -115,22 +125,22 @@ class AdapterRecord:
             method: the one of its methods.
             lr: the learning rate that was taken, whoever gave it.
             fingerprint: of the base.
-            learnt: name and content hash of each domain, in the order they were learnt.
+            trained: name and content hash of each domain, in the order they were learnt.
             versions: of the packages.
             previous: the record of the adapter that was carried on.
             labels: a classifier's classes.
             settings: more settings than those of training and method, by section.
         """
-        made = {domain.name: LearntDomain.of(domain, plan.data) for domain in plan.data.domains}
+        made = {domain.name: DomainSettings.of(domain, plan.data) for domain in plan.data.domains}
         return cls(
             base_name=plan.model.name,
             base_revision=plan.model.revision,
             base_fingerprint=fingerprint,
             method=method.name,
             label=method.label,
-            domains=(*(previous.domains if previous else ()), *(name for name, _ in learnt)),
-            content_hashes={**(previous.content_hashes if previous else {}), **dict(learnt)},
-            data={**(previous.data if previous else {}), **{name: made[name] for name, _ in learnt}},
+            domains=(*(previous.domains if previous else ()), *(name for name, _ in trained)),
+            content_hashes={**(previous.content_hashes if previous else {}), **dict(trained)},
+            data={**(previous.data if previous else {}), **{name: made[name] for name, _ in trained}},
             settings={
                 "train": {**plan.train.model_dump(mode="json"), "lr": lr},
                 "method": method.model_dump(mode="json"),
@@ -158,11 +168,25 @@ def read_record(folder: Path) -> AdapterRecord | None:
         values = files.read_json(path)
         values["domains"] = tuple(values["domains"])
         values["labels"] = tuple(values.get("labels", ()))
-        values["data"] = {name: LearntDomain(**each) for name, each in values.get("data", {}).items()}
+        values["data"] = {name: DomainSettings(**each) for name, each in values.get("data", {}).items()}
         known = {entry.name for entry in fields(AdapterRecord)}
         return AdapterRecord(**{key: value for key, value in values.items() if key in known})
     except (RunDirectoryError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path}: damaged record ({error}); restore the folder from where it was saved") from None
+
+
+def adapter_method(folder: Path) -> Method | None:
+    """Find an adapter's method in the catalogue, also where PEFT wrote it without us; None where it has none.
+
+    Raises:
+        AdapterError: not an adapter folder, or a damaged one.
+    """
+    from gaintune.methods import METHODS, recognize
+
+    record = read_record(folder)
+    if record is not None and record.whole:
+        return METHODS[record.method]
+    return recognize(read_config(folder), record.method if record else None)
 
 
 def adapter_labels(folders: Sequence[Path]) -> list[str]:

@@ -126,15 +126,23 @@ def named_origins(folders: Sequence[Path]) -> dict[str, Origin]:
     return dict(zip(table_labels(origins), origins, strict=True))
 
 
-def provenance(plan: Plan, base: Base, domains: Sequence[DomainBlocks], adapters: Mapping[str, Origin]) -> Provenance:
-    """Put together what a measurement of `adapters` on `base` and these texts depends on."""
+def provenance(
+    plan: Plan,
+    base: Base,
+    domains: Sequence[DomainBlocks],
+    adapters: Mapping[str, Origin],
+    settings: Mapping[str, Any] | None = None,
+) -> Provenance:
+    """Put together what a measurement depends on; its settings are the plan's unless given."""
+    if settings is None:
+        settings = {name: getattr(plan, name).model_dump(mode="json") for name in ("model", "data", "evaluate")}
     return Provenance(
         base=base.name,
         base_revision=base.revision,
         base_fingerprint=base.fingerprint,
         adapters=adapters,
         texts={domain.name: domain.describe() for domain in domains},
-        settings={name: getattr(plan, name).model_dump(mode="json") for name in ("model", "data", "evaluate")},
+        settings=settings,
         environment=describe_environment(resolve_device(plan.model.device)),
     )
 

@@ -25,13 +25,9 @@ if TYPE_CHECKING:
     from gaintune.progress import Progress
 
 
-class BenchmarkOptions(Section):
-    """Options for benchmarks; None for what was not given."""
+class BenchmarkSettings(Section):
+    """Options for benchmarks, beside their names; None for what was not given."""
 
-    benchmarks: Annotated[
-        str | None,
-        Flag(metavar="NAMES", help="lm-eval's benchmarks: arc_easy,piqa, or gsm8k:8 for eight worked examples."),
-    ] = None
     fewshot: int | None = Field(
         default=None,
         description="Worked examples before each question; what lm-eval's task file says unless given.",
@@ -52,27 +48,25 @@ class BenchmarkOptions(Section):
         default=False, description="Run the programs that the model writes, which humaneval needs."
     )
 
-    def config(self, uncertainty: EvaluateConfig, benchmarks: str | None = None) -> BenchmarkConfig | None:
+    def config(self, uncertainty: EvaluateConfig, benchmarks: str | Sequence[str] | None) -> BenchmarkConfig | None:
         """Return which benchmarks are asked for and how; None for none.
 
         Args:
             uncertainty: the plan's batch size and what intervals rest on.
-            benchmarks: their names; those of `--benchmarks` unless given.
+            benchmarks: their names.
 
         Raises:
             ConfigError: an option for benchmarks without any, or a wrong value.
         """
-        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        named = given.pop("benchmarks", None)
-        asked = named if benchmarks is None else benchmarks
-        if not asked:
+        given = {name: getattr(self, name) for name in BenchmarkSettings.model_fields if name in self.model_fields_set}
+        if not benchmarks:
             refuse("is for benchmarks: name some with --benchmarks", given)
             return None
         from gaintune.evaluate.benchmarks import read_config
 
         return read_config(
             {
-                "tasks": asked,
+                "tasks": benchmarks,
                 **{CONFIG_FIELDS.get(name, name): value for name, value in given.items()},
                 "batch_size": uncertainty.batch_size,
                 "bootstrap_samples": uncertainty.bootstrap_samples,
@@ -80,6 +74,19 @@ class BenchmarkOptions(Section):
                 "bootstrap_seed": uncertainty.seed,
             }
         )
+
+
+class BenchmarkNames(Section):
+    """The option that names benchmarks."""
+
+    benchmarks: Annotated[
+        str | None,
+        Flag(metavar="NAMES", help="lm-eval's benchmarks: arc_easy,piqa, or gsm8k:8 for eight worked examples."),
+    ] = None
+
+
+class BenchmarkOptions(BenchmarkSettings, BenchmarkNames):
+    """All options for benchmarks; their names come first."""
 
 
 CONFIG_FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}

@@ -20,7 +20,8 @@ from gaintune.errors import ConfigError
 from gaintune.progress import plural
 
 if TYPE_CHECKING:
-    from gaintune.evaluate import Scores, Share
+    from gaintune.evaluate import Scores
+    from gaintune.results import Interval
     from gaintune.workflows import ClassifierResult
 
 commands = typer.Typer()
@@ -100,7 +101,7 @@ def evaluate(
     if not known and adapters and _all_classifiers(adapters):
         given = given.over({"data.task": "classify"})
     plan = given.plan()
-    asked = benchmark.config(plan.evaluate)
+    asked = benchmark.config(plan.evaluate, benchmark.benchmarks)
     if no_cache and not asked:
         refuse("is for benchmarks: name some with --benchmarks", ["no-cache"])
     quiet_libraries()
@@ -253,13 +254,13 @@ def classes(scores: Scores, title: str) -> Table:
     return table(f"{scores.domain}: {title}", heads, rows, numeric=range(1, 6))
 
 
-def share(value: Share) -> str:
+def share(value: Interval) -> str:
     """A share in % with its interval."""
     interval = "" if value.low is None or value.high is None else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
     return f"{100 * value.value:.1f} %{interval}"
 
 
-def points(value: Share | None) -> str:
+def points(value: Interval | None) -> str:
     """A difference of two shares in points of % with its interval; a dash for none."""
     if value is None:
         return "—"

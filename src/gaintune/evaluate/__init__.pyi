@@ -1,7 +1,11 @@
+from .base_and_adapters import Measure as Measure
+from .base_and_adapters import lent as lent
+from .base_and_adapters import measure_base_and_adapters as measure_base_and_adapters
+from .batches import autocast as autocast
+from .batches import run_batches as run_batches
 from .choices import ChoiceFigure as ChoiceFigure
 from .choices import compare_choices as compare_choices
 from .classification import Scores as Scores
-from .classification import Share as Share
 from .classification import difference as difference
 from .classification import score as score
 from .classifiers import LabelLoss as LabelLoss
@@ -14,6 +18,3 @@ from .perplexity import BaseLosses as BaseLosses
 from .perplexity import measure as measure
 from .perplexity import measure_domain as measure_domain
 from .perplexity import measure_tokens as measure_tokens
-from .walk import Look as Look
-from .walk import look_at_base_and_adapters as look_at_base_and_adapters
-from .walk import with_adapter as with_adapter

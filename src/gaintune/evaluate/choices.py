@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,16 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gaintune.adapters import BASE, adapter_labels, check_adapters, load_adapter
+from gaintune.adapters import BASE, check_adapters
 from gaintune.config import Plan
 from gaintune.data import ChoiceRow, beginning_of_text, encode_parts, read_choices
 from gaintune.errors import DataError, TrainingError
-from gaintune.evaluate.classification import Predictions, Share, difference, score
-from gaintune.evaluate.perplexity import autocast
-from gaintune.evaluate.walk import Look, look_at_base_and_adapters
+from gaintune.evaluate.base_and_adapters import Measure, measure_base_and_adapters
+from gaintune.evaluate.batches import run_batches
+from gaintune.evaluate.classification import Predictions, difference, score
 from gaintune.models import Base, NextTokenLoss, load_base, longest_input
-from gaintune.progress import Progress, Silent
+from gaintune.progress import Progress
+from gaintune.results import Interval
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,10 @@ class ChoiceFigure:
 
     domain: str
     label: str
-    accuracy: Share
-    accuracy_per_byte: Share
-    change: Share | None
-    change_per_byte: Share | None
+    accuracy: Interval
+    accuracy_per_byte: Interval
+    change: Interval | None
+    change_per_byte: Interval | None
     majority: float
     rows: int
     answers: Predictions = field(repr=False)
@@ -103,15 +103,14 @@ def compare_choices(
         DataError: a set that cannot be read; see `read_choices`.
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
     """
-    adapter_labels(adapters)  # refuses an adapter that is named twice
     limit = plan.classify.validation_rows
     asked = {name: read_choices(name, path, limit=limit, seed=plan.data.seed) for name, path in sets.items()}
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
 
-    def prepare(base: Base) -> Look[list[Likelihoods]]:
+    def prepare(base: Base) -> Measure[list[Likelihoods]]:
         tokenizer = base.tokenizer
 
-        def look(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[Likelihoods]:
+        def measure(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[Likelihoods]:
             return [
                 choice_likelihoods(
                     model,
@@ -126,14 +125,13 @@ def compare_choices(
                 for name, rows in asked.items()
             ]
 
-        return look
+        return measure
 
-    put_on = partial(load_adapter, allow_other_base=allow_other_base)
-    before, adapted = look_at_base_and_adapters(plan, adapters, load_base, put_on, prepare)
+    before, adapted = measure_base_and_adapters(plan, adapters, load_base, prepare, allow_other_base=allow_other_base)
     figures = []
     for number, untouched in enumerate(before):
         figures.append(_figure(BASE, untouched, None, plan))
-        figures += [_figure(each.label, each.found[number], each.base[number], plan) for each in adapted]
+        figures += [_figure(each.label, each.adapted[number], each.base[number], plan) for each in adapted]
     return figures
 
 
@@ -175,32 +173,33 @@ def choice_likelihoods(
     contexts = sorted(choices_after, key=lambda seen: (-len(seen), seen))  # alike in length in a batch
     device = next(model.parameters()).device
     loss = NextTokenLoss(model)
-    training = model.training
-    model.eval()
     sums = [0.0] * len(asked)
-    try:
-        with (
-            torch.inference_mode(),
-            autocast(device, mixed_precision),
-            (progress or Silent()).task(title, sum(map(len, contexts)), "tokens") as advance,
-        ):
-            for start in range(0, len(contexts), batch_size):
-                batch = contexts[start : start + batch_size]
-                places = torch.tensor(
-                    [
-                        (number, row, place, token)
-                        for row, seen in enumerate(batch)
-                        for number in choices_after[seen]
-                        for place, token in asked[number].placed()
-                    ]
-                )
-                ids = pad_sequence([torch.tensor(seen) for seen in batch], batch_first=True).to(device)
-                found = loss.at(model, ids, *places[:, 1:].T.to(device))
-                for number, nats in zip(places[:, 0].tolist(), found.double().tolist(), strict=True):
-                    sums[number] -= nats
-                advance(sum(map(len, batch)))
-    finally:
-        model.train(training)
+
+    def step(start: int) -> int:
+        batch = contexts[start : start + batch_size]
+        places = torch.tensor(
+            [
+                (number, row, place, token)
+                for row, seen in enumerate(batch)
+                for number in choices_after[seen]
+                for place, token in asked[number].placed()
+            ]
+        )
+        ids = pad_sequence([torch.tensor(seen) for seen in batch], batch_first=True).to(device)
+        found = loss.at(model, ids, *places[:, 1:].T.to(device))
+        for number, nats in zip(places[:, 0].tolist(), found.double().tolist(), strict=True):
+            sums[number] -= nats
+        return sum(map(len, batch))
+
+    run_batches(
+        model,
+        range(0, len(contexts), batch_size),
+        step,
+        total=sum(map(len, contexts)),
+        mixed_precision=mixed_precision,
+        title=title,
+        progress=progress,
+    )
     if not all(map(math.isfinite, sums)):
         raise TrainingError(f"{title}: a likelihood is not finite, so the model is broken")
     in_order = iter(sums)

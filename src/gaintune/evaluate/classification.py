@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.results import paired_shares
+from gaintune.results import Interval, paired_shares
 
 POSITIVE = ("1", "equivalent")  # the class of GLUE's F1: MRPC's paraphrases, and 1 where labels are 0 and 1
 
@@ -54,15 +54,6 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of rows with its Wilson interval, or a difference of two with its paired one (None for one row)."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class ClassFigures:
     """One class: of the rows given its label the share that have it, of the rows that have it the share found.
 
@@ -94,7 +85,7 @@ class Scores:
     """
 
     domain: str
-    accuracy: Share
+    accuracy: Interval
     majority: float
     matthews: float
     macro_f1: float
@@ -125,7 +116,7 @@ def score(predictions: Predictions, settings: EvaluateConfig) -> Scores:
     )
 
 
-def difference(first: Predictions, second: Predictions, settings: EvaluateConfig) -> Share:
+def difference(first: Predictions, second: Predictions, settings: EvaluateConfig) -> Interval:
     """Accuracy of the second less that of the first, paired row by row, with the interval of `paired_shares`.
 
     Predictions less themselves are exactly 0. Other ones that are right on the same rows differ by 0 too, but how many
@@ -137,17 +128,16 @@ def difference(first: Predictions, second: Predictions, settings: EvaluateConfig
     if (first.domain, first.names) != (second.domain, second.names):
         raise DataError(f"predictions for {first.domain} and {second.domain} are not of the same rows")
     right = first.right
-    found = paired_shares(right, right if second is first else second.right, settings.confidence)
-    return Share(found.value, found.low, found.high)
+    return paired_shares(right, right if second is first else second.right, settings.confidence)
 
 
-def wilson(right: int, rows: int, confidence: float) -> Share:
+def wilson(right: int, rows: int, confidence: float) -> Interval:
     """A share of rows with Wilson's score interval (1927), which has a width at 0 and at 1 too."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share, spread = right / rows, z**2 / rows
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return Share(share, max(0.0, middle - half), min(1.0, middle + half))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def _class_figures(label: str, number: int, counts: NDArray[np.int64]) -> ClassFigures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,12 @@ from gaintune.adapters import AdapterRecord, adapter_labels, check_adapters, loa
 from gaintune.config import Plan
 from gaintune.data import ClassifyDomain, LabelledExamples, Padding, load_classification
 from gaintune.errors import ConfigError, TrainingError
-from gaintune.evaluate.classification import Predictions, Scores, Share, difference, score
-from gaintune.evaluate.perplexity import autocast
-from gaintune.evaluate.walk import look_at_adapters
-from gaintune.methods import measuring_numbers
+from gaintune.evaluate.batches import run_batches
+from gaintune.evaluate.classification import Predictions, Scores, difference, score
+from gaintune.methods import measuring_precision
 from gaintune.models import load_classifier, load_tokenizer, reads_segments
-from gaintune.progress import Progress, Silent
+from gaintune.progress import Progress
+from gaintune.results import Interval
 
 
 class LabelLoss:
@@ -68,20 +69,22 @@ def row_logits(
     """
     device = next(model.parameters()).device
     loss = LabelLoss(model)
-    training = model.training
-    model.eval()
     found: list[torch.Tensor] = []
-    try:
-        with (
-            torch.inference_mode(),
-            autocast(device, mixed_precision),
-            (progress or Silent()).task(title, len(examples), "rows") as advance,
-        ):
-            for batch in padding.batches(examples, batch_size):
-                found.append(loss.logits(model, {name: each.to(device) for name, each in batch.items()}).cpu())
-                advance(len(batch["labels"]))
-    finally:
-        model.train(training)
+
+    def step(batch: Mapping[str, torch.Tensor]) -> int:
+        found.append(loss.logits(model, {name: each.to(device) for name, each in batch.items()}).cpu())
+        return len(batch["labels"])
+
+    run_batches(
+        model,
+        padding.batches(examples, batch_size),
+        step,
+        total=len(examples),
+        unit="rows",
+        mixed_precision=mixed_precision,
+        title=title,
+        progress=progress,
+    )
     logits = torch.cat(found)
     if not torch.isfinite(logits).all():
         raise TrainingError(
@@ -117,7 +120,7 @@ class ClassifierFigure:
 
     label: str
     scores: Scores
-    change: Share | None
+    change: Interval | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -160,8 +163,8 @@ def compare_classifiers(
     for adapter, record in records.items():
         _check(adapter, record, domains, plan)
 
-    def look(label: str, adapter: Path) -> list[Predictions]:
-        names, numbers = records[adapter].labels, measuring_numbers(plan.model, records[adapter].method)
+    def measure(label: str, adapter: Path) -> list[Predictions]:
+        names, numbers = records[adapter].labels, measuring_precision(plan.model, records[adapter].method)
         base = load_classifier(plan.model, names, seed=0, dtype=numbers.load)
         base.check_length(plan.classify.max_length)
         model = load_adapter(base, adapter, allow_other_base=allow_other_base)
@@ -179,7 +182,10 @@ def compare_classifiers(
             for domain in domains
         ]
 
-    found = look_at_adapters(adapters, look)
+    found = []
+    for label, adapter in zip(labels, adapters, strict=True):
+        found.append(measure(label, adapter))
+        gc.collect()  # an adapted model refers to itself
     return [
         ClassifierFigure(
             label,

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +17,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gaintune.adapters import BASE, adapter_labels, check_adapters
+from gaintune.adapters import BASE, check_adapters
 from gaintune.config import Plan
 from gaintune.data import MaskedBlocks, load_masked_blocks
 from gaintune.errors import ConfigError, TrainingError
-from gaintune.evaluate.perplexity import autocast
-from gaintune.evaluate.walk import Look, look_at_base_and_adapters, with_adapter
+from gaintune.evaluate.base_and_adapters import Measure, measure_base_and_adapters
+from gaintune.evaluate.batches import run_batches
+from gaintune.evaluate.compare import Figure
 from gaintune.models import IGNORED, Base, load_masked, longest_input
-from gaintune.progress import Progress, Silent
-from gaintune.results import LARGEST_EXPONENT, paired_change
-
-
-@dataclass(frozen=True)
-class MaskedLoss:
-    """Loss of one model on one domain, block by block: sums over the masked tokens in nats, and their numbers."""
-
-    nll: tuple[float, ...]
-    tokens: tuple[int, ...]
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean loss of a masked token."""
-        return math.exp(min(math.fsum(self.nll) / sum(self.tokens), LARGEST_EXPONENT))
-
-
-@dataclass(frozen=True)
-class MaskedFigure:
-    """One model on one domain; `change` and its interval in % of the base's perplexity, None for the base itself.
-
-    `masked` is the number of masked tokens behind it.
-    """
-
-    domain: str
-    label: str
-    perplexity: float
-    change: float | None
-    low: float | None
-    high: float | None
-    masked: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+from gaintune.progress import Progress
+from gaintune.results import DomainLoss, paired_change
 
 
 def compare_masked(
     plan: Plan, adapters: Sequence[Path], *, allow_other_base: bool = False, progress: Progress | None = None
-) -> list[MaskedFigure]:
+) -> list[Figure]:
     """Measure the plan's encoder, and the encoder with every adapter, on the plan's domains of text.
 
     An adapter's own head is left out, and the original one put in its place. The masking's seed is the plan's
@@ -79,10 +45,9 @@ def compare_masked(
         BaseModelError: the base is no encoder with a masked-LM head.
         ConfigError: blocks longer than the encoder takes, or an adapter named twice.
     """
-    adapter_labels(adapters)  # refuses an adapter that is named twice
     check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
 
-    def prepare(base: Base) -> Look[list[MaskedLoss]]:
+    def prepare(base: Base) -> Measure[list[DomainLoss]]:
         longest = longest_input(base.model, base.tokenizer)
         if longest is not None and plan.data.block_size > longest:
             raise ConfigError(
@@ -91,7 +56,7 @@ def compare_masked(
         data = plan.data
         domains = [load_masked_blocks(each, data, base.tokenizer, seed=data.seed) for each in data.domains]
 
-        def look(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[MaskedLoss]:
+        def measure(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[DomainLoss]:
             return [
                 measure_masked(
                     model,
@@ -104,19 +69,19 @@ def compare_masked(
                 for domain in domains
             ]
 
-        return look
+        return measure
 
-    put_on = partial(with_adapter, plan=plan, allow_other_base=allow_other_base)
-    before, adapted = look_at_base_and_adapters(plan, adapters, load_masked, put_on, prepare)
+    before, adapted = measure_base_and_adapters(plan, adapters, load_masked, prepare, allow_other_base=allow_other_base)
     figures = []
     for number, domain in enumerate(plan.data.domains):
         loss = before[number]
-        figures.append(MaskedFigure(domain.name, BASE, loss.perplexity, None, None, None, sum(loss.tokens)))
+        masked = sum(loss.tokens)
+        figures.append(Figure(domain.name, BASE, loss.perplexity, masked=masked))
         for each in adapted:
-            found = each.found[number]
-            interval = paired_change(each.base[number], found, domain.name, plan.evaluate)
+            loss = each.adapted[number]
+            interval = paired_change(each.base[number], loss, domain.name, plan.evaluate)
             change = (interval.value, interval.low, interval.high)
-            figures.append(MaskedFigure(domain.name, each.label, found.perplexity, *change, sum(loss.tokens)))
+            figures.append(Figure(domain.name, each.label, loss.perplexity, *change, masked=masked))
     return figures
 
 
@@ -128,7 +93,7 @@ def measure_masked(
     mixed_precision: torch.dtype | None = None,
     title: str = "measuring",
     progress: Progress | None = None,
-) -> MaskedLoss:
+) -> DomainLoss:
     """Measure the loss of the masked tokens of every block; logits are made for those alone.
 
     `mixed_precision` is the autocast dtype of a model kept in fp32, or None for the model's own numbers.
@@ -137,25 +102,25 @@ def measure_masked(
         TrainingError: the loss of some block is not finite; the model is broken.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     sums: list[float] = []
-    try:
-        with (
-            torch.inference_mode(),
-            autocast(device, mixed_precision),
-            (progress or Silent()).task(title, blocks.input_ids.numel(), "tokens") as advance,
-        ):
-            for start in range(0, len(blocks.input_ids), batch_size):
-                seen = blocks.input_ids[start : start + batch_size].to(device)
-                labels = blocks.labels[start : start + batch_size].to(device)
-                sums.extend(_block_losses(model, seen, labels).tolist())
-                advance(seen.numel())
-    finally:
-        model.train(training)
+
+    def step(start: int) -> int:
+        seen, labels = (each[start : start + batch_size].to(device) for each in (blocks.input_ids, blocks.labels))
+        sums.extend(_block_losses(model, seen, labels).tolist())
+        return seen.numel()
+
+    run_batches(
+        model,
+        range(0, len(blocks.input_ids), batch_size),
+        step,
+        total=blocks.input_ids.numel(),
+        mixed_precision=mixed_precision,
+        title=title,
+        progress=progress,
+    )
     if not all(map(math.isfinite, sums)):
         raise TrainingError(f"{title}: the loss is not finite, so the model is broken")
-    return MaskedLoss(tuple(sums), blocks.scored)
+    return DomainLoss(tuple(sums), blocks.scored)
 
 
 def _block_losses(model: Any, seen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +12,11 @@ from torch import nn
 
 from gaintune.data import DomainBlocks, Examples
 from gaintune.errors import BaseModelError, DivergedError
+from gaintune.evaluate.batches import run_batches
 from gaintune.models import NextTokenLoss, require_isolation
-from gaintune.progress import Progress, Silent
+from gaintune.progress import Progress
 from gaintune.results import DomainLoss
 from gaintune.storage import canonical_json, locked, make_folder, read_json, write_json
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Mixed precision in `dtype`, or nothing at all where `dtype` is None."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def measure(
@@ -152,19 +147,20 @@ def _each_batch(
     if examples.position_ids is not None:
         require_isolation(model)
     loss = NextTokenLoss(model)
-    training = model.training
-    model.eval()
-    try:
-        with (
-            torch.inference_mode(),
-            autocast(device, mixed_precision),
-            (progress or Silent()).task(title, examples.tokens, "tokens") as advance,
-        ):
-            for batch in examples.batches(batch_size):
-                take(loss.per_token(model, {name: tensor.to(device) for name, tensor in batch.items()}))
-                advance(batch["input_ids"].numel())
-    finally:
-        model.train(training)
+
+    def step(batch: dict[str, torch.Tensor]) -> int:
+        take(loss.per_token(model, {name: tensor.to(device) for name, tensor in batch.items()}))
+        return batch["input_ids"].numel()
+
+    run_batches(
+        model,
+        examples.batches(batch_size),
+        step,
+        total=examples.tokens,
+        mixed_precision=mixed_precision,
+        title=title,
+        progress=progress,
+    )
 
 
 def _broken(title: str) -> DivergedError:
@@ -196,7 +192,7 @@ class BaseLosses:
             domain: the domain; its name does not matter.
             measure: measures its validation rows.
             fingerprint: of the base.
-            numbers: what the base computes with, as `Numbers.name`.
+            numbers: what the base computes with, as `Precision.name`.
             device: kind of device, such as `cuda`: another one rounds otherwise.
             batch_size: rows in a forward pass, for the same reason.
         """

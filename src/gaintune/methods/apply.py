@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -18,8 +19,9 @@ from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
-from gaintune.methods.rules import Place, StageRule
+from gaintune.methods.rules import StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
+from gaintune.tuners.gain.mapping import default_projections
 
 COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
@@ -36,7 +38,7 @@ def check_method(config: MethodConfig) -> Method:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Precision:
     """The numbers a method computes with: how the base is loaded, and the autocast around it if there is one."""
 
     name: str
@@ -44,20 +46,46 @@ class Numbers:
     mixed: torch.dtype | None
 
 
-def numbers_of(model: ModelConfig, method: MethodConfig) -> Numbers:
-    """Adapters leave the base in its own numbers; a method that trains the base keeps it in fp32 under autocast."""
-    found = check_method(method)
-    if model.quantization and not found.quantized:
+@dataclass(frozen=True)
+class PreparedMethod:
+    """A plan's method as a run uses it: checked against the plan, its rate and precision decided once.
+
+    Attributes:
+        config: what the plan says of it; the name and label for tables are there.
+        entry: its entry in the catalogue.
+        lr: peak learning rate: the method's own, else the plan's, else the catalogue's.
+        numbers: what it computes with; adapters leave the base in its own.
+    """
+
+    config: MethodConfig
+    entry: Method
+    lr: float
+    precision: Precision
+
+    @property
+    def rate_multipliers(self) -> Mapping[str, float]:
+        """Which parameters learn at another rate: part of their names -> factor."""
+        return self.entry.rates(self.config)
+
+
+def prepare_method(config: MethodConfig, model: ModelConfig, train: TrainConfig) -> PreparedMethod:
+    """Check a method of a plan against its base, and decide its rate and precision.
+
+    Raises:
+        ConfigError: no such method or option, or a base it cannot work on.
+    """
+    entry = check_method(config)
+    if model.quantization and not entry.quantized:
         raise ConfigError(
-            f"method {method.name!r} works on the base's own weights: leave model.quantization={model.quantization} out"
+            f"method {config.name!r} works on the base's own weights: leave model.quantization={model.quantization} out"
         )
-    numbers = measuring_numbers(model, method.name)
-    if numbers.mixed is torch.float16:
-        raise ConfigError(f"method {method.name!r} trains the base itself, not with fp16: use model.dtype bf16 or fp32")
-    return numbers
+    precision = measuring_precision(model, config.name)
+    if precision.mixed is torch.float16:
+        raise ConfigError(f"method {config.name!r} trains the base itself, not with fp16: use model.dtype bf16 or fp32")
+    return PreparedMethod(config, entry, config.lr or train.lr or entry.lr, precision)
 
 
-def measuring_numbers(model: ModelConfig, method: str | None = None) -> Numbers:
+def measuring_precision(model: ModelConfig, method: str | None = None) -> Precision:
     """The numbers in which what a method made is measured: those it was trained in.
 
     `method` is the name in an adapter's record; None for a base, or an adapter that we did not write.
@@ -65,37 +93,25 @@ def measuring_numbers(model: ModelConfig, method: str | None = None) -> Numbers:
     dtype = resolve_dtype(model.dtype, resolve_device(model.device))
     short = str(dtype).removeprefix("torch.")
     if method not in METHODS or not METHODS[method].trains_base:
-        return Numbers(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
+        return Precision(f"{short}-{model.quantization}" if model.quantization else short, dtype, None)
     if dtype is torch.float32:
-        return Numbers("float32", dtype, None)
-    return Numbers(f"float32-autocast-{short}", torch.float32, dtype)
+        return Precision("float32", dtype, None)
+    return Precision(f"float32-autocast-{short}", torch.float32, dtype)
 
 
-def learning_rate(config: MethodConfig, train: TrainConfig) -> float:
-    """The method's own rate, else the plan's, else the catalogue's."""
-    return config.lr or train.lr or get_method(config.name).lr
-
-
-def rate_multipliers(config: MethodConfig) -> Mapping[str, float] | None:
-    """Which parameters learn at another rate than the method's: part of their names -> factor; None where none do."""
-    rates = get_method(config.name).rates
-    return None if rates is None else rates(config)
-
-
-def rules_of(config: MethodConfig, place: Place, *, seed: int) -> list[StageRule]:
+def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> list[TrainingRule]:
     """What acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
 
     Args:
-        config: the method and its options.
-        place: where the adaptation stands in its sequence.
+        method: the method and its options.
+        position: where the adaptation stands in its sequence.
         seed: seed of the choice of rows for EWC.
 
     Raises:
         ConfigError: what the rules need is not kept with the adapter that is carried on.
     """
-    make = get_method(config.name).rule
-    own = None if make is None else make(config, place)
-    return [rule for rule in (own, penalty_of(config, place, seed=seed)) if rule is not None]
+    own = None if method.entry.rule is None else method.entry.rule(method.config, position)
+    return [rule for rule in (own, penalty_of(method.config, position, seed=seed)) if rule is not None]
 
 
 def attach(
@@ -123,18 +139,18 @@ def attach(
     """
     method = check_method(config)
     set_seed(seed)
-    if method.build is None:
+    if method.trains_base:
         if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
             raise ConfigError(f"method {config.name!r} updates the base's own weights and needs them in fp32")
         return model.requires_grad_(True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT then sets it as it should be
         try:
-            peft_config = method.build(model, config)
-            peft_config.task_type = TaskType(task_type)
+            configured = peft_config(method, model, config)
+            configured.task_type = TaskType(task_type)
             if head:
-                _save_with_adapter(peft_config, head, config)
-            adapted = get_peft_model(model, peft_config)
+                _save_with_adapter(configured, head, config)
+            adapted = get_peft_model(model, configured)
         except GaintuneError:
             raise
         except (ValueError, TypeError) as error:  # PEFT's words for targets that match nothing or cannot be adapted
@@ -142,6 +158,21 @@ def attach(
             raise ConfigError(f"method {config.label!r} cannot be attached to this base: {reason}") from error
     _require_all_adapted(adapted, config)
     return adapted
+
+
+def peft_config(method: Method, model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
+    """Make PEFT's configuration: the settings of the catalogue's entry, with the plan's options laid over them."""
+    given = {key: getattr(config, option) for option, key in method.options.items() if key}
+    values: dict[str, Any] = {}
+    for key, value in {**method.settings, **{key: value for key, value in given.items() if value is not None}}.items():
+        values[key] = value(values) if callable(value) else value
+    targets = values.get("target_modules")
+    if targets == "output-projection":
+        values["target_modules"] = list(default_projections(model.config.to_dict()).attention)
+    elif targets is not None and targets != "all-linear":
+        values["target_modules"] = [targets] if isinstance(targets, str) else list(targets)
+    kind = cast(type[PeftConfig], PEFT_TYPE_TO_CONFIG_MAPPING[cast(Any, method.peft_type)])
+    return kind(**values)
 
 
 def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: MethodConfig) -> None:

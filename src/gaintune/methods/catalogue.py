@@ -1,18 +1,47 @@
-"""The catalogue of methods: one entry for each, with its default rate, its options and what it needs."""
+"""The catalogue of methods: one entry says all that the rest of the package knows of a method.
+
+To add a method of PEFT, add an entry to `METHODS`: the name of PEFT's configuration, the values it begins with, and
+which options of a plan replace them. Loads neither PEFT nor a model, so that adapters are recognized in no time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from math import ceil
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import ValidationError
 
 from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError
-from gaintune.methods import peft_configs
-from gaintune.methods.rules import BudgetSchedule, GainWarnings, Place, StageRule, SubspaceProjection
+from gaintune.methods.rules import BudgetSchedule, GainWarnings, StagePosition, SubspaceProjection, TrainingRule
 from gaintune.tuners import GATES
 
 LORA_PLUS_RATIO = 16.0
+ADALORA_START = 1.5  # PEFT's proportion of the rank at the start to the average one at the end, 12 to 8
+
+VARIANT_MARKS = (
+    "gate_kind",
+    "use_dora",
+    "velora_config",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "use_qalora",
+)
+"""Keys of a PEFT configuration that, where they are set, make it another method's than its type alone says."""
+
+
+class FactorTensor(NamedTuple):
+    """The saved tensor that holds a method's factors: the end of its name, and what is added to make the factor."""
+
+    name: str
+    start: float
 
 
 @dataclass(frozen=True)
@@ -23,34 +52,61 @@ class Method:
         name: what users type.
         description: one line for `gaintune methods`.
         lr: default peak learning rate.
-        options: fields of `MethodConfig` the method understands, beside `lr` and `label`.
+        options: fields of `MethodConfig` that the method understands, beside `lr` and `label`, each with the key of
+            PEFT's configuration that holds it; None where it holds for training alone.
         needs: what it costs or asks for.
-        build: makes the PEFT configuration; None where every weight of the base trains.
-        kind: what `build` makes, in the words of `peft_configs.kind_of`.
-        rates: rate multipliers by part of a parameter's name, as in `parameter_groups`; None where all learn alike.
-        quantized: whether the base may be quantized.
+        peft_type: PEFT's name of its configuration; None where every weight of the base trains.
+        settings: values of PEFT's configuration where a plan says nothing, in order: a function makes a value from
+            those before it. `target_modules` may also be "output-projection", where GAIN acts.
+        rates: rate multipliers by part of a parameter's name, as in `parameter_groups`.
         rule: makes what acts on every update of one adaptation, for its place in the sequence; None where nothing does.
+        quantized: whether the base may be quantized.
+        factors: the tensor of its factors; None where it multiplies no features.
+        line: how an adapter is moved along the line from the base through it: by its "gains", by the "scale" of its
+            update, "gated" (by the scale of an update that depends on the input), or by the "weights" themselves.
     """
 
     name: str
     description: str
     lr: float
-    options: frozenset[str]
+    options: Mapping[str, str | None]
     needs: str
-    build: peft_configs.Build | None
-    kind: str | None = None
-    rates: Callable[[MethodConfig], Mapping[str, float]] | None = None
+    peft_type: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rates: Callable[[MethodConfig], Mapping[str, float]] = lambda config: {}
+    rule: Callable[[MethodConfig, StagePosition], TrainingRule] | None = None
     quantized: bool = True
-    rule: Callable[[MethodConfig, Place], StageRule] | None = None
+    factors: FactorTensor | None = None
+    line: Literal["gains", "scale", "gated", "weights"] = "weights"
 
     @property
     def trains_base(self) -> bool:
         """Whether the base's own weights train: they are then kept in fp32, with mixed precision around them."""
-        return self.build is None
+        return self.peft_type is None
+
+    @property
+    def gates(self) -> bool:
+        """Whether its update depends on the input, through gates, so that it is no change of weights."""
+        return self.line == "gated"
+
+    @property
+    def kind(self) -> str | None:
+        """What PEFT's configuration of it is called by `kind_of`; None where there is none."""
+        return None if self.trains_base else kind_of({"peft_type": self.peft_type, **self.settings})
 
 
 _FROZEN = "frozen base"
-_LOW_RANK = frozenset({"rank", "alpha", "targets"})
+_TARGETS = {"targets": "target_modules"}
+_RANKED = {"rank": "r", **_TARGETS}
+_LOW_RANK = {**_RANKED, "alpha": "lora_alpha"}
+
+
+def _twice_the_rank(chosen: Mapping[str, Any]) -> float:
+    return 2.0 * chosen["r"]
+
+
+_LORA = {"r": 1, "lora_alpha": _twice_the_rank, "target_modules": "output-projection"}
+_DISEL = {"r": 8, "lora_alpha": _twice_the_rank, "target_modules": "all-linear"}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -59,31 +115,36 @@ METHODS: dict[str, Method] = {
             "gain",
             "one gain per feature at the attention output projection",
             0.01,
-            frozenset({"targets"}),
+            _TARGETS,
             f"{_FROZEN}; gains only (fp32)",
-            peft_configs.gain(ffn=False),
             "GAIN",
-            rule=lambda config, place: GainWarnings(),
+            {"ffn": False},
+            rule=lambda config, position: GainWarnings(),
+            factors=FactorTensor("gain_v", 1.0),
+            line="gains",
         ),
         Method(
             "gain-ffn",
             "GAIN, and one gain per hidden feature of the FFN",
             0.01,
-            frozenset({"targets"}),
+            _TARGETS,
             f"{_FROZEN}; gains only (fp32)",
-            peft_configs.gain(ffn=True),
             "GAIN",
-            rule=lambda config, place: GainWarnings(),
+            {"ffn": True},
+            rule=lambda config, position: GainWarnings(),
+            factors=FactorTensor("gain_v", 1.0),
+            line="gains",
         ),
         Method(
             "disel",
             "DISeL: LoRA with a gate a token on every rank-one part; rank 8 on all linear layers unless told otherwise",
             0.002,
-            _LOW_RANK | {"gate_bias", "gate_lr_ratio", "gate_rank"},
+            {**_LOW_RANK, "gate_bias": "gate_bias_init", "gate_lr_ratio": "gate_lr_ratio", "gate_rank": "gate_rank"},
             f"{_FROZEN}; three thin matrices a module (fp32); cannot be merged",
-            peft_configs.disel("sigmoid"),
-            "DISEL sigmoid",
+            "DISEL",
+            {**_DISEL, "gate_kind": "sigmoid"},
             rates=lambda config: {} if config.gate_lr_ratio is None else {GATES: config.gate_lr_ratio},
+            line="gated",
         ),
         Method(
             "gated-lora",
@@ -91,17 +152,18 @@ METHODS: dict[str, Method] = {
             0.002,
             _LOW_RANK,
             f"{_FROZEN}; two thin matrices a module (fp32); cannot be merged",
-            peft_configs.disel("relu"),
-            "DISEL relu",
+            "DISEL",
+            {**_DISEL, "gate_kind": "relu"},
+            line="gated",
         ),
         Method(
             "ia3",
             "(IA)3: scales keys, values and FFN activations",
             0.01,
-            frozenset(),
+            {},
             f"{_FROZEN}; vectors only (fp32)",
-            peft_configs.ia3,
             "IA3",
+            factors=FactorTensor("ia3_l", 0.0),
         ),
         Method(
             "lora",
@@ -109,18 +171,20 @@ METHODS: dict[str, Method] = {
             0.01,
             _LOW_RANK,
             f"{_FROZEN}; two thin matrices a module (fp32)",
-            peft_configs.lora(),
             "LORA",
+            _LORA,
+            line="scale",
         ),
         Method(
             "lora+",
             "LoRA whose B learns faster than its A (16 times unless told otherwise)",
             0.002,
-            _LOW_RANK | {"lr_ratio"},
+            {**_LOW_RANK, "lr_ratio": None},
             f"{_FROZEN}; two thin matrices a module (fp32)",
-            peft_configs.lora(),
             "LORA",
+            _LORA,
             rates=lambda config: {"lora_B": LORA_PLUS_RATIO if config.lr_ratio is None else config.lr_ratio},
+            line="scale",
         ),
         Method(
             "dora",
@@ -128,8 +192,8 @@ METHODS: dict[str, Method] = {
             0.01,
             _LOW_RANK,
             f"{_FROZEN}; the whole weight is put together in every forward pass: slower, more memory",
-            peft_configs.lora(use_dora=True),
-            "LORA use_dora",
+            "LORA",
+            {**_LORA, "use_dora": True},
         ),
         Method(
             "pissa",
@@ -137,54 +201,65 @@ METHODS: dict[str, Method] = {
             0.002,
             _LOW_RANK,
             "an exact SVD of every adapted weight at each start and load; not for quantized bases",
-            peft_configs.lora(init_lora_weights="pissa"),
-            "LORA pissa",
+            "LORA",
+            {**_LORA, "init_lora_weights": "pissa"},
             quantized=False,
         ),
         Method(
             "adalora",
             "AdaLoRA: rank 8 on average over all linear layers, from 12 in each, by importance",
             0.01,
-            _LOW_RANK | {"orthogonality"},
+            {**_LOW_RANK, "rank": "target_r", "orthogonality": None},
             f"{_FROZEN}; the number of updates of all domains, known from the plan; three numbers for each trained one",
-            peft_configs.adalora,
             "ADALORA",
+            {
+                "target_r": 8,
+                "init_r": lambda chosen: ceil(ADALORA_START * chosen["target_r"]),
+                "lora_alpha": lambda chosen: 2.0 * chosen["init_r"],
+                "target_modules": "all-linear",
+                "total_step": 1,  # how many updates there will be is not known yet: `BudgetSchedule` sets it
+            },
             rule=BudgetSchedule,
         ),
         Method(
             "hira",
             "HiRA: every weight times 1 + BA; rank 8 on all linear layers unless told otherwise",
             0.01,
-            frozenset({"rank", "targets"}),
+            _RANKED,
             f"{_FROZEN}; a matrix of the weight's size for every module in a forward pass: slower, more memory",
-            peft_configs.hira,
             "HIRA",
+            {"r": 8, "target_modules": "all-linear"},
         ),
         Method(
             "vera",
             "VeRA: two vectors a module around one pair of random matrices; rank 256 on all linear layers",
             0.05,
-            frozenset({"rank", "targets"}),
+            _RANKED,
             f"{_FROZEN}; vectors only (fp32), and the shared matrices on disk",
-            peft_configs.vera,
             "VERA",
+            {
+                "r": 256,
+                "target_modules": "all-linear",
+                "projection_prng_key": lambda chosen: torch.initial_seed(),  # which `attach` has set
+                "save_projection": True,
+            },
         ),
         Method(
             "osf",
             "OSF: trains the smaller half of every weight's singular directions, apart from the larger half",
             1e-4,
-            frozenset({"targets", "preserved"}),
+            {**_TARGETS, "preserved": "effective_rank"},
             "an SVD of every weight at each start and load; about full's memory (fp32); not for quantized bases",
-            peft_configs.osf,
             "OSF",
+            {"effective_rank": 0.5, "target_modules": "all-linear"},
+            rule=lambda config, position: SubspaceProjection(),
             quantized=False,
-            rule=lambda config, place: SubspaceProjection(),
         ),
         Method(
             "full",
             "every weight of the base trains",
             2e-5,
-            frozenset(),
+            {},
             "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
             None,
             quantized=False,
@@ -200,3 +275,37 @@ def get_method(name: str) -> Method:
     near = get_close_matches(name, METHODS, n=1)
     advice = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"unknown method {name!r}; {advice}known methods: {', '.join(METHODS)}")
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Name the kind of adapter that an `adapter_config.json` describes: PEFT's type, and what marks a variant of it.
+
+    "LORA use_dora", "LORA pissa" and "DISEL relu" are other methods than "LORA" and "DISEL sigmoid".
+    """
+    marks = [value if isinstance(value := config[key], str) else key for key in VARIANT_MARKS if config.get(key)]
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        marks.append("pissa")
+    return " ".join([str(config.get("peft_type")), *marks])
+
+
+def recognize(config: Mapping[str, Any], name: str | None = None) -> Method | None:
+    """Find the method whose adapter an `adapter_config.json` describes, None where the catalogue has none.
+
+    Of several methods with adapters of one kind (lora, lora+, gain, gain-ffn) it is the one of that `name`, else the
+    first.
+    """
+    kind = kind_of(config)
+    alike = {method.name: method for method in METHODS.values() if method.kind == kind}
+    return alike.get(str(name)) or next(iter(alike.values()), None)
+
+
+def stored_options(method: Method, config: Mapping[str, Any]) -> MethodConfig:
+    """Read a method's options from the `adapter_config.json` of an adapter of its kind."""
+    found: dict[str, Any] = {"name": method.name}
+    for option, key in method.options.items():
+        try:
+            MethodConfig.model_validate({"name": method.name, option: config.get(str(key))})
+        except ValidationError:
+            continue  # a value that a plan has no words for, such as OSF's rank as a count
+        found[option] = config.get(str(key))
+    return MethodConfig.model_validate(found)

@@ -7,7 +7,6 @@ domain: w_i = 1 for L2, and the Fisher information of the earlier domains for el
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from torch import nn
 
 from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError, DivergedError
-from gaintune.methods.rules import Lesson, Place, StageRule
+from gaintune.methods.rules import StageData, StagePosition, TrainingRule
+from gaintune.models import autocast
 
 
 def fisher_information(
-    model: nn.Module, lesson: Lesson, *, rows: int | None = None, seed: int = 0
+    model: nn.Module, stage_data: StageData, *, rows: int | None = None, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Mean over rows of `(d log p(row) / d theta_i)^2 / scored items of the row`, for every trained weight.
 
@@ -33,30 +33,30 @@ def fisher_information(
 
     Args:
         model: the model at the end of the adaptation; left in the mode it was in, its gradients untouched.
-        lesson: rows and loss.
+        stage_data: rows and loss.
         rows: how many rows to take, drawn by `seed`; all unless given.
 
     Returns:
         Parameter's name -> fp32 tensor of its shape, the same in every process.
     """
-    total = len(lesson.rows)
+    total = len(stage_data.rows)
     drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     picked = sorted(drawn[:rows])
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     weights = list(trained.values())
     fisher = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     first, step = _share()
-    tokens = lesson.rows.tokens * len(picked) / max(total, 1)
+    tokens = stage_data.rows.tokens * len(picked) / max(total, 1)
     training = model.training
     model.eval()
     try:
-        with lesson.progress.task(lesson.title, round(tokens), "tokens") as advance:
+        with stage_data.progress.task(stage_data.title, round(tokens), "tokens") as advance:
             for row in picked[first::step]:
-                batch = _batch(lesson, row, weights[0].device)
-                with _autocast(weights[0].device, lesson.mixed_precision):
-                    loss = lesson.objective.sum(model, batch)
+                batch = _batch(stage_data, row, weights[0].device)
+                with autocast(weights[0].device, stage_data.mixed_precision):
+                    loss = stage_data.objective.sum(model, batch)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-                per_item = 1.0 / max(int(lesson.objective.scored(batch)), 1)
+                per_item = 1.0 / max(int(stage_data.objective.scored(batch)), 1)
                 for sum_, gradient in zip(fisher, gradients, strict=True):
                     if gradient is not None:
                         sum_.addcmul_(gradient.float(), gradient.float(), value=per_item)
@@ -76,18 +76,14 @@ def _share() -> tuple[int, int]:
     return 0, 1
 
 
-def _batch(lesson: Lesson, row: int, device: torch.device) -> dict[str, Any]:
+def _batch(stage_data: StageData, row: int, device: torch.device) -> dict[str, Any]:
     """One row as a batch."""
-    picked = lesson.rows[row]
-    if lesson.collate is not None:
-        batch = dict(lesson.collate([picked]))
+    picked = stage_data.rows[row]
+    if stage_data.collate is not None:
+        batch = dict(stage_data.collate([picked]))
     else:
         batch = {name: tensor.unsqueeze(0) for name, tensor in picked.items()}
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 FISHER = "penalty.safetensors"
@@ -101,12 +97,12 @@ def strength_of(method: MethodConfig) -> float:
     return STRENGTHS[method.penalty] if method.penalty_strength is None else method.penalty_strength
 
 
-def penalty_of(method: MethodConfig, place: Place, *, seed: int) -> StageRule | None:
+def penalty_of(method: MethodConfig, position: StagePosition, *, seed: int) -> TrainingRule | None:
     """The rule of a method's penalty, None where it has none or of strength 0.
 
     Args:
         method: what is configured.
-        place: where the adaptation stands.
+        position: where the adaptation stands.
         seed: seed of the choice of rows for the Fisher information.
 
     Raises:
@@ -116,20 +112,20 @@ def penalty_of(method: MethodConfig, place: Place, *, seed: int) -> StageRule | 
     if strength == 0:
         return None
     if method.penalty == "l2":
-        return L2(strength, place)
-    return Ewc(strength, place, rows=method.ewc_rows, seed=seed)
+        return L2(strength, position)
+    return Ewc(strength, position, rows=method.ewc_rows, seed=seed)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-class L2(StageRule):
+class L2(TrainingRule):
     """Pulls every trained weight alike; needs a copy of the trained weights in memory."""
 
-    def __init__(self, strength: float, place: Place) -> None:
+    def __init__(self, strength: float, position: StagePosition) -> None:
         self._strength = strength
-        self._pulls = place.previous is not None
+        self._pulls = position.previous is not None
         self._anchor: dict[str, torch.Tensor] = {}
         # room for distances: to make it anew at every update would take most of the penalty's time
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
@@ -167,11 +163,11 @@ class Ewc(L2):
     has.
     """
 
-    def __init__(self, strength: float, place: Place, *, rows: int | None, seed: int) -> None:
-        super().__init__(strength, place)
+    def __init__(self, strength: float, position: StagePosition, *, rows: int | None, seed: int) -> None:
+        super().__init__(strength, position)
         self._rows = rows
         self._seed = seed
-        self._origin = None if place.previous is None else place.previous / FISHER
+        self._origin = None if position.previous is None else position.previous / FISHER
         if self._origin is not None and not self._origin.is_file():
             raise ConfigError(
                 f"{self._origin.parent} has no {FISHER}: it was not trained with penalty=ewc, so the Fisher "
@@ -195,12 +191,12 @@ class Ewc(L2):
     def _add_pull(self, gradient: torch.Tensor, name: str, distance: torch.Tensor) -> None:
         gradient.addcmul_(distance, self._fisher[name], value=self._strength)
 
-    def finish(self, model: nn.Module, lesson: Lesson) -> None:
+    def finish(self, model: nn.Module, stage_data: StageData) -> None:
         """Add the information of the domain just learnt."""
-        found = fisher_information(model, lesson, rows=self._rows, seed=self._seed)
+        found = fisher_information(model, stage_data, rows=self._rows, seed=self._seed)
         for name, value in found.items():
             if not math.isfinite(float(value.sum())):
-                raise DivergedError(f"{lesson.title}: the Fisher information of {name} is not finite")
+                raise DivergedError(f"{stage_data.title}: the Fisher information of {name} is not finite")
             self._fisher[name] = value.add_(self._fisher[name]) if name in self._fisher else value
 
     def keep(self, folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""What may act on an update beside the gradient of the loss: the border between training and methods or penalties."""
+"""What may act on an update beside the gradient of the loss: the border between training and methods or penalties.
+
+Loads no PEFT, since the catalogue, which names the rules, does not.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from peft.tuners.osf.layer import OSFLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,38 +20,9 @@ from gaintune.errors import ConfigError
 from gaintune.models import Objective
 from gaintune.progress import Progress, Silent
 from gaintune.storage import first_process
-from gaintune.tuners.gain import GainLayer
 
-
-class UpdateRule(Protocol):
-    """A rule that is called around every update of one adaptation.
-
-    Steps are counted from 0. What a rule must remember between updates it writes with the checkpoints and reads back,
-    so that a stopped run ends with the same bytes.
-    """
-
-    def start(self, model: nn.Module, steps: int) -> None:
-        """Before the first update, and before `load`; `steps` is the number of updates of this adaptation.
-
-        The weights are those the adaptation starts from, also when it continues from a checkpoint.
-        """
-        ...
-
-    def before_update(self, model: nn.Module, step: int) -> None:
-        """Gradients are complete (accumulated, reduced, unscaled) and not clipped yet: add to them here."""
-        ...
-
-    def after_update(self, model: nn.Module, step: int) -> None:
-        """The weights have moved; the gradients are still there."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the rule's state into a checkpoint's folder, as safetensors or JSON."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Take the state back from a checkpoint's folder."""
-        ...
+if TYPE_CHECKING:
+    from gaintune.tuners.gain import GainLayer
 
 
 class Rows(Protocol):
@@ -66,7 +39,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePosition:
     """Where an adaptation stands in a sequence of them.
 
     Attributes:
@@ -81,7 +54,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class StageData:
     """What an adaptation was trained on and how its loss is computed, for rules that look at it afterwards."""
 
     rows: Rows
@@ -92,36 +65,40 @@ class Lesson:
     progress: Progress = field(default_factory=Silent)
 
 
-class StageRule:
-    """An update rule that does nothing; rules of methods and penalties say what they do instead.
+class TrainingRule:
+    """What acts on the updates of one adaptation beside the gradient of its loss; this one does nothing.
 
-    Beside `UpdateRule`, a rule may learn from the rows of a stage once it is over, and keep something with the adapter
-    for the next one.
+    The methods are called in the order in which they stand. Steps are counted from 0. What a rule must remember between
+    updates it writes with the checkpoints and reads back, so that a stopped run ends with the same bytes; what it keeps
+    with the adapter is for the next domain.
     """
 
     def start(self, model: nn.Module, steps: int) -> None:
-        """See `UpdateRule`."""
+        """Prepare for `steps` updates; called before `load`.
 
-    def before_update(self, model: nn.Module, step: int) -> None:
-        """See `UpdateRule`."""
-
-    def after_update(self, model: nn.Module, step: int) -> None:
-        """See `UpdateRule`."""
-
-    def save(self, folder: Path) -> None:
-        """See `UpdateRule`."""
+        The weights are those the adaptation starts from, also when it continues from a checkpoint.
+        """
 
     def load(self, folder: Path) -> None:
-        """See `UpdateRule`."""
+        """Take the state back from a checkpoint's folder."""
 
-    def finish(self, model: nn.Module, lesson: Lesson) -> None:
-        """After the last update of the adaptation, in every process."""
+    def before_update(self, model: nn.Module, step: int) -> None:
+        """Add to the gradients, which are complete (accumulated, reduced, unscaled) and not clipped yet."""
+
+    def after_update(self, model: nn.Module, step: int) -> None:
+        """Read the weights that have moved, and the gradients, which are still there."""
+
+    def save(self, folder: Path) -> None:
+        """Write the rule's state into a checkpoint's folder, as safetensors or JSON."""
+
+    def finish(self, model: nn.Module, stage_data: StageData) -> None:
+        """Learn from the rows of the stage after its last update, in every process."""
 
     def keep(self, folder: Path) -> None:
         """Write beside the adapter, before its manifest, what the next adaptation needs; in the process that writes."""
 
 
-class SubspaceProjection(StageRule):
+class SubspaceProjection(TrainingRule):
     """Puts the hooks that project the gradients onto the parameters that train.
 
     PEFT hangs them on the parameters it makes first. On a bf16 or fp16 base it then replaces these by fp32 ones, which
@@ -130,6 +107,8 @@ class SubspaceProjection(StageRule):
 
     def start(self, model: nn.Module, steps: int) -> None:
         """Hang the hooks anew."""
+        from peft.tuners.osf.layer import OSFLayer
+
         for layer in model.modules():
             if isinstance(layer, OSFLayer):
                 layer._detach_hooks()
@@ -142,7 +121,7 @@ ORTHOGONALITY = 0.1
 WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100
 
 
-class BudgetSchedule(StageRule):
+class BudgetSchedule(TrainingRule):
     """Drives PEFT's rank allocator over the updates of a sequence.
 
     The full rank trains for the first tenth of all updates; then the budget falls (by a cubic) to the average rank
@@ -155,12 +134,12 @@ class BudgetSchedule(StageRule):
 
     Args:
         config: the method; `orthogonality` is heeded here.
-        place: where this adaptation stands. A single one has a schedule of its own, whatever it carries on.
+        position: where this adaptation stands. A single one has a schedule of its own, whatever it carries on.
     """
 
-    def __init__(self, config: MethodConfig, place: Place) -> None:
+    def __init__(self, config: MethodConfig, position: StagePosition) -> None:
         self._weight = ORTHOGONALITY if config.orthogonality is None else config.orthogonality
-        self._place = place
+        self._position = position
         self._kept: dict[str, list[bool]] | None = None
         self._tuner: Any = None
 
@@ -168,14 +147,14 @@ class BudgetSchedule(StageRule):
         """Set the schedule, and take the allocator's state of the stage before."""
         self._tuner = model.base_model
         config = self._config
-        total = self._place.total or steps
+        total = self._position.total or steps
         if total < 2:
             raise ConfigError("adalora needs at least two updates: give more text or train.epochs, or smaller batches")
         config.total_step, config.tinit, config.tfinal = total, int(WARM_UP * total), max(1, round(FINAL * total))
         config.deltaT = max(1, total // ALLOCATIONS)
         self._tuner.rankallocator.reset_ipt()
-        if self._place.first and self._place.previous is not None:
-            self.load(self._place.previous)
+        if self._position.first and self._position.previous is not None:
+            self.load(self._position.previous)
 
     @torch.no_grad()
     def before_update(self, model: nn.Module, step: int) -> None:
@@ -198,7 +177,7 @@ class BudgetSchedule(StageRule):
         """Measure what every direction is worth, and allocate the budget of this update."""
         config = self._config
         config.rank_pattern = self._kept
-        self._tuner.update_and_allocate(self._place.first + step)
+        self._tuner.update_and_allocate(self._position.first + step)
         # PEFT would cut the saved matrices down by it, and then not load them into the model that goes on training
         self._kept, config.rank_pattern = config.rank_pattern, None
 
@@ -243,7 +222,7 @@ class BudgetSchedule(StageRule):
 logger = logging.getLogger(__name__)
 
 
-class GainWarnings(StageRule):
+class GainWarnings(TrainingRule):
     """Looks at the smallest gain after every update until it has warned once, and at all after the last one.
 
     A look is one pass over the gains and one number read back from the device. It changes nothing.
@@ -266,7 +245,7 @@ class GainWarnings(StageRule):
             if first_process():
                 self._warn(step + 1)
 
-    def finish(self, model: nn.Module, lesson: Lesson) -> None:
+    def finish(self, model: nn.Module, stage_data: StageData) -> None:
         """Warn where no gain is far enough from 1 to change an activation in the base's numbers."""
         found = _trained_layers(model).values()
         dtypes = {cast(torch.Tensor, layer.get_base_layer().weight).dtype for layer, _ in found}
@@ -296,6 +275,8 @@ class GainWarnings(StageRule):
 
 def _trained_layers(model: nn.Module) -> dict[str, tuple[GainLayer, torch.Tensor]]:
     """The layers whose gains train, each with these gains minus 1, by the name of their module in the base."""
+    from gaintune.tuners.gain import GainLayer
+
     return {
         name.removeprefix("base_model.model."): (layer, v)
         for name, layer in model.named_modules()

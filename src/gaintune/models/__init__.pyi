@@ -25,3 +25,4 @@ from .isolation import require_isolation as require_isolation
 from .loss import IGNORED as IGNORED
 from .loss import NextTokenLoss as NextTokenLoss
 from .loss import Objective as Objective
+from .loss import autocast as autocast

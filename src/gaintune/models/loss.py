@@ -6,6 +6,7 @@ vocabulary product, the softmax and the gradient of the hidden states are comput
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -19,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 256
 IGNORED = -100
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Compute in mixed precision in `dtype`, or change nothing where it is None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 class Objective(Protocol):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -15,8 +15,6 @@ from gaintune.progress import Progress
 from gaintune.recipes.schema import Claim, Recipe, Scale
 from gaintune.recipes.world import World
 from gaintune.results import Interval, Verdict
-
-D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,6 @@ class Context:
             raise ConfigError(f"{self.origin}: the step it is `of` leaves no adapters")
         return outcome, outcome.plan
 
-    def read(self, kind: type[D], settings: dict[str, Any], defaults: Mapping[str, Any]) -> D:
-        """A dataclass of settings, which hold nothing else; ConfigError for a key or value that is wrong."""
-        make: Any = kind
-        known = [each.name for each in fields(make)]
-        given = {name: settings.pop(name) for name in known if name in settings}
-        self.refuse_unknown(settings)
-        try:
-            return make(**{**defaults, **given})
-        except TypeError as error:  # a text where a number is meant
-            raise ConfigError(f"{self.origin}: {error}") from None
-
     def refuse_unknown(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings that no one took."""
         if settings:
@@ -135,34 +122,6 @@ class Kind:
 
     run: Work
     check: Work
-
-
-def bare(value: float) -> Interval:
-    """A number without an interval, which decides no claim."""
-    return Interval(float(value), None, None)
-
-
-def exact(value: float) -> Interval:
-    """A number that was counted and not sampled, such as the smallest of an adapter's factors."""
-    return Interval(float(value), float(value), float(value))
-
-
-def highest(intervals: Sequence[Interval]) -> Interval:
-    """The largest of several numbers; its ends are the largest ends, so that a claim about it is about all of them."""
-    return _extreme(intervals, max)
-
-
-def lowest(intervals: Sequence[Interval]) -> Interval:
-    """The smallest of several numbers, likewise."""
-    return _extreme(intervals, min)
-
-
-def _extreme(intervals: Sequence[Interval], pick: Callable[[list[float]], float]) -> Interval:
-    value = pick([each.value for each in intervals])
-    ends = [(each.low, each.high) for each in intervals if each.low is not None and each.high is not None]
-    if len(ends) < len(intervals):
-        return Interval(value, None, None)
-    return Interval(value, pick([low for low, _ in ends]), pick([high for _, high in ends]))
 
 
 def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:

@@ -40,4 +40,8 @@ from .records import Place as Place
 from .records import Summary as Summary
 from .stored import recomputed as recomputed
 from .verdicts import Verdict as Verdict
+from .verdicts import bare as bare
+from .verdicts import exact as exact
+from .verdicts import highest as highest
 from .verdicts import judge as judge
+from .verdicts import lowest as lowest

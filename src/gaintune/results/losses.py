@@ -14,20 +14,22 @@ from gaintune.results.bootstrap import LARGEST_EXPONENT, percent
 
 @dataclass(frozen=True)
 class DomainLoss:
-    """Loss of one model on one domain, block by block: sums of nats, scored tokens, UTF-8 bytes of those tokens."""
+    """Loss of one model on one domain, block by block: sums of nats, scored tokens, UTF-8 bytes of those tokens.
+
+    Without bytes where single tokens of a text are scored, as in masked language models.
+    """
 
     nll: tuple[float, ...]
     tokens: tuple[int, ...]
-    bytes: tuple[int, ...]
+    bytes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.nll or not len(self.nll) == len(self.tokens) == len(self.bytes):
-            raise DataError(
-                f"losses of {len(self.nll)}, {len(self.tokens)} and {len(self.bytes)} blocks: need one of each"
-            )
+        counts = [len(each) for each in (self.nll, self.tokens, self.bytes) if each is not None]
+        if not self.nll or len(set(counts)) > 1:
+            raise DataError(f"losses of {counts} blocks: need one of each")
         if not all(map(math.isfinite, self.nll)):
             raise DataError("a block has a loss that is not finite: the model or the block is damaged")
-        if min(self.tokens) < 1 or min(self.bytes) < 0 or sum(self.bytes) < 1:
+        if min(self.tokens) < 1 or (self.bytes is not None and (min(self.bytes) < 0 or sum(self.bytes) < 1)):
             raise DataError("every block needs at least one scored token, and the domain at least one byte")
 
     @property
@@ -39,12 +41,19 @@ class DomainLoss:
         return math.exp(min(self.nats_per_token, LARGEST_EXPONENT))
 
     @property
+    def size(self) -> int:
+        """All scored tokens' UTF-8 bytes."""
+        if self.bytes is None:
+            raise DataError("losses of masked tokens have no bytes: bits per byte are for running text")
+        return sum(self.bytes)
+
+    @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers, unlike perplexity."""
-        return math.fsum(self.nll) / math.log(2.0) / sum(self.bytes)
+        return math.fsum(self.nll) / math.log(2.0) / self.size
 
     def to_dict(self) -> dict[str, Any]:
-        return {"nll": list(self.nll), "tokens": list(self.tokens), "bytes": list(self.bytes)}
+        return {"nll": list(self.nll), "tokens": list(self.tokens), "bytes": list(self.bytes or ())}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> DomainLoss:

@@ -250,7 +250,9 @@ def _method(
     run: MethodRun, nats: FloatArray, domains: Sequence[str], columns: list[int], finished: int, confidence: float
 ) -> MethodMatrix:
     base = {
-        name: BaseFigures(loss.perplexity, loss.bits_per_byte, sum(loss.tokens), sum(loss.bytes), len(loss.tokens))
+        name: BaseFigures(
+            loss.perplexity, loss.bits_per_byte, sum(loss.tokens), sum(loss.bytes or ()), len(loss.tokens)
+        )
         for name, loss in run.base.items()
     }
     kept = [domains[column] for column in columns]

@@ -13,9 +13,9 @@ Place = Literal["learning", "earlier", "later"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap interval, in % (or points of % for a difference).
+    """A value with its interval, in one unit: %, points of %, nats, or a share of rows.
 
-    The ends are None where a single block leaves nothing to resample.
+    The ends are None where a single block or row leaves nothing to resample.
     """
 
     value: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,8 +17,12 @@ __all__ = [
     "CurveDifference",
     "Interval",
     "Verdict",
+    "bare",
     "curve_difference",
+    "exact",
+    "highest",
     "judge",
+    "lowest",
     "mean_of_independent",
     "paired_bootstrap",
     "paired_shares",
@@ -46,3 +51,31 @@ def judge(interval: Interval | None, claim: Claim) -> Verdict:
     if least < interval.low and interval.high < most:
         return "reproduced"
     return "refuted" if interval.high <= least or most <= interval.low else "undecided"
+
+
+def bare(value: float) -> Interval:
+    """Return a number without an interval, which decides no claim."""
+    return Interval(float(value), None, None)
+
+
+def exact(value: float) -> Interval:
+    """Return a number that was counted and not sampled, such as the smallest of an adapter's factors."""
+    return Interval(float(value), float(value), float(value))
+
+
+def highest(intervals: Sequence[Interval]) -> Interval:
+    """Return the largest number, with the largest ends, so that a claim about it is about all."""
+    return _extreme(intervals, max)
+
+
+def lowest(intervals: Sequence[Interval]) -> Interval:
+    """Return the smallest number, with the smallest ends."""
+    return _extreme(intervals, min)
+
+
+def _extreme(intervals: Sequence[Interval], pick: Callable[[list[float]], float]) -> Interval:
+    value = pick([each.value for each in intervals])
+    ends = [(each.low, each.high) for each in intervals if each.low is not None and each.high is not None]
+    if len(ends) < len(intervals):
+        return Interval(value, None, None)
+    return Interval(value, pick([low for low, _ in ends]), pick([high for _, high in ends]))

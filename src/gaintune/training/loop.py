@@ -19,14 +19,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from gaintune.config import MethodConfig, TrainConfig
+from gaintune.config import TrainConfig
 from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
-from gaintune.methods import Lesson, Place, Rows, StageRule, UpdateRule, learning_rate, rate_multipliers, rules_of
+from gaintune.methods import PreparedMethod, Rows, StageData, StagePosition, TrainingRule, rules_of
 from gaintune.models import NextTokenLoss, Objective, require_isolation
 from gaintune.progress import Advance, Progress, Silent
 from gaintune.storage import damage, write_manifest
 from gaintune.training.snapshots import KeepSnapshots, Snapshots
-from gaintune.tuners import parameter_groups
+from gaintune.tuners import AdapterOptimizerMixin
 
 
 def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
@@ -38,7 +38,7 @@ def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> floa
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-class RowTrainer(Trainer):
+class RowTrainer(AdapterOptimizerMixin, Trainer):
     """`Trainer` with our loss and groups, update rules before clipping, and a stop before a non-finite update."""
 
     def __init__(
@@ -46,14 +46,14 @@ class RowTrainer(Trainer):
         *,
         plan: TrainConfig,
         objective: Objective | None,
-        rules: Sequence[UpdateRule],
+        rules: Sequence[TrainingRule],
         rate_multipliers: Mapping[str, float] | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._plan = plan
         self._rules = rules
-        self._rate_multipliers = rate_multipliers
+        self.rate_multipliers = rate_multipliers
         self._minimised: Objective = objective or NextTokenLoss(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the loss is a sum divided by the items of the whole update
 
@@ -98,18 +98,6 @@ class RowTrainer(Trainer):
                 "work is kept"
             )
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = parameter_groups(
-                cast(nn.Module, model or self.model),
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                rate_multipliers=self._rate_multipliers,
-            )
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas)
-        return self.optimizer
-
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
             factor = partial(
@@ -118,7 +106,7 @@ class RowTrainer(Trainer):
                 warmup=math.ceil(num_training_steps * self._plan.warmup_ratio),
                 cosine=self._plan.schedule == "cosine",
             )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(cast(Any, optimizer or self.optimizer), factor)
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -156,7 +144,7 @@ class Watch(TrainerCallback):
 class AfterUpdate(TrainerCallback):
     """Calls the rules once the weights have moved."""
 
-    def __init__(self, model: nn.Module, rules: Sequence[UpdateRule]) -> None:
+    def __init__(self, model: nn.Module, rules: Sequence[TrainingRule]) -> None:
         self._model = model
         self._rules = rules
 
@@ -166,14 +154,23 @@ class AfterUpdate(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Adaptation:
-    """What an adaptation did: updates, tokens seen, loss of every update (nats per token), and its pace this time."""
+class TrainedStage:
+    """What one adaptation did: updates, tokens seen, loss of every update (nats per token), and its pace this time.
+
+    `rules` are those that have something to keep with the adapter.
+    """
 
     steps: int
     tokens: int
     losses: tuple[float, ...]
     seconds: float
     tokens_per_second: float
+    rules: tuple[TrainingRule, ...] = ()
+
+    def keep(self, folder: Path) -> None:
+        """Write what the next adaptation needs; given to `save_adapter`."""
+        for rule in self.rules:
+            rule.keep(folder)
 
 
 def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
@@ -192,46 +189,45 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def train(
+def train_stage(
     model: nn.Module,
+    method: PreparedMethod,
     rows: Rows,
     plan: TrainConfig,
+    position: StagePosition,
     *,
-    lr: float,
-    seed: int,
     checkpoints: Path,
+    own_rows: Rows | None = None,
     objective: Objective | None = None,
-    collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, torch.Tensor]] | None = None,
-    rules: Sequence[UpdateRule] = (),
-    rate_multipliers: Mapping[str, float] | None = None,
+    collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, Any]] | None = None,
+    head_rates: Mapping[str, float] | None = None,
     snapshots: Snapshots | None = None,
     logs: Path | None = None,
-    mixed_precision: torch.dtype | None = None,
     title: str = "training",
     progress: Progress | None = None,
-) -> Adaptation:
-    """Train what requires a gradient, continuing from a checkpoint if there is one.
+) -> TrainedStage:
+    """Train what requires a gradient by a method's rates, rules and penalty, from a checkpoint if there is one.
 
     Args:
-        model: a model with an adapter attached, or one whose weights all train.
-        rows: what to train on; `Examples` for a causal language model.
-        plan: optimizer, schedule and batch.
-        lr: peak learning rate.
-        seed: seed of the order of blocks and of dropout.
+        model: a model that `attach` made or `load_adapter` opened for training.
+        method: its method.
+        rows: what to train on, replayed rows among them; `Examples` for a causal language model.
+        plan: optimizer, schedule, batch and seed (of the order of rows and of dropout).
+        position: where this adaptation stands among those before and after it.
         checkpoints: folder for checkpoints inside this adaptation.
+        own_rows: the domain's own rows, which EWC's information is about; `rows` unless given.
         objective: the loss; next-token loss of a causal language model unless given.
         collate: rows to a batch; rows of one length are stacked unless given.
-        rules: what acts on every update beside the loss, such as a penalty, in this order.
-        rate_multipliers: part of a parameter's name -> factor on `lr`, as in `parameter_groups`.
+        head_rates: factors on the rate for the parts of a new head, beside the method's own.
         snapshots: which copies of the adapter to keep on the way; none unless given.
         logs: folder for TensorBoard's logs; beside the checkpoints unless given.
-        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
         title: what a progress bar says.
         progress: where to show it.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, before it reaches the weights.
-        ConfigError: a tracker that is not installed, nothing to train, or a model that mixes the texts of packed rows.
+        ConfigError: a tracker that is not installed, nothing to train, a model that mixes the texts of packed rows, or
+            something the method's rules need that is not kept with the adapter that is carried on.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
@@ -243,15 +239,17 @@ def train(
             base.activation_checkpointing_enable({"use_reentrant": False})
         else:
             base.gradient_checkpointing_enable({"use_reentrant": False})
+    shown, mixed = progress or Silent(), method.precision.mixed
+    rules = rules_of(method, position, seed=plan.seed)
     device = next(model.parameters()).device
-    arguments = _arguments(plan, lr=lr, seed=seed, folder=checkpoints, device=device, mixed_precision=mixed_precision)
+    arguments = _arguments(plan, lr=method.lr, folder=checkpoints, device=device, mixed_precision=mixed)
     trackers = _trackers(plan.trackers, logs or checkpoints.parent / "tensorboard")
     kept = [KeepSnapshots(model, snapshots)] if snapshots else []
     trainer = RowTrainer(
         plan=plan,
         objective=objective,
         rules=rules,
-        rate_multipliers=rate_multipliers,
+        rate_multipliers={**(head_rates or {}), **method.rate_multipliers},
         model=model,
         args=arguments,
         train_dataset=cast(Dataset, rows),
@@ -267,7 +265,7 @@ def train(
         rule.start(model, steps)
         if resume:
             rule.load(resume)
-    with (progress or Silent()).task(title, max(total - done, 0), "tokens") as advance:
+    with shown.task(title, max(total - done, 0), "tokens") as advance:
         trainer.add_callback(Watch(advance, total / steps))
         start = time.perf_counter()
         try:
@@ -280,7 +278,13 @@ def train(
         seconds = time.perf_counter() - start
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward stays under autocast otherwise
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return Adaptation(trainer.state.global_step, total, losses, seconds, max(total - done, 0) / seconds)
+    if rules:
+        loss = objective or NextTokenLoss(model)
+        stage_data = StageData(own_rows or rows, loss, f"{title}: what matters to it", collate, mixed, shown)
+        for rule in rules:
+            rule.finish(model, stage_data)
+    pace = max(total - done, 0) / seconds
+    return TrainedStage(trainer.state.global_step, total, losses, seconds, pace, tuple(rules))
 
 
 def _trackers(names: Sequence[str], logs: Path) -> list[TrainerCallback]:
@@ -304,7 +308,6 @@ def _arguments(
     plan: TrainConfig,
     *,
     lr: float,
-    seed: int,
     folder: Path,
     device: torch.device,
     mixed_precision: torch.dtype | None,
@@ -315,13 +318,14 @@ def _arguments(
         "per_device_train_batch_size": plan.batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation,
         "num_train_epochs": plan.epochs,
+        "optim": "adamw_torch",
         "learning_rate": lr,
         "weight_decay": plan.weight_decay,
         "adam_beta1": plan.betas[0],
         "adam_beta2": plan.betas[1],
         "max_grad_norm": plan.clip,
-        "seed": seed,
-        "data_seed": seed,
+        "seed": plan.seed,
+        "data_seed": plan.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
@@ -341,81 +345,3 @@ def _arguments(
             raise ConfigError(f"training runs on the first visible device: set CUDA_VISIBLE_DEVICES, not {device}")
         arguments._n_gpu = 1  # several devices are for `accelerate launch`; never replicas in threads
     return arguments
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """What an adaptation did, and the rules that have something to keep with the adapter."""
-
-    adaptation: Adaptation
-    rules: tuple[StageRule, ...]
-
-    def keep(self, folder: Path) -> None:
-        """Write what the next adaptation needs; given to `save_adapter`."""
-        for rule in self.rules:
-            rule.keep(folder)
-
-
-def learn(
-    model: nn.Module,
-    method: MethodConfig,
-    rows: Rows,
-    plan: TrainConfig,
-    place: Place,
-    *,
-    checkpoints: Path,
-    own_rows: Rows | None = None,
-    objective: Objective | None = None,
-    collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, Any]] | None = None,
-    head_rates: Mapping[str, float] | None = None,
-    snapshots: Snapshots | None = None,
-    logs: Path | None = None,
-    mixed_precision: torch.dtype | None = None,
-    title: str = "learning",
-    progress: Progress | None = None,
-) -> Learnt:
-    """Train a model with its method's rates, rules and penalty, continuing from a checkpoint if there is one.
-
-    Args:
-        model: a model that `attach` made or `load_adapter` opened for training.
-        method: its method.
-        rows: what is trained on, replayed rows among them.
-        plan: optimizer, schedule, batch and seed.
-        place: where this adaptation stands among those before and after it.
-        checkpoints: folder for checkpoints inside this adaptation.
-        own_rows: the domain's own rows, which EWC's information is about; `rows` unless given.
-        head_rates: factors on the rate for the parts of a new head, beside the method's own.
-
-    The others are those of `train`, which says what is raised beside what `rules_of` does.
-    """
-    shown = progress or Silent()
-    rules = rules_of(method, place, seed=plan.seed)
-    adaptation = train(
-        model,
-        rows,
-        plan,
-        lr=learning_rate(method, plan),
-        seed=plan.seed,
-        checkpoints=checkpoints,
-        objective=objective,
-        collate=collate,
-        rules=rules,
-        rate_multipliers={**(head_rates or {}), **(rate_multipliers(method) or {})},
-        snapshots=snapshots,
-        logs=logs,
-        mixed_precision=mixed_precision,
-        title=title,
-        progress=shown,
-    )
-    if rules:
-        lesson = Lesson(
-            own_rows or rows,
-            objective or NextTokenLoss(model),
-            f"{title}: what matters to it",
-            collate,
-            mixed_precision,
-            shown,
-        )
-        for rule in rules:
-            rule.finish(model, lesson)
-    return Learnt(adaptation, tuple(rules))

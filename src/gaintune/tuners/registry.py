@@ -1,28 +1,23 @@
-"""Registration of our methods with PEFT, in memory: nothing on disk is patched."""
+"""Registration of our methods with PEFT, in memory: nothing on disk is patched.
+
+A method is a folder beside this file, such as `gain`, with `GainConfig` in `config.py`, `GainModel` in `model.py`, and
+in `hotswap.py` how values are swapped: `keys_to_check`, `swap` and `pad`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import pkgutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from gaintune.errors import GaintuneError
 
 logger = logging.getLogger(__name__)
-
-
-class Method(NamedTuple):
-    """A PEFT method's two classes, as "module:class", so that naming them imports nothing."""
-
-    config: str
-    model: str
-
-
-METHODS: dict[str, Method] = {
-    "GAIN": Method("gaintune.tuners.gain.config:GainConfig", "gaintune.tuners.gain.model:GainModel"),
-    "DISEL": Method("gaintune.tuners.disel.config:DiselConfig", "gaintune.tuners.disel.model:DiselModel"),
-}
 
 
 def add_peft_type(name: str) -> Any:
@@ -48,47 +43,42 @@ def add_peft_type(name: str) -> Any:
 
 
 def register() -> None:
-    """Register every method of `METHODS` with PEFT; calling it again changes nothing.
+    """Register the method of every folder beside this file with PEFT; calling it again changes nothing.
 
     Raises `GaintuneError` where PEFT, or another package, already holds a method of that name.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils.peft_types import register_peft_method
 
-    for name, method in METHODS.items():
-        config_cls, model_cls = _load(method.config), _load(method.model)
-        peft_type = add_peft_type(name)
+    swaps: dict[Any, ModuleType] = {}
+    for folder in (entry.name for entry in pkgutil.iter_modules([str(Path(__file__).parent)]) if entry.ispkg):
+        parts = [importlib.import_module(f"gaintune.tuners.{folder}.{part}") for part in ("config", "model", "hotswap")]
+        config_cls, model_cls = (
+            getattr(part, f"{folder.capitalize()}{part.__name__.rpartition('.')[2].capitalize()}") for part in parts[:2]
+        )
+        peft_type = add_peft_type(folder.upper())
+        swaps[peft_type] = parts[2]
         holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
         if holder is None:
-            register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
-            logger.debug("registered %s with PEFT", name)
+            register_peft_method(name=folder, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+            logger.debug("registered %s with PEFT", peft_type.value)
         elif holder is not config_cls or PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type) is not model_cls:
             raise GaintuneError(
-                f"PEFT already has a method called {name}, {holder.__module__}.{holder.__qualname__}, which is not "
-                f"gaintune's. Remove or upgrade the package {holder.__module__.partition('.')[0]!r}, or do not import "
-                "both in one process."
+                f"PEFT already has a method called {peft_type.value}, {holder.__module__}.{holder.__qualname__}, which "
+                f"is not gaintune's. Remove or upgrade the package {holder.__module__.partition('.')[0]!r}, or do not "
+                "import both in one process."
             )
-    _extend_hotswap()
+    _extend_hotswap(swaps)
 
 
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _extend_hotswap() -> None:
-    """Let `peft.utils.hotswap` swap gains and gates too: PEFT's own code knows the two matrices of LoRA."""
+def _extend_hotswap(swaps: Mapping[Any, ModuleType]) -> None:
+    """Let `peft.utils.hotswap` swap our methods too, by their types: PEFT's own code knows the two matrices of LoRA."""
     from peft.utils import hotswap
 
-    from gaintune.tuners.disel import hotswap as gates
-    from gaintune.tuners.disel.checks import require_gates
-    from gaintune.tuners.gain.hotswap import swap_values
-
-    gain, disel = add_peft_type("GAIN"), add_peft_type("DISEL")
-    hotswap.CONFIG_KEYS_TO_CHECK.setdefault(gain, [])
-    hotswap.CONFIG_KEYS_TO_CHECK.setdefault(disel, gates.keys_to_check(hotswap.CONFIG_KEYS_TO_CHECK))
+    for peft_type, own in swaps.items():
+        hotswap.CONFIG_KEYS_TO_CHECK.setdefault(peft_type, own.keys_to_check(hotswap.CONFIG_KEYS_TO_CHECK))
     lora_only: Callable[..., None] = hotswap.hotswap_adapter_from_state_dict
-    if getattr(lora_only, "swaps_gains", False):
+    if getattr(lora_only, "swaps_ours", False):
         return
     pad_lora: Callable[..., bool] = hotswap._pad_lora_weights
 
@@ -99,21 +89,19 @@ def _extend_hotswap() -> None:
         config: Any,
         parameter_prefix: str = "lora_",
     ) -> None:
-        if config.peft_type == gain:
-            swap_values(model, state_dict, adapter_name)
-            return
-        if config.peft_type == disel:
-            if config.gate_kind == "sigmoid":
-                require_gates(state_dict, adapter_name)
-            state_dict = gates.with_padded_biases(model, state_dict)
-        lora_only(model, state_dict, adapter_name, config, parameter_prefix)
+        own = swaps.get(config.peft_type)
+        if own is None:
+            lora_only(model, state_dict, adapter_name, config, parameter_prefix)
+        else:
+            own.swap(model, state_dict, adapter_name, config, partial(lora_only, parameter_prefix=parameter_prefix))
 
     def pad_weights(model: Any, target_rank: int) -> bool:
         found = pad_lora(model, target_rank)
-        gates.pad_gates(model)
+        for own in swaps.values():
+            own.pad(model)
         return found
 
-    hotswap_adapter_from_state_dict.swaps_gains = True  # type: ignore[attr-defined]  # marks the wrapper, once
+    hotswap_adapter_from_state_dict.swaps_ours = True  # type: ignore[attr-defined]  # marks the wrapper, once
     hotswap_adapter_from_state_dict.__doc__ = lora_only.__doc__
     hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
     hotswap._pad_lora_weights = pad_weights

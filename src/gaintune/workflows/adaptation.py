@@ -13,12 +13,11 @@ import torch
 from gaintune.config import Plan, read_plan
 from gaintune.data import load_domain, with_replay
 from gaintune.evaluate import measure_domain
-from gaintune.methods import learning_rate
 from gaintune.models import load_base
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss, change
 from gaintune.workflows.classification import ClassifierResult, adapt_classifier
-from gaintune.workflows.job import Result, Single, warn_of_other_text
+from gaintune.workflows.job import AdaptationJob, Result, warn_of_other_text
 
 logger = logging.getLogger(__name__)
 
@@ -64,35 +63,35 @@ def adapt(
     settled = read_plan(plan)
     if settled.classifies:
         return adapt_classifier(settled, out, start=start, allow_other_base=allow_other_base, progress=progress)
-    single = Single.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
-    with single.run() as run:
-        base = load_base(settled.model, dtype=single.numbers.load)
+    job = AdaptationJob.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
+    with job.run() as run:
+        base = load_base(settled.model, dtype=job.method.precision.load)
         *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
-        warn_of_other_text(single.start, single.previous, earlier)
-        single.settle(run, base.fingerprint, [*earlier, domain])
+        warn_of_other_text(job.start, job.previous, earlier)
+        job.check_inputs(run, base.fingerprint, [*earlier, domain])
 
         def look(model: torch.nn.Module, when: str, base: str | None = None) -> DomainLoss:
             return measure_domain(
                 model,
                 domain,
                 batch_size=settled.evaluate.batch_size,
-                mixed_precision=single.numbers.mixed,
+                mixed_precision=job.method.precision.mixed,
                 title=f"measuring {domain.name} {when}",
                 base=base,
-                progress=single.progress,
+                progress=job.progress,
             )
 
-        model = single.model(base)
-        before = look(model, "before", base=None if single.start else settled.model.name)
-        replay, seed = single.method.replay, settled.train.seed
+        model = job.model(base)
+        before = look(model, "before", base=None if job.start else settled.model.name)
+        replay, seed = job.method.config.replay, settled.train.seed
         rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
-        record = single.record(base, domain)
-        learnt = single.learn(run, model, rows, domain, record, own_rows=domain.train)
+        record = job.record(base, domain)
+        trained = job.train(run, model, rows, domain, record, own_rows=domain.train)
         after = look(model, "after")
         if run.writes:
-            _warn_of_worse(domain.name, before, after, learning_rate(single.method, settled.train))
-        single.save(run, model, learnt, record)
-    return single.result(AdaptResult, model, learnt, before=before, after=after)
+            _warn_of_worse(domain.name, before, after, job.method.lr)
+        job.save(run, model, trained, record)
+    return job.result(AdaptResult, model, trained, before=before, after=after)
 
 
 def _warn_of_worse(domain: str, before: DomainLoss, after: DomainLoss, lr: float) -> None:

@@ -11,12 +11,11 @@ from gaintune.config import Plan, read_plan
 from gaintune.data import ClassifyDomain, Padding, load_classification
 from gaintune.errors import ConfigError
 from gaintune.evaluate import LabelLoss, Scores, predict, score
-from gaintune.methods import learning_rate
-from gaintune.models import ClassifierBase, load_classifier, load_tokenizer, reads_segments
+from gaintune.models import load_classifier, load_tokenizer, reads_segments
 from gaintune.progress import Progress
-from gaintune.workflows.job import Result, Single
+from gaintune.workflows.job import AdaptationJob, Result
 
-HIGHEST_HEAD_LR = 1e-3  # gains learn at ten times what a random matrix bears
+HIGHEST_HEAD_LR = 1e-3  # of a new head, unless the plan gives its rate: gains bear ten times what a random matrix does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +61,10 @@ def adapt_classifier(
         raise ConfigError("adapt_classifier learns labels: set data.task=classify")
     if settled.methods[0].replay:
         raise ConfigError("replay is for text and instructions; a classifier learns one domain's rows, leave it out")
-    single = Single.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
-    if single.start is not None and not (single.previous and single.previous.labels):
+    job = AdaptationJob.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
+    if job.start is not None and not (job.previous and job.previous.labels):
         raise ConfigError(f"{start} is no classifier of ours to carry on; leave start out for a new adapter and head")
-    with single.run() as run:
+    with job.run() as run:
         domain = load_classification(
             settled.data.domains[0],
             settled.classify,
@@ -73,15 +72,16 @@ def adapt_classifier(
             seed=settled.data.seed,
             segments=reads_segments(settled.model),
         )
-        _require_labels(single, domain)
-        base = load_classifier(settled.model, domain.labels, seed=settled.train.seed, dtype=single.numbers.load)
+        _require_labels(job, domain)
+        base = load_classifier(settled.model, domain.labels, seed=settled.train.seed, dtype=job.method.precision.load)
         base.check_length(settled.classify.max_length)
-        single.settle(run, base.fingerprint, [domain])
-        model = single.model(base, task_type="SEQ_CLS", head=base.head)
-        classify = {**settled.classify.model_dump(mode="json"), "head_lr": head_learning_rate(settled)}
-        record = single.record(base, domain, labels=domain.labels, settings={"classify": classify})
+        job.check_inputs(run, base.fingerprint, [domain])
+        model = job.model(base, task_type="SEQ_CLS", head=base.head)
+        head_lr = settled.classify.head_lr or min(job.method.lr, HIGHEST_HEAD_LR)
+        classify = {**settled.classify.model_dump(mode="json"), "head_lr": head_lr}
+        record = job.record(base, domain, labels=domain.labels, settings={"classify": classify})
         padding = Padding(base.padding)
-        learnt = single.learn(
+        trained = job.train(
             run,
             model,
             domain.train,
@@ -89,37 +89,26 @@ def adapt_classifier(
             record,
             objective=LabelLoss(model),
             collate=padding,
-            head_rates=_head_rates(base, settled),
+            head_rates={f"{name}.": head_lr / job.method.lr for name in base.head},
         )
         predictions = predict(
             model,
             domain,
             padding,
             batch_size=settled.evaluate.batch_size,
-            mixed_precision=single.numbers.mixed,
+            mixed_precision=job.method.precision.mixed,
             title=f"measuring {domain.name} after",
-            progress=single.progress,
+            progress=job.progress,
         )
-        single.save(run, model, learnt, record)
+        job.save(run, model, trained, record)
     scores = score(predictions, settled.evaluate)
-    return single.result(ClassifierResult, model, learnt, labels=domain.labels, scores=scores)
+    return job.result(ClassifierResult, model, trained, labels=domain.labels, scores=scores)
 
 
-def _require_labels(single: Single, domain: ClassifyDomain) -> None:
+def _require_labels(job: AdaptationJob, domain: ClassifyDomain) -> None:
     """Refuse a head for other labels than the domain's."""
-    if single.previous is not None and single.previous.labels != domain.labels:
+    if job.previous is not None and job.previous.labels != domain.labels:
         raise ConfigError(
-            f"{single.start} tells {', '.join(single.previous.labels)} apart, domain {domain.name!r} has the labels "
+            f"{job.start} tells {', '.join(job.previous.labels)} apart, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
-
-
-def head_learning_rate(plan: Plan) -> float:
-    """The peak rate of a new head: the plan's, else the method's but at most `HIGHEST_HEAD_LR`."""
-    return plan.classify.head_lr or min(learning_rate(plan.methods[0], plan.train), HIGHEST_HEAD_LR)
-
-
-def _head_rates(base: ClassifierBase, plan: Plan) -> dict[str, float]:
-    """The factor on the method's rate for every part of the head, by the beginning of its parameters' names."""
-    factor = head_learning_rate(plan) / learning_rate(plan.methods[0], plan.train)
-    return {f"{name}.": factor for name in base.head}

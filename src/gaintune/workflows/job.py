@@ -29,23 +29,21 @@ from gaintune.errors import ConfigError
 from gaintune.methods import (
     OPTIONS,
     TRAINING_OPTIONS,
-    Numbers,
-    Place,
+    PreparedMethod,
     Rows,
+    StagePosition,
     attach,
     check_method,
     kind_of,
-    learning_rate,
-    method_of,
-    numbers_of,
+    prepare_method,
     rules_of,
+    stored_options,
     trainable_parameters,
 )
 from gaintune.models import Base, resolve_device
 from gaintune.progress import Progress, Silent, plural
 from gaintune.storage import Run, describe_environment, open_run, sha256_file
-from gaintune.training import Learnt, Shelf, Snapshots, learn
-from gaintune.tuners.disel import DiselConfig
+from gaintune.training import Shelf, Snapshots, TrainedStage, train_stage
 from gaintune.workflows.sequence import describe_inputs
 
 logger = logging.getLogger(__name__)
@@ -75,7 +73,9 @@ def require_one_of_each(plan: Plan) -> None:
     )
 
 
-def carried_on(start: Path, plan: Plan, *, allow_other_base: bool = False) -> tuple[AdapterRecord | None, MethodConfig]:
+def resumed_method(
+    start: Path, plan: Plan, *, allow_other_base: bool = False
+) -> tuple[AdapterRecord | None, MethodConfig]:
     """The record of the adapter that a plan carries on, None for a foreign one, and the plan's method as that has it.
 
     What the adapter was made with stays: options that the plan leaves out are the adapter's own, and only those of
@@ -87,7 +87,22 @@ def carried_on(start: Path, plan: Plan, *, allow_other_base: bool = False) -> tu
         ConfigError: another method made it, or with other options than the plan gives.
     """
     record, method = read_record(start), plan.methods[0]
-    had = _foreign(start, method) if record is None else _ours(start, record, method)
+    if record is None:
+        config, entry = read_config(start), check_method(method)
+        if kind_of(config) != entry.kind:
+            raise ConfigError(
+                f"{start} is a {kind_of(config)} adapter, and method {method.name!r} carries on "
+                f"{entry.kind or 'full weights'}: choose its own method with --method, or leave --start out to begin "
+                "anew"
+            )
+        had = stored_options(entry, config)
+    elif record.method != method.name:
+        raise ConfigError(
+            f"{start} was made by method {record.method!r}, and {method.name!r} cannot carry it on: use --method "
+            f"{record.method}, or leave --start out to begin anew"
+        )
+    else:
+        had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
     for option in (option for option in OPTIONS if option not in TRAINING_OPTIONS):
         given, held = getattr(method, option), getattr(had, option)
         if given is not None and given != held:
@@ -101,37 +116,6 @@ def carried_on(start: Path, plan: Plan, *, allow_other_base: bool = False) -> tu
     return record, method.model_copy(update=kept)
 
 
-def _ours(start: Path, record: AdapterRecord, method: MethodConfig) -> MethodConfig:
-    """The method that made an adapter of ours; refuses another than the plan's."""
-    if record.method != method.name:
-        raise ConfigError(
-            f"{start} was made by method {record.method!r}, and {method.name!r} cannot carry it on: use --method "
-            f"{record.method}, or leave --start out to begin anew"
-        )
-    return MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
-
-
-def _foreign(start: Path, method: MethodConfig) -> MethodConfig:
-    """The plan's method with the options of an adapter that PEFT wrote without us; refuses one of another kind."""
-    config, wanted = read_config(start), check_method(method)
-    found = kind_of(config)
-    if wanted.kind != found:
-        raise ConfigError(
-            f"{start} is a {found} adapter, and method {method.name!r} carries on {wanted.kind or 'full weights'}: "
-            "choose its own method with --method, or leave --start out to begin anew"
-        )
-    return method_of(config, method.name, wanted.options)
-
-
-def open_adapter(base: Base, start: Path, method: MethodConfig, *, allow_other_base: bool = False) -> nn.Module:
-    """Load an adapter to go on training it; a gate rate given anew is its own from now on. Raises as `load_adapter`."""
-    model = load_adapter(base, start, trainable=True, allow_other_base=allow_other_base)
-    if method.gate_lr_ratio is not None:  # other trainers read it from the adapter's configuration
-        adapted = cast(PeftModel, model)
-        cast(DiselConfig, adapted.peft_config[str(adapted.active_adapter)]).gate_lr_ratio = method.gate_lr_ratio
-    return model
-
-
 def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None) -> None:
     """Replay needs the earlier domains' texts: refuse it without, and domains that the adapter has not learnt."""
     method, *_ = plan.methods
@@ -139,8 +123,8 @@ def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None)
     if not method.replay:
         return
     if not earlier or start is None:
-        learnt = previous.domains if previous else ("earlier",)
-        named = " ".join(f"--domain {name}" for name in [*learnt, plan.data.domains[-1].name])
+        trained = previous.domains if previous else ("earlier",)
+        named = " ".join(f"--domain {name}" for name in [*trained, plan.data.domains[-1].name])
         given, wanted = ("", "--start, and those") if start is None else (f", which {start} has learnt", "those")
         raise ConfigError(
             f"replay mixes in rows of earlier domains{given}: give {wanted} before the new one ({named}); or leave "
@@ -148,8 +132,8 @@ def check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None)
         )
     unknown = [name for name in earlier if previous is not None and name not in previous.domains]
     if unknown:
-        learnt = ", ".join(previous.domains if previous else ())
-        raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {learnt}")
+        trained = ", ".join(previous.domains if previous else ())
+        raise ConfigError(f"replay: {start} has not learnt {', '.join(unknown)}; it has learnt {trained}")
 
 
 def warn_of_other_text(start: Path | None, previous: AdapterRecord | None, earlier: Sequence[DomainBlocks]) -> None:
@@ -194,7 +178,7 @@ R = TypeVar("R", bound=Result)
 
 
 @dataclass(frozen=True)
-class Single:
+class AdaptationJob:
     """One adaptation of a plan's one method, checked as far as nothing need be loaded; see `of_plan`.
 
     Attributes:
@@ -203,18 +187,16 @@ class Single:
         out: folder for the adapter.
         start: the adapter to carry on, None for a new one.
         previous: its record; None also where PEFT wrote it.
-        numbers: what the method computes with.
         environment: of this machine.
         allow_other_base: whether `start` may be of another base.
         progress: where to show it.
     """
 
     plan: Plan
-    method: MethodConfig
+    method: PreparedMethod
     out: Path
     start: Path | None
     previous: AdapterRecord | None
-    numbers: Numbers
     environment: dict[str, Any]
     allow_other_base: bool
     progress: Progress
@@ -227,17 +209,18 @@ class Single:
         require_one_of_each(plan)
         if out.exists():
             raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
-        method, previous = plan.methods[0], None
-        check_method(method)
+        config, previous = plan.methods[0], None
+        check_method(config)
         if start is not None:
             start = Path(start)
-            previous, method = carried_on(start, plan, allow_other_base=allow_other_base)
+            previous, config = resumed_method(start, plan, allow_other_base=allow_other_base)
         check_replay(plan, start, previous)
-        rules_of(method, Place(previous=start), seed=plan.train.seed)  # for what it refuses
-        numbers, environment = numbers_of(plan.model, method), describe_environment(resolve_device(plan.model.device))
-        single = cls(plan, method, out, start, previous, numbers, environment, allow_other_base, progress or Silent())
-        single._shelf.check()
-        return single
+        method = prepare_method(config, plan.model, plan.train)
+        rules_of(method, StagePosition(previous=start), seed=plan.train.seed)  # for what it refuses
+        environment = describe_environment(resolve_device(plan.model.device))
+        job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
+        job._shelf.check()
+        return job
 
     @contextlib.contextmanager
     def run(self) -> Iterator[Run]:
@@ -249,7 +232,7 @@ class Single:
         if run.writes:
             shutil.rmtree(self._unfinished)
 
-    def settle(self, run: Run, fingerprint: str, domains: Sequence[Domain]) -> None:
+    def check_inputs(self, run: Run, fingerprint: str, domains: Sequence[Domain]) -> None:
         """Refuse to go on where base, texts or start are not those that the run began with."""
         start = None if self.start is None else sha256_file(adapter_weights(self.start))
         inputs = {**describe_inputs(fingerprint, domains), "start": start}
@@ -257,61 +240,64 @@ class Single:
 
     def model(self, base: Base, **new: Any) -> nn.Module:
         """The base ready to train: with the adapter to carry on, or with a new one; `new` goes to `attach`."""
-        if self.start is not None:
-            return open_adapter(base, self.start, self.method, allow_other_base=self.allow_other_base)
-        return attach(base.model, self.method, seed=self.plan.train.seed, **new)
+        if self.start is None:
+            return attach(base.model, self.method.config, seed=self.plan.train.seed, **new)
+        model = load_adapter(base, self.start, trainable=True, allow_other_base=self.allow_other_base)
+        for option, key in self.method.entry.options.items():
+            value = getattr(self.method.config, option)
+            if option in TRAINING_OPTIONS and key and value is not None:  # other trainers read it from there
+                setattr(cast(PeftModel, model).peft_config["default"], key, value)
+        return model
 
     def record(self, base: Base, domain: Domain, **more: Any) -> AdapterRecord:
         """What is recorded of the finished adapter; `more` goes to `AdapterRecord.of_plan`."""
         return AdapterRecord.of_plan(
             self.plan,
-            self.method,
-            lr=learning_rate(self.method, self.plan.train),
+            self.method.config,
+            lr=self.method.lr,
             fingerprint=base.fingerprint,
-            learnt=[(domain.name, domain.content_hash)],
+            trained=[(domain.name, domain.content_hash)],
             versions=self.environment["packages"],
             previous=self.previous,
             **more,
         )
 
-    def learn(
+    def train(
         self, run: Run, model: nn.Module, rows: Rows, domain: Domain, record: AdapterRecord, **more: Any
-    ) -> Learnt:
-        """Train on rows of a domain, keeping the copies the plan asks for; `more` goes to `learn`."""
+    ) -> TrainedStage:
+        """Train on rows of a domain, keeping the copies the plan asks for; `more` goes to `train_stage`."""
         if run.writes:
             self._shelf.reopen()
         every = self.plan.train.snapshot_steps
-        return learn(
+        return train_stage(
             model,
             self.method,
             rows,
             self.plan.train,
-            Place(previous=self.start),
+            StagePosition(previous=self.start),
             checkpoints=self._unfinished / "checkpoints",
             snapshots=Snapshots(self._shelf.unfinished, every, record) if every else None,
             logs=self.out.with_name(f"{self.out.name}.tensorboard"),
-            mixed_precision=self.numbers.mixed,
-            title=f"{self.method.label}: learning {domain.name}",
+            title=f"{self.method.config.label}: learning {domain.name}",
             progress=self.progress,
             **more,
         )
 
-    def save(self, run: Run, model: nn.Module, learnt: Learnt, record: AdapterRecord) -> None:
+    def save(self, run: Run, model: nn.Module, trained: TrainedStage, record: AdapterRecord) -> None:
         """Write the adapter with its record, and its copies beside it, in the process that writes."""
         if run.writes:
             self._shelf.close()
-            save_adapter(model, self.out, record, keep=learnt.keep)
+            save_adapter(model, self.out, record, keep=trained.keep)
 
-    def result(self, kind: type[R], model: nn.Module, learnt: Learnt, **own: Any) -> R:
+    def result(self, kind: type[R], model: nn.Module, trained: TrainedStage, **own: Any) -> R:
         """A result of a kind, whose own fields are given."""
-        done = learnt.adaptation
         return kind(
             adapter=self.out,
             trainable_parameters=trainable_parameters(model),
-            steps=done.steps,
-            tokens=done.tokens,
-            seconds=done.seconds,
-            tokens_per_second=done.tokens_per_second,
+            steps=trained.steps,
+            tokens=trained.tokens,
+            seconds=trained.seconds,
+            tokens_per_second=trained.tokens_per_second,
             **own,
         )
 

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gaintune.adapters import CONFIG, WEIGHTS, check_whole, read_config, read_record
+from gaintune.adapters import WEIGHTS, adapter_method, check_whole, read_config, read_record
 from gaintune.config import Plan, build_plan, read_values
 from gaintune.errors import AdapterError, RunDirectoryError
+from gaintune.methods import Method
 from gaintune.storage import Run
 
-PARAMETERS = {"GAIN": ("gain_v", 1.0), "IA3": ("ia3_l", 0.0)}
-"""By PEFT's type: the name of the parameter, and what is added to it to make the factor (GAIN stores it minus 1)."""
 PREFIX = "base_model.model."
 
 
@@ -25,19 +24,19 @@ class Factors:
     """What an adapter multiplies features by.
 
     Attributes:
-        kind: `GAIN` or `IA3`.
+        method: what made it.
         values: module name in the base, such as `model.layers.0.mlp.down_proj` -> factors, float64 `(features,)`: of
             the module's input for GAIN, of its input or output for (IA)3.
     """
 
-    kind: str
+    method: Method
     values: Mapping[str, np.ndarray]
 
 
 def has_factors(folder: Path) -> bool:
     """Whether an adapter's method multiplies features; AdapterError for what is no adapter."""
-    read_record(folder)
-    return (folder / CONFIG).is_file() and read_config(folder).get("peft_type") in PARAMETERS
+    method = adapter_method(folder)
+    return method is not None and method.factors is not None
 
 
 def read_factors(folder: Path) -> Factors:
@@ -48,13 +47,13 @@ def read_factors(folder: Path) -> Factors:
     """
     record = read_record(folder)
     check_whole(folder)
-    if not has_factors(folder):
+    method = adapter_method(folder)
+    if method is None or method.factors is None:
         name = record.method if record is not None else read_config(folder).get("peft_type")
         raise AdapterError(
             f"{folder}: an adapter of method {name} has no gains; give one of method gain, gain-ffn or ia3"
         )
-    kind = str(read_config(folder)["peft_type"])
-    parameter, start = PARAMETERS[kind]
+    parameter, start = method.factors
     path = folder / WEIGHTS
     values = {}
     try:
@@ -68,7 +67,7 @@ def read_factors(folder: Path) -> Factors:
     broken = [name for name, factors in values.items() if not bool(torch.isfinite(factors).all())]
     if broken or not values:
         raise AdapterError(f"{path}: {f'gains of {broken[0]} are not finite' if broken else 'no gains in it'}")
-    return Factors(kind, {name: factors.numpy() for name, factors in values.items()})
+    return Factors(method, {name: factors.numpy() for name, factors in values.items()})
 
 
 @dataclass(frozen=True)

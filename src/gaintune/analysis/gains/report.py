@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,12 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gaintune.analysis.base import Headline, Result
+from gaintune.analysis.drawing import color_bar, drawn, framed_by_nothing, ruled
 from gaintune.analysis.gains.survey import NEAR, FactorFigures, FactorSequence, FactorSurvey, StageFactors
-from gaintune.report import INK, MUTED, RULE, SHADE, diverging, figure_files, look, markdown_table, styled
-from gaintune.storage import describe_environment, write_bytes, write_json, write_text
+from gaintune.report import INK, RULE, SHADE, diverging, look, markdown_table
+from gaintune.results import Interval, exact
+from gaintune.storage import describe_environment
 
 EVERY = "all"
 TIGHT = f"within [{NEAR[0]:g}, {NEAR[1]:g}]"
@@ -52,10 +55,10 @@ def layer_table(survey: FactorSurvey) -> pd.DataFrame:
                 "sequence": sequence.label,
                 "stage": stage.index + 1,
                 "domain": stage.domain,
-                "layer": layer.place.layer,
-                "projection": layer.place.projection,
+                "layer": layer.position.layer,
+                "projection": layer.position.projection,
                 **asdict(layer.figures),
-                "module": layer.place.name,
+                "module": layer.position.name,
             }
             for sequence in survey.sequences
             for stage in sequence.stages
@@ -103,7 +106,6 @@ def verdict(sequence: FactorSequence) -> str:
 
 def record_values(survey: FactorSurvey) -> dict[str, Any]:
     """Everything as plain values for JSON."""
-    origins = [stage.origin for sequence in survey.sequences for stage in sequence.stages]
     return {
         "near": list(NEAR),
         "left_out": list(survey.left_out),
@@ -118,18 +120,20 @@ def record_values(survey: FactorSurvey) -> dict[str, Any]:
                         "domain": stage.domain,
                         "figures": asdict(stage.figures),
                         "projections": {name: asdict(stage.of(name)) for name in stage.projections},
-                        "layers": [{**asdict(each.place), **asdict(each.figures)} for each in stage.layers],
+                        "layers": [{**asdict(each.position), **asdict(each.figures)} for each in stage.layers],
                     }
                     for stage in sequence.stages
                 ],
             }
             for sequence in survey.sequences
         ],
-        "provenance": {
-            "adapters": [each.to_dict() for each in origins],
-            "environment": describe_environment(torch.device("cpu")),
-        },
     }
+
+
+def _provenance(survey: FactorSurvey) -> dict[str, Any]:
+    origins = [stage.origin for sequence in survey.sequences for stage in sequence.stages]
+    environment = describe_environment(torch.device("cpu"))
+    return {"adapters": [each.to_dict() for each in origins], "environment": environment}
 
 
 def _grid(sequence: FactorSequence, projection: str, figure: Callable[[FactorFigures], float]) -> np.ndarray:
@@ -138,14 +142,14 @@ def _grid(sequence: FactorSequence, projection: str, figure: Callable[[FactorFig
     values = np.full((len(sequence.stages), len(numbers)), np.nan)
     for row, stage in enumerate(sequence.stages):
         for each in stage.layers:
-            if each.place.layer is not None and each.place.projection == projection:
-                values[row, numbers.index(each.place.layer)] = figure(each.figures)
+            if each.position.layer is not None and each.position.projection == projection:
+                values[row, numbers.index(each.position.layer)] = figure(each.figures)
     return values
 
 
 def _layers(sequence: FactorSequence) -> list[int]:
-    places = [each.place.layer for stage in sequence.stages for each in stage.layers]
-    return sorted({layer for layer in places if layer is not None})
+    layers = [each.position.layer for stage in sequence.stages for each in stage.layers]
+    return sorted({layer for layer in layers if layer is not None})
 
 
 PANELS: tuple[tuple[str, Callable[[FactorFigures], float], bool], ...] = (
@@ -156,51 +160,45 @@ PANELS: tuple[tuple[str, Callable[[FactorFigures], float], bool], ...] = (
 """Title, figure, and whether it is a share."""
 
 
+@drawn
 def heatmap(survey: FactorSurvey) -> Figure:
     """Layers across and stages down: smallest factor, largest factor and share near 1, a row for each projection.
 
     A dot marks the layers with a factor at or below 0.
     """
-
-    def draw() -> Figure:
-        shown = [(each, name) for each in survey.sequences if _layers(each) for name in _projections(each)]
-        heights = [0.75 + 0.2 * len(sequence.stages) for sequence, _ in shown]
-        width = max(len(_layers(sequence)) for sequence, _ in shown)
-        longest = max(len(_first_title(sequence, name)) for sequence, name in shown)
-        size = (3 * max(2.9, 1.3 + 0.09 * width, 0.9 + 0.08 * longest), 0.9 + sum(heights))
-        sheet = Figure(figsize=size, layout="constrained")
-        grid = sheet.subplots(len(shown), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
-        distance = Normalize(1 - LARGEST_DISTANCE, 1 + LARGEST_DISTANCE, clip=True)
-        share = Normalize(0, 1)
-        for row, (sequence, projection) in enumerate(shown):
-            for column, (title, figure, is_share) in enumerate(PANELS):
-                colours, scale = (colormaps["viridis"], share) if is_share else (diverging(), distance)
-                axes = grid[row, column]
-                _panel(axes, sequence, _grid(sequence, projection, figure), colours, scale, named=column == 0)
-                if column == 0:
-                    _mark_flips(axes, sequence, projection)
-                axes.set_title(_first_title(sequence, projection) if column == 0 else title, loc="left")
-        for axes in grid[-1]:
-            axes.set_xlabel("transformer layer")
-        for columns, colours, scale, label in (
-            (
-                slice(0, 2),
-                diverging(),
-                distance,
-                "factor (1 leaves the feature as it was; a dot marks a layer with one at or below 0)",
-            ),
-            (slice(2, 3), colormaps["viridis"], share, f"share {TIGHT}"),
-        ):
-            bar = sheet.colorbar(
-                ScalarMappable(scale, colours), ax=list(grid[:, columns].flat), orientation="horizontal",
-                fraction=0.05, aspect=30, pad=0.02, extend="both" if scale is distance else "neither",
-            )  # fmt: skip
-            bar.outline.set_visible(False)  # type: ignore[operator]
-            bar.ax.tick_params(length=0)
-            bar.set_label(label, color=MUTED)
-        return sheet
-
-    return styled(draw)
+    shown = [(each, name) for each in survey.sequences if _layers(each) for name in _projections(each)]
+    heights = [0.75 + 0.2 * len(sequence.stages) for sequence, _ in shown]
+    width = max(len(_layers(sequence)) for sequence, _ in shown)
+    longest = max(len(_first_title(sequence, name)) for sequence, name in shown)
+    size = (3 * max(2.9, 1.3 + 0.09 * width, 0.9 + 0.08 * longest), 0.9 + sum(heights))
+    sheet = Figure(figsize=size, layout="constrained")
+    grid = sheet.subplots(len(shown), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
+    distance = Normalize(1 - LARGEST_DISTANCE, 1 + LARGEST_DISTANCE, clip=True)
+    share = Normalize(0, 1)
+    for row, (sequence, projection) in enumerate(shown):
+        for column, (title, figure, is_share) in enumerate(PANELS):
+            colours, scale = (colormaps["viridis"], share) if is_share else (diverging(), distance)
+            axes = grid[row, column]
+            _panel(axes, sequence, _grid(sequence, projection, figure), colours, scale, named=column == 0)
+            if column == 0:
+                _mark_flips(axes, sequence, projection)
+            axes.set_title(_first_title(sequence, projection) if column == 0 else title, loc="left")
+    for axes in grid[-1]:
+        axes.set_xlabel("transformer layer")
+    for columns, colours, scale, label in (
+        (
+            slice(0, 2),
+            diverging(),
+            distance,
+            "factor (1 leaves the feature as it was; a dot marks a layer with one at or below 0)",
+        ),
+        (slice(2, 3), colormaps["viridis"], share, f"share {TIGHT}"),
+    ):
+        color_bar(
+            sheet, ScalarMappable(scale, colours), list(grid[:, columns].flat), label, orientation="horizontal",
+            fraction=0.05, aspect=30, pad=0.02, extend="both" if scale is distance else "neither",
+        )  # fmt: skip
+    return sheet
 
 
 def _short(label: str, longest: int = 26) -> str:
@@ -209,8 +207,8 @@ def _short(label: str, longest: int = 26) -> str:
 
 
 def _projections(sequence: FactorSequence) -> list[str]:
-    found = [each.place for stage in sequence.stages for each in stage.layers if each.place.layer is not None]
-    return list(dict.fromkeys(place.projection for place in found))
+    found = [each.position for stage in sequence.stages for each in stage.layers if each.position.layer is not None]
+    return list(dict.fromkeys(each.projection for each in found))
 
 
 def _panel(
@@ -225,9 +223,7 @@ def _panel(
     names = [f"{stage.index + 1} {stage.domain}" for stage in stages] if named else [""] * len(stages)
     axes.set_yticks(np.arange(len(stages)) + 0.5, names, color=INK)
     axes.invert_yaxis()
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    framed_by_nothing(axes)
 
 
 def _first_title(sequence: FactorSequence, projection: str) -> str:
@@ -239,47 +235,95 @@ def _mark_flips(axes: Axes, sequence: FactorSequence, projection: str) -> None:
     axes.plot(flipped[:, 1], flipped[:, 0], linestyle="none", marker=".", markersize=4, color="white")
 
 
+@drawn
 def trajectory(survey: FactorSurvey) -> Figure:
     """Smallest and largest factor, and the share near 1, after every stage: a line for each sequence."""
-
-    def draw() -> Figure:
-        sheet = Figure(figsize=(8.6, 3.2), layout="constrained")
-        left, right = sheet.subplots(1, 2)
-        for index, sequence in enumerate(survey.sequences):
-            style, stages = look(index), [stage.index + 1 for stage in sequence.stages]
-            line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 4}
-            figures = [stage.figures for stage in sequence.stages]
-            left.plot(stages, [one.smallest for one in figures], linewidth=1.5, label=sequence.label, **line)
-            left.plot(stages, [one.largest for one in figures], linewidth=1.5, **line)
-            right.plot(stages, [100 * one.near for one in figures], linewidth=1.5, **line)
-        left.axhline(1, color=RULE, linewidth=0.9, zorder=0)
-        left.axhline(0, color=INK, linewidth=0.9, zorder=0)
-        low, high = left.get_ylim()
-        left.set_ylim(min(low, -0.05), high)
-        left.set_title("Smallest and largest factor", loc="left")
-        right.set_title(f"Factors {TIGHT}, %", loc="left")
-        right.set_ylim(0, 102)
-        for axes in (left, right):
-            axes.set_xlabel("after stage")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            axes.set_xlim(0.7, max(stage.index + 1.3 for sequence in survey.sequences for stage in sequence.stages))
-            axes.grid(axis="y", color=RULE, linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.tick_params(length=0)
-        sheet.legend(loc="outside upper center", ncols=min(4, len(survey.sequences)), frameon=False, handlelength=3)
-        return sheet
-
-    return styled(draw)
+    sheet = Figure(figsize=(8.6, 3.2), layout="constrained")
+    left, right = sheet.subplots(1, 2)
+    for index, sequence in enumerate(survey.sequences):
+        style, stages = look(index), [stage.index + 1 for stage in sequence.stages]
+        line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 4}
+        figures = [stage.figures for stage in sequence.stages]
+        left.plot(stages, [one.smallest for one in figures], linewidth=1.5, label=sequence.label, **line)
+        left.plot(stages, [one.largest for one in figures], linewidth=1.5, **line)
+        right.plot(stages, [100 * one.near for one in figures], linewidth=1.5, **line)
+    left.axhline(1, color=RULE, linewidth=0.9, zorder=0)
+    left.axhline(0, color=INK, linewidth=0.9, zorder=0)
+    low, high = left.get_ylim()
+    left.set_ylim(min(low, -0.05), high)
+    left.set_title("Smallest and largest factor", loc="left")
+    right.set_title(f"Factors {TIGHT}, %", loc="left")
+    right.set_ylim(0, 102)
+    for axes in (left, right):
+        axes.set_xlabel("after stage")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(0.7, max(stage.index + 1.3 for sequence in survey.sequences for stage in sequence.stages))
+        ruled(axes)
+    sheet.legend(loc="outside upper center", ncols=min(4, len(survey.sequences)), frameon=False, handlelength=3)
+    return sheet
 
 
-def write(survey: FactorSurvey, folder: Path) -> None:
-    """Write gains.csv, .md and .json, gains-layers.csv, and both figures as PNG and SVG into a folder."""
-    write_text(folder / "gains.csv", stage_table(survey).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "gains-layers.csv", layer_table(survey).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "gains.md", markdown(survey))
-    write_json(folder / "gains.json", record_values(survey))
-    drawn = {**figure_files("gains-trajectory", trajectory(survey))}
+def near_apart(survey: FactorSurvey) -> tuple[dict[str, Interval], dict[str, str]]:
+    """Return the differences of `near` within each run, and those that methods with unequally many stages lack."""
+    runs: dict[str, dict[str, StageFactors]] = {}
+    for sequence in survey.sequences:
+        run, _, label = sequence.label.rpartition(": ")
+        runs.setdefault(f"{run}." if run else "", {})[label] = sequence.stages[-1]
+    numbers, without = {}, {}
+    for run, last in runs.items():
+        for (one, first), (other, second) in itertools.permutations(last.items(), 2):
+            name = f"{run}{one}-minus-{other}.near"
+            if first.index == second.index:
+                numbers[name] = exact(100 * (first.figures.near - second.figures.near))
+            else:
+                without[name] = f"{one} ends with {first.domain}, {other} with {second.domain}"
+    return numbers, without
+
+
+def result(survey: FactorSurvey, *_: Any) -> Result:
+    """Put the survey together.
+
+    Numbers, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
+    `.flipped` after the last domain, `LABEL.after-DOMAIN.…` after each, `LABEL.smallest_ever` and `.flipped_ever` over
+    all stages; `A-minus-B.near` after the last. Of several runs all begin with `RUN.`.
+    """
+    numbers: dict[str, Interval] = {}
+    rows, shown = [], {}
+    notes = [f"left out, a method without factors: {label}" for label in survey.left_out]
+    heads = ["Smallest", "Largest", "Within [0.95, 1.05]", "At or below 0"]
+    for sequence in survey.sequences:
+        label = sequence.label.replace(": ", ".")  # of several runs the run stands in front
+        stages = [stage.figures for stage in sequence.stages]
+        numbers[f"{label}.smallest_ever"] = exact(min(stage.smallest for stage in stages))
+        numbers[f"{label}.flipped_ever"] = exact(max(stage.flipped for stage in stages))
+        cells = {}
+        for stage, one in zip(sequence.stages, stages, strict=True):
+            own = {"smallest": one.smallest, "largest": one.largest, "near": 100 * one.near, "flipped": one.flipped}
+            numbers |= {f"{label}.after-{stage.domain}.{name}": exact(value) for name, value in own.items()}
+            numbers |= {f"{label}.{name}": exact(value) for name, value in own.items()}  # the last stage stays
+            rows.append([sequence.label, f"{stage.index + 1} {stage.domain}", *stage_cells(stage)])
+            cells[f"+{stage.domain}"] = [*stage_cells(stage)[:3], str(one.flipped)]
+        shown[f"Factors of {label}"] = pd.DataFrame.from_dict(cells, orient="index", columns=heads)
+        notes.append(f"{label}: {verdict(sequence)}")
+    differences, without = near_apart(survey)
+    remarks = [f"{sequence.label}: {verdict(sequence)}" for sequence in survey.sequences]
+    if survey.left_out:
+        remarks.append(f"without factors, left out: {', '.join(survey.left_out)}")
+    figures = {"gains-trajectory": trajectory(survey)}
     if any(_layers(sequence) for sequence in survey.sequences):
-        drawn |= figure_files("gains-heatmap", heatmap(survey))
-    for name, content in drawn.items():
-        write_bytes(folder / name, content)
+        figures["gains-heatmap"] = heatmap(survey)
+    return Result(
+        headline=Headline(
+            ["method", "after stage", "smallest", "largest", TIGHT, "at or below 0", "factors"], rows, numeric=2
+        ),
+        remarks=remarks,
+        tables={"gains": stage_table(survey), "gains-layers": layer_table(survey)},
+        markdown=markdown(survey),
+        record=record_values(survey),
+        provenance=_provenance(survey),
+        figures=figures,
+        numbers=numbers | differences,
+        without=without,
+        shown=shown,
+        notes=notes,
+    )

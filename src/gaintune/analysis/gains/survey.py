@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from gaintune.analysis.gains.factors import adapters_of_run, has_factors, read_factors
-from gaintune.analysis.places import Place, places_of
+from gaintune.analysis.positions import ModulePosition, positions_of
 from gaintune.analysis.provenance import Origin, origin_of, table_labels
 from gaintune.errors import AdapterError, ConfigError
 
@@ -61,7 +61,7 @@ def describe(factors: np.ndarray) -> FactorFigures:
 class LayerFactors:
     """The factors of one module, float64 `(features,)`, and where it sits in the model."""
 
-    place: Place
+    position: ModulePosition
     values: np.ndarray
 
     @property
@@ -85,13 +85,13 @@ class StageFactors:
 
     def of(self, projection: str | None = None) -> FactorFigures:
         """All layers' modules of one projection, or of all of them, together."""
-        chosen = [each.values for each in self.layers if projection in (None, each.place.projection)]
+        chosen = [each.values for each in self.layers if projection in (None, each.position.projection)]
         return describe(np.concatenate(chosen))
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
         """The projections that have factors, in the order of the model."""
-        return tuple(dict.fromkeys(each.place.projection for each in self.layers))
+        return tuple(dict.fromkeys(each.position.projection for each in self.layers))
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,11 @@ def _of_run(run: Path, prefix: str) -> tuple[list[FactorSequence], list[str]]:
 
 def _stage(index: int, domain: str, adapter: Path) -> StageFactors:
     factors = read_factors(adapter)
-    places = places_of(None, factors.values)
+    positions = positions_of(None, factors.values)
     # attention first in each layer, as in the model; safetensors keeps names in alphabetical order
     order = sorted(
         factors.values,
-        key=lambda name: (places[name].layer is None, places[name].layer or 0, places[name].block, name),
+        key=lambda name: (positions[name].layer is None, positions[name].layer or 0, positions[name].block, name),
     )
-    layers = tuple(LayerFactors(places[name], factors.values[name]) for name in order)
+    layers = tuple(LayerFactors(positions[name], factors.values[name]) for name in order)
     return StageFactors(index, domain, origin_of(adapter), layers)

@@ -21,7 +21,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import FULL, absorb, add_adapter, load_adapter, read_config, read_record, strip_adapters
+from gaintune.adapters import absorb, adapter_method, add_adapter, load_adapter, read_config, strip_adapters
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models import Base
 from gaintune.tuners.gain.layer import GainLayer
@@ -93,20 +93,14 @@ def way_of(adapters: Sequence[Path]) -> Way:
 
 
 def _own_way(folder: Path) -> Way:
-    record = read_record(folder)
-    if record is not None and record.method == FULL:
+    method = adapter_method(folder)
+    if method is None or method.trains_base:
         return "weights"
-    config = read_config(folder)
-    kind, beside = config.get("peft_type"), config.get("modules_to_save")
-    if kind == "DISEL":
-        if beside:
-            raise AdapterError(f"{folder}: weights saved beside gates ({beside[0]}) cannot be moved along with them")
-        return "gated"
-    if beside:
-        return "weights"
-    if kind == "GAIN":
-        return "gains"
-    return "scale" if kind == "LORA" and _is_plain(LoraConfig.from_pretrained(str(folder))) else "weights"
+    beside = read_config(folder).get("modules_to_save")
+    if method.gates and beside:
+        raise AdapterError(f"{folder}: weights saved beside gates ({beside[0]}) cannot be moved along with them")
+    odd = method.line == "scale" and not _is_plain(LoraConfig.from_pretrained(str(folder)))
+    return "weights" if beside or odd else method.line
 
 
 def _is_plain(config: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
+from gaintune.analysis.base import Headline, Numbers, Result, Subject
+from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, panels, ruled, with_ends
 from gaintune.analysis.landscape.directions import WAYS
-from gaintune.analysis.landscape.surface import DomainFigures, Surface
+from gaintune.analysis.landscape.statistics import DomainFigures, Surface, range_apart
 from gaintune.analysis.landscape.survey import Landscape
 from gaintune.report import (
     INK,
@@ -24,16 +26,13 @@ from gaintune.report import (
     RULE,
     SMALLEST_LIMIT,
     diverging,
-    figure_files,
     ink_on,
     look,
     markdown_table,
     signed,
-    styled,
     with_interval,
 )
-from gaintune.results import Interval
-from gaintune.storage import write_bytes, write_json, write_text
+from gaintune.results import Interval, exact
 
 TICKS = [(1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)]
 
@@ -104,10 +103,7 @@ def _spread(one: DomainFigures, *, barrier: bool = False) -> list[str]:
 
 def in_nats(figure: Interval | None) -> str:
     """A range or a barrier with its interval."""
-    if figure is None:
-        return NONE
-    ends = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"
-    return f"{figure.value:.4f}{ends}"
+    return with_ends(figure, ".4f")
 
 
 def geometry(surface: Surface) -> list[str]:
@@ -131,14 +127,8 @@ def _curve(axes: Axes, found: Landscape, domain: str) -> None:
         style, t = look(index), [point.place[0] for point in line.points]
         changes = [line.change(point, domain) for point in line.points]
         base = line.at(0.0).losses[domain].perplexity
-        values, lows, highs = (
-            [base * (1 + value / 100) for value in column]
-            for column in (
-                [one.value for one in changes],
-                [one.value if one.low is None else one.low for one in changes],
-                [one.value if one.high is None else one.high for one in changes],
-            )
-        )
+        columns = ([one.value for one in changes], *ends(changes))
+        values, lows, highs = ([base * (1 + value / 100) for value in column] for column in columns)
         axes.fill_between(t, lows, highs, color=style.colour, alpha=0.16, linewidth=0)
         axes.plot(t, values, color=style.colour, linestyle=style.dashes, linewidth=1.6)
         axes.plot([1.0], [values[t.index(1.0)]], style.marker, color=style.colour, markersize=5, clip_on=False)
@@ -150,9 +140,7 @@ def _curve(axes: Axes, found: Landscape, domain: str) -> None:
     axes.set_yticks([], minor=True)
     axes.set_ylim(low, high)
     axes.set_title(domain, loc="left")
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    ruled(axes)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -166,32 +154,25 @@ def _ticks(low: float, high: float) -> list[float]:
     return next((ticks for ticks in choices if len(ticks) <= 7), choices[-1])
 
 
+def _columns(domains: Sequence[str]) -> int:
+    return 2 if len(domains) == 4 else min(len(domains), 3)
+
+
+@drawn
 def line_figure(found: Landscape) -> Figure:
     """Perplexity along the lines, a panel for each domain (GAIN paper, Figure 3)."""
-
-    def draw() -> Figure:
-        domains = found.lines[0].domains
-        columns = 2 if len(domains) == 4 else min(len(domains), 3)
-        rows = -(-len(domains) // columns)
-        sheet = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + 2.4 * rows), layout="constrained")
-        grid = sheet.subplots(rows, columns, squeeze=False, sharex=True)
-        for place, axes in enumerate(grid.flat):
-            if place < len(domains):
-                _curve(axes, found, domains[place])
-            else:
-                axes.set_axis_off()
-        grid[0, 0].set_xticks([0, 0.5, 1], ["0\npretrained", "0.5", "1\nadapted"])
-        for axes in grid.flat:
-            axes.tick_params(labelbottom=True)
-        handles = [
-            Line2D([], [], color=look(i).colour, linestyle=look(i).dashes, marker=look(i).marker, label=line.labels[0])
-            for i, line in enumerate(found.lines)
-        ]
-        sheet.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, handlelength=3)
-        sheet.supylabel("perplexity (log scale)", fontsize=9, color=MUTED)
-        return sheet
-
-    return styled(draw)
+    domains = found.lines[0].domains
+    sheet, grid = panels(
+        len(domains), _columns(domains), lambda rows, columns: (1.0 + 2.9 * columns, 0.9 + 2.4 * rows), sharex=True
+    )
+    for domain, axes in zip(domains, grid, strict=True):
+        _curve(axes, found, domain)
+    grid[0].set_xticks([0, 0.5, 1], ["0\npretrained", "0.5", "1\nadapted"])
+    for axes in grid:
+        axes.tick_params(labelbottom=True)
+    legend(sheet, [line.labels[0] for line in found.lines], 2, marked=True)
+    sheet.supylabel("perplexity (log scale)", fontsize=9, color=MUTED)
+    return sheet
 
 
 def _plate(axes: Axes, plane: Surface, domain: str, colours: Colormap, scale: Normalize) -> None:
@@ -211,53 +192,116 @@ def _plate(axes: Axes, plane: Surface, domain: str, colours: Colormap, scale: No
     axes.set_xticks(np.arange(len(steps)) + 0.5, labels)
     axes.set_yticks(np.arange(len(steps)) + 0.5, labels)
     axes.set_aspect("equal")
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    framed_by_nothing(axes)
     axes.set_title(domain, loc="left")
 
 
+@drawn
 def plane_figure(plane: Surface) -> Figure:
     """Change of perplexity over the plane, a panel for each domain, one colour scale (GAIN paper, Figure 4)."""
-
-    def draw() -> Figure:
-        domains, steps = plane.domains, len({point.place[0] for point in plane.points})
-        columns = 2 if len(domains) == 4 else min(len(domains), 3)
-        rows = -(-len(domains) // columns)
-        side = max(0.44 * steps, 2.2)
-        sheet = Figure(figsize=(1.6 + (side + 0.4) * columns, 0.6 + (side + 0.4) * rows), layout="constrained")
-        grid = sheet.subplots(rows, columns, squeeze=False)
-        largest = max(abs(plane.change(point, domain).value) for point in plane.points for domain in domains)
-        limit = min(max(5.0 * np.ceil(largest / 5.0), SMALLEST_LIMIT), LARGEST_LIMIT)
-        scale, colours = Normalize(-limit, limit, clip=True), diverging()
-        for place, axes in enumerate(grid.flat):
-            if place < len(domains):
-                _plate(axes, plane, domains[place], colours, scale)
-            else:
-                axes.set_axis_off()
-        extend = "both" if largest > limit else "neither"
-        mapped = ScalarMappable(Normalize(-limit, limit), colours)
-        bar = sheet.colorbar(mapped, ax=list(grid.flat), shrink=0.8, extend=extend)
-        bar.outline.set_visible(False)  # type: ignore[operator]
-        bar.ax.tick_params(length=0)
-        bar.set_label("change of perplexity, %", color=MUTED)
-        sheet.supxlabel(f"toward {plane.labels[0]}", fontsize=9, color=INK)
-        sheet.supylabel(f"toward {plane.labels[1]}", fontsize=9, color=INK)
-        return sheet
-
-    return styled(draw)
+    domains, steps = plane.domains, len({point.place[0] for point in plane.points})
+    side = max(0.44 * steps, 2.2) + 0.4
+    sheet, grid = panels(
+        len(domains), _columns(domains), lambda rows, columns: (1.6 + side * columns, 0.6 + side * rows)
+    )
+    largest = max(abs(plane.change(point, domain).value) for point in plane.points for domain in domains)
+    limit = min(max(5.0 * np.ceil(largest / 5.0), SMALLEST_LIMIT), LARGEST_LIMIT)
+    scale, colours = Normalize(-limit, limit, clip=True), diverging()
+    for domain, axes in zip(domains, grid, strict=True):
+        _plate(axes, plane, domain, colours, scale)
+    mapped = ScalarMappable(Normalize(-limit, limit), colours)
+    extend = "both" if largest > limit else "neither"
+    color_bar(sheet, mapped, sheet.axes, "change of perplexity, %", shrink=0.8, extend=extend)
+    sheet.supxlabel(f"toward {plane.labels[0]}", fontsize=9, color=INK)
+    sheet.supylabel(f"toward {plane.labels[1]}", fontsize=9, color=INK)
+    return sheet
 
 
-def write(found: Landscape, folder: Path) -> None:
-    """Write landscape.csv, .md and .json, and landscape-lines and (of a plane) landscape-plane as PNG and SVG."""
-    write_text(folder / "landscape.csv", table(found).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "landscape.md", markdown(found))
-    write_json(folder / "landscape.json", found.to_dict())
-    drawn = figure_files("landscape-lines", line_figure(found))
+NO_LENGTH = "a direction has no length"
+
+
+def plane_numbers(found: Mapping[str, Landscape]) -> Numbers:
+    """Return the numbers of every label's plane and of every two, and those that are not to be had, with the reasons.
+
+    Numbers: `LABEL.cosine` of the two directions, `LABEL.DOMAIN.both` and `LABEL.DOMAIN.range`; of two labels
+    `A-minus-B.cosine`, of the cosines without their signs, and `A-minus-B.DOMAIN.range`.
+    """
+    numbers: dict[str, Interval] = {}
+    without: dict[str, str] = {}
+    domains = next(iter(found.values())).lines[0].domains
+    ranges = [f"{domain}.range" for domain in domains]
+    planes = {
+        label: one.plane or f"two adapters span a plane, and {label} has {len(one.lines)}"
+        for label, one in found.items()
+    }
+    for label, plane in planes.items():
+        if isinstance(plane, str):
+            without |= {f"{label}.{name}": plane for name in ("cosine", *ranges, *(f"{each}.both" for each in domains))}
+            continue
+        if plane.geometry.cosine is None:
+            without[f"{label}.cosine"] = NO_LENGTH
+        else:
+            numbers[f"{label}.cosine"] = exact(plane.geometry.cosine)
+        for domain in domains:
+            figure = plane.figures(domain)
+            numbers |= {f"{label}.{domain}.both": figure.at_adapted[2], f"{label}.{domain}.range": figure.range}
+    for (one, first), (other, second) in itertools.permutations(planes.items(), 2):
+        name = f"{one}-minus-{other}"
+        if isinstance(first, str) or isinstance(second, str):
+            why = first if isinstance(first, str) else str(second)
+            without |= {f"{name}.{figure}": why for figure in ("cosine", *ranges)}
+            continue
+        here, there = first.geometry.cosine, second.geometry.cosine
+        if here is None or there is None:
+            without[f"{name}.cosine"] = NO_LENGTH
+        else:
+            numbers[f"{name}.cosine"] = exact(abs(here) - abs(there))
+        numbers |= {f"{name}.{domain}.range": range_apart(first, second, domain) for domain in domains}
+    return numbers, without
+
+
+def result(found: Landscape, subject: Subject, *_: Any) -> Result:
+    """Put the survey together.
+
+    Numbers: `DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT, and `LEARNT.barrier`, nats.
+    """
+    numbers: dict[str, Interval] = {}
+    rows, shown = [], {}
+    for line, learnt in zip(found.lines, subject.names or [line.labels[0] for line in found.lines], strict=True):
+        for domain in line.domains:
+            figure = line.figures(domain)
+            at, lowest = figure.at_adapted[0], f"{figure.best[0]:g}"
+            spread = [in_nats(figure.range), in_nats(figure.barrier)]
+            numbers[f"{domain}.at-{learnt}"] = at
+            if domain == learnt and figure.barrier is not None:
+                numbers[f"{learnt}.barrier"] = figure.barrier
+            rows.append([line.labels[0], domain, at, lowest, *spread])
+            shown[f"{learnt}, {domain}"] = [with_interval(at), lowest, *spread]
+    remarks = []
     if found.plane is not None:
-        drawn |= figure_files("landscape-plane", plane_figure(found.plane))
-    else:
-        for old in folder.glob("landscape-plane.*"):  # of a call before this one
-            old.unlink()
-    for name, content in drawn.items():
-        write_bytes(folder / name, content)
+        for domain in found.plane.domains:
+            figure = found.plane.figures(domain)
+            cells = [with_interval(figure.at_adapted[2]), NONE, in_nats(figure.range), NONE]
+            shown[f"both (range of the plane), {domain}"] = cells
+        cosine = found.plane.geometry.cosine
+        remarks = [f"cosine of the two directions {'undefined' if cosine is None else format(cosine, '+.4f')}"]
+    heads = ["At the adapted model, %", "Lowest at", "Range, nats", "Barrier, nats"]
+    about = f"{subject.title}: learnt, measured; intervals over validation blocks"
+    return Result(
+        headline=Headline(
+            ["adapter", "domain", "at the adapted model", "lowest at", "range, nats", "barrier, nats"], rows, numeric=2
+        ),
+        remarks=remarks,
+        tables={"landscape": table(found)},
+        markdown=markdown(found),
+        record=found.to_dict(),
+        provenance=found.provenance.to_dict(),
+        figures={
+            "landscape-lines": line_figure(found),
+            "landscape-plane": None if found.plane is None else plane_figure(found.plane),
+        },
+        numbers=numbers,
+        shown={about: pd.DataFrame.from_dict(shown, orient="index", columns=heads)},
+        notes=[f"{subject.title}: {sentence}" for _, surface in surfaces(found) for sentence in geometry(surface)],
+        survey=found,
+    )

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from gaintune.adapters import check_adapters
+from gaintune.analysis.landscape import LandscapeOptions
 from gaintune.analysis.landscape.directions import Way, directions, way_of
-from gaintune.analysis.landscape.surface import Point, Surface
+from gaintune.analysis.landscape.statistics import Point, Surface
 from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks, load_domain
@@ -28,9 +29,6 @@ from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss
 
 logger = logging.getLogger(__name__)
-
-LINE = tuple(step / 8 for step in range(-2, 11))
-GRID = tuple(step / 4 for step in range(-1, 6))
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,14 @@ class Landscape:
         return {
             "lines": [line.to_dict() for line in self.lines],
             "plane": None if self.plane is None else self.plane.to_dict(),
-            "provenance": self.provenance.to_dict(),
         }
 
 
 def survey_landscape(
     plan: Plan,
     adapters: Sequence[Path],
+    options: LandscapeOptions | None = None,
     *,
-    plane: bool = False,
-    line: Sequence[float] = LINE,
-    grid: Sequence[float] = GRID,
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> Landscape:
@@ -65,9 +60,7 @@ def survey_landscape(
     Args:
         plan: base, domains and how uncertainty is measured.
         adapters: adapter folders on one base, each trained from the pretrained model.
-        plane: measure the plane of the first two adapters too, of which there must be two.
-        line: places along a line; 0 and 1 are always measured.
-        grid: places along each side of the plane; 0 and 1 are always measured.
+        options: places along the lines and along each side of the plane, which takes two adapters.
         allow_other_base: take adapters that were trained on another base.
         progress: where to show progress; nowhere unless given.
 
@@ -77,13 +70,14 @@ def survey_landscape(
         DataError: a domain's text is missing or broken.
     """
     adapters = [Path(folder) for folder in adapters]
-    if not adapters or (plane and len(adapters) != 2):
+    chosen = options or LandscapeOptions()
+    if not adapters or (chosen.plane and len(adapters) != 2):
         raise ConfigError(f"a plane is spanned by two adapters, not by {len(adapters)}")
     origins = named_origins(adapters)
     labels = tuple(origins)
-    wanted = [_Wanted((folder,), (one,), line) for folder, one in zip(adapters, labels, strict=True)]
-    if plane:
-        wanted.append(_Wanted(tuple(adapters), labels, grid))
+    wanted = [_Wanted((folder,), (one,), chosen.line) for folder, one in zip(adapters, labels, strict=True)]
+    if chosen.plane:
+        wanted.append(_Wanted(tuple(adapters), labels, chosen.grid))
     dtypes = [each.dtype() for each in wanted]  # refuses before anything is loaded
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
     base = load_base(plan.model, dtype=dtypes[0])
@@ -100,7 +94,7 @@ def survey_landscape(
     lines = surfaces[: len(adapters)]
     for surface in lines:
         _warn_of_rounding(surface)
-    return Landscape(tuple(lines), surfaces[-1] if plane else None, told)
+    return Landscape(tuple(lines), surfaces[-1] if chosen.plane else None, told)
 
 
 def _warn_of_rounding(line: Surface) -> None:

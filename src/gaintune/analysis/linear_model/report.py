@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,19 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gaintune.analysis.linear_model.experiment import METHODS, POSITIONS, SeedResult, Settings
+from gaintune.analysis.base import Headline, Result, Subject
+from gaintune.analysis.drawing import drawn, ruled
+from gaintune.analysis.linear_model import LinearModelOptions
 from gaintune.analysis.linear_model.model import Losses
-from gaintune.report import INK, MUTED, RULE, SHADE, figure_files, look, markdown_table, styled
-from gaintune.storage import describe_environment, write_bytes, write_json, write_text
+from gaintune.analysis.linear_model.survey import METHODS, POSITIONS, SeedResult
+from gaintune.report import INK, MUTED, RULE, SHADE, look, markdown_table
+from gaintune.results import Interval
+from gaintune.storage import describe_environment
 
 LABELS = {"full": "full", "lora": "LoRA", "disel": "DISeL"}
 FIXED, BAYES = "best fixed correction", "Bayes-optimal correction"
+HEADS = ["Loss", "In-domain", "Retention", "Loss / best fixed", "Loss / Bayes"]
+DEFAULT_STEPS = LinearModelOptions.model_fields["steps"].default
 FIXED_TOLERANCE, BAYES_TOLERANCE, FLOOR_SHARE = 1.01, 1.05, 0.5
 
 
@@ -79,14 +84,18 @@ def checks(results: Sequence[SeedResult]) -> tuple[Check, ...]:
     return tuple(Check(claim, worst, bool(worst <= bound)) for claim, worst, bound in figures)
 
 
-def too_short(settings: Settings, results: Sequence[SeedResult]) -> str | None:
+def too_short(options: LinearModelOptions, results: Sequence[SeedResult]) -> str | None:
     """One line where a check failed and training was shorter than the checks presuppose; None otherwise."""
-    if settings.steps >= Settings.steps or all(check.holds for check in checks(results)):
+    if options.steps >= DEFAULT_STEPS or all(check.holds for check in checks(results)):
         return None
     return (
-        f"The claims presuppose {Settings.steps} training steps, the default; after {settings.steps}, a NO may say "
+        f"The claims presuppose {DEFAULT_STEPS} training steps, the default; after {options.steps}, a NO may say "
         "no more than that they were too few."
     )
+
+
+def _cells(row: Row) -> list[str]:
+    return [f"{value:.4f}" for value in (row.losses.total, row.losses.in_domain, row.losses.retention)]
 
 
 def _range(values: tuple[float, float, float]) -> str:
@@ -94,28 +103,21 @@ def _range(values: tuple[float, float, float]) -> str:
     return f"{mean:.4f}" if low == high else f"{mean:.4f} ({low:.4f}–{high:.4f})"
 
 
-def markdown(settings: Settings, results: Sequence[SeedResult]) -> str:
+def markdown(options: LinearModelOptions, results: Sequence[SeedResult]) -> str:
     """Settings, summary and checks as Markdown."""
     rows = summary(results)
     frame = pd.DataFrame(
-        [
-            [
-                *(f"{value:.4f}" for value in (row.losses.total, row.losses.in_domain, row.losses.retention)),
-                _range(row.to_fixed),
-                _range(row.to_bayes),
-            ]
-            for row in rows
-        ],
+        [[*_cells(row), _range(row.to_fixed), _range(row.to_bayes)] for row in rows],
         index=[row.name for row in rows],
-        columns=["Loss", "In-domain", "Retention", "Loss / best fixed", "Loss / Bayes"],
+        columns=HEADS,
         dtype=object,
     )
-    told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(settings).items())
+    told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in options.model_dump().items())
     lines = [
         f"- {check.claim}: {'yes' if check.holds else 'NO'} (worst seed: {check.worst:.4f} times)"
         for check in checks(results)
     ]
-    short = too_short(settings, results)
+    short = too_short(options, results)
     return "\n".join(
         [
             f"Linear model of the DISeL paper: {told}.\n",
@@ -149,14 +151,14 @@ def table(results: Sequence[SeedResult]) -> pd.DataFrame:
     )
 
 
-def record(settings: Settings, results: Sequence[SeedResult]) -> dict[str, Any]:
+def record(options: LinearModelOptions, results: Sequence[SeedResult]) -> dict[str, Any]:
     """Everything that was measured, as plain values for JSON."""
 
     def plain(losses: Losses) -> dict[str, float]:
         return {"loss": losses.total, "in_domain": losses.in_domain, "retention": losses.retention}
 
     return {
-        "settings": asdict(settings),
+        "settings": options.model_dump(),
         "environment": describe_environment(torch.device("cpu")),
         "checks": [asdict(check) for check in checks(results)],
         "gate_positions": POSITIONS.tolist(),
@@ -235,27 +237,41 @@ def _gates(axes: Axes, results: Sequence[SeedResult]) -> None:
     axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.35), handlelength=3)
 
 
+@drawn
 def figure(results: Sequence[SeedResult]) -> Figure:
-    """The paper's Figure 1: losses over training against the two closed forms, and the gates."""
-
-    def draw() -> Figure:
-        sheet = Figure(figsize=(9.2, 3.5), layout="constrained")
-        left, right = sheet.subplots(1, 2)
-        _curves(left, results)
-        _gates(right, results)
-        for axes in (left, right):
-            axes.grid(axis="y", color=RULE, linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.tick_params(length=0)
-        return sheet
-
-    return styled(draw)
+    """Draw the paper's Figure 1: losses over training against the two closed forms, and the gates."""
+    sheet = Figure(figsize=(9.2, 3.5), layout="constrained")
+    left, right = sheet.subplots(1, 2)
+    _curves(left, results)
+    _gates(right, results)
+    ruled(left)
+    ruled(right)
+    return sheet
 
 
-def write(settings: Settings, results: Sequence[SeedResult], folder: Path) -> None:
-    """Write linear-model.csv, .md, .json, .png and .svg into a folder."""
-    write_text(folder / "linear-model.csv", table(results).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "linear-model.md", markdown(settings, results))
-    write_json(folder / "linear-model.json", record(settings, results))
-    for name, content in figure_files("linear-model", figure(results)).items():
-        write_bytes(folder / name, content)
+def result(results: Sequence[SeedResult], subject: Subject, options: LinearModelOptions) -> Result:
+    """Put the results together; numbers `METHOD.to_fixed` and `METHOD.to_bayes`: mean and range over seeds."""
+    rows, held = summary(results), checks(results)
+    cells = {row.name: [*_cells(row), f"{row.to_fixed[0]:.4f}", f"{row.to_bayes[0]:.4f}"] for row in rows}
+    title, short = f"ean of {options.seeds} seeds", too_short(options, results)
+    said = [f"{'yes' if one.holds else 'NO '}  {one.claim} (worst seed: {one.worst:.4f} times)" for one in held]
+    return Result(
+        headline=Headline(
+            ["correction", "loss", "in-domain", "retention", "loss / best fixed", "loss / Bayes"],
+            [[name, *values] for name, values in cells.items()],
+            numeric=1,
+            title=f"Linear model, m{title}",
+        ),
+        remarks=[*said, *([] if short is None else [short])],
+        tables={"linear-model": table(results)},
+        markdown=markdown(options, results),
+        record=record(options, results),
+        figures={"linear-model": figure(results)},
+        numbers={
+            f"{row.name.replace(' ', '-')}.{name}": Interval(*ratio)
+            for row in rows
+            for name, ratio in (("to_fixed", row.to_fixed), ("to_bayes", row.to_bayes))
+        },
+        shown={f"M{title}": pd.DataFrame.from_dict(cells, orient="index", columns=HEADS)},
+        notes=[f"{'holds' if one.holds else 'does not hold'} on every seed: {one.claim}" for one in held],
+    )

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from gaintune.analysis.retention.survey import Course, Moment, Retention
-from gaintune.report import INK, NONE, RULE, Look, figure_files, look, markdown_table, styled, with_interval
-from gaintune.results import Interval
-from gaintune.storage import write_bytes, write_json, write_text
+from gaintune.analysis.base import Headline, Result, Subject
+from gaintune.analysis.drawing import drawn, ends, legend, ruled
+from gaintune.analysis.retention import RetentionOptions
+from gaintune.analysis.retention.survey import Retention, SnapshotScores, Trajectory
+from gaintune.report import INK, Look, look, markdown_table, with_interval
+from gaintune.results import Interval, highest, lowest
 
-Read = Callable[[Course, Moment], Interval | None]
+Read = Callable[[Trajectory, SnapshotScores], Interval | None]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One thing to draw over time: its name with unit, and how it is read from a moment."""
+    """One thing to draw over time: its name with unit, and how it is read from a snapshot."""
 
     name: str
     read: Read
@@ -30,18 +31,20 @@ class Side:
 
 def sides(found: Retention) -> list[tuple[Side, Side]]:
     """Target and retention, in perplexity and in benchmarks, as far as measured; the target twice where it is alone."""
-    target = Side("target: change of perplexity, %", lambda course, moment: found.change(course, moment, found.target))
-    texts = Side(
-        "other texts: change of perplexity, %", lambda course, moment: found.change(course, moment, found.texts)
-    )
-    task = Side("target task: change, points of %", lambda _, moment: moment.scores and moment.scores.target_change)
-    kept = Side("benchmarks: change, points of %", lambda _, moment: moment.scores and moment.scores.retention_change)
+    target = Side("target: change of perplexity, %", lambda one, at: found.change(one, at, found.target))
+    texts = Side("other texts: change of perplexity, %", lambda one, at: found.change(one, at, found.texts))
+    task = Side("target task: change, points of %", lambda _, at: at.scores and at.scores.target_change)
+    kept = Side("benchmarks: change, points of %", lambda _, at: at.scores and at.scores.retention_change)
     rest = texts if found.texts else target
     scores = found.base.scores
     if scores is None:
         return [(target, rest)]
     asked = (task if scores.target is not None else target, kept if scores.retention is not None else rest)
     return [(target, rest), asked] if found.texts else [asked]
+
+
+def _each_once(found: Retention) -> list[Side]:
+    return list(dict.fromkeys(side for pair in sides(found) for side in pair))
 
 
 def table(found: Retention) -> pd.DataFrame:
@@ -51,21 +54,21 @@ def table(found: Retention) -> pd.DataFrame:
     their mean change, in points of %, in rows of their own.
     """
     rows = []
-    for course in found.courses:
-        for moment in course.moments:
-            place = {"adaptation": course.label, "method": course.method, "step": moment.step}
-            for domain, loss in moment.losses.items():
-                change = found.change(course, moment, [domain])
+    for trajectory in found.trajectories:
+        for snapshot in trajectory.snapshots:
+            place = {"adaptation": trajectory.label, "method": trajectory.method, "step": snapshot.step}
+            for domain, loss in snapshot.losses.items():
+                change = found.change(trajectory, snapshot, [domain])
                 kind = "target" if domain in found.target else "text"
                 rows.append({**place, "kind": kind, "name": domain, "value": loss.perplexity, **_columns(change)})
-            if moment.scores is None:
+            if snapshot.scores is None:
                 continue
-            for score in moment.scores.tasks:
+            for score in snapshot.scores.tasks:
                 rows.append(
                     {**place, "kind": "benchmark", "name": f"{score.task} {score.metric}", "value": score.value}
                 )
             for name in ("target", "retention"):
-                value, change = getattr(moment.scores, name), getattr(moment.scores, f"{name}_change")
+                value, change = getattr(snapshot.scores, name), getattr(snapshot.scores, f"{name}_change")
                 if value is not None:
                     kind = "mean of benchmarks"
                     rows.append({**place, "kind": kind, "name": name, "value": value, **_columns(change)})
@@ -81,13 +84,13 @@ def _columns(figure: Interval | None) -> dict[str, float | None]:
 def markdown(found: Retention) -> str:
     """Each adaptation at its best and at its last snapshot."""
     rows, names = [], []
-    shown = list(dict.fromkeys(side for pair in sides(found) for side in pair))
-    for course in found.courses:
-        best, last = found.best(course), course.moments[-1]
-        for word, moment in (("best", best), ("last", last)):
-            figures = [side.read(course, moment) for side in shown]
-            rows.append([word, str(moment.step), *(NONE if one is None else with_interval(one) for one in figures)])
-            names.append(course.label)
+    shown = _each_once(found)
+    for trajectory in found.trajectories:
+        best, last = found.best(trajectory), trajectory.snapshots[-1]
+        for word, snapshot in (("best", best), ("last", last)):
+            figures = [side.read(trajectory, snapshot) for side in shown]
+            rows.append([word, str(snapshot.step), *map(with_interval, figures)])
+            names.append(trajectory.label)
     heads = ["Snapshot", "Updates", *(side.name for side in shown)]
     frame = pd.DataFrame(rows, index=names, columns=heads, dtype=object)
     texts = f"; never learnt: {', '.join(found.texts)}" if found.texts else ""
@@ -107,14 +110,12 @@ def markdown(found: Retention) -> str:
 
 def _over_time(axes: Axes, found: Retention, side: Side) -> None:
     """One side over the updates, a line for each adaptation, with its interval."""
-    for index, course in enumerate(found.courses):
+    for index, trajectory in enumerate(found.trajectories):
         style = look(index)
-        figures = [(moment.step, side.read(course, moment)) for moment in course.moments]
+        figures = [(snapshot.step, side.read(trajectory, snapshot)) for snapshot in trajectory.snapshots]
         points = [(step, one) for step, one in figures if one is not None]
         steps = [step for step, _ in points]
-        lows = [one.value if one.low is None else one.low for _, one in points]
-        highs = [one.value if one.high is None else one.high for _, one in points]
-        axes.fill_between(steps, lows, highs, color=style.colour, alpha=0.16, linewidth=0)
+        axes.fill_between(steps, *ends([one for _, one in points]), color=style.colour, alpha=0.16, linewidth=0)
         values = [one.value for _, one in points]
         _line(axes, steps, values, style)
     axes.axhline(0, color=INK, linewidth=0.9, zorder=0)
@@ -129,9 +130,11 @@ def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], style: Look) -> 
 
 def _against(axes: Axes, found: Retention, target: Side, kept: Side) -> None:
     """Retention against the target: each adaptation is a path, larger where it ends."""
-    for index, course in enumerate(found.courses):
+    for index, trajectory in enumerate(found.trajectories):
         style = look(index)
-        pairs = [(target.read(course, moment), kept.read(course, moment)) for moment in course.moments]
+        pairs = [
+            (target.read(trajectory, snapshot), kept.read(trajectory, snapshot)) for snapshot in trajectory.snapshots
+        ]
         places = [(one.value, other.value) for one, other in pairs if one is not None and other is not None]
         if not places:
             continue
@@ -144,37 +147,95 @@ def _against(axes: Axes, found: Retention, target: Side, kept: Side) -> None:
     axes.set_title("one against the other", loc="left")
 
 
+@drawn
 def figure(found: Retention) -> Figure:
     """Target over time, retention over time, and one against the other (DISeL paper, Figures 6 to 9)."""
-
-    def draw() -> Figure:
-        rows = sides(found)
-        columns = 1 if rows[0][0] is rows[0][1] else 3
-        sheet = Figure(figsize=(0.6 + 3.2 * columns, 0.7 + 2.9 * len(rows)), layout="constrained")
-        grid = sheet.subplots(len(rows), columns, squeeze=False)
-        for (target, kept), panels in zip(rows, grid, strict=True):
-            _over_time(panels[0], found, target)
-            if columns > 1:
-                _over_time(panels[1], found, kept)
-                _against(panels[2], found, target, kept)
-            for axes in panels:
-                axes.grid(color=RULE, linewidth=0.6)
-                axes.set_axisbelow(True)
-                axes.tick_params(length=0)
-        handles = [
-            Line2D([], [], color=look(i).colour, linestyle=look(i).dashes, marker=look(i).marker, label=course.label)
-            for i, course in enumerate(found.courses)
-        ]
-        sheet.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, handlelength=3)
-        return sheet
-
-    return styled(draw)
+    rows = sides(found)
+    columns = 1 if rows[0][0] is rows[0][1] else 3
+    sheet = Figure(figsize=(0.6 + 3.2 * columns, 0.7 + 2.9 * len(rows)), layout="constrained")
+    grid = sheet.subplots(len(rows), columns, squeeze=False)
+    for (target, kept), panels in zip(rows, grid, strict=True):
+        _over_time(panels[0], found, target)
+        if columns > 1:
+            _over_time(panels[1], found, kept)
+            _against(panels[2], found, target, kept)
+        for axes in panels:
+            ruled(axes, "both")
+    legend(sheet, [trajectory.label for trajectory in found.trajectories], 3, marked=True)
+    return sheet
 
 
-def write(found: Retention, folder: Path) -> None:
-    """Write retention.csv, .md and .json, and the figure as PNG and SVG into a folder."""
-    write_text(folder / "retention.csv", table(found).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "retention.md", markdown(found))
-    write_json(folder / "retention.json", found.to_dict())
-    for name, content in figure_files("retention", figure(found)).items():
-        write_bytes(folder / name, content)
+COLUMNS = {
+    "target": "Target, % of perplexity",
+    "texts": "Other texts, %",
+    "texts.worst": "Other texts at their worst, %",
+    "target_benchmarks": "Target's benchmarks, points",
+    "kept": "Other benchmarks, points",
+    "kept.worst": "Other benchmarks at their worst, points",
+}
+"""The numbers of a trajectory, and what a recipe's table calls them."""
+
+
+def _trajectory_numbers(found: Retention, one: Trajectory) -> dict[str, Interval]:
+    """The numbers of one adaptation over time, by their names."""
+    last, later = one.snapshots[-1], [snapshot for snapshot in one.snapshots if snapshot.step]
+    changes = [found.change(one, snapshot, found.texts) for snapshot in later]
+    scores = [snapshot.scores.retention_change for snapshot in later if snapshot.scores]
+    texts, kept = ([each for each in figures if each is not None] for figures in (changes, scores))
+    numbers = {
+        "target": found.change(one, last, found.target),
+        "texts": found.change(one, last, found.texts),
+        "texts.worst": highest(texts) if texts else None,
+        "target_benchmarks": last.scores.target_change if last.scores else None,
+        "kept": scores[-1] if scores else None,
+        "kept.worst": lowest(kept) if kept else None,
+    }
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def result(found: Retention, subject: Subject, options: RetentionOptions) -> Result:
+    """Put the survey together.
+
+    Numbers: `LABEL.target` and `LABEL.texts`, change of perplexity in % at the last snapshot; `LABEL.texts.worst` at
+    the worst one; `A-minus-B.texts` and `A-minus-B.target` at the last; in points against the base
+    `LABEL.target_benchmarks` and, of all other benchmarks, `LABEL.kept` at the last, and `LABEL.kept.worst`.
+    """
+    called = dict(zip(subject.names or [each.label for each in found.trajectories], found.trajectories, strict=True))
+    numbers: dict[str, Interval] = {}
+    cells = {}
+    for label, one in called.items():
+        own = _trajectory_numbers(found, one)
+        numbers |= {f"{label}.{name}": value for name, value in own.items()}
+        cells[label] = [with_interval(own.get(name)) for name in COLUMNS]
+    pairs = list(itertools.permutations(called, 2))
+    for one_label, other in pairs:
+        for name, domains in (("target", found.target), ("texts", found.texts)):
+            if domains:
+                pair = (called[one_label], called[other])
+                numbers[f"{one_label}-minus-{other}.{name}"] = found.apart(*pair, domains)
+    asked = [*(("target_benchmarks",) if options.target else ()), *(("kept", "kept.worst") if options.tasks else ())]
+    without = {f"{label}.{name}": "its benchmarks are left out, see the notes" for label in called for name in asked}
+    of_texts = [f"{label}.{name}" for label in called for name in ("texts", "texts.worst")]
+    of_texts += [f"{one}-minus-{other}.texts" for one, other in pairs]
+    without |= dict.fromkeys(of_texts, "no text is watched, or none of those is to be had")
+    shown = _each_once(found)
+    title = "At the last snapshot; intervals over validation blocks, of benchmarks over their rows"
+    return Result(
+        headline=Headline(
+            ["adaptation", "updates", *(side.name for side in shown)],
+            [
+                [trajectory.label, str(snapshot.step), *(side.read(trajectory, snapshot) for side in shown)]
+                for trajectory in found.trajectories
+                for snapshot in trajectory.snapshots
+            ],
+            numeric=1,
+        ),
+        tables={"retention": table(found)},
+        markdown=markdown(found),
+        record=found.to_dict(),
+        provenance=found.provenance.to_dict(),
+        figures={"retention": figure(found)},
+        numbers=numbers,
+        without={name: why for name, why in without.items() if name not in numbers},
+        shown={title: pd.DataFrame.from_dict(cells, orient="index", columns=list(COLUMNS.values()))},
+    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gaintune.analysis.base import Headline, Result, Subject
+from gaintune.analysis.drawing import drawn, ruled
 from gaintune.analysis.subspace.survey import AdapterSubspace, ModuleSubspace, SubspaceSurvey, share_of
-from gaintune.report import MUTED, NONE, RULE, figure_files, look, markdown_table, styled
-from gaintune.storage import write_bytes, write_json, write_text
+from gaintune.report import MUTED, NONE, look, markdown_table
+from gaintune.results import Interval, exact
 
 NO_OUTSIDE = "no outside"
+COLUMNS = ("outputs", "inputs", "rank", "has_outside", "outside", "has_outside_rows", "outside_rows", "leading_rank")
 LOWEST = 1e-36  # where a share of exactly 0 is drawn: below anything that rounding leaves
 Pick = Callable[[ModuleSubspace], float | None]
 
@@ -32,22 +34,15 @@ def module_table(survey: SubspaceSurvey) -> pd.DataFrame:
             rows.append(
                 {
                     "adapter": adapter.label,
-                    "layer": module.place.layer,
-                    "projection": module.place.projection,
-                    "outputs": figures.outputs,
-                    "inputs": figures.inputs,
-                    "rank": figures.rank,
-                    "has_outside": figures.has_outside,
-                    "outside": figures.outside,
-                    "has_outside_rows": figures.has_outside_rows,
-                    "outside_rows": figures.outside_rows,
-                    "leading_rank": figures.leading_rank,
+                    "layer": module.position.layer,
+                    "projection": module.position.projection,
+                    **{name: getattr(figures, name) for name in COLUMNS},
                     "outside_leading": figures.outside_leading,
                     "relative_update": (figures.update_energy / figures.weight_energy) ** 0.5,
                     "intruders": figures.intruders,
                     "looked_at": len(figures.similarities),
                     "smallest_similarity": min(figures.similarities),
-                    "module": module.place.name,
+                    "module": module.position.name,
                 }
             )
     return pd.DataFrame(rows)
@@ -57,27 +52,21 @@ def summary_rows(survey: SubspaceSurvey) -> list[list[str]]:
     """A row of text for each adapter and projection, and for all projections of an adapter."""
     rows = []
     for adapter in survey.adapters:
-        projections = dict.fromkeys(each.place.projection for each in adapter.modules)
+        projections = dict.fromkeys(each.position.projection for each in adapter.modules)
         for projection in (*projections, "all"):
-            chosen = [each for each in adapter.modules if projection in ("all", each.place.projection)]
+            chosen = [each for each in adapter.modules if projection in ("all", each.position.projection)]
             if projection == "all" and len(projections) == 1:
                 continue
-            outside = share_of([(each.figures, each.figures.outside) for each in chosen if each.figures.has_outside])
-            any_outside = any(each.figures.has_outside for each in chosen)
-            leading = share_of([(each.figures, each.figures.outside_leading) for each in chosen])
-            update = sum(each.figures.update_energy for each in chosen)
-            weight = sum(each.figures.weight_energy for each in chosen)
-            intruders = sum(each.figures.intruders for each in chosen)
-            looked = sum(len(each.figures.similarities) for each in chosen)
+            part = replace(adapter, modules=tuple(chosen))
             rows.append(
                 [
                     adapter.label,
                     projection,
                     _shapes(chosen),
-                    _share(outside) if any_outside else NO_OUTSIDE,
-                    _share(leading),
-                    f"{(update / weight) ** 0.5:.2e}",
-                    f"{intruders} of {looked}",
+                    _share(part.outside) if part.with_outside else NO_OUTSIDE,
+                    _share(part.outside_leading),
+                    f"{part.relative_update:.2e}",
+                    f"{part.intruders()} of {part.looked_at}",
                 ]
             )
     return rows
@@ -85,7 +74,7 @@ def summary_rows(survey: SubspaceSurvey) -> list[list[str]]:
 
 def heads(survey: SubspaceSurvey) -> list[str]:
     """What heads the columns of `summary_rows`."""
-    leading = f"outside the leading {100 * survey.settings.leading:g} %"
+    leading = f"outside the leading {100 * survey.options.leading:g} %"
     return ["adapter", "projection", "rank of outputs", "outside column space", leading, "|dW| / |W|", "intruders"]
 
 
@@ -127,13 +116,13 @@ def remarks(survey: SubspaceSurvey) -> list[str]:
             "depend on that value, the intruders do; the real gates differ from token to token."
         )
     figures = modules[0].figures
-    setting = survey.settings.tolerance
+    setting = survey.options.tolerance
     rule = "max(out, in) times fp32's epsilon" if setting is None else "as given"
     told.append(
         f"Ranks count singular values above {figures.tolerance:.1e} of the largest ({rule}"
-        f"{', of ' + modules[0].place.name if setting is None else ''}). Intruders: of the {survey.settings.top} "
+        f"{', of ' + modules[0].position.name if setting is None else ''}). Intruders: of the {survey.options.top} "
         "leading left singular vectors of each adapted weight, those whose largest |cosine| to any pretrained left "
-        f"singular vector is below {survey.settings.epsilon:g}."
+        f"singular vector is below {survey.options.epsilon:g}."
     )
     return told
 
@@ -149,7 +138,7 @@ def markdown(survey: SubspaceSurvey) -> str:
 def record_values(survey: SubspaceSurvey) -> dict[str, Any]:
     """Everything as plain values for JSON; similarities of all vectors looked at, so that any epsilon can be tried."""
     return {
-        "settings": asdict(survey.settings),
+        "settings": survey.options.counted(),
         "remarks": remarks(survey),
         "adapters": [
             {
@@ -162,20 +151,19 @@ def record_values(survey: SubspaceSurvey) -> dict[str, Any]:
                 "relative_update": adapter.relative_update,
                 "intruders": adapter.intruders(),
                 "looked_at": adapter.looked_at,
-                "modules": [{**asdict(each.place), **asdict(each.figures)} for each in adapter.modules],
+                "modules": [{**asdict(each.position), **asdict(each.figures)} for each in adapter.modules],
             }
             for adapter in survey.adapters
         ],
-        "provenance": survey.provenance.to_dict(),
     }
 
 
 def _by_layer(adapter: AdapterSubspace, pick: Pick) -> tuple[list[int], list[float]]:
     """Shares of each transformer layer, its modules put together by the energy of their updates; NaN for no share."""
-    numbers = sorted({each.place.layer for each in adapter.modules if each.place.layer is not None})
+    numbers = sorted({each.position.layer for each in adapter.modules if each.position.layer is not None})
     shares = []
     for number in numbers:
-        parts = [(each.figures, pick(each)) for each in adapter.modules if each.place.layer == number]
+        parts = [(each.figures, pick(each)) for each in adapter.modules if each.position.layer == number]
         share = share_of(parts)
         shares.append(math.nan if share is None else max(share, LOWEST))
     return numbers, shares
@@ -214,47 +202,64 @@ def _intruder_panel(axes: Axes, survey: SubspaceSurvey) -> None:
         style = look(index)
         shares = [100 * adapter.intruders(float(each)) / adapter.looked_at for each in thresholds]
         axes.plot(thresholds, shares, color=style.colour, linestyle=style.dashes, linewidth=1.5)
-    axes.axvline(survey.settings.epsilon, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axes.axvline(survey.options.epsilon, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.set(xlabel="similarity below which a vector is an intruder", xlim=(0, 1), ylim=(0, 102))
-    axes.set_title(f"Intruders, % of the leading {survey.settings.top} vectors", loc="left")
+    axes.set_title(f"Intruders, % of the leading {survey.options.top} vectors", loc="left")
 
 
+@drawn
 def figure(survey: SubspaceSurvey) -> Figure:
     """Shares outside the column space and the leading directions by layer, and intruders by threshold."""
-
-    def draw() -> Figure:
-        sheet = Figure(figsize=(11.4, 3.5), layout="constrained")
-        first, second, third = sheet.subplots(1, 3)
-        leading = f"{100 * survey.settings.leading:g} %"
-        _shares_panel(
-            first, survey, "Update outside the column space, share",
-            lambda each: each.figures.outside if each.figures.has_outside else None, logarithmic=True,
-        )  # fmt: skip
-        _shares_panel(
-            second, survey, f"… outside the directions of {leading} of W, %",
-            lambda each: each.figures.outside_leading, logarithmic=False,
-        )  # fmt: skip
-        _intruder_panel(third, survey)
-        for axes in (first, second, third):
-            axes.grid(axis="y", color=RULE, linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.tick_params(length=0, which="both")
-        handles = []
-        for index, adapter in enumerate(survey.adapters):
-            style = look(index)
-            line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 4}
-            handles.append(third.plot([], [], label=adapter.label, linewidth=1.5, **line)[0])
-        columns = min(4, len(handles))
-        sheet.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3)
-        return sheet
-
-    return styled(draw)
+    sheet = Figure(figsize=(11.4, 3.5), layout="constrained")
+    first, second, third = sheet.subplots(1, 3)
+    leading = f"{100 * survey.options.leading:g} %"
+    _shares_panel(
+        first, survey, "Update outside the column space, share",
+        lambda each: each.figures.outside if each.figures.has_outside else None, logarithmic=True,
+    )  # fmt: skip
+    _shares_panel(
+        second, survey, f"… outside the directions of {leading} of W, %",
+        lambda each: each.figures.outside_leading, logarithmic=False,
+    )  # fmt: skip
+    _intruder_panel(third, survey)
+    for axes in (first, second, third):
+        ruled(axes, which="both")
+    handles = []
+    for index, adapter in enumerate(survey.adapters):
+        style = look(index)
+        line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 4}
+        handles.append(third.plot([], [], label=adapter.label, linewidth=1.5, **line)[0])
+    columns = min(4, len(handles))
+    sheet.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3)
+    return sheet
 
 
-def write(survey: SubspaceSurvey, folder: Path) -> None:
-    """Write subspace.csv, .md, .json, .png and .svg into a folder."""
-    write_text(folder / "subspace.csv", module_table(survey).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "subspace.md", markdown(survey))
-    write_json(folder / "subspace.json", record_values(survey))
-    for name, content in figure_files("subspace", figure(survey)).items():
-        write_bytes(folder / name, content)
+def result(survey: SubspaceSurvey, subject: Subject, *_: Any) -> Result:
+    """Put the survey together.
+
+    Numbers, counted and not sampled: `LABEL.outside` and `LABEL.outside_leading`, shares of the update's energy in %;
+    `LABEL.intruders`.
+    """
+    numbers: dict[str, Interval] = {}
+    without: dict[str, str] = {}
+    for label, one in zip(subject.names or [each.label for each in survey.adapters], survey.adapters, strict=True):
+        numbers[f"{label}.intruders"] = exact(one.intruders())
+        for name, share in (("outside", one.outside), ("outside_leading", one.outside_leading)):
+            if share is None:
+                without[f"{label}.{name}"] = "no adapted weight has such directions"
+            else:
+                numbers[f"{label}.{name}"] = exact(100 * share)
+    said, rows = remarks(survey), summary_rows(survey)
+    return Result(
+        headline=Headline(heads(survey), rows, numeric=2),
+        remarks=said,
+        tables={"subspace": module_table(survey)},
+        markdown=markdown(survey),
+        record=record_values(survey),
+        provenance=survey.provenance.to_dict(),
+        figures={"subspace": figure(survey)},
+        numbers=numbers,
+        without=without,
+        shown={"Updates": pd.DataFrame(rows, columns=heads(survey)).set_index("adapter")},
+        notes=said,
+    )

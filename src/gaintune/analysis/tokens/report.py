@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
+from gaintune.analysis.base import Headline, Result, Subject
+from gaintune.analysis.drawing import drawn, legend, panels, ruled, with_ends
 from gaintune.analysis.tokens.statistics import QUANTILES, TokenChanges
 from gaintune.analysis.tokens.survey import TokenSurvey
-from gaintune.report import INK, NONE, RULE, figure_files, look, markdown_table, styled
-from gaintune.results import Interval
-from gaintune.storage import write_bytes, write_json, write_text
+from gaintune.report import INK, NONE, look, markdown_table
+from gaintune.results import Interval, bare
 
 
 def table(survey: TokenSurvey) -> pd.DataFrame:
@@ -61,23 +61,23 @@ def histogram_table(survey: TokenSurvey) -> pd.DataFrame:
 def cells(one: TokenChanges) -> list[str]:
     """The figures of one adapter on one domain as text, for `HEADS`."""
     return [
-        _with_ends(one.mean, "+.4f"),
+        with_ends(one.mean, "+.4f"),
         f"{one.mean_absolute:.4f}",
         NONE if one.skew is None else f"{one.skew:+.2f}",
-        NONE if one.coherence is None else _with_ends(one.coherence, ".3f"),
+        with_ends(one.coherence, ".3f"),
         f"{100 * one.better:.1f} %",
         f"{100 * one.worse:.1f} %",
         f"{one.tokens:,}",
     ]
 
 
+def _frame(names: Sequence[str], adapters: Mapping[str, TokenChanges]) -> pd.DataFrame:
+    """A row for each adapter on one domain, by the names it is to have."""
+    heads = [head[:1].upper() + head[1:] for head in HEADS]
+    return pd.DataFrame([cells(one) for one in adapters.values()], index=list(names), columns=heads, dtype=object)
+
+
 HEADS = ("mean change, nats", "mean size", "skew", "coherence", "better", "worse", "tokens")
-
-
-def _with_ends(figure: Interval, form: str) -> str:
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:{form}}"
-    return f"{figure.value:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
 
 
 def markdown(survey: TokenSurvey) -> str:
@@ -88,11 +88,7 @@ def markdown(survey: TokenSurvey) -> str:
         "blocks, widened for few blocks.\n"
     ]
     for domain, adapters in survey.changes.items():
-        heads = [head[:1].upper() + head[1:] for head in HEADS]
-        frame = pd.DataFrame(
-            [cells(one) for one in adapters.values()], index=list(adapters), columns=heads, dtype=object
-        )
-        parts.append(f"{domain}:\n\n{markdown_table(frame, 'Adapter')}")
+        parts.append(f"{domain}:\n\n{markdown_table(_frame(list(adapters), adapters), 'Adapter')}")
     return "\n".join(parts)
 
 
@@ -104,11 +100,10 @@ def record_values(survey: TokenSurvey) -> dict[str, Any]:
             domain: {label: one.to_dict() for label, one in adapters.items()}
             for domain, adapters in survey.changes.items()
         },
-        "provenance": survey.provenance.to_dict(),
     }
 
 
-def _panel(axes: Axes, domain: str, adapters: dict[str, TokenChanges]) -> None:
+def _panel(axes: Axes, domain: str, adapters: Mapping[str, TokenChanges]) -> None:
     """Histograms of one domain: a line for each adapter, an upright one at its mean, log scale down to one token."""
     for index, one in enumerate(adapters.values()):
         style = look(index)
@@ -123,44 +118,55 @@ def _panel(axes: Axes, domain: str, adapters: dict[str, TokenChanges]) -> None:
     limit = max(one.limit for one in adapters.values())
     axes.set_xlim(-limit, limit)
     axes.set_title(domain, loc="left")
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, which="both")
+    ruled(axes, which="both")
 
 
+@drawn
 def figure(survey: TokenSurvey) -> Figure:
     """Histograms of the changes, a panel for each domain and a line for each adapter, with the means."""
-
-    def draw() -> Figure:
-        count = len(survey.changes)
-        columns = min(count, 3)
-        rows = -(-count // columns)
-        sheet = Figure(figsize=(max(3.6 * columns, 5.6), 0.9 + 2.7 * rows), layout="constrained")
-        grid = sheet.subplots(rows, columns, squeeze=False)
-        for axes in list(grid.flat)[count:]:
-            axes.set_axis_off()
-        for axes, (domain, adapters) in zip(grid.flat, survey.changes.items(), strict=False):
-            _panel(axes, domain, dict(adapters))
-        labels = list(next(iter(survey.changes.values())))
-        handles = [
-            Line2D([], [], color=look(index).colour, linestyle=look(index).dashes, linewidth=1.5, label=label)
-            for index, label in enumerate(labels)
-        ]
-        across = min(3, len(handles))
-        sheet.legend(handles=handles, loc="outside upper center", ncols=across, frameon=False, handlelength=3)
-        told = "left is better; upright lines are means; the outermost bins hold all beyond"
-        sheet.supxlabel(f"change of a token's loss, nats ({told})", fontsize=9)
-        sheet.supylabel("tokens in a bin, %", fontsize=9)
-        return sheet
-
-    return styled(draw)
+    count = len(survey.changes)
+    sheet, grid = panels(count, min(count, 3), lambda rows, columns: (max(3.6 * columns, 5.6), 0.9 + 2.7 * rows))
+    for axes, (domain, adapters) in zip(grid, survey.changes.items(), strict=True):
+        _panel(axes, domain, adapters)
+    legend(sheet, list(next(iter(survey.changes.values()))), 3, linewidth=1.5)
+    told = "left is better; upright lines are means; the outermost bins hold all beyond"
+    sheet.supxlabel(f"change of a token's loss, nats ({told})", fontsize=9)
+    sheet.supylabel("tokens in a bin, %", fontsize=9)
+    return sheet
 
 
-def write(survey: TokenSurvey, folder: Path) -> None:
-    """Write tokens.csv, .md and .json, tokens-histogram.csv, and the figure as PNG and SVG into a folder."""
-    write_text(folder / "tokens.csv", table(survey).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "tokens-histogram.csv", histogram_table(survey).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "tokens.md", markdown(survey))
-    write_json(folder / "tokens.json", record_values(survey))
-    for name, content in figure_files("tokens", figure(survey)).items():
-        write_bytes(folder / name, content)
+def result(survey: TokenSurvey, subject: Subject, *_: Any) -> Result:
+    """Put the survey together.
+
+    Numbers: `LABEL.DOMAIN.mean` in nats and `LABEL.DOMAIN.coherence`, with intervals over blocks; `.size`, the mean
+    size of a change, and `.skew`, without.
+    """
+    numbers: dict[str, Interval] = {}
+    without: dict[str, str] = {}
+    shown: dict[str, pd.DataFrame] = {}
+    for domain, found in survey.changes.items():
+        for label, one in zip(subject.names or found, found.values(), strict=True):
+            name = f"{label}.{domain}"
+            numbers |= {f"{name}.mean": one.mean, f"{name}.size": bare(one.mean_absolute)}
+            for figure_name, value in (
+                ("coherence", one.coherence),
+                ("skew", None if one.skew is None else bare(one.skew)),
+            ):
+                if value is None:
+                    without[f"{name}.{figure_name}"] = "no loss changed"
+                else:
+                    numbers[f"{name}.{figure_name}"] = value
+        title = f"{domain}: change of every token's loss, intervals over blocks"
+        shown[title] = _frame(subject.names or list(found), found)
+    rows = [[text, label, *cells(one)] for text, found in survey.changes.items() for label, one in found.items()]
+    return Result(
+        headline=Headline(["domain", "adapter", *HEADS], rows, numeric=2),
+        tables={"tokens": table(survey), "tokens-histogram": histogram_table(survey)},
+        markdown=markdown(survey),
+        record=record_values(survey),
+        provenance=survey.provenance.to_dict(),
+        figures={"tokens": figure(survey)},
+        numbers=numbers,
+        without=without,
+        shown=shown,
+    )

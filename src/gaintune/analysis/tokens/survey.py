@@ -17,11 +17,12 @@ from torch import nn
 
 from gaintune.adapters import check_adapters
 from gaintune.analysis.provenance import Provenance, named_origins, provenance, warn_of_other_texts
-from gaintune.analysis.tokens.statistics import BINS, TokenChanges, check_histogram, range_of, summarise_changes
+from gaintune.analysis.tokens import TokensOptions
+from gaintune.analysis.tokens.statistics import TokenChanges, range_of, summarise_changes
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks, Examples, load_domain
 from gaintune.errors import ConfigError
-from gaintune.evaluate import Look, look_at_base_and_adapters, measure_tokens, with_adapter
+from gaintune.evaluate import Measure, measure_base_and_adapters, measure_tokens
 from gaintune.models import IGNORED, Base, load_base
 from gaintune.progress import Progress
 from gaintune.results import FloatArray
@@ -38,9 +39,8 @@ class TokenSurvey:
 def survey_tokens(
     plan: Plan,
     adapters: Sequence[Path],
+    options: TokensOptions | None = None,
     *,
-    bins: int = BINS,
-    limit: float | None = None,
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> TokenSurvey:
@@ -52,18 +52,16 @@ def survey_tokens(
     Args:
         plan: base, domains (those learnt and those watched), validation budget and how uncertainty is measured.
         adapters: folders of adapters of any method, or of fully fine-tuned weights.
-        bins: bins of a histogram, an odd number.
-        limit: nats at which the histograms end; for each domain where 99.5 % of all adapters' changes lie, unless
-            given.
+        options: the histograms' bins and range.
         allow_other_base: take adapters that were trained on another base.
         progress: where to show progress.
 
     Raises:
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
-        ConfigError: no adapter, one named twice, or an even number of bins.
+        ConfigError: no adapter, or one named twice.
         DataError: a domain's text is missing or broken.
     """
-    check_histogram(bins, limit)
+    chosen = options or TokensOptions()
     if not adapters:
         raise ConfigError("name at least one adapter")
     origins = named_origins(adapters)
@@ -71,25 +69,24 @@ def survey_tokens(
     domains: list[DomainBlocks] = []
     made_from: list[Provenance] = []
 
-    def prepare(base: Base) -> Look[dict[str, FloatArray]]:
+    def prepare(base: Base) -> Measure[dict[str, FloatArray]]:
         domains.extend(load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured)
         warn_of_other_texts(adapters, domains)
         made_from.append(provenance(plan, base, domains, origins))
         return partial(_losses, domains=domains, plan=plan, progress=progress)
 
-    put_on = partial(with_adapter, plan=plan, allow_other_base=allow_other_base)
-    _, adapted = look_at_base_and_adapters(plan, adapters, load_base, put_on, prepare)
+    _, adapted = measure_base_and_adapters(plan, adapters, load_base, prepare, allow_other_base=allow_other_base)
     changes = {}
     for domain in domains:
         scored = scored_tokens(domain.validation)
         moved = {
-            label: each.found[domain.name] - each.base[domain.name]
+            label: each.adapted[domain.name] - each.base[domain.name]
             for label, each in zip(origins, adapted, strict=True)
         }
-        end = limit or range_of([each[scored] for each in moved.values()])
+        end = chosen.limit or range_of([each[scored] for each in moved.values()])
         changes[domain.name] = {
             label: summarise_changes(
-                each, scored, limit=end, bins=bins, samples=plan.evaluate.bootstrap_samples,
+                each, scored, limit=end, bins=chosen.bins, samples=plan.evaluate.bootstrap_samples,
                 confidence=plan.evaluate.confidence, seed=plan.evaluate.seed, domain=domain.name,
             )
             for label, each in moved.items()

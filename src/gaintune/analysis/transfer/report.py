@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,23 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 
-from gaintune.analysis.transfer.sharing import Sharing
+from gaintune.analysis.base import Headline, Result
+from gaintune.analysis.drawing import drawn, framed_by_nothing, ruled
+from gaintune.analysis.transfer.statistics import Sharing
 from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Transfer
 from gaintune.report import (
     INK,
     MUTED,
-    NONE,
-    RULE,
     diverging,
-    figure_files,
     ink_on,
     look,
     markdown_table,
-    styled,
     with_interval,
 )
-from gaintune.results import Interval
-from gaintune.storage import write_bytes, write_json, write_text
+from gaintune.results import Interval, exact
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
 MEANINGS = {
@@ -103,9 +100,8 @@ def _range(values: tuple[float, ...]) -> str:
 def _ablation_frame(one: Ablation) -> pd.DataFrame:
     rows = []
     for part in PARTS:
-        left = one.left(part)
-        cells = [with_interval(one.transfer(part)), NONE if left is None else with_interval(left, "%")]
-        cells.append(with_interval(one.in_domain(part)))
+        figures = [(one.transfer(part), ""), (one.left(part), "%"), (one.in_domain(part), "")]
+        cells = [with_interval(figure, unit) for figure, unit in figures]
         rows.append([*cells, with_interval(one.unseen(part))] if one.watched else cells)
     heads = ["Transfer", "Left of it", "In-domain", f"Never learnt ({', '.join(one.watched)})"]
     columns = heads if one.watched else heads[:3]
@@ -126,9 +122,7 @@ def _correlations(axes: Axes, sharing: Sharing) -> None:
     axes.set_yticks(places, sharing.labels)
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    framed_by_nothing(axes)
     axes.set_title("Correlation of the gains", loc="left")
 
 
@@ -149,9 +143,7 @@ def _dots(axes: Axes, found: Transfer) -> None:
     axes.set_yticks(range(height), labels)
     axes.set_ylim(height - 0.5, -0.5)
     axes.set_xlabel("change of perplexity, %: other domains (filled), own domain (hollow)")
-    axes.grid(axis="x", color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    ruled(axes, "x")
     axes.set_title("What is left of transfer", loc="left")
 
 
@@ -162,30 +154,69 @@ def _dot(axes: Axes, height: float, figure: Interval, colour: str, marker: str, 
     axes.plot([figure.value], [height], marker, color=colour, markerfacecolor=face, markersize=6)
 
 
+@drawn
 def figure(found: Transfer) -> Figure:
     """Correlations of the gains, and transfer by whole adapters and by their parts."""
-
-    def draw() -> Figure:
-        count = len(found.sharing.labels)
-        rows = 1 + 2 * len(found.ablations)
-        size = (5.6 + 0.55 * count + 1.2, max(1.4 + 0.55 * count, 1.2 + 0.62 * rows, 3.0))
-        sheet = Figure(figsize=size, layout="constrained")
-        left, right = sheet.subplots(1, 2, width_ratios=[0.55 * count + 0.8, 4.4])
-        _correlations(left, found.sharing)
-        _dots(right, found)
-        for axes in (left, right):
-            axes.xaxis.label.set_color(MUTED)
-        return sheet
-
-    return styled(draw)
+    count = len(found.sharing.labels)
+    rows = 1 + 2 * len(found.ablations)
+    size = (5.6 + 0.55 * count + 1.2, max(1.4 + 0.55 * count, 1.2 + 0.62 * rows, 3.0))
+    sheet = Figure(figsize=size, layout="constrained")
+    left, right = sheet.subplots(1, 2, width_ratios=[0.55 * count + 0.8, 4.4])
+    _correlations(left, found.sharing)
+    _dots(right, found)
+    for axes in (left, right):
+        axes.xaxis.label.set_color(MUTED)
+    return sheet
 
 
-def write(found: Transfer, folder: Path) -> None:
-    """Write transfer.csv, .md and .json, transfer-correlations.csv, and the figure as PNG and SVG into a folder."""
-    write_text(folder / "transfer.csv", table(found).to_csv(index=False, lineterminator="\n"))
-    pairs = correlation_table(found.sharing).to_csv(index=False, lineterminator="\n")
-    write_text(folder / "transfer-correlations.csv", pairs)
-    write_text(folder / "transfer.md", markdown(found))
-    write_json(folder / "transfer.json", found.to_dict())
-    for name, content in figure_files("transfer", figure(found)).items():
-        write_bytes(folder / name, content)
+def result(found: Transfer, *_: Any) -> Result:
+    """Put the survey together.
+
+    Numbers: `correlation.smallest`, `.largest` and `.mean`; `common_share` in %; `COMPONENT.PART.transfer`,
+    `.in_domain` and `.left` in %, for the parts whole, shared and own.
+    """
+    sharing, pairs = found.sharing, found.sharing.pairs
+    numbers = {
+        "correlation.smallest": exact(min(pairs)),
+        "correlation.largest": exact(max(pairs)),
+        "correlation.mean": exact(sum(pairs) / len(pairs)),
+        "common_share": exact(100 * sharing.common_share),
+    }
+    without, shown = {}, {}
+    rows: list[list[str | Interval | None]] = []
+    heads = ["Transfer to other domains, %", "Left of it", "Own domain, %"]
+    for one in found.ablations:
+        cells = {}
+        for part in PARTS:
+            name, whole, own, left = f"{one.component}.{part}", one.transfer(part), one.in_domain(part), one.left(part)
+            numbers |= {f"{name}.transfer": whole, f"{name}.in_domain": own}
+            if left is None:
+                without[f"{name}.left"] = "the interval of the whole's transfer holds 0"
+            else:
+                numbers[f"{name}.left"] = left
+            rows.append([one.component, NAMES[part], whole, left, own])
+            cells[NAMES[part]] = [with_interval(whole), with_interval(left, "%"), with_interval(own)]
+        title = f"Shared is {MEANINGS[one.component]}; intervals over validation blocks"
+        shown[title] = pd.DataFrame.from_dict(cells, orient="index", columns=heads)
+    shares = [100 * share for share in (sharing.common_share, sharing.mean_share, sharing.chance_share)]
+    remark = (
+        f"correlations {min(pairs):+.3f} to {max(pairs):+.3f}; common share of the variance {shares[0]:.1f} % (the "
+        f"mean's {shares[1]:.1f} %, by chance {shares[2]:.1f} %)"
+    )
+    return Result(
+        headline=Headline(
+            ["shared is", "gains", "transfer to other domains", "left of it", "own domain"],
+            rows,
+            numeric=2,
+            title="Change of perplexity (negative is better)",
+        ),
+        remarks=[remark],
+        tables={"transfer": table(found), "transfer-correlations": correlation_table(sharing)},
+        markdown=markdown(found),
+        record=found.to_dict(),
+        provenance=found.provenance.to_dict(),
+        figures={"transfer": figure(found)},
+        numbers=numbers,
+        without=without,
+        shown=shown,
+    )

@@ -13,14 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
+import torch
+from torch import nn
 
-from gaintune.adapters import check_adapters, read_record
+from gaintune.adapters import attached, check_adapters, read_record
+from gaintune.analysis.gains.factors import PREFIX
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
-from gaintune.analysis.transfer.placed_gains import PlacedGains, placed_gains
-from gaintune.analysis.transfer.sharing import (
+from gaintune.analysis.transfer import Component, TransferOptions
+from gaintune.analysis.transfer.statistics import (
     FloatArray,
     GainVectors,
     Sharing,
@@ -36,10 +39,6 @@ from gaintune.evaluate import measure_domain
 from gaintune.models import load_base
 from gaintune.progress import Progress, Silent
 from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change, share_of_change
-
-Component = Literal["mean", "principal", "held-out"]
-"""What adapters share: their mean vector; what each has along their first principal direction (not centred); or the
-mean of all adapters but the one that learnt the domain being measured, so that nothing of that domain is in it."""
 
 Part = Literal["whole", "shared", "own"]
 """What of an adapter's v is left: all of it, the shared component alone, or all but the shared component."""
@@ -168,15 +167,14 @@ class Transfer:
         return {
             "sharing": self.sharing.to_dict(),
             "ablations": [each.to_dict() for each in self.ablations],
-            "provenance": self.provenance.to_dict(),
         }
 
 
 def survey_transfer(
     plan: Plan,
     adapters: Sequence[Path],
+    options: TransferOptions | None = None,
     *,
-    components: Sequence[Component] = ("mean",),
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> Transfer:
@@ -186,7 +184,7 @@ def survey_transfer(
         plan: base, domains and how uncertainty is measured. Its domains are those that the adapters learnt, in any
             order; others, and watched ones, are measured as unseen.
         adapters: adapters of method gain or gain-ffn, each trained from the pretrained model on one domain.
-        components: what is taken for shared, one ablation each.
+        options: what is taken for shared.
         allow_other_base: take adapters that were trained on another base.
         progress: where to show progress; nowhere unless given.
 
@@ -197,6 +195,7 @@ def survey_transfer(
         DataError: a domain's text is missing or broken.
     """
     learnt = _by_domain([Path(folder) for folder in adapters], [domain.name for domain in plan.data.measured])
+    components = (options or TransferOptions()).components
     _check_components(components, len(learnt))
     vectors = read_gain_vectors(learnt)
     sharing = sharing_of(vectors)
@@ -207,12 +206,12 @@ def survey_transfer(
     told = provenance(plan, base, domains, {name: origin_of(folder) for name, folder in learnt.items()})
     watched = tuple(domain.name for domain in domains if domain.name not in learnt)
     rows = dict(zip(learnt, vectors.values, strict=True))
-    with placed_gains(base, next(iter(learnt.values())), vectors, allow_other_base=allow_other_base) as place:
-        look = _Look(plan, place, progress or Silent())
+    with attached(base, next(iter(learnt.values())), allow_other_base=allow_other_base) as (model, _):
+        measure = _Measure(plan, model, vectors, progress or Silent())
         nothing = np.zeros(vectors.values.shape[1])
-        before = {domain.name: look("base", nothing, domain) for domain in domains}
+        before = {domain.name: measure("base", nothing, domain) for domain in domains}
         whole: dict[Key, DomainLoss] = {
-            ("whole", name, domain.name): look(f"{name}, whole", v, domain)
+            ("whole", name, domain.name): measure(f"{name}, whole", v, domain)
             for name, v in rows.items()
             for domain in domains
         }
@@ -222,27 +221,31 @@ def survey_transfer(
             for name, v in rows.items():
                 for domain in domains:
                     shared = shared_component(vectors, component, name, domain.name)
-                    losses["shared", name, domain.name] = look(f"{name}, shared ({component})", shared, domain)
-                    losses["own", name, domain.name] = look(f"{name}, own ({component})", v - shared, domain)
+                    losses["shared", name, domain.name] = measure(f"{name}, shared ({component})", shared, domain)
+                    losses["own", name, domain.name] = measure(f"{name}, own ({component})", v - shared, domain)
             ablations.append(Ablation(component, tuple(learnt), watched, before, losses, plan.evaluate))
     return Transfer(sharing, tuple(ablations), told)
 
 
-class _Look:
-    """Measures domains under gains; the same gains on the same domain, such as what all adapters share, once."""
+class _Measure:
+    """Measures domains under gains of any values; the same on one domain, such as what all adapters share, once."""
 
-    def __init__(self, plan: Plan, place: PlacedGains, progress: Progress) -> None:
-        self._plan = plan
-        self._place = place
-        self._progress = progress
+    def __init__(self, plan: Plan, model: nn.Module, vectors: GainVectors, progress: Progress) -> None:
+        layers = {name.removeprefix(PREFIX): each for name, each in model.named_modules() if name.startswith(PREFIX)}
+        self._gains: list[torch.Tensor] = [cast(Any, layers[name]).gain_v["default"] for name, _ in vectors.modules]
+        self._plan, self._model, self._progress = plan, model, progress
         self._known: dict[tuple[str, bytes], DomainLoss] = {}
 
     def __call__(self, title: str, v: FloatArray, domain: DomainBlocks) -> DomainLoss:
+        """Measure a domain with every gain at `1 + v`, `(features,)`; zeros are the pretrained model, bit for bit."""
         key = (domain.name, hashlib.sha256(v.astype(np.float32).tobytes()).digest())
         if key not in self._known:
-            self._place.put(v)
+            ends = np.cumsum([len(gain) for gain in self._gains])[:-1]
+            with torch.no_grad():
+                for gain, part in zip(self._gains, np.split(v, ends), strict=True):
+                    gain.copy_(torch.from_numpy(part))
             self._known[key] = measure_domain(
-                self._place.model,
+                self._model,
                 domain,
                 batch_size=self._plan.evaluate.batch_size,
                 title=f"{title}: measuring {domain.name}",
@@ -271,10 +274,8 @@ def _by_domain(adapters: Sequence[Path], measured: Sequence[str]) -> dict[str, P
 
 
 def _check_components(components: Sequence[Component], count: int) -> None:
-    if not components or len(set(components)) != len(components) or set(components) - set(get_args(Component)):
-        raise ConfigError(
-            f"components {', '.join(components)}: name some of {', '.join(get_args(Component))}, each once"
-        )
+    if not components or len(set(components)) != len(components):
+        raise ConfigError(f"components {', '.join(components)}: name some, each once")
     if "held-out" in components and count < 3:
         raise ConfigError(
             f"held-out: the mean of all adapters but the measured domain's takes three or more, and {count} were given"

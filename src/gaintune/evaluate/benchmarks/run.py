@@ -38,7 +38,7 @@ from gaintune.evaluate.benchmarks.store import (
     versions,
 )
 from gaintune.evaluate.benchmarks.tasks import Suite, load_suite
-from gaintune.methods import Numbers, measuring_numbers
+from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 
@@ -211,12 +211,12 @@ def benchmark_adapters(
     folders = {label: Path(folder) for label, folder in named.items()}
     suite = suite or load_suite(config)
     check_adapters(list(folders.values()), model, allow_other_base=allow_other_base)
-    alike: dict[Numbers, dict[str, Path]] = {}
+    alike: dict[Precision, dict[str, Path]] = {}
     for label, folder in folders.items():
         record = read_record(folder)
-        alike.setdefault(measuring_numbers(model, record.method if record else None), {})[label] = folder
+        alike.setdefault(measuring_precision(model, record.method if record else None), {})[label] = folder
     reports: list[BenchmarkReport] = []
-    for numbers, members in (alike or {measuring_numbers(model): {}}).items():
+    for numbers, members in (alike or {measuring_precision(model): {}}).items():
         base = load_base(model, dtype=numbers.load)
         reports.append(
             run_benchmarks(
@@ -255,7 +255,7 @@ def _joined(reports: Sequence[BenchmarkReport], labels: Sequence[str]) -> Benchm
 
 def _warn_of_rounding(folder: Path, label: str, numbers: str) -> None:
     record = read_record(folder)
-    if record is not None and record.method == "full" and not numbers.startswith("float32"):
+    if record is not None and record.whole and not numbers.startswith("float32"):
         logger.warning(
             "%s was trained whole in fp32 and is measured rounded to %s; benchmark_adapters(ModelConfig(...), ...) "
             "measures it as it was trained",

@@ -15,7 +15,7 @@ from gaintune.adapters import BASE
 from gaintune.config import Plan
 from gaintune.data import QUESTION_SETS, load_questions, write_choice_rows, write_instruction_rows
 from gaintune.errors import ConfigError
-from gaintune.evaluate import ChoiceFigure, Share, compare_choices, difference
+from gaintune.evaluate import ChoiceFigure, compare_choices, difference
 from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.steps.train import MEASURE, adapters_of, learn, matrix_numbers, notes_on
 from gaintune.recipes.world import questions
@@ -142,7 +142,7 @@ def _numbers(found: Found, plan: Plan) -> dict[str, Interval]:
     return numbers
 
 
-def _percent(share: Share) -> Interval:
+def _percent(share: Interval) -> Interval:
     ends = (None if end is None else 100 * end for end in (share.low, share.high))
     return Interval(100 * share.value, *ends)
 

@@ -1,22 +1,19 @@
 """What is known of a step before anything is trained: its settings refused or accepted, and the outcome to expect.
 
-One function for each kind of step, called in the order of the recipe with what the steps before it will give.
+One function for each kind of step that trains or asks benchmarks, called in the order of the recipe with what the steps
+before it will give. An analysis checks itself: see `analyse`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from gaintune.analysis.linear_model.experiment import Settings
-from gaintune.analysis.subspace.compare import SubspaceSettings
-from gaintune.analysis.transfer.survey import Component
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
 from gaintune.methods import check_method
 from gaintune.recipes.outcome import Context, Outcome, last_of_each
-from gaintune.recipes.steps.analyse import LINEAR, gated
 from gaintune.recipes.steps.answers import asked_of
 from gaintune.recipes.steps.benchmarks import asked_config, take_pick
 from gaintune.recipes.steps.classify import Study
@@ -26,7 +23,6 @@ from gaintune.results import BACKWARD_TRANSFER
 from gaintune.workflows.sweep import check_comparison
 
 NOWHERE = Path()  # an adapter that is to be expected has no folder yet
-WITH_FACTORS = ("gain", "gain-ffn", "ia3")
 DOMAINS = {"data.domains": "the recipe says what each run learns"}
 
 
@@ -119,86 +115,3 @@ def benchmarks(settings: dict[str, Any], context: Context) -> Outcome:
     config, missing = asked_config(settings, [*target, *tasks], plan, context)
     notes = tuple(f"{name}: {why}" for name, why in missing.items())
     return Outcome(notes=notes, left_out=config is None)
-
-
-def linear_model(settings: dict[str, Any], context: Context) -> Outcome:
-    """Its settings."""
-    context.read(Settings, settings, LINEAR)
-    return Outcome()
-
-
-def gates(settings: dict[str, Any], context: Context) -> Outcome:
-    """A label of DISeL, and texts."""
-    trained, _ = context.trained(settings)
-    gated(settings, trained, context)
-    return _measures(settings, context)
-
-
-def gains(settings: dict[str, Any], context: Context) -> Outcome:
-    """A run with factors."""
-    trained, plan = context.trained(settings)
-    context.refuse_unknown(settings)
-    if not trained.runs:
-        raise ConfigError(f"{context.origin}: the step it is `of` is no run of domains")
-    if not {method.name for method in plan.methods} & set(WITH_FACTORS):
-        raise ConfigError(f"{context.origin}: the step it is `of` has no method of {', '.join(WITH_FACTORS)}")
-    return Outcome()
-
-
-def subspace(settings: dict[str, Any], context: Context) -> Outcome:
-    """Labels that there are, and its settings."""
-    trained, _ = context.trained(settings)
-    last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
-    context.read(SubspaceSettings, settings, {})
-    return Outcome()
-
-
-def tokens(settings: dict[str, Any], context: Context) -> Outcome:
-    """Labels that there are, and texts."""
-    trained, _ = context.trained(settings)
-    last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
-    return _measures(settings, context)
-
-
-def landscape(settings: dict[str, Any], context: Context) -> Outcome:
-    """Places to measure at."""
-    context.trained(settings)
-    for key in ("line", "grid"):
-        places = settings.pop(key, [0])
-        if not isinstance(places, list) or not all(isinstance(each, int | float) for each in places) or not places:
-            raise ConfigError(f"{context.origin}: {key} is a list of numbers, such as [0, 0.5, 1]")
-    context.refuse_unknown(settings)
-    return Outcome()
-
-
-def transfer(settings: dict[str, Any], context: Context) -> Outcome:
-    """A label that there is, of several domains, and components."""
-    trained, _ = context.trained(settings)
-    label, components = settings.pop("label", "gain-ffn"), settings.pop("components", ["mean"])
-    context.refuse_unknown(settings)
-    if label not in trained.labels:
-        raise ConfigError(f"{context.origin}: no adapter is called {label!r}; there are {', '.join(trained.labels)}")
-    if unknown := [each for each in components if each not in get_args(Component)]:
-        raise ConfigError(f"{context.origin}: no component {unknown[0]!r}; there are {', '.join(get_args(Component))}")
-    return Outcome()
-
-
-def retention(settings: dict[str, Any], context: Context) -> Outcome:
-    """Labels that there are, with snapshots, and rows of benchmarks."""
-    trained, plan = context.trained(settings)
-    last_of_each(trained, settings.pop("labels", None))
-    if plan.train.snapshot_steps is None:
-        raise ConfigError(f"{context.origin}: the step it is `of` keeps no snapshots; give it train.snapshot_steps")
-    every = settings.pop("every", 1)
-    if not isinstance(every, int) or every < 1:
-        raise ConfigError(f"{context.origin}: every is {every!r}: take every snapshot (1), every second one (2), ...")
-    asked = [*settings.pop("target", []), *settings.pop("tasks", [])]
-    asked_config(settings, asked, plan, context)
-    return Outcome()
-
-
-def _measures(settings: dict[str, Any], context: Context) -> Outcome:
-    """Texts to be had, and a plan over them."""
-    if why := nothing_to_learn(settings, context):
-        return Outcome(notes=(why,), left_out=True)
-    return Outcome(plan=context.world.plan(settings, origin=context.origin))

@@ -20,12 +20,12 @@ from gaintune.evaluate import compare_adapters, compare_classifiers, compare_mas
 from gaintune.methods import get_method
 from gaintune.models import is_masked
 from gaintune.recipes import smoke
-from gaintune.recipes.outcome import Context, Outcome, bare
+from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.schema import laid_over
 from gaintune.recipes.steps.train import left_out
 from gaintune.recipes.world import BUDGETS, content_of, labelled_rows
 from gaintune.report import INK, MUTED, NONE, RULE, figure_files, look, styled
-from gaintune.results import Interval, replicated
+from gaintune.results import Interval, bare, replicated
 from gaintune.storage import Run, damage, make_folder, read_json, write_bytes, write_json, write_text
 from gaintune.workflows import adapt_classifier
 

@@ -12,12 +12,5 @@ KINDS: dict[str, Kind] = {
     "benchmarks": Kind(benchmarks.benchmarks, checks.benchmarks),
     "classify": Kind(classify.classify, checks.classify),
     "answers": Kind(answers.answers, checks.answers),
-    "gates": Kind(analyse.gates, checks.gates),
-    "linear-model": Kind(analyse.linear_model, checks.linear_model),
-    "gains": Kind(analyse.gains, checks.gains),
-    "subspace": Kind(analyse.subspace, checks.subspace),
-    "tokens": Kind(analyse.tokens, checks.tokens),
-    "landscape": Kind(analyse.landscape, checks.landscape),
-    "transfer": Kind(analyse.transfer, checks.transfer),
-    "retention": Kind(analyse.retention, checks.retention),
+    **analyse.STEPS,
 }

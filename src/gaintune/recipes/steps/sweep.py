@@ -9,10 +9,10 @@ import pandas as pd
 from gaintune.config import Plan
 from gaintune.errors import SweepError
 from gaintune.progress import plural
-from gaintune.recipes.outcome import Context, Outcome, highest, lowest
+from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.steps.train import left_out, nothing_to_learn
 from gaintune.report import markdown_table
-from gaintune.results import BACKWARD_TRANSFER, Interval
+from gaintune.results import BACKWARD_TRANSFER, Interval, highest, lowest
 from gaintune.storage import write_text
 from gaintune.workflows.sweep import (
     Grid,

@@ -9,10 +9,10 @@ from typing import Any
 
 from gaintune.config import Plan
 from gaintune.errors import DivergedError
-from gaintune.recipes.outcome import Context, Outcome, highest
+from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.world import STAND_INS
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
-from gaintune.results import Interval, Matrix, Summary
+from gaintune.results import Interval, Matrix, Summary, highest
 from gaintune.storage import read_json, stage_folder
 from gaintune.workflows import run_sequence
 

@@ -1,18 +1,147 @@
-"""What makes a LoRA layer of PEFT a DISeL layer: its gates, and the variant that computes with them."""
+"""What makes a LoRA layer of PEFT a DISeL layer: its gates, two products, and the variant that computes with them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
+from torch.nn import functional as F
 
 from gaintune.errors import MergeError, UnsupportedModuleError
 from gaintune.tuners.disel.config import DiselConfig
-from gaintune.tuners.disel.gate import Gate
-from gaintune.tuners.disel.products import add_product, stacked_product
+from gaintune.tuners.precision import AtLeastFloat32
+
+
+class Gate(AtLeastFloat32):
+    """`z(x) = G x + c` for one layer, `(..., in_features)` to `(..., r)`; G is `weight`, or `weight @ weight_in`.
+
+    The first product is left to the caller, who has another matrix to multiply the same `x` with: `reads` is that
+    matrix, and `forward` takes `x @ reads.T`. Kept in float32 also where A and B are narrower.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        r: int,
+        *,
+        rank: int | None = None,
+        weight_init: Literal["kaiming", "zeros"] = "kaiming",
+        bias_init: float = -3.0,
+    ) -> None:
+        super().__init__()
+        self.weight_in = None if rank is None else nn.Parameter(torch.empty(rank, in_features))
+        self.weight = nn.Parameter(torch.empty(r, in_features if rank is None else rank))
+        self.bias = nn.Parameter(torch.empty(r))
+        self.reset(weight_init, bias_init)
+
+    def reset(self, weight_init: Literal["kaiming", "zeros"], bias_init: float) -> None:
+        """Start values: every bias at `bias_init` whatever the width, G as nn.Linear's own or at 0."""
+        if self.weight_in is not None:
+            nn.init.kaiming_uniform_(self.weight_in, a=math.sqrt(5))
+        if weight_init == "zeros":
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.constant_(self.bias, bias_init)
+
+    @property
+    def reads(self) -> torch.Tensor:
+        """The matrix that multiplies the layer's input."""
+        return self.weight if self.weight_in is None else self.weight_in
+
+    def forward(self, product: torch.Tensor) -> torch.Tensor:
+        """The gate before its sigmoid, in the dtype of `product`."""
+        bias = self.bias.to(product.dtype)
+        if self.weight_in is None:
+            return product + bias
+        return F.linear(product, self.weight.to(product.dtype), bias)
+
+    def extra_repr(self) -> str:
+        rank = "" if self.weight_in is None else f", rank={len(self.weight_in)}"
+        return f"in_features={self.reads.shape[1]}, r={len(self.weight)}{rank}"
+
+
+def stacked_product(x: torch.Tensor, weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    """`x` times every matrix at once, `(..., rows of all weights)`, computed and returned in `dtype`.
+
+    Autograd's own way would keep a copy of `x` in `dtype`, one for each of the layers that read the same `x`; this
+    keeps `x` itself, and reads it once for all weights.
+    """
+    if not torch.is_grad_enabled():  # where torch.compile does not look into a function with a gradient of its own
+        return _StackedProduct.forward(x, dtype, *weights)
+    return _StackedProduct.apply(x, dtype, *weights)  # type: ignore[return-value]  # apply is untyped
+
+
+def add_product(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`result + hidden weight'` in the dtype of `result`, the product computed in `dtype` and rounded once.
+
+    Args:
+        result: what the base layer computes, `(..., out_features)`.
+        hidden: `(..., r)`.
+        weight: `(out_features, r)`.
+    """
+    if not torch.is_grad_enabled():
+        return _AddProduct.forward(result, hidden, weight, dtype)
+    return _AddProduct.apply(result, hidden, weight, dtype)  # type: ignore[return-value]
+
+
+class _StackedProduct(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return F.linear(x.to(dtype), torch.cat([weight.to(dtype) for weight in weights]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, ctx.dtype, *weights = inputs
+        ctx.save_for_backward(x, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        grad_x, grad_weights = None, [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            stacked = torch.cat([weight.to(ctx.dtype) for weight in weights])
+            grad_x = (grad @ stacked).to(x.dtype)
+        if any(ctx.needs_input_grad[2:]):
+            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            stacked = grad.reshape(-1, grad.shape[-1]).T @ rows
+            parts = stacked.split([len(weight) for weight in weights])
+            grad_weights = [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
+        return grad_x, None, *grad_weights
+
+
+class _AddProduct(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # the context-free form
+        result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return (result + F.linear(hidden.to(dtype), weight.to(dtype))).to(result.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, hidden, weight, ctx.dtype = inputs
+        ctx.save_for_backward(hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        wide = grad.to(ctx.dtype)
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_hidden = (wide @ weight.to(ctx.dtype)).to(hidden.dtype)
+        if ctx.needs_input_grad[2]:
+            rows = hidden.reshape(-1, hidden.shape[-1]).to(ctx.dtype)
+            grad_weight = (wide.reshape(-1, wide.shape[-1]).T @ rows).to(weight.dtype)
+        return grad, grad_hidden, grad_weight, None
+
 
 GateObserver = Callable[[str, torch.Tensor], None]
 """Called in every forward pass of a layer with the adapter's name and its gates `(..., r)`, detached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,18 @@ from gaintune.errors import AdapterError
 from gaintune.tuners.gain.layer import GainLayer
 
 
-def swap_values(model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+def keys_to_check(known: Mapping[Any, list[str]]) -> list[str]:
+    """Name the settings in which two adapters must agree to be swapped: none."""
+    return []
+
+
+def pad(model: nn.Module) -> None:
+    """Leave the model as it is: gains have no rank."""
+
+
+def swap(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: Any, lora_only: Any
+) -> None:
     """Copy the gains in `state_dict` (keys with the adapter's name in them) into the adapter `adapter_name`.
 
     Layers which the file does not adapt go to gain 1. Raises before anything is changed: `ValueError` for a merged

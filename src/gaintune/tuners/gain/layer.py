@@ -1,7 +1,8 @@
-"""A linear layer behind gains: its input is multiplied feature by feature before the frozen layer sees it."""
+"""A linear layer behind gains: its input is multiplied feature by feature, or the gains are merged into its weight."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,12 +11,125 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain.config import GainConfig
-from gaintune.tuners.gain.merging import OriginalWeight, merge_gain, refuse_unmergeable
-from gaintune.tuners.gain.scale import scale_features
 from gaintune.tuners.precision import Float32ParameterDict
+
+
+def scale_features(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`x * (1 + v)` in the dtype of `x`.
+
+    Args:
+        x: activations `(..., features)`.
+        v: gain minus 1, `(features,)` or broadcastable to `x`.
+
+    In half precision `1 + v` must not be rounded: bfloat16 has nothing between 1 and 1.0078, so gains within 0.3 % of
+    1 would not act at all. There `x + x * v` is computed instead, with one rounding at the end; `v` itself may be
+    rounded, since that error is relative to `v`.
+    """
+    if v.device != x.device:
+        v = v.to(x.device)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return _ScaleHalf.apply(x, v)  # type: ignore[return-value]  # autograd.Function.apply is untyped
+    return x * (1 + v.to(torch.promote_types(x.dtype, v.dtype)))
+
+
+class _ScaleHalf(torch.autograd.Function):
+    """Autograd's own gradient of addcmul takes three more passes over the activations; this takes the two needed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # the context-free form
+        return torch.addcmul(x, x, v.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        x, v = inputs
+        # x is kept for the gradient of v alone
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
+        x, v = ctx.saved_tensors
+        grad_x = grad_v = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.addcmul(grad, grad, v.to(grad.dtype))
+        if ctx.needs_input_grad[1]:
+            grad_v = _sum_to_shape(grad, x, v)
+        return grad_x, grad_v
+
+
+def _sum_to_shape(grad: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`grad * x` summed in float32 over the dimensions along which `v` was broadcast."""
+    # products of scaled gradients leave float16's range; bfloat16 has float32's
+    product = grad.float() * x if x.dtype == torch.float16 else grad * x
+    if v.dim() == 1:
+        return product.reshape(-1, v.numel()).sum(0, dtype=torch.float32).to(v.dtype)
+    return product.float().sum_to_size(v.shape).to(v.dtype)
+
+
+class OriginalWeight:
+    """What a merge replaces in a base layer: its weight object and, where quantized, the state that belongs to it.
+
+    Kept as references: an unmerged layer holds the very tensor it had, not a quotient. That costs the memory of the
+    merged weights until the layer is unmerged or unloaded.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        base = layer.get_base_layer()
+        self.wrapped = layer.base_layer
+        self.weight = getattr(base, "weight", None)
+        # bitsandbytes writes into the attributes of the old weight while it makes the new one
+        self.weight_attributes = dict(getattr(self.weight, "__dict__", {}))
+        attributes = base.__dict__
+        self.state = {name: copy.copy(attributes[name]) for name in ("state", "quant_state") if name in attributes}
+
+    def restore(self, layer: Any) -> None:
+        """Undo the merge in `layer`."""
+        layer.base_layer = self.wrapped  # HQQ replaces the whole layer
+        base = layer.get_base_layer()
+        if self.weight is not None:
+            base.weight = self.weight
+            self.weight.__dict__.clear()
+            self.weight.__dict__.update(self.weight_attributes)
+        base.__dict__.update(self.state)
+
+
+def refuse_unmergeable(layer: BaseTunerLayer) -> None:
+    """Raise `UnsupportedModuleError` for a quantized layer whose weight PEFT cannot read or write."""
+    backend = layer.quantization_backend
+    if backend is not None and not backend.supports_merge:
+        raise UnsupportedModuleError(
+            f"Gains cannot be merged into {backend.backend_name} layers: their weights cannot be dequantized. Keep the "
+            "adapter beside the model, or load the base unquantized and merge there."
+        )
+
+
+def merge_gain(layer: Any, v: torch.Tensor, *, check_finite: bool, adapters: list[str]) -> None:
+    """Replace the weight `W` of the base of `layer` by `W diag(1 + v)`, computed in float32 and then rounded once.
+
+    Raises `ValueError` before anything is changed if `check_finite` and the product is not finite.
+    """
+    base = layer.get_base_layer()
+    weight = layer.get_base_weight()
+    gain = 1 + v.detach().to(device=weight.device)
+    if isinstance(base, Conv1D):  # stores (in, out): the input features are rows
+        gain = gain.unsqueeze(1)
+    merged = (weight.to(torch.promote_types(weight.dtype, torch.float32)) * gain).to(weight.dtype)
+    if check_finite and not torch.isfinite(merged).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: its gains, or "
+            "the weights, are not finite, or their product leaves the range of the weight's dtype."
+        )
+    if layer.quantization_backend is None:
+        # a new parameter, so that a module which shares the old one keeps it
+        base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+    else:
+        layer.set_base_weight(merged)
+
 
 BASE = "__base__"  # PEFT's name, in mixed batches, for the model without adapters
 

@@ -29,40 +29,13 @@ _BART = Projections(("self_attn.out_proj", "encoder_attn.out_proj"), ("fc2",))
 _BERT = Projections(("attention.output.dense", "crossattention.output.dense"), ("output.dense",))
 _T5 = Projections(("SelfAttention.o", "EncDecAttention.o"), ("DenseReluDense.wo",))
 
+_LIKE_LLAMA = """
+    llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3 gemma3_text phi3 olmo olmo2 olmo3 stablelm
+    cohere cohere2 granite smollm3 helium glm glm4 nemotron exaone4 seed_oss ernie4_5 arcee apertus
+"""
+
 DEFAULTS: dict[str, Projections] = {
-    **dict.fromkeys(
-        [
-            "llama",
-            "mistral",
-            "ministral",
-            "ministral3",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3",
-            "gemma3_text",
-            "phi3",
-            "olmo",
-            "olmo2",
-            "olmo3",
-            "stablelm",
-            "cohere",
-            "cohere2",
-            "granite",
-            "smollm3",
-            "helium",
-            "glm",
-            "glm4",
-            "nemotron",
-            "exaone4",
-            "seed_oss",
-            "ernie4_5",
-            "arcee",
-            "apertus",
-        ],
-        _LLAMA,
-    ),
+    **dict.fromkeys(_LIKE_LLAMA.split(), _LLAMA),
     "starcoder2": Projections(("o_proj",), ("mlp.c_proj",)),
     "phi": Projections(("self_attn.dense",), ("mlp.fc2",)),
     "persimmon": Projections(("self_attn.dense",), ("mlp.dense_4h_to_h",)),
@@ -84,30 +57,12 @@ DEFAULTS: dict[str, Projections] = {
     **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
 }
 
-MIXTURES_OF_EXPERTS = frozenset(
-    [
-        "mixtral",
-        "qwen2_moe",
-        "qwen3_moe",
-        "qwen3_next",
-        "deepseek_v2",
-        "deepseek_v3",
-        "gpt_oss",
-        "olmoe",
-        "phimoe",
-        "minimax",
-        "granitemoe",
-        "dbrx",
-        "jamba",
-        "llama4",
-        "llama4_text",
-        "glm4_moe",
-        "dots1",
-        "ernie4_5_moe",
-        "hunyuan_v1_moe",
-        "flex_olmo",
-    ]
-)
+_MIXED = """
+    mixtral qwen2_moe qwen3_moe qwen3_next deepseek_v2 deepseek_v3 gpt_oss olmoe phimoe minimax granitemoe dbrx jamba
+    llama4 llama4_text glm4_moe dots1 ernie4_5_moe hunyuan_v1_moe flex_olmo
+"""
+
+MIXTURES_OF_EXPERTS = frozenset(_MIXED.split())
 
 # The down-projection of these sees (batch * tokens, d_ff): a row of the batch is a run of rows there.
 FLATTENED_TOKENS = frozenset({"opt"})

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from gaintune.config import MethodConfig, Plan, Section, apply_overrides, as_list, explain, read_values
-from gaintune.methods import check_method, learning_rate, numbers_of
+from gaintune.methods import check_method, prepare_method
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value)]
@@ -110,7 +110,7 @@ class Grid(Section):
         """The rates a method is run at."""
         given = self.rates.get(method.label, ()) if isinstance(self.rates, dict) else self.rates
         if method.lr is not None or not given:
-            return (learning_rate(method, self.plan.train),)
+            return (prepare_method(method, self.plan.model, self.plan.train).lr,)
         return given
 
     def ranks_of(self, method: MethodConfig) -> tuple[int | None, ...]:
@@ -198,10 +198,9 @@ def _every_run(grid: Grid) -> Iterator[PlannedRun]:
     plan = grid.plan
     domains = {domain.name: domain for domain in plan.data.domains}
     for method in grid.every_method:
-        check_method(method)
-        numbers_of(plan.model, method)
+        prepare_method(method, plan.model, plan.train)
     variants = [
-        method.model_copy(update={"rank": rank, "lr": lr})
+        (method.model_copy(update={"rank": rank, "lr": lr}), lr)
         for method in grid.every_method
         for rank in grid.ranks_of(method)
         for lr in grid.rates_of(method)
@@ -209,7 +208,7 @@ def _every_run(grid: Grid) -> Iterator[PlannedRun]:
     repeated = itertools.product(
         grid.budgets or (plan.data.train_tokens,), grid.seeds or (plan.train.seed,), enumerate(grid.every_order)
     )
-    for (budget, seed, (place, order)), method in itertools.product(repeated, variants):
+    for (budget, seed, (place, order)), (method, lr) in itertools.product(repeated, variants):
         values = plan.model_dump()
         values["data"] |= {"domains": [domains[name] for name in order], "train_tokens": budget}
         values["train"] |= {"seed": seed, "lr": None}
@@ -217,7 +216,6 @@ def _every_run(grid: Grid) -> Iterator[PlannedRun]:
             settled = Plan.model_validate({**values, "methods": [method]})
         except ValidationError as error:  # such as a budget of less than one block
             raise explain(error, "grid", Plan) from None
-        lr = learning_rate(method, settled.train)
         yield PlannedRun(
             plan_id(settled), method.label, method.name, method.rank, lr, place, order, seed, budget, settled
         )

@@ -42,7 +42,7 @@ class SweepRow:
 
     @property
     def numbers(self) -> str | None:
-        """What a finished run computed with, as `Numbers.name`; None of one that is not."""
+        """What a finished run computed with, as `Precision.name`; None of one that is not."""
         return None if self.matrix is None else self.matrix.methods[0].info["numbers"]
 
     @property

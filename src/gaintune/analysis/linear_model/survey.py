@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+from gaintune.analysis.linear_model import LinearModelOptions
 from gaintune.analysis.linear_model.model import Correction, LinearModel, Losses
-from gaintune.errors import ConfigError, TrainingError
+from gaintune.errors import TrainingError
 from gaintune.progress import Progress, Silent
 from gaintune.tuners import parameter_groups
 from gaintune.tuners.disel import DiselConfig
@@ -26,34 +27,6 @@ BATCHES_AT_ONCE = 64
 CURVE_POINTS = 40
 CURVE_SAMPLES, FINAL_SAMPLES = 2_048, 65_536
 EVALUATION_SEED = 1_000_003  # far from the seeds of training
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One experiment; `separation` is the distance of the means in standard deviations, `batch_size` in samples.
-
-    Gates learn at twice the rate of A and B here, not at DISeL's usual five times: with five, a rank part ends in a
-    local optimum on about one seed in six (5 of 32 at these sizes with a batch of 128; none of 32 with two).
-    """
-
-    dimension: int = 32
-    rank: int = 4
-    separation: float = 3.0
-    steps: int = 1500
-    seeds: int = 5
-    batch_size: int = 256
-    lr: float = 0.01
-    gate_lr_ratio: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name in ("dimension", "rank", "steps", "seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: give a whole number above 0")
-        for name in ("separation", "lr", "gate_lr_ratio"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} is {getattr(self, name)}: give a number above 0")
-        if self.rank > self.dimension:
-            raise ConfigError(f"rank is {self.rank}, above the dimension ({self.dimension}): give a smaller rank")
 
 
 @dataclass(frozen=True)
@@ -84,21 +57,21 @@ class SeedResult:
     trained: tuple[Trained, ...]
 
 
-def run_experiment(settings: Settings, progress: Progress | None = None) -> tuple[SeedResult, ...]:
+def run_experiment(options: LinearModelOptions, progress: Progress | None = None) -> tuple[SeedResult, ...]:
     """Train every method on every seed; the same settings give the same numbers on the same machine.
 
     Raises:
         TrainingError: training diverged.
     """
     results = []
-    total = settings.seeds * len(METHODS) * settings.steps
+    total = options.seeds * len(METHODS) * options.steps
     with (progress or Silent()).task("linear model", total, "steps") as advance:
-        for seed in range(settings.seeds):
-            problem = LinearModel.draw(settings.dimension, settings.rank, settings.separation, seed)
+        for seed in range(options.seeds):
+            problem = LinearModel.draw(options.dimension, options.rank, options.separation, seed)
             trained = []
             for method in METHODS:
-                trained.append(_train(problem, method, settings, seed))
-                advance(settings.steps)
+                trained.append(_train(problem, method, options, seed))
+                advance(options.steps)
             direction, offset = problem.bayes_gate()
             gate = 1 / (1 + np.exp(-(_line(problem) @ direction + offset)))
             fixed = problem.fixed_losses(problem.best_fixed())
@@ -112,7 +85,7 @@ def _line(problem: LinearModel) -> np.ndarray:
     return middle + POSITIONS[:, None] * half
 
 
-def student(problem: LinearModel, method: str, settings: Settings, seed: int) -> nn.Module:
+def student(problem: LinearModel, method: str, options: LinearModelOptions, seed: int) -> nn.Module:
     """A linear layer that starts at W, ready to be trained by one method: `(samples, d_in)` to `(samples, d_out)`."""
     outputs, inputs = problem.weight.shape
     pretrained = nn.Linear(inputs, outputs, bias=False)
@@ -121,8 +94,8 @@ def student(problem: LinearModel, method: str, settings: Settings, seed: int) ->
     model = nn.Sequential(OrderedDict(map=pretrained))
     if method == "full":
         return model
-    common = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "target_modules": ["map"]}
-    gated = DiselConfig(**common, gate_lr_ratio=settings.gate_lr_ratio)
+    common = {"r": options.rank, "lora_alpha": 2 * options.rank, "target_modules": ["map"]}
+    gated = DiselConfig(**common, gate_lr_ratio=options.gate_lr_ratio)
     config: PeftConfig = gated if method == "disel" else LoraConfig(**common)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT misses the configuration a transformer would have
@@ -130,14 +103,16 @@ def student(problem: LinearModel, method: str, settings: Settings, seed: int) ->
         return get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
 
 
-def _batches(problem: LinearModel, settings: Settings, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    problem: LinearModel, options: LinearModelOptions, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs `(batch, d_in)` and targets `(batch, d_out)` of every step, fp32, the same for all methods."""
     generator = torch.Generator().manual_seed(seed)
     weight, update = torch.from_numpy(problem.weight).float(), torch.from_numpy(problem.update).float()
-    size = settings.batch_size
-    for step in range(settings.steps):
+    size = options.batch_size
+    for step in range(options.steps):
         if step % BATCHES_AT_ONCE == 0:
-            left = min(BATCHES_AT_ONCE, settings.steps - step)
+            left = min(BATCHES_AT_ONCE, options.steps - step)
             drawn, first = problem.sample(left * size, generator)
             drawn = drawn.float()
             targets = drawn @ weight.T + first.float().unsqueeze(1) * (drawn @ update.T)
@@ -145,16 +120,16 @@ def _batches(problem: LinearModel, settings: Settings, seed: int) -> Iterator[tu
         yield drawn[piece], targets[piece]
 
 
-def _train(problem: LinearModel, method: str, settings: Settings, seed: int) -> Trained:
+def _train(problem: LinearModel, method: str, options: LinearModelOptions, seed: int) -> Trained:
     """Adam on fresh samples, its rate falling along a cosine to 0, so that the end is free of sampling noise."""
-    model = student(problem, method, settings, seed)
-    multipliers = {"lora_G": settings.gate_lr_ratio} if method == "disel" else None
-    groups = parameter_groups(model, lr=settings.lr, weight_decay=0.0, rate_multipliers=multipliers)
-    optimizer = torch.optim.Adam(groups, lr=settings.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.steps)
-    marks = {round(mark) for mark in np.linspace(0, settings.steps, min(CURVE_POINTS, settings.steps) + 1)}
+    model = student(problem, method, options, seed)
+    multipliers = {"lora_G": options.gate_lr_ratio} if method == "disel" else None
+    groups = parameter_groups(model, lr=options.lr, weight_decay=0.0, rate_multipliers=multipliers)
+    optimizer = torch.optim.Adam(groups, lr=options.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.steps)
+    marks = {round(mark) for mark in np.linspace(0, options.steps, min(CURVE_POINTS, options.steps) + 1)}
     steps, curve = [0], [_measure(problem, model, method, CURVE_SAMPLES)]
-    for step, (inputs, targets) in enumerate(_batches(problem, settings, seed), start=1):
+    for step, (inputs, targets) in enumerate(_batches(problem, options, seed), start=1):
         loss = (model(inputs) - targets).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -162,7 +137,7 @@ def _train(problem: LinearModel, method: str, settings: Settings, seed: int) -> 
         schedule.step()
         if step in marks:
             steps.append(step)
-            last = step == settings.steps
+            last = step == options.steps
             curve.append(_measure(problem, model, method, FINAL_SAMPLES if last else CURVE_SAMPLES))
     if not np.isfinite(curve[-1].total):
         raise TrainingError(f"linear model: {method} diverged on seed {seed}; lower the learning rate")

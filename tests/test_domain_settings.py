@@ -9,8 +9,8 @@ import tiny_base
 import tiny_domains
 import tiny_encoders
 from gaintune.adapters import read_record
-from gaintune.adapters.record import LearntDomain
-from gaintune.analysis.gates.survey import survey_gates
+from gaintune.adapters.record import DomainSettings
+from gaintune.analysis import survey_gates
 from gaintune.config import build_plan
 from gaintune.evaluate import compare_adapters, compare_classifiers, compare_masked
 from gaintune.workflows import adapt
@@ -40,13 +40,13 @@ def plan_of(folder, name="sums", **data):
 
 
 def test_the_record_says_how_rows_were_made(folder, tmp_path):
-    sums = LearntDomain(task="instruct", seed=0, template="alpaca", block_size=256, packing=True, end_of_text=True)
+    sums = DomainSettings(task="instruct", seed=0, template="alpaca", block_size=256, packing=True, end_of_text=True)
     assert read_record(folder / "adapter").data == {"sums": sums}
     on_disk = json.loads((folder / "adapter" / "gaintune.json").read_text())["data"]
     assert on_disk == {"sums": asdict(sums)}
     prose = {"domains": [str(folder / "prose.jsonl")], "task": "text", "template": "auto", "seed": 4}
     adapt(plan_of(folder, **prose), tmp_path / "second", start=folder / "adapter")
-    text = LearntDomain("text", 4, "auto", 256, packing=True, end_of_text=True)
+    text = DomainSettings("text", 4, "auto", 256, packing=True, end_of_text=True)
     assert read_record(tmp_path / "second").data == {"sums": sums, "prose": text}
 
 

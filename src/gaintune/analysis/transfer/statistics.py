@@ -47,7 +47,7 @@ def read_gain_vectors(adapters: Mapping[str, Path]) -> GainVectors:
     rows, modules = [], None
     for folder in adapters.values():
         factors = read_factors(folder)
-        if factors.kind != "GAIN":
+        if factors.method.line != "gains":
             raise AdapterError(f"{folder}: factors of (IA)3; give adapters of method gain or gain-ffn")
         own = tuple((name, len(factors.values[name])) for name in sorted(factors.values))
         if modules is not None and own != modules:

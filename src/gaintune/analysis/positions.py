@@ -1,4 +1,4 @@
-"""."""
+"""Where adapted layers sit in a model, read from their names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Block = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True)
-class Place:
+class ModulePosition:
     """Where a gated layer sits in the model.
 
     Attributes:
@@ -31,8 +31,8 @@ class Place:
     block: Block
 
 
-def places_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, Place]:
-    """Read the places of layers off their names: the first number in a name counts transformer layers.
+def positions_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, ModulePosition]:
+    """Read the positions of layers from their names: the first number in a name counts transformer layers.
 
     A projection goes by the last part of its name, or, where several of a layer share that (BERT's `dense`), by all of
     its name inside the layer. Without a model, as many transformer layers are taken to be there as the names count.
@@ -47,7 +47,7 @@ def places_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, Place]
     whole = {inside for _, layer, inside in split.values() if layer is not None}
     named = 1 + max((layer for _, layer, _ in split.values() if layer is not None), default=-1)
     shared = {inside[-1] for inside in whole if sum(other[-1] == inside[-1] for other in whole) > 1}
-    places = {}
+    positions = {}
     for name, (above, layer, inside) in split.items():
         projection = ".".join(inside) if inside[-1] in shared else inside[-1]
         attention = any("attn" in part.lower() or "attention" in part.lower() for part in inside)
@@ -55,5 +55,5 @@ def places_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, Place]
         if layer is not None:
             siblings = range(named) if model is None else model.get_submodule(above)
             depth = DEPTHS[3 * layer // len(siblings)] if isinstance(siblings, Sized) else "outside"
-        places[name] = Place(name, layer, depth, projection, "attention" if attention else "mlp")
-    return places
+        positions[name] = ModulePosition(name, layer, depth, projection, "attention" if attention else "mlp")
+    return positions

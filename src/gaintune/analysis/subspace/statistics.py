@@ -13,42 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gaintune.analysis.subspace import SubspaceOptions
 from gaintune.errors import ConfigError
-
-TOP, EPSILON, LEADING = 10, 0.5, 0.9
-"""Singular vectors looked at and similarity below which one is an intruder, both as in the authors' published code;
-and the share of the weight's energy that its leading directions hold."""
-
-
-@dataclass(frozen=True)
-class SubspaceSettings:
-    """What is counted.
-
-    Attributes:
-        top: how many of the adapted weight's leading left singular vectors are looked at.
-        epsilon: one of them is an intruder if its largest |cosine| to a pretrained one is below this.
-        leading: share of the pretrained weight's energy that defines its leading directions.
-        tolerance: singular values up to this share of the largest one count as zero in the rank; None for
-            max(out, in) times fp32's machine epsilon.
-    """
-
-    top: int = TOP
-    epsilon: float = EPSILON
-    leading: float = LEADING
-    tolerance: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ConfigError(f"top is {self.top}: look at one singular vector at least")
-        for name in ("epsilon", "leading"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0 and at most 1")
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise ConfigError(f"tolerance is {self.tolerance}: a share of the largest singular value, 0 to below 1")
-
-    def tolerance_for(self, shape: tuple[int, ...]) -> float:
-        """The share of the largest singular value up to which one counts as zero, for a weight of this shape."""
-        return max(shape) * torch.finfo(torch.float32).eps if self.tolerance is None else self.tolerance
 
 
 @dataclass(frozen=True)
@@ -105,19 +71,19 @@ class SubspaceFigures:
 
 
 def compare_weights(
-    pretrained: torch.Tensor, adapted: torch.Tensor, settings: SubspaceSettings | None = None
+    pretrained: torch.Tensor, adapted: torch.Tensor, options: SubspaceOptions | None = None
 ) -> SubspaceFigures:
     """Compare an adapted weight with the pretrained one, in float64 on the device they are on.
 
     Args:
         pretrained: `(out_features, in_features)`.
         adapted: the same shape.
-        settings: what is counted.
+        options: what is counted.
 
     Raises:
         ConfigError: not two finite matrices of one shape, or a pretrained weight of zeros.
     """
-    chosen = settings or SubspaceSettings()
+    chosen = options or SubspaceOptions()
     before, after = pretrained.detach().double(), adapted.detach().double()
     if before.dim() != 2 or before.shape != after.shape:
         shapes = f"{tuple(before.shape)} and {tuple(after.shape)}"
@@ -125,7 +91,9 @@ def compare_weights(
     if not (before.isfinite().all() and after.isfinite().all()) or not before.any():
         raise ConfigError("a weight is not finite, or the pretrained one is zero everywhere")
     left, values, right = torch.linalg.svd(before, full_matrices=False)
-    tolerance = chosen.tolerance_for(before.shape)
+    tolerance = chosen.tolerance
+    if tolerance is None:
+        tolerance = max(before.shape) * torch.finfo(torch.float32).eps
     rank = int((values > tolerance * values[0]).sum())
     held = values.square().cumsum(0) / values.square().sum()
     leading = min(int((held < chosen.leading - 1e-12).sum()) + 1, rank)

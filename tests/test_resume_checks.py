@@ -1,19 +1,21 @@
 """Carrying an adapter on: what it was made with stays and is recorded, and what cannot be carried on is refused."""
 
 import json
+from dataclasses import asdict, fields
 
 import pytest
+from peft import LoraConfig
 
 import tiny_base
 import tiny_domains
 import tiny_encoders
-from gaintune.adapters import read_record
+from gaintune.adapters import AdapterRecord, adapter_method, read_record
 from gaintune.config import MethodConfig, build_plan
 from gaintune.errors import ConfigError
-from gaintune.methods import METHODS, attach, kind_of
+from gaintune.methods import METHODS, attach, kind_of, recognize
 from gaintune.storage import read_json
 from gaintune.workflows import adapt
-from gaintune.workflows.job import carried_on
+from gaintune.workflows.job import resumed_method
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_a_rate_that_belongs_to_the_method_is_kept_unless_given_anew(plan, tmp_p
 
 def test_rate_penalty_and_replay_are_those_of_the_new_plan(plan, tmp_path):
     adapt({**plan, "methods": [{"name": "lora", "lr": 0.02, "penalty": "l2"}]}, tmp_path / "first")
-    _, method = carried_on(tmp_path / "first", build_plan({**plan, "methods": ["lora"]}))
+    _, method = resumed_method(tmp_path / "first", build_plan({**plan, "methods": ["lora"]}))
     assert (method.lr, method.penalty) == (None, None)
 
 
@@ -96,24 +98,74 @@ def test_the_catalogue_knows_its_adapters_by_their_configuration(name, plan, tmp
     for other in METHODS.values():
         values = build_plan({**plan, "methods": [other.name]})
         if other.kind == METHODS[name].kind:
-            assert carried_on(folder, values)[1].name == other.name
+            assert resumed_method(folder, values)[1].name == other.name
         else:
             with pytest.raises(ConfigError, match="choose its own method with --method"):
-                carried_on(folder, values)
+                resumed_method(folder, values)
+
+
+def test_every_variant_of_lora_that_peft_knows_is_another_kind():
+    variants = [entry.name for entry in fields(LoraConfig) if entry.metadata.get("is_lora_variant")]
+    assert len(variants) > 3
+    for name in variants:
+        assert kind_of({"peft_type": "LORA", name: True}) == f"LORA {name}"
+    assert recognize({"peft_type": "LORA", variants[-1]: True}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "gates", "factors", "line"),
+    [
+        ("gain-ffn", "gain", False, True, "gains"),
+        ("gated-lora", "gated-lora", True, False, "gated"),
+        ("ia3", "ia3", False, True, "weights"),
+        ("lora+", "lora", False, False, "scale"),
+        ("dora", "dora", False, False, "weights"),
+    ],
+)
+def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, name, first, gates, factors, line):
+    folder = written_by_peft(tmp_path / "adapter", {"name": name})
+    foreign = adapter_method(folder)
+    record = AdapterRecord(base_name="tiny", base_fingerprint="", method=name, label=name, domains=())
+    (folder / "gaintune.json").write_text(json.dumps(asdict(record)))
+    ours = adapter_method(folder)
+    assert (foreign.name, ours.name) == (first, name)
+    for method in (foreign, ours):
+        assert (method.gates, method.factors is not None, method.line, method.trains_base) == (
+            gates, factors, line, False
+        )  # fmt: skip
+
+
+def test_what_is_not_in_the_catalogue_has_no_method_and_full_weights_need_no_configuration(tmp_path):
+    folder = written_by_peft(tmp_path / "adapter", {"name": "lora"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_qalora": True}))
+    assert adapter_method(folder) is None
+    record = AdapterRecord(base_name="tiny", base_fingerprint="", method="full", label="full", domains=())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "gaintune.json").write_text(json.dumps(asdict(record)))
+    assert adapter_method(tmp_path / "full").trains_base
+
+
+def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):
+    folder = written_by_peft(tmp_path / "foreign", {"name": "osf"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert resumed_method(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved == 0.5
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "effective_rank": 4}))
+    assert resumed_method(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved is None
 
 
 def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     folder = written_by_peft(tmp_path / "foreign", {"name": "disel", "rank": 3, "gate_bias": -1, "gate_lr_ratio": 7})
-    record, method = carried_on(folder, build_plan({**plan, "methods": ["disel"]}))
+    record, method = resumed_method(folder, build_plan({**plan, "methods": ["disel"]}))
     assert record is None
     assert (method.rank, method.alpha, method.gate_bias, method.gate_lr_ratio) == (3, 6, -1, 7)
     assert len(method.targets) == 14 and "model.layers.1.mlp.down_proj" in method.targets
     with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be carried on"):
-        carried_on(folder, build_plan({**plan, "methods": [{"name": "disel", "targets": "q_proj"}]}))
+        resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "targets": "q_proj"}]}))
     with pytest.raises(ConfigError, match="was made with rank 3"):
-        carried_on(folder, build_plan({**plan, "methods": [{"name": "disel", "rank": 4}]}))
+        resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "rank": 4}]}))
     adalora = written_by_peft(tmp_path / "adalora", {"name": "adalora", "rank": 2})
-    assert carried_on(adalora, build_plan({**plan, "methods": ["adalora"]}))[1].rank == 2
+    assert resumed_method(adalora, build_plan({**plan, "methods": ["adalora"]}))[1].rank == 2
 
 
 def test_a_plan_for_a_gate_rate_needs_gates(plan, tmp_path):
