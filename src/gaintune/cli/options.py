@@ -394,10 +394,10 @@ def command(
 
 
 def _position(parameter: inspect.Parameter) -> int:
-    """Return where an option's group stands in the help; a command's own groups come last."""
+    """Return where an option's group stands in the help: the plan's, then a command's own, then its output."""
     marks = getattr(parameter.annotation, "__metadata__", (None,))
     group = getattr(marks[-1], "rich_help_panel", None)
-    return ORDER.index(group) if group in ORDER else len(ORDER)
+    return ORDER.index(group) if group in ORDER else len(ORDER) + (group == "Output")
 
 
 def _is_model(parameter: inspect.Parameter) -> bool:
