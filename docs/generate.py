@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import gaintune
+from gaintune.analysis import ANALYSES, Analysis
 from gaintune.cli import app
 from gaintune.results.records import BaseFigures, Cell, MatrixRow, MethodMatrix, StageSummary, Summary
 
@@ -123,6 +124,26 @@ def _attributes(record: type) -> list[str]:
     return ["| key | type |", "|---|---|", *(row.replace(" | None`", " or null`") for row in rows), ""]
 
 
+def analyses() -> str:
+    """Return the page of analyses: what each does, its source, and its options."""
+    rows = [
+        f"| [`{name}`](../analyses/{name}.md) | {_says(each)} | {_source(each)} |" for name, each in ANALYSES.items()
+    ]
+    lines = ["# Analyses\n", GENERATED, "| analysis | what it does | source |", "|---|---|---|", *rows, ""]
+    for name, analysis in ANALYSES.items():
+        if analysis.Options.model_fields:
+            lines += [f"## Options of `{name}`\n", *_fields_of(analysis.Options)]
+    return "\n".join(lines)
+
+
+def _says(analysis: Analysis) -> str:
+    return analysis.help.partition("\n")[0]
+
+
+def _source(analysis: Analysis) -> str:
+    return inspect.getdoc(type(analysis)) or ""
+
+
 def python() -> str:
     """Return the page of the public Python names: signature and docstring of each."""
     lines = ["# Python\n", GENERATED, "Everything here is imported from `gaintune`.\n"]
@@ -145,7 +166,7 @@ def _signature(value: typing.Any) -> str:
     return "(\n" + "".join(shown) + ")" + whole[whole.rindex(")") + 1 :]
 
 
-PAGES = {"cli.md": commands, "plan.md": plan, "files.md": files, "python.md": python}
+PAGES = {"cli.md": commands, "plan.md": plan, "files.md": files, "analyses.md": analyses, "python.md": python}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

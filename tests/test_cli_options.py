@@ -117,7 +117,12 @@ def test_methods_fit_a_terminal_and_are_printed_as_json():
     entries = {each["name"]: each for each in json.loads(run("methods", "--json"))}
     assert all(name in told for name in entries)
     assert entries["lora"]["options"] == ["alpha", "rank", "targets"]
-    assert entries["gain"]["lr"] == 0.01
+    assert (entries["gain"]["lr"], entries["gain"]["peft_type"], entries["gain"]["merges"]) == (0.01, "GAIN", True)
+    assert (entries["full"]["peft_type"], entries["disel"]["merges"], entries["osf"]["quantized_base"]) == (
+        None,
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,21 @@ def test_both_commands_take_them(command):
         assert option in told
 
 
+@pytest.mark.parametrize("text", ["methods: 5", "methods: [5]", "methods: {rank: 2}", "data: {domains: 5}"])
+def test_a_broken_plan_is_refused_in_words_beside_options_for_every_entry(tmp_path, text):
+    (tmp_path / "plan.yaml").write_text(text)
+    option = {"penalty": "l2"} if "methods" in text else {"text_column": "body"}
+    with pytest.raises(ConfigError, match=text.partition(":")[0]):
+        assemble(tmp_path / "plan.yaml", **option)
+
+
+def test_options_of_a_method_are_keys_in_a_plan_file(tmp_path):
+    (tmp_path / "plan.yaml").write_text("methods: ['lora:rank=2']")
+    for values in ({}, {"penalty": "l2"}):
+        with pytest.raises(ConfigError, match=r"lora:rank=2|options are keys"):
+            assemble(tmp_path / "plan.yaml", **values)
+
+
 def test_the_seed_leaves_the_split_alone():
     """An adapter trained with another seed must not be measured on its own training documents."""
     plan = assemble(seed=3)

@@ -58,7 +58,7 @@ class BenchmarkSettings(Section):
         Raises:
             ConfigError: an option for benchmarks without any, or a wrong value.
         """
-        given = {name: getattr(self, name) for name in BenchmarkSettings.model_fields if name in self.model_fields_set}
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
         if not benchmarks:
             refuse("is for benchmarks: name some with --benchmarks", given)
             return None
@@ -74,19 +74,6 @@ class BenchmarkSettings(Section):
                 "bootstrap_seed": uncertainty.seed,
             }
         )
-
-
-class BenchmarkNames(Section):
-    """The option that names benchmarks."""
-
-    benchmarks: Annotated[
-        str | None,
-        Flag(metavar="NAMES", help="lm-eval's benchmarks: arc_easy,piqa, or gsm8k:8 for eight worked examples."),
-    ] = None
-
-
-class BenchmarkOptions(BenchmarkSettings, BenchmarkNames):
-    """All options for benchmarks; their names come first."""
 
 
 CONFIG_FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from gaintune.cli import benchmarks as benchmark_tables
-from gaintune.cli.benchmarks import BenchmarkOptions
+from gaintune.cli.benchmarks import BenchmarkSettings
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, table
 from gaintune.cli.options import Given, command, refuse
 from gaintune.config import Plan, as_domain
@@ -51,7 +51,7 @@ gaintune evaluate demo --adapter adapters/notes --benchmarks arc_easy,gsm8k:8"""
 )
 def evaluate(
     given: Given,
-    benchmark: BenchmarkOptions,
+    benchmark: BenchmarkSettings,
     model: Annotated[
         str | None, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")
     ] = None,
@@ -81,6 +81,14 @@ def evaluate(
             rich_help_panel="Evaluation",
         ),
     ] = None,
+    benchmarks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="lm-eval's benchmarks: arc_easy,piqa, or gsm8k:8 for eight worked examples.",
+            rich_help_panel="Benchmark",
+        ),
+    ] = None,
     no_cache: Annotated[
         bool,
         typer.Option("--no-cache", help="Measure benchmarks anew, and keep no scores.", rich_help_panel="Benchmark"),
@@ -96,12 +104,12 @@ def evaluate(
     """
     given = _on_model(given, model)
     adapters = adapter or []
-    _check_together(given, benchmark.benchmarks, masked, choices or [])
-    known = given.file or masked or choices or "data.task" in given.options or benchmark.benchmarks
+    _check_together(given, benchmarks, masked, choices or [])
+    known = given.file or masked or choices or "data.task" in given.options or benchmarks
     if not known and adapters and _all_classifiers(adapters):
         given = given.over({"data.task": "classify"})
     plan = given.plan()
-    asked = benchmark.config(plan.evaluate, benchmark.benchmarks)
+    asked = benchmark.config(plan.evaluate, benchmarks)
     if no_cache and not asked:
         refuse("is for benchmarks: name some with --benchmarks", ["no-cache"])
     quiet_libraries()

@@ -47,6 +47,9 @@ def _entry(method: Method) -> dict[str, Any]:
         "lr": method.lr,
         "options": sorted(method.options),
         "needs": method.needs,
+        "peft_type": method.peft_type,
+        "quantized_base": method.quantized,
+        "merges": not method.gates,
     }
 
 

@@ -98,7 +98,9 @@ class Given:
         values: dict[str, Any] = read_values(self.file) if self.file else {}
         for key, value in self.options.items():
             if ".*." not in key:
-                values = _laid(values, key, [_entry(key, each) for each in value] if key == "methods" else value)
+                if key == "methods":
+                    value = [parse_method(each) if isinstance(each, str) else each for each in value]
+                values = _laid(values, key, value)
         for key, value in self.options.items():
             if ".*." in key:
                 values = _laid_over_entries(values, key, value)
@@ -120,13 +122,6 @@ def parse_method(text: str) -> dict[str, Any]:
     return {"name": name, **fields}
 
 
-def _entry(key: str, value: Any) -> Any:
-    """A method or a domain as a mapping, where it is text."""
-    if key != "methods":
-        return as_domain(value)
-    return parse_method(value) if isinstance(value, str) else value
-
-
 def _laid(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     section, _, leaf = key.partition(".")
     if not leaf:
@@ -143,9 +138,15 @@ def _laid_over_entries(values: Mapping[str, Any], key: str, value: Any) -> dict[
     for part in place.split("."):
         held = held.get(part) if isinstance(held, dict) else None
         default = getattr(default, part)
-    entries = [_entry(place, each) for each in as_list(held) or [each.name for each in default]]
+    entries = as_list(held) or [each.name for each in default]
+    if not isinstance(entries, list | tuple):
+        return dict(values)  # the plan's check says what is wrong with it
     if place == "methods":
-        return _laid(values, place, [{**each, field_name: value} for each in entries])
+        entries = [{"name": each} if isinstance(each, str) else each for each in entries]
+        return _laid(
+            values, place, [{**each, field_name: value} if isinstance(each, dict) else each for each in entries]
+        )
+    entries = [as_domain(each) for each in entries]
     from gaintune.data import CATALOGUE, GLUE
 
     local = [isinstance(each, dict) and each.get("source") not in {*CATALOGUE, *GLUE} for each in entries]
@@ -211,11 +212,11 @@ class FieldOption:
             raise ConfigError(message) from None
 
 
-def plan_options(takes: Sequence[str], without: Sequence[str] = (), plan: type[BaseModel] = Plan) -> list[FieldOption]:
+def plan_options(takes: Sequence[str], without: Sequence[str] = ()) -> list[FieldOption]:
     """List the options of marked fields under the keys of `takes`, without those under the keys of `without`."""
     found: dict[str, FieldOption] = {}
     for section in takes:
-        for key, info, flag in _marked(plan):
+        for key, info, flag in _marked(Plan):
             if not _under(key, section) or any(_under(key, left) for left in without):
                 continue
             name = flag.name or key.rpartition(".")[2].replace("_", "-")
@@ -224,8 +225,7 @@ def plan_options(takes: Sequence[str], without: Sequence[str] = (), plan: type[B
             if name in found:
                 found[name] = replace(found[name], keys=(*found[name].keys, key))
             else:
-                root = key.partition(".")[0]
-                found[name] = FieldOption(info, flag, name, (key,), GROUPS.get(root, root.capitalize()))
+                found[name] = FieldOption(info, flag, name, (key,), GROUPS[key.partition(".")[0]])
     return list(found.values())
 
 
@@ -314,7 +314,9 @@ def _read_model(model: type[BaseModel], options: Iterable[FieldOption], values: 
         for detail in error.errors():
             option = named.get(str(detail["loc"][0])) if detail["loc"] else None
             message = detail["msg"].removeprefix("Value error, ")
-            lines.append(f"--{option.name} {values[option.parameter]}: {message}" if option else message)
+            if option:
+                message = f"--{option.name} {values.get(option.parameter, '')}".rstrip() + f": {message}"
+            lines.append(message)
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -392,10 +394,10 @@ def command(
 
 
 def _position(parameter: inspect.Parameter) -> int:
-    """Return where an option's group stands in the help; a command's own groups come last."""
+    """Return where an option's group stands in the help: the plan's, then a command's own, then its output."""
     marks = getattr(parameter.annotation, "__metadata__", (None,))
     group = getattr(marks[-1], "rich_help_panel", None)
-    return ORDER.index(group) if group in ORDER else len(ORDER)
+    return ORDER.index(group) if group in ORDER else len(ORDER) + (group == "Output")
 
 
 def _is_model(parameter: inspect.Parameter) -> bool:

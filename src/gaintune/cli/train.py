@@ -73,8 +73,8 @@ def demo(given: Given, run: Annotated[Path, run_option("Run directory.")] = Path
     examples="""\
 gaintune sequence plan.yaml --run runs/notes
 gaintune sequence --model demo --domain notes.jsonl --domain law --method lora
-gaintune sequence --plan plan.yaml --method gain-ffn --method lora:rank=16,lr=2e-4
-torchrun --nproc-per-node 2 -m gaintune sequence plan.yaml --run-dir runs/a""",
+gaintune sequence --plan plan.yaml --method lora:rank=16,lr=2e-4
+torchrun --nproc-per-node 2 -m gaintune sequence plan.yaml --run-dir out""",
 )
 def sequence(
     plan: Plan,
@@ -96,7 +96,7 @@ def sequence(
     examples="""\
 gaintune adapt --domain notes.jsonl --method gain-ffn --out adapters/notes
 gaintune adapt --domain law --start adapters/notes --out adapters/law
-gaintune adapt --task instruct --domain gsm8k --method lora --out adapters/gsm8k
+gaintune adapt --task instruct --domain gsm8k --out adapters/gsm8k
 gaintune adapt --task classify --domain mrpc --epochs 3 --out adapters/mrpc
 gaintune adapt plan.yaml --out adapters/notes --set train.clip=0.5""",
 )
