@@ -40,6 +40,7 @@ from gaintune.cli.options import (
     out,
     say,
     survey_plan,
+    tables_folder,
     with_base,
 )
 from gaintune.config.plan import as_domain
@@ -68,7 +69,9 @@ def landscape(
     task: Task = None,
     template: Template = None,
     text_column: TextColumn = None,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("runs/landscape"),
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and figures.")
+    ] = Path("runs/landscape"),
     model: Model = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
@@ -131,9 +134,9 @@ def transfer(
     task: Task = None,
     template: Template = None,
     text_column: TextColumn = None,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path(
-        "runs/transfer"
-    ),
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and the figure.")
+    ] = Path("runs/transfer"),
     model: Model = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,
@@ -202,7 +205,7 @@ def retention(
     template: Template = None,
     text_column: TextColumn = None,
     out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder for tables and figure, and what is measured.")
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and figure, and what is measured.")
     ] = Path("runs/retention"),
     model: Model = None,
     train_tokens: TrainTokens = None,
@@ -295,7 +298,9 @@ def gates(
             "instruction domains and all in texts."
         ),
     ] = "auto",
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("runs/gates"),
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and figures.")
+    ] = Path("runs/gates"),
     model: Model = None,
     validation_tokens: ValidationTokens = None,
     block_size: BlockSize = None,
@@ -359,9 +364,9 @@ def linear_model(
     ] = 0.01,
     gate_lr_ratio: Annotated[float, typer.Option(help="Learning rate of gates over that of A and B.")] = 2.0,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0: each draws maps, start values and samples.")] = 5,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path(
-        "runs/linear-model"
-    ),
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and the figure.")
+    ] = Path("runs/linear-model"),
 ) -> None:
     """Run the DISeL paper's linear model: full, LoRA and DISeL against the best fixed and the Bayes correction.
 
@@ -406,7 +411,9 @@ def gains(
     paths: Annotated[
         list[Path], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run directories, or GAIN and (IA)3 adapters.")
     ],
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")] = Path("runs/gains"),
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and figures.")
+    ] = Path("runs/gains"),
 ) -> None:
     """Read what gains learnt, stage by stage: smallest, largest, share within [0.95, 1.05], sign flips, regime.
 
@@ -433,9 +440,9 @@ def gains(
 
 def subspace(
     adapters: Adapters,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path(
-        "runs/subspace"
-    ),
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and the figure.")
+    ] = Path("runs/subspace"),
     model: Model = None,
     top: Annotated[int, typer.Option(help="Leading singular vectors of each adapted weight that are looked at.")] = 10,
     epsilon: Annotated[
@@ -490,7 +497,9 @@ def tokens(
     task: Task = None,
     template: Template = None,
     text_column: TextColumn = None,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for tables and the figure.")] = Path("runs/tokens"),
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=tables_folder, help="Folder for tables and the figure.")
+    ] = Path("runs/tokens"),
     model: Model = None,
     train_tokens: TrainTokens = None,
     validation_tokens: ValidationTokens = None,

@@ -252,7 +252,9 @@ def merge(
     The merged model is read back and compared with the adapter on the first --domain's validation text.
     """
     from gaintune.adapters.disk import claimed_base, read_record
+    from gaintune.workflows.merge import check_out, merge_adapter
 
+    check_out(out_folder)
     base = None if model or plan else claimed_base(adapter, read_record(adapter))
     given = Options(
         model=base.name if base else model, domains=domain or (None if plan else ["law"]), task=task,
@@ -264,7 +266,6 @@ def merge(
     quiet_libraries()
     from gaintune.data.load import load_domain
     from gaintune.models.base import load_tokenizer
-    from gaintune.workflows.merge import merge_adapter
 
     text = load_domain(settled.data.domains[0], settled.data, load_tokenizer(settled.model))
     certificate = merge_adapter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from gaintune.config.plan import (
     build_plan,
     read_values,
 )
-from gaintune.errors import ConfigError
+from gaintune.errors import ConfigError, RunDirectoryError
+from gaintune.storage.files import canonical_json
+from gaintune.storage.ownership import strangers
 
 
 def _help(section: type[Section], field: str) -> str:
@@ -206,12 +209,52 @@ PlanOption = Annotated[
     typer.Option("--plan", metavar="PLAN.yaml", help="Plan whose base, domains and data settings are used."),
 ]
 OtherBase = Annotated[bool, typer.Option("--allow-other-base", help="Take adapters that were trained on another base.")]
+TABLES = {
+    "gates": ("gates.csv", "gates-*.csv", "gates.md", "gate-histograms.*", "gate-heatmap.*"),
+    **{
+        name: (f"{name}.csv", f"{name}-*.csv", f"{name}.md", f"{name}.*g", f"{name}-*.*g")
+        for name in ("gains", "landscape", "linear-model", "retention", "subspace", "tokens", "transfer")
+    },
+}
+"""What every analysis writes beside its record, which is NAME.json."""
 LEARNT = "Domains are those that the adapters learnt last, unless --plan or --domain names some."
 
 
 def say(text: str) -> None:
     """One line or more to standard output, as it is: no markup, no colours, no wrapping."""
     out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def tables_folder(folder: Path) -> Path:
+    """Return the value of --out, for a folder that is new or holds tables of analyses and nothing else.
+
+    Raises:
+        RunDirectoryError: it is a file, or holds what no analysis wrote.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is a file; name a folder for tables and figures")
+    if folder.exists():
+        own = [
+            file
+            for name, beside in TABLES.items()
+            if _ours(folder / f"{name}.json")
+            for file in (f"{name}.json", *beside)
+        ]
+        stranger = next(strangers(folder, [*own, "measured/*.json"]), None)  # retention keeps losses there on its way
+        if stranger is not None:
+            raise RunDirectoryError(
+                f"{folder} is not empty, and no analysis wrote {stranger}; name another folder for tables and figures"
+            )
+    return folder
+
+
+def _ours(record: Path) -> bool:
+    """Whether a file is JSON in the form in which this program writes it."""
+    try:
+        text = record.read_text(encoding="utf-8")
+        return text == canonical_json(json.loads(text))
+    except (OSError, ValueError):
+        return False
 
 
 def with_base(adapters: Sequence[Path], given: Options, assignments: Sequence[str] | None) -> tuple[Options, list[str]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.errors import RunDirectoryError
-
-MANIFEST = "manifest.json"
+from gaintune.storage import ownership
+from gaintune.storage.ownership import MANIFEST
 
 
 def sha256_file(path: Path) -> str:
@@ -98,11 +98,16 @@ def write_manifest(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path, *, ours: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
 
-    An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole.
+    The manifest is written last, so its presence means that the folder is whole. A `path` that was written in this way
+    is replaced; one that lies where only this program writes (`ours`), such as its cache, even if it is damaged.
+
+    Raises:
+        RunDirectoryError: `path` is there, and was not written in this way; or it cannot be made.
     """
+    ownership.check_replaceable(path, ours=ours)
     make_folder(path.parent)
     temporary = _beside(path)
     temporary.mkdir()
@@ -113,8 +118,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(mode)  # safetensors writes for the owner's eyes only, whatever the umask says
         write_manifest(temporary)
-        if path.exists():
-            shutil.rmtree(path)
+        ownership.discard_whole(path, ours=ours)
         temporary.replace(path)
         _sync(path.parent)
     except BaseException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from gaintune.results.matrix import build_matrix
 from gaintune.results.records import Matrix
 from gaintune.storage.environment import describe_environment
 from gaintune.storage.files import damage, read_json, write_json
+from gaintune.storage.ownership import CHECKPOINTS, check_replaceable, discard
 from gaintune.storage.run import Run, open_run, process_count
 from gaintune.training.snapshots import Snapshots
 from gaintune.training.train import count_updates, learn
@@ -215,6 +215,8 @@ class _Sequence:
                 f"{folder / 'adapter'} is missing or damaged, and later stages were learnt on top of it: delete "
                 f"{', '.join(later)} too, and they are learnt anew"
             )
+        if self._run.writes:
+            check_replaceable(folder / "adapter")
         every, record = self._plan.train.snapshot_steps, self._record(index)
         learnt = learn(
             model,
@@ -263,7 +265,7 @@ class _Sequence:
             lr = learning_rate(self._method, self._plan.train)
             told = read_json(folder / "training.json")
             write_json(folder / "metrics.json", {**told, "lr": lr, "trainable_parameters": trainable_parameters(model)})
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            discard(folder, [CHECKPOINTS])
             self._run.event("stage finished", method=label, domain=domain.name)
         self._run.wait()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import reprlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,8 @@ from gaintune.models.base import Base, resolve_device
 from gaintune.progress import Progress, Silent, plural
 from gaintune.storage.environment import describe_environment
 from gaintune.storage.files import sha256_file
-from gaintune.storage.run import Run, open_run
+from gaintune.storage.ownership import ADAPTATION
+from gaintune.storage.run import Run, close_run, open_run
 from gaintune.training.snapshots import Shelf, Snapshots
 from gaintune.training.train import Learnt, learn
 from gaintune.tuners.disel import DiselConfig
@@ -228,7 +229,7 @@ class Single:
     ) -> Self:
         """Raises `ConfigError` or `AdapterError` for whatever files and settings alone show to be wrong."""
         require_one_of_each(plan)
-        if out.exists():
+        if os.path.lexists(out):  # a link to nothing, too
             raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
         method, previous = plan.methods[0], None
         check_method(method)
@@ -246,11 +247,11 @@ class Single:
     def run(self) -> Iterator[Run]:
         """The directory that holds what is unfinished; gone when the block ends well, or failed before any training."""
         cpu = resolve_device(self.plan.model.device).type == "cpu"
-        with open_run(self._unfinished, self.plan, self.environment, cpu=cpu, fleeting=True) as run:
+        with open_run(self._unfinished, self.plan, self.environment, kind=ADAPTATION, cpu=cpu, fleeting=True) as run:
             yield run
             run.wait()
         if run.writes:
-            shutil.rmtree(self._unfinished)
+            close_run(self._unfinished, ADAPTATION)
 
     def settle(self, run: Run, fingerprint: str, domains: Sequence[Domain]) -> None:
         """Refuse to go on where base, texts or start are not those that the run began with."""

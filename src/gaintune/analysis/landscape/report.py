@@ -245,7 +245,7 @@ def write(found: Landscape, folder: Path) -> None:
     if found.plane is not None:
         drawn |= figure_files("landscape-plane", plane_figure(found.plane))
     else:
-        for old in folder.glob("landscape-plane.*"):  # of a call before this one
-            old.unlink()
+        for old in ("landscape-plane.png", "landscape-plane.svg"):  # of a call before this one
+            (folder / old).unlink(missing_ok=True)
     for name, content in drawn.items():
         write_bytes(folder / name, content)
