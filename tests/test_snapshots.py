@@ -1,5 +1,7 @@
 """Copies of an adapter during training: each is the adapter as it was, and a stop changes none of them."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,8 +56,8 @@ def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(pl
     assert not (tmp_path / "stopped.snapshots").exists(), "not beside an adapter that is not there yet"
     kept = tmp_path / "stopped.unfinished" / "snapshots"
     assert sorted(entry.name for entry in kept.iterdir()) == ["step-000003", "step-000006"]
-    (kept / "step-000007").mkdir()
-    (kept / "step-000007" / "adapter_config.json").touch()  # later than the checkpoint, so it is done anew
+    shutil.copytree(kept / "step-000006", kept / "step-000007")  # later than the checkpoint, so it is done anew
+    (kept.parent / "run.json").unlink()  # as a version left it that wrote none
     kept.replace(tmp_path / "stopped.snapshots")  # as a stop leaves them just before the adapter is written
     with pytest.raises(Stopped):
         adapt(plan, tmp_path / "stopped", progress=StopAt("measuring prose after", 1))

@@ -67,8 +67,9 @@ def save_adapter(
 ) -> None:
     """Write a PeftModel's active adapter, or the whole of a plain model, with its record.
 
-    The folder appears only when it is whole; an existing one is replaced. The same adapter gives the same bytes,
-    whatever the process. `keep` writes further files into it, such as what a penalty must remember.
+    The folder appears only when it is whole; an adapter that is there is replaced, anything else refused. The same
+    adapter gives the same bytes, whatever the process. `keep` writes further files into it, such as what a penalty must
+    remember.
     """
     from peft import PeftModel
 

@@ -4,6 +4,7 @@ from .base import Result as Result
 from .base import Subject as Subject
 from .base import write_result as write_result
 from .catalogue import ANALYSES as ANALYSES
+from .catalogue import check_output as check_output
 from .gains.survey import survey_gains as survey_gains
 from .gates import GatesOptions as GatesOptions
 from .gates.statistics import Group as Group

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 from gaintune.analysis.base import Analysis
 from gaintune.analysis.gains import GainsAnalysis
 from gaintune.analysis.gates import GatesAnalysis
@@ -11,6 +15,8 @@ from gaintune.analysis.retention import RetentionAnalysis
 from gaintune.analysis.subspace import SubspaceAnalysis
 from gaintune.analysis.tokens import TokensAnalysis
 from gaintune.analysis.transfer import TransferAnalysis
+from gaintune.errors import RunDirectoryError
+from gaintune.storage import canonical_json, strangers
 
 ANALYSES: dict[str, Analysis] = {
     analysis.name: analysis
@@ -25,3 +31,34 @@ ANALYSES: dict[str, Analysis] = {
         RetentionAnalysis(),
     )
 }
+
+
+def check_output(folder: Path) -> Path:
+    """Return a folder for tables and figures: a new one, or one that holds what analyses wrote and nothing else.
+
+    Raises:
+        RunDirectoryError: it is a file, or holds what no analysis wrote.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is a file; name a folder for tables and figures")
+    if folder.exists() and (stranger := next(strangers(folder, _written(folder)), None)) is not None:
+        raise RunDirectoryError(
+            f"{folder} is not empty, and no analysis wrote {stranger}; name another folder for tables and figures"
+        )
+    return folder
+
+
+def _written(folder: Path) -> Iterator[str]:
+    """Yield the names that the analyses whose record lies in a folder give to what they write."""
+    yield "measured/*.json"  # retention keeps losses there on its way
+    for name in ANALYSES:
+        record = folder / f"{name}.json"
+        try:
+            text = record.read_text(encoding="utf-8")
+            ours = text == canonical_json(json.loads(text))
+        except (OSError, ValueError):
+            continue
+        if ours:
+            yield from (record.name, f"{name}.md")
+            for kind in ("csv", "png", "svg"):
+                yield from (f"{name}.{kind}", f"{name}-*.{kind}", f"{name.removesuffix('s')}-*.{kind}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gaintune.analysis import ANALYSES, Analysis, Subject, write_result
+from gaintune.analysis import ANALYSES, Analysis, Subject, check_output, write_result
 from gaintune.cli.benchmarks import BenchmarkSettings
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
 from gaintune.cli.options import Given, command
@@ -24,7 +24,9 @@ commands = typer.Typer()
 def _parameters(analysis: Analysis) -> list[Parameter]:
     """List what the command takes beside the options of the plan and of the analysis."""
     word = "the figure" if analysis.one_figure else "figures"
-    folder = typer.Option("--out", help=f"Folder for tables and {word}.", rich_help_panel="Output")
+    folder = typer.Option(
+        "--out", callback=check_output, help=f"Folder for tables and {word}.", rich_help_panel="Output"
+    )
     other = "Take adapters that were trained on another base."
     several = {"runs": "RUN_OR_ADAPTER...", "adapter": "ADAPTER"}.get(analysis.takes, "ADAPTER...")
     kind: Any = Path if analysis.takes == "adapter" else list[Path]

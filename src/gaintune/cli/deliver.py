@@ -66,13 +66,15 @@ def merge(
 
     The merged model is read back and compared with the adapter on the first --domain's validation text.
     """
+    from gaintune.workflows import check_out, merge_adapter
+
+    check_out(out_folder)
     if given.file is None:
         given = given.over({"data.domains": ["law"]})
     plan = given.on_base_of([adapter]).plan()
     quiet_libraries()
     from gaintune.data import load_domain
     from gaintune.models import load_tokenizer
-    from gaintune.workflows import merge_adapter
 
     text = load_domain(plan.data.domains[0], plan.data, load_tokenizer(plan.model))
     certificate = merge_adapter(

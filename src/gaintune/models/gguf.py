@@ -98,7 +98,7 @@ def _convert(source: Path, folder: Path) -> None:
     for config in (model.config, model.config.get_text_config()):
         for key in ("quantization_config", "_model_name_or_path"):
             config.__dict__.pop(key, None)
-    with complete_folder(folder) as temporary:
+    with complete_folder(folder, ours=True) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         settings = temporary / "tokenizer_config.json"

@@ -193,7 +193,7 @@ def write_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
-    with complete_folder(folder) as temporary:
+    with complete_folder(folder, ours=True) as temporary:
         model.save_pretrained(temporary)
         tokenizer().save_pretrained(temporary)
     return folder

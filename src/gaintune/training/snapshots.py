@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 
 from gaintune.adapters import AdapterRecord, save_adapter
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.storage import first_process
+from gaintune.storage import check_replaceable, discard_whole, first_process
 
 STEP = re.compile(r"step-(\d+)")
 
@@ -41,7 +40,7 @@ class Snapshots:
         """Delete copies of later updates, which are about to be done anew."""
         for entry in self.folder.glob("step-*"):
             if _step(entry) > step:
-                shutil.rmtree(entry)
+                discard_whole(entry)
 
 
 class KeepSnapshots(TrainerCallback):
@@ -74,11 +73,18 @@ class Shelf:
         return cls(out.with_name(f"{out.name}.snapshots"), unfinished / "snapshots")
 
     def check(self) -> None:
-        """Refuse to put copies of one adapter beside those of another; ConfigError."""
-        if self.finished.exists() and not self.unfinished.parent.exists():
+        """Refuse to put copies of one adapter beside those of another, or beside anything else.
+
+        Raises:
+            ConfigError, AdapterError, RunDirectoryError: something is there, and no run of this adapter wrote it.
+        """
+        if self.finished.exists() and (self.unfinished.exists() or not self.unfinished.parent.exists()):
             raise ConfigError(
                 f"{self.finished} exists already, from an adapter that is gone; delete it, or name another folder"
             )
+        for entry in self.finished.glob("*"):  # what a run that stopped put there, and will take back
+            _step(entry)
+            check_replaceable(entry)
 
     def reopen(self) -> None:
         """Go on with what was closed by a run that stopped before its adapter was written."""

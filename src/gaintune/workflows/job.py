@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import reprlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from gaintune.methods import (
 )
 from gaintune.models import Base, resolve_device
 from gaintune.progress import Progress, Silent, plural
-from gaintune.storage import Run, describe_environment, open_run, sha256_file
+from gaintune.storage import ADAPTATION, Run, close_run, describe_environment, open_run, sha256_file
 from gaintune.training import Shelf, Snapshots, TrainedStage, train_stage
 from gaintune.workflows.sequence import describe_inputs
 
@@ -207,7 +207,7 @@ class AdaptationJob:
     ) -> Self:
         """Raises `ConfigError` or `AdapterError` for whatever files and settings alone show to be wrong."""
         require_one_of_each(plan)
-        if out.exists():
+        if os.path.lexists(out):  # a link to nothing, too
             raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
         config, previous = plan.methods[0], None
         check_method(config)
@@ -226,11 +226,11 @@ class AdaptationJob:
     def run(self) -> Iterator[Run]:
         """The directory that holds what is unfinished; gone when the block ends well, or failed before any training."""
         cpu = resolve_device(self.plan.model.device).type == "cpu"
-        with open_run(self._unfinished, self.plan, self.environment, cpu=cpu, fleeting=True) as run:
+        with open_run(self._unfinished, self.plan, self.environment, kind=ADAPTATION, cpu=cpu, fleeting=True) as run:
             yield run
             run.wait()
         if run.writes:
-            shutil.rmtree(self._unfinished)
+            close_run(self._unfinished, ADAPTATION)
 
     def check_inputs(self, run: Run, fingerprint: str, domains: Sequence[Domain]) -> None:
         """Refuse to go on where base, texts or start are not those that the run began with."""

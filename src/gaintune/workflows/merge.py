@@ -243,8 +243,7 @@ def merge_adapter(
         RunDirectoryError: the folder that is to hold `out` cannot be made.
     """
     adapter, out = Path(adapter), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty: name another folder, or delete it if it is no longer wanted")
+    check_out(out)
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype {dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
     if not re.fullmatch(r"[1-9][0-9]*\s*[KMG]i?B", max_shard_size):
@@ -286,6 +285,14 @@ def merge_adapter(
                 f"the disk that holds {out.absolute().parent} is full; nothing is left at {out}"
             ) from error
         raise
+
+
+def check_out(out: Path) -> None:
+    """Refuse to write a model where something is; ConfigError."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise ConfigError(
+            f"{out} exists and is not an empty folder: name another folder, or delete it if it is no longer wanted"
+        )
 
 
 def _judging_text(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,12 @@ from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, r
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
 from gaintune.storage import (
+    CHECKPOINTS,
     Run,
+    check_replaceable,
     damage,
     describe_environment,
+    discard,
     open_run,
     process_count,
     read_stored,
@@ -208,6 +210,8 @@ class _Sequence:
                 f"{folder / 'adapter'} is missing or damaged, and later stages were learnt on top of it: delete "
                 f"{', '.join(later)} too, and they are learnt anew"
             )
+        if self.directory.writes:
+            check_replaceable(folder / "adapter")
         every, record = self.plan.train.snapshot_steps, self._record(index)
         trained = train_stage(
             model,
@@ -253,7 +257,7 @@ class _Sequence:
         if self.directory.writes:
             made = {"lr": self.method.lr, "trainable_parameters": trainable_parameters(model)}
             write_json(folder / "metrics.json", {**read_stored(folder / "training.json", dict), **made})
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            discard(folder, [CHECKPOINTS])
             self.directory.event("stage finished", method=label, domain=domain.name)
         self.directory.wait()
 

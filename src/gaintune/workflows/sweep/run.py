@@ -11,15 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from gaintune.config import read_plan
 from gaintune.data import load_domain
 from gaintune.errors import RunDirectoryError, SweepError
 from gaintune.models import base_fingerprint, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import Matrix
-from gaintune.storage import canonical_json, differences, make_folder, read_json, read_stored, write_text
+from gaintune.storage import (
+    SWEEP,
+    canonical_json,
+    differences,
+    read_json,
+    read_stored,
+    take_folder,
+    write_text,
+)
 from gaintune.workflows.sequence import describe_inputs
 from gaintune.workflows.sweep.engine import Engine, Pool, WorkersLostError, check_engine, open_pool
 from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
@@ -63,13 +69,13 @@ def run_sweep(
     Raises:
         ConfigError: a grid, engine or method that cannot be used, before anything is run.
         DataError: texts that cannot be used, likewise.
-        RunDirectoryError: the folder holds runs over other texts or another base, or is in use.
+        RunDirectoryError: the folder holds runs over other texts or another base, something else, or is in use.
         SweepError: the engine's workers cannot work at all.
     """
     chosen = check_engine(engine, jobs, address)
     settled, shown, path = read_grid(grid), progress or Silent(), Path(folder).absolute()
     runs = planned_runs(settled)
-    with _taken(path):
+    with take_folder(path, SWEEP):
         missing = [run for run in runs if _matrix(path, run) is None]
         _check_plans(path, runs)
         shown.note(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished")
@@ -82,23 +88,6 @@ def run_sweep(
         table = SweepTable(tuple(_row(path, run) for run in runs))
         table.write(path)
     return table
-
-
-@contextlib.contextmanager
-def _taken(folder: Path) -> Iterator[None]:
-    """One sweep at a time in a folder."""
-    if (folder / "plan.yaml").exists():
-        raise RunDirectoryError(f"{folder} is a run, not a sweep: name another folder")
-    make_folder(folder)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunDirectoryError(f"{folder} is in use by another sweep; wait for it or name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _matrix(folder: Path, run: PlannedRun) -> Matrix | None:

@@ -1,0 +1,227 @@
+"""What this program may delete or write over: folders it began, and in them the files that bear its own names.
+
+A folder that is begun gets a marker, `run.json`, which says of which kind it is. A folder without one is taken only if
+it is empty, or if everything in it is what an earlier version wrote. Links are never followed and never ours.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from gaintune.errors import RunDirectoryError
+
+MARKER = "run.json"
+LOCK = ".lock"
+MANIFEST = "manifest.json"
+UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{12}")  # on its way to its name when a process was killed
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that this program begins and continues.
+
+    Attributes:
+        name: in the marker.
+        noun: in messages.
+        begun: what every folder of this kind holds that an earlier version began, which wrote no marker.
+        names: what such a folder may hold: paths with wildcards, `**` at the end for everything below.
+    """
+
+    name: str
+    noun: str
+    begun: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @property
+    def marker(self) -> dict[str, Any]:
+        """What the marker says."""
+        return {"format": 1, "kind": self.name, "program": "gaintune"}
+
+
+CHECKPOINTS = "checkpoints/checkpoint-[0-9]*/**"
+SNAPSHOTS = "snapshots/step-[0-9]*/**"
+TAKING = (LOCK, MARKER, "plan.yaml", "environment.json", "inputs.json", "events.jsonl")
+SEQUENCE = Kind(
+    "sequence",
+    "run",
+    ("plan.yaml", "environment.json"),
+    (
+        *TAKING, "matrix.json", "matrix.csv", "matrix.md", "report.html", "figures/*.png", "figures/*.svg",
+        "base/*/*.json", "stages/*/*/training.json", "stages/*/*/metrics.json", "stages/*/*/evaluations/*.json",
+        "stages/*/*/adapter/**", "stages/*/*/tensorboard/**", f"stages/*/*/{CHECKPOINTS}", f"stages/*/*/{SNAPSHOTS}",
+    ),
+)  # fmt: skip
+ADAPTATION = Kind(
+    "adaptation",
+    "unfinished adaptation",
+    ("plan.yaml", "environment.json"),
+    (*TAKING, CHECKPOINTS, SNAPSHOTS),
+)
+SWEEP = Kind(
+    "sweep",
+    "sweep",
+    ("grid.yaml", "outcomes"),
+    (
+        LOCK, MARKER, "grid.yaml", "sweep.csv", "sweep.parquet", "cells.csv", "cells.parquet", "comparison.md",
+        "comparison.json", "tradeoff.png", "tradeoff.svg", "runs.md", "outcomes/*.json", "base/*.json", "base/.*.lock",
+        *(f"runs/{'[0-9a-f]' * 16}/{name}" for name in SEQUENCE.names),
+    ),
+)  # fmt: skip
+KINDS = (SEQUENCE, ADAPTATION, SWEEP)
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """Return the kind of folder that a marker says this is; None without a marker of ours."""
+    try:
+        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return next((kind for kind in KINDS if kind.marker == found), None)
+
+
+def check_folder(folder: Path, kind: Kind) -> None:
+    """Refuse a folder that is neither new nor of this kind; nothing in it is touched.
+
+    Raises:
+        RunDirectoryError: it is a file, a folder of another kind, or holds what this program did not write.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is a file; name a folder for the {kind.noun}")
+    marked = kind_of(folder)
+    if marked is not None and marked != kind:
+        raise RunDirectoryError(f"{folder} is a {marked.noun}, not a {kind.noun}: name another folder")
+    if marked is not None or not _holds_more_than_a_lock(folder):
+        return
+    for name in kind.begun:
+        if not (folder / name).exists():
+            raise RunDirectoryError(
+                f"{folder} is not empty and has no {name}, so it is not a {kind.noun}; name another folder"
+            )
+    stranger = MARKER if (folder / MARKER).exists() else next(strangers(folder, kind.names), None)
+    if stranger is not None:
+        raise RunDirectoryError(
+            f"{folder} is not a {kind.noun}: it holds {stranger}, which no {kind.noun} wrote; name another folder"
+        )
+
+
+def check_replaceable(folder: Path, *, ours: bool = False) -> None:
+    """Refuse to replace a folder that was not written whole by this program, file by file.
+
+    Raises:
+        RunDirectoryError: it is a link or a file, has no readable manifest, or holds what its manifest does not list.
+    """
+    if folder.is_symlink():
+        raise RunDirectoryError(f"{folder} is a link; name the folder itself, or delete the link")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is a file; name a folder, or delete it if it is no longer wanted")
+    listed = _listed(folder)
+    if listed is None and not ours and any(folder.iterdir()):
+        raise RunDirectoryError(
+            f"{folder} is there already, and no {MANIFEST} says that it was written by this program; delete it if it "
+            "is no longer wanted"
+        )
+    stranger = None if listed is None else next(strangers(folder, listed), None)
+    if stranger is not None:
+        raise RunDirectoryError(
+            f"{folder} would be replaced, but holds {stranger}, which its {MANIFEST} does not list: move it elsewhere"
+        )
+
+
+def discard_whole(folder: Path, *, ours: bool = False) -> None:
+    """Delete a folder that was written whole, if it is there; an empty one too. Raises as `check_replaceable` does.
+
+    Args:
+        folder: the folder.
+        ours: it lies where only this program writes, such as its cache, and goes even if its manifest is broken.
+    """
+    check_replaceable(folder, ours=ours)
+    if folder.exists():
+        listed = _listed(folder)
+        discard(folder, ["**"] if listed is None else listed, last=MANIFEST)
+        folder.rmdir()
+
+
+def discard(folder: Path, names: Iterable[str], *, last: str = "") -> None:
+    """Delete what bears one of the names in a folder, and folders in it that are empty then; all else stays.
+
+    The file `last`, by which a folder is known for ours, goes after the others: a stop in between leaves it so.
+    """
+    own = [Path(entry.path) for entry, _, bears in _entries(folder, names) if bears]
+    own.reverse()  # those below before those above
+    own.sort(key=lambda path: path == folder / last)
+    for path in own:
+        if not path.is_dir():
+            path.unlink()
+        elif not any(path.iterdir()):
+            path.rmdir()
+
+
+def strangers(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yield the paths in a folder that bear none of the names, the upper ones first."""
+    return (path for _, path, bears in _entries(folder, names) if not bears)
+
+
+def _entries(folder: Path, names: Iterable[str]) -> Iterator[tuple[os.DirEntry[str], str, bool]]:
+    """Walk a folder level by level: each entry, its path in the folder, and whether it bears one of the names.
+
+    Only folders that bear one are walked into.
+    """
+    split = [name.split("/") for name in names]
+    waiting: deque[tuple[str, tuple[str, ...]]] = deque([(str(folder), ())])
+    while waiting:
+        place, above = waiting.popleft()
+        with os.scandir(place) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            parts = (*above, entry.name)
+            bears = any(_bears(entry, parts, name) for name in split)
+            if bears and entry.is_dir():
+                waiting.append((entry.path, parts))
+            yield entry, "/".join(parts), bears
+
+
+def _bears(entry: os.DirEntry[str], parts: tuple[str, ...], name: list[str]) -> bool:
+    """Whether an entry has a name, or is a folder on the way to it; never a link."""
+    deep, whole = name[-1] == "**", len(parts) >= len(name)
+    if len(parts) > len(name) and not deep:
+        return False
+    plain = (found[1] if (found := UNFINISHED.fullmatch(part)) else part for part in parts)
+    if not all(map(fnmatchcase, plain, name)):
+        return False
+    return (
+        entry.is_file(follow_symlinks=False)
+        if whole and not deep
+        else (entry.is_dir(follow_symlinks=False) or (whole and entry.is_file(follow_symlinks=False)))
+    )
+
+
+def _holds_more_than_a_lock(folder: Path) -> bool:
+    """Whether a folder is more than what a process leaves that is killed between taking it and marking it."""
+    for entry in folder.iterdir():
+        begun = (found := UNFINISHED.fullmatch(entry.name)) is not None and found[1] == MARKER
+        empty = entry.name == LOCK and not entry.is_symlink() and entry.is_file() and entry.stat().st_size == 0
+        if not begun and not empty:
+            return True
+    return False
+
+
+def _listed(folder: Path) -> list[str] | None:
+    """Return the names that a folder's manifest lists, its own among them; None where it cannot be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return [*(glob.escape(str(name)) for name in (*manifest["sha256"], *manifest.get("editable", ()))), MANIFEST]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
