@@ -22,6 +22,11 @@ RECIPE = (
 )
 
 
+def as_plan(values):
+    """A plan as plain values, as workflows hand it to a run directory."""
+    return build_plan(values).model_dump(mode="json")
+
+
 def write(folder: Path, files: dict[str, str]) -> Path:
     """Write files by their path."""
     for name, text in files.items():
@@ -39,7 +44,7 @@ def project(folder: Path, **more: str) -> Path:
 
 def begun(folder: Path, kind: Kind = SEQUENCE, **more: str) -> Path:
     """A run of another plan that got nowhere, and what a person put there since."""
-    with open_run(folder, build_plan({"train": {"lr": 0.7}}), {}, kind=kind) as run:
+    with open_run(folder, as_plan({"train": {"lr": 0.7}}), {}, kind=kind) as run:
         run.settle("inputs.json", {}, "")
         if kind is SEQUENCE:
             run.write_json(run.base("float32", "law"), {})
@@ -202,14 +207,14 @@ def test_runs_of_an_earlier_version_are_continued_and_marked(tmp_path):
     plan = build_plan({})
     for kind in (SEQUENCE, ADAPTATION):
         folder = tmp_path / kind.name
-        with open_run(folder, plan, {}, kind=kind) as run:
+        with open_run(folder, plan.model_dump(mode="json"), {}, kind=kind) as run:
             run.settle("inputs.json", {}, "")
             run.event("begun")
             adapter(folder / ("snapshots/step-000003" if kind is ADAPTATION else "stages/gain-ffn/01-law/adapter"))
             (folder / f".plan.yaml.{'0' * 12}").touch()  # of a process that was killed
         before = tree(folder)
         unmarked(folder)
-        with open_run(folder, plan, {}, kind=kind):
+        with open_run(folder, plan.model_dump(mode="json"), {}, kind=kind):
             pass
         assert tree(folder) == before
         assert json.loads((folder / "run.json").read_text()) == {"format": 1, "kind": kind.name, "program": "gaintune"}
@@ -239,7 +244,7 @@ def test_only_what_a_manifest_lists_is_replaced(tmp_path):
 
 def test_what_is_put_there_while_it_trains_stays(tmp_path):
     """As `gaintune adapt` ends: its own unfinished work goes, and nothing else."""
-    with open_run(tmp_path / "out.unfinished", build_plan({}), {}, kind=ADAPTATION) as run:
+    with open_run(tmp_path / "out.unfinished", as_plan({}), {}, kind=ADAPTATION) as run:
         adapter(run.folder / "checkpoints" / "checkpoint-3")
         write(run.folder, {"checkpoints/mine/notes.md": "mine", "notes.md": "mine"})
     close_run(run.folder, ADAPTATION)

@@ -24,6 +24,11 @@ from gaintune.storage import (
 )
 
 
+def as_plan(values):
+    """A plan as plain values, as workflows hand it to a run directory."""
+    return build_plan(values).model_dump(mode="json")
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     file = tmp_path / "value.json"
     write_json(file, {"a": 1})
@@ -101,7 +106,7 @@ def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "run"
-    with pytest.raises(RunDirectoryError, match="cannot be made"), open_run(below, build_plan({}), {}):
+    with pytest.raises(RunDirectoryError, match="cannot be made"), open_run(below, as_plan({}), {}):
         pass
     with pytest.raises(RunDirectoryError, match="cannot be made"), complete_folder(below / "adapter"):
         pass
@@ -114,7 +119,7 @@ def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
         folder = tmp_path / "run"
         with (
             contextlib.suppress(KeyError),
-            open_run(folder, build_plan({}), {}, fleeting=True) as run,
+            open_run(folder, as_plan({}), {}, fleeting=True) as run,
         ):
             run.settle("inputs.json", {}, "")
             run.event("begun")
@@ -125,7 +130,7 @@ def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
         assert folder.exists() == bool(kept), kept
         assert all((folder / name).exists() for name in (*kept, *(("plan.yaml",) if kept else ())))
         shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(KeyError), open_run(tmp_path / "run", build_plan({}), {}):
+    with contextlib.suppress(KeyError), open_run(tmp_path / "run", as_plan({}), {}):
         raise KeyError
     assert (tmp_path / "run" / "plan.yaml").exists()
 
@@ -133,10 +138,10 @@ def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
 def test_differences_go_by_names_and_are_short(tmp_path):
     folder = tmp_path / "run"
     first = {"data": {"domains": ["law", "code"]}, "methods": ["gain", {"name": "lora", "rank": 2}]}
-    with open_run(folder, build_plan(first), {"python": "3"}):
+    with open_run(folder, as_plan(first), {"python": "3"}):
         (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
     second = {"data": {"domains": ["law"], "seed": 3}, "methods": ["gain", {"name": "lora", "rank": 4}]}
-    with pytest.raises(RunDirectoryError) as caught, open_run(folder, build_plan(second), {"python": "3"}):
+    with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(second), {"python": "3"}):
         pass
     told = str(caught.value)
     assert (
@@ -175,11 +180,11 @@ def test_a_stored_value_of_another_shape_names_its_file(tmp_path, value):
 
 def test_a_run_directory_of_another_plan_is_refused_with_what_differs(tmp_path):
     folder = tmp_path / "run"
-    with open_run(folder, build_plan({"train": {"lr": 0.1}}), {"python": "3"}):
+    with open_run(folder, as_plan({"train": {"lr": 0.1}}), {"python": "3"}):
         (folder / "stages" / "gain-ffn" / "01-law" / "adapter").mkdir(parents=True)
     with (
         pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.1 there, 0\.2 now"),
-        open_run(folder, build_plan({"train": {"lr": 0.2}}), {"python": "3"}),
+        open_run(folder, as_plan({"train": {"lr": 0.2}}), {"python": "3"}),
     ):
         pass
 
@@ -187,7 +192,7 @@ def test_a_run_directory_of_another_plan_is_refused_with_what_differs(tmp_path):
 def test_a_corrected_plan_takes_over_a_run_that_got_nowhere(tmp_path):
     folder = tmp_path / "run"
     for lr in (0.1, 0.2):
-        with open_run(folder, build_plan({"train": {"lr": lr}}), {"python": "3"}) as run:
+        with open_run(folder, as_plan({"train": {"lr": lr}}), {"python": "3"}) as run:
             assert not run.base("bf16", "law").exists()
             run.write_json(run.base("bf16", "law"), {})
     assert "lr: 0.2" in (folder / "plan.yaml").read_text()
@@ -195,13 +200,13 @@ def test_a_corrected_plan_takes_over_a_run_that_got_nowhere(tmp_path):
 
 def test_a_folder_with_other_things_in_it_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunDirectoryError, match="not a run"), open_run(tmp_path, build_plan({}), {}):
+    with pytest.raises(RunDirectoryError, match="not a run"), open_run(tmp_path, as_plan({}), {}):
         pass
 
 
 def test_a_changed_environment_is_written_down(tmp_path):
     for version in ("3.11", "3.12"):
-        with open_run(tmp_path / "run", build_plan({}), {"python": version}):
+        with open_run(tmp_path / "run", as_plan({}), {"python": version}):
             pass
     assert read_json(tmp_path / "run" / "environment.json") == {"python": "3.11"}
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
@@ -210,7 +215,7 @@ def test_a_changed_environment_is_written_down(tmp_path):
 
 def _try_to_open(folder, answer):
     try:
-        with open_run(folder, build_plan({}), {}):
+        with open_run(folder, as_plan({}), {}):
             answer.put("opened")
     except RunDirectoryError as error:
         answer.put(str(error))
@@ -219,7 +224,7 @@ def _try_to_open(folder, answer):
 def test_one_process_at_a_time(tmp_path):
     context = multiprocessing.get_context("fork")
     answer = context.Queue()
-    with open_run(tmp_path / "run", build_plan({}), {}):
+    with open_run(tmp_path / "run", as_plan({}), {}):
         other = context.Process(target=_try_to_open, args=(tmp_path / "run", answer))
         other.start()
         assert "in use" in answer.get(timeout=30)
@@ -227,7 +232,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_inputs_that_changed_under_a_run_are_refused(tmp_path):
-    with open_run(tmp_path / "run", build_plan({}), {}) as run:
+    with open_run(tmp_path / "run", as_plan({}), {}) as run:
         run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
         run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
         with pytest.raises(RunDirectoryError, match=r"law\.content_hash: 'a' there, 'b' now.*Name another folder"):

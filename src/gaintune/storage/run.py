@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from filelock import FileLock, Timeout
 
-from gaintune.config import Plan, plan_yaml, read_values
-from gaintune.errors import GaintuneError, RunDirectoryError
+from gaintune.errors import GaintuneError, RunDirectoryError, one_line
 from gaintune.storage import ownership
 from gaintune.storage.diff import differences
 from gaintune.storage.files import canonical_json, make_folder, read_json, write_json, write_text
@@ -196,7 +196,7 @@ def take_folder(folder: Path, kind: Kind) -> Iterator[None]:
 @contextlib.contextmanager
 def open_run(
     folder: Path,
-    plan: Plan,
+    plan: Mapping[str, Any],
     environment: Mapping[str, Any],
     *,
     kind: Kind = SEQUENCE,
@@ -227,7 +227,7 @@ def open_run(
 
 
 @contextlib.contextmanager
-def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any], kind: Kind) -> Iterator[Run]:
+def _taken(folder: Path, plan: Mapping[str, Any], environment: Mapping[str, Any], kind: Kind) -> Iterator[Run]:
     """Check and lock a run directory in the process that writes."""
     plan_file = folder / "plan.yaml"
     ownership.check_folder(folder, kind)
@@ -236,12 +236,12 @@ def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any], kind: Kind)
     with take_folder(folder, kind):
         run = Run(folder)
         if not plan_file.exists():
-            write_text(plan_file, plan_yaml(plan))
+            write_text(plan_file, as_yaml(plan))
         elif changed := _other_plan(plan_file, plan):
             if not _nothing_finished(folder):
                 _refuse(folder, changed)
             _start_over(folder, kind)  # such as after a mistake in the plan: the corrected one is welcome
-            write_text(plan_file, plan_yaml(plan))
+            write_text(plan_file, as_yaml(plan))
         if (folder / "environment.json").exists():
             then = read_json(folder / "environment.json")
             if moved := differences(json.loads(canonical_json(environment)), then):
@@ -251,9 +251,22 @@ def _taken(folder: Path, plan: Plan, environment: Mapping[str, Any], kind: Kind)
         yield run
 
 
-def _other_plan(plan_file: Path, plan: Plan) -> list[str]:
+def as_yaml(plan: Mapping[str, Any]) -> str:
+    """Return nested plain values as the YAML in which a run keeps its plan."""
+    return yaml.safe_dump(plan, sort_keys=False, allow_unicode=True)
+
+
+def _stored_plan(plan_file: Path) -> Any:
+    """Read the plan that a run directory was begun with; RunDirectoryError where it cannot be read."""
+    try:
+        return yaml.safe_load(plan_file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunDirectoryError(f"{plan_file} cannot be read ({one_line(error)}); restore or delete it") from None
+
+
+def _other_plan(plan_file: Path, plan: Mapping[str, Any]) -> list[str]:
     """What a stored plan says otherwise."""
-    return differences(plan.model_dump(mode="json"), read_values(plan_file))
+    return differences(plan, _stored_plan(plan_file))
 
 
 def _refuse(folder: Path, changed: list[str]) -> None:

@@ -226,7 +226,14 @@ class AdaptationJob:
     def run(self) -> Iterator[Run]:
         """The directory that holds what is unfinished; gone when the block ends well, or failed before any training."""
         cpu = resolve_device(self.plan.model.device).type == "cpu"
-        with open_run(self._unfinished, self.plan, self.environment, kind=ADAPTATION, cpu=cpu, fleeting=True) as run:
+        with open_run(
+            self._unfinished,
+            self.plan.model_dump(mode="json"),
+            self.environment,
+            kind=ADAPTATION,
+            cpu=cpu,
+            fleeting=True,
+        ) as run:
             yield run
             run.wait()
         if run.writes:

@@ -73,7 +73,9 @@ def run_sequence(
     methods = [prepare_method(method, settled.model, settled.train) for method in settled.methods]
     shown = progress or Silent()
     device = resolve_device(settled.model.device)
-    with open_run(Path(run), settled, describe_environment(device), cpu=device.type == "cpu") as directory:
+    with open_run(
+        Path(run), settled.model_dump(mode="json"), describe_environment(device), cpu=device.type == "cpu"
+    ) as directory:
         tokenizer = load_tokenizer(settled.model)
         domains = [load_domain(domain, settled.data, tokenizer) for domain in settled.data.measured]
         fingerprint = base_fingerprint(settled.model)
