@@ -197,6 +197,16 @@ def test_special_tokens_of_the_tokenizer_are_seen_before_a_text_and_never_scored
         assert ours == pytest.approx(sums, rel=1e-4, abs=1e-4)
 
 
+def test_a_plan_says_whether_questions_begin_as_texts_do(model, tmp_path):
+    rows = [{"prompt": f"{number} is", "choices": ["low", "top"], "answer": "low"} for number in range(60)]
+    file = written(tmp_path, rows)
+    auto, always, never = (
+        compare_choices(plan_of(model, data={"beginning_of_text": choice}), [], sets={"rows": file})[0].answers
+        for choice in ("auto", "always", "never")
+    )
+    assert auto == never != always, "this tokenizer puts nothing before a text"
+
+
 def test_a_token_across_the_border_is_not_made(model):
     """As in training, where a prompt has the tokens it has without its completion."""
     base, merging = load_base(plan_of(model).model), with_merge("b", "c")
