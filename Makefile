@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 # Two test files at a time, one thread each: most of a test's time is not spent in matrix products.
 TOGETHER = -n 2 --dist loadfile
 
-.PHONY: demo test test-unit test-peft bench lint docs clean
+.PHONY: demo test test-slow test-unit test-peft bench lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gaintune assets --fetch
@@ -16,8 +16,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER)
 
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m slow
+
 test-unit: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m "not real_model and not study_data and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m "not slow and not real_model and not study_data and not cluster"
 
 test-peft: $(VENV)/.installed-dev
 	$(BIN)/python tests/peft_contract/run.py

@@ -98,6 +98,7 @@ def made(domain_rows: dict[str, np.ndarray]) -> GateRecord:
     })  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(4, 4), (8, 8), (4, 30)])
 def test_intervals_cover_the_true_difference_as_often_as_they_say(rows):
     generator = np.random.default_rng(3)

@@ -33,19 +33,29 @@ def flat_plane(noise, blocks, generator):
     return surface(places, np.array([3.0 + t * slopes[0] + u * slopes[1] for t, u in places]))
 
 
-def test_the_difference_of_two_ranges_is_covered_and_paired():
-    generator, held = np.random.default_rng(12), 0
-    for _ in range(300):
-        steep, flat = noisy_line((0.0, 0.2, 0.5), generator), noisy_line((0.0, -0.1, -0.3), generator)
-        apart, other = range_apart(steep, flat, "d"), range_apart(flat, steep, "d")
-        assert apart.value == pytest.approx(steep.figures("d").range.value - flat.figures("d").range.value)
-        assert (other.value, other.low, other.high) == pytest.approx((-apart.value, -apart.high, -apart.low))
-        held += apart.low <= 0.2 <= apart.high
-    assert 0.93 < held / 300 < 0.99
+def steep_and_flat(generator):
+    return noisy_line((0.0, 0.2, 0.5), generator), noisy_line((0.0, -0.1, -0.3), generator)
+
+
+def test_the_difference_of_two_ranges_is_paired():
+    steep, flat = steep_and_flat(np.random.default_rng(12))
+    apart, other = range_apart(steep, flat, "d"), range_apart(flat, steep, "d")
+    assert apart.value == pytest.approx(steep.figures("d").range.value - flat.figures("d").range.value)
+    assert (other.value, other.low, other.high) == pytest.approx((-apart.value, -apart.high, -apart.low))
     same = range_apart(steep, steep, "d")
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.slow
+def test_the_difference_of_two_ranges_is_covered():
+    generator, held = np.random.default_rng(12), 0
+    for _ in range(300):
+        apart = range_apart(*steep_and_flat(generator), "d")
+        held += apart.low <= 0.2 <= apart.high
+    assert 0.93 < held / 300 < 0.99
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [4, 8])
 def test_of_two_flat_planes_the_noisier_one_is_seldom_said_to_be_wider(blocks):
     generator, wider = np.random.default_rng(13), 0
@@ -55,6 +65,7 @@ def test_of_two_flat_planes_the_noisier_one_is_seldom_said_to_be_wider(blocks):
     assert wider / 600 < 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bump", "seen"), [(0.0, 0.02), (0.3, 0.98)])
 def test_a_barrier_is_as_uncertain_as_its_blocks(bump, seen):
     """Lines that rise by `bump` half-way in the mean over all text: a flat one seldom shows a barrier, a hill does."""

@@ -79,6 +79,7 @@ def test_the_interval_resamples_blocks_and_not_tokens():
     assert other.mean.low != few.mean.low and other.mean.value == few.mean.value
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_mean_at_about_its_confidence():
     generator = np.random.default_rng(3)
     hits = 0

@@ -102,6 +102,7 @@ def test_the_mean_over_domains_is_resampled_jointly():
     )
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     truth, hits, trials = -20.0, 0, 200
     generator = np.random.default_rng(2024)

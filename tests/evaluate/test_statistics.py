@@ -36,6 +36,7 @@ def coverage(make, truth, trials):
     return sum(each.low <= truth <= each.high for each in found) / trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("items", "confidence"), [(8, 0.95), (40, 0.95), (40, 0.8)])
 def test_paired_bootstrap_covers_at_the_nominal_rate(items, confidence):
     """Student's interval is exact for these samples: how often it covers says how lucky their draw (seeded) was."""
@@ -50,6 +51,7 @@ def test_paired_bootstrap_covers_at_the_nominal_rate(items, confidence):
     assert abs(rate - luck - confidence) < 0.006
 
 
+@pytest.mark.slow
 def test_paired_bootstrap_covers_for_differences_of_right_and_wrong_answers():
     generator = np.random.default_rng(8)
     samples = generator.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=(600, 100))
@@ -61,6 +63,7 @@ def measured(nats):
     return DomainLoss(tuple(100 * nats), (100,) * len(nats), (400,) * len(nats))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "least"), [(2, 0.91), (4, 0.935), (8, 0.935)])
 def test_changes_of_perplexity_cover_at_the_nominal_rate(blocks, least):
     """Percentiles that are not widened cover 52, 80 and 90 %."""
@@ -75,6 +78,7 @@ def test_changes_of_perplexity_cover_at_the_nominal_rate(blocks, least):
     assert least < coverage(change, truth, 1000) < 0.965
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("domains", "blocks"), [(1, 2), (1, 4), (1, 8), (8, 2), (8, 4), (8, 8)])
 def test_means_over_domains_and_differences_of_methods_cover_at_the_nominal_rate(domains, blocks):
     """Student's t is in each figure once; in each of eight domains by itself it made intervals cover 98 to 100 %."""
@@ -96,6 +100,7 @@ def test_means_over_domains_and_differences_of_methods_cover_at_the_nominal_rate
         assert 0.92 <= rate <= 0.975
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "least"), [(2, 0.9), (4, 0.925), (8, 0.93)])
 def test_means_over_domains_of_unequal_spread_cover(blocks, least):
     """Each of eight domains varies half as much as the one before it: the first few have nearly all the variance."""
@@ -132,6 +137,7 @@ def test_cells_of_one_domain_share_its_blocks():
     assert apart.high - apart.low == pytest.approx((halves.high - halves.low) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "up", "down"), [(20, 0.1, 0.3), (60, 0.05, 0.02), (400, 0.02, 0.0), (400, 0.1, 0.1)])
 def test_differences_of_right_answers_cover_where_few_rows_flip(rows, up, down):
     generator, found = np.random.default_rng(23), []
@@ -205,6 +211,7 @@ def test_rows_of_one_group_count_once():
     assert replicated(values, groups=groups).sign == 0 and replicated(values).sign == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicates", [3, 20])
 def test_intervals_over_replicates_and_blocks_cover_both(replicates):
     """Crossed: every replicate is measured on the same blocks, whose draw moves all of them together."""

@@ -44,6 +44,7 @@ def test_the_ratio_of_the_configuration_is_read(options):
     assert settings(model, parameter_groups(model, lr=0.01, weight_decay=0.1)) == changed
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters on one model are the point
 def test_every_adapter_has_its_own_ratio():
     model = tiny_models.llama()
     model.add_adapter(DiselConfig(gate_lr_ratio=2.0), "slow")

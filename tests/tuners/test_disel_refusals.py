@@ -171,12 +171,14 @@ def test_a_tied_embedding():
     refuse(model, config, "embed_tokens is a Embedding")
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")
 def test_a_layer_of_another_method():
     base = tiny_models.llama()
     get_peft_model(base, LoraConfig(target_modules=["o_proj"]))
     refuse(base, DiselConfig(target_modules=["o_proj"]), r"already carries an adapter of another method \(peft\.tuners")
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters on one model are the point
 def test_lora_beside_disel():
     model = tiny_models.llama()
     model.add_adapter(DiselConfig(target_modules=["o_proj"]), "gated")
@@ -184,7 +186,7 @@ def test_lora_beside_disel():
         model.add_adapter(LoraConfig(target_modules=["o_proj"]), "plain")
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model")
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")
 def test_wrapping_twice_does_not_overwrite_the_first_adapter():
     base = tiny_models.llama()
     model = tiny_models.randomise_disel(get_peft_model(base, DiselConfig(target_modules=["o_proj"])))

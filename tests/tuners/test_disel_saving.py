@@ -82,6 +82,7 @@ def test_auto_class_and_base_class(saved):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters on one model are the point
 def test_transformers_integration(saved, tmp_path):
     base, adapter, expected, held = saved
     model = AutoModelForCausalLM.from_pretrained(base)

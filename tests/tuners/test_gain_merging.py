@@ -89,7 +89,8 @@ def test_merging_one_of_two_active_adapters_keeps_the_other():
     both = logits(model)
     model.merge_adapter(adapter_names=["first"])
     torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-5)
-    model.merge_adapter(adapter_names=["second"])
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter(adapter_names=["second"])
     torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
     assert_same_weights(weights(model), before)
@@ -114,6 +115,7 @@ def test_training_goes_on_beside_a_merged_adapter():
     assert all(v.grad is None for v in tiny_models.gains(model, "first").values())
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_safe_merge_that_fails_changes_nothing(earlier):
     base = tiny_models.llama()

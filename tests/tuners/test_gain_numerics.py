@@ -134,6 +134,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant, dtype):
         assert torch.equal(expected, got)
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_same():
     model = tiny_models.randomise(get_peft_model(tiny_models.llama().bfloat16(), GainConfig(ffn=True)))
     ids = tiny_models.tokens()

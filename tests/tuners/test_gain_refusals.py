@@ -54,6 +54,7 @@ def test_a_mixture_of_experts_has_no_default(build, ffn):
     refuse(build(), GainConfig(ffn=ffn), r"mixture of experts.*target_modules=\['o_proj'\]")
 
 
+@pytest.mark.filterwarnings("ignore:target_modules names down_proj, which no module")
 @pytest.mark.parametrize("build", [mixtral, qwen2_moe])
 def test_fused_experts_are_refused_rather_than_left_out(build):
     # qwen2_moe's shared expert is a linear layer called down_proj, too: half of what was asked for
@@ -107,7 +108,8 @@ def test_modules_that_are_not_linear_are_refused(module, kind):
 
 
 def test_no_module_matched():
-    refuse(tiny_models.llama(), GainConfig(target_modules=["absent"]), "absent", error=ValueError)
+    with pytest.warns(UserWarning, match="absent, which no module"):
+        refuse(tiny_models.llama(), GainConfig(target_modules=["absent"]), "absent", error=ValueError)
 
 
 def test_an_excluded_default_group_is_refused():
@@ -136,12 +138,14 @@ def test_a_module_inside_another_target_is_refused():
     refuse(model, GainConfig(target_modules=["outer", "inner"]), "outer.inner lies inside outer")
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")
 def test_a_layer_of_another_method_is_refused():
     base = tiny_models.llama()
     get_peft_model(base, LoraConfig(target_modules=["o_proj"]))
     refuse(base, GainConfig(), r"already carries an adapter of another method \(peft\.tuners\.lora")
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_wrapping_twice_does_not_overwrite_the_first_adapter():
     base = tiny_models.llama()
     model = tiny_models.randomise(get_peft_model(base, GainConfig()))

@@ -73,6 +73,7 @@ def test_auto_class(saved):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters on one model are the point
 def test_transformers_integration(saved, tmp_path):
     base, adapter, expected = saved
     model = AutoModelForCausalLM.from_pretrained(base)
