@@ -7,6 +7,9 @@ import yaml
 import tiny_base
 import tiny_sweep
 from gaintune.storage import read_json
+from gaintune.storage.files import read_json
+from gaintune.storage.ownership import SWEEP
+from gaintune.storage.run import take_folder
 from test_cli import gaintune, refused
 
 
@@ -58,8 +61,8 @@ def test_help_names_engines_and_files():
 
 def test_a_comparison_of_an_earlier_call_is_not_left_beside_another_table(grid, tmp_path):
     run = tmp_path / "sweep"
-    run.mkdir()
-    (run / "comparison.md").write_text("of another grid")
+    with take_folder(run, SWEEP):
+        (run / "comparison.md").write_text("of another grid")
     values = yaml.safe_load(grid.read_text()) | {"methods": ["gain"], "rates": [0.01]}
     values["plan"]["data"]["domains"] = values["plan"]["data"]["domains"][:1]  # so there is no earlier domain
     grid.write_text(yaml.safe_dump(values))

@@ -1,10 +1,16 @@
 """Plans: what a person writes, what is refused, and that nothing gets lost on the way to disk and back."""
 
+import gaintune.evaluate.benchmark_config
+import gaintune.grid
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from gaintune.cli.options import Given, parse_method
 from gaintune.config import apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
+import gaintune.recipes.schema  # noqa: F401  # so that every section is known
+from gaintune.cli.options import Options, assemble, parse_method
+from gaintune.config.plan import Section, apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
 from gaintune.errors import ConfigError
 
 
@@ -16,6 +22,13 @@ from gaintune.errors import ConfigError
         ({"methods": [{"name": "lora", "rnk": 2}]}, "unknown key 'methods.0.rnk'; did you mean 'rank'?"),
         ({"data": {"domains": [{"name": "a", "source": "b", "txt": 1}]}}, "unknown key 'data.domains.0.txt'"),
         ({"train": {"lr": -1}}, "train.lr: Input should be greater than 0 (got -1)"),
+        ({"train": {"lr": float("inf")}}, "train.lr: Input should be a finite number (got inf)"),
+        ({"train": {"betas": [0.9, float("nan")]}}, "train.betas.1: Input should be a finite number (got nan)"),
+        ({"methods": ["gain", {"name": "lora", "lr": float("inf")}]}, "methods.1.lr: Input should be a finite number"),
+        (
+            {"methods": [{"name": "gain", "penalty": "l2", "penalty_strength": float("inf")}]},
+            "methods.0.penalty_strength: Input should be a finite number (got inf)",
+        ),
         ({"data": {"train_tokens": 10}}, "less than one block (256 tokens)"),
         ({"data": {"domains": ["law", "law"]}}, "every name must be different"),
         ({"data": {"domains": ["../up=x.txt"]}}, "not a usable name"),
@@ -37,6 +50,22 @@ def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     assert str(caught.value).startswith("plan.yaml: ")
     assert str(caught.value).count("\n") == 0
     assert "{'" not in str(caught.value), "no dump of a section"
+
+
+def test_no_number_of_any_section_may_be_infinite_or_nan():
+    """Every key that takes a float, of plans, grids, recipes and benchmarks: it would end up in files of JSON."""
+    sections = [Section]
+    for section in sections:
+        sections += section.__subclasses__()
+    keys = [(each, key) for each in sections for key, info in each.model_fields.items() if "float" in str(info)]
+    assert {"MethodConfig", "Grid", "Expectation", "BenchmarkConfig"} <= {section.__name__ for section, _ in keys}
+    for section, key in keys:
+        for value in (float("inf"), float("-inf"), float("nan")):
+            for given in (value, [value, value], {"lora": [value]}):
+                with pytest.raises(ValidationError) as caught:
+                    section.model_validate({key: given})
+                wrong = [each for each in caught.value.errors() if each["loc"][:1] == (key,)]
+                assert wrong, (section, key, given)
 
 
 def test_every_mistake_is_told_at_once():

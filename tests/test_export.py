@@ -213,6 +213,7 @@ def test_wrong_settings_are_named(tiny, tmp_path):
     adapter = adapter_of(tiny, tmp_path / "adapter")
     for wrong, said in [
         ({"dtype": "int3"}, "int3"),
+        ({"tolerance": float("inf")}, "tolerance is inf %"),
         ({"tolerance": 0}, "above 0"),
         ({"blocks": None}, "judged on text"),
         ({"blocks": None, "texts": [""]}, "empty"),

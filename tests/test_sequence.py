@@ -19,6 +19,13 @@ from gaintune.models import load_base
 from gaintune.storage import damage, read_json
 from gaintune.workflows import adapt, run_sequence
 from killing import StopAt, Stopped, killed
+from gaintune.evaluate.compare import compare_adapters
+from gaintune.evaluate.perplexity import measure
+from gaintune.models.base import load_base
+from gaintune.storage.files import damage, read_json
+from gaintune.workflows.adapt import adapt
+from gaintune.workflows.sequence import run_sequence
+from killing import Nothing, StopAt, Stopped, killed
 
 NOT_COMPARED = {"events.jsonl", ".lock"}  # times
 
@@ -187,6 +194,29 @@ def test_a_method_that_diverges_stops_neither_the_others_nor_the_numbers(model, 
         "gain-ffn": 2,
         "lora": 0,
     }
+
+
+@pytest.mark.parametrize("key", ["lr", "penalty_strength"])
+def test_an_infinite_number_of_one_method_is_refused_before_anything_is_made(model, tmp_path, key):
+    method = {"name": "lora", "label": "bad", "penalty": "l2", "penalty_strength": 1.0, key: float("inf")}
+    plan = tiny_domains.plan(model, tmp_path, methods=[method, "gain-ffn"])
+    with pytest.raises(ConfigError, match=rf"methods\.0\.{key}: Input should be a finite number \(got inf\)"):
+        run_sequence(plan, tmp_path / "run", progress=Nothing())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("lr", "why"), [(3e37, "the loss is not finite"), (1e300, "is too large for the weights")])
+def test_a_method_that_diverges_in_its_only_update_stops_no_other_the_second_time_either(model, tmp_path, lr, why):
+    plan = tiny_domains.plan(
+        model, tmp_path, methods=[{"name": "full", "lr": lr}, "gain-ffn"], data={"train_tokens": 128}
+    )
+    found = []
+    for _ in range(2):
+        with pytest.raises(DivergedError, match=why) as caught:
+            run_sequence(plan, tmp_path / "run")
+        assert (list(caught.value.methods), caught.value.finished) == (["full"], 1)
+        found.append((tmp_path / "run" / "matrix.json").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_a_base_whose_own_loss_is_not_finite_is_said_to_be_the_base(tmp_path):

@@ -16,6 +16,15 @@ from gaintune.models import load_base
 from gaintune.storage import read_json
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt, adapt_classifier, run_sequence
+from gaintune.adapters.disk import load_adapter, read_record
+from gaintune.config.plan import ModelConfig
+from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
+from gaintune.models.base import load_base
+from gaintune.storage.files import read_json
+from gaintune.training.snapshots import snapshots_of
+from gaintune.workflows.adapt import adapt
+from gaintune.workflows.classify import adapt_classifier
+from gaintune.workflows.sequence import run_sequence
 from killing import StopAt, Stopped
 
 
@@ -70,6 +79,14 @@ def test_another_adapters_copies_are_not_mixed_in(plan, tmp_path):
     (tmp_path / "out.snapshots").mkdir()
     with pytest.raises(ConfigError, match=r"out\.snapshots exists already"):
         adapt(plan, tmp_path / "out")
+    (tmp_path / "out.unfinished").mkdir()
+    for name, error in (("mine", "not a snapshot's name"), ("step-000003", "no manifest.json says")):
+        (tmp_path / "out.snapshots" / name).mkdir()
+        (tmp_path / "out.snapshots" / name / "notes.md").touch()
+        with pytest.raises((AdapterError, RunDirectoryError), match=error):
+            adapt(plan, tmp_path / "out")
+        (tmp_path / "out.snapshots" / name).rename(tmp_path / name)
+    shutil.rmtree(tmp_path / "out.unfinished")
     del plan["train"]["snapshot_steps"]
     adapt(plan, tmp_path / "none")
     assert not (tmp_path / "none.snapshots").exists()

@@ -115,6 +115,9 @@ def test_a_setting_changed_after_the_fact():
         ({"gate_rank": 0}, "gate_rank is 0"),
         ({"gate_rank": 2, "gate_kind": "relu"}, "Gated LoRA"),
         ({"gate_lr_ratio": 0.0}, "gate_lr_ratio is 0"),
+        ({"gate_lr_ratio": float("inf")}, "gate_lr_ratio is inf: give a finite number"),
+        ({"gate_bias_init": float("nan")}, "gate_bias_init is nan: give a finite number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf: give a finite number"),
     ],
 )
 def test_settings_that_mean_nothing(options, match):

@@ -48,9 +48,9 @@ class Flag:
 
 
 class Section(BaseModel):
-    """A frozen part of the plan; a key that is not a field is an error."""
+    """A frozen part of the plan; a key that is not a field is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):

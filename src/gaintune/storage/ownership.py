@@ -1,4 +1,4 @@
-"""What this program may delete or write over: folders it began, and in them the files that bear its own names.
+"""What this program may delete or write over: folders it began, and in them the files under its own names.
 
 A folder that is begun gets a marker, `run.json`, which says of which kind it is. A folder without one is taken only if
 it is empty, or if everything in it is what an earlier version wrote. Links are never followed and never ours.
@@ -155,11 +155,11 @@ def discard_whole(folder: Path, *, ours: bool = False) -> None:
 
 
 def discard(folder: Path, names: Iterable[str], *, last: str = "") -> None:
-    """Delete what bears one of the names in a folder, and folders in it that are empty then; all else stays.
+    """Delete what has one of the names in a folder, and folders in it that are empty then; all else stays.
 
     The file `last`, by which a folder is known for ours, goes after the others: a stop in between leaves it so.
     """
-    own = [Path(entry.path) for entry, _, bears in _entries(folder, names) if bears]
+    own = [Path(entry.path) for entry, _, matches in _entries(folder, names) if matches]
     own.reverse()  # those below before those above
     own.sort(key=lambda path: path == folder / last)
     for path in own:
@@ -170,14 +170,14 @@ def discard(folder: Path, names: Iterable[str], *, last: str = "") -> None:
 
 
 def strangers(folder: Path, names: Iterable[str]) -> Iterator[str]:
-    """Yield the paths in a folder that bear none of the names, the upper ones first."""
-    return (path for _, path, bears in _entries(folder, names) if not bears)
+    """Yield the paths in a folder that have none of the names, the upper ones first."""
+    return (path for _, path, matches in _entries(folder, names) if not matches)
 
 
 def _entries(folder: Path, names: Iterable[str]) -> Iterator[tuple[os.DirEntry[str], str, bool]]:
-    """Walk a folder level by level: each entry, its path in the folder, and whether it bears one of the names.
+    """Walk a folder level by level: each entry, its path in the folder, and whether it has one of the names.
 
-    Only folders that bear one are walked into.
+    Only folders that have one are walked into.
     """
     split = [name.split("/") for name in names]
     waiting: deque[tuple[str, tuple[str, ...]]] = deque([(str(folder), ())])
@@ -187,25 +187,23 @@ def _entries(folder: Path, names: Iterable[str]) -> Iterator[tuple[os.DirEntry[s
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
             parts = (*above, entry.name)
-            bears = any(_bears(entry, parts, name) for name in split)
-            if bears and entry.is_dir():
+            matches = any(_matches(entry, parts, name) for name in split)
+            if matches and entry.is_dir():
                 waiting.append((entry.path, parts))
-            yield entry, "/".join(parts), bears
+            yield entry, "/".join(parts), matches
 
 
-def _bears(entry: os.DirEntry[str], parts: tuple[str, ...], name: list[str]) -> bool:
-    """Whether an entry has a name, or is a folder on the way to it; never a link."""
+def _matches(entry: os.DirEntry[str], parts: tuple[str, ...], name: list[str]) -> bool:
+    """Whether an entry has this name, or is a folder on the way to it; a link never."""
     deep, whole = name[-1] == "**", len(parts) >= len(name)
     if len(parts) > len(name) and not deep:
         return False
     plain = (found[1] if (found := UNFINISHED.fullmatch(part)) else part for part in parts)
     if not all(map(fnmatchcase, plain, name)):
         return False
-    return (
-        entry.is_file(follow_symlinks=False)
-        if whole and not deep
-        else (entry.is_dir(follow_symlinks=False) or (whole and entry.is_file(follow_symlinks=False)))
-    )
+    if whole and entry.is_file(follow_symlinks=False):
+        return True
+    return (deep or not whole) and entry.is_dir(follow_symlinks=False)
 
 
 def _holds_more_than_a_lock(folder: Path) -> bool:

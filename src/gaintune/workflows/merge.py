@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -248,8 +249,8 @@ def merge_adapter(
         raise ConfigError(f"dtype {dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
     if not re.fullmatch(r"[1-9][0-9]*\s*[KMG]i?B", max_shard_size):
         raise ConfigError(f"max_shard_size {max_shard_size!r} is not a size: write 500MB or 5GB")
-    if not tolerance > 0:
-        raise ConfigError(f"tolerance is {tolerance} %, it must be above 0")
+    if not 0 < tolerance < math.inf:
+        raise ConfigError(f"tolerance is {tolerance} %, it must be a number above 0")
     record = read_record(adapter)
     if record is not None and record.labels:
         raise ConfigError(
@@ -291,7 +292,7 @@ def check_out(out: Path) -> None:
     """Refuse to write a model where something is; ConfigError."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(
-            f"{out} exists and is not an empty folder: name another folder, or delete it if it is no longer wanted"
+            f"{out} exists and is not empty, or is a link: name another folder, or delete it if it is no longer wanted"
         )
 
 

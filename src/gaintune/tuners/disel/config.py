@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -89,6 +90,9 @@ class DiselConfig(LoraConfig):
                 f"gate_rank is {self.gate_rank}: it is the rank of a sigmoid gate's matrix, 1 or more, and Gated LoRA "
                 "(gate_kind='relu') has none."
             )
+        for name in ("lora_alpha", "gate_bias_init", "gate_lr_ratio"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)}: give a finite number.")
         if not self.gate_lr_ratio > 0:
             raise ConfigError(f"gate_lr_ratio is {self.gate_lr_ratio}: a factor on the learning rate, more than 0.")
 
