@@ -6,10 +6,7 @@ import yaml
 
 import tiny_base
 import tiny_sweep
-from gaintune.storage import read_json
-from gaintune.storage.files import read_json
-from gaintune.storage.ownership import SWEEP
-from gaintune.storage.run import take_folder
+from gaintune.storage import SWEEP, read_json, take_folder
 from test_cli import gaintune, refused
 
 

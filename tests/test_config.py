@@ -6,11 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gaintune.cli.options import Given, parse_method
-from gaintune.config import apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
 import gaintune.recipes.schema  # noqa: F401  # so that every section is known
-from gaintune.cli.options import Options, assemble, parse_method
-from gaintune.config.plan import Section, apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
+from gaintune.cli.options import Given, parse_method
+from gaintune.config import Section, apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
 from gaintune.errors import ConfigError
 
 

@@ -18,13 +18,6 @@ from gaintune.evaluate import compare_adapters, measure
 from gaintune.models import load_base
 from gaintune.storage import damage, read_json
 from gaintune.workflows import adapt, run_sequence
-from killing import StopAt, Stopped, killed
-from gaintune.evaluate.compare import compare_adapters
-from gaintune.evaluate.perplexity import measure
-from gaintune.models.base import load_base
-from gaintune.storage.files import damage, read_json
-from gaintune.workflows.adapt import adapt
-from gaintune.workflows.sequence import run_sequence
 from killing import Nothing, StopAt, Stopped, killed
 
 NOT_COMPARED = {"events.jsonl", ".lock"}  # times

@@ -11,20 +11,11 @@ import tiny_domains
 import tiny_encoders
 from gaintune.adapters import load_adapter, read_record
 from gaintune.config import ModelConfig
-from gaintune.errors import AdapterError, ConfigError
+from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 from gaintune.models import load_base
 from gaintune.storage import read_json
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt, adapt_classifier, run_sequence
-from gaintune.adapters.disk import load_adapter, read_record
-from gaintune.config.plan import ModelConfig
-from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
-from gaintune.models.base import load_base
-from gaintune.storage.files import read_json
-from gaintune.training.snapshots import snapshots_of
-from gaintune.workflows.adapt import adapt
-from gaintune.workflows.classify import adapt_classifier
-from gaintune.workflows.sequence import run_sequence
 from killing import StopAt, Stopped
 
 
