@@ -113,7 +113,7 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, says):
     good = {"prompt": "a", "completion": "b"}
     file = write(tmp_path / "a.jsonl", good, good, row)
     with pytest.raises(DataError, match=says) as caught:
-        read_exchanges(file)
+        list(read_exchanges(file).train)
     message = str(caught.value)
     assert message.startswith(f"{file}:3: ")
     assert "\n" not in message

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
+from gaintune.data import neighbours
 from gaintune.data.neighbours import CONTAINMENT, SHINGLE_WORDS, NeighbourIndex, normalise
 
+WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 SENTENCE = "Operating profit of the company rose clearly in the third quarter compared with the year before"
 
 
@@ -31,6 +34,22 @@ def test_what_is_a_near_duplicate(text, expected):
     trained_on = [SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]
     index = NeighbourIndex(enumerate(trained_on))
     assert (text in index) is expected
+
+
+def test_words_are_the_runs_of_letters_and_digits_and_every_character_of_chinese_and_japanese(monkeypatch):
+    def plain(text):
+        spaced = "".join(f" {c} " if WIDE.fullmatch(c) else c if c.isalnum() or c == "_" else " " for c in text)
+        return " ".join(spaced.split())
+
+    characters = [chr(code) for code in (*range(0x3200), *range(0x3400, 0xD800, 97), *range(0xF8F0, 0x11000, 7))]
+    for character in characters:
+        text = f"Some {character}Words{character}{character} of_1 Sentence " + "and its End " * 10
+        assert normalise(text) == plain(text.casefold()), ascii(character)
+    long = "".join(characters)
+    assert normalise(long) == plain(long.casefold())
+    monkeypatch.setattr(neighbours, "NORMALISED_AT_ONCE", 50)
+    assert normalise(long) == plain(long.casefold())
+    assert normalise(" ?! \n") == "?!"
 
 
 def test_two_documents_that_hold_half_each_do_not_add_up():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tracemalloc
 
 import pytest
 
 from gaintune.config import DomainConfig
+from gaintune.config.plan import DomainConfig
+from gaintune.data import readers
+from gaintune.data.documents import cut_passages
 from gaintune.data.domains import load_documents
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
+from gaintune.data.split import in_drawn_order, split_documents
 from gaintune.errors import DataError
 
 
@@ -74,11 +80,66 @@ def test_a_lone_text_file_is_cut_into_sections_that_keep_every_word(tmp_path, se
             assert lines[line - 1] == document.text.splitlines()[0]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_sections_are_those_of_the_whole_text_wherever_it_is_read_in_chunks(tmp_path, monkeypatch, mark):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 701)
+    text = "\n\n".join(f"Абзац {number} 漢字 😀\r\n" + "word\u3000 " * (number % 90) for number in range(300))
+    file = tmp_path / "a.txt"
+    file.write_bytes((mark + text + "\n\n \n").encode())
+    pieces = list(cut_passages(text + "\n\n \n", SECTION_CHARACTERS))
+    expected = [(piece, f"{file}:{text[:start].count(chr(10)) + 1}") for start, piece in pieces]
+    documents = read_documents(file).train
+    assert [(each.text, each.origin) for each in documents] == expected
+    assert [(each.text, each.origin) for each in map(documents.__getitem__, (7, 3, -1))] == [
+        expected[number] for number in (7, 3, -1)
+    ]
+
+
+def test_a_byte_that_is_no_text_is_named_by_its_line_in_any_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 5)
+    for name in ("alone/a.txt", "beside/a.txt", "beside/b.txt"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes("äöü\n\näöü\n".encode() + b"\n ok \xe9\n\n")
+        with pytest.raises(DataError, match=r"\.txt:5: byte 0xe9 is not UTF-8"):
+            read_documents(file.parent)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_file_is_not_held_in_memory(tmp_path, suffix):
+    paragraphs = [f"paragraph {number} " + "of some words " * 60 for number in range(15_000)]
+    file = tmp_path / f"a{suffix}"
+    file.write_text(
+        "\n\n".join(paragraphs)
+        if suffix == ".txt"
+        else "".join(json.dumps({"text": each}) + "\n" for each in paragraphs)
+    )
+    tracemalloc.start()
+    try:
+        documents = split_documents(read_documents(file), 0)
+        drawn = in_drawn_order(documents.train, 0, "train", block_size=256)
+        assert next(drawn).text.startswith("paragraph")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < file.stat().st_size / 2, "the chunk that is read, and a few numbers for each document"
+
+
+def test_a_broken_row_is_named_though_it_would_not_be_drawn(tmp_path, write_rows):
+    for broken in ("train", "validation"):
+        files = {side: write_rows(f"{broken}/{side}.jsonl", ["one", "two"]) for side in ("train", "validation")}
+        with files[broken].open("a") as file:
+            file.write('{"text": 5}\n')
+        with pytest.raises(DataError, match=rf"{broken}\.jsonl:3: column 'text' is of type int"):
+            split_documents(read_documents(tmp_path / broken), 0)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("a.txt", b" \n", r"a\.txt: the file is empty"),
         ("a.txt", b"ok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
+        ("a.txt", b"\xef\xbb\xbfok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
         ("a.docx", b"x", r"a\.docx: a domain file ends in one of \.jsonl"),
         ("folder/a.docx", b"x", "folder: holds no file that ends in"),
     ],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from gaintune.data.documents import Document, Documents
-from gaintune.data.split import in_drawn_order, split_documents
+from gaintune.data.split import drawn_order, in_drawn_order, split_documents
 from gaintune.errors import DataError
 
 
@@ -58,6 +60,18 @@ def test_one_text_cannot_be_split():
 def test_a_split_that_the_source_brings_is_kept():
     own = Documents((Document("a", "x"),), (Document("a", "y"),), "f")
     assert split_documents(own, 0) == own
+
+
+def test_the_order_is_that_of_the_hashes_of_the_numbers():
+    """The order of earlier versions: sorted by SHA-256 of seed, side and number, joined by a unit separator."""
+
+    def place(number):
+        return hashlib.sha256(f"3\x1ftrain\x1f{number}".encode()).digest()[:8]
+
+    assert list(drawn_order(700, 3, "train")) == sorted(range(700), key=place)
+    source = [Document(f"text {number}", f"f:{number}") for number in range(700)]  # more than are read at once
+    drawn = in_drawn_order(source, 3, "train", block_size=64)
+    assert [passage.document for passage in drawn] == sorted(range(700), key=place)
 
 
 def test_long_documents_are_drawn_in_passages_that_keep_every_word():

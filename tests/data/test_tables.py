@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas
 import pytest
 
-from gaintune.data.tables import read_rows
+from gaintune.data.documents import Document, Stored
+from gaintune.data.tables import add_texts
 from gaintune.errors import DataError
 
 ROWS = [
@@ -22,6 +23,12 @@ ROWS = [
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def read_rows(file: Path, text_column: str | None = None) -> list[Document]:
+    documents = Stored[Document]()
+    add_texts(documents, file, text_column)
+    return list(documents)
 
 
 def jsonl(path: Path) -> Path:

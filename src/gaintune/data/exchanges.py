@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.data.documents import Documents
+from gaintune.data.documents import Documents, Stored
 from gaintune.data.readers import split_files
-from gaintune.data.tables import ROW_SUFFIXES, Row, checked_text, read_table
+from gaintune.data.tables import ROW_SUFFIXES, Row, add_rows, checked_text
 from gaintune.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -63,16 +63,15 @@ def read_exchanges(path: Path, prompt: str | None = None, completion: str | None
     the assistant is scored; of `prompt` and `completion` those in the completion. Other columns are not looked at.
 
     Raises:
-        DataError: naming the file and line, and what is wrong with the row.
+        DataError: naming the file and line, and what is wrong with the row; for .jsonl where the row is read.
     """
     train, validation = split_files(path, ROW_SUFFIXES)
 
-    def read(files: Sequence[Path]) -> tuple[Exchange, ...]:
-        return tuple(
-            _exchange(row, number, prompt, completion)
-            for file in files
-            for number, row in enumerate(read_table(file), start=1)
-        )
+    def read(files: Sequence[Path]) -> Stored[Exchange]:
+        exchanges = Stored[Exchange]()
+        for file in files:
+            add_rows(exchanges, file, lambda row, number: _exchange(row, number, prompt, completion))
+        return exchanges
 
     return Documents(read(train), read(validation) if validation else None, str(path))
 

@@ -123,7 +123,7 @@ def wikitext_articles(rows: Iterable[Row]) -> Iterator[str]:
 def novels(rows: Iterable[Row]) -> Iterator[str]:
     """One passage from the middle of each book, so that a budget spreads over many books."""
     for row in rows:
-        passages = cut_passages(row["text"], NOVEL_CHARACTERS)
+        passages = list(cut_passages(row["text"], NOVEL_CHARACTERS))
         yield passages[len(passages) // 2][1]
 
 

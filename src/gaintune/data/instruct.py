@@ -15,6 +15,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import DataConfig, DomainConfig, Template
+from gaintune.config.plan import DataConfig, DomainConfig, Template
+from gaintune.data.documents import read_some
 from gaintune.data.domains import characters_needed, load_exchanges
 from gaintune.data.encode import beginning_of_text, encode_parts, end_of_text, special_tokens
 from gaintune.data.examples import DomainBlocks, Packed, TokenRow, pack
@@ -183,7 +185,8 @@ def load_instruct(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedT
 
     train = packed(rows.train, drawn_order(len(rows.train), data.seed, "train"), data.train_tokens)
     _check(train, "training", rows.train, domain, rows.source, data, data.train_tokens)
-    trained_on = NeighbourIndex(((number, rows.train[number].question) for number in train.rows), common=COMMON_SHARE)
+    asked = (row.question for row in read_some(rows.train, train.rows))
+    trained_on = NeighbourIndex(zip(train.rows, asked, strict=True), common=COMMON_SHARE)
     removed: set[int] = set()
 
     def is_new(number: int) -> bool:
@@ -230,7 +233,7 @@ def _token_rows(
     end = [end_of_text(tokenizer)] if ends else []
     special = np.array(sorted(special_tokens(tokenizer)))
     while numbers := list(islice(order, ENCODED_AT_ONCE)):
-        rendered = [render(rows[number], template, tokenizer) for number in numbers]
+        rendered = [render(row, template, tokenizer) for row in read_some(rows, numbers)]
         encoded = encode_parts([[part.text for part in each.parts] for each in rendered], tokenizer)
         for number, text, pieces in zip(numbers, rendered, encoded, strict=True):
             written = np.concatenate([piece.ids for piece in pieces])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 
 import numpy as np
 
@@ -13,11 +14,44 @@ COMMON_DOCUMENTS = 3
 
 # Chinese and Japanese do not put spaces between words: there a character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
+_SPACED = bytes(code if code > 0x7F or _WORD.match(chr(code)) else ord(" ") for code in range(256))
+"""What each byte of UTF-8 becomes where words alone are kept: of ASCII, all that is in no word is a space."""
+_BLANK = re.compile(r"\s")
+NORMALISED_AT_ONCE = 2**20  # characters
+SPARSE = 16  # with one more byte in so many characters, words are found faster one by one
 
 
 def normalise(text: str) -> str:
     """Text as its words alone, in lower case: what differs by case, spacing or punctuation is the same text."""
-    return " ".join(_WORD.findall(text.casefold())) or text.strip()
+    if len(text) <= NORMALISED_AT_ONCE:
+        return _words(text) or text.strip()
+    return " ".join(filter(None, map(_words, _between_words(text)))) or text.strip()
+
+
+def _between_words(text: str) -> Iterator[str]:
+    """Cut a long text at blank space: its words as separate strings take ten times its memory."""
+    start = 0
+    while blank := _BLANK.search(text, start + NORMALISED_AT_ONCE):
+        yield text[start : blank.start()]
+        start = blank.end()
+    yield text[start:]
+
+
+def _words(text: str) -> str:
+    folded = text.casefold()
+    data = folded.encode()
+    if len(data) - len(folded) > len(folded) // SPARSE:
+        return " ".join(_WORD.findall(folded))
+    if len(data) > len(folded):
+        data = _BEYOND_ASCII.sub(lambda found: _spaced(found[0]), folded).encode()
+    return b" ".join(data.translate(_SPACED).split()).decode()
+
+
+@cache
+def _spaced(character: str) -> str:
+    """Spell one character as it stands between letters: as part of a word, as a word by itself, or as a space."""
+    return " ".join(_WORD.findall(f"a{character}a"))[1:-1]
 
 
 class NeighbourIndex:

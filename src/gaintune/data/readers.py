@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from gaintune.data.documents import Document, Documents, cut_passages
-from gaintune.data.tables import ROW_SUFFIXES, decode, read_rows
+from gaintune.data.documents import Document, Documents, Stored, cut_chunks
+from gaintune.data.tables import ROW_SUFFIXES, add_texts, decode, not_utf8
 from gaintune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -15,6 +18,7 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
 SECTION_CHARACTERS = 2048
+CHUNK_BYTES = 2**20
 _TRAIN = re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE)
 _VALIDATION = re.compile(r"(validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
 _TEST = re.compile(r"test(?![a-z])", re.IGNORECASE)
@@ -25,12 +29,13 @@ def read_documents(path: Path, text_column: str | None = None) -> Documents[Docu
 
     A row of a .jsonl, .json, .csv or .parquet file is one document. A .txt or .md file is one document, except where a
     split consists of that single file: it is then cut into sections of at most `SECTION_CHARACTERS` at blank lines, so
-    that there is something to split. A folder that holds both `train*` and `validation*` (or `valid*`, `val*`, `dev*`,
-    else `test*`) files uses that split; otherwise its files are taken together. Beside others, files called
-    `*mismatched*` are left out of validation (MNLI).
+    that there is something to split. Text and the rows of .jsonl stay in their files until they are read. A folder
+    that holds both `train*` and `validation*` (or `valid*`, `val*`, `dev*`, else `test*`) files uses that split;
+    otherwise its files are taken together. Beside others, files called `*mismatched*` are left out of validation
+    (MNLI).
 
     Raises:
-        DataError: naming the file, and the line where there is one.
+        DataError: naming the file, and the line where there is one; for a row of .jsonl where it is read.
     """
     train, validation = split_files(path)
     return Documents(
@@ -105,23 +110,64 @@ def _named(pattern: re.Pattern[str], file: Path, folder: Path) -> bool:
     return any(pattern.match(part) for part in file.relative_to(folder).parts)
 
 
-def _read_files(files: list[Path], text_column: str | None) -> tuple[Document, ...]:
-    documents: list[Document] = []
+def _read_files(files: list[Path], text_column: str | None) -> Stored[Document]:
+    documents = Stored[Document]()
     for file in files:
         if file.suffix.lower() in ROW_SUFFIXES:
-            documents += read_rows(file, text_column)
+            add_texts(documents, file, text_column)
+        elif len(files) == 1:
+            documents.add(file, partial(_section, file), _sections(file))
         else:
-            documents += _read_text(file, in_sections=len(files) == 1)
-    return tuple(documents)
+            documents.add(file, partial(_whole, file), _extent(file))
+    return documents
 
 
-def _read_text(file: Path, *, in_sections: bool) -> list[Document]:
-    text = decode(file, file.read_bytes())
-    if not text.strip():
+def _section(file: Path, data: bytes, line: int) -> Document:
+    return Document(data.decode(), f"{file}:{line}")
+
+
+def _whole(file: Path, data: bytes, _: int) -> Document:
+    return Document(decode(file, data), str(file))
+
+
+def _sections(file: Path) -> Iterator[tuple[int, int, int]]:
+    """First byte, byte after the last and line of every section of a text."""
+    start, line, empty = _first_byte(file), 1, True
+    for whole, lead, section in cut_chunks(_chunks(file), SECTION_CHARACTERS):
+        if section.strip():
+            first = start + lead  # a line end is one byte
+            yield first, first + len(section.encode()), line + lead
+            empty = False
+        start += len(whole.encode())
+        line += whole.count("\n")
+    if empty:
         raise DataError(f"{file}: the file is empty; delete it or fill it in")
-    if not in_sections:
-        return [Document(text, str(file))]
-    return [
-        Document(section, f"{file}:{text.count(chr(10), 0, start) + 1}")
-        for start, section in cut_passages(text, SECTION_CHARACTERS)
-    ]
+
+
+def _extent(file: Path) -> Iterator[tuple[int, int, int]]:
+    """First byte and byte after the last of a whole text, which is read once to see that it can be."""
+    if not sum(bool(chunk.strip()) for chunk in _chunks(file)):  # a sum, so that all of them are decoded
+        raise DataError(f"{file}: the file is empty; delete it or fill it in")
+    yield 0, file.stat().st_size, 1
+
+
+def _first_byte(file: Path) -> int:
+    """Where the text begins: after a byte order mark, if there is one."""
+    with file.open("rb") as handle:
+        return len(codecs.BOM_UTF8) if handle.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def _chunks(file: Path) -> Iterator[str]:
+    """Decode a text piece by piece; DataError names the line of a byte that is no UTF-8."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with file.open("rb") as handle:
+        handle.seek(_first_byte(file))
+        data = b"begin"
+        while data:
+            data = handle.read(CHUNK_BYTES)
+            try:
+                chunk = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise not_utf8(file, error, line) from None
+            line += chunk.count("\n")
+            yield chunk

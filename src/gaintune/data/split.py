@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from gaintune.data.documents import Document, Documents, T, cut_passages
+import numpy as np
+
+from gaintune.data.documents import Document, Documents, Stored, T, cut_passages, read_some
 from gaintune.data.neighbours import normalise
 from gaintune.errors import DataError
 from gaintune.progress import plural
@@ -15,6 +18,7 @@ from gaintune.progress import plural
 VALIDATION_SHARE = 0.1
 # A passage fills about two blocks: prose and code take four characters a token.
 PASSAGE_CHARACTERS_PER_BLOCK_TOKEN = 8
+PASSAGES_AT_ONCE = 256  # read ahead of what is drawn: little beside the pass over all documents
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,16 @@ class Passage:
     document: int
 
 
-def _draw(*parts: object) -> int:
-    """A uniform number below 2**64 that depends on the parts alone: the same on every machine and version."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+def _draws(seed: int, purpose: str, keys: Iterable[object]) -> np.ndarray:
+    """Draw for every key a number below 2**64 that depends on it, the seed and the purpose alone, on every machine."""
+    begin = hashlib.sha256(f"{seed}\x1f{purpose}\x1f".encode())
+
+    def draw(key: object) -> int:
+        digest = begin.copy()
+        digest.update(str(key).encode())
+        return int.from_bytes(digest.digest()[:8], "big")
+
+    return np.fromiter(map(draw, keys), np.uint64)
 
 
 def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] = attrgetter("text")) -> Documents[T]:
@@ -36,29 +46,36 @@ def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] 
 
     `VALIDATION_SHARE` of the different texts go to validation, at least one. Texts that differ by case, spacing or
     punctuation alone are on the same side. A document keeps its side when others are added. `key` is the text of a
-    document, or of a row the part that must not be on both sides.
+    document, or of a row the part that must not be on both sides. Every document is read once, whichever will be drawn.
 
     Raises:
-        DataError: there is only one text, so that one side would be empty.
+        DataError: there is only one text, so that one side would be empty; or a document in a file is broken.
     """
     if documents.validation is not None:
+        for side in (documents.train, documents.validation):
+            deque(side, maxlen=0)
         return documents
-    draws = [_draw(seed, "split", normalise(key(document))) for document in documents.train]
-    if len(set(draws)) < 2:
+    texts = map(key, documents.train)  # maps let a long text go before the next one is read
+    draws = _draws(seed, "split", map(normalise, texts))
+    if len(draws) < 2 or draws.min() == draws.max():
         same = ", all with the same text" if len(draws) > 1 else ""
         raise DataError(
             f"{documents.source}: {plural(len(draws), 'document')}{same}, and at least 2 different ones are needed, "
             f"to train on and to validate with; give more, or a folder with train and validation files"
         )
-    threshold = max(int(VALIDATION_SHARE * 2**64), min(draws) + 1)
-    if max(draws) < threshold:  # all of them fell below: leave something to train on
-        threshold = max(draws)
-    pairs = list(zip(draws, documents.train, strict=True))
+    threshold = max(int(VALIDATION_SHARE * 2**64), int(draws.min()) + 1)
+    threshold = min(threshold, int(draws.max()))  # where all of them fall below: leave something to train on
+    held_out = draws < np.uint64(threshold)
     return Documents(
-        train=tuple(document for draw, document in pairs if draw >= threshold),
-        validation=tuple(document for draw, document in pairs if draw < threshold),
+        train=_chosen(documents.train, ~held_out),
+        validation=_chosen(documents.train, held_out),
         source=documents.source,
     )
+
+
+def _chosen(documents: Sequence[T], mask: np.ndarray) -> Sequence[T]:
+    numbers = np.flatnonzero(mask)
+    return documents.chosen(numbers) if isinstance(documents, Stored) else tuple(read_some(documents, numbers))
 
 
 def in_drawn_order(documents: Sequence[Document], seed: int, side: str, block_size: int) -> Iterator[Passage]:
@@ -68,14 +85,24 @@ def in_drawn_order(documents: Sequence[Document], seed: int, side: str, block_si
     samples many documents rather than the beginning of one.
     """
     size = PASSAGE_CHARACTERS_PER_BLOCK_TOKEN * block_size
-    passages = [
-        Passage(text, number)
-        for number, document in enumerate(documents)
-        for _, text in cut_passages(document.text, size)
-    ]
-    return (passages[index] for index in drawn_order(len(passages), seed, side))
+    counts = np.ones(len(documents), np.int64)
+    long = documents.beyond(size) if isinstance(documents, Stored) else np.arange(len(documents))
+    for number, document in zip(long, read_some(documents, long), strict=True):
+        counts[number] = sum(1 for _ in cut_passages(document.text, size))
+    firsts = np.cumsum(counts) - counts  # number of each document's first passage
+    order = drawn_order(int(counts.sum()), seed, side)
+    for start in range(0, len(order), PASSAGES_AT_ONCE):
+        batch = order[start : start + PASSAGES_AT_ONCE]
+        owners = np.searchsorted(firsts, batch, side="right") - 1
+        read = np.unique(owners)  # a long document is read and cut once for all of its passages in the batch
+        wanted = set(batch.tolist())
+        texts: dict[int, str] = {}
+        for number, document in zip(read, read_some(documents, read), strict=True):
+            passages = enumerate(cut_passages(document.text, size), int(firsts[number]))
+            texts |= {index: text for index, (_, text) in passages if index in wanted}
+        yield from (Passage(texts[index], int(owner)) for index, owner in zip(batch.tolist(), owners, strict=True))
 
 
-def drawn_order(count: int, seed: int, side: str) -> list[int]:
+def drawn_order(count: int, seed: int, side: str) -> np.ndarray:
     """The numbers below `count` in an order that the seed decides for each side (such as "train")."""
-    return sorted(range(count), key=lambda index: (_draw(seed, side, index), index))
+    return np.argsort(_draws(seed, side, range(count)), kind="stable")

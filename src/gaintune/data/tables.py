@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gaintune.data.documents import Document
+from gaintune.data.documents import Document, Stored, T
 from gaintune.errors import DataError
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 USUAL_COLUMNS = ("text", "content")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row and its place: "file:line", or "file: row n" where the format has no lines."""
 
     values: dict[str, Any]
     origin: str
 
 
-def read_rows(file: Path, text_column: str | None = None) -> list[Document]:
-    """Read the text column of every row.
+def add_texts(documents: Stored[Document], file: Path, text_column: str | None = None) -> None:
+    """Add the text column of every row.
 
     The column is `text_column`; or the one named `text` or `content`; or the only column of strings.
 
     Raises:
         DataError: a broken row, a missing, ambiguous or empty text, with the file and line.
     """
-    rows = read_table(file)
-    column = text_column or _find_column(file, rows)
-    return [Document(row_text(row, column), row.origin) for row in rows]
+    rows = None if file.suffix.lower() == ".jsonl" else read_table(file)
+    column = text_column or _find_column(file, rows or [first_row(file)])
+    add_rows(documents, file, lambda row, _: Document(row_text(row, column), row.origin), rows)
+
+
+def add_rows(items: Stored[T], file: Path, make: Callable[[Row, int], T], rows: Sequence[Row] | None = None) -> None:
+    """Add what `make` makes of every row and its number, from 1.
+
+    Rows of .jsonl stay in their file, and what is wrong with one is raised whenever it is read; those of other formats
+    are read and checked now, and stay in memory.
+
+    Args:
+        items: what they are added to.
+        file: a file of rows.
+        make: what is kept of a row.
+        rows: the rows of a file that is not .jsonl, where they have been read already.
+
+    Raises:
+        DataError: a broken row, or a file without any; and what `make` raises.
+    """
+    if file.suffix.lower() != ".jsonl":
+        items.hold([make(row, number) for number, row in enumerate(rows or read_table(file), start=1)])
+        return
+    before = len(items)
+    places = ((start, start + len(data), line) for start, data, line in _lines(file))
+    name = str(file)  # once, not for every row
+    items.add(file, lambda data, line: make(_json_row(name, data, line), line), places)
+    if len(items) == before:
+        raise DataError(f"{file}: holds no rows")
 
 
 def read_table(file: Path) -> list[Row]:
@@ -58,16 +83,21 @@ def _rows(file: Path) -> Iterator[Row]:
     return {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[file.suffix.lower()](file)
 
 
-def decode(file: Path, data: bytes, first_line: int = 1) -> str:
+def decode(file: Path | str, data: bytes, first_line: int = 1) -> str:
     """Bytes as UTF-8 text, a byte order mark removed; the line is named where that fails."""
     try:
-        return data.decode("utf-8-sig")
+        return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{file}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file, "
-            f"for instance with `iconv -f LATIN1 -t UTF-8`"
-        ) from None
+        raise not_utf8(file, error, first_line) from None
+
+
+def not_utf8(file: Path | str, error: UnicodeDecodeError, first_line: int) -> DataError:
+    """What a person reads of bytes that are no UTF-8; the first of those that were decoded stands on `first_line`."""
+    line = first_line + error.object.count(b"\n", 0, error.start)
+    return DataError(
+        f"{file}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file, "
+        f"for instance with `iconv -f LATIN1 -t UTF-8`"
+    )
 
 
 def _find_column(file: Path, rows: Sequence[Row]) -> str:
@@ -127,20 +157,34 @@ def _as_row(values: Any, origin: str) -> Row:
 
 
 def _jsonl(file: Path) -> Iterator[Row]:
-    lines = file.read_bytes().rstrip().split(b"\n")  # not splitlines(): JSON text may hold U+2028
-    for number, data in enumerate(lines, start=1):
-        line = decode(file, data, number)
-        if not line.strip():
-            if len(lines) == 1:
-                return
-            raise DataError(f"{file}:{number}: the line is empty; delete it")
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno}); correct or delete the line"
-            ) from None
-        yield _as_row(values, f"{file}:{number}")
+    for _, data, number in _lines(file):
+        yield _json_row(file, data, number)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
+    """First byte, bytes and number of each line, blank ones at the end left out; a blank one before is refused."""
+    start = blank = 0
+    with file.open("rb") as handle:  # its lines end with \n alone: JSON text may hold U+2028
+        for number, line in enumerate(handle, start=1):
+            data = line.rstrip()
+            if data and blank:
+                raise DataError(f"{file}:{blank}: the line is empty; delete it")
+            if data:
+                yield start, data, number
+            else:
+                blank = blank or number
+            start += len(line)
+
+
+def _json_row(file: Path | str, data: bytes, number: int) -> Row:
+    """The row of one line."""
+    try:
+        values = json.loads(decode(file, data, number))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno}); correct or delete the line"
+        ) from None
+    return _as_row(values, f"{file}:{number}")
 
 
 def _json(file: Path) -> Iterator[Row]:
