@@ -9,7 +9,6 @@ import tracemalloc
 import pytest
 
 from gaintune.config import DomainConfig
-from gaintune.config.plan import DomainConfig
 from gaintune.data import readers
 from gaintune.data.documents import cut_passages
 from gaintune.data.domains import load_documents

@@ -15,7 +15,6 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import DataConfig, DomainConfig, Template
-from gaintune.config.plan import DataConfig, DomainConfig, Template
 from gaintune.data.documents import read_some
 from gaintune.data.domains import characters_needed, load_exchanges
 from gaintune.data.encode import beginning_of_text, encode_parts, end_of_text, special_tokens

@@ -295,7 +295,9 @@ def train_stage(
         except RuntimeError as error:
             if "without overflow" not in str(error):  # torch's words where a step does not fit into the weights' dtype
                 raise
-            raise DivergedError(f"the learning rate, {lr:g}, is too large for the weights' numbers; lower it") from None
+            raise DivergedError(
+                f"the learning rate, {method.lr:g}, is too large for the weights' numbers; lower it"
+            ) from None
         seconds = time.perf_counter() - start
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward stays under autocast otherwise
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)

@@ -8,7 +8,6 @@ for which method: `gaintune.analysis.landscape.directions.WAYS`.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +73,6 @@ def survey_landscape(
     chosen = options or LandscapeOptions()
     if not adapters or (chosen.plane and len(adapters) != 2):
         raise ConfigError(f"a plane is spanned by two adapters, not by {len(adapters)}")
-    if not all(map(math.isfinite, [*line, *grid])):
-        raise ConfigError(f"places to measure at: {', '.join(map(str, [*line, *grid]))}; give finite numbers")
     origins = named_origins(adapters)
     labels = tuple(origins)
     wanted = [_Wanted((folder,), (one,), chosen.line) for folder, one in zip(adapters, labels, strict=True)]
