@@ -81,7 +81,7 @@ def load_questions(name: str, path: Path | None, *, learn: bool, seed: int) -> Q
     if not learn:
         return Questions((), rows, source)
     split = split_documents(Documents(rows, source=source), seed, lambda row: row.prompt)
-    return Questions(split.train, split.validation or (), source)
+    return Questions(tuple(split.train), tuple(split.validation or ()), source)
 
 
 def _without(rows: Sequence[ChoiceRow], asked: Sequence[ChoiceRow], source: str) -> tuple[ChoiceRow, ...]:
