@@ -15,7 +15,7 @@ from gaintune.workflows.sweep.engine import Pool
 TAKE = """
 import json, sys
 from pathlib import Path
-from gaintune.devices import VISIBLE, take_device
+from gaintune.models.devices import VISIBLE, take_device
 import os
 taken = take_device(json.loads(sys.argv[1]), Path(sys.argv[2]))
 print(json.dumps([taken, take_device(["other"], Path(sys.argv[2])), os.environ.get(VISIBLE), "torch" in sys.modules]))

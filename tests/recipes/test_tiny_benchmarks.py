@@ -32,7 +32,7 @@ def test_a_tiny_base_is_asked_every_benchmark(tmp_path):
     )
     scores = measure_benchmarks(base.model, base.tokenizer, config)
     names = [task.name for task in config.tasks]
-    assert {score.task for score in scores} == set(names) == set(tiny_benchmarks.rows())
+    assert {score.task for score in scores} == set(names) == set(tiny_benchmarks.benchmark_rows())
     counted = [counting_score(scores, name) for name in names]
     assert all(score.rows == tiny_benchmarks.ROWS and math.isfinite(score.value) for score in counted)
     assert len({score.value for score in counted}) > 2

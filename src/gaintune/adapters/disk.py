@@ -50,6 +50,7 @@ def check_adapters(
     Raises:
         AdapterError, BaseMismatchError: as `load_adapter` would.
     """
+    adapter_labels(folders)  # refuses an adapter that is named twice
     records = [read_record(folder) for folder in folders]  # a folder that is not there is said before a base is fetched
     fingerprint = base_fingerprint(model) if folders else ""
     for folder, record in zip(folders, records, strict=True):

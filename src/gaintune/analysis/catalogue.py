@@ -33,25 +33,25 @@ ANALYSES: dict[str, Analysis] = {
 }
 
 
-def check_output(folder: Path) -> Path:
-    """Return a folder for tables and figures: a new one, or one that holds what analyses wrote and nothing else.
+def check_output(folder: Path, analysis: str) -> Path:
+    """Return a folder for tables of an analysis: a new one, or one that holds what analyses wrote and nothing else.
 
     Raises:
         RunDirectoryError: it is a file, or holds what no analysis wrote.
     """
     if folder.exists() and not folder.is_dir():
         raise RunDirectoryError(f"{folder} is a file; name a folder for tables and figures")
-    if folder.exists() and (stranger := next(strangers(folder, _written(folder)), None)) is not None:
+    if folder.exists() and (stranger := next(strangers(folder, _written(folder, analysis)), None)) is not None:
         raise RunDirectoryError(
             f"{folder} is not empty, and no analysis wrote {stranger}; name another folder for tables and figures"
         )
     return folder
 
 
-def _written(folder: Path) -> Iterator[str]:
+def _written(folder: Path, analysis: str) -> Iterator[str]:
     """Yield the names that the analyses whose record lies in a folder give to what they write."""
     yield "measured/*.json"  # retention keeps losses there on its way
-    for name in ANALYSES:
+    for name in {**ANALYSES, analysis: None}:
         record = folder / f"{name}.json"
         try:
             text = record.read_text(encoding="utf-8")

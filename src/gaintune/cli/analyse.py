@@ -25,7 +25,10 @@ def _parameters(analysis: Analysis) -> list[Parameter]:
     """List what the command takes beside the options of the plan and of the analysis."""
     word = "the figure" if analysis.one_figure else "figures"
     folder = typer.Option(
-        "--out", callback=check_output, help=f"Folder for tables and {word}.", rich_help_panel="Output"
+        "--out",
+        callback=lambda place: check_output(place, analysis.name),
+        help=f"Folder for tables and {word}.",
+        rich_help_panel="Output",
     )
     other = "Take adapters that were trained on another base."
     several = {"runs": "RUN_OR_ADAPTER...", "adapter": "ADAPTER"}.get(analysis.takes, "ADAPTER...")
