@@ -17,6 +17,7 @@ from gaintune.adapters.record import (
     RECORD,
     WEIGHTS,
     AdapterRecord,
+    adapter_labels,
     check_adapter,
     read_config,
     read_record,
