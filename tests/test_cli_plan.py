@@ -56,6 +56,19 @@ def test_a_domain_of_the_catalogue_is_of_its_own_task_on_the_command_line():
     assert assemble(domain=["law", "gsm8k"]).data.domains[0].task is None
 
 
+def test_a_task_that_no_domain_of_the_catalogue_has_is_refused(caplog):
+    for task, domain, own in (("instruct", "law", "text"), ("text", "gsm8k", "instruct")):
+        with pytest.raises(ConfigError, match=rf"task {task} has no effect.* {domain} \({own}\)"):
+            assemble(domain=[domain], task=task)
+    with pytest.raises(ConfigError, match="task instruct has no effect"):
+        assemble(None, ["data.task=instruct"], domain=["law"], watch=["code"])
+    for given in ({"watch": ["gsm8k"]}, {"domain": ["mine.jsonl"], "watch": ["law"]}, {"domain": ["gsm8k"]}):
+        assemble(**given, task="text" if given.keys() == {"watch"} else "instruct")
+    assert not caplog.text
+    assemble(domain=["mine.jsonl", "law"], task="instruct")
+    assert "task instruct is not for every domain, these keep their own: law (text)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -63,6 +76,7 @@ def test_a_domain_of_the_catalogue_is_of_its_own_task_on_the_command_line():
         ("lora:penalti=l2", "did you mean 'penalty'"),
         ("lora:penalty_strength=2", "penalty_strength is given without a penalty"),
         ("lora:replay=-1", "methods.0.replay"),
+        ("lora:rank=2,rank=4", "rank is given twice"),
     ],
 )
 def test_mistakes_are_named(text, message):

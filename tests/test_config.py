@@ -1,14 +1,22 @@
 """Plans: what a person writes, what is refused, and that nothing gets lost on the way to disk and back."""
 
-import gaintune.evaluate.benchmark_config
-import gaintune.grid
 import pytest
 import yaml
 from pydantic import ValidationError
 
-import gaintune.recipes.schema  # noqa: F401  # so that every section is known
+import gaintune.evaluate.benchmarks.config
+import gaintune.recipes.schema
+import gaintune.workflows.sweep.grid  # noqa: F401  # so that every section is known
 from gaintune.cli.options import Given, parse_method
-from gaintune.config import Section, apply_overrides, build_plan, plan_yaml, plan_yaml_documented, read_values
+from gaintune.config import (
+    Section,
+    apply_overrides,
+    build_plan,
+    plan_yaml,
+    plan_yaml_documented,
+    read_plan,
+    read_values,
+)
 from gaintune.errors import ConfigError
 
 
@@ -85,6 +93,27 @@ def test_broken_yaml_names_file_and_line(tmp_path):
     file.write_text("train:\n  lr: 0.01\n bad indent\n")
     with pytest.raises(ConfigError, match=r"plan\.yaml:3: not valid YAML"):
         read_values(file)
+
+
+def test_a_repeated_key_is_named_by_file_and_line(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("train:\n  lr: 0.01\n  seed: 1\n  lr: 0.1\n")
+    with pytest.raises(ConfigError, match=r"plan\.yaml:4: .*key 'lr' stands there twice, first on line 2; keep one"):
+        read_values(file)
+    file.write_text("data: {task: text}\ntrain: {}\ndata: {seed: 1}\n")
+    with pytest.raises(ConfigError, match=r"plan\.yaml:3: .*'data' stands there twice, first on line 1"):
+        read_plan(file)
+    with pytest.raises(ConfigError, match=r"--set train=.*'lr' stands there twice"):
+        apply_overrides({}, ["train={lr: 0.1, lr: 0.2}"])
+
+
+def test_what_a_merge_brings_may_be_given_again(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "methods:\n- &deep {name: lora, rank: 2}\n- &deeper {<<: *deep, rank: 4, label: four}\n"
+        "- {<<: *deeper, label: other, replay: 1}\n"
+    )
+    assert [(each.label, each.rank) for each in read_plan(file).methods] == [("lora", 2), ("four", 4), ("other", 4)]
 
 
 def test_overrides_reach_nested_keys_and_leave_the_rest():

@@ -103,6 +103,13 @@ def test_random_orders_begin_with_the_plan_s_and_more_of_them_with_the_same():
     assert read_grid({"plan": DOMAINS, "orders": 4, "order_seed": 9}).every_order != orders[:4]
 
 
+def test_a_repeated_key_of_a_grid_is_named_by_file_and_line(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("seeds: [0, 1]\nmethods: [lora]\nseeds: [2]\n")
+    with pytest.raises(ConfigError, match=r"grid\.yaml:3: .*'seeds' stands there twice, first on line 1"):
+        read_grid(file)
+
+
 def test_a_grid_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: no such plan file"):
         read_grid(tmp_path / "none.yaml")

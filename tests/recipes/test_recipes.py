@@ -127,6 +127,7 @@ def test_a_claim_that_no_number_meets_is_refused():
     [
         ("id: G2\ntitel: x\n", "unknown key 'titel'; did you mean 'title'"),
         ("id: [\n", "recipe.yaml:2"),
+        ("id: G2\ntitle: a\nid: G3\n", "recipe.yaml:3: .*'id' stands there twice, first on line 1"),
     ],
 )
 def test_a_recipe_file_with_a_mistake_says_where(text, message, tmp_path):

@@ -2,6 +2,7 @@
 
 To add an option for a field of the plan: mark the field with `Flag` in `config/plan.py`. It appears in every command
 that takes the field's section, in the section's group, with the field's description and default.
+import logging
 
 To add a command: write a function and register it.
 
@@ -19,6 +20,7 @@ for commands that add to it first. A parameter that is a pydantic model makes an
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +32,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from gaintune.cli.help import HelpfulCommand
-from gaintune.config import Flag, Plan, apply_overrides, as_domain, as_list, build_plan, read_values, section_of
+from gaintune.config import (
+    DataConfig,
+    Flag,
+    Plan,
+    apply_overrides,
+    as_domain,
+    as_list,
+    build_plan,
+    read_values,
+    section_of,
+)
 from gaintune.errors import ConfigError
 
 GROUPS = {
@@ -44,6 +56,8 @@ GROUPS = {
 ORDER = ("Plan", *GROUPS.values())
 PLAN_HELP = "YAML plan; options are laid over it."
 SET_HELP = "Any other key of the plan, such as train.clip=0.5."
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class Given:
                 values = _laid_over_entries(values, key, value)
         values = apply_overrides(values, self.assignments)
         if {"data.domains", "data.watched"} & set(self.options):
-            values = {**values, "data": _with_own_tasks(values["data"])}
+            values = {**values, "data": _with_own_tasks(values["data"], chosen="data.task" in self.options)}
         return build_plan(values, origin=str(self.file) if self.file else "plan")
 
 
@@ -118,6 +132,8 @@ def parse_method(text: str) -> dict[str, Any]:
         key, separator, value = option.partition("=")
         if not separator:
             raise ConfigError(f"--method {text}: write name:key=value,key=value, such as lora:rank=16,lr=2e-4")
+        if key in fields:
+            raise ConfigError(f"--method {text}: {key} is given twice; keep one")
         fields[key] = value.split("+") if key == "targets" and "+" in value else value
     return {"name": name, **fields}
 
@@ -157,21 +173,44 @@ def _laid_over_entries(values: Mapping[str, Any], key: str, value: Any) -> dict[
     return _laid(values, place, entries)
 
 
-def _with_own_tasks(data: Any) -> Any:
-    """Give domains of the catalogue their own task, text or instruct, where the plan's is the other one."""
+def _with_own_tasks(data: Any, *, chosen: bool) -> Any:
+    """Give domains of the catalogue their own task, text or instruct, where the plan's is the other one.
+
+    Args:
+        data: the plan's data, not checked yet.
+        chosen: whether the task was given on the command line, so that it should not go unheeded.
+
+    Raises:
+        ConfigError: a task was chosen, and no domain has it.
+    """
     from gaintune.data import CATALOGUE
 
     task = data.get("task", "text") if isinstance(data, dict) else None
     if task not in ("text", "instruct"):  # a classifier's domains are not mixed, and the plan refuses what is wrong
         return data
 
-    def with_task(value: Any) -> Any:
+    def task_of(value: Any) -> str:
         domain = as_domain(value)
-        entry = CATALOGUE.get(str(domain.get("source"))) if isinstance(domain, dict) else None
-        return value if entry is None or entry.task in (task, domain.get("task")) else {"task": entry.task, **domain}
+        if not isinstance(domain, dict):  # the plan refuses it
+            return task
+        entry = CATALOGUE.get(str(domain.get("source")))
+        return domain.get("task") or (entry.task if entry else task)
 
     given = {key: as_list(data[key]) for key in ("domains", "watched") if data.get(key)}
-    return {**data, **{key: [with_task(each) for each in domains] for key, domains in given.items()}}
+    changed = {
+        key: [each if task_of(each) == task else {**as_domain(each), "task": task_of(each)} for each in domains]
+        for key, domains in given.items()
+    }
+    others = [f"{each.get('name')} ({each['task']})" for each in changed.get("domains", ()) if task_of(each) != task]
+    if others and (chosen or task != DataConfig.model_fields["task"].default):
+        own = ", ".join(others)
+        if task not in {task_of(each) for domains in changed.values() for each in domains}:
+            raise ConfigError(
+                f"task {task} has no effect, every domain has its own: {own}. Leave --task or data.task out, or give "
+                "files of your own (name=PATH)"
+            )
+        logger.warning("task %s is not for every domain, these keep their own: %s", task, own)
+    return {**data, **changed}
 
 
 @dataclass(frozen=True)

@@ -434,14 +434,32 @@ def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
         raise explain(error, origin, Plan) from None
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """Read a YAML plan as nested values, without checking its keys yet."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping, as YAML's own rules say: of two, PyYAML drops one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuse a repeated key before merges (`<<`) are resolved: what they bring may be given again."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if (key.tag, key.value) in lines:
+                first = lines[key.tag, key.value] + 1
+                problem = f"the key {key.value!r} stands there twice, first on line {first}; keep one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[key.tag, key.value] = key.start_mark.line
+        return node
+
+
+def read_values(path: Path, kind: str = "plan") -> dict[str, Any]:
+    """Read a YAML plan, or a file of another kind, as nested values, without checking its keys yet."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such plan file") from None
+        raise ConfigError(f"{path}: no such {kind} file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: this plan cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{path}: this {kind} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -449,7 +467,7 @@ def read_values(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a plan is a mapping of sections, such as 'train:' and 'data:'")
+        raise ConfigError(f"{path}: a {kind} is a mapping of keys to values")
     return values
 
 
@@ -470,9 +488,10 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
         if not separator or not key:
             raise ConfigError(f"--set {assignment}: write section.key=value, such as train.lr=0.005")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value") from None
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", error)
+            raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value ({problem})") from None
         if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a person means the number
             with contextlib.suppress(ValueError):
                 value = float(value)

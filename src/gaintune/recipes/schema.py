@@ -6,11 +6,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from gaintune.config import NAME, Section, as_list, explain
-from gaintune.errors import ConfigError
+from gaintune.config import NAME, Section, as_list, explain, read_values
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
@@ -114,13 +112,6 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: the file cannot be read, or a key or value is wrong.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: this recipe cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({error})") from None
-    try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(read_values(path, "recipe"))
     except ValidationError as error:
         raise explain(error, str(path), Recipe) from None
