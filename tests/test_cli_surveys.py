@@ -71,7 +71,7 @@ def test_what_cannot_be_done_is_one_line(trained, tmp_path):
     refusals = [
         (["landscape", trained / "prose", "--plane"], ConfigError, "spanned by two adapters"),
         (["landscape", trained / "prose", "--line", "a"], ConfigError, "write numbers with commas"),
-        (["landscape", trained / "prose", "--line", "0.5,inf"], ConfigError, "give finite numbers"),
+        (["landscape", trained / "prose", "--line", "0.5,inf"], ConfigError, "--line 0.5,inf: .*finite number"),
         (["transfer", trained / "prose"], ConfigError, "takes two or more"),
         (["retention", trained / "code"], AdapterError, "no snapshots of it were kept"),
     ]
