@@ -144,8 +144,6 @@ def undated(template: str, tokenizer: str) -> str:
     return f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro +%}}{template}"
 
 
-logger = logging.getLogger(__name__)
-
 ENCODED_AT_ONCE = 16
 NAMED_ROWS = 5
 # Instructions that many prompts share, word for word, make no near-duplicate of them.

@@ -4,7 +4,6 @@ from .averages import sum_interval as sum_interval
 from .bootstrap import BACKWARD_TRANSFER as BACKWARD_TRANSFER
 from .bootstrap import FIGURES as FIGURES
 from .bootstrap import IN_DOMAIN as IN_DOMAIN
-from .bootstrap import LARGEST_EXPONENT as LARGEST_EXPONENT
 from .bootstrap import FloatArray as FloatArray
 from .bootstrap import bounds as bounds
 from .bootstrap import percent as percent
