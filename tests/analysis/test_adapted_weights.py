@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import tiny_base
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.analysis import Subject, SubspaceOptions, survey_subspace, write_result
 from gaintune.analysis.subspace.report import markdown, remarks, result
@@ -18,6 +17,7 @@ from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.methods import attach
 from gaintune.models import load_base
+from support import tiny_base
 
 NARROW = {"head_dim": 4, "intermediate_size": 24}  # o_proj and down_proj reach 16 and 24 of 32 outputs: an outside
 O_PROJ = "model.layers.0.self_attn.o_proj"

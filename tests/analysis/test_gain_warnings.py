@@ -7,8 +7,6 @@ import torch
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 
-import tiny_base
-import tiny_domains
 from gaintune.analysis import survey_gains
 from gaintune.analysis.gains.factors import read_factors
 from gaintune.methods import StageData
@@ -18,6 +16,7 @@ from gaintune.training import loop as learning
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.layer import scale_features
 from gaintune.workflows import run_sequence
+from support import tiny_base, tiny_domains
 
 LOGGER = "gaintune.methods.rules"
 WEIGHTS = "adapter_model.safetensors"

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import saved_factors
 import torch
 
 from gaintune.analysis import survey_gains, write_result
@@ -13,6 +12,7 @@ from gaintune.analysis.gains.factors import read_factors
 from gaintune.analysis.gains.report import layer_table, markdown, result, stage_table, verdict
 from gaintune.analysis.gains.survey import describe, regime_of
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
+from support import saved_factors
 
 O_PROJ = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]
 DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny_gated
 import torch
 from scipy import stats
 from test_gates import whole_gates
@@ -12,6 +11,7 @@ from gaintune.analysis.gates.statistics import GateRecord, LayerGates, apart_tab
 from gaintune.analysis.positions import ModulePosition
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError
+from support import tiny_gated
 
 SETTINGS = EvaluateConfig(bootstrap_samples=4000, confidence=0.9, seed=1)
 LAW, CODE = tiny_gated.tokens(rows=6, seed=5), tiny_gated.tokens(rows=9, seed=6)

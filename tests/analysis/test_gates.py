@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny_gated
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -11,6 +10,7 @@ from gaintune.analysis.gates.survey import all_tokens
 from gaintune.analysis.positions import DEPTHS, positions_of
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.tuners.disel import disel_layers
+from support import tiny_gated
 
 IDS = tiny_gated.tokens()
 LABELS = torch.tensor(

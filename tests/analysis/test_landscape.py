@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import tiny_base
-import tiny_domains
 from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
 from gaintune.analysis import LandscapeOptions, Subject, directions, survey_landscape, write_result
 from gaintune.analysis.landscape.directions import way_of
@@ -26,6 +24,7 @@ from gaintune.models import load_base
 from gaintune.progress import Silent
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
+from support import tiny_base, tiny_domains
 
 CONFIGS = {
     "gain": lambda: GainConfig(),

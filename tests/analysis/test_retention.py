@@ -6,8 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import tiny_base
-import tiny_domains
 from gaintune.analysis import RetentionOptions, Subject, survey_retention, write_result
 from gaintune.analysis.retention.report import figure, markdown, result, sides, table
 from gaintune.analysis.retention.survey import counting_score, scores_of
@@ -19,7 +17,8 @@ from gaintune.evaluate.benchmarks.records import TaskFacts
 from gaintune.models import load_base
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt
-from killing import Nothing
+from support import tiny_base, tiny_domains
+from support.killing import Nothing
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import tiny_base
-import tiny_domains
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.analysis import Subject, TokensOptions, survey_tokens, write_result
 from gaintune.analysis.tokens.report import cells, markdown, result
@@ -20,6 +18,7 @@ from gaintune.errors import BaseMismatchError, ConfigError
 from gaintune.evaluate import compare_adapters, measure, measure_tokens
 from gaintune.methods import attach
 from gaintune.models import load_base
+from support import tiny_base, tiny_domains
 
 
 @pytest.fixture(scope="module")

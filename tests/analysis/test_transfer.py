@@ -5,8 +5,6 @@ import pytest
 import torch
 from peft import get_peft_model
 
-import tiny_base
-import tiny_domains
 from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
 from gaintune.analysis import TransferOptions, survey_transfer
 from gaintune.analysis.transfer.statistics import read_gain_vectors, sharing_of
@@ -18,6 +16,7 @@ from gaintune.models import load_base
 from gaintune.results import DomainLoss
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.layer import GainLayer
+from support import tiny_base, tiny_domains
 
 NAMES = ("prose", "code", "more")
 

@@ -11,15 +11,13 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import tiny_base
-import tiny_encoders
-import tiny_glue
 from gaintune.config import ClassifyConfig, DomainConfig, build_plan
 from gaintune.data import GLUE, Padding, load_classification
 from gaintune.data.labelled import load_labelled
 from gaintune.errors import AssetError, ConfigError, DataError
+from support import STUDY_DATA, tiny_base, tiny_encoders, tiny_glue
 
-GLUE_ROWS = Path(__file__).parents[3] / "shared" / "data" / "glue"
+GLUE_ROWS = STUDY_DATA / "glue"
 TOKENIZER = tiny_encoders.tokenizer()
 PAIR = {"text_a": "one", "text_b": "two", "label": "yes"}
 

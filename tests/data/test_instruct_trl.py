@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-import tiny_base
 from gaintune.data import beginning_of_text
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
 from gaintune.data.instruct import _token_rows
+from support import tiny_base
 
 PAIRS = [("Two and two?", " Four."), ("the cat sat\n", "on the mat, € 5"), ("Why {so}?\n\n", "No reason.")]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data import load_domain
 from gaintune.data.readers import read_documents
+from support import STUDY_DATA
 
-DOMAINS = Path(__file__).parents[3] / "shared" / "data" / "domains"
+DOMAINS = STUDY_DATA / "domains"
 NAMES = ("pubmedqa", "wikitext", "finphrase", "pg19", "medqa", "lambada", "sst2", "hellaswag")
 
 pytestmark = [

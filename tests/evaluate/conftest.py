@@ -5,13 +5,13 @@ import pytest
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    from benchmark_world import write_base
+    from support.benchmark_world import write_base
 
     return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    from benchmark_world import write_rows
+    from support.benchmark_world import write_rows
 
     return write_rows(tmp_path_factory.mktemp("data"))

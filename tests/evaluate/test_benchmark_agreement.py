@@ -1,21 +1,20 @@
 """Our scores are lm-eval's: `simple_evaluate` with its own task files on local copies of the rows says the same."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-import tiny_base
+from support import STUDY_DATA, tiny_base
 
 lm_eval = pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
-import tiny_benchmarks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from gaintune.evaluate.benchmarks import BenchmarkConfig  # noqa: E402
 from gaintune.evaluate.benchmarks.records import find_score  # noqa: E402
 from gaintune.evaluate.benchmarks.run import measure_benchmarks  # noqa: E402
+from support import tiny_benchmarks  # noqa: E402
 
 NAMES = (
     "arc_easy",
@@ -31,7 +30,7 @@ NAMES = (
     "lambada_openai",
 )
 ROWS = 24
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"
+SHARED = STUDY_DATA / "benchmarks"
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-import tiny_base
+from support import tiny_base
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
-from benchmark_world import NAMES, Watch, adapter, base_of, config_of, edit, logits
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gaintune.adapters import AdapterRecord, attached, load_adapter, save_adapter
@@ -18,6 +17,7 @@ from gaintune.evaluate.benchmarks.records import find_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.methods import attach
 from gaintune.models import load_base
+from support.benchmark_world import NAMES, Watch, adapter, base_of, config_of, edit, logits
 
 
 @pytest.mark.parametrize("method", ["gain-ffn", "lora", "disel", "ia3", "pissa", "full"])

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import tiny_base
+from support import tiny_base
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
-
-import tiny_benchmarks
-from benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit
 
 from gaintune.adapters import load_adapter
 from gaintune.config import ModelConfig
@@ -31,6 +28,8 @@ from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores, find
 from gaintune.evaluate.benchmarks.run import compare_benchmarks, measure_benchmarks
 from gaintune.models import load_base
 from gaintune.results import Interval
+from support import tiny_benchmarks
+from support.benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit
 
 
 def test_a_base_is_measured_once_for_all_its_adapters(tiny, data, tmp_path):

@@ -5,14 +5,12 @@ import shutil
 
 import pytest
 
-import tiny_base
-import tiny_domains
-import tiny_encoders
 from gaintune.config import build_plan
 from gaintune.errors import AdapterError, BaseMismatchError
 from gaintune.evaluate import compare_adapters, compare_choices, compare_classifiers, compare_masked
 from gaintune.workflows import adapt
-from killing import Nothing
+from support import tiny_base, tiny_domains, tiny_encoders
+from support.killing import Nothing
 
 
 @pytest.fixture(scope="module")

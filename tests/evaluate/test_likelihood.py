@@ -9,8 +9,6 @@ import torch
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-import tiny_base
-import tiny_encoders
 from gaintune.config import build_plan
 from gaintune.data import ChoiceRow, load_domain, read_choices, write_instruction_rows
 from gaintune.errors import DataError
@@ -18,8 +16,9 @@ from gaintune.evaluate import compare_choices
 from gaintune.evaluate.choices import choice_likelihoods
 from gaintune.models import load_base
 from gaintune.workflows import adapt
+from support import STUDY_DATA, tiny_base, tiny_encoders
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = STUDY_DATA
 EXAM = {"question": "Which?", "options": {"B": "that", "A": "this"}, "answer_idx": "B"}
 LABELLED = [
     {"text": "fine ", "label": "positive"},

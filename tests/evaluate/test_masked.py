@@ -7,9 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import tiny_base
-import tiny_domains
-import tiny_encoders
 from gaintune.adapters import AdapterRecord, save_adapter
 from gaintune.config import ModelConfig, build_plan
 from gaintune.data import load_domain, load_masked_blocks
@@ -21,6 +18,7 @@ from gaintune.methods import attach
 from gaintune.models import is_masked, load_base, load_classifier, load_masked
 from gaintune.results import DomainLoss, paired_change
 from gaintune.workflows import adapt
+from support import tiny_base, tiny_domains, tiny_encoders
 
 TOKENIZER = tiny_encoders.tokenizer()
 

@@ -4,16 +4,14 @@ import hashlib
 import json
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import tiny_base
+from support import STUDY_DATA, tiny_base
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
-import tiny_benchmarks
 from datasets import Dataset
 from lm_eval.api.metrics import pooled_sample_stderr
 
@@ -22,6 +20,7 @@ from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
 from gaintune.evaluate.benchmarks.records import find_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.storage import ASSETS
+from support import tiny_benchmarks
 
 SOCIAL = ("econometrics", "high_school_geography", "high_school_government_and_politics")
 SOCIAL += ("high_school_macroeconomics", "high_school_microeconomics", "high_school_psychology", "human_sexuality")
@@ -260,7 +259,7 @@ def test_generated_code_is_run_only_if_that_is_said(tmp_path, model):
     assert (score.task, score.metric, score.rows) == ("humaneval", "pass@1", 1)
 
 
-STUDY = Path(__file__).parents[3] / "shared" / "data" / "instruct" / "humaneval" / "test.jsonl"
+STUDY = STUDY_DATA / "instruct" / "humaneval" / "test.jsonl"
 
 
 @pytest.mark.study_data

@@ -9,13 +9,12 @@ import math
 
 import pytest
 
-import tiny_domains
-import tiny_gemma
 from gaintune.config import ModelConfig, build_plan
 from gaintune.data import load_domain
 from gaintune.errors import AssetError
 from gaintune.evaluate import measure
 from gaintune.models import load_base
+from support import tiny_domains, tiny_gemma
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 

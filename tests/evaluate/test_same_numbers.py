@@ -2,12 +2,10 @@
 
 import pytest
 
-import tiny_base
-import tiny_domains
-import tiny_encoders
 from gaintune.config import build_plan
 from gaintune.evaluate import compare_adapters, compare_classifiers
 from gaintune.workflows import adapt
+from support import tiny_base, tiny_domains, tiny_encoders
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Answers in a recipe: learnt rows apart from asked ones, and the numbers that `evaluate --choices` gives."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,9 @@ from gaintune.recipes import Recipe, run_recipe
 from gaintune.recipes.outcome import Context
 from gaintune.recipes.steps.answers import answers
 from gaintune.recipes.world import World, questions
+from support import STUDY_DATA
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = STUDY_DATA
 SETTINGS = {
     "learn": "finphrase",
     "ask": ["finphrase", "sst2"],

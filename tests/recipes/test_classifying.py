@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -16,8 +15,9 @@ from gaintune.recipes.outcome import Context
 from gaintune.recipes.steps import classify as report
 from gaintune.recipes.steps.classify import DECODER, Measured, Study
 from gaintune.recipes.world import World
+from support import STUDY_DATA
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = STUDY_DATA
 SETTINGS = {
     "tasks": ["sst2", {"name": "cola", "methods": {"disel": {"gate_bias": -1.0}}, "train": {"epochs": 2}}],
     "texts": ["wikitext"],

@@ -2,9 +2,9 @@
 
 import pytest
 
-import tiny_sweep
 from gaintune.recipes.steps.sweep import numbers_of
 from gaintune.workflows.sweep import compare_sweep
+from support import tiny_sweep
 
 
 def effect(in_domain, earlier):

@@ -1,7 +1,8 @@
 """What several tests of the report share."""
 
 import pytest
-from synthetic_run import forgets, keeps, make_matrix
+
+from support.synthetic_run import forgets, keeps, make_matrix
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 
 import matplotlib
 import pytest
-from synthetic_run import forgets, keeps, make_matrix, make_runs, write_run
 
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.report import write_report
 from gaintune.results import Matrix, build_matrix
 from gaintune.storage import Run, read_json, write_json, write_text
+from support.synthetic_run import forgets, keeps, make_matrix, make_runs, write_run
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FILES = {f"figures/{name}.{kind}" for name in ("matrix", "curves", "summary") for kind in ("png", "svg")}

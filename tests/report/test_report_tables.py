@@ -4,9 +4,9 @@ import io
 
 import pandas as pd
 import pytest
-from synthetic_run import keeps, make_matrix
 
 from gaintune.report import palette, tables
+from support.synthetic_run import keeps, make_matrix
 
 
 def test_csv_has_one_row_for_each_cell(two_methods):

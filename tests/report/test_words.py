@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from synthetic_run import forgets, keeps, make_matrix
 
 from gaintune.report import words
 from gaintune.results import Comparison, Interval, Summary
+from support.synthetic_run import forgets, keeps, make_matrix
 
 DOMAINS = ("medical", "law", "code")
 

@@ -3,12 +3,12 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
 from peft import get_peft_model
 from torch import nn
 
 from gaintune.tuners.disel import DiselConfig, disel_layers
+from support import tiny_models
 
 IDS = tiny_models.tokens(rows=4)
 

@@ -4,7 +4,6 @@ import copy
 import math
 
 import pytest
-import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gaintune.tuners.disel import DiselConfig, disel_layers
 from gaintune.tuners.disel.layer import add_product, stacked_product
+from support import tiny_models
 
 IDS = tiny_models.tokens()
 KINDS = [{}, {"gate_rank": 2}, {"gate_kind": "relu"}]

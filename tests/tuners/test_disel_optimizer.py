@@ -1,7 +1,6 @@
 """Gates learn at their own rate and are never decayed, in our groups, the ready optimizer and any Trainer."""
 
 import pytest
-import tiny_models
 import torch
 from peft import get_peft_model
 from torch import distributed, nn
@@ -12,6 +11,7 @@ from gaintune.errors import ConfigError
 from gaintune.tuners import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
+from support import tiny_models
 
 ROWS = [{"input_ids": row, "labels": row} for row in tiny_models.tokens(rows=4)]
 

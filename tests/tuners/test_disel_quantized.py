@@ -1,7 +1,6 @@
 """DISeL over bitsandbytes' 8-bit and 4-bit layers: the start, the formula, training, several adapters."""
 
 import pytest
-import tiny_models
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from gaintune.errors import MergeError, UnsupportedModuleError
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.disel.model import refuse_layer
+from support import tiny_models
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

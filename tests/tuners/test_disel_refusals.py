@@ -1,7 +1,6 @@
 """What cannot hold with gates is refused, with a reason, and before the model is touched."""
 
 import pytest
-import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import convert_to_lora
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig
 
 from gaintune.errors import ConfigError, GaintuneError, MergeError, UnsupportedModuleError
 from gaintune.tuners.disel import DiselConfig
+from support import tiny_models
 
 IDS = tiny_models.tokens()
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import tiny_models
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from gaintune.errors import AdapterError
 from gaintune.tuners.disel import DiselConfig, DiselModel, disel_layers
+from support import tiny_models
 
 IDS = tiny_models.tokens()
 

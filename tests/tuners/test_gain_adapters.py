@@ -1,13 +1,13 @@
 """Several adapters in one model: active together, one a row, combined by weights, disabled, deleted, swapped."""
 
 import pytest
-import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
 from gaintune.errors import AdapterError
 from gaintune.tuners.gain import GainConfig, GainLayer
+from support import tiny_models
 
 IDS = tiny_models.tokens(rows=3)
 

@@ -1,7 +1,6 @@
 """Which modules GAIN and GAIN-FFN adapt by default, on a tiny model of every type, and how many parameters that is."""
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
@@ -10,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain import GainConfig, GainLayer
 from gaintune.tuners.gain.mapping import DEFAULTS
+from support import tiny_models
 
 LLAMA = ("layers.{}.self_attn.o_proj", "layers.{}.mlp.down_proj")
 NEOX = ("layers.{}.attention.dense", "layers.{}.mlp.dense_4h_to_h")

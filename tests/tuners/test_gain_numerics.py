@@ -1,13 +1,13 @@
 """The arithmetic of GAIN, against (IA)3, float64 and the closed form."""
 
 import pytest
-import tiny_models
 import torch
 from peft import IA3Config, get_peft_model
 from torch import nn
 
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.layer import scale_features
+from support import tiny_models
 
 TARGETS = {"llama": ["o_proj", "down_proj"], "gpt2": ["attn.c_proj", "mlp.c_proj"]}
 

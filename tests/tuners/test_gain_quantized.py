@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
@@ -12,6 +11,7 @@ from torch import nn
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain import GainConfig, GainLinear
 from gaintune.tuners.gain.layer import scale_features
+from support import tiny_models
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -1,7 +1,6 @@
 """What cannot be adapted correctly is refused, with a reason, before the model is touched."""
 
 import pytest
-import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -9,6 +8,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, Qwen2
 
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain import GainConfig, GainLayer
+from support import tiny_models
 
 
 def refuse(model, config, match, error=UnsupportedModuleError):

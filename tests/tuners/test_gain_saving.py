@@ -1,13 +1,13 @@
 """Saving, loading and the transformers integration; gains are float32 wherever they come from."""
 
 import pytest
-import tiny_models
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gaintune.tuners.gain import GainConfig
+from support import tiny_models
 
 IDS = tiny_models.tokens()
 

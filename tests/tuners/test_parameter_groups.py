@@ -1,13 +1,13 @@
 """Optimizer groups: decay for matrices only, and rates of their own by name."""
 
 import pytest
-import tiny_models
 import torch
 from peft import AdaLoraConfig, IA3Config, get_peft_model
 from torch import nn
 
 from gaintune.tuners import parameter_groups
 from gaintune.tuners.gain import GainConfig
+from support import tiny_models
 
 
 def names_of(model, group):

@@ -1,0 +1,257 @@
+"""Every method of the catalogue: starts at the base, learns, is saved and loaded exactly, has the size it should."""
+
+import math
+
+import pytest
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.osf.layer import OSFLayer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gaintune.adapters import AdapterRecord, absorb, load_adapter, save_adapter
+from gaintune.config import MethodConfig, ModelConfig, TrainConfig
+from gaintune.data import Examples
+from gaintune.errors import ConfigError
+from gaintune.methods import (
+    METHODS,
+    StagePosition,
+    attach,
+    check_method,
+    prepare_method,
+    trainable_parameters,
+)
+from gaintune.methods.rules import STATE, BudgetSchedule
+from gaintune.models import load_base
+from gaintune.training import train_stage
+from support import tiny_base
+
+D, FFN, LAYERS, KV = 32, 48, 2, 16
+LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down
+SIDES = sum(sum(shape) for shape in LINEARS)
+OUTS = sum(out for _, out in LINEARS)
+HALVES = sum(min(shape) // 2 * (sum(shape) + 1) for shape in LINEARS)
+METHOD = {
+    "gain": ({}, LAYERS * D),
+    "gain-ffn": ({}, LAYERS * (D + FFN)),
+    "ia3": ({}, LAYERS * (KV + KV + FFN)),
+    "lora": ({"rank": 2}, LAYERS * 2 * 2 * D),
+    "lora+": ({"rank": 2}, LAYERS * 2 * 2 * D),
+    "dora": ({"rank": 2}, LAYERS * (2 * 2 * D + D)),
+    "pissa": ({"rank": 2}, LAYERS * 2 * 2 * D),
+    "adalora": ({"rank": 2}, LAYERS * 3 * (SIDES + len(LINEARS))),
+    "hira": ({"rank": 2, "lr": 0.02}, LAYERS * 2 * SIDES),
+    "vera": ({"rank": 8}, LAYERS * (OUTS + 8 * len(LINEARS))),
+    "osf": ({"lr": 0.005}, LAYERS * HALVES),
+}
+EXACT_AT_START = set(METHOD) - {"pissa", "osf"}  # these two rebuild the weight from parts, within rounding
+RECORD = {"base_name": "tiny", "label": "x", "domains": ("prose",)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_base.folder(tmp_path_factory.mktemp("base"))
+
+
+def base_of(folder, dtype="fp32"):
+    return load_base(ModelConfig(name=str(folder), dtype=dtype, device="cpu"))
+
+
+def method_of(name, **more) -> MethodConfig:
+    return MethodConfig.model_validate({"name": name, **METHOD[name][0], **more})
+
+
+def logits(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(tiny_base.blocks(2, 16, seed=9)).logits
+
+
+def taught(model, method, checkpoints, steps=6, position=None):
+    plan = TrainConfig(batch_size=4, epochs=steps, lr=method.lr or 0.02, checkpoint_steps=100)
+    rows = Examples.of_blocks(tiny_base.blocks(4, 16))
+    prepared = prepare_method(method, ModelConfig(device="cpu", dtype="fp32"), plan)
+    return train_stage(model, prepared, rows, plan, position or StagePosition(), checkpoints=checkpoints)
+
+
+def test_the_table_above_holds_every_method_of_peft():
+    ours = {"full", "disel", "gated-lora"}  # tested in test_train, test_sequence and tests/tuners
+    assert set(METHOD) == set(METHODS) - ours
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_path, name):
+    method = method_of(name)
+    base = base_of(folder)
+    before = logits(base.model)
+    model = attach(base.model, method, seed=0)
+    assert trainable_parameters(model) == METHOD[name][1]
+    if name in EXACT_AT_START:
+        assert torch.equal(logits(model), before)
+    else:
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    learnt = taught(model, method, tmp_path / "checkpoints")
+    losses = learnt.losses
+    assert losses[-1] < losses[0] - 0.01, losses
+    record = AdapterRecord(base_fingerprint=base.fingerprint, method=name, **RECORD)
+    save_adapter(model, tmp_path / "adapter", record, keep=learnt.keep)
+    expected = logits(model)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    again = load_adapter(base_of(folder), tmp_path / "adapter", trainable=True)
+    assert torch.equal(logits(again), expected)
+    assert trainable_parameters(again) == METHOD[name][1]
+    merged = absorb(base_of(folder), tmp_path / "adapter", torch.float32)[0]
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    save_adapter(again, tmp_path / "again", record)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(folder, tmp_path, name):
+    model = attach(base_of(folder, "bf16").model, method_of(name), seed=0)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses = taught(model, method_of(name), tmp_path, steps=3).losses
+    assert all(map(math.isfinite, losses))
+
+
+def test_the_seed_draws_vera_s_matrices(folder):
+    made = [attach(base_of(folder).model, method_of("vera"), seed=seed).base_model for seed in (0, 0, 1)]
+    first, same, other = (model.vera_A["default"] for model in made)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_lora_plus_trains_b_at_its_multiple_of_the_rate(folder, tmp_path):
+    assert METHODS["lora"].rates(method_of("lora")) == {}
+    assert METHODS["lora+"].rates(method_of("lora+")) == {"lora_B": 16.0}
+    slow, fast = 1e-3, 8.0
+    moved = {}
+    for name, more in (("lora", {}), ("lora+", {"lr_ratio": fast})):
+        method = method_of(name, lr=slow, **more)
+        model = attach(base_of(folder).model, method, seed=0)
+        taught(model, method, tmp_path / name, steps=1)
+        moved[name] = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
+    for name, value in moved["lora"].items():  # AdamW's first update is the rate times a sign, whatever the gradient
+        torch.testing.assert_close(moved["lora+"][name], fast * value, rtol=1e-4, atol=1e-9)
+
+
+def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(folder):
+    method = method_of("adalora", orthogonality=0.3)
+    model = attach(base_of(folder).model, method, seed=0)
+    blocks = tiny_base.blocks(2, 16)
+
+    def gradients(weight, ours):
+        model.zero_grad()
+        model.peft_config["default"].orth_reg_weight = weight
+        model(input_ids=blocks, labels=blocks).loss.backward()
+        if ours:
+            rule = BudgetSchedule(method, StagePosition())
+            rule.start(model, steps=10)
+            rule.before_update(model, 0)
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    theirs = gradients(0.3, ours=False)
+    without = gradients(0.0, ours=False)
+    ours = gradients(0.0, ours=True)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-7, msg=name)
+    assert any(not torch.allclose(theirs[name], without[name], atol=1e-5) for name in theirs)
+
+
+def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path):
+    method = method_of("adalora")
+    matrices, target, start = LAYERS * len(LINEARS), 2, 3
+    model = attach(base_of(folder).model, method, seed=0)
+    first = taught(model, method, tmp_path / "a", steps=10, position=StagePosition(total=20))
+    kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
+    # budget at step 9 of 20: warm-up of 2, last 6 fixed, cubic in between
+    expected = int((start - target) * matrices * (1 - (9 - 2) / 12) ** 3 + target * matrices)
+    assert sum(kept) == expected < start * matrices
+    base = base_of(folder)
+    record = AdapterRecord(base_fingerprint=base.fingerprint, method="adalora", **RECORD)
+    save_adapter(model, tmp_path / "first", record, keep=first.keep)
+    assert (tmp_path / "first" / STATE).is_file()
+    position = StagePosition(previous=tmp_path / "first", first=10, total=20)
+    carried = BudgetSchedule(method, position)
+    carried.start(model, steps=10)
+    (tmp_path / "carried").mkdir()
+    carried.save(tmp_path / "carried")
+    assert (tmp_path / "carried" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
+    taught(model, method, tmp_path / "b", steps=10, position=position)
+    kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
+    assert sum(kept) == target * matrices
+    assert len(set(kept)) > 1  # some matrices have more than others: that is what it is for
+    again = load_adapter(base, tmp_path / "first", trainable=True)
+    taught(again, method, tmp_path / "c", steps=10, position=position)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_peft_s_own_schedule_prunes_the_same_directions(folder, tmp_path):
+    """The driver changes nothing about PEFT's allocation: a plain loop over PEFT's documented calls ends alike."""
+    method = method_of("adalora", orthogonality=0.0)
+    ours = attach(base_of(folder).model, method, seed=0)
+    taught(ours, method, tmp_path, steps=10)
+    config = AdaLoraConfig(
+        target_r=2, init_r=3, lora_alpha=6, tinit=1, tfinal=3, total_step=10, orth_reg_weight=0.0, deltaT=1,
+        target_modules="all-linear", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = get_peft_model(base_of(folder).model, config)
+    with torch.no_grad():
+        start = dict(attach(base_of(folder).model, method, seed=0).named_parameters())
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(start[name])
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.0)
+    blocks = tiny_base.blocks(4, 16)
+    for step in range(10):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (0.5 if step == 0 else 1.0)  # our warm-up of one update
+        theirs(input_ids=blocks, labels=blocks).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    found = dict(ours.named_parameters())
+    for name, value in theirs.named_parameters():
+        if "lora_E" in name:
+            assert torch.equal(found[name] == 0, value == 0), name
+
+
+def test_adalora_needs_two_updates(folder, tmp_path):
+    with pytest.raises(ConfigError, match="at least two updates"):
+        taught(attach(base_of(folder).model, method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_osf_s_gradients_stay_out_of_the_preserved_directions(folder, tmp_path, dtype):
+    method = method_of("osf")
+    base = base_of(folder, dtype)
+    whole = {n: m.weight.float() for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    model = attach(base.model, method, seed=0)
+    taught(model, method, tmp_path, steps=1)  # hangs the hooks
+    model.train()
+    model.zero_grad()
+    blocks = tiny_base.blocks(2, 16)
+    model(input_ids=blocks, labels=blocks).loss.backward()
+    layers = [(n, m) for n, m in model.base_model.model.named_modules() if isinstance(m, OSFLayer)]
+    assert len(layers) == LAYERS * len(LINEARS)
+    for name, layer in layers:
+        left, _, right = torch.linalg.svd(whole[name], full_matrices=False)
+        half = min(whole[name].shape) // 2
+        for part, high in (("U_low", left[:, :half].T), ("V_low", right[:half].T)):
+            gradient = layer.osf_svd_params["default"][part].grad
+            leaked = (high @ gradient) if part == "U_low" else (gradient @ high)
+            assert leaked.norm() < (1e-4 if dtype == "fp32" else 0.05) * gradient.norm(), (name, part)
+
+
+def test_what_a_method_cannot_do_is_refused():
+    quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
+    for name in ("pissa", "osf", "full"):
+        with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):
+            prepare_method(MethodConfig(name=name), quantized, TrainConfig())
+    with pytest.raises(ConfigError, match="method 'lora' has no option 'lr_ratio'"):
+        check_method(MethodConfig(name="lora", lr_ratio=4.0))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ConfigError, match=r"has no form for transformer\.h\.0\.attn\.c_attn \(Conv1D\)"):
+        attach(gpt2, MethodConfig(name="osf"), seed=0)

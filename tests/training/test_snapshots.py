@@ -1,0 +1,131 @@
+"""Copies of an adapter during training: each is the adapter as it was, and a stop changes none of them."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gaintune.adapters import load_adapter, read_record
+from gaintune.config import ModelConfig
+from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
+from gaintune.models import load_base
+from gaintune.storage import read_json
+from gaintune.training import snapshots_of
+from gaintune.workflows import adapt, adapt_classifier, run_sequence
+from support import tiny_base, tiny_domains, tiny_encoders
+from support.killing import StopAt, Stopped
+
+
+@pytest.fixture
+def plan(tmp_path):
+    plan = tiny_domains.plan(tiny_base.folder(tmp_path / "base"), tmp_path, train={"snapshot_steps": 3})
+    plan["data"]["domains"] = plan["data"]["domains"][:1]
+    return plan
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one, other):
+    names = {file.relative_to(one) for file in one.rglob("*") if file.is_file()}
+    assert names == {file.relative_to(other) for file in other.rglob("*") if file.is_file()}
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(plan, tmp_path):
+    adapt(plan, tmp_path / "whole")
+    copies = snapshots_of(tmp_path / "whole")
+    assert list(copies) == [3, 6, 8]  # 32 blocks, 4 at a time; the last update always
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(copies[8])[name])
+        assert not torch.equal(tensor, weights(copies[3])[name])
+    record = read_record(copies[3])
+    assert record is not None and record.settings["snapshot"] == {"step": 3, "steps": 8}
+    assert {**record.settings, "snapshot": None} == {
+        **read_record(tmp_path / "whole").settings, "snapshot": None
+    }  # fmt: skip
+    model = load_adapter(load_base(str(tmp_path / "base")), copies[3])  # it loads as any adapter does
+    assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "gain_v" in name)
+
+    with pytest.raises(Stopped):
+        adapt(plan, tmp_path / "stopped", progress=StopAt("gain-ffn: learning prose", 7))
+    assert not (tmp_path / "stopped.snapshots").exists(), "not beside an adapter that is not there yet"
+    kept = tmp_path / "stopped.unfinished" / "snapshots"
+    assert sorted(entry.name for entry in kept.iterdir()) == ["step-000003", "step-000006"]
+    shutil.copytree(kept / "step-000006", kept / "step-000007")  # later than the checkpoint, so it is done anew
+    (kept.parent / "run.json").unlink()  # as a version left it that wrote none
+    kept.replace(tmp_path / "stopped.snapshots")  # as a stop leaves them just before the adapter is written
+    with pytest.raises(Stopped):
+        adapt(plan, tmp_path / "stopped", progress=StopAt("measuring prose after", 1))
+    adapt(plan, tmp_path / "stopped")
+    assert same(tmp_path / "whole.snapshots", tmp_path / "stopped.snapshots")
+    assert same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_another_adapters_copies_are_not_mixed_in(plan, tmp_path):
+    (tmp_path / "out.snapshots").mkdir()
+    with pytest.raises(ConfigError, match=r"out\.snapshots exists already"):
+        adapt(plan, tmp_path / "out")
+    (tmp_path / "out.unfinished").mkdir()
+    for name, error in (("mine", "not a snapshot's name"), ("step-000003", "no manifest.json says")):
+        (tmp_path / "out.snapshots" / name).mkdir()
+        (tmp_path / "out.snapshots" / name / "notes.md").touch()
+        with pytest.raises((AdapterError, RunDirectoryError), match=error):
+            adapt(plan, tmp_path / "out")
+        (tmp_path / "out.snapshots" / name).rename(tmp_path / name)
+    shutil.rmtree(tmp_path / "out.unfinished")
+    del plan["train"]["snapshot_steps"]
+    adapt(plan, tmp_path / "none")
+    assert not (tmp_path / "none.snapshots").exists()
+    with pytest.raises(AdapterError, match=r"no snapshots of it were kept; .*snapshot_steps"):
+        snapshots_of(tmp_path / "none")
+
+
+def test_stages_of_a_run_keep_theirs(plan, tmp_path):
+    plan["data"]["domains"].append(f"code={tmp_path / 'code.jsonl'}")
+    run_sequence(plan, tmp_path / "run")
+    stage = tmp_path / "run" / "stages" / "gain-ffn" / "02-code"
+    copies = snapshots_of(stage / "adapter")
+    assert list(copies) == [3, 6, read_json(stage / "metrics.json")["steps"]]
+    assert read_record(copies[3]).domains == ("prose", "code")
+    first = weights(stage.with_name("01-prose") / "adapter")
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in weights(copies[3]).items())
+
+
+@pytest.mark.parametrize("method", ["adalora", "pissa", "disel", "full"])
+def test_copies_of_every_kind_load_again(plan, tmp_path, method):
+    plan["methods"] = [method]
+    plan["data"]["train_tokens"] = 512
+    plan["train"]["snapshot_steps"] = 2
+    adapt(plan, tmp_path / "out")
+    copies = snapshots_of(tmp_path / "out")
+    assert list(copies) == [2, 4]
+    ids = tiny_base.blocks()
+    with torch.no_grad():
+        found = {
+            path: load_adapter(load_base(ModelConfig(name=str(tmp_path / "base"), dtype="fp32")), path)(ids).logits
+            for path in (*copies.values(), tmp_path / "out")
+        }
+    assert torch.equal(found[copies[4]], found[tmp_path / "out"])
+    assert not torch.equal(found[copies[2]], found[copies[4]])
+
+
+def test_a_classifier_keeps_its_head_with_every_copy(tmp_path):
+    rows = tiny_encoders.write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
+    base = tiny_encoders.folder(tmp_path / "roberta")
+    values = {
+        "model": {"name": str(base), "dtype": "fp32", "device": "cpu"},
+        "data": {"task": "classify", "domains": [f"rule={rows}"]},
+        "methods": ["gain-ffn"],
+        "train": {"batch_size": 16, "snapshot_steps": 2},
+    }
+    adapt_classifier(values, tmp_path / "out")
+    copies = snapshots_of(tmp_path / "out")
+    last = max(copies)
+    record = read_record(copies[2])
+    assert record is not None and record.labels == read_record(tmp_path / "out").labels
+    names = {name for name in weights(copies[2]) if "classifier" in name}
+    assert names, "the head is in the copy"
+    assert all(torch.equal(weights(copies[last])[name], weights(tmp_path / "out")[name]) for name in names)
