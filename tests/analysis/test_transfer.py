@@ -14,8 +14,7 @@ from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import compare_adapters
 from gaintune.models import load_base
 from gaintune.results import DomainLoss
-from gaintune.tuners.gain import GainConfig
-from gaintune.tuners.gain.layer import GainLayer
+from gaintune.tuners.gain import GainConfig, GainLayer
 from support import tiny_base, tiny_domains
 
 NAMES = ("prose", "code", "more")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gaintune.cli.app import app
+from gaintune.cli import app
 from gaintune.cli.benchmarks import _short, tables
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, BenchmarkReport, BenchmarkScore

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gaintune.cli.app import app
+from gaintune.cli import app
 from gaintune.errors import ConfigError
 from gaintune.workflows import merge_adapter
 from support import tiny_base, tiny_domains, tiny_encoders

@@ -12,7 +12,7 @@ import typer
 from pydantic import Field, field_validator
 from typer.testing import CliRunner
 
-from gaintune.cli.app import app
+from gaintune.cli import app
 from gaintune.cli.options import Given, command
 from gaintune.config import Flag, Plan, Section
 from gaintune.errors import ConfigError

@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from gaintune.cli.app import app
+from gaintune.cli import app
 from gaintune.cli.options import Given, parse_method, plan_options
 from gaintune.errors import ConfigError
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from gaintune.cli.app import app
+from gaintune.cli import app
 from gaintune.errors import AdapterError, ConfigError
 from support import tiny_base, tiny_domains
 

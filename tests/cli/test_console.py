@@ -7,8 +7,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import gaintune
-from gaintune.cli import console
-from gaintune.cli.app import app
+from gaintune.cli import app, console
 from gaintune.cli.console import Bars
 from gaintune.progress import plural
 

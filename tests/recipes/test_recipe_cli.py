@@ -4,7 +4,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from gaintune.cli.app import app
+from gaintune.cli import app
 from gaintune.errors import ConfigError
 from gaintune.recipes import recipe_named, recipes
 
