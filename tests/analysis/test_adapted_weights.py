@@ -17,7 +17,7 @@ from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.methods import attach
 from gaintune.models import load_base
-from support import tiny_base
+from support import refused, tiny_base
 
 NARROW = {"head_dim": 4, "intermediate_size": 24}  # o_proj and down_proj reach 16 and 24 of 32 outputs: an outside
 O_PROJ = "model.layers.0.self_attn.o_proj"
@@ -205,17 +205,14 @@ def test_weights_without_an_outside_are_said_to_have_none(tmp_path):
 def test_gates_must_be_held_at_a_value_that_is_said(narrow, tmp_path):
     folder = adapter(narrow, tmp_path / "disel", method("disel", rank=2, targets="output-projection"))
     plan = Plan(model=ModelConfig(name=str(narrow), device="cpu"))
-    with pytest.raises(AdapterError, match="open and shut token by token"):
-        survey_subspace(plan, [folder])
-    with pytest.raises(ConfigError, match=r"here: gate: .* greater than 0"):
-        SubspaceOptions.read({"gate": 0}, "here")
+    refused(AdapterError, "open and shut token by token", survey_subspace, plan, [folder])
+    refused(ConfigError, r"here: gate: .* greater than 0", SubspaceOptions.read, {"gate": 0}, "here")
     half, whole = (survey_subspace(plan, [folder], SubspaceOptions(gate=gate)) for gate in (0.5, 1.0))
     assert half.adapters[0].outside == pytest.approx(whole.adapters[0].outside)
     assert half.adapters[0].relative_update == pytest.approx(0.5 * whole.adapters[0].relative_update)
     assert "every gate held at 0.5" in markdown(half)
     lora = adapter(narrow, tmp_path / "lora", method("lora", rank=1))
-    with pytest.raises(ConfigError, match="none of these adapters has gates"):
-        survey_subspace(plan, [lora], SubspaceOptions(gate=1))
+    refused(ConfigError, "none of these adapters has gates", survey_subspace, plan, [lora], SubspaceOptions(gate=1))
     base = load_base(str(narrow), dtype=torch.float32)
     with pytest.raises(ConfigError, match="has no gates"), adapted_weights(base, lora, gate=1):
         pass
@@ -230,5 +227,4 @@ def test_another_base_and_no_adapter_are_refused(narrow, tmp_path):
     with pytest.raises(BaseMismatchError):
         survey_subspace(Plan(model=ModelConfig(name=str(other), device="cpu")), [folder])
     assert survey_subspace(Plan(model=ModelConfig(name=str(other), device="cpu")), [folder], allow_other_base=True)
-    with pytest.raises(ConfigError, match="at least one"):
-        survey_subspace(Plan(model=ModelConfig(name=str(narrow))), [])
+    refused(ConfigError, "at least one", survey_subspace, Plan(model=ModelConfig(name=str(narrow))), [])

@@ -12,7 +12,7 @@ from gaintune.analysis.gains.factors import read_factors
 from gaintune.analysis.gains.report import layer_table, markdown, result, stage_table, verdict
 from gaintune.analysis.gains.survey import describe, regime_of
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
-from support import saved_factors
+from support import refused, saved_factors
 
 O_PROJ = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]
 DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
@@ -46,8 +46,7 @@ def test_figures_count_both_ends_and_everything_at_or_below_zero():
     assert figures.near == pytest.approx(4 / 8)
     assert figures.mean == pytest.approx(5.5599001 / 8)
     assert describe(1 + torch.tensor([0.05, -0.05]).double().numpy()).near == 1.0  # as fp32 keeps them
-    with pytest.raises(ValueError, match="no factor"):
-        describe(np.array([]))
+    refused(ValueError, "no factor", describe, np.array([]))
 
 
 @pytest.mark.parametrize(
@@ -146,24 +145,16 @@ def test_the_regime_of_an_adapter_whose_earlier_stages_were_not_seen_is_unknown(
 
 
 def test_what_has_no_factors_is_refused_in_one_line(run, tmp_path):
-    with pytest.raises(AdapterError, match="method lora has no gains"):
-        survey_gains([run / "stages" / "lora" / "01-prose" / "adapter"])
-    with pytest.raises(AdapterError, match="no such folder"):
-        survey_gains([tmp_path / "missing"])
-    with pytest.raises(AdapterError, match="not an adapter"):
-        survey_gains([tmp_path])
+    refused(AdapterError, "method lora has no gains", survey_gains, [run / "stages" / "lora" / "01-prose" / "adapter"])
+    refused(AdapterError, "no such folder", survey_gains, [tmp_path / "missing"])
+    refused(AdapterError, "not an adapter", survey_gains, [tmp_path])
     for paths in ([], [run, run]):
-        with pytest.raises(ConfigError, match="each once"):
-            survey_gains(paths)
+        refused(ConfigError, "each once", survey_gains, paths)
     broken = saved_factors.adapter(tmp_path / "broken", {O_PROJ[1]: torch.tensor([0.1, float("nan")])})
-    with pytest.raises(AdapterError, match=rf"gains of {O_PROJ[1]} are not finite"):
-        survey_gains([broken])
+    refused(AdapterError, rf"gains of {O_PROJ[1]} are not finite", survey_gains, [broken])
     (broken / "manifest.json").unlink()
-    with pytest.raises(AdapterError, match="damaged adapter"):
-        survey_gains([broken])
+    refused(AdapterError, "damaged adapter", survey_gains, [broken])
     lora = saved_factors.run(tmp_path / "loras", {"lora": ("LORA", [{O_PROJ[0]: torch.ones(1, 6)}])}, ["prose"])
-    with pytest.raises(AdapterError, match="none of its methods has gains"):
-        survey_gains([lora])
+    refused(AdapterError, "none of its methods has gains", survey_gains, [lora])
     empty = saved_factors.run(tmp_path / "empty", {"gain": ("GAIN", [])}, ["prose"])
-    with pytest.raises(RunDirectoryError, match="no adapter yet"):
-        survey_gains([empty])
+    refused(RunDirectoryError, "no adapter yet", survey_gains, [empty])

@@ -24,7 +24,7 @@ from gaintune.models import load_base
 from gaintune.progress import Silent
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
-from support import tiny_base, tiny_domains
+from support import refused, tiny_base, tiny_domains
 
 CONFIGS = {
     "gain": lambda: GainConfig(),
@@ -161,14 +161,12 @@ def test_gated_updates_are_scaled_with_their_gates_as_they_are(place):
 
 
 def test_what_spans_no_plane_is_refused(place):
-    with pytest.raises(ConfigError, match=r"disel has gates.*spans no plane"):
-        way_of([place / "lora", place / "disel"])
+    refused(ConfigError, r"disel has gates.*spans no plane", way_of, [place / "lora", place / "disel"])
     assert way_of([place / "gain", place / "lora"]) == "weights"
     base = load_base(str(place / "base"), dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="interpolated in fp32"), directions(base, [place / "full"]):
         pass
-    with pytest.raises(AdapterError, match="no such adapter folder"):
-        way_of([place / "missing"])
+    refused(AdapterError, "no such adapter folder", way_of, [place / "missing"])
 
 
 def test_weights_that_did_not_move_are_no_direction(place, tmp_path):
@@ -250,16 +248,14 @@ def test_a_base_with_broken_weights_is_told_from_an_adapter_with_such(place, pla
     told = r"the base's own loss on \w+ is not finite in bfloat16"
     with pytest.raises(BaseModelError, match=told):
         survey_landscape(base, [place / "gain-ffn"], LandscapeOptions(line=[0.5]), allow_other_base=True)
-    with pytest.raises(BaseModelError, match=told):
-        compare_adapters(base, [place / "gain-ffn"], allow_other_base=True)
+    refused(BaseModelError, told, compare_adapters, base, [place / "gain-ffn"], allow_other_base=True)
     model = load_adapter(load_base(str(place / "base")), place / "gain-ffn", trainable=True)
     with torch.no_grad():
         next(weight for weight in model.parameters() if weight.requires_grad).fill_(3e38)  # overflows in bf16
     save_adapter(model, tmp_path / "gain-ffn", read_record(place / "gain-ffn"))
     with pytest.raises(DivergedError, match="If it was just trained, lower the learning rate"):
         compare_adapters(plan, [tmp_path / "gain-ffn"])
-    with pytest.raises(ConfigError, match="an adapter cannot be called 'base'"):
-        compare_adapters(plan, [Path("base")])
+    refused(ConfigError, "an adapter cannot be called 'base'", compare_adapters, plan, [Path("base")])
 
 
 def test_steps_that_16_bits_round_away_are_said_and_a_plane_of_an_earlier_call_goes(place, plan, tmp_path, caplog):

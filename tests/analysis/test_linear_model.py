@@ -12,6 +12,7 @@ from gaintune.analysis.linear_model.model import LinearModel, Losses
 from gaintune.analysis.linear_model.report import checks, figure, markdown, record, result, summary, table
 from gaintune.analysis.linear_model.survey import student
 from gaintune.errors import ConfigError
+from support import refused
 
 SAMPLES = 200_000
 
@@ -222,5 +223,4 @@ def test_every_student_starts_at_the_pretrained_map():
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, named):
-    with pytest.raises(ConfigError, match=named):
-        LinearModelOptions.read(changes, "here")
+    refused(ConfigError, named, LinearModelOptions.read, changes, "here")

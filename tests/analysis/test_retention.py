@@ -17,7 +17,7 @@ from gaintune.evaluate.benchmarks.records import TaskFacts
 from gaintune.models import load_base
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt
-from support import tiny_base, tiny_domains
+from support import refused, tiny_base, tiny_domains
 from support.killing import Nothing
 
 
@@ -77,12 +77,9 @@ def test_every_snapshot_is_measured_as_an_adapter_of_its_own(place, tmp_path):
 
 def test_adapters_without_snapshots_and_odd_counts_are_refused(place, tmp_path):
     folder, plan = place
-    with pytest.raises(AdapterError, match="no snapshots of it were kept"):
-        survey_retention(plan, [folder / "base"])
-    with pytest.raises(ConfigError, match="every is 0"):
-        survey_retention(plan, [folder / "lora"], every=0)
-    with pytest.raises(ConfigError, match="each once"):
-        survey_retention(plan, [folder / "lora", folder / "lora"])
+    refused(AdapterError, "no snapshots of it were kept", survey_retention, plan, [folder / "base"])
+    refused(ConfigError, "every is 0", survey_retention, plan, [folder / "lora"], every=0)
+    refused(ConfigError, "each once", survey_retention, plan, [folder / "lora", folder / "lora"])
 
 
 def test_benchmarks_that_are_not_to_be_had_are_refused_before_anything_is_measured(place):

@@ -7,6 +7,7 @@ import pytest
 
 from gaintune.analysis.tokens.statistics import BINS, range_of, summarise_changes
 from gaintune.errors import ConfigError, DataError
+from support import refused
 
 
 def changes(rows: int = 12, tokens: int = 40, seed: int = 0, shift: float = 0.05):
@@ -95,9 +96,7 @@ def test_wrong_arguments_are_refused():
     for wrong in ({"bins": 100, "limit": 1.0}, {"bins": 1, "limit": 1.0}, {"limit": 0.0}, {"limit": -1.0}):
         with pytest.raises(ConfigError):
             summarise_changes(values, np.ones((2, 3), bool), **wrong)
-    with pytest.raises(DataError, match="mask"):
-        summarise_changes(values, np.ones((3, 2), bool), limit=1.0)
+    refused(DataError, "mask", summarise_changes, values, np.ones((3, 2), bool), limit=1.0)
     with pytest.raises(DataError, match="a scored token in each row"):
         summarise_changes(values, np.array([[True] * 3, [False] * 3]), limit=1.0)
-    with pytest.raises(DataError, match="not finite"):
-        summarise_changes(np.full((2, 3), np.nan), np.ones((2, 3), bool), limit=1.0)
+    refused(DataError, "not finite", summarise_changes, np.full((2, 3), np.nan), np.ones((2, 3), bool), limit=1.0)

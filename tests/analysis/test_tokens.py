@@ -18,7 +18,7 @@ from gaintune.errors import BaseMismatchError, ConfigError
 from gaintune.evaluate import compare_adapters, measure, measure_tokens
 from gaintune.methods import attach
 from gaintune.models import load_base
-from support import tiny_base, tiny_domains
+from support import refused, tiny_base, tiny_domains
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +142,9 @@ def test_the_same_survey_gives_the_same_bytes(made, tmp_path):
 
 def test_refusals_come_before_anything_is_measured(made, tmp_path):
     folder, plan = made
-    with pytest.raises(ConfigError, match="at least one adapter"):
-        survey_tokens(plan, [])
-    with pytest.raises(ConfigError, match="odd number"):
-        TokensOptions.read({"bins": 10}, "here")
-    with pytest.raises(ConfigError, match="named twice"):
-        survey_tokens(plan, [folder / "full", folder / "full"])
+    refused(ConfigError, "at least one adapter", survey_tokens, plan, [])
+    refused(ConfigError, "odd number", TokensOptions.read, {"bins": 10}, "here")
+    refused(ConfigError, "named twice", survey_tokens, plan, [folder / "full", folder / "full"])
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32)
     with pytest.raises(BaseMismatchError):
         survey_tokens(

@@ -15,7 +15,7 @@ from gaintune.evaluate import compare_adapters
 from gaintune.models import load_base
 from gaintune.results import DomainLoss
 from gaintune.tuners.gain import GainConfig, GainLayer
-from support import tiny_base, tiny_domains
+from support import refused, tiny_base, tiny_domains
 
 NAMES = ("prose", "code", "more")
 
@@ -155,15 +155,11 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
         survey_transfer(plan, [folder / "prose", several])
     with pytest.raises(ConfigError, match="has learnt elsewhere, which is not measured"):
         survey_transfer(plan, [folder / "prose", write_adapter(tmp_path / "elsewhere", base, v[0], ("elsewhere",))])
-    with pytest.raises(ConfigError, match="takes two or more"):
-        survey_transfer(plan, [folder / "prose"])
+    refused(ConfigError, "takes two or more", survey_transfer, plan, [folder / "prose"])
     with pytest.raises(ConfigError, match=r"held-out.*three or more, and 2 were given"):
         survey_transfer(plan, [folder / "prose", folder / "code"], TransferOptions(components=("held-out",)))
     narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
-    with pytest.raises(ConfigError, match="in other places"):
-        survey_transfer(plan, [folder / "prose", narrow])
+    refused(ConfigError, "in other places", survey_transfer, plan, [folder / "prose", narrow])
     still = write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))
-    with pytest.raises(ConfigError, match="code are all alike"):
-        survey_transfer(plan, [folder / "prose", still])
-    with pytest.raises(AdapterError, match="no such adapter folder"):
-        survey_transfer(plan, [folder / "prose", tmp_path / "missing"])
+    refused(ConfigError, "code are all alike", survey_transfer, plan, [folder / "prose", still])
+    refused(AdapterError, "no such adapter folder", survey_transfer, plan, [folder / "prose", tmp_path / "missing"])

@@ -14,6 +14,7 @@ from gaintune.config import DataConfig, DomainConfig
 from gaintune.data import load_domain
 from gaintune.errors import ConfigError, DataError
 from gaintune.workflows.merge import blocks_of
+from support import refused
 
 BEGIN = "<|begin|>"
 TEXTS = [f"document {number}: " + " ".join(f"w{number}x{word}" for word in range(12)) for number in range(120)]
@@ -112,8 +113,7 @@ def test_the_tokens_at_hand_are_counted_with_it(tmp_path, adding):
     for side, texts in (("train", ["the cat"]), ("validation", TEXTS)):
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     count = len(adding("the cat")["input_ids"])
-    with pytest.raises(DataError, match=f"the training part holds {count} tokens, fewer than one block of 64"):
-        load(tmp_path, adding)
+    refused(DataError, f"the training part holds {count} tokens, fewer than one block of 64", load, tmp_path, adding)
     blocks = load(tmp_path, adding, block_size=8, train_tokens=8, validation_tokens=8) if count >= 8 else None
     assert blocks is None or blocks.train.input_ids.shape == (1, 8)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data import load_domain
 from gaintune.errors import BaseModelError, DataError
+from support import refused
 
 TEXTS = [f"document {number}: " + " ".join(f"w{number}x{word}" for word in range(12)) for number in range(120)]
 
@@ -145,5 +146,4 @@ def test_bytes_add_up_to_those_of_the_documents(tmp_path, write_rows, tokenizer)
 
 def test_a_tokenizer_without_end_of_text_is_refused(write_rows, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(BaseModelError, match="no end-of-text token"):
-        load(write_rows("d.jsonl", TEXTS), bare)
+    refused(BaseModelError, "no end-of-text token", load, write_rows("d.jsonl", TEXTS), bare)

@@ -15,7 +15,7 @@ from gaintune.config import ClassifyConfig, DomainConfig, build_plan
 from gaintune.data import GLUE, Padding, load_classification
 from gaintune.data.labelled import load_labelled
 from gaintune.errors import AssetError, ConfigError, DataError
-from support import STUDY_DATA, tiny_base, tiny_encoders, tiny_glue
+from support import STUDY_DATA, refused, tiny_base, tiny_encoders, tiny_glue
 
 GLUE_ROWS = STUDY_DATA / "glue"
 TOKENIZER = tiny_encoders.tokenizer()
@@ -117,8 +117,7 @@ def test_a_broken_row_is_named_by_its_line(row, message, tmp_path):
 
 def test_columns_that_hold_no_text_to_classify_are_named(tmp_path):
     file = written(tmp_path, [{"review": "good", "label": 1}, {"review": "bad", "label": 0}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: no column holds the text.*\(the columns are review, label\)"):
-        load(file)
+    refused(DataError, r"rows\.jsonl:1: no column holds the text.*\(the columns are review, label\)", load, file)
     texts = load_labelled(domain(file, text_column="review"), seed=0)
     assert {row.text_a for row in (*texts.train, *texts.validation)} == {"good", "bad"}
     with pytest.raises(DataError, match=r"nowhere is no file or folder, and none of GLUE's tasks.*cola, mnli"):
@@ -129,12 +128,10 @@ def test_one_label_and_labels_unknown_to_training_are_refused(tmp_path):
     folder = tmp_path / "split"
     written(folder, rows_of(10), "train.jsonl")
     file = written(folder, [*rows_of(4), {"text": "new", "label": "prime"}], "validation.jsonl")
-    with pytest.raises(DataError, match=r"validation\.jsonl:5: no training row has the label 'prime' \(they have even"):
-        load(folder)
+    refused(DataError, r"validation\.jsonl:5: no training row has the label 'prime' \(they have even", load, folder)
     file.unlink()
     same = written(tmp_path, [{**row, "label": "same"} for row in rows_of()])
-    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: this and every other training row has the label 'same'"):
-        load(same)
+    refused(DataError, r"rows\.jsonl:\d+: this and every other training row has the label 'same'", load, same)
 
 
 def test_labels_are_sorted_numbers_by_value(tmp_path):

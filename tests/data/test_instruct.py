@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data import load_domain
 from gaintune.errors import ConfigError, DataError
+from support import refused
 
 WORDS = ("the", "cat", "and", "the", "hat", "and", "the", "bat", "sat", "on", "the", "mat")
 ROWS = [(" ".join(f"{word}{number}" for word in WORDS) + "? ", f"cat {number} sat € {number}") for number in range(150)]
@@ -230,8 +231,7 @@ def test_text_and_instructions_go_together_and_other_tasks_are_refused(write, wr
     prose, questions = (load_domain(domain, mixed, tokenizer) for domain in mixed.domains)
     assert prose.train.position_ids is None and questions.train.position_ids is not None
     classified = settings(text, task="classify")
-    with pytest.raises(ConfigError, match="domain 'd' has task classify"):
-        load_domain(classified.domains[0], classified, tokenizer)
+    refused(ConfigError, "domain 'd' has task classify", load_domain, classified.domains[0], classified, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -246,5 +246,4 @@ def test_text_and_instructions_go_together_and_other_tasks_are_refused(write, wr
     ],
 )
 def test_plans_that_do_not_fit_together_are_refused(changes, says):
-    with pytest.raises(ValidationError, match=says):
-        DataConfig(**changes)
+    refused(ValidationError, says, DataConfig, **changes)

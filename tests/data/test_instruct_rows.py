@@ -11,6 +11,7 @@ from gaintune.config import DomainConfig
 from gaintune.data.domains import load_exchanges
 from gaintune.data.exchanges import Exchange, Turn, read_exchanges
 from gaintune.errors import DataError
+from support import refused
 
 USER = {"role": "user", "content": "Two and two?"}
 ANSWER = {"role": "assistant", "content": "Four."}
@@ -121,8 +122,7 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, says):
 
 def test_text_files_are_no_rows(tmp_path):
     (tmp_path / "a.txt").write_text("prose")
-    with pytest.raises(DataError, match=r"ends in one of \.jsonl, \.json, \.csv, \.parquet$"):
-        read_exchanges(tmp_path / "a.txt")
+    refused(DataError, r"ends in one of \.jsonl, \.json, \.csv, \.parquet$", read_exchanges, tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -135,5 +135,4 @@ def test_text_files_are_no_rows(tmp_path):
     ],
 )
 def test_a_domain_of_another_kind_is_refused(domain, says):
-    with pytest.raises(DataError, match=says):
-        load_exchanges(DomainConfig(name="d", **domain))
+    refused(DataError, says, load_exchanges, DomainConfig(name="d", **domain))

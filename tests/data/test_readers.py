@@ -15,6 +15,7 @@ from gaintune.data.domains import load_documents
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
 from gaintune.data.split import in_drawn_order, split_documents
 from gaintune.errors import DataError
+from support import refused
 
 
 def texts(documents):
@@ -100,8 +101,7 @@ def test_a_byte_that_is_no_text_is_named_by_its_line_in_any_chunk(tmp_path, monk
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes("äöü\n\näöü\n".encode() + b"\n ok \xe9\n\n")
-        with pytest.raises(DataError, match=r"\.txt:5: byte 0xe9 is not UTF-8"):
-            read_documents(file.parent)
+        refused(DataError, r"\.txt:5: byte 0xe9 is not UTF-8", read_documents, file.parent)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -147,8 +147,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, content, says):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=says):
-        read_documents(path.parent if name.startswith("folder") else path)
+    refused(DataError, says, read_documents, path.parent if name.startswith("folder") else path)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +162,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, content, says):
 )
 def test_a_source_that_is_not_there_is_named(source, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=says):
-        load_documents(DomainConfig(name="d", source=source))
+    refused(DataError, says, load_documents, DomainConfig(name="d", source=source))
 
 
 def test_a_catalogue_domain_takes_no_column():

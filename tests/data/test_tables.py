@@ -12,6 +12,7 @@ import pytest
 from gaintune.data.documents import Document, Stored
 from gaintune.data.tables import add_texts
 from gaintune.errors import DataError
+from support import refused
 
 ROWS = [
     {"text": "one, with a comma", "label": 1},
@@ -156,7 +157,5 @@ def test_a_mistake_is_named_by_file_and_line(tmp_path, name, content, place, say
 def test_a_parquet_mistake_is_named_by_row(tmp_path):
     file = tmp_path / "a.parquet"
     pandas.DataFrame({"text": ["ok", None], "n": [1, 2]}).to_parquet(file)
-    with pytest.raises(DataError, match=r"a\.parquet: row 2: column 'text' is null"):
-        read_rows(file)
-    with pytest.raises(DataError, match="row 1: has no column 'body'; the columns are text, n"):
-        read_rows(file, "body")
+    refused(DataError, r"a\.parquet: row 2: column 'text' is null", read_rows, file)
+    refused(DataError, "row 1: has no column 'body'; the columns are text, n", read_rows, file, "body")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from support import tiny_base
+from support import refused, tiny_base
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
@@ -110,15 +110,13 @@ def test_an_adapter_is_refused_also_where_its_scores_are_kept(tiny, data, tmp_pa
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32, max_position_embeddings=1024)
     asked = {"config": config_of(data), "cache": cache}
     run_benchmarks(base_of(other), {"mine": folder}, allow_other_base=True, **asked)
-    with pytest.raises(BaseMismatchError, match="was trained on"):
-        run_benchmarks(base_of(other), {"mine": folder}, **asked)
+    refused(BaseMismatchError, "was trained on", run_benchmarks, base_of(other), {"mine": folder}, **asked)
     run_benchmarks(base_of(tiny), {"mine": folder}, **asked)
     weights = folder / "adapter_model.safetensors"
     altered = bytearray(weights.read_bytes())
     altered[-1] ^= 1
     weights.write_bytes(altered)
-    with pytest.raises(AdapterError, match="damaged adapter"):
-        run_benchmarks(base_of(tiny), {"mine": folder}, **asked)
+    refused(AdapterError, "damaged adapter", run_benchmarks, base_of(tiny), {"mine": folder}, **asked)
 
 
 def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
@@ -196,8 +194,7 @@ def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, t
     assert model.training
     assert report.base == plain
     assert any(each.difference.value != 0 for each in report.comparisons)
-    with pytest.raises(ConfigError, match="PeftModel"):
-        compare_benchmarks(base_of(tiny).model, base.tokenizer, config_of(data))
+    refused(ConfigError, "PeftModel", compare_benchmarks, base_of(tiny).model, base.tokenizer, config_of(data))
 
 
 def test_worked_examples_are_never_the_row_that_is_asked(data):
@@ -250,9 +247,7 @@ def test_the_metric_that_counts_does_not_hang_on_the_order_of_filters(turned):
 
 
 def test_a_task_named_twice_and_a_wrong_count_are_refused():
-    with pytest.raises(ValueError, match="every benchmark once"):
-        BenchmarkConfig.model_validate({"tasks": "arc_easy,arc_easy"})
-    with pytest.raises(ValueError, match="NAME:EXAMPLES"):
-        BenchmarkConfig.model_validate({"tasks": "arc_easy:many"})
+    refused(ValueError, "every benchmark once", BenchmarkConfig.model_validate, {"tasks": "arc_easy,arc_easy"})
+    refused(ValueError, "NAME:EXAMPLES", BenchmarkConfig.model_validate, {"tasks": "arc_easy:many"})
     config = BenchmarkConfig.model_validate({"tasks": "arc_easy, gsm8k:8"})
     assert [(task.name, task.fewshot) for task in config.tasks] == [("arc_easy", None), ("gsm8k", 8)]

@@ -9,7 +9,7 @@ from gaintune.config import build_plan
 from gaintune.errors import AdapterError, BaseMismatchError
 from gaintune.evaluate import compare_adapters, compare_choices, compare_classifiers, compare_masked
 from gaintune.workflows import adapt
-from support import tiny_base, tiny_domains, tiny_encoders
+from support import refused, tiny_base, tiny_domains, tiny_encoders
 from support.killing import Nothing
 
 
@@ -61,8 +61,7 @@ def test_a_folder_that_is_none_a_damaged_one_and_another_base(work, tmp_path, ca
         (tmp_path / "nowhere", AdapterError, "no such adapter folder"),
         (damaged, AdapterError, "damaged adapter"),
     ):
-        with pytest.raises(error, match=says):
-            compare(adapters=[good, adapter], progress=Nothing(), **arguments(work, ""))
+        refused(error, says, compare, adapters=[good, adapter], progress=Nothing(), **arguments(work, ""))
     with pytest.raises(BaseMismatchError, match="was trained on"):
         compare(adapters=[good], progress=Nothing(), **arguments(work, "other-"))
     with pytest.raises(AssertionError, match="nothing should have begun"):

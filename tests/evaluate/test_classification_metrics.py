@@ -11,6 +11,7 @@ from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
 from gaintune.evaluate import difference, score
 from gaintune.evaluate.classification import Predictions, matthews_correlation
+from support import refused
 
 SETTINGS = EvaluateConfig(bootstrap_samples=400)
 
@@ -140,7 +141,5 @@ def test_what_has_no_spread_has_no_correlation_and_no_interval():
 
 
 def test_predictions_that_do_not_fit_are_refused():
-    with pytest.raises(DataError, match="2 true and 1 predicted"):
-        predictions([0, 1], [0])
-    with pytest.raises(DataError, match="label numbers"):
-        predictions([0, 2], [0, 1])
+    refused(DataError, "2 true and 1 predicted", predictions, [0, 1], [0])
+    refused(DataError, "label numbers", predictions, [0, 2], [0, 1])

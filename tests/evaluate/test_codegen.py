@@ -10,6 +10,7 @@ import pytest
 
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks.programs import CodeLimits, open_to_all, require_limits, run_program
+from support import refused
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be limited there")
 
@@ -63,8 +64,7 @@ def test_a_program_starts_in_an_empty_folder_without_the_callers_environment(mon
 def test_a_process_that_cannot_be_limited_is_an_error_and_no_zero():
     with pytest.raises(ConfigError, match=r"cannot be limited here .*OverflowError"):
         run_program("pass", CodeLimits(seconds=20.0, memory_mb=2**60))
-    with pytest.raises(ConfigError, match="allow more"):
-        require_limits(CodeLimits(seconds=0.0001))
+    refused(ConfigError, "allow more", require_limits, CodeLimits(seconds=0.0001))
     require_limits(LIMITS)
 
 
@@ -113,6 +113,7 @@ def test_the_size_of_files_is_limited():
 
 FORKING = """
 import os, time
+from support import refused
 def fork():
     try:
         return os.fork()

@@ -16,7 +16,7 @@ from gaintune.evaluate import compare_choices
 from gaintune.evaluate.choices import choice_likelihoods
 from gaintune.models import load_base
 from gaintune.workflows import adapt
-from support import STUDY_DATA, tiny_base, tiny_encoders
+from support import STUDY_DATA, refused, tiny_base, tiny_encoders
 
 DATA = STUDY_DATA
 EXAM = {"question": "Which?", "options": {"B": "that", "A": "this"}, "answer_idx": "B"}
@@ -67,8 +67,7 @@ def test_a_labelled_text_is_answered_by_the_name_of_a_label(tmp_path):
     assert [row.answer for row in rows] == [2, 0, 1]
     numbered = written(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 0}], "numbered.jsonl")
     assert [row.completion for row in read_choices("sst2", numbered)] == [" positive", " negative"]
-    with pytest.raises(DataError, match=r"numbered\.jsonl:1: the label is 1, which is no word"):
-        read_choices("reviews", numbered)
+    refused(DataError, r"numbered\.jsonl:1: the label is 1, which is no word", read_choices, "reviews", numbered)
     copied = written(tmp_path, [{"sentence": "a", "label": 1}, {"sentence": "b", "label": 0}], "cola.jsonl")
     assert [row.completion for row in read_choices("cola", copied)] == [" acceptable", " unacceptable"]
     pair = {"premise": "It rains. ", "hypothesis": "It is wet.", "label": "entailment"}
@@ -141,8 +140,7 @@ def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
     ],
 )
 def test_a_broken_question_is_named_by_its_line(row, message, tmp_path):
-    with pytest.raises(DataError, match=message):
-        read_choices("medqa", written(tmp_path, [EXAM, row]))
+    refused(DataError, message, read_choices, "medqa", written(tmp_path, [EXAM, row]))
 
 
 def test_rows_of_another_kind_say_what_is_wanted(tmp_path):

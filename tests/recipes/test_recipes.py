@@ -10,6 +10,7 @@ from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes.differences import LISTS, names_in, stem_of
 from gaintune.recipes.schema import Expectation, read_recipe
+from support import refused
 
 AGAIN = ("G3", "G9", "G16", "G17", "D2", "D5")
 """One of each kind that measures or keeps what others do not: benchmarks, answers, sweep, landscape and so on."""
@@ -63,12 +64,10 @@ def test_a_recipe_run_again_is_continued_and_gives_the_same(tmp_path):
 
 def test_a_folder_of_another_scale_or_of_something_else_is_refused(tmp_path):
     run_recipe("D1", tmp_path / "run", scale="smoke")
-    with pytest.raises(RunDirectoryError, match="scale"):
-        run_recipe("D1", tmp_path / "run", scale="small")
+    refused(RunDirectoryError, "scale", run_recipe, "D1", tmp_path / "run", scale="small")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunDirectoryError, match="no recipe began it"):
-        run_recipe("D1", tmp_path / "mine", scale="smoke")
+    refused(RunDirectoryError, "no recipe began it", run_recipe, "D1", tmp_path / "mine", scale="smoke")
 
 
 def test_numbers_are_those_of_the_run_itself(tmp_path):
@@ -82,8 +81,7 @@ def test_numbers_are_those_of_the_run_itself(tmp_path):
 
 
 def test_an_unknown_experiment_names_those_there_are():
-    with pytest.raises(ConfigError, match="no recipe 'G99'; there are G"):
-        recipe_named("G99")
+    refused(ConfigError, "no recipe 'G99'; there are G", recipe_named, "G99")
 
 
 SMALLEST = {
@@ -118,8 +116,7 @@ def test_a_wrong_recipe_is_refused_in_words(change, message, tmp_path):
 
 
 def test_a_claim_that_no_number_meets_is_refused():
-    with pytest.raises(ValueError, match="no number is above 3 and below 1"):
-        Expectation(above=3, below=1)
+    refused(ValueError, "no number is above 3 and below 1", Expectation, above=3, below=1)
 
 
 @pytest.mark.parametrize(
@@ -132,5 +129,4 @@ def test_a_claim_that_no_number_meets_is_refused():
 )
 def test_a_recipe_file_with_a_mistake_says_where(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        read_recipe(tmp_path / "recipe.yaml")
+    refused(ConfigError, message, read_recipe, tmp_path / "recipe.yaml")

@@ -13,6 +13,7 @@ from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.report import write_report
 from gaintune.results import Matrix, build_matrix
 from gaintune.storage import Run, read_json, write_json, write_text
+from support import refused
 from support.synthetic_run import forgets, keeps, make_matrix, make_runs, write_run
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -158,29 +159,23 @@ def test_a_run_that_fell_apart_still_has_a_page(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path, two_methods):
-    with pytest.raises(RunDirectoryError, match="no such run directory: /"):
-        write_report(tmp_path / "nowhere")
+    refused(RunDirectoryError, "no such run directory: /", write_report, tmp_path / "nowhere")
     with pytest.raises(RunDirectoryError, match=r"is not a run directory, it has neither plan\.yaml nor matrix\.json"):
         write_report(tmp_path)
     write_text(tmp_path / "plan.yaml", "{}")
-    with pytest.raises(RunDirectoryError, match=r"matrix\.json: nothing measured yet; run `gaintune sequence`"):
-        write_report(tmp_path)
+    refused(RunDirectoryError, r"matrix\.json: nothing measured yet; run `gaintune sequence`", write_report, tmp_path)
     run = write_run(tmp_path / "run", two_methods)
     (run / "plan.yaml").unlink()
-    with pytest.raises(ConfigError, match="no such plan file"):
-        write_report(run)
+    refused(ConfigError, "no such plan file", write_report, run)
     write_text(run / "matrix.json", "{ not json")
-    with pytest.raises(RunDirectoryError, match=r"matrix\.json:1: not valid JSON"):
-        write_report(run)
+    refused(RunDirectoryError, r"matrix\.json:1: not valid JSON", write_report, run)
     write_text(run / "matrix.json", "[]")
-    with pytest.raises(RunDirectoryError, match=r"matrix\.json: not a matrix of format 1"):
-        write_report(run)
+    refused(RunDirectoryError, r"matrix\.json: not a matrix of format 1", write_report, run)
     values = two_methods.to_dict()
     domain = values["domains"][0]
     values["methods"][0]["base"]["other"] = values["methods"][0]["base"].pop(domain)
     write_json(run / "matrix.json", values)
-    with pytest.raises(RunDirectoryError, match=rf"matrix\.json: a matrix with a part .*the base on {domain}"):
-        write_report(run)
+    refused(RunDirectoryError, rf"matrix\.json: a matrix with a part .*the base on {domain}", write_report, run)
 
 
 def test_intervals_are_made_anew_from_stored_losses(tmp_path, caplog):

@@ -28,6 +28,7 @@ from gaintune.results import (
     replicated,
     sign_flip_test,
 )
+from support import refused
 
 
 def coverage(make, truth, trials):
@@ -312,9 +313,6 @@ def test_curves_with_block_resamples_and_orders():
 def test_curves_that_share_nothing_or_do_not_pair_are_refused():
     far = [curve([-30, -40], [0, 0])] * 2
     near = [curve([-1, -5], [0, 0])] * 2
-    with pytest.raises(DataError, match="no in-domain change in common"):
-        curve_difference(far, near)
-    with pytest.raises(DataError, match="do not pair"):
-        curve_difference(far, near[:1])
-    with pytest.raises(DataError, match="rates must rise"):
-        Curve((0.1, 0.1), np.zeros(2), np.zeros(2))
+    refused(DataError, "no in-domain change in common", curve_difference, far, near)
+    refused(DataError, "do not pair", curve_difference, far, near[:1])
+    refused(DataError, "rates must rise", Curve, (0.1, 0.1), np.zeros(2), np.zeros(2))

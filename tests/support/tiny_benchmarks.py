@@ -1,6 +1,5 @@
 """A few rows of each benchmark, as the Hub has them and as questions with choices, and lm-eval's own task over them."""
 
-import json
 import random
 import re
 from pathlib import Path
@@ -29,20 +28,9 @@ STOCK = {  # lm-eval's own task files
     "nq_open": "nq_open/nq_open.yaml",
 }
 WORDS = (
-    "the",
-    "river",
-    "bends",
-    "where",
-    "old",
-    "stones",
-    "lie",
-    "and",
-    "cold",
-    "wind",
-    "sings",
-    "over",
-    "green",
-    "hills",
+    "the", "river", "bends", "where", "old", "stones", "lie", "and", "cold", "wind", "sings", "over", "green", "hills",
+)  # fmt: skip
+    ["the", "river", "bends", "where", "old", "stones", "lie", "and", "cold", "wind", "sings", "over", "green", "hills"]
 )
 
 
@@ -142,12 +130,6 @@ def _plain(text: str) -> str:
 
 def _asked(query: str, choices: list[str], gold: int) -> dict:
     return {"query": query, "choices": choices, "gold": gold}
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def stock_task(name: str, rows: Path, work: Path, split: str = "validation", lines: tuple[str, ...] = ()) -> str:

@@ -1,6 +1,5 @@
 """Random encoders of a few thousand weights with a small tokenizer of their own, as a user's model folders."""
 
-import json
 import random
 from pathlib import Path
 
@@ -14,6 +13,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
+
+from support import write_rows
+
+__all__ = ["bert_tokenizer", "folder", "plan", "rule_rows", "tokenizer", "write_rows"]
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCABULARY = len(SPECIAL) + 256
@@ -72,12 +75,6 @@ def folder(path: Path, kind: str = "roberta", seed: int = 0) -> Path:
     model.save_pretrained(path)
     (bert_tokenizer() if kind == "bert" else tokenizer()).save_pretrained(path)
     return path
-
-
-def write_rows(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def rule_rows(count: int, seed: int = 0) -> list[dict]:
