@@ -30,8 +30,6 @@ STOCK = {  # lm-eval's own task files
 WORDS = (
     "the", "river", "bends", "where", "old", "stones", "lie", "and", "cold", "wind", "sings", "over", "green", "hills",
 )  # fmt: skip
-    ["the", "river", "bends", "where", "old", "stones", "lie", "and", "cold", "wind", "sings", "over", "green", "hills"]
-)
 
 
 def _text(rng: random.Random, low: int, high: int) -> str:
