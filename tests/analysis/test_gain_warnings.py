@@ -52,16 +52,10 @@ def test_gains_that_do_not_train_are_not_looked_at(caplog):
     assert not warnings(caplog)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "furthest", "warned"),
-    [
-        ("bf16", 0.0019, True),
-        ("bf16", 0.0021, False),
-        ("fp16", 0.0002, True),
-        ("fp16", 0.0003, False),
-        ("fp32", 0, False),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "furthest", "warned"), [
+    ("bf16", 0.0019, True), ("bf16", 0.0021, False), ("fp16", 0.0002, True), ("fp16", 0.0003, False),
+    ("fp32", 0, False),
+])  # fmt: skip
 def test_gains_that_no_activation_shows_are_warned_of(caplog, dtype, furthest, warned):
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     model = get_peft_model(tiny_base.model().to(kind), GainConfig(ffn=True, task_type="CAUSAL_LM"))

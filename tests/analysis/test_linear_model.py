@@ -213,14 +213,11 @@ def test_every_student_starts_at_the_pretrained_map():
         assert torch.allclose(student(problem, method, settings, 0)(inputs), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"rank": 9, "dimension": 8}, "rank"),
-        ({"separation": 0.0}, "separation"),
-        ({"seeds": 0}, "seeds"),
-        ({"lr": math.nan}, "lr"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"rank": 9, "dimension": 8}, "rank"),
+    ({"separation": 0.0}, "separation"),
+    ({"seeds": 0}, "seeds"),
+    ({"lr": math.nan}, "lr"),
+])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes, named):
     refused(ConfigError, named, LinearModelOptions.read, changes, "here")

@@ -109,14 +109,11 @@ def test_documents_beyond_the_last_whole_block_are_not_counted(tmp_path, write_r
     assert blocks.train_documents == len([text for text in drawn if text]) < 100
 
 
-@pytest.mark.parametrize(
-    ("train", "validation", "says"),
-    [
-        (["few words"], TEXTS, r"the training part holds \d+ tokens, fewer than one block of 64"),
-        (TEXTS, ["few words"], r"the validation part holds \d+ tokens, fewer than one block of 64"),
-        (TEXTS[:5], TEXTS[:5], "validation part holds no text, after 5 near-duplicate"),
-    ],
-)
+@pytest.mark.parametrize(("train", "validation", "says"), [
+    (["few words"], TEXTS, r"the training part holds \d+ tokens, fewer than one block of 64"),
+    (TEXTS, ["few words"], r"the validation part holds \d+ tokens, fewer than one block of 64"),
+    (TEXTS[:5], TEXTS[:5], "validation part holds no text, after 5 near-duplicate"),
+])  # fmt: skip
 def test_less_than_a_block_is_an_error_that_names_the_source(tmp_path, write_rows, tokenizer, train, validation, says):
     write_rows("d/train.jsonl", train)
     write_rows("d/validation.jsonl", validation)

@@ -38,18 +38,10 @@ def written(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> Path:
     return tiny_encoders.write_rows(folder / name, rows)
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [
-        ("sentence",),
-        ("text",),
-        ("text_a", "text_b"),
-        ("sentence1", "sentence2"),
-        ("premise", "hypothesis"),
-        ("question", "sentence"),
-        ("question1", "question2"),
-    ],
-)
+@pytest.mark.parametrize("columns", [
+    ("sentence",), ("text",), ("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"),
+    ("question", "sentence"), ("question1", "question2"),
+])  # fmt: skip
 def test_the_columns_of_glue_and_of_local_files_are_found(columns, tmp_path):
     rows = [{**{column: f"{column} {n}" for column in columns}, "label": n % 2, "idx": n} for n in range(40)]
     texts = load_labelled(domain(written(tmp_path, rows)), seed=0)
@@ -95,20 +87,17 @@ def test_a_folders_own_split_is_kept_and_other_files_are_split_by_their_text(tmp
     assert load_labelled(domain(tmp_path / "rows.jsonl"), seed=1).validation != split.validation
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text_a": "x", "text_b": "y"}, r"rows\.jsonl:3: has no column 'label'; the columns are text_a, text_b"),
-        ({"text_b": "y", "label": "no"}, r"rows\.jsonl:3: has no column 'text_a'"),
-        ({**PAIR, "text_a": "  "}, r"rows\.jsonl:3: column 'text_a' is empty"),
-        ({**PAIR, "text_b": None}, r"rows\.jsonl:3: column 'text_b' is null"),
-        ({**PAIR, "label": None}, r"rows\.jsonl:3: the label is None, expected a name or a whole number"),
-        ({**PAIR, "label": 0.5}, r"rows\.jsonl:3: the label is 0\.5"),
-        ({**PAIR, "label": " "}, r"rows\.jsonl:3: the label is ' '"),
-        ({**PAIR, "label": -1}, r"rows\.jsonl:3: the label is -1, which data sets give to rows without one"),
-        ({**PAIR, "label": "-1"}, r"rows\.jsonl:3: the label is -1, which"),
-    ],
-)
+@pytest.mark.parametrize(("row", "message"), [
+    ({"text_a": "x", "text_b": "y"}, r"rows\.jsonl:3: has no column 'label'; the columns are text_a, text_b"),
+    ({"text_b": "y", "label": "no"}, r"rows\.jsonl:3: has no column 'text_a'"),
+    ({**PAIR, "text_a": "  "}, r"rows\.jsonl:3: column 'text_a' is empty"),
+    ({**PAIR, "text_b": None}, r"rows\.jsonl:3: column 'text_b' is null"),
+    ({**PAIR, "label": None}, r"rows\.jsonl:3: the label is None, expected a name or a whole number"),
+    ({**PAIR, "label": 0.5}, r"rows\.jsonl:3: the label is 0\.5"),
+    ({**PAIR, "label": " "}, r"rows\.jsonl:3: the label is ' '"),
+    ({**PAIR, "label": -1}, r"rows\.jsonl:3: the label is -1, which data sets give to rows without one"),
+    ({**PAIR, "label": "-1"}, r"rows\.jsonl:3: the label is -1, which"),
+])  # fmt: skip
 def test_a_broken_row_is_named_by_its_line(row, message, tmp_path):
     with pytest.raises(DataError, match=message) as caught:
         load(written(tmp_path, [PAIR, {**PAIR, "label": "no"}, row]))
@@ -258,16 +247,13 @@ def test_the_plan_of_a_classifier_has_an_encoder_and_no_token_budgets():
 
 @pytest.mark.study_data
 @pytest.mark.skipif(not GLUE_ROWS.is_dir(), reason=f"the GLUE rows are not in {GLUE_ROWS}")
-@pytest.mark.parametrize(
-    ("task", "sizes", "labels"),
-    [
-        ("cola", (7695, 1043), ("acceptable", "unacceptable")),
-        ("mnli", (6684, 1000), ("contradiction", "entailment", "neutral")),
-        ("mrpc", (3300, 408), ("equivalent", "not_equivalent")),
-        ("qnli", (5400, 1500), ("entailment", "not_entailment")),
-        ("sst2", (6917, 872), ("negative", "positive")),
-    ],
-)
+@pytest.mark.parametrize(("task", "sizes", "labels"), [
+    ("cola", (7695, 1043), ("acceptable", "unacceptable")),
+    ("mnli", (6684, 1000), ("contradiction", "entailment", "neutral")),
+    ("mrpc", (3300, 408), ("equivalent", "not_equivalent")),
+    ("qnli", (5400, 1500), ("entailment", "not_entailment")),
+    ("sst2", (6917, 872), ("negative", "positive")),
+])  # fmt: skip
 def test_the_study_rows_of_glue(task, sizes, labels):
     texts = load_labelled(DomainConfig(name=task, source=str(GLUE_ROWS / task)), seed=0)
     assert (len(texts.train), len(texts.validation)) == sizes

@@ -9,16 +9,13 @@ from gaintune.data import domains as embedded
 from gaintune.data import load_domain
 
 
-@pytest.mark.parametrize(
-    ("read", "documents", "characters"),
-    [
-        (embedded.medical, (1918, 1918), 3_900_000),
-        (embedded.law, (465, 465), 460_000),
-        (embedded.scripture, (1189, 1189), 4_100_000),
-        (embedded.manual, (100, 2000), 300_000),
-        (embedded.code, (100, 400), 3_000_000),
-    ],
-)
+@pytest.mark.parametrize(("read", "documents", "characters"), [
+    (embedded.medical, (1918, 1918), 3_900_000),
+    (embedded.law, (465, 465), 460_000),
+    (embedded.scripture, (1189, 1189), 4_100_000),
+    (embedded.manual, (100, 2000), 300_000),
+    (embedded.code, (100, 400), 3_000_000),
+])  # fmt: skip
 def test_a_domain_is_whole_and_has_no_empty_document(read, documents, characters):
     found = read()
     assert documents[0] <= len(found) <= documents[1]

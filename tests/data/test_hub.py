@@ -109,14 +109,11 @@ def test_hellaswag_gives_the_right_ending_without_markers():
     assert list(hub.gold_endings([row])) == [expected]
 
 
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("bookcorpusopen", {"title": "a-book.epub.txt", "text": "It was late."}),
-        ("cc-news", {"title": "News", "text": "It was late.", "domain": "a.org", "date": "2017-01-01", "url": "u"}),
-        ("wikitext2", {"text": "It was late."}),
-    ],
-)
+@pytest.mark.parametrize(("name", "row"), [
+    ("bookcorpusopen", {"title": "a-book.epub.txt", "text": "It was late."}),
+    ("cc-news", {"title": "News", "text": "It was late.", "domain": "a.org", "date": "2017-01-01", "url": "u"}),
+    ("wikitext2", {"text": "It was late."}),
+])  # fmt: skip
 def test_texts_to_be_retained_are_read_in_the_hubs_schema(tmp_path, name, row):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 3)
@@ -126,23 +123,20 @@ def test_texts_to_be_retained_are_read_in_the_hubs_schema(tmp_path, name, row):
     assert (documents.validation is None) == (name != "wikitext2")
 
 
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("gsm8k", {"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"}),
-        (
-            "metamathqa",
-            {
-                "type": "GSM_SV",
-                "query": "Two and two?",
-                "original_question": "Two?",
-                "response": "2+2=<<2+2=4>>4\n#### 4",
-            },
-        ),
-        ("magicoder", {"instruction": "Two and two?", "response": "2+2=<<2+2=4>>4\n#### 4"}),
-        ("humaneval", {"prompt": "Two and two?", "canonical_solution": "2+2=<<2+2=4>>4\n#### 4"}),
-    ],
-)
+@pytest.mark.parametrize(("name", "row"), [
+    ("gsm8k", {"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"}),
+    (
+        "metamathqa",
+        {
+            "type": "GSM_SV",
+            "query": "Two and two?",
+            "original_question": "Two?",
+            "response": "2+2=<<2+2=4>>4\n#### 4",
+        },
+    ),
+    ("magicoder", {"instruction": "Two and two?", "response": "2+2=<<2+2=4>>4\n#### 4"}),
+    ("humaneval", {"prompt": "Two and two?", "canonical_solution": "2+2=<<2+2=4>>4\n#### 4"}),
+])  # fmt: skip
 def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplog):
     """Rows in the Hub's schema, read through the entry's own way."""
     empty = dict.fromkeys(row, "")

@@ -234,16 +234,13 @@ def test_text_and_instructions_go_together_and_other_tasks_are_refused(write, wr
     refused(ConfigError, "domain 'd' has task classify", load_domain, classified.domains[0], classified, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"domains": ["a", {"name": "b", "source": "b", "task": "classify"}]}, "cannot be mixed with others: a .text."),
-        ({"domains": ["a"], "template": "alpaca"}, "template is for task instruct, and no domain has it"),
-        ({"domains": ["a"], "packing": False}, "packing is for task instruct"),
-        ({"domains": ["a"], "end_of_text": False}, "end_of_text is for task instruct"),
-        ({"domains": [{"name": "a", "source": "a", "template": "chat"}]}, "domains: a: template is for task instruct"),
-        ({"domains": [{"name": "a", "source": "a", "prompt_column": "q"}]}, "prompt_column is for task instruct"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"domains": ["a", {"name": "b", "source": "b", "task": "classify"}]}, "cannot be mixed with others: a .text."),
+    ({"domains": ["a"], "template": "alpaca"}, "template is for task instruct, and no domain has it"),
+    ({"domains": ["a"], "packing": False}, "packing is for task instruct"),
+    ({"domains": ["a"], "end_of_text": False}, "end_of_text is for task instruct"),
+    ({"domains": [{"name": "a", "source": "a", "template": "chat"}]}, "domains: a: template is for task instruct"),
+    ({"domains": [{"name": "a", "source": "a", "prompt_column": "q"}]}, "prompt_column is for task instruct"),
+])  # fmt: skip
 def test_plans_that_do_not_fit_together_are_refused(changes, says):
     refused(ValidationError, says, DataConfig, **changes)

@@ -82,34 +82,31 @@ def test_a_folder_brings_its_own_split(tmp_path):
     assert [row.question for row in rows.validation or ()] == ["b?"]
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"prompt": "a"}, "has no column 'completion'; the columns are prompt; name them with prompt_column"),
-        ({"question": "a", "answer": "b"}, "has no column 'prompt'; the columns are question, answer"),
-        ({"prompt": " ", "completion": "b"}, "column 'prompt' is empty"),
-        ({"prompt": "a", "completion": ""}, "column 'completion' is empty"),
-        ({"prompt": "a", "completion": None}, "column 'completion' is null, expected text"),
-        ({"prompt": 1, "completion": "b"}, "column 'prompt' is of type int, expected text"),
-        ({"prompt": "a", "completion": "\ud800"}, "column 'completion' holds half of a surrogate pair"),
-        ({"prompt": "a", "completion": [ANSWER]}, "must both be text or both lists of messages"),
-        ({"prompt": "a", "completion": "b", "messages": [USER, ANSWER]}, "'messages' and also 'prompt'"),
-        ({"messages": "a"}, "messages is of type str, expected a list of messages"),
-        ({"messages": []}, "messages is empty"),
-        ({"messages": ["a"]}, "message 1 of messages is of type str, expected a mapping of role and content"),
-        ({"messages": [{"content": "a"}, ANSWER]}, "message 1 of messages has no 'role'; its keys are content"),
-        ({"messages": [USER, {"role": "assistant"}]}, "message 2 of messages has no 'content'"),
-        ({"messages": [{"role": "human", "content": "a"}]}, "has the role 'human', expected one of system, user, ass"),
-        ({"messages": [{"role": "user", "content": [1]}]}, "message 1 of messages is of type list, expected text"),
-        ({"messages": [USER, {**ANSWER, "content": " "}]}, "message 2 of messages is empty"),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "message 2 of messages has 'tool_calls'"),
-        ({"messages": [USER, USER]}, "no message of the assistant"),
-        ({"messages": [USER, ANSWER, USER]}, "the last message is the user's, and nothing answers it"),
-        ({"messages": [ANSWER]}, "the first message is the assistant's, and nothing asks for it"),
-        ({"prompt": [], "completion": [ANSWER]}, "column 'prompt' is empty"),
-        ({"prompt": [USER], "completion": [USER]}, "no message of the assistant"),
-    ],
-)
+@pytest.mark.parametrize(("row", "says"), [
+    ({"prompt": "a"}, "has no column 'completion'; the columns are prompt; name them with prompt_column"),
+    ({"question": "a", "answer": "b"}, "has no column 'prompt'; the columns are question, answer"),
+    ({"prompt": " ", "completion": "b"}, "column 'prompt' is empty"),
+    ({"prompt": "a", "completion": ""}, "column 'completion' is empty"),
+    ({"prompt": "a", "completion": None}, "column 'completion' is null, expected text"),
+    ({"prompt": 1, "completion": "b"}, "column 'prompt' is of type int, expected text"),
+    ({"prompt": "a", "completion": "\ud800"}, "column 'completion' holds half of a surrogate pair"),
+    ({"prompt": "a", "completion": [ANSWER]}, "must both be text or both lists of messages"),
+    ({"prompt": "a", "completion": "b", "messages": [USER, ANSWER]}, "'messages' and also 'prompt'"),
+    ({"messages": "a"}, "messages is of type str, expected a list of messages"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": ["a"]}, "message 1 of messages is of type str, expected a mapping of role and content"),
+    ({"messages": [{"content": "a"}, ANSWER]}, "message 1 of messages has no 'role'; its keys are content"),
+    ({"messages": [USER, {"role": "assistant"}]}, "message 2 of messages has no 'content'"),
+    ({"messages": [{"role": "human", "content": "a"}]}, "has the role 'human', expected one of system, user, ass"),
+    ({"messages": [{"role": "user", "content": [1]}]}, "message 1 of messages is of type list, expected text"),
+    ({"messages": [USER, {**ANSWER, "content": " "}]}, "message 2 of messages is empty"),
+    ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "message 2 of messages has 'tool_calls'"),
+    ({"messages": [USER, USER]}, "no message of the assistant"),
+    ({"messages": [USER, ANSWER, USER]}, "the last message is the user's, and nothing answers it"),
+    ({"messages": [ANSWER]}, "the first message is the assistant's, and nothing asks for it"),
+    ({"prompt": [], "completion": [ANSWER]}, "column 'prompt' is empty"),
+    ({"prompt": [USER], "completion": [USER]}, "no message of the assistant"),
+])  # fmt: skip
 def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, says):
     good = {"prompt": "a", "completion": "b"}
     file = write(tmp_path / "a.jsonl", good, good, row)
@@ -125,14 +122,11 @@ def test_text_files_are_no_rows(tmp_path):
     refused(DataError, r"ends in one of \.jsonl, \.json, \.csv, \.parquet$", read_exchanges, tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize(
-    ("domain", "says"),
-    [
-        ({"source": "law"}, r"'law' is for task text, and the plan says instruct; set task: text on the domain"),
-        ({"source": "gsm8q"}, "gsm8q is no file, folder or catalogue name; did you mean 'gsm8k'"),
-        ({"source": "gsm8k", "prompt_column": "q"}, "'gsm8k' brings its own"),
-        ({"source": "x.jsonl", "text_column": "q"}, "text_column is for task text"),
-    ],
-)
+@pytest.mark.parametrize(("domain", "says"), [
+    ({"source": "law"}, r"'law' is for task text, and the plan says instruct; set task: text on the domain"),
+    ({"source": "gsm8q"}, "gsm8q is no file, folder or catalogue name; did you mean 'gsm8k'"),
+    ({"source": "gsm8k", "prompt_column": "q"}, "'gsm8k' brings its own"),
+    ({"source": "x.jsonl", "text_column": "q"}, "text_column is for task text"),
+])  # fmt: skip
 def test_a_domain_of_another_kind_is_refused(domain, says):
     refused(DataError, says, load_exchanges, DomainConfig(name="d", **domain))

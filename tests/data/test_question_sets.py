@@ -43,20 +43,17 @@ def elsewhere(row: dict) -> dict:
     return {**row, **{key: f"other {row[key]}" for key in ("question", "sentence") if key in row}}
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt", "choices", "answers"),
-    [
-        (
-            "pubmedqa",
-            "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswer:",
-            (" yes", " no", " maybe"),
-            [2, 1],
-        ),
-        ("finphrase", "Sales are 0.\nSentiment:", (" negative", " neutral", " positive"), [0, 1, 2]),
-        ("sst2", "film 0\nSentiment:", (" negative", " positive"), [0, 1]),
-        ("medqa", "Which?\nA. this\nB. that\nC. x\nD. y\nAnswer:", (" A", " B", " C", " D"), [1]),
-    ],
-)
+@pytest.mark.parametrize(("name", "prompt", "choices", "answers"), [
+    (
+        "pubmedqa",
+        "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswer:",
+        (" yes", " no", " maybe"),
+        [2, 1],
+    ),
+    ("finphrase", "Sales are 0.\nSentiment:", (" negative", " neutral", " positive"), [0, 1, 2]),
+    ("sst2", "film 0\nSentiment:", (" negative", " positive"), [0, 1]),
+    ("medqa", "Which?\nA. this\nB. that\nC. x\nD. y\nAnswer:", (" A", " B", " C", " D"), [1]),
+])  # fmt: skip
 def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, choices, answers):
     """Through the entry itself, with a folder in the data set's place."""
     found = QUESTION_SETS[name]

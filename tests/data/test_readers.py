@@ -133,16 +133,13 @@ def test_a_broken_row_is_named_though_it_would_not_be_drawn(tmp_path, write_rows
             split_documents(read_documents(tmp_path / broken), 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("a.txt", b" \n", r"a\.txt: the file is empty"),
-        ("a.txt", b"ok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
-        ("a.txt", b"\xef\xbb\xbfok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
-        ("a.docx", b"x", r"a\.docx: a domain file ends in one of \.jsonl"),
-        ("folder/a.docx", b"x", "folder: holds no file that ends in"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("a.txt", b" \n", r"a\.txt: the file is empty"),
+    ("a.txt", b"ok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
+    ("a.txt", b"\xef\xbb\xbfok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
+    ("a.docx", b"x", r"a\.docx: a domain file ends in one of \.jsonl"),
+    ("folder/a.docx", b"x", "folder: holds no file that ends in"),
+])  # fmt: skip
 def test_files_that_cannot_be_used_are_named(tmp_path, name, content, says):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -150,16 +147,13 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, content, says):
     refused(DataError, says, read_documents, path.parent if name.startswith("folder") else path)
 
 
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("scriptur", "did you mean 'scripture'"),
-        ("nowhere", "nowhere is no file, folder or catalogue name; the catalogue holds medical"),
-        ("./none.jsonl", r"^no such file: /.*/none\.jsonl$"),
-        ("none.txt", r"^no such file: /.*/none\.txt$"),
-        ("./none", "^no such file or folder: /.*/none$"),
-    ],
-)
+@pytest.mark.parametrize(("source", "says"), [
+    ("scriptur", "did you mean 'scripture'"),
+    ("nowhere", "nowhere is no file, folder or catalogue name; the catalogue holds medical"),
+    ("./none.jsonl", r"^no such file: /.*/none\.jsonl$"),
+    ("none.txt", r"^no such file: /.*/none\.txt$"),
+    ("./none", "^no such file or folder: /.*/none$"),
+])  # fmt: skip
 def test_a_source_that_is_not_there_is_named(source, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(DataError, says, load_documents, DomainConfig(name="d", source=source))

@@ -57,17 +57,14 @@ def parquet(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("writer", "suffix", "places"),
-    [
-        (jsonl, ".jsonl", [":1", ":2", ":3"]),
-        (jsonl, ".json", [":1", ":2", ":3"]),
-        (json_list, ".json", [":2", ":6", ":10"]),
-        (json_data, ".json", [":6", ":10", ":14"]),
-        (csv_file, ".csv", [":2", ":3", ":5"]),
-        (parquet, ".parquet", [": row 1", ": row 2", ": row 3"]),
-    ],
-)
+@pytest.mark.parametrize(("writer", "suffix", "places"), [
+    (jsonl, ".jsonl", [":1", ":2", ":3"]),
+    (jsonl, ".json", [":1", ":2", ":3"]),
+    (json_list, ".json", [":2", ":6", ":10"]),
+    (json_data, ".json", [":6", ":10", ":14"]),
+    (csv_file, ".csv", [":2", ":3", ":5"]),
+    (parquet, ".parquet", [": row 1", ": row 2", ": row 3"]),
+])  # fmt: skip
 def test_every_format_gives_the_same_texts_and_their_places(tmp_path, writer, suffix, places):
     file = writer(tmp_path / f"rows{suffix}")
     documents = read_rows(file)
@@ -82,14 +79,11 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path, suffix):
     assert [document.text for document in read_rows(file)] == ["one", "two"]
 
 
-@pytest.mark.parametrize(
-    ("row", "column"),
-    [
-        ({"content": "words", "id": "a"}, "content"),
-        ({"text": "words", "title": "a"}, "text"),
-        ({"sentence": "words", "label": 3}, "sentence"),
-    ],
-)
+@pytest.mark.parametrize(("row", "column"), [
+    ({"content": "words", "id": "a"}, "content"),
+    ({"text": "words", "title": "a"}, "text"),
+    ({"sentence": "words", "label": 3}, "sentence"),
+])  # fmt: skip
 def test_the_text_column_is_found(tmp_path, row, column):
     assert read_rows(write(tmp_path / "a.jsonl", json.dumps(row)))[0].text == row[column]
 
@@ -114,38 +108,35 @@ def test_the_named_column_is_used(tmp_path):
     assert read_rows(file, "body")[0].text == "yes"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "place", "says"),
-    [
-        ("a.jsonl", '{"text": "ok"}\n{"text": "broken\n', ":2", "not valid JSON.*at column 10"),
-        ("a.jsonl", '{"text": "ok"}\n\n{"text": "ok"}\n', ":2", "line is empty"),
-        ("a.jsonl", '{"text": "ok"}\n["text"]\n', ":2", "got a list"),
-        ("a.jsonl", '{"text": "ok"}\n{"txt": "ok"}\n', ":2", "no column 'text'; the columns are txt"),
-        ("a.jsonl", '{"text": "ok"}\n{"text": " \\n"}\n', ":2", "'text' is empty; fill it in or delete the row"),
-        ("a.jsonl", '{"text": "ok"}\n{"text": null}\n', ":2", "is null"),
-        ("a.jsonl", '{"text": "ok"}\n{"text": 5}\n', ":2", "is of type int"),
-        ("a.jsonl", '{"text": "ok"}\n{"text": "\\ud800"}\n', ":2", "surrogate"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', ":2", "byte 0xe9 is not UTF-8"),
-        ("a.jsonl", '{"title": "a", "body": "b"}\n', ":1", "which of title, body .*text_column"),
-        ("a.jsonl", '{"label": 1}\n', ":1", "no column holds text.*the columns are label"),
-        ("a.jsonl", "", "", "holds no rows"),
-        ("a.json", '[{"text": "ok"},\n {"text": }]', ":2", "not valid JSON"),
-        ("a.json", '[{"text": "ok"},\n {"text": ""}]', ":2", "is empty"),
-        ("a.json", '{"rows": []}', ":1", "expected a list of rows"),
-        ("a.json", "[]", "", "holds no rows"),
-        ("a.json", '{"text": "ok"}\n{"text": \n', ":2", "not valid JSON"),
-        ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]', ":2", "not UTF-8"),
-        ("a.csv", 'text,label\n"two\nlines",1\nword,\n,1\n', ":5", "is empty"),
-        ("a.csv", "text,label\nwords,1\nwith, comma,1\n", ":3", "3 fields where the header has 2"),
-        ("a.csv", "text\nwords\n\nwords\n", ":3", "line is empty"),
-        ("a.csv", 'text\nwords\n"never\nclosed\n', ":3", "not valid CSV"),
-        ("a.csv", "text,text\na,b\n", ":1", "'text' appears more than once"),
-        ("a.csv", "title,body\na,b\n", ":2", "which of title, body"),
-        ("a.csv", "text\n", "", "holds no rows"),
-        ("a.csv", b"text\nwords\ncaf\xe9\n", ":3", "not UTF-8"),
-        ("a.parquet", "not parquet", "", "not a readable Parquet file"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "place", "says"), [
+    ("a.jsonl", '{"text": "ok"}\n{"text": "broken\n', ":2", "not valid JSON.*at column 10"),
+    ("a.jsonl", '{"text": "ok"}\n\n{"text": "ok"}\n', ":2", "line is empty"),
+    ("a.jsonl", '{"text": "ok"}\n["text"]\n', ":2", "got a list"),
+    ("a.jsonl", '{"text": "ok"}\n{"txt": "ok"}\n', ":2", "no column 'text'; the columns are txt"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": " \\n"}\n', ":2", "'text' is empty; fill it in or delete the row"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": null}\n', ":2", "is null"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": 5}\n', ":2", "is of type int"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": "\\ud800"}\n', ":2", "surrogate"),
+    ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', ":2", "byte 0xe9 is not UTF-8"),
+    ("a.jsonl", '{"title": "a", "body": "b"}\n', ":1", "which of title, body .*text_column"),
+    ("a.jsonl", '{"label": 1}\n', ":1", "no column holds text.*the columns are label"),
+    ("a.jsonl", "", "", "holds no rows"),
+    ("a.json", '[{"text": "ok"},\n {"text": }]', ":2", "not valid JSON"),
+    ("a.json", '[{"text": "ok"},\n {"text": ""}]', ":2", "is empty"),
+    ("a.json", '{"rows": []}', ":1", "expected a list of rows"),
+    ("a.json", "[]", "", "holds no rows"),
+    ("a.json", '{"text": "ok"}\n{"text": \n', ":2", "not valid JSON"),
+    ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]', ":2", "not UTF-8"),
+    ("a.csv", 'text,label\n"two\nlines",1\nword,\n,1\n', ":5", "is empty"),
+    ("a.csv", "text,label\nwords,1\nwith, comma,1\n", ":3", "3 fields where the header has 2"),
+    ("a.csv", "text\nwords\n\nwords\n", ":3", "line is empty"),
+    ("a.csv", 'text\nwords\n"never\nclosed\n', ":3", "not valid CSV"),
+    ("a.csv", "text,text\na,b\n", ":1", "'text' appears more than once"),
+    ("a.csv", "title,body\na,b\n", ":2", "which of title, body"),
+    ("a.csv", "text\n", "", "holds no rows"),
+    ("a.csv", b"text\nwords\ncaf\xe9\n", ":3", "not UTF-8"),
+    ("a.parquet", "not parquet", "", "not a readable Parquet file"),
+])  # fmt: skip
 def test_a_mistake_is_named_by_file_and_line(tmp_path, name, content, place, says):
     file = write(tmp_path / name, content)
     with pytest.raises(DataError, match=says) as caught:

@@ -130,14 +130,11 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
         render(chat(("user", "a"), ("assistant", "b")), "auto", tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "refuses this row .roles must alternate"),
-        ("{{ messages[0]['content'] }}", "leaves message 2 out"),
-        ("{{ messages[-1]['content'] }}{{ messages | length }}", "leaves message 2 out or writes what comes before"),
-    ],
-)
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ raise_exception('roles must alternate') }}", "refuses this row .roles must alternate"),
+    ("{{ messages[0]['content'] }}", "leaves message 2 out"),
+    ("{{ messages[-1]['content'] }}{{ messages | length }}", "leaves message 2 out or writes what comes before"),
+])  # fmt: skip
 def test_a_template_that_prompt_and_answer_cannot_be_told_from_is_refused(chatty, template, says):
     chatty.chat_template = template
     with pytest.raises(DataError, match=says) as caught:

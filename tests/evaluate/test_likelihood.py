@@ -131,14 +131,11 @@ def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
     assert drawn != read_choices("parity", file, limit=5, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({**EXAM, "answer_idx": "C"}, r"rows\.jsonl:2: the answer 'C' is none of the 2 choices"),
-        ({**EXAM, "options": {}}, r"rows\.jsonl:2: column 'options'"),
-        ({**EXAM, "question": " "}, r"rows\.jsonl:2: column 'question' is empty"),
-    ],
-)
+@pytest.mark.parametrize(("row", "message"), [
+    ({**EXAM, "answer_idx": "C"}, r"rows\.jsonl:2: the answer 'C' is none of the 2 choices"),
+    ({**EXAM, "options": {}}, r"rows\.jsonl:2: column 'options'"),
+    ({**EXAM, "question": " "}, r"rows\.jsonl:2: column 'question' is empty"),
+])  # fmt: skip
 def test_a_broken_question_is_named_by_its_line(row, message, tmp_path):
     refused(DataError, message, read_choices, "medqa", written(tmp_path, [EXAM, row]))
 

@@ -63,21 +63,18 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
     assert (asked.facts.source, asked.facts.split, len(asked.task.eval_docs)) == (str(file), "given", 6)
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "words"),
-    [
-        ("arc_easy", {"query": "Which?", "choices": ["a", "b"], "gold": 0}, "must read 'Question: ...\\nAnswer:'"),
-        ("arc_easy", {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 2}, "'gold'"),
-        ("piqa", {"query": "Goal: q\nAnswer:", "choices": ["a", "b", "c"], "gold": 0}, "3 choices, expected 2"),
-        ("commonsense_qa", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 0}, "expected 5"),
-        ("triviaqa", {"question": "q", "answer": ["a"]}, "'aliases'"),
-        ("nq_open", {"question": "q", "answer": "a"}, "list of texts"),
-        ("winogrande", {"query": "no blank", "choices": ["a", "b"], "gold": 0}, "no blank"),
-        ("boolq", {"query": "p\nQuestion: q?\nAnswer:", "choices": ["a", "b"], "gold": 0}, "yes and no"),
-        ("sciq", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 1}, "last choice"),
-        ("hellaswag", {"text": "words"}, "its columns are text"),
-    ],
-)
+@pytest.mark.parametrize(("name", "row", "words"), [
+    ("arc_easy", {"query": "Which?", "choices": ["a", "b"], "gold": 0}, "must read 'Question: ...\\nAnswer:'"),
+    ("arc_easy", {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 2}, "'gold'"),
+    ("piqa", {"query": "Goal: q\nAnswer:", "choices": ["a", "b", "c"], "gold": 0}, "3 choices, expected 2"),
+    ("commonsense_qa", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 0}, "expected 5"),
+    ("triviaqa", {"question": "q", "answer": ["a"]}, "'aliases'"),
+    ("nq_open", {"question": "q", "answer": "a"}, "list of texts"),
+    ("winogrande", {"query": "no blank", "choices": ["a", "b"], "gold": 0}, "no blank"),
+    ("boolq", {"query": "p\nQuestion: q?\nAnswer:", "choices": ["a", "b"], "gold": 0}, "yes and no"),
+    ("sciq", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 1}, "last choice"),
+    ("hellaswag", {"text": "words"}, "its columns are text"),
+])  # fmt: skip
 def test_a_row_that_cannot_be_asked_is_named_with_its_line(tmp_path, name, row, words):
     good = tiny_benchmarks.normalised(name, tiny_benchmarks.hub_rows(name, 1)[0])
     rows = [row] if "text" in row else [good, row]

@@ -126,15 +126,12 @@ def test_the_figure_and_a_row_for_each_classifier_are_written(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"task": ["cola"]}, "unknown key 'task'"),
-        ({"tasks": [{"name": "cola", "methods": {"dizel": {}}}]}, "task cola: no method is called 'dizel'"),
-        ({"texts": []}, "give methods, and texts"),
-        ({"classify": {"max_len": 3}}, "max_len"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"task": ["cola"]}, "unknown key 'task'"),
+    ({"tasks": [{"name": "cola", "methods": {"dizel": {}}}]}, "task cola: no method is called 'dizel'"),
+    ({"texts": []}, "give methods, and texts"),
+    ({"classify": {"max_len": 3}}, "max_len"),
+])  # fmt: skip
 def test_a_wrong_step_is_refused_in_words(changes, message, tmp_path):
     refused(ConfigError, message, run_recipe, recipe(**changes), tmp_path / "run", scale="smoke")
 

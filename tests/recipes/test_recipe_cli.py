@@ -56,14 +56,11 @@ def test_a_file_of_ones_own_runs_and_says_its_verdicts(tmp_path):
     assert (tmp_path / "out" / "results.csv").is_file()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--scale", "tiny"), "--scale tiny: use smoke, small, paper"),
-        (("--scale", "smoke", "--set", "train.seed=1"), "no step of it has a plan"),
-        (("--data", "/nowhere/at/all"), "no such folder"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--scale", "tiny"), "--scale tiny: use smoke, small, paper"),
+    (("--scale", "smoke", "--set", "train.seed=1"), "no step of it has a plan"),
+    (("--data", "/nowhere/at/all"), "no such folder"),
+])  # fmt: skip
 def test_a_wrong_run_is_refused_in_words(arguments, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(MINE))
     refused(ConfigError, message, run, "run", tmp_path / "mine.yaml", "--run", tmp_path / "out", *arguments)

@@ -94,22 +94,16 @@ SMALLEST = {
 }
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": [{"name": "run", "do": "dance"}]}, "unknown kind 'dance'"),
-        ({"steps": [{"name": "run", "do": "sequence", "settings": {"domian": []}}]}, "unknown key 'domian'"),
-        (
-            {"steps": [{"name": "run", "do": "sequence", "settings": {"domains": ["nowhere"]}}]},
-            "'nowhere' is no name of the catalogue",
-        ),
-        (
-            {"claims": [{"says": "x", "number": "run.lora.in_domain", "expect": {"below": 0}}]},
-            "no number 'lora.in_domain'",
-        ),
-        ({"steps": [{"name": "look", "do": "gates", "settings": {"of": "run"}}]}, "`of` names the step"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"steps": [{"name": "run", "do": "dance"}]}, "unknown kind 'dance'"),
+    ({"steps": [{"name": "run", "do": "sequence", "settings": {"domian": []}}]}, "unknown key 'domian'"),
+    (
+        {"steps": [{"name": "run", "do": "sequence", "settings": {"domains": ["nowhere"]}}]},
+        "'nowhere' is no name of the catalogue",
+    ),
+    ({"claims": [{"says": "x", "number": "run.lora.in_domain", "expect": {"below": 0}}]}, "no number 'lora.in_domain'"),
+    ({"steps": [{"name": "look", "do": "gates", "settings": {"of": "run"}}]}, "`of` names the step"),
+])  # fmt: skip
 def test_a_wrong_recipe_is_refused_in_words(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run_recipe(Recipe.model_validate({**SMALLEST, **change}), tmp_path / "run", scale="smoke")
@@ -119,14 +113,11 @@ def test_a_claim_that_no_number_meets_is_refused():
     refused(ValueError, "no number is above 3 and below 1", Expectation, above=3, below=1)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("id: G2\ntitel: x\n", "unknown key 'titel'; did you mean 'title'"),
-        ("id: [\n", "recipe.yaml:2"),
-        ("id: G2\ntitle: a\nid: G3\n", "recipe.yaml:3: .*'id' stands there twice, first on line 1"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("id: G2\ntitel: x\n", "unknown key 'titel'; did you mean 'title'"),
+    ("id: [\n", "recipe.yaml:2"),
+    ("id: G2\ntitle: a\nid: G3\n", "recipe.yaml:3: .*'id' stands there twice, first on line 1"),
+])  # fmt: skip
 def test_a_recipe_file_with_a_mistake_says_where(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     refused(ConfigError, message, read_recipe, tmp_path / "recipe.yaml")
