@@ -81,5 +81,5 @@ def test_what_does_not_go_together_is_refused(work):
         (r"the labels many-a, many-o, but rows of domain 'unknown' have new", *adapted, "--domain", unknown),
     ):
         refused(ConfigError, message, run, "evaluate", base, *arguments)
-    texts = ["some text"]
-    refused(ConfigError, "is a classifier: merging is for language", merge_adapter, work / "adapter", work / "m", texts)
+    merge = (merge_adapter, work / "adapter", work / "merged")
+    refused(ConfigError, "is a classifier: merging is for language models", *merge, texts=["some text"])

@@ -1,16 +1,17 @@
 """Packing: what is in the blocks, in which order, within which budget, and what is counted."""
 
-from __future__ import annotations
-
 import logging
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from gaintune.config import DataConfig, DomainConfig
-from gaintune.data import load_domain
+from gaintune.data import Examples, load_domain, replayed_rows, with_replay
+from gaintune.data.examples import TokenRow, pack
 from gaintune.errors import BaseModelError, DataError
+from gaintune.models import IGNORED
 from support import refused
 
 TEXTS = [f"document {number}: " + " ".join(f"w{number}x{word}" for word in range(12)) for number in range(120)]
@@ -144,3 +145,149 @@ def test_bytes_add_up_to_those_of_the_documents(tmp_path, write_rows, tokenizer)
 def test_a_tokenizer_without_end_of_text_is_refused(write_rows, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     refused(BaseModelError, "no end-of-text token", load, write_rows("d.jsonl", TEXTS), bare)
+
+
+FILLER = 99
+
+
+def row(number: int, prompt: int, completion: int) -> TokenRow:
+    """Tokens number*10, number*10 + 1, ...; every scored token stands for as many bytes as its place in the row."""
+    count = prompt + completion
+    return TokenRow(np.arange(count) + 10 * number, np.arange(count) >= prompt, np.arange(count), number)
+
+
+def packed(rows, *, block_size=8, blocks=10, packing=True):
+    return pack(iter(rows), block_size=block_size, blocks=blocks, filler=FILLER, packing=packing)
+
+
+def test_rows_stay_whole_and_in_order_and_positions_start_anew():
+    result = packed([row(1, 2, 1), row(2, 1, 2), row(3, 2, 2), row(4, 1, 1)])
+    assert result.examples.input_ids.tolist() == [
+        [10, 11, 12, 20, 21, 22, FILLER, FILLER],
+        [30, 31, 32, 33, 40, 41, FILLER, FILLER],
+    ]
+    assert result.examples.labels.tolist() == [
+        [-100, -100, 12, -100, 21, 22, -100, -100],
+        [-100, -100, 32, 33, -100, 41, -100, -100],
+    ]
+    assert result.examples.position_ids is not None
+    assert result.examples.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 1, 0, 1]]
+    assert result.bytes == (2 + 1 + 2, 2 + 3 + 1)
+    assert (result.rows, result.padding, result.cut) == ((1, 2, 3, 4), 4, 0)
+
+
+def test_without_packing_a_row_has_a_block_of_its_own():
+    result = packed([row(1, 2, 1), row(2, 1, 2)], packing=False, block_size=4)
+    assert result.examples.input_ids.tolist() == [[10, 11, 12, FILLER], [20, 21, 22, FILLER]]
+    assert result.examples.labels.tolist() == [[-100, -100, 12, -100], [-100, 21, 22, -100]]
+    assert result.examples.position_ids is None
+
+
+def test_it_stops_when_the_blocks_are_full_and_draws_no_further():
+    drawn = []
+
+    def rows():
+        for number in range(1, 10):
+            drawn.append(number)
+            yield row(number, 2, 2)
+
+    result = packed(rows(), blocks=2)
+    assert result.rows == (1, 2, 3, 4)
+    assert drawn == [1, 2, 3, 4, 5]
+    assert result.padding == 0
+
+
+def test_a_smaller_budget_is_the_beginning_of_a_larger_one():
+    rows = [row(number, 1 + number % 3, 1 + number % 2) for number in range(1, 30)]
+    small, large = packed(rows, blocks=3), packed(rows, blocks=6)
+    for part in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(getattr(small.examples, part), getattr(large.examples, part)[:3])
+
+
+def test_a_row_longer_than_a_block_is_cut_and_counted():
+    result = packed([row(1, 3, 7), row(2, 1, 1)])
+    assert result.examples.input_ids[0].tolist() == list(range(10, 18))
+    assert result.examples.scored == (5, 1)
+    assert (result.cut, result.longest) == (1, 10)
+
+
+def test_nothing_is_kept_after_the_last_scored_token_of_a_cut_row():
+    ids = np.arange(12)
+    scored = np.isin(ids, [3, 10])
+    result = packed([TokenRow(ids, scored, ids, 0), row(2, 1, 2)])
+    assert result.examples.input_ids[0].tolist() == [0, 1, 2, 3, 20, 21, 22, FILLER]
+
+
+@pytest.mark.parametrize("prompt", [8, 9, 20])
+def test_a_prompt_that_fills_a_block_is_refused(prompt):
+    result = packed([row(1, 1, 1), row(2, prompt, 3), row(3, 1, 1)])
+    assert [each.number for each in result.refused] == [2]
+    assert result.rows == (1, 3)
+    assert not packed([row(2, 7, 3)]).refused, "one token of the completion is enough"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_block_has_something_to_score(packing):
+    generator = np.random.default_rng(0)
+    rows = [row(n, int(generator.integers(1, 20)), int(generator.integers(1, 20))) for n in range(200)]
+    result = packed(rows, block_size=16, blocks=50, packing=packing)
+    assert min(result.examples.scored) >= 1
+    assert len(result.examples) == 50
+
+
+def domain(number: int, rows: int, length: int = 4) -> Examples:
+    """Rows whose every token is 1000 * number + row."""
+    return Examples.of_blocks((1000 * number + torch.arange(rows)).unsqueeze(1).repeat(1, length))
+
+
+def firsts(examples: Examples) -> list[int]:
+    return examples.input_ids[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("new", "ratio", "rows"),
+    [(10, 0.5, 5), (5, 0.5, 3), (5, 0.1, 1), (4, 0.1, 0), (15, 0.1, 2), (3, 2.0, 6), (7, 0.0, 0)],
+)
+def test_halves_are_rounded_up(new, ratio, rows):
+    assert replayed_rows(new, ratio) == rows
+
+
+def test_nothing_is_changed_at_ratio_0_or_in_the_first_domain():
+    new = domain(9, 5)
+    assert with_replay(new, [domain(1, 5)], 0.0, seed=0) is new
+    assert with_replay(new, [], 0.5, seed=0) is new
+
+
+def test_new_rows_are_all_kept_and_earlier_domains_share_evenly():
+    new, earlier = domain(9, 10), [domain(1, 50), domain(2, 50), domain(3, 50)]
+    mixed = firsts(with_replay(new, earlier, 1.1, seed=0))
+    assert mixed[:10] == firsts(new)
+    replayed = mixed[10:]
+    assert len(replayed) == 11
+    assert [sum(token // 1000 == number for token in replayed) for number in (1, 2, 3)] == [4, 4, 3]
+    assert len(set(replayed)) == 11
+
+
+def test_a_small_domain_is_gone_through_again_and_again():
+    mixed = firsts(with_replay(domain(9, 8), [domain(1, 3)], 1.0, seed=0))[8:]
+    assert {token: mixed.count(token) for token in mixed}.keys() == {1000, 1001, 1002}
+    assert max(map(mixed.count, mixed)) - min(map(mixed.count, mixed)) == 1
+
+
+def test_the_seed_and_the_stage_decide_the_draw():
+    def draw(seed, stages=1):
+        return firsts(with_replay(domain(9, 10), [domain(1, 100)] * stages, 0.5 * stages, seed))[10:]
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    assert draw(0) != draw(0, stages=2)[:5]
+
+
+def test_text_beside_packed_rows_gets_positions_and_shorter_rows_a_filling_that_is_not_scored():
+    packed = Examples(torch.full((2, 6), 7), torch.full((2, 6), IGNORED), torch.tensor([[0, 1, 2, 0, 1, 2]] * 2))
+    mixed = with_replay(domain(9, 2), [packed], 0.5, seed=0)
+    assert mixed.input_ids.shape == mixed.labels.shape == (3, 6)
+    assert mixed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]] * 2 + [[0, 1, 2, 0, 1, 2]]
+    assert mixed.labels[:2, :4].tolist() == domain(9, 2).labels.tolist()
+    assert (mixed.labels[:2, 4:] == IGNORED).all()
+    assert mixed.scored == (3, 3, 0)

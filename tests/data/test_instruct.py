@@ -1,19 +1,23 @@
 """A domain of instructions: its split, what is scored, its budgets, its hash, and rows that cannot be learnt."""
 
-from __future__ import annotations
-
 import json
 import logging
 from itertools import pairwise
 
+import pandas
 import pytest
 import torch
+from datasets import Dataset
 from pydantic import ValidationError
 
 from gaintune.config import DataConfig, DomainConfig
-from gaintune.data import load_domain
+from gaintune.data import beginning_of_text, load_domain
+from gaintune.data.domains import load_exchanges
+from gaintune.data.exchanges import Exchange, Turn, question_and_answer, read_exchanges
+from gaintune.data.instruct import _token_rows
 from gaintune.errors import ConfigError, DataError
-from support import refused
+from support import refused, tiny_base
+from support import write_rows as write_file
 
 WORDS = ("the", "cat", "and", "the", "hat", "and", "the", "bat", "sat", "on", "the", "mat")
 ROWS = [(" ".join(f"{word}{number}" for word in WORDS) + "? ", f"cat {number} sat € {number}") for number in range(150)]
@@ -244,3 +248,162 @@ def test_text_and_instructions_go_together_and_other_tasks_are_refused(write, wr
 ])  # fmt: skip
 def test_plans_that_do_not_fit_together_are_refused(changes, says):
     refused(ValidationError, says, DataConfig, **changes)
+
+
+USER = {"role": "user", "content": "Two and two?"}
+ANSWER = {"role": "assistant", "content": "Four."}
+
+
+def rows_in(path, *rows):
+    return write_file(path, rows)
+
+
+def only(path, **columns) -> Exchange:
+    (exchange,) = read_exchanges(path, **columns).train
+    return exchange
+
+
+def test_prompt_and_completion(tmp_path):
+    file = rows_in(tmp_path / "a.jsonl", {"prompt": "Two and two?", "completion": "Four.", "id": 7})
+    assert only(file) == Exchange(
+        (Turn("user", "Two and two?"), Turn("assistant", "Four.", scored=True)), False, f"{file}:1", 1
+    )
+
+
+def test_named_columns(tmp_path):
+    file = rows_in(tmp_path / "a.jsonl", {"question": "Two and two?", "answer": "Four.", "messages": "unread"})
+    assert [turn.content for turn in only(file, prompt="question", completion="answer").turns] == [
+        "Two and two?",
+        "Four.",
+    ]
+
+
+def test_of_messages_every_turn_of_the_assistant_is_scored(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    file = rows_in(tmp_path / "a.jsonl", {"messages": [system, USER, ANSWER, USER, ANSWER]})
+    exchange = only(file)
+    assert exchange.chat
+    assert [turn.scored for turn in exchange.turns] == [False, False, True, False, True]
+    assert exchange.question == "Two and two?\nTwo and two?", "what rows have in common is no question"
+
+
+def test_of_conversational_prompts_the_completion_is_scored(tmp_path):
+    file = rows_in(tmp_path / "a.jsonl", {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    exchange = only(file)
+    assert exchange.chat
+    assert [turn.scored for turn in exchange.turns] == [False, False, False, True]
+
+
+def test_csv_and_parquet(tmp_path):
+    rows = pandas.DataFrame({"prompt": ["a?", "b?"], "completion": ["a", "b"]})
+    rows.to_csv(tmp_path / "a.csv", index=False)
+    rows.to_parquet(tmp_path / "b.parquet")
+    first, second = read_exchanges(tmp_path / "a.csv").train, read_exchanges(tmp_path / "b.parquet").train
+    assert [each.turns for each in first] == [each.turns for each in second]
+    assert second[1].origin == f"{tmp_path / 'b.parquet'}: row 2" and second[1].row == 2
+
+
+def test_messages_from_parquet_may_hold_nulls(tmp_path):
+    rows = pandas.DataFrame({"messages": [[{**USER, "name": None}, {**ANSWER, "name": None}]]})
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert [turn.role for turn in only(tmp_path / "a.parquet").turns] == ["user", "assistant"]
+
+
+def test_a_folder_brings_its_own_split(tmp_path):
+    rows_in(tmp_path / "train.jsonl", {"prompt": "a?", "completion": "a"})
+    rows_in(tmp_path / "validation.jsonl", {"prompt": "b?", "completion": "b"})
+    rows_in(tmp_path / "test.jsonl", {"prompt": "c?", "completion": "c"})
+    rows = read_exchanges(tmp_path)
+    assert [row.question for row in rows.train] == ["a?"]
+    assert [row.question for row in rows.validation or ()] == ["b?"]
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"prompt": "a"}, "has no column 'completion'; the columns are prompt; name them with prompt_column"),
+    ({"question": "a", "answer": "b"}, "has no column 'prompt'; the columns are question, answer"),
+    ({"prompt": " ", "completion": "b"}, "column 'prompt' is empty"),
+    ({"prompt": "a", "completion": ""}, "column 'completion' is empty"),
+    ({"prompt": "a", "completion": None}, "column 'completion' is null, expected text"),
+    ({"prompt": 1, "completion": "b"}, "column 'prompt' is of type int, expected text"),
+    ({"prompt": "a", "completion": "\ud800"}, "column 'completion' holds half of a surrogate pair"),
+    ({"prompt": "a", "completion": [ANSWER]}, "must both be text or both lists of messages"),
+    ({"prompt": "a", "completion": "b", "messages": [USER, ANSWER]}, "'messages' and also 'prompt'"),
+    ({"messages": "a"}, "messages is of type str, expected a list of messages"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": ["a"]}, "message 1 of messages is of type str, expected a mapping of role and content"),
+    ({"messages": [{"content": "a"}, ANSWER]}, "message 1 of messages has no 'role'; its keys are content"),
+    ({"messages": [USER, {"role": "assistant"}]}, "message 2 of messages has no 'content'"),
+    ({"messages": [{"role": "human", "content": "a"}]}, "has the role 'human', expected one of system, user, ass"),
+    ({"messages": [{"role": "user", "content": [1]}]}, "message 1 of messages is of type list, expected text"),
+    ({"messages": [USER, {**ANSWER, "content": " "}]}, "message 2 of messages is empty"),
+    ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "message 2 of messages has 'tool_calls'"),
+    ({"messages": [USER, USER]}, "no message of the assistant"),
+    ({"messages": [USER, ANSWER, USER]}, "the last message is the user's, and nothing answers it"),
+    ({"messages": [ANSWER]}, "the first message is the assistant's, and nothing asks for it"),
+    ({"prompt": [], "completion": [ANSWER]}, "column 'prompt' is empty"),
+    ({"prompt": [USER], "completion": [USER]}, "no message of the assistant"),
+])  # fmt: skip
+def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, says):
+    good = {"prompt": "a", "completion": "b"}
+    file = rows_in(tmp_path / "a.jsonl", good, good, row)
+    with pytest.raises(DataError, match=says) as caught:
+        list(read_exchanges(file).train)
+    message = str(caught.value)
+    assert message.startswith(f"{file}:3: ")
+    assert "\n" not in message
+
+
+def test_text_files_are_no_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("prose")
+    refused(DataError, r"ends in one of \.jsonl, \.json, \.csv, \.parquet$", read_exchanges, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(("domain", "says"), [
+    ({"source": "law"}, r"'law' is for task text, and the plan says instruct; set task: text on the domain"),
+    ({"source": "gsm8q"}, "gsm8q is no file, folder or catalogue name; did you mean 'gsm8k'"),
+    ({"source": "gsm8k", "prompt_column": "q"}, "'gsm8k' brings its own"),
+    ({"source": "x.jsonl", "text_column": "q"}, "text_column is for task text"),
+])  # fmt: skip
+def test_a_domain_of_another_kind_is_refused(domain, says):
+    refused(DataError, says, load_exchanges, DomainConfig(name="d", **domain))
+
+
+PAIRS = [("Two and two?", " Four."), ("the cat sat\n", "on the mat, € 5"), ("Why {so}?\n\n", "No reason.")]
+
+
+def trl_rows(rows: list[dict], tokenizer, folder) -> list[tuple[list[int], list[int]]]:
+    trl = pytest.importorskip("trl")
+    settings = trl.SFTConfig(output_dir=str(folder), report_to="none", use_cpu=True, max_length=None, bf16=False)
+    trainer = trl.SFTTrainer(
+        model=tiny_base.model(),
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return [(row["input_ids"], [int(label != -100) for label in row["labels"]]) for row in trainer.train_dataset]
+
+
+def our_rows(exchanges: list[Exchange], tokenizer) -> list[tuple[list[int], list[int]]]:
+    order, begin = iter(range(len(exchanges))), beginning_of_text(tokenizer)
+    rows = _token_rows(exchanges, order, "auto", tokenizer, begin, ends=True)
+    return [(row.ids.tolist(), row.scored.astype(int).tolist()) for row in rows]
+
+
+def test_prompts_and_completions(tmp_path):
+    tokenizer = tiny_base.tokenizer()
+    theirs = trl_rows([{"prompt": asked, "completion": said} for asked, said in PAIRS], tokenizer, tmp_path)
+    assert our_rows([question_and_answer(*pair) for pair in PAIRS], tokenizer) == theirs
+
+
+def test_conversational_prompts_and_completions(chatty, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+        for asked, said in PAIRS
+    ]
+    theirs = trl_rows(rows, chatty, tmp_path)
+    ours = our_rows([Exchange((Turn("user", a), Turn("assistant", b, True)), True) for a, b in PAIRS], chatty)
+    for (ids, scored), (their_ids, their_scored) in zip(ours, theirs, strict=True):
+        assert chatty.decode(their_ids[len(ids) :]) == "\n", (
+            "the new line after the end of turn, which is not generated"
+        )
+        assert (ids, scored) == (their_ids[: len(ids)], their_scored[: len(ids)])

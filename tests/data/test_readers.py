@@ -1,19 +1,21 @@
 """Local files and folders: which files count, and which side they are on."""
 
-from __future__ import annotations
-
+import hashlib
 import json
 import logging
+import random
+import re
 import tracemalloc
 
 import pytest
 
 from gaintune.config import DomainConfig
-from gaintune.data import readers
-from gaintune.data.documents import cut_passages
+from gaintune.data import neighbours, readers
+from gaintune.data.documents import Document, Documents, cut_passages
 from gaintune.data.domains import load_documents
+from gaintune.data.neighbours import CONTAINMENT, SHINGLE_WORDS, NeighbourIndex, normalise
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
-from gaintune.data.split import in_drawn_order, split_documents
+from gaintune.data.split import drawn_order, in_drawn_order, split_documents
 from gaintune.errors import DataError
 from support import refused
 
@@ -162,3 +164,158 @@ def test_a_source_that_is_not_there_is_named(source, says, tmp_path, monkeypatch
 def test_a_catalogue_domain_takes_no_column():
     with pytest.raises(DataError, match="text_column is for local files"):
         load_documents(DomainConfig(name="law", source="law", text_column="title"))
+
+
+def documents(texts):
+    return Documents(tuple(Document(text, f"f:{line}") for line, text in enumerate(texts, 1)), source="f")
+
+
+def sides(texts, seed=0):
+    split = split_documents(documents(texts), seed)
+    return {d.text for d in split.train}, {d.text for d in split.validation or ()}
+
+
+def test_the_split_is_disjoint_complete_and_near_its_share():
+    texts = [f"document {number}" for number in range(2000)]
+    train, validation = sides(texts)
+    assert not train & validation
+    assert train | validation == set(texts)
+    assert 150 < len(validation) < 250
+    assert sides(texts) == (train, validation)
+    assert sides(texts, seed=1)[1] != validation
+
+
+def test_a_document_keeps_its_side_when_others_come_and_wherever_it_stands():
+    texts = [f"document {number}" for number in range(200)]
+    more = [f"another {number}" for number in range(100)]
+    _, validation = sides(texts)
+    assert sides([*more, *reversed(texts)])[1] & set(texts) == validation
+
+
+def test_texts_that_differ_by_case_spacing_or_punctuation_are_on_the_same_side():
+    texts = [variant for n in range(100) for variant in (f"document {n}", f"Document  {n}!", f"document {n}")]
+    train, validation = sides(texts)
+    assert len(validation) % 2 == 0
+    assert not {text.lower().replace("  ", " ").rstrip("!") for text in train} & validation
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_different_documents_are_enough(seed):
+    train, validation = sides(["one", "two"], seed)
+    assert len(train) == len(validation) == 1
+
+
+def test_one_text_cannot_be_split():
+    with pytest.raises(DataError, match=r"f: 2 documents, all with the same text, and at least 2 different ones are"):
+        split_documents(documents(["same", "Same."]), 0)
+    with pytest.raises(DataError, match=r"f: 1 document, and at least 2 different ones are needed"):
+        split_documents(documents(["alone"]), 0)
+
+
+def test_a_split_that_the_source_brings_is_kept():
+    own = Documents((Document("a", "x"),), (Document("a", "y"),), "f")
+    assert split_documents(own, 0) == own
+
+
+def test_the_order_is_that_of_the_hashes_of_the_numbers():
+    """The order of earlier versions: sorted by SHA-256 of seed, side and number, joined by a unit separator."""
+
+    def place(number):
+        return hashlib.sha256(f"3\x1ftrain\x1f{number}".encode()).digest()[:8]
+
+    assert list(drawn_order(700, 3, "train")) == sorted(range(700), key=place)
+    source = [Document(f"text {number}", f"f:{number}") for number in range(700)]  # more than are read at once
+    drawn = in_drawn_order(source, 3, "train", block_size=64)
+    assert [passage.document for passage in drawn] == sorted(range(700), key=place)
+
+
+def test_long_documents_are_drawn_in_passages_that_keep_every_word():
+    long = "\n\n".join(f"{name} paragraph {number} " + "word " * 20 for name in "ab" for number in range(20))
+    source = [Document(long, "f:1"), Document("  short, untouched \n", "f:2")]
+    passages = list(in_drawn_order(source, 0, "train", block_size=64))
+    assert [p.text for p in passages if p.document == 1] == ["  short, untouched \n"]
+    pieces = [p.text for p in passages if p.document == 0]
+    assert all(len(piece) <= 8 * 64 for piece in pieces)
+    assert sorted(" ".join(pieces).split()) == sorted(long.split())
+    assert pieces != sorted(pieces, key=long.index), "passages are shuffled"
+    assert passages == list(in_drawn_order(source, 0, "train", block_size=64))
+    assert passages != list(in_drawn_order(source, 1, "train", block_size=64))
+
+
+WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+SENTENCE = "Operating profit of the company rose clearly in the third quarter compared with the year before"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (SENTENCE, True),
+        (SENTENCE.upper().replace(" ", "  ") + " !", True),
+        (SENTENCE.replace("third", "second"), True),
+        ("Yesterday it was reported: " + SENTENCE, True),
+        ("Operating profit of the company fell, and nobody knew why that was or what could be done", False),
+        ("Short text!", True),
+        ("short text indeed", False),
+        ("???", True),
+        ("!!!", False),
+        ("今日は天気がとても良いので散歩", True),
+        ("今日は仕事が忙しくて何もできない", False),
+    ],
+)
+def test_what_is_a_near_duplicate(text, expected):
+    trained_on = [SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]
+    index = NeighbourIndex(enumerate(trained_on))
+    assert (text in index) is expected
+
+
+def test_words_are_the_runs_of_letters_and_digits_and_every_character_of_chinese_and_japanese(monkeypatch):
+    def plain(text):
+        spaced = "".join(f" {c} " if WIDE.fullmatch(c) else c if c.isalnum() or c == "_" else " " for c in text)
+        return " ".join(spaced.split())
+
+    characters = [chr(code) for code in (*range(0x3200), *range(0x3400, 0xD800, 97), *range(0xF8F0, 0x11000, 7))]
+    for character in characters:
+        text = f"Some {character}Words{character}{character} of_1 Sentence " + "and its End " * 10
+        assert normalise(text) == plain(text.casefold()), ascii(character)
+    long = "".join(characters)
+    assert normalise(long) == plain(long.casefold())
+    monkeypatch.setattr(neighbours, "NORMALISED_AT_ONCE", 50)
+    assert normalise(long) == plain(long.casefold())
+    assert normalise(" ?! \n") == "?!"
+
+
+def test_two_documents_that_hold_half_each_do_not_add_up():
+    words = [f"word{number}" for number in range(60)]
+    parts = [" ".join(words[start : start + 20]) for start in (0, 20, 40)]
+    whole = " ".join(words)
+    assert whole not in NeighbourIndex(enumerate(parts))
+    assert whole in NeighbourIndex((0, part) for part in parts), "pieces of one document do"
+
+
+def test_a_run_that_a_document_repeats_counts_once():
+    repeated, other = (" ".join(f"{name}{number}" for number in range(12)) for name in ("word", "other"))
+    query = f"{repeated} {other} " + " ".join(f"new{number}" for number in range(8))
+    index = NeighbourIndex([(0, repeated), (0, repeated + " indeed"), (0, "so " + repeated), (1, other)])
+    assert query not in index
+
+
+def test_it_agrees_with_plain_sets_of_word_runs():
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(40)]
+    queries = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(200)]
+
+    def runs(text):
+        words = normalise(text).split()
+        return {tuple(words[start : start + SHINGLE_WORDS]) for start in range(len(words) - SHINGLE_WORDS + 1)}
+
+    index = NeighbourIndex(enumerate(documents))
+    expected = [
+        max(len(runs(query) & runs(document)) for document in documents) >= CONTAINMENT * len(runs(query))
+        for query in queries
+    ]
+    assert [query in index for query in queries] == expected
+    assert 10 < sum(expected) < 190
+
+
+def test_an_empty_index_holds_nothing():
+    assert SENTENCE not in NeighbourIndex([])

@@ -235,3 +235,54 @@ def test_planes_are_set_against_each_other_where_there_are_two(tmp_path):
 
 def test_every_kind_can_be_checked():
     assert all(callable(kind.run) and callable(kind.check) for kind in KINDS.values())
+
+
+BREAKS = {"name": "lora", "lr": 1e36, "alpha": 1e4}
+
+
+def claim(number: str) -> dict:
+    return {"says": number, "number": number, "expect": {"below": 1e6}}
+
+
+def judged(*steps, claims) -> Recipe:
+    return recipe(*steps, claims=list(map(claim, claims)))
+
+
+def test_a_method_that_diverges_leaves_the_others_with_their_verdicts(tmp_path):
+    mine = judged(
+        ("run", "sequence", {"domains": ["pubmedqa", "wikitext"], "methods": [BREAKS, "gain", "gain-ffn"]}),
+        ("spaces", "subspace", {"of": "run", "labels": ["gain", "lora"]}),
+        claims=("run.gain.in_domain", "run.lora.in_domain", "run.lora-minus-gain.in_domain", "spaces.lora.intruders"),
+    )
+    result = run_recipe(mine, tmp_path / "run", scale="smoke")
+    assert [finding.verdict for finding in result.findings] == ["reproduced", *["undecided"] * 3]
+    run = result.outcomes["run"]
+    assert list(run.diverged) == ["lora"] and run.labels == ("gain", "gain-ffn")
+    assert not [name for name in run.numbers if "lora" in name]
+    spaces = result.outcomes["spaces"].numbers
+    assert "gain.intruders" in spaces and not [name for name in spaces if "lora" in name]
+    assert "lora diverged, and claims about it are undecided: the" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_a_rate_that_diverges_leaves_its_method_without_a_worst(tmp_path):
+    mine = judged(
+        (
+            "rates",
+            "sweep",
+            {
+                "domains": ["pubmedqa", "wikitext"],
+                "methods": [{"name": "lora", "alpha": 1e4, "rank": 1}, "gain"],
+                "rates": {"lora": [1e-7, 1e36], "gain": [0.001, 0.01]},
+            },
+        ),
+        claims=("rates.lora.worst", "rates.lora.best", "rates.gain.worst", "rates.lora@1e+36.in_domain"),
+    )
+    result = run_recipe(mine, tmp_path / "run", scale="smoke")
+    found = {finding.claim.number: finding.number for finding in result.findings}
+    assert [number for number, one in found.items() if one is None] == [
+        "rates.lora.worst",
+        "rates.lora@1e+36.in_domain",
+    ]
+    told = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert told["without"]["rates.lora.worst"] == "1 run at 1e+36 diverged"
+    assert any("lora at 1e+36: 1 run" in note for note in told["notes"]["rates"])
