@@ -1,4 +1,4 @@
-"""Training warns of gains at 0 or below, and of gains that round away; it learns the same bytes with and without."""
+"""Training warns of gains at 0 or below, and of gains that round away; it trains the same bytes with and without."""
 
 import logging
 
@@ -38,12 +38,12 @@ def test_the_first_gain_at_or_below_zero_is_warned_of_once(caplog):
         v[7], v[8] = -1.0, -1.5
         rule.after_update(model, 2)
         rule.after_update(model, 3)
-    (told,) = warnings(caplog)
-    assert "after update 3, 2 of 160 gains" in told
-    assert "the lowest, -0.500, in model.layers.1.mlp.down_proj" in told
+    (warning,) = warnings(caplog)
+    assert "after update 3, 2 of 160 gains" in warning
+    assert "the lowest, -0.500, in model.layers.1.mlp.down_proj" in warning
 
 
-def test_gains_that_do_not_train_are_not_looked_at(caplog):
+def test_gains_that_do_not_train_are_not_checked(caplog):
     model = get_peft_model(tiny_base.model(), GainConfig(task_type="CAUSAL_LM"))
     model.base_model.model.model.layers[0].self_attn.o_proj.gain_v["default"].data.fill_(-2)
     model.requires_grad_(False)
@@ -66,26 +66,25 @@ def test_gains_that_no_activation_shows_are_warned_of(caplog, dtype, furthest, w
     assert moved.any().item() is (not warned and furthest > 0)
     with caplog.at_level(logging.WARNING, logger=LOGGER):
         GainWarnings().finish(model, StageData([], NextTokenLoss(model), "prose"))
-    told = [f"{str(kind)[6:]} activations show nothing below" in each for each in warnings(caplog)]
-    assert told == [True] * warned
+    named = [f"{str(kind)[6:]} activations show nothing below" in each for each in warnings(caplog)]
+    assert named == [True] * warned
 
 
 @pytest.mark.parametrize(("lr", "stages_warned"), [(0.01, 0), (0.6, 2)])
-def test_a_sequence_warns_once_a_stage_and_the_adapters_say_the_same(tmp_path, caplog, lr, stages_warned):
+def test_a_sequence_warns_once_a_stage_and_the_adapters_agree(tmp_path, caplog, lr, stages_warned):
     base = tiny_base.folder(tmp_path / "base")
     plan = tiny_domains.plan(base, tmp_path, methods=[{"name": "gain", "lr": lr}])
     with caplog.at_level(logging.WARNING, logger=LOGGER):
         run_sequence(plan, tmp_path / "run")
-    told = warnings(caplog)
-    assert len(told) == stages_warned
-    assert all("self_attn.o_proj" in each for each in told)
+    assert len(warnings(caplog)) == stages_warned
+    assert all("self_attn.o_proj" in each for each in warnings(caplog))
     stages = survey_gains([tmp_path / "run"]).sequences[0].stages
     assert [each.figures.flipped > 0 for each in stages] == [stages_warned > 0] * 2
     saved = load_file(tmp_path / "run" / "stages" / "gain" / "01-prose" / "adapter" / WEIGHTS)
     assert stages[0].figures.largest == 1 + max(float(tensor.max()) for tensor in saved.values())
 
 
-def test_the_check_changes_no_byte_of_what_is_learnt(tmp_path, monkeypatch):
+def test_the_check_changes_no_byte_of_what_is_trained(tmp_path, monkeypatch):
     base = tiny_base.folder(tmp_path / "base")
     plan = tiny_domains.plan(base, tmp_path, methods=["gain-ffn"])
     run_sequence(plan, tmp_path / "with")
@@ -98,17 +97,11 @@ def test_the_check_changes_no_byte_of_what_is_learnt(tmp_path, monkeypatch):
 
 def test_ia3_of_plain_peft_is_read_as_its_own_factors(tmp_path):
     torch.manual_seed(0)
-    config = IA3Config(
-        target_modules=["k_proj", "down_proj"],
-        feedforward_modules=["down_proj"],
-        init_ia3_weights=False,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(tiny_base.model(), config)
+    modules = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    model = get_peft_model(tiny_base.model(), IA3Config(**modules, init_ia3_weights=False, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "ia3", save_embedding_layers=False)
     factors = read_factors(tmp_path / "ia3")
     layer = model.base_model.model.model.layers[1].mlp.down_proj
-    assert (
-        factors.values["model.layers.1.mlp.down_proj"] == layer.ia3_l["default"].detach().double().flatten().numpy()
-    ).all()
+    expected = layer.ia3_l["default"].detach().double().flatten().numpy()
+    assert (factors.values["model.layers.1.mlp.down_proj"] == expected).all()
     assert factors.values["model.layers.0.self_attn.k_proj"].shape == (16,)

@@ -49,26 +49,21 @@ def test_figures_count_both_ends_and_everything_at_or_below_zero():
     refused(ValueError, "no factor", describe, np.array([]))
 
 
-@pytest.mark.parametrize(
-    ("flips", "planned", "regime"),
-    [
-        ([0, 0, 0], 8, "stable"),
-        ([0, 3, 9], 8, "unstable"),  # the paper: negative by domain 2
-        ([0, 0, 0, 0, 1], 8, "mildly unstable"),  # the paper: negative by domain 5
-        ([0, 0, 0, 2], 8, "unstable"),
-        ([5], 1, "unstable"),
-    ],
-)
+@pytest.mark.parametrize(("flips", "planned", "regime"), [
+    ([0, 0, 0], 8, "stable"),
+    ([0, 3, 9], 8, "unstable"),  # the paper: negative by domain 2
+    ([0, 0, 0, 0, 1], 8, "mildly unstable"),  # the paper: negative by domain 5
+    ([0, 0, 0, 2], 8, "unstable"),
+    ([5], 1, "unstable"),
+])  # fmt: skip
 def test_the_regime_is_when_the_first_sign_flips(flips, planned, regime):
     assert regime_of(flips, planned) == regime
 
 
 def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run):
     survey = survey_gains([run])
-    assert [(each.label, len(each.stages), each.planned) for each in survey.sequences] == [
-        ("gain-ffn", 3, 4),
-        ("ia3", 1, 4),
-    ]
+    sequences = [(each.label, len(each.stages), each.planned) for each in survey.sequences]
+    assert sequences == [("gain-ffn", 3, 4), ("ia3", 1, 4)]
     assert survey.left_out == ("lora",) and "left out: lora" in markdown(survey)
     for index, (stage, domain) in enumerate(zip(survey.sequences[0].stages, ("prose", "code", "law"), strict=True)):
         tensors = [gains(0), gains(1, 0.08), flipped(gains(2, 0.1))][index]
@@ -78,14 +73,7 @@ def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run)
         assert stage.figures.near == np.mean([0.95 <= value <= 1.05 for value in values])
         assert stage.figures.deviation == pytest.approx(values.std())
         assert stage.figures.flipped == (0, 0, 11)[index]
-        assert [each.position.name for each in stage.layers] == [
-            O_PROJ[0],
-            DOWN[0],
-            O_PROJ[1],
-            DOWN[1],
-            O_PROJ[2],
-            DOWN[2],
-        ]
+        assert [each.position.name for each in stage.layers] == [kind[n] for n in range(3) for kind in (O_PROJ, DOWN)]
         assert [each.position.depth for each in stage.layers] == ["early"] * 2 + ["middle"] * 2 + ["late"] * 2
         assert stage.of("o_proj").count == 18 and stage.of("down_proj").count == 30
     assert survey.sequences[1].stages[0].figures.largest == pytest.approx(1.2)  # (IA)3 stores the factor itself
@@ -97,18 +85,16 @@ def test_a_run_is_read_stage_by_stage_and_methods_without_factors_are_named(run)
 def test_tables_figures_and_provenance_are_written(run, tmp_path):
     out = tmp_path / "out"
     write_result("gains", result(survey_gains([run])), out)
-    stages = pd.read_csv(out / "gains.csv").set_index(["sequence", "stage", "projection"])
-    assert stages.loc[("gain-ffn", 3, "all"), "flipped"] == 11
-    assert stages.loc[("gain-ffn", 3, "o_proj"), "flipped"] == 1
-    assert stages.loc[("gain-ffn", 3, "o_proj"), "smallest"] == -0.25
+    last = pd.read_csv(out / "gains.csv").set_index(["sequence", "stage", "projection"]).loc[("gain-ffn", 3)]
+    assert last.loc[["all", "o_proj"], "flipped"].tolist() == [11, 1] and last.loc["o_proj", "smallest"] == -0.25
     layers = pd.read_csv(out / "gains-layers.csv").set_index(["sequence", "stage", "module"])
     assert len(layers) == 3 * 6 + 1
     assert layers.loc[("gain-ffn", 3, DOWN[2]), "largest"] == 0
-    told = json.loads((out / "gains.json").read_text())
-    assert told["sequences"][0]["regime"] == "mildly unstable" and told["left_out"] == ["lora"]
-    assert [each["domains"] for each in told["provenance"]["adapters"]][2] == ["prose", "code", "law"]
-    assert told["provenance"]["adapters"][0]["base_fingerprint"] == "f" * 64
-    assert told["provenance"]["environment"]["packages"]["torch"]
+    saved = json.loads((out / "gains.json").read_text())
+    assert saved["sequences"][0]["regime"] == "mildly unstable" and saved["left_out"] == ["lora"]
+    adapters = saved["provenance"]["adapters"]
+    assert (adapters[2]["domains"], adapters[0]["base_fingerprint"]) == (["prose", "code", "law"], "f" * 64)
+    assert saved["provenance"]["environment"]["packages"]["torch"]
     figures = {f"gains-{name}.{kind}" for name in ("heatmap", "trajectory") for kind in ("png", "svg")}
     texts = {"gains.csv", "gains-layers.csv", "gains.md", "gains.json"}
     assert {file.name for file in out.iterdir()} == figures | texts
@@ -127,10 +113,8 @@ def test_several_runs_and_adapters_stand_beside_one_another(run, tmp_path):
     assert "positive after 1 of 2 stages" in verdict(single)
     assert len(stage_table(survey)) == 3 * 3 + 2 + 3
     twin = saved_factors.adapter(tmp_path / "twin", half, domains=("prose", "law"))
-    assert [each.label for each in survey_gains([twin, alone]).sequences] == [
-        "gain-ffn on law (twin)",
-        "gain-ffn on law (alone)",
-    ]
+    labels = [each.label for each in survey_gains([twin, alone]).sequences]
+    assert labels == ["gain-ffn on law (twin)", "gain-ffn on law (alone)"]
     deep = saved_factors.adapter(twin / "alone", half, domains=("prose", "law"))
     assert survey_gains([twin, deep]).sequences[0].label == f"gain-ffn on law ({twin})"
     assert len(layer_table(survey)) == 18 + 1 + 6

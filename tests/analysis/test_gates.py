@@ -1,4 +1,4 @@
-"""Recorded gates equal those computed from whole gate tensors; masks, memory, and a model left as it was."""
+"""Recorded gates equal those of whole gate tensors, and intervals of their differences NumPy's own resampling."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,13 @@ from gaintune.tuners.disel import disel_layers
 from support import refused, tiny_gated
 
 IDS = tiny_gated.tokens()
-LABELS = torch.tensor(
-    [
-        [-100, -100, 5, 6, 7, -100, -100, -100],  # a prompt, a response, padding
-        [-100, 4, 5, -100, -100, 6, 7, -100],  # two texts in a row, padding
-        [-100, -100, -100, -100, -100, -100, -100, 9],
-        [1, 2, 3, 4, 5, 6, 7, 8],
-    ]
-)
+EVERY = torch.ones_like(IDS, dtype=torch.bool)
+LABELS = torch.tensor([
+    [-100, -100, 5, 6, 7, -100, -100, -100],  # a prompt, a response, padding
+    [-100, 4, 5, -100, -100, 6, 7, -100],  # two texts in a row, padding
+    [-100, -100, -100, -100, -100, -100, -100, 9],
+    [1, 2, 3, 4, 5, 6, 7, 8],
+])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +93,20 @@ def test_gates_of_exactly_zero_and_one_are_counted_in_the_outer_bins(gated):
 def test_a_gate_counts_by_its_own_token_and_padding_never_does(gated):
     batch = {"labels": LABELS}
     assert torch.equal(response_tokens(batch), LABELS != -100)
-    ends = [5, 7, 8, 8]
-    assert torch.equal(all_tokens(batch), torch.arange(8) < torch.tensor(ends).unsqueeze(1))
+    assert torch.equal(all_tokens(batch), torch.arange(8) < torch.tensor([[5], [7], [8], [8]]))
     others = IDS.clone()
     others[0, 5:] = 1  # other padding after the last counted token of a causal model
     others[1, 7:] = 1
-    for before, after in zip(
-        recorded(gated, all_tokens(batch)), recorded(gated, all_tokens(batch), others), strict=True
-    ):
-        assert np.array_equal(before.histogram, after.histogram)
+    before, after = recorded(gated, all_tokens(batch)), recorded(gated, all_tokens(batch), others)
+    for one, other in zip(before, after, strict=True):
+        assert np.array_equal(one.histogram, other.histogram)
 
 
 def test_outputs_are_untouched_and_no_observer_stays(gated):
     with torch.no_grad():
         before = gated(input_ids=IDS).logits
         with pytest.raises(RuntimeError, match="stop"), record_gates(gated) as recorder:
-            with recorder.counting("text", torch.ones_like(IDS, dtype=torch.bool)):
+            with recorder.counting("text", EVERY):
                 assert torch.equal(gated(input_ids=IDS).logits, before)
             raise RuntimeError("stop")
         assert torch.equal(gated(input_ids=IDS).logits, before)
@@ -131,14 +128,13 @@ def test_memory_does_not_grow_with_text(gated):
 
 
 def test_only_forward_passes_inside_counting_count_and_domains_stay_apart(gated):
-    mask = torch.ones_like(IDS, dtype=torch.bool)
     with record_gates(gated) as recorder, torch.no_grad():
         gated(input_ids=IDS)
         for domain, times in (("law", 1), ("code", 2)):
             for _ in range(times):
-                with recorder.counting(domain, mask):
+                with recorder.counting(domain, EVERY):
                     gated(input_ids=IDS)
-        with recorder.counting("nothing", ~mask):
+        with recorder.counting("nothing", ~EVERY):
             gated(input_ids=IDS)
     domains = recorder.result().domains
     assert [domains[name][0].tokens for name in ("law", "code", "nothing")] == [32, 64, 0]
@@ -147,11 +143,10 @@ def test_only_forward_passes_inside_counting_count_and_domains_stay_apart(gated)
 
 
 def test_recording_works_inside_and_outside_of_inference_mode_and_while_training(gated):
-    mask = torch.ones_like(IDS, dtype=torch.bool)
     with record_gates(gated) as recorder:
-        with torch.inference_mode(), recorder.counting("text", mask):
+        with torch.inference_mode(), recorder.counting("text", EVERY):
             gated(input_ids=IDS)
-        with recorder.counting("text", mask):
+        with recorder.counting("text", EVERY):
             gated(input_ids=IDS).logits.sum().backward()
     gated.zero_grad()
     first = recorder.result().domains["text"][0]
@@ -188,15 +183,14 @@ def test_one_of_several_adapters_is_recorded_by_name():
         pass
     with pytest.raises(AdapterError, match="'missing'"), record_gates(model, adapter="missing"):
         pass
-    mask = torch.ones_like(IDS, dtype=torch.bool)
     model.base_model.set_adapter(["default", "other"])
     with record_gates(model, adapter="other") as recorder, torch.no_grad():
-        with recorder.counting("text", mask):
+        with recorder.counting("text", EVERY):
             model(input_ids=IDS)
         model.set_adapter("default")
-        with recorder.counting("text", mask):
+        with recorder.counting("text", EVERY):
             model(input_ids=IDS)
-    assert recorder.result().domains["text"][0].tokens == mask.numel()
+    assert recorder.result().domains["text"][0].tokens == EVERY.numel()
 
 
 def test_what_cannot_be_recorded_is_refused(gated):
@@ -223,7 +217,7 @@ def test_gates_that_are_not_finite_are_an_error_not_a_figure():
     with torch.no_grad():
         next(layer for _, layer in disel_layers(model)).lora_G["default"].bias.fill_(float("nan"))
     with record_gates(model) as recorder, torch.no_grad():
-        with recorder.counting("text", torch.ones_like(IDS, dtype=torch.bool)):
+        with recorder.counting("text", EVERY):
             model(input_ids=IDS)
         refused(TrainingError, "not finite", recorder.result)
 
@@ -262,11 +256,8 @@ def test_rows_have_the_sums_of_their_counted_gates(found):
         assert layer.row_totals.sum() == pytest.approx(layer.total.sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("depth, part, parts", [
-    ("all", "all", [""]),
-    ("late", "all", ["layers.2."]),
-    ("all", "mlp", ["mlp"]),
-    ("all", "q_proj", ["q_proj"]),
+@pytest.mark.parametrize(("depth", "part", "parts"), [
+    ("all", "all", [""]), ("late", "all", ["layers.2."]), ("all", "mlp", ["mlp"]), ("all", "q_proj", ["q_proj"]),
 ])  # fmt: skip
 def test_two_domains_are_resampled_each_over_its_own_rows(found, depth, part, parts):
     record, whole = found
@@ -351,9 +342,8 @@ def test_everything_is_compared_in_both_directions(found):
     assert len(rows) == 21 * (5 + 9)
     chosen = rows[(rows["domain"] == "law") & (rows["row"] == 3) & (rows["depth"] == "late")].set_index("projection")
     name = next(name for name in whole["law"] if "layers.2." in name and "down_proj" in name)
-    assert chosen.loc["down_proj", "mean"] == pytest.approx(
-        whole["law"][name][3][RESPONSES[3].numpy()].mean(), rel=1e-5
-    )
+    expected = whole["law"][name][3][RESPONSES[3].numpy()].mean()
+    assert chosen.loc["down_proj", "mean"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_layer_that_is_used_twice_sees_each_row_twice():

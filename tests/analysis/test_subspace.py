@@ -1,4 +1,4 @@
-"""Shares outside a column space, ranks and intruder dimensions equal a float64 NumPy reference."""
+"""Adapted weights equal their formulas; what of an update leaves a column space equals a float64 reference."""
 
 import json
 
@@ -18,7 +18,7 @@ from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.methods import attach
 from gaintune.models import load_base
-from support import refused, tiny_base
+from support import refused, tiny_adapters, tiny_base
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -114,22 +114,16 @@ def narrow(tmp_path_factory):
     return tiny_base.folder(tmp_path_factory.mktemp("narrow"), dtype=torch.float32, **NARROW)
 
 
-def adapter(base_folder, out, method: MethodConfig, seed: int = 5):
-    """An adapter with an effect, saved as training saves it; the tensors as they are on disk."""
-    base = load_base(str(base_folder), dtype=torch.float32)
-    model = attach(base.model, method, seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    record = AdapterRecord(str(base_folder), base.fingerprint, method.name, method.name, ("prose",))
-    save_adapter(model, out, record)
-    return out
+def adapter(base, folder, method: MethodConfig):
+    return tiny_adapters.save(base, folder, method, seed=5, scale=0.2)
 
 
 def method(name: str, **options) -> MethodConfig:
     return MethodConfig(name=name, label=name, **options)
+
+
+def plan_of(base) -> Plan:
+    return Plan(model=ModelConfig(name=str(base), device="cpu"))
 
 
 def pairs(base_folder, folder, **options):
@@ -162,10 +156,10 @@ def test_full_weights_and_pissa_are_compared_with_the_untouched_base(narrow, tmp
     assert "lm_head" in pairs(narrow, tmp_path / "full")
 
 
-def test_what_full_weights_change_beside_linear_weights_is_said(narrow, tmp_path, caplog):
+def test_a_note_names_what_full_weights_change_beside_linear_weights(narrow, tmp_path, caplog):
     pairs(narrow, adapter(narrow, tmp_path / "full", method("full")))
-    (said,) = [record.message for record in caplog.records if "is left out" in record.message]
-    assert "model.layers.0.input_layernorm.weight" in said and "q_proj" not in said
+    (note,) = [record.message for record in caplog.records if "is left out" in record.message]
+    assert "model.layers.0.input_layernorm.weight" in note and "q_proj" not in note
     base = load_base(str(narrow), dtype=torch.float32)
     attach(base.model, method("full"), seed=0)
     with torch.no_grad():
@@ -176,18 +170,18 @@ def test_what_full_weights_change_beside_linear_weights_is_said(narrow, tmp_path
     assert not [record for record in caplog.records if "is left out" in record.message]
 
 
-class LackingMemory:
-    """A number that no memory is left to multiply by."""
-
-    def __rmul__(self, other):
-        raise torch.OutOfMemoryError("out of memory")
-
-    __mul__ = __rmul__
-
-
-def test_a_lack_of_memory_is_not_said_to_be_the_adapters_fault(narrow, tmp_path):
+def test_a_lack_of_memory_is_not_blamed_on_the_adapter(narrow, tmp_path):
     folder = adapter(narrow, tmp_path / "lora", method("lora", rank=2))
     base = load_base(str(narrow), dtype=torch.float32)
+
+    class LackingMemory:
+        """A number that no memory is left to multiply by."""
+
+        def __mul__(self, other):
+            raise torch.OutOfMemoryError("out of memory")
+
+        __rmul__ = __mul__
+
     with pytest.raises(torch.OutOfMemoryError), adapted_weights(base, folder) as weights:
         _, layer = weights._modules[O_PROJ]
         layer.scaling["default"] = LackingMemory()
@@ -198,27 +192,19 @@ def test_adapters_that_change_the_base_as_they_load_leave_it_to_the_next_as_it_w
     """One base for all of a survey: each adapter's figures are those it has alone."""
     kinds = {"pissa": {"rank": 2}, "osf": {}, "full": {}, "lora": {"rank": 2}}
     folders = [adapter(narrow, tmp_path / name, method(name, **options)) for name, options in kinds.items()]
-    plan, options = Plan(model=ModelConfig(name=str(narrow), device="cpu")), SubspaceOptions(top=4)
+    plan, options = plan_of(narrow), SubspaceOptions(top=4)
     together = survey_subspace(plan, folders, options).adapters
     for folder, one in zip(folders, together, strict=True):
         (alone,) = survey_subspace(plan, [folder], options).adapters
         assert [each.figures for each in one.modules] == [each.figures for each in alone.modules], folder.name
 
 
-OTHERS = {
-    "dora": {"rank": 2},
-    "adalora": {"rank": 2},
-    "hira": {"rank": 2},
-    "vera": {"rank": 8},
-    "osf": {},
-    "ia3": {},
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_methods_weights_act_as_their_adapters_do(narrow, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "rank"), [("dora", 2), ("adalora", 2), ("hira", 2), ("vera", 8), ("osf", None), ("ia3", None)]
+)
+def test_other_methods_weights_act_as_their_adapters_do(narrow, tmp_path, name, rank):
     """The adapted weights, put into a plain model, give the logits of the adapter on its base."""
-    folder = adapter(narrow, tmp_path / name, method(name, **OTHERS[name]))
+    folder = adapter(narrow, tmp_path / name, method(name, rank=rank))
     found = pairs(narrow, folder)
     plain, ids = load_base(str(narrow), dtype=torch.float32).model.double(), tiny_base.blocks(2)
     with torch.no_grad():
@@ -247,11 +233,9 @@ def test_conv1d_weights_are_turned_to_outputs_by_inputs(tmp_path):
 
 
 def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
-    folders = [
-        adapter(narrow, tmp_path / "gain", method("gain-ffn")),
-        adapter(narrow, tmp_path / "lora", method("lora", rank=1)),
-    ]
-    survey = survey_subspace(Plan(model=ModelConfig(name=str(narrow), device="cpu")), folders, SubspaceOptions(top=4))
+    kinds = (method("gain-ffn"), method("lora", rank=1))
+    folders = [adapter(narrow, tmp_path / kind.name, kind) for kind in kinds]
+    survey = survey_subspace(plan_of(narrow), folders, SubspaceOptions(top=4))
     gains, lora = survey.adapters
     assert gains.scales_inputs and not lora.scales_inputs
     assert gains.with_outside == 4 and gains.outside < 1e-28
@@ -262,21 +246,20 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
     assert gains.looked_at == 16 and lora.looked_at == 8
     assert lora.intruders(1.0) >= lora.intruders() >= lora.intruders(0.1)
     write_result("subspace", result(survey, Subject()), tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        f"subspace.{kind}" for kind in ("csv", "md", "json", "png", "svg")
-    }
-    told = json.loads((tmp_path / "out" / "subspace.json").read_text())
-    assert told["adapters"][0]["zero_outside_by_construction"] is True
-    assert told["provenance"]["base_fingerprint"] and told["provenance"]["environment"]["packages"]["torch"]
+    names = {f"subspace.{kind}" for kind in ("csv", "md", "json", "png", "svg")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    saved = json.loads((tmp_path / "out" / "subspace.json").read_text())
+    assert saved["adapters"][0]["zero_outside_by_construction"] is True
+    assert saved["provenance"]["base_fingerprint"] and saved["provenance"]["environment"]["packages"]["torch"]
     table = pd.read_csv(tmp_path / "out" / "subspace.csv")
     assert len(table) == 6 and table["has_outside"].all()
     assert "by construction" in markdown(survey)
 
 
-def test_weights_without_an_outside_are_said_to_have_none(tmp_path):
+def test_weights_without_an_outside_are_reported_as_such(tmp_path):
     square = tiny_base.folder(tmp_path / "base", dtype=torch.float32)
     folder = adapter(square, tmp_path / "lora", method("lora", rank=1))
-    survey = survey_subspace(Plan(model=ModelConfig(name=str(square), device="cpu")), [folder])
+    survey = survey_subspace(plan_of(square), [folder])
     (lora,) = survey.adapters
     assert lora.with_outside == 0 and lora.outside is None
     assert all(each.figures.outside < 1e-25 for each in lora.modules)
@@ -286,9 +269,9 @@ def test_weights_without_an_outside_are_said_to_have_none(tmp_path):
     assert json.loads((tmp_path / "out" / "subspace.json").read_text())["adapters"][0]["outside"] is None
 
 
-def test_gates_must_be_held_at_a_value_that_is_said(narrow, tmp_path):
+def test_gates_must_be_held_at_a_value_that_is_given(narrow, tmp_path):
     folder = adapter(narrow, tmp_path / "disel", method("disel", rank=2, targets="output-projection"))
-    plan = Plan(model=ModelConfig(name=str(narrow), device="cpu"))
+    plan = plan_of(narrow)
     refused(AdapterError, "open and shut token by token", survey_subspace, plan, [folder])
     refused(ConfigError, r"here: gate: .* greater than 0", SubspaceOptions.read, {"gate": 0}, "here")
     half, whole = (survey_subspace(plan, [folder], SubspaceOptions(gate=gate)) for gate in (0.5, 1.0))
@@ -308,7 +291,6 @@ def test_gates_must_be_held_at_a_value_that_is_said(narrow, tmp_path):
 def test_another_base_and_no_adapter_are_refused(narrow, tmp_path):
     folder = adapter(narrow, tmp_path / "gain", method("gain"))
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32, **NARROW)
-    with pytest.raises(BaseMismatchError):
-        survey_subspace(Plan(model=ModelConfig(name=str(other), device="cpu")), [folder])
-    assert survey_subspace(Plan(model=ModelConfig(name=str(other), device="cpu")), [folder], allow_other_base=True)
-    refused(ConfigError, "at least one", survey_subspace, Plan(model=ModelConfig(name=str(narrow))), [])
+    refused(BaseMismatchError, "was trained on", survey_subspace, plan_of(other), [folder])
+    assert survey_subspace(plan_of(other), [folder], allow_other_base=True)
+    refused(ConfigError, "at least one", survey_subspace, plan_of(narrow), [])

@@ -1,4 +1,4 @@
-"""Token changes of a survey equal those from whole logits; every method, masks of instructions, files, refusals."""
+"""Token changes equal those from whole logits, their figures ones computed token by token; intervals; refusals."""
 
 import json
 import math
@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
+from gaintune.adapters import load_adapter
 from gaintune.analysis import Subject, TokensOptions, survey_tokens, write_result
 from gaintune.analysis.tokens.report import cells, markdown, result
 from gaintune.analysis.tokens.statistics import BINS, range_of, summarise_changes
 from gaintune.analysis.tokens.survey import scored_tokens
-from gaintune.config import MethodConfig, build_plan
+from gaintune.config import build_plan
 from gaintune.data import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError, DataError
 from gaintune.evaluate import compare_adapters, measure, measure_tokens
-from gaintune.methods import attach
 from gaintune.models import load_base
-from support import refused, tiny_base, tiny_domains
+from support import refused, tiny_adapters, tiny_base, tiny_domains, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +28,16 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     base = tiny_base.folder(folder / "base", dtype=torch.float32)
     rows = [{"prompt": f"What is {n} and {n}?\n", "completion": f"It is {2 * n}."} for n in range(80)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums = {"name": "sums", "source": str(write_rows(folder / "sums.jsonl", rows)), "task": "instruct"}
     values = tiny_domains.plan(base, folder)
-    domains = [*values["data"]["domains"], {"name": "sums", "source": str(folder / "sums.jsonl"), "task": "instruct"}]
-    values["data"] = {**values["data"], "domains": domains}
+    values["data"]["domains"].append(sums)
     for name in ("gain-ffn", "disel", "full"):
         adapter(base, folder / name, name)
     return folder, build_plan(values)
 
 
 def adapter(base, folder, name):
-    """An adapter with an effect, of parameters moved at random."""
-    loaded = load_base(str(base), dtype=torch.float32)
-    model = attach(loaded.model, MethodConfig(name=name, label=name), seed=0)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    save_adapter(model, folder, AdapterRecord(str(base), loaded.fingerprint, name, name, ("prose",)))
-    return folder
+    return tiny_adapters.save(base, folder, name, scale=0.05)
 
 
 def whole_losses(model, examples) -> np.ndarray:
@@ -99,16 +88,15 @@ def test_the_mean_is_the_change_that_perplexity_shows(made):
     assert one.mean.value == pytest.approx(after.nats_per_token - whole.nats_per_token, abs=1e-5)
 
 
-def test_each_adapter_is_measured_in_its_own_numbers_as_perplexity_is(tmp_path):
+def test_each_adapter_is_measured_in_its_own_precision_as_perplexity_is(tmp_path):
     """Weights trained whole are kept in fp32, adapters leave the base in bf16: each is compared with its own base."""
     base = tiny_base.folder(tmp_path / "base")
-    values = tiny_domains.plan(base, tmp_path)
-    plan = build_plan({**values, "model": {**values["model"], "dtype": "bf16"}})
+    plan = build_plan(tiny_domains.plan(base, tmp_path, model={"dtype": "bf16"}))
     folders = [adapter(base, tmp_path / name, name) for name in ("gain-ffn", "full")]
     changes = survey_tokens(plan, folders).changes.values()
     means = [each.mean.value for adapters in changes for each in adapters.values()]
-    told = [each.change for each in compare_adapters(plan, folders) if each.change is not None]
-    assert 100 * np.expm1(means) == pytest.approx(told, abs=1e-4)
+    expected = [each.change for each in compare_adapters(plan, folders) if each.change is not None]
+    assert 100 * np.expm1(means) == pytest.approx(expected, abs=1e-4)
 
 
 def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
@@ -123,14 +111,12 @@ def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
     table = pd.read_csv(tmp_path / "tokens.csv")
     assert len(table) == 6 and table["mean_low"].le(table["mean"]).all()
     bins = pd.read_csv(tmp_path / "tokens-histogram.csv")
-    assert (
-        bins.groupby(["domain", "adapter"])["tokens"].sum().tolist()
-        == table.sort_values(["domain", "adapter"])["tokens"].tolist()
-    )
-    told = json.loads((tmp_path / "tokens.json").read_text())
-    assert told["provenance"]["texts"]["prose"]["content_hash"]
+    sums = bins.groupby(["domain", "adapter"])["tokens"].sum().tolist()
+    assert sums == table.sort_values(["domain", "adapter"])["tokens"].tolist()
+    saved = json.loads((tmp_path / "tokens.json").read_text())
+    assert saved["provenance"]["texts"]["prose"]["content_hash"]
     one = survey.changes["prose"]["full on prose"]
-    assert told["changes"]["prose"]["full on prose"]["mean"]["value"] == one.mean.value
+    assert saved["changes"]["prose"]["full on prose"]["mean"]["value"] == one.mean.value
     assert cells(one)[0] in markdown(survey)
 
 
@@ -148,10 +134,8 @@ def test_refusals_come_before_anything_is_measured(made, tmp_path):
     refused(ConfigError, "odd number", TokensOptions.read, {"bins": 10}, "here")
     refused(ConfigError, "named twice", survey_tokens, plan, [folder / "full", folder / "full"])
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32)
-    with pytest.raises(BaseMismatchError):
-        survey_tokens(
-            plan.model_copy(update={"model": plan.model.model_copy(update={"name": str(other)})}), [folder / "full"]
-        )
+    elsewhere = plan.model_copy(update={"model": plan.model.model_copy(update={"name": str(other)})})
+    refused(BaseMismatchError, "was trained on", survey_tokens, elsewhere, [folder / "full"])
 
 
 def changes(rows: int = 12, tokens: int = 40, seed: int = 0, shift: float = 0.05):
@@ -237,10 +221,10 @@ def test_the_interval_covers_the_true_mean_at_about_its_confidence():
 
 def test_wrong_arguments_are_refused():
     values, _ = changes(2, 3)
-    for wrong in ({"bins": 100, "limit": 1.0}, {"bins": 1, "limit": 1.0}, {"limit": 0.0}, {"limit": -1.0}):
-        with pytest.raises(ConfigError):
-            summarise_changes(values, np.ones((2, 3), bool), **wrong)
+    for key, wrong in (("bins", 100), ("bins", 1), ("limit", 0.0), ("limit", -1.0)):
+        options = {"limit": 1.0, key: wrong}
+        refused(ConfigError, f"{key} is {wrong}", summarise_changes, values, np.ones((2, 3), bool), **options)
     refused(DataError, "mask", summarise_changes, values, np.ones((3, 2), bool), limit=1.0)
-    with pytest.raises(DataError, match="a scored token in each row"):
-        summarise_changes(values, np.array([[True] * 3, [False] * 3]), limit=1.0)
+    empty = np.array([[True] * 3, [False] * 3])
+    refused(DataError, "a scored token in each row", summarise_changes, values, empty, limit=1.0)
     refused(DataError, "not finite", summarise_changes, np.full((2, 3), np.nan), np.ones((2, 3), bool), limit=1.0)

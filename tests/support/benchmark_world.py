@@ -5,12 +5,13 @@ import json
 
 import torch
 
-from gaintune.adapters import AdapterRecord, save_adapter
-from gaintune.config import MethodConfig, ModelConfig
+from gaintune.config import ModelConfig
 from gaintune.evaluate.benchmarks import BenchmarkConfig
-from gaintune.methods import attach
 from gaintune.models import load_base
 from support import tiny_base, tiny_benchmarks
+from support.tiny_adapters import save as adapter
+
+__all__ = ["NAMES", "ROWS", "Watch", "adapter", "base_of", "config_of", "edit", "logits", "write_base", "write_rows"]
 
 NAMES = ("arc_easy", "lambada_openai")
 ROWS = 12
@@ -50,20 +51,6 @@ def base_of(tiny):
 def config_of(data, **changes):
     values = {"tasks": NAMES, "source": "local", "data": (str(data),), "bootstrap_samples": 200, "batch_size": 4}
     return BenchmarkConfig.model_validate({**values, **changes})
-
-
-def adapter(tiny, folder, method, seed=1):
-    """An adapter whose weights were moved as training would."""
-    base = base_of(tiny)
-    model = attach(base.model, MethodConfig.model_validate(method), seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    record = AdapterRecord(base.name, base.fingerprint, method, method, ("prose",))
-    save_adapter(model, folder, record)
-    return folder
 
 
 def logits(model):

@@ -18,7 +18,7 @@ def write(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def plan(model: Path, folder: Path, **changes) -> dict:
+def plan(model: Path, folder: Path, /, **changes) -> dict:
     """A plan of seconds over both domains, as nested values."""
     prose, code = write(folder)
     values = {
