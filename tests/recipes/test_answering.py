@@ -12,9 +12,8 @@ from gaintune.recipes import Recipe, run_recipe
 from gaintune.recipes.outcome import Context
 from gaintune.recipes.steps.answers import answers
 from gaintune.recipes.world import World, questions
-from support import STUDY_DATA
+from support import STUDY_DATA, needs_study_data
 
-DATA = STUDY_DATA
 SETTINGS = {
     "learn": "finphrase",
     "ask": ["finphrase", "sst2"],
@@ -26,12 +25,11 @@ SETTINGS = {
 
 def recipe(**changes) -> Recipe:
     step = {"name": "ask", "do": "answers", "settings": {**SETTINGS, **changes}}
-    return Recipe.model_validate(
-        {"id": "G9", "title": "t", "source": "s", "asks": "a", "model": "m", "steps": [step], "claims": []}
-    )
+    texts = {"id": "G9", "title": "t", "source": "s", "asks": "a", "model": "m"}
+    return Recipe.model_validate({**texts, "steps": [step], "claims": []})
 
 
-def test_answers_are_learnt_and_asked_on_other_rows(tmp_path):
+def test_answers_are_trained_and_measured_on_other_rows(tmp_path):
     outcome = run_recipe(recipe(), tmp_path / "run", scale="smoke").outcomes["ask"]
     rows = tmp_path / "run" / "ask" / "questions"
     learnt = [json.loads(line) for line in (rows / "finphrase-learnt" / "train.jsonl").read_text().splitlines()]
@@ -48,11 +46,9 @@ def test_answers_are_learnt_and_asked_on_other_rows(tmp_path):
         assert numbers[f"{label}.{one.domain}.accuracy"].value == 100 * one.accuracy.value
         if one.change is not None:
             assert numbers[f"{label}.{one.domain}"].low == 100 * one.change.low
-    difference = numbers["lora-minus-gain.sst2"]
-    assert difference.value == pytest.approx(
-        numbers["lora.sst2.accuracy"].value - numbers["gain.sst2.accuracy"].value, abs=1e-9
-    )
-    assert numbers["gain-minus-lora.sst2"].value == -difference.value
+    difference = numbers["lora.sst2.accuracy"].value - numbers["gain.sst2.accuracy"].value
+    assert numbers["lora-minus-gain.sst2"].value == pytest.approx(difference, abs=1e-9)
+    assert numbers["gain-minus-lora.sst2"].value == -numbers["lora-minus-gain.sst2"].value
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     assert run_recipe(recipe(), tmp_path / "run", scale="smoke").outcomes["ask"].numbers == numbers
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == times
@@ -76,11 +72,10 @@ def test_without_rows_the_step_is_left_out_and_says_which(tmp_path):
     assert outcome.notes[0].endswith("(give --data FOLDER): finphrase, sst2")
 
 
-@pytest.mark.study_data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the study datasets are not in {DATA}")
+@needs_study_data("domains")
 def test_the_study_folder_holds_all_sets_but_pubmedqas_answers():
-    world = World("small", "demo", DATA, {})
-    assert questions(world, "finphrase") == DATA / "domains" / "finphrase"
-    assert questions(world, "sst2") == DATA / "domains" / "sst2"
-    assert questions(world, "medqa") == DATA / "benchmarks" / "medqa"
+    world = World("small", "demo", STUDY_DATA, {})
+    assert questions(world, "finphrase") == STUDY_DATA / "domains" / "finphrase"
+    assert questions(world, "sst2") == STUDY_DATA / "domains" / "sst2"
+    assert questions(world, "medqa") == STUDY_DATA / "benchmarks" / "medqa"
     assert questions(world, "pubmedqa") is None

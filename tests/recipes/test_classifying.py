@@ -15,9 +15,8 @@ from gaintune.recipes.outcome import Context
 from gaintune.recipes.steps import classify as report
 from gaintune.recipes.steps.classify import DECODER, Measured, Study
 from gaintune.recipes.world import World
-from support import STUDY_DATA, refused
+from support import STUDY_DATA, needs_study_data, refused
 
-DATA = STUDY_DATA
 SETTINGS = {
     "tasks": ["sst2", {"name": "cola", "methods": {"disel": {"gate_bias": -1.0}}, "train": {"epochs": 2}}],
     "texts": ["wikitext"],
@@ -30,26 +29,18 @@ SETTINGS = {
 
 def recipe(**changes) -> Recipe:
     step = {"name": "glue", "do": "classify", "settings": {**SETTINGS, **changes}}
-    return Recipe.model_validate(
-        {"id": "D2", "title": "t", "source": "s", "asks": "a", "model": "m", "steps": [step], "claims": []}
-    )
+    texts = {"id": "D2", "title": "t", "source": "s", "asks": "a", "model": "m"}
+    return Recipe.model_validate({**texts, "steps": [step], "claims": []})
 
 
-def test_every_cell_is_trained_once_with_the_options_of_its_task(tmp_path):
+def test_every_classifier_is_trained_once_with_the_options_of_its_task(tmp_path):
     first = run_recipe(recipe(), tmp_path / "run", scale="smoke").outcomes["glue"]
     folder = tmp_path / "run" / "glue" / "classifiers"
-    made = {
-        (task, rank): read_record(folder / task / f"disel-r{rank}" / "seed-0" / "adapter")
-        for task in ("sst2", "cola")
-        for rank in (2, 4)
-    }
-    assert {key: record.settings["method"]["gate_bias"] for key, record in made.items()} == {
-        ("sst2", 2): -7.0, ("sst2", 4): -7.0, ("cola", 2): -1.0, ("cola", 4): -1.0
-    }  # fmt: skip
-    assert {key: record.settings["method"]["rank"] for key, record in made.items()} == {key: key[1] for key in made}
-    assert {key: record.settings["train"]["epochs"] for key, record in made.items()} == {
-        key: 2 if key[0] == "cola" else 1 for key in made
-    }
+    for task, bias, epochs in (("sst2", -7.0, 1), ("cola", -1.0, 2)):
+        for rank in (2, 4):
+            settings = read_record(folder / task / f"disel-r{rank}" / "seed-0" / "adapter").settings
+            assert (settings["method"]["gate_bias"], settings["method"]["rank"]) == (bias, rank)
+            assert settings["train"]["epochs"] == epochs
     times = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     (folder / "cola" / "disel-r2" / "seed-0" / "scores.json").unlink()  # as if stopped after the training
     kept = json.loads((folder / "cola" / "kept.json").read_text())
@@ -70,14 +61,9 @@ def test_every_cell_is_trained_once_with_the_options_of_its_task(tmp_path):
 
 
 def test_a_decoder_is_measured_under_its_own_head_and_says_so(tmp_path):
-    base = tiny.base(tmp_path / "decoder")
-    changes = {"tasks": ["mrpc"], "ranks": [2]}
-    outcome = run_recipe(
-        recipe(methods=[{"name": "lora", "lr": 0.01}], **changes),
-        tmp_path / "run",
-        scale="smoke",
-        overrides={"model": {"name": str(base)}},
-    ).outcomes["glue"]
+    lora = recipe(methods=[{"name": "lora", "lr": 0.01}], tasks=["mrpc"], ranks=[2])
+    base = {"model": {"name": str(tiny.base(tmp_path / "decoder"))}}
+    outcome = run_recipe(lora, tmp_path / "run", scale="smoke", overrides=base).outcomes["glue"]
     assert DECODER in outcome.notes
     assert outcome.numbers["lora.retention"].value != 0
     assert outcome.numbers["lora.perplexity"].value != outcome.numbers["base.perplexity"].value
@@ -107,10 +93,8 @@ def test_means_are_over_tasks_and_ranks_and_intervals_over_seeds():
     difference = found["full-minus-lora.accuracy"]
     assert (difference.value, difference.high - difference.value) == (pytest.approx(-5.0), pytest.approx(reach))
     assert "full-r8.accuracy" not in found
-    tables = report.tables(measured(), 9.0)
-    assert tables["Mean over tasks; mean and standard deviation over 3 seeds"].loc["lora, rank 8"].tolist() == [
-        "94.00 ± 1.00", "18.00 ± 0.00", "21.00 ± 1.00",
-    ]  # fmt: skip
+    table = report.tables(measured(), 9.0)["Mean over tasks; mean and standard deviation over 3 seeds"]
+    assert table.loc["lora, rank 8"].tolist() == ["94.00 ± 1.00", "18.00 ± 0.00", "21.00 ± 1.00"]
 
 
 def test_the_figure_and_a_row_for_each_classifier_are_written(tmp_path):
@@ -121,9 +105,8 @@ def test_the_figure_and_a_row_for_each_classifier_are_written(tmp_path):
     figure = report.figure(measured(), 9.0)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["4", "8"]
-    assert [line.get_label() for line in axes.get_lines() if not line.get_label().startswith("_")] == [
-        "lora", "full", "pretrained",
-    ]  # fmt: skip
+    labels = [line.get_label() for line in axes.get_lines() if not line.get_label().startswith("_")]
+    assert labels == ["lora", "full", "pretrained"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -142,12 +125,13 @@ def test_a_scale_without_rows_leaves_the_step_out(tmp_path):
     assert (study.tasks, study.missing) == ({}, ["sst2", "cola"])
 
 
-@pytest.mark.study_data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the study datasets are not in {DATA}")
+@needs_study_data("glue")
 def test_the_small_scale_is_a_plan_over_the_study_rows(tmp_path):
     found = recipe_named("D2")
-    context = Context("glue", tmp_path, World("small", "demo", DATA, {}), {}, Silent())
+    context = Context("glue", tmp_path, World("small", "demo", STUDY_DATA, {}), {}, Silent())
     cells = list(Study(found.settings(found.steps[0], "small"), context).cells())
     assert len(cells) == 2 * 3 * 2
-    assert {cell.plan.data.domains[0].source for cell in cells} == {str(DATA / "glue" / n) for n in ("sst2", "cola")}
+    assert {cell.plan.data.domains[0].source for cell in cells} == {
+        str(STUDY_DATA / "glue" / n) for n in ("sst2", "cola")
+    }
     assert {cell.plan.train.seed for cell in cells} == {0, 1}

@@ -2,14 +2,20 @@
 
 import functools
 import json
+import math
 import re
 
 import pandas as pd
 import pytest
 import yaml
 
+from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError, RunDirectoryError
+from gaintune.evaluate.benchmarks import BenchmarkConfig, counting_score
+from gaintune.evaluate.benchmarks.run import measure_benchmarks
+from gaintune.models import load_base
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
+from gaintune.recipes import smoke as tiny
 from gaintune.recipes.differences import LISTS, names_in, stem_of
 from gaintune.recipes.schema import Expectation, read_recipe
 from support import refused
@@ -164,3 +170,21 @@ def test_a_wrong_run_is_refused_in_words(arguments, message, tmp_path):
     out = ("--run", tmp_path / "out")
     refused(ConfigError, message, run, "recipe", "run", tmp_path / "mine.yaml", *out, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+RETENTION = "hellaswag,winogrande,arc_challenge,arc_easy,lambada_openai,boolq,piqa,triviaqa,openbookqa,sciq,mmlu"
+RETENTION += ",medqa_4options,commonsense_qa,nq_open"
+
+
+def test_the_rows_of_every_benchmark_are_measured_on_a_tiny_base(tmp_path):
+    pytest.importorskip("lm_eval")
+    base = load_base(ModelConfig(name=str(tiny.base(tmp_path / "base")), device="cpu", dtype="fp32"))
+    rows = {"source": "local", "data": (str(tiny.texts(tmp_path / "rows") / "benchmarks"),), "limit": tiny.ROWS}
+    code = {"generated_tokens": 16, "allow_code_execution": True, "code_seconds": 20.0}
+    config = BenchmarkConfig.model_validate({"tasks": f"{RETENTION},gsm8k:8,humaneval", **rows, **code})
+    scores = measure_benchmarks(base.model, base.tokenizer, config)
+    names = [task.name for task in config.tasks]
+    assert {score.task for score in scores} == set(names) == set(tiny.benchmark_rows())
+    counted = [counting_score(scores, name) for name in names]
+    assert all(score.rows == tiny.ROWS and math.isfinite(score.value) for score in counted)
+    assert len({score.value for score in counted}) > 2
