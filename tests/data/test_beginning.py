@@ -1,6 +1,5 @@
 """The beginning-of-text token: starts every block and row where a model was trained with one, and nothing else."""
 
-import json
 from itertools import pairwise
 
 import pytest
@@ -8,11 +7,11 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from gaintune.config import DataConfig, DomainConfig
-from gaintune.data import load_domain
+from gaintune.config import DataConfig
 from gaintune.errors import ConfigError, DataError
 from gaintune.workflows.merge import blocks_of
-from support import refused
+from support import refused, write_rows
+from support.tiny_domains import load
 
 BEGIN = "<|begin|>"
 TEXTS = [f"document {number}: " + " ".join(f"w{number}x{word}" for word in range(12)) for number in range(120)]
@@ -37,22 +36,12 @@ def adding(bare) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def text(tmp_path):
-    path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
+    return write_rows(tmp_path / "text.jsonl", ({"text": text} for text in TEXTS))
 
 
 @pytest.fixture
 def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": asked, "completion": said}) + "\n" for asked, said in ROWS))
-    return path
-
-
-def load(source, tokenizer, **changes):
-    values = {"train_tokens": 512, "validation_tokens": 128, "block_size": 64} | changes
-    data = DataConfig(domains=(DomainConfig(name="d", source=str(source)),), **values)
-    return load_domain(data.domains[0], data, tokenizer)
+    return write_rows(tmp_path / "rows.jsonl", ({"prompt": asked, "completion": said} for asked, said in ROWS))
 
 
 def same(ours, theirs) -> bool:
@@ -81,7 +70,7 @@ def test_the_first_token_of_text_is_scored_then(text, adding):
         assert counted == sum(map(len, strings)), "ASCII: a token has as many characters as bytes"
 
 
-def test_a_plan_can_ask_for_it_or_against_it(text, bare, adding):
+def test_a_plan_can_choose_it_or_leave_it_out(text, bare, adding):
     assert same(load(text, bare, beginning_of_text="always"), load(text, adding))
     assert same(load(text, adding, beginning_of_text="never"), load(text, bare))
     assert same(load(text, bare, beginning_of_text="never"), load(text, bare))
@@ -97,19 +86,19 @@ def test_without_one_nothing_is_recorded_that_was_not_before(text, bare):
 
 @pytest.mark.parametrize("task", ["text", "instruct"])
 def test_always_needs_a_tokenizer_that_has_one(text, rows, tokenizer, task):
+    message = r"data\.beginning_of_text is always, but .* no beginning-of-text token"
     source = text if task == "text" else rows
-    with pytest.raises(ConfigError, match=r"data\.beginning_of_text is always, but .* no beginning-of-text token"):
-        load(source, tokenizer, task=task, beginning_of_text="always")
+    refused(ConfigError, message, load, source, tokenizer, task=task, beginning_of_text="always")
 
 
 def test_labelled_rows_take_no_choice():
-    with pytest.raises(ValueError, match="beginning_of_text is for text and instructions"):
-        DataConfig(task="classify", beginning_of_text="always")
+    wrong = {"task": "classify", "beginning_of_text": "always"}
+    refused(ValueError, "beginning_of_text is for text and instructions", DataConfig, **wrong)
 
 
 def test_the_tokens_at_hand_are_counted_with_it(tmp_path, adding):
     for side, texts in (("train", ["the cat"]), ("validation", TEXTS)):
-        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        write_rows(tmp_path / f"{side}.jsonl", ({"text": text} for text in texts))
     count = len(adding("the cat")["input_ids"])
     refused(DataError, f"the training part holds {count} tokens, fewer than one block of 64", load, tmp_path, adding)
     blocks = load(tmp_path, adding, block_size=8, train_tokens=8, validation_tokens=8) if count >= 8 else None
@@ -137,9 +126,8 @@ def test_a_row_begins_with_it_once(rows, adding, template, choice, count):
         "{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    blocks = load(
-        rows, adding, task="instruct", template=template[:5].rstrip(","), beginning_of_text=choice, block_size=128
-    )
+    kind = {"task": "instruct", "template": template[:5].rstrip(",")}
+    blocks = load(rows, adding, **kind, beginning_of_text=choice, block_size=128)
     counts = begun(blocks.train, adding.bos_token_id)
     assert len(counts) == blocks.train_documents > 2
     assert set(counts) == {1 if written else count}
@@ -150,5 +138,5 @@ def test_a_merge_is_judged_on_blocks_that_begin_with_it(bare, adding):
     assert (begun[:, 0] == adding.bos_token_id).all()
     running = begun[:, 1:].flatten()
     assert torch.equal(running, plain.flatten()[: len(running)])
-    with pytest.raises(ConfigError, match="empty"):
-        blocks_of([""], PreTrainedTokenizerFast(tokenizer_object=adding.backend_tokenizer, bos_token=BEGIN))
+    endless = PreTrainedTokenizerFast(tokenizer_object=adding.backend_tokenizer, bos_token=BEGIN)
+    refused(ConfigError, "empty", blocks_of, [""], endless)

@@ -1,4 +1,4 @@
-"""Packing: what is in the blocks, in which order, within which budget, and what is counted."""
+"""Blocks: packed text and packed rows, their order, budget and counts, and replayed rows of earlier domains."""
 
 import logging
 
@@ -7,38 +7,32 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gaintune.config import DataConfig, DomainConfig
-from gaintune.data import Examples, load_domain, replayed_rows, with_replay
+from gaintune.data import Examples, replayed_rows, with_replay
 from gaintune.data.examples import TokenRow, pack
 from gaintune.errors import BaseModelError, DataError
 from gaintune.models import IGNORED
 from support import refused
+from support.tiny_domains import load
 
 TEXTS = [f"document {number}: " + " ".join(f"w{number}x{word}" for word in range(12)) for number in range(120)]
 
 
-def settings(source, **changes):
-    values = {"train_tokens": 512, "validation_tokens": 128, "block_size": 64} | changes
-    return DataConfig(domains=(DomainConfig(name="d", source=str(source)),), **values)
-
-
-def load(source, tokenizer, **changes):
-    data = settings(source, **changes)
-    return load_domain(data.domains[0], data, tokenizer)
+def texts(examples, tokenizer):
+    """What stands between the ends of texts in all blocks."""
+    return tokenizer.decode(examples.input_ids.flatten()).split(tokenizer.eos_token)
 
 
 def test_blocks_hold_whole_documents_in_a_drawn_order_with_end_of_text_between(write_rows, tokenizer):
     blocks = load(write_rows("d.jsonl", TEXTS), tokenizer, train_tokens=2048)
     assert blocks.name == "d"
-    assert blocks.train.input_ids.shape == (2048 // 64, 64)
-    assert blocks.validation.input_ids.shape == (2, 64)
+    assert (blocks.train.input_ids.shape, blocks.validation.input_ids.shape) == ((2048 // 64, 64), (2, 64))
     assert blocks.train.input_ids.dtype == blocks.validation.input_ids.dtype == torch.int64
-    drawn = tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token)
+    drawn = texts(blocks.train, tokenizer)
     assert set(drawn[:-1]) <= set(TEXTS), "all but the last, which the budget cuts, are whole"
     assert any(text.startswith(drawn[-1]) for text in TEXTS)
     assert len(drawn) == len(set(drawn)) == blocks.train_documents
     assert drawn != sorted(drawn)
-    held_out = tokenizer.decode(blocks.validation.input_ids.flatten()).split(tokenizer.eos_token)
+    held_out = texts(blocks.validation, tokenizer)
     assert len(held_out) == blocks.validation_documents
     assert not set(held_out) & set(drawn)
 
@@ -76,8 +70,7 @@ def test_near_duplicates_of_training_text_are_left_out_of_validation(tmp_path, w
         blocks = load(tmp_path / "d", tokenizer, train_tokens=100_000, validation_tokens=64)
     assert blocks.removed_near_duplicates == 2
     held_out = tokenizer.decode(blocks.validation.input_ids.flatten())
-    assert "changed" not in held_out
-    assert "W1X5" not in held_out
+    assert "changed" not in held_out and "W1X5" not in held_out
     assert "left 2 validation document(s) out" in caplog.text
     assert f"{tmp_path / 'd' / 'validation.jsonl'}:1" in caplog.text
 
@@ -86,10 +79,8 @@ def test_only_text_that_is_trained_on_counts_as_seen(tmp_path, write_rows, token
     write_rows("d/train.jsonl", TEXTS[:100])
     write_rows("d/validation.jsonl", TEXTS[:100])
     blocks = load(tmp_path / "d", tokenizer, train_tokens=256)
-    trained_on = set(tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token))
-    held_out = set(tokenizer.decode(blocks.validation.input_ids.flatten()).split(tokenizer.eos_token))
-    assert held_out
-    assert not trained_on & held_out
+    trained_on, held_out = set(texts(blocks.train, tokenizer)), set(texts(blocks.validation, tokenizer))
+    assert held_out and not trained_on & held_out
 
 
 def test_a_domain_smaller_than_its_budget_is_used_up_with_a_warning(write_rows, tokenizer, caplog):
@@ -98,15 +89,14 @@ def test_a_domain_smaller_than_its_budget_is_used_up_with_a_warning(write_rows, 
     tokens = blocks.train.input_ids.numel()
     assert 64 < tokens < 10**6
     assert f"fewer than the 1000000 asked for; using {tokens}" in caplog.text
-    drawn = tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token)
-    assert blocks.train_documents == len(drawn)
+    assert blocks.train_documents == len(texts(blocks.train, tokenizer))
 
 
 def test_documents_beyond_the_last_whole_block_are_not_counted(tmp_path, write_rows, tokenizer):
     write_rows("d/train.jsonl", [f"n{number}" for number in range(100, 200)])
     write_rows("d/validation.jsonl", TEXTS)
     blocks = load(tmp_path / "d", tokenizer, train_tokens=10**4)
-    drawn = tokenizer.decode(blocks.train.input_ids.flatten()).split(tokenizer.eos_token)
+    drawn = texts(blocks.train, tokenizer)
     assert blocks.train_documents == len([text for text in drawn if text]) < 100
 
 
@@ -162,14 +152,9 @@ def packed(rows, *, block_size=8, blocks=10, packing=True):
 
 def test_rows_stay_whole_and_in_order_and_positions_start_anew():
     result = packed([row(1, 2, 1), row(2, 1, 2), row(3, 2, 2), row(4, 1, 1)])
-    assert result.examples.input_ids.tolist() == [
-        [10, 11, 12, 20, 21, 22, FILLER, FILLER],
-        [30, 31, 32, 33, 40, 41, FILLER, FILLER],
-    ]
-    assert result.examples.labels.tolist() == [
-        [-100, -100, 12, -100, 21, 22, -100, -100],
-        [-100, -100, 32, 33, -100, 41, -100, -100],
-    ]
+    ids = [[10, 11, 12, 20, 21, 22, FILLER, FILLER], [30, 31, 32, 33, 40, 41, FILLER, FILLER]]
+    labels = [[-100, -100, 12, -100, 21, 22, -100, -100], [-100, -100, 32, 33, -100, 41, -100, -100]]
+    assert (result.examples.input_ids.tolist(), result.examples.labels.tolist()) == (ids, labels)
     assert result.examples.position_ids is not None
     assert result.examples.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 1, 0, 1]]
     assert result.bytes == (2 + 1 + 2, 2 + 3 + 1)
@@ -184,17 +169,10 @@ def test_without_packing_a_row_has_a_block_of_its_own():
 
 
 def test_it_stops_when_the_blocks_are_full_and_draws_no_further():
-    drawn = []
-
-    def rows():
-        for number in range(1, 10):
-            drawn.append(number)
-            yield row(number, 2, 2)
-
-    result = packed(rows(), blocks=2)
-    assert result.rows == (1, 2, 3, 4)
-    assert drawn == [1, 2, 3, 4, 5]
-    assert result.padding == 0
+    numbers = iter(range(1, 10))
+    result = packed((row(number, 2, 2) for number in numbers), blocks=2)
+    assert (result.rows, result.padding) == ((1, 2, 3, 4), 0)
+    assert next(numbers) == 6, "of row 5 it is known that it has no room"
 
 
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one():

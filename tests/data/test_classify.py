@@ -15,9 +15,8 @@ from gaintune.config import ClassifyConfig, DomainConfig, build_plan
 from gaintune.data import GLUE, Padding, load_classification
 from gaintune.data.labelled import load_labelled
 from gaintune.errors import AssetError, ConfigError, DataError
-from support import STUDY_DATA, refused, tiny_base, tiny_encoders, tiny_glue
+from support import STUDY_DATA, needs_study_data, refused, tiny_base, tiny_encoders, tiny_glue
 
-GLUE_ROWS = STUDY_DATA / "glue"
 TOKENIZER = tiny_encoders.tokenizer()
 PAIR = {"text_a": "one", "text_b": "two", "label": "yes"}
 
@@ -67,9 +66,8 @@ def test_every_kind_of_file_gives_the_same_rows(kind, tmp_path):
             writer.writeheader()
             writer.writerows(rows)
     texts = load_labelled(domain(file), seed=0)
-    assert {(row.text_a, row.text_b, row.label) for row in (*texts.train, *texts.validation)} == {
-        (row["text"], None, row["label"]) for row in rows
-    }
+    found = {(row.text_a, row.text_b, row.label) for row in (*texts.train, *texts.validation)}
+    assert found == {(row["text"], None, row["label"]) for row in rows}
     assert len(texts.validation) == len(load_labelled(domain(written(tmp_path, rows, "again.jsonl")), 0).validation)
 
 
@@ -109,8 +107,8 @@ def test_columns_that_hold_no_text_to_classify_are_named(tmp_path):
     refused(DataError, r"rows\.jsonl:1: no column holds the text.*\(the columns are review, label\)", load, file)
     texts = load_labelled(domain(file, text_column="review"), seed=0)
     assert {row.text_a for row in (*texts.train, *texts.validation)} == {"good", "bad"}
-    with pytest.raises(DataError, match=r"nowhere is no file or folder, and none of GLUE's tasks.*cola, mnli"):
-        load_labelled(domain("nowhere"), seed=0)
+    message = r"nowhere is no file or folder, and none of GLUE's tasks.*cola, mnli"
+    refused(DataError, message, load_labelled, domain("nowhere"), seed=0)
 
 
 def test_one_label_and_labels_unknown_to_training_are_refused(tmp_path):
@@ -154,21 +152,15 @@ def test_pairs_are_joined_as_the_tokenizer_joins_them_and_cut_with_a_count(tmp_p
     rows = [{"text_a": f"a{n}" + "x" * 30, "text_b": "y" * (3 if n % 4 else 60), "label": n % 2} for n in range(80)]
     loaded = load(written(tmp_path, rows), max_length=40)
     assert all(len(row) <= 40 for row in loaded.train.input_ids)
-    assert loaded.train.truncated + loaded.validation.truncated == 80 - sum(
-        2 + 30 + len(str(n)) - 1 + 3 + 4 <= 40 for n in range(80) if n % 4
-    )
-    assert f"{loaded.train.truncated} of {len(loaded.train)} training rows are longer than classify.max_length (40" in (
-        caplog.text
-    )
+    whole = sum(2 + 30 + len(str(n)) - 1 + 3 + 4 <= 40 for n in range(80) if n % 4)
+    assert loaded.train.truncated + loaded.validation.truncated == 80 - whole
+    cut = f"{loaded.train.truncated} of {len(loaded.train)} training rows"
+    assert f"{cut} are longer than classify.max_length (40" in caplog.text
     first = loaded.train.input_ids[0].tolist()
-    assert first[0] == 0
-    assert first.count(2) == 3  # <s> a </s></s> b </s>
-    assert first[-1] == 2
+    assert (first[0], first.count(2), first[-1]) == (0, 3, 2)  # <s> a </s></s> b </s>
     bert = load(written(tmp_path, rows), tiny_encoders.bert_tokenizer(), max_length=40, segments=True)
     kinds = bert.train.segments[0].tolist()
-    assert kinds == sorted(kinds)
-    assert set(kinds) == {0, 1}
-    assert len(kinds) == len(bert.train.input_ids[0])
+    assert kinds == sorted(kinds) and set(kinds) == {0, 1} and len(kinds) == len(bert.train.input_ids[0])
 
 
 def test_a_decoders_pair_is_two_lines(tmp_path):
@@ -180,10 +172,8 @@ def test_a_decoders_pair_is_two_lines(tmp_path):
 
 
 def test_a_batch_is_padded_to_its_longest_row_and_masked():
-    rows = [
-        {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor(1), "token_type_ids": torch.tensor([0, 1, 1])}
-    ]
-    rows.append({"input_ids": torch.tensor([8]), "labels": torch.tensor(0), "token_type_ids": torch.tensor([0])})
+    keys = ("input_ids", "labels", "token_type_ids")
+    rows = [dict(zip(keys, map(torch.tensor, row), strict=True)) for row in (([5, 6, 7], 1, [0, 1, 1]), ([8], 0, [0]))]
     batch = Padding(9)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -241,12 +231,11 @@ def test_the_plan_of_a_classifier_has_an_encoder_and_no_token_budgets():
     assert build_plan({"data": {"domains": [{"name": "x", "source": "y", "task": "classify"}]}}).classifies
     assert build_plan({"data": {"task": "classify"}, "model": {"name": "demo"}}).model.name == "demo"
     assert build_plan({}).model.name == "demo"
-    with pytest.raises(ConfigError, match=r"data\.train_tokens is for text and instructions.*classify\.train_rows"):
-        build_plan({"data": {"task": "classify", "train_tokens": 1024}})
+    message = r"data\.train_tokens is for text and instructions.*classify\.train_rows"
+    refused(ConfigError, message, build_plan, {"data": {"task": "classify", "train_tokens": 1024}})
 
 
-@pytest.mark.study_data
-@pytest.mark.skipif(not GLUE_ROWS.is_dir(), reason=f"the GLUE rows are not in {GLUE_ROWS}")
+@needs_study_data("glue")
 @pytest.mark.parametrize(("task", "sizes", "labels"), [
     ("cola", (7695, 1043), ("acceptable", "unacceptable")),
     ("mnli", (6684, 1000), ("contradiction", "entailment", "neutral")),
@@ -255,7 +244,7 @@ def test_the_plan_of_a_classifier_has_an_encoder_and_no_token_budgets():
     ("sst2", (6917, 872), ("negative", "positive")),
 ])  # fmt: skip
 def test_the_study_rows_of_glue(task, sizes, labels):
-    texts = load_labelled(DomainConfig(name=task, source=str(GLUE_ROWS / task)), seed=0)
+    texts = load_labelled(DomainConfig(name=task, source=str(STUDY_DATA / "glue" / task)), seed=0)
     assert (len(texts.train), len(texts.validation)) == sizes
     assert (texts.train[0].text_b is None) == (task in ("cola", "sst2"))
     assert {row.label for row in texts.train} == set(labels)

@@ -28,12 +28,12 @@ def by_origin(documents, origin):
 
 def test_medical_reads_as_the_printed_list_does():
     text = by_origin(embedded.medical(), "ICD-10-CM I24")
-    assert text.startswith(
-        "I24 Other acute ischemic heart diseases\n"
-        "Excludes1: angina pectoris (I20.-); transient myocardial ischemia in newborn (P29.4)\n"
-        "Excludes2: non-ischemic myocardial injury (I5A)\n"
-        "I24.0 Acute coronary thrombosis not resulting in myocardial infarction\n"
-    )
+    assert text.splitlines()[:4] == [
+        "I24 Other acute ischemic heart diseases",
+        "Excludes1: angina pectoris (I20.-); transient myocardial ischemia in newborn (P29.4)",
+        "Excludes2: non-ischemic myocardial injury (I5A)",
+        "I24.0 Acute coronary thrombosis not resulting in myocardial infarction",
+    ]
     assert "I24.1 Dressler's syndrome\nPostmyocardial infarction syndrome\n" in text
 
 
@@ -66,6 +66,5 @@ def test_a_domain_fills_the_default_budget(name, tokenizer):
     data = DataConfig()
     domain = next(domain for domain in data.domains if domain.name == name)
     blocks = load_domain(domain, data, tokenizer)
-    assert blocks.train.input_ids.shape == (32, 256)
-    assert blocks.validation.input_ids.shape == (16, 256)
+    assert (blocks.train.input_ids.shape, blocks.validation.input_ids.shape) == ((32, 256), (16, 256))
     assert min(blocks.train_documents, blocks.validation_documents) >= 3

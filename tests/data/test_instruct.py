@@ -1,6 +1,5 @@
-"""A domain of instructions: its split, what is scored, its budgets, its hash, and rows that cannot be learnt."""
+"""A domain of instructions: rows, split, what is scored, budgets and hash, rows as TRL has them, and mistakes."""
 
-import json
 import logging
 from itertools import pairwise
 
@@ -16,33 +15,21 @@ from gaintune.data.domains import load_exchanges
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer, read_exchanges
 from gaintune.data.instruct import _token_rows
 from gaintune.errors import ConfigError, DataError
-from support import refused, tiny_base
+from support import refused, tiny_base, tiny_domains
 from support import write_rows as write_file
 
 WORDS = ("the", "cat", "and", "the", "hat", "and", "the", "bat", "sat", "on", "the", "mat")
 ROWS = [(" ".join(f"{word}{number}" for word in WORDS) + "? ", f"cat {number} sat € {number}") for number in range(150)]
 
 
-def settings(source, **changes):
-    domain = {"name": "d", "source": str(source)} | changes.pop("domain", {})
-    values = {"task": "instruct", "train_tokens": 1024, "validation_tokens": 512, "block_size": 128} | changes
-    return DataConfig(domains=(DomainConfig(**domain),), **values)
-
-
-def load(source, tokenizer, **changes):
-    data = settings(source, **changes)
-    return load_domain(data.domains[0], data, tokenizer)
+def load(source, tokenizer, domain=(), **changes):
+    sizes = {"task": "instruct", "train_tokens": 1024, "validation_tokens": 512, "block_size": 128}
+    return tiny_domains.load(source, tokenizer, dict(domain), **{**sizes, **changes})
 
 
 @pytest.fixture
 def write(tmp_path):
-    def file(name, rows=ROWS):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps({"prompt": asked, "completion": said}) + "\n" for asked, said in rows))
-        return path
-
-    return file
+    return lambda name, rows=ROWS: write_file(tmp_path / name, ({"prompt": a, "completion": b} for a, b in rows))
 
 
 def texts(examples, tokenizer):
@@ -93,16 +80,13 @@ def test_budgets_are_in_tokens_and_nest_and_sides_are_disjoint(write, tokenizer)
 def test_rows_with_one_question_are_on_one_side(write, tokenizer):
     doubled = [(asked, f"{said} {more}") for asked, said in ROWS[:60] for more in ("a", "b", "c")]
     blocks = load(write("d.jsonl", doubled), tokenizer, train_tokens=10_000)
-    questions = [
-        {text.partition("?")[0] for text, _ in texts(side, tokenizer)} for side in (blocks.train, blocks.validation)
-    ]
-    assert questions[1] and not questions[0] & questions[1]
+    sides = (texts(side, tokenizer) for side in (blocks.train, blocks.validation))
+    train, validation = ({text.partition("?")[0] for text, _ in side} for side in sides)
+    assert validation and not train & validation
     assert blocks.removed_near_duplicates == 0
 
 
-def test_a_validation_row_whose_question_is_nearly_one_that_is_trained_on_is_left_out(
-    tmp_path, write, tokenizer, caplog
-):
+def test_a_validation_row_with_nearly_a_question_of_training_is_left_out(tmp_path, write, tokenizer, caplog):
     write("d/train.jsonl", ROWS[:20])
     write("d/validation.jsonl", [(ROWS[3][0].upper(), "other"), (ROWS[5][0] + " now", "other"), *ROWS[20:30]])
     with caplog.at_level(logging.INFO, "gaintune"):
@@ -129,18 +113,10 @@ def test_bytes_are_those_of_the_completions(write, tokenizer):
 
 
 def test_chats_are_what_the_chat_template_makes_of_them(tmp_path, chatty):
-    chats = [
-        [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": said},
-            {"role": "user", "content": "why €?"},
-            {"role": "assistant", "content": f"so {said}"},
-        ]
-        for asked, said in ROWS
-    ]
-    file = tmp_path / "d.jsonl"
-    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    blocks = load(file, chatty, block_size=256)
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [(asked, said, "why €?", f"so {said}") for asked, said in ROWS]
+    chats = [[{"role": a, "content": b} for a, b in zip(roles, chat, strict=True)] for chat in turns]
+    blocks = load(write_file(tmp_path / "d.jsonl", ({"messages": chat} for chat in chats)), chatty, block_size=256)
     rendered = {chatty.apply_chat_template(chat, tokenize=False).rstrip("\n"): chat for chat in chats}
     seen = 0
     for text, scored in texts(blocks.validation, chatty):
@@ -170,14 +146,9 @@ def test_padding_instead_of_packing(write, tokenizer):
 def test_the_hash_follows_rows_template_and_packing(write, tokenizer):
     file = write("d.jsonl")
     changed = write("e.jsonl", [(asked, said.replace("sat", "lay")) for asked, said in ROWS])
-    hashes = [
-        load(file, tokenizer).content_hash,
-        load(changed, tokenizer).content_hash,
-        load(file, tokenizer, packing=False).content_hash,
-        load(file, tokenizer, template="alpaca", block_size=512).content_hash,
-        load(file, tokenizer, block_size=512).content_hash,
-    ]
-    assert len(set(hashes)) == len(hashes)
+    settings = ({}, {"packing": False}, {"template": "alpaca", "block_size": 512}, {"block_size": 512})
+    hashes = [load(file, tokenizer, **each).content_hash for each in settings]
+    assert len({*hashes, load(changed, tokenizer).content_hash}) == len(hashes) + 1
     assert load(write("f.jsonl"), tokenizer).content_hash == hashes[0]
 
 
@@ -223,19 +194,12 @@ def test_a_domain_smaller_than_its_budget_is_used_up_with_a_warning(write, token
 
 def test_text_and_instructions_go_together_and_other_tasks_are_refused(write, write_rows, tokenizer):
     text = write_rows("prose.jsonl", [f"document {number} " * 30 for number in range(40)])
-    mixed = DataConfig(
-        domains=(
-            DomainConfig(name="prose", source=str(text)),
-            DomainConfig(name="questions", source=str(write("d.jsonl")), task="instruct"),
-        ),
-        train_tokens=512,
-        validation_tokens=128,
-        block_size=128,
-    )
-    prose, questions = (load_domain(domain, mixed, tokenizer) for domain in mixed.domains)
-    assert prose.train.position_ids is None and questions.train.position_ids is not None
-    classified = settings(text, task="classify")
-    refused(ConfigError, "domain 'd' has task classify", load_domain, classified.domains[0], classified, tokenizer)
+    questions = DomainConfig(name="questions", source=str(write("d.jsonl")), task="instruct")
+    domains = (DomainConfig(name="prose", source=str(text)), questions)
+    mixed = DataConfig(domains=domains, train_tokens=512, validation_tokens=128, block_size=128)
+    prose, rows = (load_domain(domain, mixed, tokenizer) for domain in domains)
+    assert prose.train.position_ids is None and rows.train.position_ids is not None
+    refused(ConfigError, "domain 'd' has task classify", load, text, tokenizer, task="classify")
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -265,17 +229,14 @@ def only(path, **columns) -> Exchange:
 
 def test_prompt_and_completion(tmp_path):
     file = rows_in(tmp_path / "a.jsonl", {"prompt": "Two and two?", "completion": "Four.", "id": 7})
-    assert only(file) == Exchange(
-        (Turn("user", "Two and two?"), Turn("assistant", "Four.", scored=True)), False, f"{file}:1", 1
-    )
+    turns = (Turn("user", "Two and two?"), Turn("assistant", "Four.", scored=True))
+    assert only(file) == Exchange(turns, False, f"{file}:1", 1)
 
 
 def test_named_columns(tmp_path):
     file = rows_in(tmp_path / "a.jsonl", {"question": "Two and two?", "answer": "Four.", "messages": "unread"})
-    assert [turn.content for turn in only(file, prompt="question", completion="answer").turns] == [
-        "Two and two?",
-        "Four.",
-    ]
+    turns = only(file, prompt="question", completion="answer").turns
+    assert [turn.content for turn in turns] == ["Two and two?", "Four."]
 
 
 def test_of_messages_every_turn_of_the_assistant_is_scored(tmp_path):
@@ -289,9 +250,7 @@ def test_of_messages_every_turn_of_the_assistant_is_scored(tmp_path):
 
 def test_of_conversational_prompts_the_completion_is_scored(tmp_path):
     file = rows_in(tmp_path / "a.jsonl", {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    exchange = only(file)
-    assert exchange.chat
-    assert [turn.scored for turn in exchange.turns] == [False, False, False, True]
+    assert only(file).chat and [turn.scored for turn in only(file).turns] == [False, False, False, True]
 
 
 def test_csv_and_parquet(tmp_path):
@@ -310,9 +269,8 @@ def test_messages_from_parquet_may_hold_nulls(tmp_path):
 
 
 def test_a_folder_brings_its_own_split(tmp_path):
-    rows_in(tmp_path / "train.jsonl", {"prompt": "a?", "completion": "a"})
-    rows_in(tmp_path / "validation.jsonl", {"prompt": "b?", "completion": "b"})
-    rows_in(tmp_path / "test.jsonl", {"prompt": "c?", "completion": "c"})
+    for side, letter in (("train", "a"), ("validation", "b"), ("test", "c")):
+        rows_in(tmp_path / f"{side}.jsonl", {"prompt": f"{letter}?", "completion": letter})
     rows = read_exchanges(tmp_path)
     assert [row.question for row in rows.train] == ["a?"]
     assert [row.question for row in rows.validation or ()] == ["b?"]
@@ -374,12 +332,8 @@ PAIRS = [("Two and two?", " Four."), ("the cat sat\n", "on the mat, € 5"), ("W
 def trl_rows(rows: list[dict], tokenizer, folder) -> list[tuple[list[int], list[int]]]:
     trl = pytest.importorskip("trl")
     settings = trl.SFTConfig(output_dir=str(folder), report_to="none", use_cpu=True, max_length=None, bf16=False)
-    trainer = trl.SFTTrainer(
-        model=tiny_base.model(),
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+    data = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    trainer = trl.SFTTrainer(model=tiny_base.model(), args=settings, **data)
     return [(row["input_ids"], [int(label != -100) for label in row["labels"]]) for row in trainer.train_dataset]
 
 
@@ -403,7 +357,5 @@ def test_conversational_prompts_and_completions(chatty, tmp_path):
     theirs = trl_rows(rows, chatty, tmp_path)
     ours = our_rows([Exchange((Turn("user", a), Turn("assistant", b, True)), True) for a, b in PAIRS], chatty)
     for (ids, scored), (their_ids, their_scored) in zip(ours, theirs, strict=True):
-        assert chatty.decode(their_ids[len(ids) :]) == "\n", (
-            "the new line after the end of turn, which is not generated"
-        )
+        assert chatty.decode(their_ids[len(ids) :]) == "\n", "the line end after a turn, which is not generated"
         assert (ids, scored) == (their_ids[: len(ids)], their_scored[: len(ids)])

@@ -1,7 +1,6 @@
-"""Local files and folders: which files count, and which side they are on."""
+"""Local files and folders: which files count, their sides, their order, and near-duplicates."""
 
 import hashlib
-import json
 import logging
 import random
 import re
@@ -18,6 +17,7 @@ from gaintune.data.readers import SECTION_CHARACTERS, read_documents
 from gaintune.data.split import drawn_order, in_drawn_order, split_documents
 from gaintune.errors import DataError
 from support import refused
+from support import write_rows as write_file
 
 
 def texts(documents):
@@ -43,7 +43,7 @@ def test_a_split_in_the_file_names_is_used(tmp_path, write_rows, name):
     assert texts(documents.validation) == ["held out"]
 
 
-def test_test_files_are_left_alone_beside_validation_files_and_that_is_said(tmp_path, write_rows, caplog):
+def test_test_files_are_left_out_beside_validation_files_with_a_warning(tmp_path, write_rows, caplog):
     for name in ("train", "validation", "test"):
         write_rows(f"d/{name}.jsonl", [name])
     (tmp_path / "d" / "README.md").write_text("about")
@@ -92,9 +92,8 @@ def test_sections_are_those_of_the_whole_text_wherever_it_is_read_in_chunks(tmp_
     expected = [(piece, f"{file}:{text[:start].count(chr(10)) + 1}") for start, piece in pieces]
     documents = read_documents(file).train
     assert [(each.text, each.origin) for each in documents] == expected
-    assert [(each.text, each.origin) for each in map(documents.__getitem__, (7, 3, -1))] == [
-        expected[number] for number in (7, 3, -1)
-    ]
+    for number in (7, 3, -1):
+        assert (documents[number].text, documents[number].origin) == expected[number]
 
 
 def test_a_byte_that_is_no_text_is_named_by_its_line_in_any_chunk(tmp_path, monkeypatch):
@@ -110,11 +109,10 @@ def test_a_byte_that_is_no_text_is_named_by_its_line_in_any_chunk(tmp_path, monk
 def test_a_file_is_not_held_in_memory(tmp_path, suffix):
     paragraphs = [f"paragraph {number} " + "of some words " * 60 for number in range(15_000)]
     file = tmp_path / f"a{suffix}"
-    file.write_text(
-        "\n\n".join(paragraphs)
-        if suffix == ".txt"
-        else "".join(json.dumps({"text": each}) + "\n" for each in paragraphs)
-    )
+    if suffix == ".txt":
+        file.write_text("\n\n".join(paragraphs))
+    else:
+        write_file(file, ({"text": each} for each in paragraphs))
     tracemalloc.start()
     try:
         documents = split_documents(read_documents(file), 0)
@@ -162,8 +160,8 @@ def test_a_source_that_is_not_there_is_named(source, says, tmp_path, monkeypatch
 
 
 def test_a_catalogue_domain_takes_no_column():
-    with pytest.raises(DataError, match="text_column is for local files"):
-        load_documents(DomainConfig(name="law", source="law", text_column="title"))
+    law = DomainConfig(name="law", source="law", text_column="title")
+    refused(DataError, "text_column is for local files", load_documents, law)
 
 
 def documents(texts):
@@ -206,10 +204,10 @@ def test_two_different_documents_are_enough(seed):
 
 
 def test_one_text_cannot_be_split():
-    with pytest.raises(DataError, match=r"f: 2 documents, all with the same text, and at least 2 different ones are"):
-        split_documents(documents(["same", "Same."]), 0)
-    with pytest.raises(DataError, match=r"f: 1 document, and at least 2 different ones are needed"):
-        split_documents(documents(["alone"]), 0)
+    same = r"f: 2 documents, all with the same text, and at least 2 different ones are"
+    refused(DataError, same, split_documents, documents(["same", "Same."]), 0)
+    alone = r"f: 1 document, and at least 2 different ones are needed"
+    refused(DataError, alone, split_documents, documents(["alone"]), 0)
 
 
 def test_a_split_that_the_source_brings_is_kept():
@@ -246,22 +244,19 @@ WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 SENTENCE = "Operating profit of the company rose clearly in the third quarter compared with the year before"
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (SENTENCE, True),
-        (SENTENCE.upper().replace(" ", "  ") + " !", True),
-        (SENTENCE.replace("third", "second"), True),
-        ("Yesterday it was reported: " + SENTENCE, True),
-        ("Operating profit of the company fell, and nobody knew why that was or what could be done", False),
-        ("Short text!", True),
-        ("short text indeed", False),
-        ("???", True),
-        ("!!!", False),
-        ("今日は天気がとても良いので散歩", True),
-        ("今日は仕事が忙しくて何もできない", False),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    (SENTENCE, True),
+    (SENTENCE.upper().replace(" ", "  ") + " !", True),
+    (SENTENCE.replace("third", "second"), True),
+    ("Yesterday it was reported: " + SENTENCE, True),
+    ("Operating profit of the company fell, and nobody knew why that was or what could be done", False),
+    ("Short text!", True),
+    ("short text indeed", False),
+    ("???", True),
+    ("!!!", False),
+    ("今日は天気がとても良いので散歩", True),
+    ("今日は仕事が忙しくて何もできない", False),
+])  # fmt: skip
 def test_what_is_a_near_duplicate(text, expected):
     trained_on = [SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]
     index = NeighbourIndex(enumerate(trained_on))
@@ -309,10 +304,8 @@ def test_it_agrees_with_plain_sets_of_word_runs():
         return {tuple(words[start : start + SHINGLE_WORDS]) for start in range(len(words) - SHINGLE_WORDS + 1)}
 
     index = NeighbourIndex(enumerate(documents))
-    expected = [
-        max(len(runs(query) & runs(document)) for document in documents) >= CONTAINMENT * len(runs(query))
-        for query in queries
-    ]
+    shared = [max(len(runs(query) & runs(document)) for document in documents) for query in queries]
+    expected = [count >= CONTAINMENT * len(runs(query)) for query, count in zip(queries, shared, strict=True)]
     assert [query in index for query in queries] == expected
     assert 10 < sum(expected) < 190
 

@@ -12,11 +12,8 @@ from gaintune.data.tables import add_texts
 from gaintune.errors import DataError
 from support import refused
 
-ROWS = [
-    {"text": "one, with a comma", "label": 1},
-    {"text": "two\nlines and a \u2028 separator", "label": 0},
-    {"text": 'three "quoted" äöü 😀', "label": 2},
-]
+TEXTS = ("one, with a comma", "two\nlines and a \u2028 separator", 'three "quoted" äöü 😀')
+ROWS = [{"text": text, "label": number} for number, text in enumerate(TEXTS)]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -43,10 +40,7 @@ def json_data(path: Path) -> Path:
 
 
 def csv_file(path: Path) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, ["text", "label"])
-        writer.writeheader()
-        writer.writerows(ROWS)
+    pandas.DataFrame(ROWS).to_csv(path, index=False)
     return path
 
 

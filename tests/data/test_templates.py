@@ -13,14 +13,13 @@ from gaintune.data.encode import encode_texts
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
 from gaintune.data.instruct import Part, Rendered, render, undated
 from gaintune.errors import ConfigError, DataError
+from support import refused
 
 PAIR = question_and_answer("Two and two?", "Four.")
 
 
-def chat(*turns, scored=True):
-    return Exchange(
-        tuple(Turn(role, content, scored=scored and role == "assistant") for role, content in turns), True, "f:1", 1
-    )
+def chat(*turns):
+    return Exchange(tuple(Turn(role, text, scored=role == "assistant") for role, text in turns), True, "f:1", 1)
 
 
 def test_plain_adds_nothing(tokenizer):
@@ -51,35 +50,24 @@ def test_braces_in_a_prompt_stay(tokenizer):
 
 def test_a_conversation_fits_only_chat(tokenizer):
     exchange = chat(("system", "Be brief."), ("user", "a"), ("assistant", "b"))
-    with pytest.raises(DataError, match=r"^f:1: template 'alpaca' takes one message .* system, user, assistant; use"):
-        render(exchange, "alpaca", tokenizer)
+    message = r"^f:1: template 'alpaca' takes one message .* system, user, assistant; use"
+    refused(DataError, message, render, exchange, "alpaca", tokenizer)
 
 
 def test_messages_of_one_question_fit_a_template(tokenizer):
-    assert render(chat(("user", "a"), ("assistant", "b")), "plain", tokenizer).parts == (
-        Part("a", False),
-        Part("b", True),
-    )
+    parts = render(chat(("user", "a"), ("assistant", "b")), "plain", tokenizer).parts
+    assert parts == (Part("a", False), Part("b", True))
 
 
 def test_chat_scores_every_answer_up_to_its_end_of_turn(chatty):
     exchange = chat(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     rendered = render(exchange, "auto", chatty)
-    assert rendered == Rendered(
-        (
-            Part(
-                "<|begin|><|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
-                False,
-            ),
-            Part("b<|im_end|>", True),
-            Part("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
-            Part("d<|im_end|>", True),
-        ),
-        ends=True,
-    )
-    whole = chatty.apply_chat_template(
-        [{"role": turn.role, "content": turn.content} for turn in exchange.turns], tokenize=False
-    )
+    start = "<|begin|><|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    again = "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    parts = ((start, False), ("b<|im_end|>", True), (again, False), ("d<|im_end|>", True))
+    assert rendered == Rendered(tuple(Part(*part) for part in parts), ends=True)
+    messages = [{"role": turn.role, "content": turn.content} for turn in exchange.turns]
+    whole = chatty.apply_chat_template(messages, tokenize=False)
     assert "".join(part.text for part in rendered.parts) == whole.rstrip("\n")
 
 
@@ -125,8 +113,8 @@ def test_a_template_without_an_end_of_turn_leaves_the_end_to_us(chatty):
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"^data.template: .* has no chat template"):
-        render(chat(("user", "a"), ("assistant", "b")), "auto", tokenizer)
+    talk = chat(("user", "a"), ("assistant", "b"))
+    refused(ConfigError, r"^data.template: .* has no chat template", render, talk, "auto", tokenizer)
 
 
 @pytest.mark.parametrize(("template", "says"), [
@@ -136,9 +124,8 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
 ])  # fmt: skip
 def test_a_template_that_prompt_and_answer_cannot_be_told_from_is_refused(chatty, template, says):
     chatty.chat_template = template
-    with pytest.raises(DataError, match=says) as caught:
-        render(chat(("user", "a"), ("assistant", "b")), "chat", chatty)
-    assert str(caught.value).startswith("f:1: ")
+    talk = chat(("user", "a"), ("assistant", "b"))
+    refused(DataError, f"^f:1: .*{says}", render, talk, "chat", chatty)
 
 
 def joined(pieces):
@@ -188,14 +175,8 @@ def test_a_tokenizer_that_adds_no_beginning_gets_none(tokenizer):
     assert beginning_of_text(tokenizer) == []
 
 
-TEXTS = [
-    "the cat and the hat",
-    "naïve café, 12 €",
-    "emoji 😀😀 and 漢字かな",
-    " \n  indented\n\n",
-    "x",
-    "\u0301 combining",
-]
+TEXTS = ["the cat and the hat", "naïve café, 12 €", "emoji 😀😀 and 漢字かな", "x", "\u0301 combining"]
+TEXTS.append(" \n  indented\n\n")
 
 
 def test_byte_level_tokens_count_their_own_bytes(tokenizer):
@@ -209,8 +190,7 @@ def test_byte_level_tokens_count_their_own_bytes(tokenizer):
             assert encoded.bytes.tolist() == expected.tolist()
         else:  # a character that several tokens share counts for the first of them
             ahead = np.cumsum(encoded.bytes) - np.cumsum(expected)
-            assert ahead.min() >= 0
-            assert ahead.max() <= 3
+            assert ahead.min() >= 0 and ahead.max() <= 3
         assert tokenizer.decode(encoded.ids) == text
 
 

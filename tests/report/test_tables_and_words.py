@@ -1,4 +1,4 @@
-"""Tables hold the numbers of the matrix, whatever the names in them look like."""
+"""Tables hold the numbers of the matrix, and sentences claim what the intervals allow, and no more."""
 
 import io
 import re
@@ -18,14 +18,12 @@ def test_csv_has_one_row_for_each_cell(two_methods):
         method = two_methods.methods[["gain-ffn", "lora"].index(row.method)]
         cell = method.stages[row.stage - 1].cells[row.domain]
         assert row.learnt == method.stages[row.stage - 1].domain
-        assert (row.change_percent, row.low_percent, row.high_percent) == pytest.approx(
-            (cell.change, cell.low, cell.high)
-        )
+        figures = (row.change_percent, row.low_percent, row.high_percent)
+        assert figures == pytest.approx((cell.change, cell.low, cell.high))
         assert row.perplexity == pytest.approx(row.base_perplexity * (1 + row.change_percent / 100))
         assert row.bits_per_byte == pytest.approx(cell.bits_per_byte)
-    assert list(frame[frame.method == "lora"].place) == [
-        "learning", "later", "later", "earlier", "learning", "later", "earlier", "earlier", "learning",
-    ]  # fmt: skip
+    places = ["learning", "later", "later", "earlier", "learning", "later", "earlier", "earlier", "learning"]
+    assert list(frame[frame.method == "lora"].place) == places
 
 
 def test_markdown_holds_summary_differences_matrices_and_base(two_methods):
@@ -35,9 +33,8 @@ def test_markdown_holds_summary_differences_matrices_and_base(two_methods):
     assert widths == {9}
     assert any(line.startswith("| lora minus gain-ffn | 3 |") for line in lines)
     diagonal = two_methods.methods[1].stages[1].cells["law"].change
-    assert f"**{diagonal:+.1f}**".replace("-", "−") in next(
-        line for line in text[text.index("lora: a row") :].splitlines() if line.startswith("| 2 law |")
-    )
+    (row,) = [line for line in text[text.index("lora: a row") :].splitlines() if line.startswith("| 2 law |")]
+    assert f"**{diagonal:+.1f}**".replace("-", "−") in row
     assert "| medical | 2" in text and "| 3,060 | 12 |" in text
     assert "not finished" not in text
 
@@ -93,18 +90,10 @@ def test_the_colour_scale_is_shared_centred_and_robust(two_methods):
 DOMAINS = ("medical", "law", "code")
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (-16.44, "−16.4"),
-        (0.04, "0.0"),
-        (-0.04, "0.0"),
-        (3.0, "+3.0"),
-        (1418.2, "+1,418"),
-        (99.96, "+100"),
-        (-2e9, "−2e+09"),
-    ],
-)
+@pytest.mark.parametrize(("value", "text"), [
+    (-16.44, "−16.4"), (0.04, "0.0"), (-0.04, "0.0"), (3.0, "+3.0"), (1418.2, "+1,418"), (99.96, "+100"),
+    (-2e9, "−2e+09"),
+])  # fmt: skip
 def test_changes_carry_their_sign_and_zero_has_none(value, text):
     assert words.signed(value) == text
 
@@ -135,9 +124,8 @@ def test_one_block_supports_no_verdict():
 
 
 def test_one_domain_and_no_stage_have_their_own_sentences():
-    assert words.verdict(make_matrix(("law",), {"gain": keeps}).methods[0]).text.startswith(
-        "After one stage, law has 1"
-    )
+    one = words.verdict(make_matrix(("law",), {"gain": keeps}).methods[0])
+    assert one.text.startswith("After one stage, law has 1")
     nothing = make_matrix(DOMAINS, {"gain": keeps}, finished={"gain": 0})
     assert words.verdict(nothing.methods[0]).text == "No stage is finished yet."
     two = words.verdict(make_matrix(("a", "b"), {"gain": keeps}).methods[0]).text

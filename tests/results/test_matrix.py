@@ -1,7 +1,8 @@
-"""The matrix against closed forms and a slow reference written another way."""
+"""The matrix against closed forms and a slow reference; its intervals, paired and joint, against a plain bootstrap."""
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,19 +26,14 @@ def loss(nats_per_token, tokens=(255, 255, 100, 255), spread=0.0, seed=0, bytes_
 
 def random_run(label, domains=DOMAINS, extra=(), blocks=12, seed=0, effect=0.2):
     """Base losses depend on the domain only, so several methods share them; stages depend on the seed."""
-    tokens = {
-        name: tuple(int(n) for n in np.random.default_rng([7, i]).integers(50, 256, blocks))
-        for i, name in enumerate([*domains, *extra])
-    }
+    names = [*domains, *extra]
+    tokens = {n: tuple(np.random.default_rng([7, i]).integers(50, 256, blocks).tolist()) for i, n in enumerate(names)}
     base = {name: loss(3.0 + i / 5, tokens[name], 0.3, seed=i) for i, name in enumerate(tokens)}
     generator = np.random.default_rng([seed, 99])
 
     def after(name):
         factors = np.exp(generator.normal(-effect / 3, effect / 3, blocks))
-        return DomainLoss(
-            tuple(float(n * f) for n, f in zip(base[name].nll, factors, strict=True)),
-            *((base[name].tokens, base[name].bytes)),
-        )
+        return replace(base[name], nll=tuple((np.array(base[name].nll) * factors).tolist()))
 
     stages = tuple(Stage(domain, {name: after(name) for name in tokens}) for domain in domains)
     return MethodRun(label, base, stages, {"method": label, "lr": 0.01})
@@ -50,10 +46,8 @@ def same_everywhere(domains, changes, base_nats=3.0):
     for domain, row in zip(domains, changes, strict=True):
         losses = {}
         for name, percent in zip(domains, row, strict=True):
-            shift = math.log1p(percent / 100)
-            old = base[name]
-            nll = tuple(n + shift * t for n, t in zip(old.nll, old.tokens, strict=True))
-            losses[name] = DomainLoss(nll, old.tokens, old.bytes)
+            old, shift = base[name], math.log1p(percent / 100)
+            losses[name] = replace(old, nll=tuple(n + shift * t for n, t in zip(old.nll, old.tokens, strict=True)))
         stages.append(Stage(domain, losses))
     return MethodRun("method", base, tuple(stages))
 
@@ -92,13 +86,8 @@ def test_the_five_figures_average_the_right_cells():
     matrix = build_matrix([same_everywhere(DOMAINS, changes)], QUICK)
     summary = matrix.methods[0].summary
     since = (100 * (0.95 / 0.90 - 1) + 100 * (1.03 / 0.80 - 1)) / 2
-    expected = {
-        "in_domain": -20.0,
-        "backward_transfer": -1.0,
-        "backward_transfer_since_learnt": since,
-        "below_diagonal": (-8 - 5 + 3) / 3,
-        "forward_interference": (1 + 2 + 4) / 3,
-    }
+    expected = {"in_domain": -20.0, "backward_transfer": -1.0, "backward_transfer_since_learnt": since}
+    expected |= {"below_diagonal": (-8 - 5 + 3) / 3, "forward_interference": (1 + 2 + 4) / 3}
     for name, value in expected.items():
         figure = getattr(summary, name)
         # a shift of every token by the same nats leaves the resamples nothing to vary: pairing with the base
@@ -125,11 +114,10 @@ def test_values_match_a_slow_reference():
         return 2.718281828459045 ** (total / tokens)
 
     table = [[100 * (ppl(stage.losses[n]) / ppl(run.base[n]) - 1) for n in names] for stage in run.stages]
-    for stage, row in zip(method.stages, table, strict=True):
+    for stage, trained, row in zip(method.stages, run.stages, table, strict=True):
+        assert stage.domain == trained.domain
         assert [stage.cells[n].change for n in names] == pytest.approx(row, rel=1e-9)
-        assert [stage.cells[n].perplexity for n in names] == pytest.approx(
-            [ppl(run.stages[[s.domain for s in run.stages].index(stage.domain)].losses[n]) for n in names]
-        )
+        assert [stage.cells[n].perplexity for n in names] == pytest.approx([ppl(trained.losses[n]) for n in names])
     above = [table[s][d] for s in range(3) for d in range(4) if d > s]
     below = [table[s][d] for s in range(3) for d in range(3) if d < s]
     assert method.summary.forward_interference.value == pytest.approx(sum(above) / len(above))
@@ -169,9 +157,8 @@ def test_a_partial_run_reports_what_is_there():
     assert Matrix.from_dict(json.loads(canonical_json(matrix.to_dict()))) == matrix
 
     nothing = build_matrix([MethodRun("gain", whole.base)], QUICK, planned=DOMAINS)
-    assert (
-        nothing.partial and nothing.methods[0].summary.in_domain is None and nothing.methods[0].base["one"].blocks == 12
-    )
+    assert nothing.partial and nothing.methods[0].summary.in_domain is None
+    assert nothing.methods[0].base["one"].blocks == 12
     assert build_matrix([MethodRun("gain", {})], QUICK, planned=DOMAINS).partial
     assert not build_matrix([whole], QUICK, planned=DOMAINS).partial
 
@@ -182,9 +169,8 @@ def test_methods_are_compared_after_the_stages_both_have_finished():
     (comparison,) = build_matrix([first, short], QUICK).comparisons
     both = build_matrix([MethodRun("gain", first.base, first.stages[:2]), short], QUICK).methods
     assert (comparison.label, comparison.against, comparison.stages) == ("lora", "gain", 2)
-    assert comparison.summary.backward_transfer.value == pytest.approx(
-        both[1].summary.backward_transfer.value - both[0].summary.backward_transfer.value
-    )
+    first_transfer, second_transfer = (method.summary.backward_transfer.value for method in both)
+    assert comparison.summary.backward_transfer.value == pytest.approx(second_transfer - first_transfer)
     other_way = MethodRun("lora", second.base, second.stages[::-1])
     assert build_matrix([first, other_way], QUICK).comparisons == ()
 
@@ -203,18 +189,12 @@ def test_mistakes_are_named():
     run = random_run("gain")
     refused(DataError, "different labels", build_matrix, [run, run], QUICK)
     refused(DataError, "different labels", build_matrix, [], QUICK)
-    with pytest.raises(DataError, match="learnt twice in one, one"):
-        build_matrix([MethodRun("gain", run.base, (run.stages[0], run.stages[0]))], QUICK)
-    moved = {**run.stages[0].losses, "two": loss(3.0)}
-    with pytest.raises(DataError, match="two: gain, stage one was measured on other blocks"):
-        build_matrix([MethodRun("gain", run.base, (Stage("one", moved),))], QUICK)
-    for wrong in [
-        ((), (), ()),
-        ((1.0,), (1, 2), (1,)),
-        ((math.nan,), (1,), (1,)),
-        ((1.0,), (0,), (1,)),
-        ((1.0,), (1,), (0,)),
-    ]:
+    twice = MethodRun("gain", run.base, (run.stages[0], run.stages[0]))
+    refused(DataError, "learnt twice in one, one", build_matrix, [twice], QUICK)
+    moved = MethodRun("gain", run.base, (Stage("one", {**run.stages[0].losses, "two": loss(3.0)}),))
+    refused(DataError, "two: gain, stage one was measured on other blocks", build_matrix, [moved], QUICK)
+    many, zero = ((1.0,), (1, 2), (1,)), ((1.0,), (0,), (1,))
+    for wrong in (((), (), ()), many, ((math.nan,), (1,), (1,)), zero, ((1.0,), (1,), (0,))):
         with pytest.raises(DataError):
             DomainLoss(*wrong)
     refused(RunDirectoryError, "format 1", Matrix.from_dict, {"format": 99})
@@ -243,9 +223,7 @@ MANY = EvaluateConfig(bootstrap_samples=4000)
 
 def measured(nats, tokens):
     """Losses of blocks whose mean nats per token are given."""
-    return DomainLoss(
-        tuple(float(x) for x in np.asarray(nats) * tokens), tuple(map(int, tokens)), tuple(int(t) * 4 for t in tokens)
-    )
+    return DomainLoss(*(tuple(np.asarray(each).tolist()) for each in (nats * tokens, tokens, 4 * tokens)))
 
 
 def hard_and_easy_blocks(blocks=16, seed=0):
@@ -301,12 +279,11 @@ def test_methods_and_stages_are_resampled_together():
             first[stage][name] = measured(nats + effect, tokens)
             second[stage][name] = measured(nats + effect + 0.001, tokens)
     runs = [
-        MethodRun(label, base, tuple(Stage(name, losses) for name, losses in zip(domains, stages, strict=True)))
+        MethodRun(label, base, tuple(map(Stage, domains, stages)))
         for label, stages in (("first", first), ("second", second))
     ]
     matrix = build_matrix(runs, MANY)
-    single = matrix.methods[1].summary
-    difference = matrix.comparisons[0].summary
+    single, difference = matrix.methods[1].summary, matrix.comparisons[0].summary
     for name in ("in_domain", "backward_transfer", "below_diagonal", "forward_interference"):
         assert width(getattr(difference, name)) < 0.02 * width(getattr(single, name)), name
         assert getattr(difference, name).sign == 1, name
@@ -326,9 +303,8 @@ def test_the_mean_over_domains_is_resampled_jointly():
         after[name] = measured(nats + np.random.default_rng(10 + index).normal(-0.2, 0.1, len(nats)), tokens)
     matrix = build_matrix([MethodRun("gain", base, tuple(Stage(name, after) for name in names))], MANY)
     cells = [matrix.methods[0].stages[0].cells[name] for name in names]
-    assert width(matrix.methods[0].summary.in_domain) == pytest.approx(
-        math.sqrt(sum(width(cell) ** 2 for cell in cells)) / 4, rel=0.1
-    )
+    joint = math.sqrt(sum(width(cell) ** 2 for cell in cells)) / 4
+    assert width(matrix.methods[0].summary.in_domain) == pytest.approx(joint, rel=0.1)
 
 
 @pytest.mark.slow

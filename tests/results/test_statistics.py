@@ -45,9 +45,8 @@ def test_paired_bootstrap_covers_at_the_nominal_rate(items, confidence):
     samples = np.random.default_rng(7).normal(0.3, 1.0, (trials, items))
     reach = stats.sem(samples, axis=1) * stats.t.ppf(0.5 + confidence / 2, items - 1)
     luck = np.mean(np.abs(samples.mean(axis=1) - 0.3) <= reach) - confidence
-    rate = coverage(
-        lambda trial: paired_bootstrap(samples[trial], samples=400, confidence=confidence, seed=trial), 0.3, trials
-    )
+    options = {"samples": 400, "confidence": confidence}
+    rate = coverage(lambda trial: paired_bootstrap(samples[trial], **options, seed=trial), 0.3, trials)
     assert abs(luck) < 2.6 * math.sqrt(confidence * (1 - confidence) / trials)
     assert abs(rate - luck - confidence) < 0.006
 
@@ -128,9 +127,8 @@ def test_cells_of_one_domain_share_its_blocks():
     settings = EvaluateConfig()
     blocks = np.random.default_rng(2).normal(2.8, 0.1, (2, 5))
     text = measured(np.full(5, 3.0))
-    first, second = (
-        changes_of(text, [measured(nats)], name, settings)[0] for name, nats in zip("ab", blocks, strict=True)
-    )
+    first = changes_of(text, [measured(blocks[0])], "a", settings)[0]
+    second = changes_of(text, [measured(blocks[1])], "b", settings)[0]
     assert mean_change([first, first], settings) == mean_change([first], settings)
     assert mean_change([first, second], settings, less=[second, first]) == Interval(0.0, 0.0, 0.0)
     apart = mean_change([first, second], settings, less=[second, second])
@@ -163,9 +161,8 @@ def test_no_flip_is_no_certainty_but_a_model_against_itself_is():
 
 def test_means_of_independent_figures_add_their_errors_as_squares():
     found = mean_of_independent([Interval(1.0, 0.0, 3.0), Interval(5.0, 1.0, 8.0)])
-    assert (found.value, found.low, found.high) == pytest.approx(
-        (3, 3 - math.sqrt(1 + 16) / 2, 3 + math.sqrt(4 + 9) / 2)
-    )
+    below, above = math.sqrt(1 + 16) / 2, math.sqrt(4 + 9) / 2
+    assert (found.value, found.low, found.high) == pytest.approx((3, 3 - below, 3 + above))
     alone = Interval(1.0, 0.5, 4.0)
     assert mean_of_independent([alone]) == alone
     assert mean_of_independent([alone, Interval(3.0, None, None)]) == Interval(2.0, None, None)
@@ -240,9 +237,7 @@ def test_an_interval_over_few_but_equal_replicates_is_the_blocks_alone():
 
 def test_sign_flips_are_counted_exactly():
     values = [0.5, -0.1, 0.7, 0.2]
-    means = [
-        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in itertools.product((1, -1), repeat=4)
-    ]
+    means = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=4)]
     expected = sum(mean >= abs(sum(values)) - 1e-12 for mean in means) / 16
     assert sign_flip_test(values) == expected
     assert sign_flip_test([1.0] * 5) == 2 / 32

@@ -3,8 +3,13 @@
 import ast
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import MappingProxyType
+
+from gaintune.config import DataConfig, DomainConfig
+from gaintune.data import load_domain
 
 
 def write(folder: Path) -> tuple[Path, Path]:
@@ -16,6 +21,13 @@ def write(folder: Path) -> tuple[Path, Path]:
     for path, texts in zip(paths, (prose, code), strict=True):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return paths
+
+
+def load(source: Path, tokenizer, domain: Mapping = MappingProxyType({}), **settings):
+    """Load a file or folder as domain 'd' with a small budget; `domain` is what the plan sets on the domain itself."""
+    sizes = {"train_tokens": 512, "validation_tokens": 128, "block_size": 64}
+    named = DomainConfig(**{"name": "d", "source": str(source), **domain})
+    return load_domain(named, DataConfig(domains=(named,), **{**sizes, **settings}), tokenizer)
 
 
 def plan(model: Path, folder: Path, /, **changes) -> dict:
