@@ -49,8 +49,7 @@ def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_p
     assert [score["metric"] for score in report["base"]] == ["acc", "acc_norm"]
     assert report["base"][0]["rows"] == 8
     (accuracy, _) = report["comparisons"]
-    assert accuracy["label"] == str(work / "adapter")
-    assert accuracy["unit"] == "points"
+    assert (accuracy["label"], accuracy["unit"]) == (str(work / "adapter"), "points")
     expected = 100 * (accuracy["adapted"] - accuracy["base"])
     assert accuracy["difference"]["value"] == pytest.approx(expected)
     assert f"{100 * accuracy['base']:.2f} ± " in printed

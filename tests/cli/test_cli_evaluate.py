@@ -35,8 +35,7 @@ def test_adapt_prints_accuracy_beside_the_most_frequent_label_and_every_class(wo
 def test_a_classifier_is_known_as_one_without_a_task(work):
     arguments = ("evaluate", work / "base", "--adapter", work / "adapter", "--domain", work / "rule.jsonl", *QUICK)
     (figure,) = json.loads(run(*arguments, "--json"))
-    assert figure["label"] == str(work / "adapter")
-    assert figure["scores"]["domain"] == "rule"
+    assert (figure["label"], figure["scores"]["domain"]) == (str(work / "adapter"), "rule")
     assert figure["change"] is None
     assert {each["label"] for each in figure["scores"]["classes"]} == {"many-a", "many-o"}
     accuracy = f"{100 * figure['scores']['accuracy']['value']:.1f} %"

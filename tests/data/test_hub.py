@@ -157,8 +157,7 @@ def test_a_hub_that_is_not_reached_names_the_id_and_the_way_out(monkeypatch):
     with pytest.raises(AssetError) as caught:
         CATALOGUE["hellaswag"].load(None)
     message = str(caught.value)
-    assert "\n" not in message
-    assert "Rowan/hellaswag" in message
+    assert "\n" not in message and "Rowan/hellaswag" in message
     assert "give a local copy, a file or a folder: hellaswag=PATH" in message
 
 

@@ -1,20 +1,25 @@
-"""Local files and folders: which files count, their sides, their order, and near-duplicates."""
+"""Local files and folders: the formats, which files count, their sides and order, near-duplicates, and mistakes."""
 
+import csv
 import hashlib
+import json
 import logging
 import random
 import re
 import tracemalloc
+from pathlib import Path
 
+import pandas
 import pytest
 
 from gaintune.config import DomainConfig
 from gaintune.data import neighbours, readers
-from gaintune.data.documents import Document, Documents, cut_passages
+from gaintune.data.documents import Document, Documents, Stored, cut_passages
 from gaintune.data.domains import load_documents
 from gaintune.data.neighbours import CONTAINMENT, SHINGLE_WORDS, NeighbourIndex, normalise
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
 from gaintune.data.split import drawn_order, in_drawn_order, split_documents
+from gaintune.data.tables import add_texts
 from gaintune.errors import DataError
 from support import refused
 from support import write_rows as write_file
@@ -275,8 +280,7 @@ def test_words_are_the_runs_of_letters_and_digits_and_every_character_of_chinese
     long = "".join(characters)
     assert normalise(long) == plain(long.casefold())
     monkeypatch.setattr(neighbours, "NORMALISED_AT_ONCE", 50)
-    assert normalise(long) == plain(long.casefold())
-    assert normalise(" ?! \n") == "?!"
+    assert (normalise(long), normalise(" ?! \n")) == (plain(long.casefold()), "?!")
 
 
 def test_two_documents_that_hold_half_each_do_not_add_up():
@@ -312,3 +316,129 @@ def test_it_agrees_with_plain_sets_of_word_runs():
 
 def test_an_empty_index_holds_nothing():
     assert SENTENCE not in NeighbourIndex([])
+
+
+TEXTS = ("one, with a comma", "two\nlines and a \u2028 separator", 'three "quoted" äöü 😀')
+ROWS = [{"text": text, "label": number} for number, text in enumerate(TEXTS)]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read_rows(file: Path, text_column: str | None = None) -> list[Document]:
+    documents = Stored[Document]()
+    add_texts(documents, file, text_column)
+    return list(documents)
+
+
+def jsonl(path: Path) -> Path:
+    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
+
+
+def json_list(path: Path) -> Path:
+    return write(path, json.dumps(ROWS, indent=2))
+
+
+def json_data(path: Path) -> Path:
+    return write(path, json.dumps({"version": {"data": []}, "data": ROWS, "more": [1]}, indent=2))
+
+
+def csv_file(path: Path) -> Path:
+    pandas.DataFrame(ROWS).to_csv(path, index=False)
+    return path
+
+
+def parquet(path: Path) -> Path:
+    pandas.DataFrame(ROWS).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(("writer", "suffix", "places"), [
+    (jsonl, ".jsonl", [":1", ":2", ":3"]),
+    (jsonl, ".json", [":1", ":2", ":3"]),
+    (json_list, ".json", [":2", ":6", ":10"]),
+    (json_data, ".json", [":6", ":10", ":14"]),
+    (csv_file, ".csv", [":2", ":3", ":5"]),
+    (parquet, ".parquet", [": row 1", ": row 2", ": row 3"]),
+])  # fmt: skip
+def test_every_format_gives_the_same_texts_and_their_places(tmp_path, writer, suffix, places):
+    file = writer(tmp_path / f"rows{suffix}")
+    documents = read_rows(file)
+    assert [document.text for document in documents] == [row["text"] for row in ROWS]
+    assert [document.origin for document in documents] == [f"{file}{place}" for place in places]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path, suffix):
+    body = {".jsonl": '{"text": "one"}\r\n{"text": "two"}\r\n', ".json": '[{"text": "one"},\r\n{"text": "two"}]'}
+    file = write(tmp_path / f"rows{suffix}", "\ufeff" + body.get(suffix, "text\r\none\r\ntwo\r\n"))
+    assert [document.text for document in read_rows(file)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("row", "named"), [
+    ({"content": "words", "id": "a"}, None), ({"text": "words", "title": "a"}, None),
+    ({"sentence": "words", "label": 3}, None), ({"text": "no", "body": "words"}, "body"),
+])  # fmt: skip
+def test_the_text_column_is_found_or_the_named_one(tmp_path, row, named):
+    assert read_rows(write(tmp_path / "a.jsonl", json.dumps(row)), named)[0].text == "words"
+
+
+def test_a_csv_column_of_numbers_is_no_text(tmp_path):
+    file = write(tmp_path / "a.csv", "id,sentence,score\n1,words,0.5\n2,17,0.25\n")
+    assert [document.text for document in read_rows(file)] == ["words", "17"]
+
+
+def test_a_long_csv_field_is_read(tmp_path):
+    file = write(tmp_path / "a.csv", "text\n" + "word " * 50_000 + "\n")
+    before = csv.field_size_limit(1000)
+    try:
+        assert len(read_rows(file)[0].text) == 250_000
+        assert csv.field_size_limit() == 1000, "a caller's own limit is left as it was"
+    finally:
+        csv.field_size_limit(before)
+
+
+@pytest.mark.parametrize(("name", "content", "place", "says"), [
+    ("a.jsonl", '{"text": "ok"}\n{"text": "broken\n', ":2", "not valid JSON.*at column 10"),
+    ("a.jsonl", '{"text": "ok"}\n\n{"text": "ok"}\n', ":2", "line is empty"),
+    ("a.jsonl", '{"text": "ok"}\n["text"]\n', ":2", "got a list"),
+    ("a.jsonl", '{"text": "ok"}\n{"txt": "ok"}\n', ":2", "no column 'text'; the columns are txt"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": " \\n"}\n', ":2", "'text' is empty; fill it in or delete the row"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": null}\n', ":2", "is null"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": 5}\n', ":2", "is of type int"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": "\\ud800"}\n', ":2", "surrogate"),
+    ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', ":2", "byte 0xe9 is not UTF-8"),
+    ("a.jsonl", '{"title": "a", "body": "b"}\n', ":1", "which of title, body .*text_column"),
+    ("a.jsonl", '{"label": 1}\n', ":1", "no column holds text.*the columns are label"),
+    ("a.jsonl", "", "", "holds no rows"),
+    ("a.json", '[{"text": "ok"},\n {"text": }]', ":2", "not valid JSON"),
+    ("a.json", '[{"text": "ok"},\n {"text": ""}]', ":2", "is empty"),
+    ("a.json", '{"rows": []}', ":1", "expected a list of rows"),
+    ("a.json", "[]", "", "holds no rows"),
+    ("a.json", '{"text": "ok"}\n{"text": \n', ":2", "not valid JSON"),
+    ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]', ":2", "not UTF-8"),
+    ("a.csv", 'text,label\n"two\nlines",1\nword,\n,1\n', ":5", "is empty"),
+    ("a.csv", "text,label\nwords,1\nwith, comma,1\n", ":3", "3 fields where the header has 2"),
+    ("a.csv", "text\nwords\n\nwords\n", ":3", "line is empty"),
+    ("a.csv", 'text\nwords\n"never\nclosed\n', ":3", "not valid CSV"),
+    ("a.csv", "text,text\na,b\n", ":1", "'text' appears more than once"),
+    ("a.csv", "title,body\na,b\n", ":2", "which of title, body"),
+    ("a.csv", "text\n", "", "holds no rows"),
+    ("a.csv", b"text\nwords\ncaf\xe9\n", ":3", "not UTF-8"),
+    ("a.parquet", "not parquet", "", "not a readable Parquet file"),
+])  # fmt: skip
+def test_a_mistake_is_named_by_file_and_line(tmp_path, name, content, place, says):
+    file = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=says) as caught:
+        read_rows(file)
+    assert str(caught.value).startswith(f"{file}{place}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_mistake_is_named_by_row(tmp_path):
+    file = tmp_path / "a.parquet"
+    pandas.DataFrame({"text": ["ok", None], "n": [1, 2]}).to_parquet(file)
+    refused(DataError, r"a\.parquet: row 2: column 'text' is null", read_rows, file)
+    refused(DataError, "row 1: has no column 'body'; the columns are text, n", read_rows, file, "body")

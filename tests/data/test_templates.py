@@ -1,5 +1,6 @@
 """Templates: what the model sees of a row, what of it is scored, and its tokens at the border between the two."""
 
+import re
 from datetime import datetime
 
 import numpy as np
@@ -27,20 +28,17 @@ def test_plain_adds_nothing(tokenizer):
     assert render(PAIR, "plain", tokenizer) == expected == render(PAIR, "auto", tokenizer)
 
 
-def test_alpaca(tokenizer):
-    prompt, completion = render(PAIR, "alpaca", tokenizer).parts
-    assert prompt.text == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
-        "\n### Instruction:\nTwo and two?\n\n### Response:\n"
-    )
+TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+
+
+@pytest.mark.parametrize(("name", "pattern"), [
+    ("alpaca", re.escape(f"{TASK}### Instruction:\nTwo and two?\n\n### Response:\n")),
+    ("magicoder", r"You are an exceptionally .*\n\n@@ Instruction\nTwo and two\?\n\n@@ Response\n"),
+])  # fmt: skip
+def test_templates_of_known_data_sets(tokenizer, name, pattern):
+    prompt, completion = render(PAIR, name, tokenizer).parts
+    assert re.fullmatch(pattern, prompt.text, re.DOTALL)
     assert completion == Part("Four.", True) and not prompt.scored
-
-
-def test_magicoder(tokenizer):
-    prompt, completion = render(PAIR, "magicoder", tokenizer).parts
-    assert prompt.text.startswith("You are an exceptionally intelligent coding assistant")
-    assert prompt.text.endswith("\n\n@@ Instruction\nTwo and two?\n\n@@ Response\n")
-    assert completion == Part("Four.", True)
 
 
 def test_braces_in_a_prompt_stay(tokenizer):

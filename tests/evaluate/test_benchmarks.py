@@ -117,8 +117,7 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     assert set(by_metric) == {(task, metric) for task, names in metrics.items() for metric in names}
     accuracy = by_metric["arc_easy", "acc_norm"]
     rows = np.subtract(accuracy.adapted.items, accuracy.base.items)
-    assert accuracy.unit == "points"
-    assert accuracy.difference.value == pytest.approx(100 * rows.mean())
+    assert (accuracy.unit, accuracy.difference.value) == ("points", pytest.approx(100 * rows.mean()))
     assert accuracy.difference.low <= accuracy.difference.value <= accuracy.difference.high
 
     perplexity = by_metric["lambada_openai", "perplexity"]

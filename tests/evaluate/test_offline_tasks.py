@@ -75,8 +75,7 @@ def test_a_row_that_cannot_be_asked_is_named_with_its_line(tmp_path, name, row, 
     file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
     with pytest.raises(DataError) as caught:
         load_suite(config_of(name, data=[tmp_path]))
-    assert words in str(caught.value)
-    assert f"{file}:{len(rows)}" in str(caught.value)
+    assert words in str(caught.value) and f"{file}:{len(rows)}" in str(caught.value)
 
 
 def test_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(tmp_path):
@@ -116,8 +115,7 @@ def test_a_group_is_pooled_as_lm_eval_pools_it(model, tmp_path):
     group = find_score(scores, "mmlu_social_sciences", "acc")
     items = np.concatenate([part.items for part in parts])
     assert len(parts) == len(group.members) == 12
-    assert group.items == tuple(items)
-    assert group.value == pytest.approx(items.mean())
+    assert (group.items, group.value) == (tuple(items), pytest.approx(items.mean()))
     assert 0 < group.value < 1
     pooled = pooled_sample_stderr([part.stderr for part in parts], [part.rows for part in parts])
     assert group.stderr == pytest.approx(pooled)

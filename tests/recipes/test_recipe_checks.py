@@ -18,14 +18,9 @@ from gaintune.recipes.steps.classify import HOPELESS, mean_kept
 from gaintune.recipes.steps.kinds import KINDS
 from gaintune.recipes.world import World
 from support import refused, write_rows
+from support.tiny_recipes import recipe
 
 LEARNS = {"domains": ["pubmedqa"], "methods": ["gain", {"name": "lora", "lr": 0.01}]}
-
-
-def recipe(*steps, claims=(), scales=None) -> Recipe:
-    named = [{"name": name, "do": kind, "settings": settings} for name, kind, settings in steps]
-    values = {"id": "MINE", "title": "t", "source": "s", "asks": "a", "model": "m", "steps": named}
-    return Recipe.model_validate({**values, "claims": claims, "scales": scales or {}})
 
 
 RUN = ("run", "sequence", LEARNS)

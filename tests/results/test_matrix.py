@@ -57,8 +57,7 @@ def test_perplexity_and_bits_per_byte_have_their_closed_forms():
     assert one.perplexity == pytest.approx((8**3 * 2) ** (1 / 4), rel=1e-14)
     assert one.bits_per_byte == pytest.approx((3 * 3 + 1) / 7, rel=1e-14)
     uniform = loss(math.log(512))
-    assert uniform.perplexity == pytest.approx(512)
-    assert uniform.bits_per_byte == pytest.approx(9 / 4)
+    assert (uniform.perplexity, uniform.bits_per_byte) == (pytest.approx(512), pytest.approx(9 / 4))
 
 
 def test_change_is_percent_of_perplexity_and_exactly_zero_for_the_base():
@@ -351,7 +350,6 @@ def test_another_method_or_stage_moves_no_interval():
     two = MethodRun("two", base, (*one.stages, Stage("e", {"d": losses[2], "e": losses[0]})))
     alone = build_matrix([one], MANY).methods[0]
     beside = build_matrix([two, one], MANY).methods
-    assert beside[1] == alone
-    assert beside[0].stages[0].cells == alone.stages[0].cells
+    assert (beside[1], beside[0].stages[0].cells) == (alone, alone.stages[0].cells)
     # two domains are drawn apart, even where their blocks look the same
     assert alone.stages[0].cells["d"].low != beside[0].stages[1].cells["e"].low

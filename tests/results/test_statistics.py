@@ -246,16 +246,15 @@ def test_sign_flips_are_counted_exactly():
     assert sign_flip_test(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
 
 
+BELOW, WITHIN = (None, 0.0), (7, 13)
+
+
 @pytest.mark.parametrize(("interval", "claim", "verdict"), [
-    (Interval(-2, -3, -1), (None, 0.0), "reproduced"),
-    (Interval(2, 1, 3), (None, 0.0), "refuted"),
-    (Interval(-2, -5, 1), (None, 0.0), "undecided"),
-    (Interval(0.0, 0.0, 0.0), (None, 0.0), "refuted"),
-    (Interval(-2, None, None), (None, 0.0), "undecided"),
-    (None, (None, 0.0), "undecided"),
-    (Interval(9, 8, 10), (7, 13), "reproduced"),
-    (Interval(12, 11, 14), (7, 13), "undecided"),
-    (Interval(15, 14, 16), (7, 13), "refuted"),
+    (Interval(-2, -3, -1), BELOW, "reproduced"), (Interval(2, 1, 3), BELOW, "refuted"),
+    (Interval(-2, -5, 1), BELOW, "undecided"), (Interval(0.0, 0.0, 0.0), BELOW, "refuted"),
+    (Interval(-2, None, None), BELOW, "undecided"), (None, BELOW, "undecided"),
+    (Interval(9, 8, 10), WITHIN, "reproduced"), (Interval(12, 11, 14), WITHIN, "undecided"),
+    (Interval(15, 14, 16), WITHIN, "refuted"),
 ])  # fmt: skip
 def test_a_verdict_needs_the_whole_interval(interval, claim, verdict):
     assert judge(interval, claim) == verdict
