@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,17 +73,13 @@ def test_every_snapshot_is_measured_as_an_adapter_of_its_own(place, tmp_path):
     assert "| lora | last | 8 |" in markdown(found)
 
 
-def test_adapters_without_snapshots_and_odd_counts_are_refused(place, tmp_path):
-    folder, plan = place
-    refused(AdapterError, "no snapshots of it were kept", survey_retention, plan, [folder / "base"])
-    refused(ConfigError, "every is 0", survey_retention, plan, [folder / "lora"], every=0)
-    refused(ConfigError, "each once", survey_retention, plan, [folder / "lora", folder / "lora"])
-
-
-def test_unknown_benchmarks_are_refused_before_anything_is_measured(place):
+def test_adapters_without_snapshots_odd_counts_and_unknown_benchmarks_are_refused_before_a_measurement(place):
+    (folder, plan), survey = place, partial(survey_retention, progress=Nothing())
+    refused(AdapterError, "no snapshots of it were kept", survey, plan, [folder / "base"])
+    refused(ConfigError, "every is 0", survey, plan, [folder / "lora"], every=0)
+    refused(ConfigError, "each once", survey, plan, [folder / "lora", folder / "lora"])
     pytest.importorskip("lm_eval")
-    (folder, plan), unknown = place, {"tasks": ["arc_esay"]}
-    refused(ConfigError, "arc_esay", survey_retention, plan, [folder / "lora"], benchmarks=unknown, progress=Nothing())
+    refused(ConfigError, "arc_esay", survey, plan, [folder / "lora"], benchmarks={"tasks": ["arc_esay"]})
 
 
 def score(task, items, metric="acc"):

@@ -76,12 +76,9 @@ def test_domains_and_benchmarks_in_one_go(work, arguments):
     assert found["benchmarks"]["base"][0]["rows"] == 3
 
 
-def test_domains_are_read_before_the_benchmarks_are_asked(work, arguments, tmp_path):
+def test_domains_are_read_before_the_benchmarks_and_scores_are_not_kept_without_a_cache(work, arguments, tmp_path):
     refused(DataError, "no such file", run, *arguments, "--domain", f"prose={work / 'nowhere.jsonl'}")
     assert not list((tmp_path / "cache").glob("benchmarks/*")), "nothing was asked"
-
-
-def test_scores_are_not_kept_where_that_is_said(arguments, tmp_path):
     run(*arguments, "--no-cache")
     assert not list((tmp_path / "cache").glob("benchmarks/*"))
 

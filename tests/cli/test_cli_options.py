@@ -217,12 +217,9 @@ def test_options_for_every_method_are_laid_over_each():
     found = methods_of(method=["gain-ffn", "lora:rank=2,penalty=ewc"], penalty="l2", penalty_strength=0.5, replay=0.1)
     assert [(each.penalty, each.penalty_strength, each.replay) for each in found] == [("l2", 0.5, 0.1)] * 2
     assert [each.label for each in found] == ["gain-ffn-l2-replay", "lora-l2-replay"]
+    assert [each.label for each in methods_of(method=["lora", "lora:penalty=l2"])] == ["lora", "lora-l2"]
     (default,) = methods_of(penalty="ewc")
     assert (default.name, default.penalty) == ("gain-ffn", "ewc")
-
-
-def test_the_same_method_stands_beside_itself_with_a_penalty():
-    assert [each.label for each in methods_of(method=["lora", "lora:penalty=l2"])] == ["lora", "lora-l2"]
 
 
 def test_a_domain_of_the_catalogue_is_of_its_own_task_on_the_command_line():

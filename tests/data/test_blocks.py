@@ -186,14 +186,11 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one():
         assert torch.equal(getattr(small.examples, part), getattr(large.examples, part)[:3])
 
 
-def test_a_row_longer_than_a_block_is_cut_and_counted():
+def test_a_row_longer_than_a_block_is_cut_counted_and_ends_with_its_last_scored_token():
     result = packed([row(1, 3, 7), row(2, 1, 1)])
     assert result.examples.input_ids[0].tolist() == list(range(10, 18))
     assert result.examples.scored == (5, 1)
     assert (result.cut, result.longest) == (1, 10)
-
-
-def test_nothing_is_kept_after_the_last_scored_token_of_a_cut_row():
     ids = np.arange(12)
     scored = np.isin(ids, [3, 10])
     result = packed([TokenRow(ids, scored, ids, 0), row(2, 1, 2)])
@@ -331,7 +328,9 @@ def test_the_first_token_of_text_is_scored_then(text, adding):
         assert counted == sum(map(len, strings)), "ASCII: a token has as many characters as bytes"
 
 
-def test_a_plan_can_choose_it_or_leave_it_out(text, bare, adding):
+def test_a_plan_can_choose_it_or_leave_it_out_but_not_for_labelled_rows(text, bare, adding):
+    wrong = {"task": "classify", "beginning_of_text": "always"}
+    refused(ValueError, "beginning_of_text is for text and instructions", DataConfig, **wrong)
     assert same(load(text, bare, beginning_of_text="always"), load(text, adding))
     assert same(load(text, adding, beginning_of_text="never"), load(text, bare))
     assert same(load(text, bare, beginning_of_text="never"), load(text, bare))
@@ -350,11 +349,6 @@ def test_always_needs_a_tokenizer_that_has_one(text, rows, tokenizer, task):
     message = r"data\.beginning_of_text is always, but .* no beginning-of-text token"
     source = text if task == "text" else rows
     refused(ConfigError, message, load, source, tokenizer, task=task, beginning_of_text="always")
-
-
-def test_labelled_rows_take_no_choice():
-    wrong = {"task": "classify", "beginning_of_text": "always"}
-    refused(ValueError, "beginning_of_text is for text and instructions", DataConfig, **wrong)
 
 
 def test_the_tokens_at_hand_are_counted_with_it(tmp_path, adding):

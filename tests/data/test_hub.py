@@ -52,16 +52,25 @@ def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
         assert entry.licence
 
 
-def test_pubmedqa_gives_the_labelled_sections_of_the_abstract():
-    assert list(hub.pubmedqa_contexts([RESEARCH])) == ["METHODS: We asked.\nRESULTS: It did."]
+WIKITEXT = ["", " = First = \n", "", " Words of the first . \n", " = = Section = = \n", " More . \n", ""]
+HELLASWAG = {
+    "activity_label": "Computers", "ctx_a": "[header] How to make a gift [title] Write a card. [step] Buy paper.",
+    "ctx_b": "then", "endings": ["eat it.", "write on it. [substeps] Use ink."], "label": "1",
+}  # fmt: skip
 
 
-def test_wikitext_lines_become_articles():
-    lines = ["", " = First = \n", "", " Words of the first . \n", " = = Section = = \n", " More . \n", ""]
-    lines += [" = Second = \n", " x = 1 = y \n"]
-    first, second = hub.wikitext_articles({"text": line} for line in lines)
-    assert first == " = First = \n Words of the first . \n = = Section = = \n More . \n"
-    assert second == " = Second = \n x = 1 = y \n"
+@pytest.mark.parametrize(("reader", "rows", "texts"), [
+    (hub.pubmedqa_contexts, [RESEARCH], ["METHODS: We asked.\nRESULTS: It did."]),
+    (hub.wikitext_articles, [{"text": line} for line in (*WIKITEXT, " = Second = \n", " x = 1 = y \n")], [
+        " = First = \n Words of the first . \n = = Section = = \n More . \n", " = Second = \n x = 1 = y \n",
+    ]),
+    (hub.exam_questions, [{**EXAM, "options": {"B": "that", "A": "this", "C": "x", "D": "y"}}],
+     ["Which?\nA. this\nB. that\nC. x\nD. y\nAnswer: B. that"]),
+    (hub.gold_endings, [HELLASWAG],
+     ["Computers: How to make a gift. Write a card. Buy paper. Then write on it. Use ink."]),
+])  # fmt: skip
+def test_rows_of_the_hub_become_texts(reader, rows, texts):
+    assert list(reader(rows)) == texts
 
 
 def test_a_novel_gives_a_passage_from_its_middle():
@@ -70,19 +79,6 @@ def test_a_novel_gives_a_passage_from_its_middle():
     assert len(passage) <= hub.NOVEL_CHARACTERS
     assert 0.3 < book.index(passage) / len(book) < 0.7
     assert list(hub.novels([{"text": "a short book"}])) == ["a short book"]
-
-
-def test_medqa_gives_question_options_and_answer():
-    row = {**EXAM, "options": {"B": "that", "A": "this", "C": "x", "D": "y"}}
-    assert list(hub.exam_questions([row])) == ["Which?\nA. this\nB. that\nC. x\nD. y\nAnswer: B. that"]
-
-
-def test_hellaswag_gives_the_right_ending_without_markers():
-    start = {"ctx_a": "[header] How to make a gift [title] Write a card. [step] Buy paper.", "ctx_b": "then"}
-    endings = ["eat it.", "write on it. [substeps] Use ink."]
-    row = {"activity_label": "Computers", **start, "endings": endings, "label": "1"}
-    expected = "Computers: How to make a gift. Write a card. Buy paper. Then write on it. Use ink."
-    assert list(hub.gold_endings([row])) == [expected]
 
 
 @pytest.mark.parametrize(("name", "row"), [

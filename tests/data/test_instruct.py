@@ -227,30 +227,24 @@ def only(path, **columns) -> Exchange:
     return exchange
 
 
-def test_prompt_and_completion(tmp_path):
-    file = rows_in(tmp_path / "a.jsonl", {"prompt": "Two and two?", "completion": "Four.", "id": 7})
-    turns = (Turn("user", "Two and two?"), Turn("assistant", "Four.", scored=True))
-    assert only(file) == Exchange(turns, False, f"{file}:1", 1)
+PROMPTS = [USER, ANSWER, USER]
 
 
-def test_named_columns(tmp_path):
-    file = rows_in(tmp_path / "a.jsonl", {"question": "Two and two?", "answer": "Four.", "messages": "unread"})
-    turns = only(file, prompt="question", completion="answer").turns
-    assert [turn.content for turn in turns] == ["Two and two?", "Four."]
-
-
-def test_of_messages_every_turn_of_the_assistant_is_scored(tmp_path):
-    system = {"role": "system", "content": "Be brief."}
-    file = rows_in(tmp_path / "a.jsonl", {"messages": [system, USER, ANSWER, USER, ANSWER]})
-    exchange = only(file)
-    assert exchange.chat
-    assert [turn.scored for turn in exchange.turns] == [False, False, True, False, True]
-    assert exchange.question == "Two and two?\nTwo and two?", "what rows have in common is no question"
-
-
-def test_of_conversational_prompts_the_completion_is_scored(tmp_path):
-    file = rows_in(tmp_path / "a.jsonl", {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    assert only(file).chat and [turn.scored for turn in only(file).turns] == [False, False, False, True]
+@pytest.mark.parametrize(("row", "columns", "chat", "scored"), [
+    ({"prompt": "Two and two?", "completion": "Four.", "id": 7}, {}, False, [0, 1]),
+    ({"q": "Two and two?", "a": "Four.", "messages": "unread"}, {"prompt": "q", "completion": "a"}, False, [0, 1]),
+    ({"messages": [{"role": "system", "content": "Be brief."}, *PROMPTS, ANSWER]}, {}, True, [0, 0, 1, 0, 1]),
+    ({"prompt": PROMPTS, "completion": [ANSWER]}, {}, True, [0, 0, 0, 1]),
+])  # fmt: skip
+def test_every_shape_of_a_row_is_read(tmp_path, row, columns, chat, scored):
+    """All turns of the assistant are scored in messages, the completion alone where there is one."""
+    file = write_file(tmp_path / "a.jsonl", [row])
+    exchange = only(file, **columns)
+    assert (exchange.chat, exchange.origin, exchange.row) == (chat, f"{file}:1", 1)
+    assert [turn.scored for turn in exchange.turns] == [bool(each) for each in scored]
+    assert {(turn.role, turn.content) for turn in exchange.turns if turn.scored} == {("assistant", "Four.")}
+    assert exchange.turns[-2] == Turn("user", "Two and two?")
+    assert exchange.question == "\n".join(["Two and two?"] * (len(scored) // 2)), "what rows share is no question"
 
 
 def test_csv_and_parquet(tmp_path):

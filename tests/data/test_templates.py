@@ -46,15 +46,15 @@ def test_braces_in_a_prompt_stay(tokenizer):
     assert "\nprint({prompt}) {0} {completion}\n" in render(exchange, "alpaca", tokenizer).parts[0].text
 
 
-def test_a_conversation_fits_only_chat(tokenizer):
+TALK = chat(("user", "a"), ("assistant", "b"))
+
+
+def test_messages_of_one_question_fit_a_template_and_a_conversation_only_chat(tokenizer):
+    assert render(TALK, "plain", tokenizer).parts == (Part("a", False), Part("b", True))
     exchange = chat(("system", "Be brief."), ("user", "a"), ("assistant", "b"))
     message = r"^f:1: template 'alpaca' takes one message .* system, user, assistant; use"
     refused(DataError, message, render, exchange, "alpaca", tokenizer)
-
-
-def test_messages_of_one_question_fit_a_template(tokenizer):
-    parts = render(chat(("user", "a"), ("assistant", "b")), "plain", tokenizer).parts
-    assert parts == (Part("a", False), Part("b", True))
+    refused(ConfigError, r"^data.template: .* has no chat template", render, TALK, "auto", tokenizer)
 
 
 def test_chat_scores_every_answer_up_to_its_end_of_turn(chatty):
@@ -110,11 +110,6 @@ def test_a_template_without_an_end_of_turn_leaves_the_end_to_us(chatty):
     assert rendered.parts[1] == Part("Four.\n", True)
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
-    talk = chat(("user", "a"), ("assistant", "b"))
-    refused(ConfigError, r"^data.template: .* has no chat template", render, talk, "auto", tokenizer)
-
-
 @pytest.mark.parametrize(("template", "says"), [
     ("{{ raise_exception('roles must alternate') }}", "refuses this row .roles must alternate"),
     ("{{ messages[0]['content'] }}", "leaves message 2 out"),
@@ -122,8 +117,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
 ])  # fmt: skip
 def test_a_template_that_prompt_and_answer_cannot_be_told_from_is_refused(chatty, template, says):
     chatty.chat_template = template
-    talk = chat(("user", "a"), ("assistant", "b"))
-    refused(DataError, f"^f:1: .*{says}", render, talk, "chat", chatty)
+    refused(DataError, f"^f:1: .*{says}", render, TALK, "chat", chatty)
 
 
 def joined(pieces):

@@ -91,8 +91,9 @@ def test_numbers_are_those_of_the_run_itself(ran):
         assert numbers[f"{label}.pubmedqa"].value == last
 
 
-def test_an_unknown_experiment_names_those_there_are():
+def test_an_unknown_experiment_and_a_claim_that_no_number_meets_are_refused():
     refused(ConfigError, "no recipe 'G99'; there are G", recipe_named, "G99")
+    refused(ValueError, "no number is above 3 and below 1", Expectation, above=3, below=1)
 
 
 SMALLEST = {
@@ -114,10 +115,6 @@ SMALLEST = {
 def test_a_wrong_recipe_is_refused_in_words(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run_recipe(Recipe.model_validate({**SMALLEST, **change}), tmp_path / "run", scale="smoke")
-
-
-def test_a_claim_that_no_number_meets_is_refused():
-    refused(ValueError, "no number is above 3 and below 1", Expectation, above=3, below=1)
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -113,35 +113,28 @@ def test_a_method_that_kept_and_one_that_forgot(two_methods):
     assert "it rose again: +5" in rose.text and lora.text != gain.text
 
 
-def test_no_difference_from_the_base_is_claimed_where_the_interval_holds_zero():
-    flat = words.verdict(make_matrix(DOMAINS, {"flat": lambda s, p: 0.0}).methods[0])
+def verdict(domains=DOMAINS, method=keeps, **options):
+    return words.verdict(make_matrix(domains, {"gain": method}, **options).methods[0])
+
+
+def test_verdicts_claim_no_more_than_the_intervals_and_the_stages_allow():
+    flat, single = verdict(method=lambda s, p: 0.0), verdict(blocks=1)
     assert flat.tone == "open" and "do not measurably differ from the untouched base" in flat.text
-
-
-def test_one_block_supports_no_verdict():
-    single = words.verdict(make_matrix(DOMAINS, {"gain": keeps}, blocks=1).methods[0])
     assert single.tone == "open" and "[no interval]" in single.text and "lower" not in single.text
+    assert verdict(("law",)).text.startswith("After one stage, law has 1")
+    assert "the earlier domain has" in verdict(("a", "b")).text
+    assert verdict(finished={"gain": 0}).text == "No stage is finished yet."
 
 
-def test_one_domain_and_no_stage_have_their_own_sentences():
-    one = words.verdict(make_matrix(("law",), {"gain": keeps}).methods[0])
-    assert one.text.startswith("After one stage, law has 1")
-    nothing = make_matrix(DOMAINS, {"gain": keeps}, finished={"gain": 0})
-    assert words.verdict(nothing.methods[0]).text == "No stage is finished yet."
-    two = words.verdict(make_matrix(("a", "b"), {"gain": keeps}).methods[0]).text
-    assert "the earlier domain has" in two
-
-
-def compared(kept, learnt):
-    return words.compare(Comparison("lora", "gain", 5, Summary(in_domain=learnt, backward_transfer=kept)))
+def compared(kept, in_domain):
+    return words.compare(Comparison("lora", "gain", 5, Summary(in_domain=in_domain, backward_transfer=kept)))
 
 
 def test_a_winner_is_called_only_when_the_paired_interval_excludes_zero():
     level = Interval(0.1, -0.3, 0.5)
-    assert compared(Interval(9.0, 7.0, 11.0), level).text == (
-        "gain kept more of earlier domains than lora (lora minus gain: +9.0 points [+7.0, +11.0]). "
-        "In-domain they do not measurably differ (+0.1 points [−0.3, +0.5])."
-    )
+    kept = "gain kept more of earlier domains than lora (lora minus gain: +9.0 points [+7.0, +11.0])."
+    level_text = "In-domain they do not measurably differ (+0.1 points [−0.3, +0.5])."
+    assert compared(Interval(9.0, 7.0, 11.0), level).text == f"{kept} {level_text}"
     assert compared(Interval(-9.0, -11.0, -7.0), level).text.startswith("lora kept more of earlier domains than gain")
     open_ = compared(Interval(9.0, -0.1, 11.0), level)
     assert open_.text.startswith("No winner between gain and lora on earlier domains") and open_.tone == "open"
