@@ -64,7 +64,6 @@ def test_a_new_analysis_has_a_command_with_its_options_its_table_and_its_files(t
     application = typer.Typer(rich_markup_mode=None)
     add_command(application, Toy())
     add_command(application, ANALYSES["gains"])
-
     run = partial(cli.run, application=application, columns=100)
     help_text = run("toy", "--help")
     assert all(text in help_text for text in ("--times", "How often. [default: 2]", "gaintune toy --times 3"))

@@ -58,7 +58,6 @@ def test_every_snapshot_is_measured_as_an_adapter_of_its_own(place, tmp_path):
             assert both.value == pytest.approx(np.mean(means))
         changes = [found.change(trajectory, snapshot, ["prose"]).value for snapshot in trajectory.snapshots]
         assert found.best(trajectory).step == [0, 3, 6, 8][int(np.argmin(changes))]
-
     again = survey_retention(plan, [folder / "lora"], every=2, cache=tmp_path / "measured", progress=Nothing())
     assert [snapshot.step for snapshot in again.trajectories[0].snapshots] == [0, 6, 8]
     assert again.trajectories[0].snapshots[-1] == found.trajectories[0].snapshots[-1]

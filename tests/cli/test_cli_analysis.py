@@ -151,14 +151,12 @@ def test_landscape_transfer_and_retention_write_their_files(trained, tmp_path):
     rows = pd.read_csv(out / "landscape.csv")
     assert len(rows) == 2 * 3 * 2 + 4 * 2
     assert rows[(rows["x"] == 0) & (rows["y"].isna())]["change"].eq(0).all()
-
     out = tmp_path / "transfer"
     shown = run("transfer", *both, *texts, "--component", "mean", "--component", "principal", "--out", out)
     assert "common share of the variance" in " ".join(shown.split())
     assert written(out) == files("transfer") | {"transfer-correlations.csv"}
     assert len(pd.read_csv(out / "transfer.csv")) == 2 * 3 * 2 * 2
     assert json.loads((out / "transfer.json").read_text())["sharing"]["labels"] == ["prose", "code"]
-
     out = tmp_path / "retention"
     texts = ("--domain", trained / "prose.jsonl", "--watch", trained / "code.jsonl")
     run("retention", trained / "prose", *texts, *SMALL, "--out", out)

@@ -119,7 +119,6 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     rows = np.subtract(accuracy.adapted.items, accuracy.base.items)
     assert (accuracy.unit, accuracy.difference.value) == ("points", pytest.approx(100 * rows.mean()))
     assert accuracy.difference.low <= accuracy.difference.value <= accuracy.difference.high
-
     perplexity = by_metric["lambada_openai", "perplexity"]
     assert perplexity.unit == "%"
     expected = 100 * (perplexity.adapted.value / perplexity.base.value - 1)
@@ -131,7 +130,6 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     assert perplexity.base.stderr == pytest.approx(error)
     drawn = np.random.default_rng(0).choice(nats, (4000, len(nats))).mean(axis=1)
     assert perplexity.base.stderr == pytest.approx(np.exp(-nats.mean()) * drawn.std(), rel=0.15)
-
     same = compare_scores(report.base, report.base, "base", config)
     assert {(each.difference.value, each.difference.low, each.difference.high) for each in same} == {(0.0, 0.0, 0.0)}
     assert "items" not in json.dumps(report.to_dict())
@@ -246,7 +244,6 @@ def test_the_base_is_the_untouched_one_and_is_left_so(tiny, data, tmp_path, meth
     report = run_benchmarks(base, {"mine": folder}, config)
     assert torch.equal(logits(base.model), before)
     assert not hasattr(base.model, "peft_config")
-
     plain = base_of(tiny)
     assert report.base == measure_benchmarks(plain.model, plain.tokenizer, config)
     adapted = load_adapter(plain, folder)
@@ -270,7 +267,6 @@ def test_weights_trained_whole_are_measured_in_their_own_precision(tiny, data, t
     numbers = {"base": "bfloat16", "gains": "bfloat16", "whole": "float32-autocast-bfloat16"}
     assert report.settings["numbers"] == numbers
     assert list(report.adapted) == ["gains", "whole"]
-
     base = base_of(tiny)
     mixed = {"mixed_precision": torch.bfloat16}
     assert base_of_report(report, "whole") == measure_benchmarks(base.model, base.tokenizer, config, **mixed)

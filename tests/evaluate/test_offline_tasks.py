@@ -42,16 +42,13 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"], fewshot=2))
     assert (asked.facts.split, len(asked.task.eval_docs)) == ("validation", 2)
     assert asked.facts.notes == ("rows of the validation split; lm-eval's own is test",)
-
     tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "test.jsonl", rows[:3])
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
     assert (asked.facts.split, asked.facts.notes, len(asked.task.eval_docs)) == ("test", (), 3)
-
     tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "more.jsonl", rows[3:])
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
     assert asked.facts.notes == ("not read, as named after no split: more.jsonl",)
     assert len(asked.task.eval_docs) == 3
-
     file = tiny_benchmarks.write(tmp_path / "mine.jsonl", rows)
     asked = only(config_of("arc_easy", data=[f"arc_easy={file}"]))
     assert (asked.facts.source, asked.facts.split, len(asked.task.eval_docs)) == (str(file), "given", 6)
@@ -194,7 +191,6 @@ def test_gsm8k_scores_the_number_after_the_hashes(tmp_path, model):
     for answer, (strict, flexible) in said.items():
         found = _answered(asked, answer)
         assert (found["strict-match"]["exact_match"], found["flexible-extract"]["exact_match"]) == (strict, flexible)
-
     (tmp_path / "gsm8k" / "train.jsonl").unlink()
     refused(DataError, "'train'", load_suite, config_of("gsm8k:8", data=[tmp_path]))
     alone = tiny_benchmarks.write(tmp_path / "alone.jsonl", rows)

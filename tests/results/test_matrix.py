@@ -154,7 +154,6 @@ def test_a_partial_run_reports_what_is_there():
     assert method.stages[1].cells["one"] == build_matrix([whole], QUICK).methods[0].stages[1].cells["one"]
     assert len(method.per_stage) == 1 and method.summary.backward_transfer is None
     assert Matrix.from_dict(json.loads(canonical_json(matrix.to_dict()))) == matrix
-
     nothing = build_matrix([MethodRun("gain", whole.base)], QUICK, planned=DOMAINS)
     assert nothing.partial and nothing.methods[0].summary.in_domain is None
     assert nothing.methods[0].base["one"].blocks == 12
@@ -240,7 +239,6 @@ def test_intervals_agree_with_a_plain_loop_over_resampled_blocks():
     after = nats + np.random.default_rng(1).normal(-0.2, 0.1, len(nats))
     run = MethodRun("gain", {"d": measured(nats, tokens)}, (Stage("d", {"d": measured(after, tokens)}),))
     cell = build_matrix([run], MANY).methods[0].stages[0].cells["d"]
-
     generator, changes = np.random.default_rng(123), []
     for _ in range(4000):
         drawn = generator.integers(0, len(nats), len(nats))
