@@ -9,14 +9,7 @@ from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.methods import (
-    METHODS,
-    StagePosition,
-    attach,
-    check_method,
-    prepare_method,
-    trainable_parameters,
-)
+from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.models import load_base
 from gaintune.training import train_stage
 from gaintune.tuners import parameter_groups

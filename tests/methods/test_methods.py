@@ -12,14 +12,7 @@ from gaintune.adapters import AdapterRecord, absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import (
-    METHODS,
-    StagePosition,
-    attach,
-    check_method,
-    prepare_method,
-    trainable_parameters,
-)
+from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.methods.rules import STATE, BudgetSchedule
 from gaintune.models import load_base
 from gaintune.training import train_stage

@@ -25,12 +25,7 @@ from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
 from support import tiny_base
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 KEEPS = {
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),

@@ -12,13 +12,7 @@ from gaintune.models import NextTokenLoss
 from gaintune.models import loss as loss_module
 from gaintune.models.loss import chunked_cross_entropy, token_losses
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0}
 
 

@@ -93,14 +93,7 @@ _ALWAYS_WIDE = {
 }
 
 METHODS = (
-    Method(
-        "Gain",
-        GainConfig,
-        {"init_weights": False},
-        CASES,
-        _LAYERS,
-        _ALWAYS_WIDE,
-    ),
+    Method("Gain", GainConfig, {"init_weights": False}, CASES, _LAYERS, _ALWAYS_WIDE),
     Method(
         "Disel",
         DiselConfig,

@@ -117,10 +117,7 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
 def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
     for kept in ((), ("checkpoints/checkpoint-3",), ("base",), ("mine.txt",)):
         folder = tmp_path / "run"
-        with (
-            contextlib.suppress(KeyError),
-            open_run(folder, as_plan({}), {}, fleeting=True) as run,
-        ):
+        with contextlib.suppress(KeyError), open_run(folder, as_plan({}), {}, fleeting=True) as run:
             run.settle("inputs.json", {}, "")
             run.event("begun")
             (folder / "checkpoints").mkdir()

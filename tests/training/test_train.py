@@ -78,14 +78,7 @@ def _order_of(folder, blocks, plan):
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]) if len(kwargs["input_ids"]) == 2 else None,
         with_kwargs=True,
     )
-    train(
-        model,
-        examples(blocks),
-        plan.model_copy(update={"clip": 1e-30}),
-        lr=1e-30,
-        seed=3,
-        checkpoints=folder / "b",
-    )
+    train(model, examples(blocks), plan.model_copy(update={"clip": 1e-30}), lr=1e-30, seed=3, checkpoints=folder / "b")
     return seen
 
 
@@ -198,12 +191,7 @@ def test_gradient_checkpointing_changes_memory_not_results(tmp_path):
     plain, sparing = adapted(), adapted()
     train(plain, examples(blocks), TrainConfig(), lr=0.05, seed=0, checkpoints=tmp_path / "a")
     train(
-        sparing,
-        examples(blocks),
-        TrainConfig(gradient_checkpointing=True),
-        lr=0.05,
-        seed=0,
-        checkpoints=tmp_path / "b",
+        sparing, examples(blocks), TrainConfig(gradient_checkpointing=True), lr=0.05, seed=0, checkpoints=tmp_path / "b"
     )
     for name, value in gains(plain).items():
         torch.testing.assert_close(gains(sparing)[name], value, msg=name)
@@ -218,28 +206,14 @@ def test_the_first_update_of_a_warm_up_moves_and_cosine_ends_near_zero():
 
 def test_tensorboard_logs_stay_when_checkpoints_go(tmp_path):
     plan = TrainConfig(trackers=("tensorboard",))
-    train(
-        adapted(),
-        examples(tiny_base.blocks(8, 16)),
-        plan,
-        lr=0.05,
-        seed=0,
-        checkpoints=tmp_path / "checkpoints",
-    )
+    train(adapted(), examples(tiny_base.blocks(8, 16)), plan, lr=0.05, seed=0, checkpoints=tmp_path / "checkpoints")
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_an_unknown_tracker_and_nothing_to_train_are_refused(tmp_path):
     blocks = tiny_base.blocks(4, 16)
     with pytest.raises(ConfigError, match=r"train\.trackers"):
-        train(
-            adapted(),
-            examples(blocks),
-            TrainConfig(trackers=("tensorbord",)),
-            lr=0.1,
-            seed=0,
-            checkpoints=tmp_path,
-        )
+        train(adapted(), examples(blocks), TrainConfig(trackers=("tensorbord",)), lr=0.1, seed=0, checkpoints=tmp_path)
     frozen = copy.deepcopy(tiny_base.model()).requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
         train(frozen, examples(blocks), TrainConfig(), lr=0.1, seed=0, checkpoints=tmp_path)
