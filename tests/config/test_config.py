@@ -74,11 +74,9 @@ def test_no_number_of_any_section_may_be_infinite_or_nan():
                 assert wrong, (section, key, given)
 
 
-def test_every_mistake_is_told_at_once():
-    with pytest.raises(ConfigError) as caught:
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(ConfigError, match=r"(?=.*train\.lrr).*train\.clip"):
         build_plan({"train": {"lrr": 1, "clip": -1}})
-    assert "train.lrr" in str(caught.value)
-    assert "train.clip" in str(caught.value)
 
 
 @pytest.mark.parametrize("write", [plan_yaml, plan_yaml_documented])
@@ -88,21 +86,24 @@ def test_a_plan_survives_yaml(write):
     assert build_plan(yaml.safe_load(write(plan))) == plan
 
 
-def test_broken_yaml_names_file_and_line(tmp_path):
+def test_broken_yaml_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     file = tmp_path / "plan.yaml"
-    file.write_text("train:\n  lr: 0.01\n bad indent\n")
-    with pytest.raises(ConfigError, match=r"plan\.yaml:3: not valid YAML"):
-        read_values(file)
-
-
-def test_a_repeated_key_is_named_by_file_and_line(tmp_path):
-    file = tmp_path / "plan.yaml"
-    file.write_text("train:\n  lr: 0.01\n  seed: 1\n  lr: 0.1\n")
-    with pytest.raises(ConfigError, match=r"plan\.yaml:4: .*key 'lr' stands there twice, first on line 2; keep one"):
-        read_values(file)
-    file.write_text("data: {task: text}\ntrain: {}\ndata: {seed: 1}\n")
-    with pytest.raises(ConfigError, match=r"plan\.yaml:3: .*'data' stands there twice, first on line 1"):
-        read_plan(file)
+    for text, read, message in (
+        ("train:\n  lr: 0.01\n bad indent\n", read_values, "3: not valid YAML"),
+        (
+            "train:\n  lr: 1\n  seed: 1\n  lr: 0.1\n",
+            read_values,
+            "4: .*'lr' stands there twice, first on line 2; keep one",
+        ),
+        (
+            "data: {task: text}\ntrain: {}\ndata: {seed: 1}\n",
+            read_plan,
+            "3: .*'data' stands there twice, first on line 1",
+        ),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"plan\.yaml:{message}"):
+            read(file)
     with pytest.raises(ConfigError, match=r"--set train=.*'lr' stands there twice"):
         apply_overrides({}, ["train={lr: 0.1, lr: 0.2}"])
 

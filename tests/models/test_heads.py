@@ -14,19 +14,9 @@ from support import tiny_encoders
 def modernbert(tmp_path_factory):
     """A model whose head has a part called "head", which no list of names for heads knows."""
     folder = tmp_path_factory.mktemp("modernbert")
-    config = ModernBertConfig(
-        vocab_size=tiny_encoders.VOCABULARY,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        cls_token_id=0,
-        sep_token_id=2,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    config = ModernBertConfig(vocab_size=tiny_encoders.VOCABULARY, max_position_embeddings=64, **sizes, **ids)
     AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     tiny_encoders.tokenizer().save_pretrained(folder)
     return folder

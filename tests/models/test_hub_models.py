@@ -47,10 +47,8 @@ class Hub(BaseHTTPRequestHandler):
             files = [{"rfilename": file.name} for file in self.folder.iterdir()]
             return self.answer(body=json.dumps({"id": "acme/tiny", "sha": COMMIT, "siblings": files}).encode())
         if path.startswith("/api/models/acme/tiny/tree/"):
-            entries = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                for file in sorted(self.folder.iterdir())
-            ]
+            files = [(file.name, file.stat().st_size) for file in sorted(self.folder.iterdir())]
+            entries = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in files]
             return self.answer(body=json.dumps(entries).encode(), Content_Type="application/json")
         if path.startswith(f"/acme/tiny/resolve/{COMMIT}/"):
             body = (self.folder / path.rpartition("/")[2]).read_bytes()

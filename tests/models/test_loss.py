@@ -74,9 +74,7 @@ CONFIGS = {
     "gemma2-softcap": Gemma2Config(**SIZES, **GEMMA),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4),
     "granite-scaled-logits": GraniteConfig(**SIZES, logits_scaling=3.0),
-    "opt": OPTConfig(
-        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
-    ),
+    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
 }
 
 

@@ -1,16 +1,16 @@
 """A tiny base, rows of two benchmarks, adapters moved as training would, and a progress that remembers titles."""
 
 import contextlib
-import json
 
 import torch
 
-from gaintune.adapters import AdapterRecord, save_adapter
-from gaintune.config import MethodConfig, ModelConfig
+from gaintune.adapters import save_adapter
+from gaintune.config import MethodConfig
 from gaintune.evaluate.benchmarks import BenchmarkConfig
 from gaintune.methods import attach
-from gaintune.models import load_base
-from support import tiny_base, tiny_benchmarks
+from support import tiny_adapters, tiny_base, tiny_benchmarks
+from support.files import edit_json as edit  # noqa: F401  # tests take it from here
+from support.tiny_adapters import logits as logits
 
 NAMES = ("arc_easy", "lambada_openai")
 ROWS = 12
@@ -44,7 +44,7 @@ def write_rows(folder):
 
 
 def base_of(tiny):
-    return load_base(ModelConfig(name=str(tiny), device="cpu", dtype="fp32"))
+    return tiny_adapters.base_of(tiny, "fp32")
 
 
 def config_of(data, **changes):
@@ -55,21 +55,6 @@ def config_of(data, **changes):
 def adapter(tiny, folder, method, seed=1):
     """An adapter whose weights were moved as training would."""
     base = base_of(tiny)
-    model = attach(base.model, MethodConfig.model_validate(method), seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    record = AdapterRecord(base.name, base.fingerprint, method, method, ("prose",))
-    save_adapter(model, folder, record)
+    model = tiny_adapters.moved(attach(base.model, MethodConfig.model_validate(method), seed=0), 0.1, seed)
+    save_adapter(model, folder, tiny_adapters.record_of(base, method, domains=("prose",)))
     return folder
-
-
-def logits(model):
-    with torch.inference_mode():
-        return model(tiny_base.blocks()).logits
-
-
-def edit(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

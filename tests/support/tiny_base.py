@@ -31,18 +31,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(**changes) -> LlamaConfig:
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    return LlamaConfig(**{**sizes, **changes})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaConfig(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changes})
 
 
 def model(seed: int = 0, **changes) -> LlamaForCausalLM:

@@ -1,6 +1,5 @@
 """A few rows of each benchmark, as the Hub has them and as questions with choices, and lm-eval's own task over them."""
 
-import json
 import random
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
 from gaintune.evaluate.benchmarks.model import AskedModel
 from gaintune.progress import Silent
 from support import tiny_base
+from support.files import write_rows as write  # noqa: F401  # tests take it from here
 
 LM_EVAL = Path(lm_eval.tasks.__file__).parent
 STOCK = {  # lm-eval's own task files
@@ -28,22 +28,7 @@ STOCK = {  # lm-eval's own task files
     "triviaqa": "triviaqa/default.yaml",
     "nq_open": "nq_open/nq_open.yaml",
 }
-WORDS = (
-    "the",
-    "river",
-    "bends",
-    "where",
-    "old",
-    "stones",
-    "lie",
-    "and",
-    "cold",
-    "wind",
-    "sings",
-    "over",
-    "green",
-    "hills",
-)
+WORDS = "the river bends where old stones lie and cold wind sings over green hills".split()  # noqa: SIM905
 
 
 def _text(rng: random.Random, low: int, high: int) -> str:
@@ -142,12 +127,6 @@ def _plain(text: str) -> str:
 
 def _asked(query: str, choices: list[str], gold: int) -> dict:
     return {"query": query, "choices": choices, "gold": gold}
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def stock_task(name: str, rows: Path, work: Path, split: str = "validation", lines: tuple[str, ...] = ()) -> str:

@@ -1,6 +1,5 @@
 """Random encoders of a few thousand weights with a small tokenizer of their own, as a user's model folders."""
 
-import json
 import random
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
+
+from support.files import write_rows as write_rows
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCABULARY = len(SPECIAL) + 256
@@ -39,25 +40,16 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 1,
-}
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES |= {"intermediate_size": 48, "pad_token_id": 1}
+_PLACES = {"max_position_embeddings": 512}
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "bos_token_id": 0, "eos_token_id": 2}
+_DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "pad_token_id": 1}
 CONFIGS = {
-    "roberta": lambda: RobertaConfig(
-        **_SIZES, max_position_embeddings=514, type_vocab_size=1, bos_token_id=0, eos_token_id=2
-    ),
-    "bert": lambda: BertConfig(**_SIZES, max_position_embeddings=512),
-    "deberta-v2": lambda: DebertaV2Config(
-        **_SIZES, max_position_embeddings=512, relative_attention=True, pos_att_type=["p2c", "c2p"]
-    ),
-    "distilbert": lambda: DistilBertConfig(
-        vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, pad_token_id=1
-    ),
+    "roberta": lambda: RobertaConfig(**_SIZES, **_ROBERTA),
+    "bert": lambda: BertConfig(**_SIZES, **_PLACES),
+    "deberta-v2": lambda: DebertaV2Config(**_SIZES, **_PLACES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "distilbert": lambda: DistilBertConfig(**_DISTIL),
 }
 
 
@@ -74,12 +66,6 @@ def folder(path: Path, kind: str = "roberta", seed: int = 0) -> Path:
     return path
 
 
-def write_rows(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
-
-
 def rule_rows(count: int, seed: int = 0) -> list[dict]:
     """Rows with a rule that a classifier can learn: the label is the vowel that the text is full of."""
     generator = random.Random(seed)
@@ -87,9 +73,8 @@ def rule_rows(count: int, seed: int = 0) -> list[dict]:
     for _ in range(count):
         label = generator.choice(["many-a", "many-o"])
         letters = ("aaab" if label == "many-a" else "ooob") + "cd"
-        rows.append(
-            {"text": "".join(generator.choice(letters) for _ in range(generator.randint(6, 12))), "label": label}
-        )
+        text = "".join(generator.choice(letters) for _ in range(generator.randint(6, 12)))
+        rows.append({"text": text, "label": label})
     return rows
 
 

@@ -21,18 +21,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def folder(path: Path, seed: int = 0) -> Path:
     """Write the model and its tokenizer."""
-    config = Gemma3TextConfig(
-        vocab_size=len(SPECIAL) + 256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=64,
-        max_position_embeddings=256,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64, "max_position_embeddings": 256}
     torch.manual_seed(seed)
-    Gemma3ForCausalLM(config).save_pretrained(path)
+    Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(SPECIAL) + 256, **sizes)).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

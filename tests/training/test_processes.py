@@ -18,23 +18,20 @@ from gaintune.methods import StageData
 from gaintune.methods.penalties import FISHER, fisher_information
 from gaintune.models import NextTokenLoss, load_base
 from gaintune.storage import damage, read_json
-from support import tiny_base, tiny_domains
+from support import tiny_domains
 
 
-def test_two_processes_share_a_run(tmp_path):
-    model = tiny_base.folder(tmp_path / "base")
+def test_two_processes_share_a_run(tiny, tmp_path):
     plan = tmp_path / "plan.yaml"
-    values = tiny_domains.plan(
-        model, tmp_path, train={"batch_size": 2}, methods=[{"name": "gain-ffn", "label": "gain-ffn", "penalty": "ewc"}]
-    )
+    methods = [{"name": "gain-ffn", "label": "gain-ffn", "penalty": "ewc"}]
+    values = tiny_domains.plan(tiny, tmp_path, train={"batch_size": 2}, methods=methods)
     plan.write_text(yaml.safe_dump(values))
     run = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     program = str(Path(gaintune.__file__).with_name("__main__.py"))
     command = [*launch, "--", program, "sequence", str(plan), "--run", str(run)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("01-prose", "02-code"):
         folder = run / "stages" / "gain-ffn" / stage
@@ -47,9 +44,9 @@ def test_two_processes_share_a_run(tmp_path):
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert events.count("finished") == 1
     assert done.stdout.count("numbers ") == 1
-    settled = build_plan(values)
-    base = load_base(settled.model)
-    prose = load_domain(settled.data.domains[0], settled.data, base.tokenizer).train
+    checked = build_plan(values)
+    base = load_base(checked.model)
+    prose = load_domain(checked.data.domains[0], checked.data, base.tokenizer).train
     first = run / "stages" / "gain-ffn" / "01-prose" / "adapter"
     adapted = load_adapter(base, first, trainable=True)
     alone = fisher_information(adapted, StageData(prose, NextTokenLoss(adapted), "alone"))

@@ -11,9 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gaintune.tuners.disel import DiselConfig, disel_layers
 from gaintune.tuners.disel.layer import add_product, stacked_product
-from support import tiny_models
+from support.tiny_models import IDS, adapter_tensors, gpt2, llama, logits, opt, randomise
 
-IDS = tiny_models.tokens()
 KINDS = [{}, {"gate_rank": 2}, {"gate_kind": "relu"}]
 
 
@@ -21,20 +20,21 @@ def one_layer(base=None, **options):
     """A model of one linear layer, 24 to 10, and its adapted layer with gates anywhere between shut and open."""
     base = nn.Linear(24, 10) if base is None else base
     config = DiselConfig(r=4, lora_alpha=6, target_modules=["0"], **options)
-    model = tiny_models.randomise_disel(get_peft_model(nn.Sequential(base), config))
+    model = randomise(get_peft_model(nn.Sequential(base), config))
     return model, model.base_model.model[0]
 
 
-def gate_parameters(layer):
-    return [] if "default" not in layer.lora_G else [p for _, p in sorted(layer.lora_G["default"].named_parameters())]
+def parameters(layer):
+    """A, B and, where there is a gate, its bias and one or two matrices."""
+    gate = sorted(layer.lora_G["default"].named_parameters()) if "default" in layer.lora_G else []
+    return [layer.lora_A["default"].weight, layer.lora_B["default"].weight, *(p for _, p in gate)]
 
 
 def reference(layer, x):
     """The formula in float64, one token at a time, on leaves of its own: output, and leaves [A, B, bias, weight...]."""
-    leaves = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, *gate_parameters(layer)]
-    a, b, *gate = leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    base = layer.base_layer
-    w = base.weight.detach().double() if isinstance(base, nn.Linear) else base.weight.detach().double().T
+    a, b, *gate = leaves = [leaf.detach().double().requires_grad_() for leaf in parameters(layer)]
+    weight, bias = (p.detach().double() for p in (layer.base_layer.weight, layer.base_layer.bias))
+    w = weight if isinstance(layer.base_layer, nn.Linear) else weight.T
     rows = []
     for token in x.reshape(-1, x.shape[-1]):
         if not gate:
@@ -42,9 +42,7 @@ def reference(layer, x):
         else:
             c, matrix = gate[0], gate[1] if len(gate) == 2 else gate[1] @ gate[2]
             g = 1 / (1 + torch.exp(-(matrix @ token + c)))
-        rows.append(
-            w @ token + base.bias.detach().double() + layer.scaling["default"] * (b @ torch.diag(g) @ a @ token)
-        )
+        rows.append(w @ token + bias + layer.scaling["default"] * (b @ torch.diag(g) @ a @ token))
     return torch.stack(rows).reshape(*x.shape[:-1], -1), leaves
 
 
@@ -64,42 +62,40 @@ def test_forward_and_gradients_equal_the_formula(options, build, dtype, toleranc
     close = {"rtol": tolerance, "atol": tolerance * 10}
     torch.testing.assert_close(output.double(), expected, **close)
     torch.testing.assert_close(x.grad.double(), x64.grad, **close)
-    parameters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, *gate_parameters(layer)]
-    assert len(parameters) == len(leaves) == {"{}": 4, "{'gate_rank': 2}": 5}.get(str(options), 2)
-    for parameter, leaf in zip(parameters, leaves, strict=True):
+    assert len(parameters(layer)) == len(leaves) == {"{}": 4, "{'gate_rank': 2}": 5}.get(str(options), 2)
+    for parameter, leaf in zip(parameters(layer), leaves, strict=True):
         assert parameter.grad.dtype == dtype
         torch.testing.assert_close(parameter.grad.double(), leaf.grad, **close)
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2, tiny_models.opt])
-@torch.no_grad()
+@pytest.mark.parametrize("build", [llama, gpt2, opt])
 def test_the_start_is_the_base_to_the_bit(build, dtype, options):
     base = build().to(dtype)
-    expected = base(input_ids=IDS).logits.clone()
+    expected = logits(base)
     model = get_peft_model(base, DiselConfig(**options)).eval()
-    assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert torch.equal(logits(model), expected)
     assert sum(1 for _ in disel_layers(model)) >= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forced_open_it_is_pefts_lora(dtype):
-    base = tiny_models.llama().to(dtype)
+    base = llama().to(dtype)
     config = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
     lora = get_peft_model(copy.deepcopy(base), LoraConfig(**config))
     disel = get_peft_model(base, DiselConfig(**config, gate_bias_init=60.0))
-    tiny_models.randomise_disel(lora)
+    randomise(lora)
     names = dict(lora.named_parameters())
     with torch.no_grad():
-        for name, parameter in tiny_models.adapter_tensors(disel).items():
+        for name, parameter in adapter_tensors(disel).items():
             if ".lora_G." not in name:
                 parameter.copy_(names[name])
     for model in (lora, disel):
         model(input_ids=IDS, labels=IDS).loss.backward()
     close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
     torch.testing.assert_close(disel(input_ids=IDS).logits, lora(input_ids=IDS).logits, **close)
-    for name, parameter in tiny_models.adapter_tensors(disel).items():
+    for name, parameter in adapter_tensors(disel).items():
         if ".lora_G." not in name:
             torch.testing.assert_close(parameter.grad, names[name].grad, **close)
 
@@ -110,8 +106,8 @@ def test_a_bf16_base_without_autocast(adapter_dtype, options):
     base = nn.Linear(24, 10).bfloat16()
     config = DiselConfig(r=4, lora_alpha=6, target_modules=["0"], **options)
     model = get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=adapter_dtype == torch.float32)
-    layer = tiny_models.randomise_disel(model).base_model.model[0]
-    parts = {name: p.dtype for name, p in tiny_models.adapter_tensors(model).items()}
+    layer = randomise(model).base_model.model[0]
+    parts = {name: p.dtype for name, p in adapter_tensors(model).items()}
     assert {dtype for name, dtype in parts.items() if ".lora_G." not in name} == {adapter_dtype}
     assert all(dtype == torch.float32 for name, dtype in parts.items() if ".lora_G." in name)
     x = torch.randn(2, 5, 24).bfloat16().requires_grad_()
@@ -125,8 +121,7 @@ def test_a_bf16_base_without_autocast(adapter_dtype, options):
     assert x.grad.dtype == torch.bfloat16
     assert (x.grad.double() - x64.grad).norm() < 0.02 * x64.grad.norm()
     tolerance = 1e-3 if adapter_dtype == torch.float32 else 0.03
-    parameters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, *gate_parameters(layer)]
-    for parameter, leaf in zip(parameters, leaves, strict=True):
+    for parameter, leaf in zip(parameters(layer), leaves, strict=True):
         assert parameter.grad.dtype == parameter.dtype
         assert (parameter.grad.double() - leaf.grad).norm() < tolerance * leaf.grad.norm()
 
@@ -163,9 +158,8 @@ def test_products_pass_gradcheck_twice_and_vmap():
     torch.testing.assert_close(stacked(x, a, b), torch.cat([x @ a.T, x @ b.T], -1))
     inputs = (draw(2, 3, 5), draw(2, 3, 4), draw(5, 4))
     assert torch.autograd.gradcheck(added, inputs) and torch.autograd.gradgradcheck(added, inputs)
-    of_each = torch.func.vmap(torch.func.grad(lambda w, row: stacked(row, w, b).square().sum()), in_dims=(None, 0))(
-        a, x
-    )
+    gradient_of_row = torch.func.grad(lambda w, row: stacked(row, w, b).square().sum())
+    of_each = torch.func.vmap(gradient_of_row, in_dims=(None, 0))(a, x)
     for row, gradient in zip(x, of_each, strict=True):
         torch.testing.assert_close(gradient, torch.autograd.grad(stacked(row, a, b).square().sum(), a)[0])
 
@@ -225,22 +219,22 @@ def test_start_values_chosen():
 
 def test_patterns_and_rank_stabilised_scale():
     config = DiselConfig(r=4, rank_pattern={"o_proj": 2}, alpha_pattern={"q_proj": 12}, target_modules="all-linear")
-    model = get_peft_model(tiny_models.llama(), config)
+    model = get_peft_model(llama(), config)
     for name, layer in disel_layers(model):
         rank = 2 if name.endswith("o_proj") else 4
         gate = layer.lora_G["default"]
         assert len(layer.lora_A["default"].weight) == len(gate.weight) == len(gate.bias) == rank
         assert layer.scaling["default"] == {"o_proj": 4.0, "q_proj": 3.0}.get(name.rpartition(".")[2], 2.0)
-    stabilised = get_peft_model(tiny_models.llama(), DiselConfig(r=4, use_rslora=True))
+    stabilised = get_peft_model(llama(), DiselConfig(r=4, use_rslora=True))
     assert {layer.scaling["default"] for _, layer in disel_layers(stabilised)} == {4.0}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant):
-    model = tiny_models.randomise_disel(get_peft_model(tiny_models.llama(), DiselConfig())).train()
+    model = randomise(get_peft_model(llama(), DiselConfig())).train()
     model.enable_input_require_grads()
     model(input_ids=IDS, labels=IDS).loss.backward()
-    expected = {name: p.grad.clone() for name, p in tiny_models.adapter_tensors(model).items()}
+    expected = {name: p.grad.clone() for name, p in adapter_tensors(model).items()}
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     passes = []
@@ -249,7 +243,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     assert len(passes) == 1
     loss.backward()
     assert len(passes) == 2  # what was not kept is computed again
-    for name, parameter in tiny_models.adapter_tensors(model).items():
+    for name, parameter in adapter_tensors(model).items():
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
@@ -258,11 +252,11 @@ def test_it_compiles_as_one_graph(options):
     model, _ = one_layer(**options)
     x = torch.randn(2, 5, 24)
     model(x).sum().backward()
-    expected = {name: p.grad.clone() for name, p in tiny_models.adapter_tensors(model).items()}
+    expected = {name: p.grad.clone() for name, p in adapter_tensors(model).items()}
     model.zero_grad()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
     compiled(x).sum().backward()
-    for name, parameter in tiny_models.adapter_tensors(model).items():
+    for name, parameter in adapter_tensors(model).items():
         torch.testing.assert_close(parameter.grad, expected[name])

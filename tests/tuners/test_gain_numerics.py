@@ -7,31 +7,35 @@ from torch import nn
 
 from gaintune.tuners.gain import GainConfig
 from gaintune.tuners.gain.layer import scale_features
-from support import tiny_models
+from support.tiny_models import IDS, adapter_tensors, gpt2, llama, randomise
 
-TARGETS = {"llama": ["o_proj", "down_proj"], "gpt2": ["attn.c_proj", "mlp.c_proj"]}
+TARGETS = {llama: ["o_proj", "down_proj"], gpt2: ["attn.c_proj", "mlp.c_proj"]}
+
+
+def gradients(model, run=None):
+    """Of all gains, for the loss of one batch, computed by the model or by what wraps it."""
+    model.zero_grad()
+    (model if run is None else run)(input_ids=IDS, labels=IDS).loss.backward()
+    return [v.grad.clone() for v in adapter_tensors(model).values()]
 
 
 @pytest.mark.parametrize("ffn", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_forward_and_gradients_equal_ia3_in_float32(family, ffn):
-    build = getattr(tiny_models, family)
-    targets = TARGETS[family] if ffn else TARGETS[family][:1]
-    gain = tiny_models.randomise(get_peft_model(build(), GainConfig(ffn=ffn)))
-    ia3 = get_peft_model(
-        build(), IA3Config(target_modules=targets, feedforward_modules=targets, fan_in_fan_out=family == "gpt2")
-    )
+@pytest.mark.parametrize("build", TARGETS)
+def test_forward_and_gradients_equal_ia3_in_float32(build, ffn):
+    targets = TARGETS[build] if ffn else TARGETS[build][:1]
+    gain = randomise(get_peft_model(build(), GainConfig(ffn=ffn)))
+    config = IA3Config(target_modules=targets, feedforward_modules=targets, fan_in_fan_out=build is gpt2)
+    ia3 = get_peft_model(build(), config)
     vectors = {name: p for name, p in sorted(ia3.named_parameters()) if "ia3_l" in name}
-    assert len(vectors) == len(tiny_models.gains(gain)) == (4 if ffn else 2)
+    assert len(vectors) == len(adapter_tensors(gain)) == (4 if ffn else 2)
     with torch.no_grad():
-        for v, vector in zip(tiny_models.gains(gain).values(), vectors.values(), strict=True):
+        for v, vector in zip(adapter_tensors(gain).values(), vectors.values(), strict=True):
             vector.copy_((1 + v).view_as(vector))
-    ids = tiny_models.tokens()
-    ours, theirs = gain(input_ids=ids, labels=ids), ia3(input_ids=ids, labels=ids)
+    ours, theirs = gain(input_ids=IDS, labels=IDS), ia3(input_ids=IDS, labels=IDS)
     assert torch.equal(ours.logits, theirs.logits)
     ours.loss.backward()
     theirs.loss.backward()
-    for v, vector in zip(tiny_models.gains(gain).values(), vectors.values(), strict=True):
+    for v, vector in zip(adapter_tensors(gain).values(), vectors.values(), strict=True):
         assert vector.grad.abs().max() > 0
         assert torch.equal(v.grad, vector.grad.view_as(v.grad))
 
@@ -48,7 +52,7 @@ def test_small_gains_act_in_half_precision(dtype, percent):
 
 
 def test_small_gains_act_in_a_bfloat16_model():
-    base = tiny_models.llama().to(torch.bfloat16)
+    base = llama().to(torch.bfloat16)
     model = get_peft_model(base, GainConfig())
     layer = base.model.layers[0].self_attn.o_proj
     with torch.no_grad():
@@ -94,71 +98,55 @@ def test_dtype_and_layout_are_kept(dtype):
     v = 0.1 * torch.randn(4)
     y = scale_features(x, v)
     assert y.dtype == dtype
-    torch.testing.assert_close(
-        y.double(), x.double() * (1 + v.double()), rtol=8e-3 if dtype.itemsize == 2 else 1e-6, atol=0
-    )
+    rtol = 8e-3 if dtype.itemsize == 2 else 1e-6
+    torch.testing.assert_close(y.double(), x.double() * (1 + v.double()), rtol=rtol, atol=0)
 
 
 def test_autocast_keeps_the_bases_dtypes():
-    base = tiny_models.llama()
-    ids = tiny_models.tokens()
+    base = llama()
     linear = base.model.layers[1].mlp.down_proj
     seen = []
     linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        expected = base(ids).logits.dtype
-        model = tiny_models.randomise(get_peft_model(base, GainConfig(ffn=True)))
-        out = model(input_ids=ids, labels=ids)
+        expected = base(IDS).logits.dtype
+        model = randomise(get_peft_model(base, GainConfig(ffn=True)))
+        out = model(input_ids=IDS, labels=IDS)
     out.loss.backward()
     assert out.logits.dtype == expected
     assert seen[0] == seen[1] == torch.bfloat16
-    assert all(v.grad.dtype == torch.float32 and v.grad.abs().max() > 0 for v in tiny_models.gains(model).values())
+    assert all(v.grad.dtype == torch.float32 and v.grad.abs().max() > 0 for v in adapter_tensors(model).values())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_checkpointing_changes_nothing(use_reentrant, dtype):
-    ids = tiny_models.tokens()
-    model = tiny_models.randomise(get_peft_model(tiny_models.llama().to(dtype), GainConfig(ffn=True))).train()
+    model = randomise(get_peft_model(llama().to(dtype), GainConfig(ffn=True))).train()
 
-    def gradients():
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return [v.grad.clone() for v in tiny_models.gains(model).values()]
-
-    plain = gradients()
+    plain = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    for expected, got in zip(plain, gradients(), strict=True):
+    for expected, got in zip(plain, gradients(model), strict=True):
         assert expected.abs().max() > 0
         assert torch.equal(expected, got)
 
 
-@pytest.mark.slow
 def test_torch_compile_gives_the_same():
-    model = tiny_models.randomise(get_peft_model(tiny_models.llama().bfloat16(), GainConfig(ffn=True)))
-    ids = tiny_models.tokens()
-    model(input_ids=ids, labels=ids).loss.backward()
-    eager = [v.grad.clone() for v in tiny_models.gains(model).values()]
-    model.zero_grad()
+    model = randomise(get_peft_model(llama(num_hidden_layers=1).bfloat16(), GainConfig(ffn=True)))
+    eager = gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(input_ids=ids, labels=ids).loss.backward()
-    for expected, v in zip(eager, tiny_models.gains(model).values(), strict=True):
-        torch.testing.assert_close(v.grad, expected, rtol=3e-2, atol=1e-3)
+    for expected, got in zip(eager, gradients(model, compiled), strict=True):
+        torch.testing.assert_close(got, expected, rtol=3e-2, atol=1e-3)
 
 
 def test_distributed_data_parallel_gives_the_same_gradients():
-    ids = tiny_models.tokens()
-    model = tiny_models.randomise(get_peft_model(tiny_models.llama().bfloat16(), GainConfig(ffn=True)))
-    model(input_ids=ids, labels=ids).loss.backward()
-    alone = [v.grad.clone() for v in tiny_models.gains(model).values()]
-    model.zero_grad()
+    model = randomise(get_peft_model(llama().bfloat16(), GainConfig(ffn=True)))
+    alone = gradients(model)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        nn.parallel.DistributedDataParallel(model)(input_ids=ids, labels=ids).loss.backward()
+        shared = gradients(model, nn.parallel.DistributedDataParallel(model))
     finally:
         torch.distributed.destroy_process_group()
-    assert all(torch.equal(a, v.grad) for a, v in zip(alone, tiny_models.gains(model).values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
 def test_a_layer_used_twice_sums_its_gradients():
@@ -171,7 +159,7 @@ def test_a_layer_used_twice_sums_its_gradients():
             return self.lin(self.lin(x)) + self.lin(x)
 
     base = Twice().bfloat16()
-    model = tiny_models.randomise(get_peft_model(base, GainConfig(target_modules=["lin"])), scale=0.1)
+    model = randomise(get_peft_model(base, GainConfig(target_modules=["lin"])), scale=0.1)
     v = base.lin.gain_v["default"]
     x = torch.randn(32, 6).bfloat16()
     model(x).sum().backward()
@@ -186,8 +174,8 @@ def test_a_layer_used_twice_sums_its_gradients():
 
 
 def test_gains_move_in_a_bfloat16_model_by_steps_below_its_resolution():
-    model = get_peft_model(tiny_models.llama().bfloat16(), GainConfig())
-    v = next(iter(tiny_models.gains(model).values()))
+    model = get_peft_model(llama().bfloat16(), GainConfig())
+    v = next(iter(adapter_tensors(model).values()))
     optimizer = torch.optim.SGD([v], lr=1e-3)
     for _ in range(100):
         v.grad = torch.ones_like(v)

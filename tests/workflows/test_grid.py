@@ -63,27 +63,22 @@ def test_a_new_option_leaves_the_ids_of_old_plans_as_they_are():
 
 def test_ids_are_what_they_were():
     """Another id means that whoever goes on with a sweep computes it anew: change these only with a word about it."""
-    assert [run.id for run in runs(methods=["lora", "gain-ffn"], rates=[0.01], seeds=[5])] == [
-        "79b3fafc4b2d16a7",
-        "6ec6237d56769c35",
-    ]
+    found = [run.id for run in runs(methods=["lora", "gain-ffn"], rates=[0.01], seeds=[5])]
+    assert found == ["79b3fafc4b2d16a7", "6ec6237d56769c35"]
 
 
 def test_a_grid_that_was_written_has_every_setting_and_stands_for_the_same_runs(tmp_path):
     for values in ({"methods": ["lora"], "rates": {"lora": [0.01, 0.02]}, "orders": 2}, {"seeds": [1, 2]}):
         grid = read_grid({"plan": DOMAINS, **values})
         (tmp_path / "grid.yaml").write_text(grid_yaml(grid))
-        told = yaml.safe_load((tmp_path / "grid.yaml").read_text())
-        assert told["plan"]["train"]["betas"] == [0.9, 0.999] and told["order_seed"] == 0
+        written = yaml.safe_load((tmp_path / "grid.yaml").read_text())
+        assert written["plan"]["train"]["betas"] == [0.9, 0.999] and written["order_seed"] == 0
         assert planned_runs(read_grid(tmp_path / "grid.yaml")) == planned_runs(grid)
 
 
 def test_ranks_are_for_methods_that_have_one_and_own_settings_win():
-    found = runs(
-        methods=["gain-ffn", "lora", {"name": "lora", "label": "fixed", "rank": 3, "lr": 0.5}],
-        ranks=[1, 4],
-        rates=[0.01, 0.02],
-    )
+    methods = ["gain-ffn", "lora", {"name": "lora", "label": "fixed", "rank": 3, "lr": 0.5}]
+    found = runs(methods=methods, ranks=[1, 4], rates=[0.01, 0.02])
     assert sorted((run.label, run.rank or 0, run.lr) for run in found) == [
         ("fixed", 3, 0.5), ("gain-ffn", 0, 0.01), ("gain-ffn", 0, 0.02),
         ("lora", 1, 0.01), ("lora", 1, 0.02), ("lora", 4, 0.01), ("lora", 4, 0.02),
@@ -103,14 +98,11 @@ def test_random_orders_begin_with_the_plan_s_and_more_of_them_with_the_same():
     assert read_grid({"plan": DOMAINS, "orders": 4, "order_seed": 9}).every_order != orders[:4]
 
 
-def test_a_repeated_key_of_a_grid_is_named_by_file_and_line(tmp_path):
+def test_a_missing_grid_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text("seeds: [0, 1]\nmethods: [lora]\nseeds: [2]\n")
     with pytest.raises(ConfigError, match=r"grid\.yaml:3: .*'seeds' stands there twice, first on line 1"):
         read_grid(file)
-
-
-def test_a_grid_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: no such plan file"):
         read_grid(tmp_path / "none.yaml")
 
