@@ -243,8 +243,8 @@ def train_stage(
 
     Raises:
         TrainingError: a loss or gradient that is not finite, before it reaches the weights.
-        ConfigError: a tracker that is not installed, nothing to train, rows longer than the model takes or whose texts it
-            mixes, or something that the method's rules need and the adapter to continue lacks.
+        ConfigError: a tracker that is not installed, nothing to train, rows longer than the model takes or whose texts
+            it mixes, or something that the method's rules need and the adapter to continue lacks.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
