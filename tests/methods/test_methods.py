@@ -259,6 +259,37 @@ def test_merging_gates_is_refused_before_a_model_is_loaded(tiny, tmp_path):
         merge_adapter(tmp_path / "adapter", tmp_path / "out", texts=["some text"])
 
 
+ALL, RANKED = "all-linear", ("lora", "pissa", "adalora", "disel")
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "build", "message"),
+    [
+        *((name, ALL, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32") for name in RANKED),
+        ("hira", None, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32"),
+        ("lora", None, tiny_base.model, r".*o_proj \(32 x 32\)"),
+        ("lora", None, gpt2, r".*c_proj \(16 x 16\)"),
+    ],
+)
+def test_a_rank_that_no_weight_has_is_refused(name, targets, build, message):
+    with pytest.raises(ConfigError, match=f"rank 10000 is more than{message}"):
+        attach(build(), MethodConfig(name=name, rank=10_000, targets=targets), seed=0)
+
+
+def test_a_rank_that_some_weights_lack_is_named(caplog):
+    attach(tiny_base.model(), MethodConfig(name="lora", rank=20, targets=ALL), seed=0)
+    warning = "method 'lora': rank 20 is more than the smaller side of 4 of 14 weights it adapts, such as"
+    assert f"{warning} model.layers.0.self_attn.k_proj (16 x 32)" in caplog.text
+    caplog.clear()
+    attach(tiny_base.model(), MethodConfig(name="lora", rank=16, targets=ALL), seed=0)
+    attach(tiny_base.model(), MethodConfig(name="vera", rank=64), seed=0)
+    assert not caplog.text
+
+
 def test_what_a_method_cannot_do_is_refused():
     quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
     for name in ("pissa", "osf", "full"):
@@ -268,6 +299,5 @@ def test_what_a_method_cannot_do_is_refused():
     for name, option in no_options:
         with pytest.raises(ConfigError, match=f"method '{name}' has no option '{option}'"):
             check_method(MethodConfig.model_validate({"name": name, option: 1}))
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(ConfigError, match=r"has no form for transformer\.h\.0\.attn\.c_attn \(Conv1D\)"):
-        attach(gpt2, MethodConfig(name="osf"), seed=0)
+        attach(gpt2(), MethodConfig(name="osf"), seed=0)

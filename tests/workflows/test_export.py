@@ -168,7 +168,7 @@ def test_without_a_model_the_base_the_adapter_names_is_used(tiny, tmp_path):
     texts = ["some words to judge by"] * 9
     certificate = merge_adapter(adapter, tmp_path / "out", texts=texts, tolerance=20, dtype="bf16")
     assert certificate.base == str(tiny)
-    assert (certificate.blocks, certificate.block_size) == (1, 9 * 23)
+    assert (certificate.blocks, certificate.block_size) == (1, 128), "as long as the base takes"
     model = adapted(base_of(tiny), "lora")
     model.save_pretrained(tmp_path / "foreign")
     foreign = merge_adapter(tmp_path / "foreign", tmp_path / "again", blocks=BLOCKS, dtype="bf16", tolerance=20)

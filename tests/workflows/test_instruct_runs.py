@@ -25,6 +25,11 @@ def gaintune(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return tiny_base.folder(tmp_path_factory.mktemp("base"), max_position_embeddings=512)
+
+
 @pytest.fixture
 def questions(tmp_path) -> Path:
     """Rows of about 60 tokens, a third of them prompt."""
