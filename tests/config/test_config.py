@@ -56,6 +56,8 @@ def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     assert str(caught.value).startswith("plan.yaml: ")
     assert str(caught.value).count("\n") == 0
     assert "{'" not in str(caught.value), "no dump of a section"
+    with pytest.raises(ConfigError, match=r"(?=.*train\.lrr).*train\.clip"):  # every mistake at once
+        build_plan({"train": {"lrr": 1, "clip": -1}})
 
 
 def test_no_number_of_any_section_may_be_infinite_or_nan():
@@ -72,11 +74,6 @@ def test_no_number_of_any_section_may_be_infinite_or_nan():
                     section.model_validate({key: given})
                 wrong = [each for each in caught.value.errors() if each["loc"][:1] == (key,)]
                 assert wrong, (section, key, given)
-
-
-def test_every_mistake_is_named_at_once():
-    with pytest.raises(ConfigError, match=r"(?=.*train\.lrr).*train\.clip"):
-        build_plan({"train": {"lrr": 1, "clip": -1}})
 
 
 @pytest.mark.parametrize("write", [plan_yaml, plan_yaml_documented])
@@ -117,14 +114,11 @@ def test_what_a_merge_brings_may_be_given_again(tmp_path):
     assert [(each.label, each.rank) for each in read_plan(file).methods] == [("lora", 2), ("four", 4), ("other", 4)]
 
 
-def test_overrides_reach_nested_keys_and_leave_the_rest():
+def test_overrides_reach_nested_keys_leave_the_rest_and_need_no_list_for_one_method_or_domain():
     values = apply_overrides({"train": {"lr": 1.0, "seed": 3}}, ["train.lr=5e-3", "data.domains=[law, code]"])
     plan = build_plan(values)
     assert (plan.train.lr, plan.train.seed) == (0.005, 3)
     assert [domain.name for domain in plan.data.domains] == ["law", "code"]
-
-
-def test_one_method_or_domain_needs_no_list():
     plan = build_plan(apply_overrides({}, ["methods=lora", "data.domains=law"]))
     assert [method.name for method in plan.methods] == ["lora"]
     assert [domain.name for domain in plan.data.domains] == ["law"]

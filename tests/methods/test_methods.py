@@ -211,11 +211,6 @@ def test_peft_s_own_schedule_prunes_the_same_directions(tiny, tmp_path):
             assert torch.equal(found[name] == 0, value == 0), name
 
 
-def test_adalora_needs_two_updates(tmp_path):
-    with pytest.raises(ConfigError, match="at least two updates"):
-        taught(attach(tiny_base.model(), method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_osf_s_gradients_stay_out_of_the_preserved_directions(tiny, tmp_path, dtype):
     method = method_of("osf")
@@ -290,7 +285,9 @@ def test_a_rank_that_some_weights_lack_is_named(caplog):
     assert not caplog.text
 
 
-def test_what_a_method_cannot_do_is_refused():
+def test_what_a_method_cannot_do_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="at least two updates"):
+        taught(attach(tiny_base.model(), method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
     quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
     for name in ("pissa", "osf", "full"):
         with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):

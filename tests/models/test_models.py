@@ -12,15 +12,23 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from gaintune.config import ModelConfig
 from gaintune.errors import AssetError, BaseModelError, ConfigError
 from gaintune.models import base as models
-from gaintune.models import base_fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from gaintune.models import base_fingerprint, load_base, load_classifier, load_tokenizer, resolve_device, resolve_dtype
 from gaintune.models import gguf as gguf_base
 from gaintune.storage import assets
-from support import tiny_base
+from support import tiny_base, tiny_encoders
 from support.files import contents, cut_short, edit_json
 
 
@@ -372,3 +380,34 @@ def test_the_demo_model_speaks_and_can_be_chatted_with(demo):
 def test_nothing_is_printed(tiny, monkeypatch):
     monkeypatch.setattr(builtins, "print", lambda *words, **_: pytest.fail(f"printed {words}"))
     load_base(at(tiny))
+
+
+@pytest.fixture(scope="module")
+def modernbert(tmp_path_factory):
+    """An encoder whose head has a part called "head", which no list of names for heads knows."""
+    folder = tmp_path_factory.mktemp("modernbert")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    config = ModernBertConfig(vocab_size=tiny_encoders.VOCABULARY, max_position_embeddings=64, **sizes, **ids)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    tiny_encoders.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load_head(folder, **options):
+    config = ModelConfig(name=str(folder), dtype="bf16", device="cpu", **options)
+    return load_classifier(config, ("no", "yes"), seed=0)
+
+
+def test_every_part_of_a_head_is_in_fp32(modernbert):
+    base = load_head(modernbert)
+    assert base.head == ("head", "classifier")
+    for name in base.head:
+        assert {p.dtype for p in base.model.get_submodule(name).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_part_that_was_quantized_with_the_base_is_refused(modernbert, quantization):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(BaseModelError, match=r"head, a part of its new head, was quantized with the base"):
+        load_head(modernbert, quantization=quantization)

@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import re
 import shutil
+import threading
 
 import pytest
+from filelock import FileLock
 
 from gaintune.errors import RunDirectoryError
 from gaintune.results import DomainLoss
@@ -15,6 +18,7 @@ from gaintune.storage import (
     canonical_json,
     complete_folder,
     damage,
+    locked,
     open_run,
     read_json,
     read_stored,
@@ -212,3 +216,26 @@ def test_inputs_that_changed_under_a_run_are_refused(tmp_path):
             run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
         with pytest.raises(RunDirectoryError, match=r"law\.content_hash: 'a' there, 'b' now.*Name another folder"):
             run.settle("inputs.json", {"law": {"content_hash": "b"}}, "Name another folder")
+
+
+def test_a_long_wait_is_explained_once(tmp_path, caplog):
+    held, found = FileLock(tmp_path / "a.lock", thread_local=False), []
+
+    def wait():
+        with locked(tmp_path / "a.lock", "measuring the base on law", patience=0.1):
+            found.append("mine")
+
+    with caplog.at_level(logging.WARNING):
+        held.acquire()
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join(0.6)
+        assert found == []
+        held.release()
+        waiting.join(10)
+        assert found == ["mine"]
+        messages = [record.getMessage() for record in caplog.records if record.name == "gaintune.storage.run"]
+        assert len(messages) == 1 and "another process is measuring the base on law" in messages[0]
+        with locked(tmp_path / "a.lock", "measuring", patience=0.1):
+            pass
+    assert len([record for record in caplog.records if record.name == "gaintune.storage.run"]) == 1

@@ -1,5 +1,6 @@
 """A random Llama of a few thousand weights with its own small tokenizer, as a user's model folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +22,19 @@ GGUF_NAMES = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(special: Sequence[str], post_processor=None, **names: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with special tokens and one token a byte; `names` says which special token is what."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<end>", *letters])}
-    model = Tokenizer(models.BPE(vocabulary, []))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", bos_token="<end>")
+    made = Tokenizer(models.BPE({token: number for number, token in enumerate([*special, *letters])}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    if post_processor is not None:
+        made.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(["<end>"], eos_token="<end>", bos_token="<end>")
 
 
 def config(**changes) -> LlamaConfig:

@@ -3,20 +3,16 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from support.tiny_base import byte_tokenizer
 
 SPECIAL = ("<pad>", "<eos>", "<bos>")
 BEGIN = SPECIAL.index("<bos>")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({token: number for number, token in enumerate([*SPECIAL, *letters])}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    return byte_tokenizer(SPECIAL, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
 
 
 def folder(path: Path, seed: int = 0) -> Path:

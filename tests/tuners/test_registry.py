@@ -19,16 +19,13 @@ from gaintune.tuners.registry import add_peft_type
 TABLES = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
 
 
-def test_the_type_behaves_as_a_member_of_the_enumeration():
+def test_the_methods_are_members_of_pefts_enumeration_and_tables():
     assert PeftType.GAIN is PeftType("GAIN") is PeftType["GAIN"] is add_peft_type("GAIN")
     assert PeftType.GAIN == "GAIN" and "GAIN" in list(PeftType) and "GAIN" in PeftType.__members__
     assert list(PeftType).count("GAIN") == 1
     assert pickle.loads(pickle.dumps(PeftType.GAIN)) is copy.deepcopy(PeftType.GAIN) is PeftType.GAIN
     assert repr(PeftType.GAIN) == "<PeftType.GAIN: 'GAIN'>"
     assert PeftType.LORA is PeftType("LORA")
-
-
-def test_the_methods_are_in_pefts_tables():
     assert [table[PeftType.GAIN] for table in TABLES] == [GainConfig, GainModel, "gain_"]
     assert [table["DISEL"] for table in TABLES] == [DiselConfig, DiselModel, "lora_"]
     assert (GainModel.prefix, DiselModel.prefix) == ("gain_", "lora_")

@@ -76,16 +76,13 @@ def test_a_grid_that_was_written_has_every_setting_and_stands_for_the_same_runs(
         assert planned_runs(read_grid(tmp_path / "grid.yaml")) == planned_runs(grid)
 
 
-def test_ranks_are_for_methods_that_have_one_and_own_settings_win():
+def test_ranks_are_for_methods_that_have_one_own_settings_win_and_rates_by_label_leave_other_defaults():
     methods = ["gain-ffn", "lora", {"name": "lora", "label": "fixed", "rank": 3, "lr": 0.5}]
     found = runs(methods=methods, ranks=[1, 4], rates=[0.01, 0.02])
     assert sorted((run.label, run.rank or 0, run.lr) for run in found) == [
         ("fixed", 3, 0.5), ("gain-ffn", 0, 0.01), ("gain-ffn", 0, 0.02),
         ("lora", 1, 0.01), ("lora", 1, 0.02), ("lora", 4, 0.01), ("lora", 4, 0.02),
     ]  # fmt: skip
-
-
-def test_rates_by_label_leave_the_others_at_their_default():
     found = runs(methods=["gain-ffn", "full"], rates={"gain-ffn": [0.003, 0.03]})
     assert [(run.label, run.lr) for run in found] == [("gain-ffn", 0.003), ("gain-ffn", 0.03), ("full", 2e-5)]
 

@@ -1,18 +1,26 @@
 """The sequence: every cell is measured, a kill at any point changes nothing, and other plans are refused."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+import gaintune
 from gaintune.adapters import load_adapter
 from gaintune.config import build_plan
 from gaintune.data import load_domain
 from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate import compare_adapters, measure
-from gaintune.models import load_base
+from gaintune.methods import StageData
+from gaintune.methods.penalties import FISHER, fisher_information
+from gaintune.models import NextTokenLoss, load_base
 from gaintune.storage import damage, read_json
 from gaintune.workflows import adapt, run_sequence
 from support import files, tiny_base, tiny_domains
@@ -234,19 +242,50 @@ def test_a_method_that_cannot_be_is_refused_before_anything_is_written(plan_of, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_watched_domain_is_measured_at_every_stage_and_never_trained_on(plan_of, tmp_path):
+def test_a_watched_domain_is_measured_at_every_stage_and_never_trained_on_and_adapt_refuses_it(plan_of, tmp_path):
     plan = plan_of()
     prose, code = plan["data"]["domains"]
     alone = run_sequence(tiny_domains.of(plan, "prose"), tmp_path / "1")
-    (method,) = run_sequence(plan_of(data={"domains": [prose], "watched": [code]}), tmp_path / "2").methods
+    watching = plan_of(data={"domains": [prose], "watched": [code]})
+    (method,) = run_sequence(watching, tmp_path / "2").methods
     both = run_sequence(plan, tmp_path / "3").methods[0]
     assert [row.domain for row in method.stages] == ["prose"]
     assert method.stages[0].cells == both.stages[0].cells
     assert method.stages[0].cells["prose"] == alone.methods[0].stages[0].cells["prose"]
     assert method.summary.forward_interference.value == method.stages[0].cells["code"].change
-
-
-def test_adapt_refuses_a_plan_that_watches_domains(plan_of, tmp_path):
-    prose, code = plan_of()["data"]["domains"]
     with pytest.raises(ConfigError, match=r"data\.watched.*code"):
-        adapt(plan_of(data={"domains": [prose], "watched": [code]}), tmp_path / "adapter")
+        adapt(watching, tmp_path / "adapter")
+
+
+def test_two_processes_share_a_run(tiny, tmp_path):
+    """As `accelerate launch` or `torchrun` start them: one writes, both train."""
+    plan = tmp_path / "plan.yaml"
+    methods = [{"name": "gain-ffn", "label": "gain-ffn", "penalty": "ewc"}]
+    values = tiny_domains.plan(tiny, tmp_path, train={"batch_size": 2}, methods=methods)
+    plan.write_text(yaml.safe_dump(values))
+    run = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = str(Path(gaintune.__file__).with_name("__main__.py"))
+    command = [*launch, "--", program, "sequence", str(plan), "--run", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("01-prose", "02-code"):
+        folder = run / "stages" / "gain-ffn" / stage
+        assert damage(folder / "adapter") is None
+        metrics = read_json(folder / "metrics.json")
+        assert metrics["steps"] == 8  # 32 blocks, 2 processes with 2 blocks each
+    matrix = read_json(run / "matrix.json")
+    assert not matrix["partial"]
+    assert matrix["methods"][0]["summary"]["in_domain"]["value"] < 0
+    events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events.count("finished") == 1
+    assert done.stdout.count("numbers ") == 1
+    checked = build_plan(values)
+    base = load_base(checked.model)
+    prose = load_domain(checked.data.domains[0], checked.data, base.tokenizer).train
+    first = run / "stages" / "gain-ffn" / "01-prose" / "adapter"
+    adapted = load_adapter(base, first, trainable=True)
+    alone = fisher_information(adapted, StageData(prose, NextTokenLoss(adapted), "alone"))
+    for name, together in load_file(first / FISHER).items():
+        torch.testing.assert_close(together, alone[name], rtol=1e-3, atol=1e-7, msg=name)
