@@ -11,12 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gaintune.adapters import absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
-from gaintune.errors import AdapterError, ConfigError
+from gaintune.errors import ConfigError
 from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.methods.rules import STATE, BudgetSchedule
 from gaintune.training import train_stage
 from gaintune.tuners import parameter_groups
-from gaintune.workflows import merge_adapter
 from support import tiny_base
 from support.tiny_adapters import base_of, record_of
 
@@ -245,13 +244,6 @@ def test_options_of_gates_reach_the_adapter_and_the_optimizer():
         rates = {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]}
         assert rates == {(0.02, 0.0)}
     assert attach(tiny_base.model(), MethodConfig(name="disel"), seed=0).peft_config["default"].gate_lr_ratio == 5.0
-
-
-def test_merging_gates_is_refused_before_a_model_is_loaded(tiny, tmp_path):
-    base = base_of(tiny)
-    save_adapter(attach(base.model, method_of("disel"), seed=0), tmp_path / "adapter", record_of(base, "disel"))
-    with pytest.raises(AdapterError, match="an adapter of type DISEL has no weights to merge"):
-        merge_adapter(tmp_path / "adapter", tmp_path / "out", texts=["some text"])
 
 
 ALL, RANKED = "all-linear", ("lora", "pissa", "adalora", "disel")

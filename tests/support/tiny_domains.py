@@ -15,8 +15,8 @@ def write(folder: Path) -> tuple[Path, Path]:
     prose = [topics[key][:600] for key in sorted(topics)][:40]
     functions = [node for node in ast.walk(ast.parse(inspect.getsource(ast))) if isinstance(node, ast.FunctionDef)]
     code = list(dict.fromkeys(ast.unparse(node)[:600] for node in functions))[:60]
-    rows = ([{"text": text} for text in texts] for texts in (prose, code))
-    return write_rows(folder / "prose.jsonl", next(rows)), write_rows(folder / "code.jsonl", next(rows))
+    domains = {"prose.jsonl": prose, "code.jsonl": code}
+    return tuple(write_rows(folder / name, [{"text": text} for text in texts]) for name, texts in domains.items())
 
 
 def of(plan: dict, *names: str, **changes) -> dict:

@@ -51,6 +51,13 @@ def copies(model, adapter: str = "default") -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in adapter_tensors(model, adapter).items()}
 
 
+def gradients(model, loss=None) -> dict[str, torch.Tensor]:
+    """The gradients of an adapter, of the language model's loss on a few tokens or of what `loss` computes."""
+    model.zero_grad()
+    (model(input_ids=IDS, labels=IDS).loss if loss is None else loss()).backward()
+    return {name: parameter.grad.clone() for name, parameter in adapter_tensors(model).items()}
+
+
 def randomise(model, adapter: str = "default", seed: int = 3, scale: float = 0.5):
     """Give the adapter an effect: gains on both sides of 0, and gates anywhere between shut and open.
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, get_peft_model
+from datasets import Dataset
+from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainingArguments
@@ -11,6 +12,7 @@ from gaintune.errors import ConfigError
 from gaintune.tuners import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
+from support import tiny_base
 from support.tiny_models import adapter_tensors, copies, llama, randomise, tokens
 
 ROWS = [{"input_ids": row, "labels": row} for row in tokens(rows=4)]
@@ -39,12 +41,6 @@ def names_of(model, group):
     return {name for name, p in model.named_parameters() if id(p) in members}
 
 
-def test_gains_are_never_decayed():
-    model = adapted(GainConfig(ffn=True))
-    groups = parameter_groups(model, lr=0.01, weight_decay=0.1)
-    assert settings(model, groups) == dict.fromkeys(adapter_tensors(model), (0.01, 0.0))
-
-
 def test_biases_and_norms_are_not_decayed_and_matrices_are():
     class Matrixnorm(nn.Module):  # a norm whose weight is no vector
         def __init__(self):
@@ -62,14 +58,17 @@ def test_biases_and_norms_are_not_decayed_and_matrices_are():
 
 @pytest.mark.parametrize(
     ("config", "part"),
-    [(IA3Config(task_type="CAUSAL_LM"), "ia3_l"), (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), "lora_E")],
-    ids=["ia3", "adalora"],
+    [
+        (GainConfig(ffn=True), ".gain_v."),
+        (IA3Config(task_type="CAUSAL_LM"), ".ia3_l."),  # which PEFT keeps as a matrix, as this one
+        (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), ".lora_E."),
+    ],
+    ids=["gain", "ia3", "adalora"],
 )
-def test_factors_that_peft_keeps_as_matrices_are_not_decayed(config, part):
+def test_gains_and_factors_are_never_decayed(config, part):
     model = adapted(config)
-    decays = settings(model, parameter_groups(model, lr=0.1, weight_decay=0.5))
-    factors = {decay for name, (_, decay) in decays.items() if part in name}
-    assert factors == {0.0}
+    found = settings(model, parameter_groups(model, lr=0.01, weight_decay=0.5))
+    assert {values for name, values in found.items() if part in name} == {(0.01, 0.0)}
 
 
 def test_parameters_can_have_a_rate_of_their_own_by_name():
@@ -202,3 +201,51 @@ def test_an_optimizer_with_groups_of_its_own_and_fsdp_1_are_refused(tmp_path):
             trainer.create_optimizer(wrapped)
     finally:
         distributed.destroy_process_group()
+
+
+def trl_trainer_of(folder, config, *mixins, **options):
+    """TRL's SFTTrainer with a configuration of ours, as it takes a LoraConfig."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    common = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "max_length": 16}
+    return type("SFTTrainer", (*mixins, trl.SFTTrainer), {})(
+        model=tiny_base.model(),
+        args=trl.SFTConfig(output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, **common, **options),
+        train_dataset=Dataset.from_dict({"input_ids": tiny_base.blocks(8, 16).tolist()}),
+        processing_class=tiny_base.tokenizer(),
+        peft_config=config,
+    )
+
+
+@torch.no_grad()
+def check_saved(trainer, folder):
+    """The trained model is not the base any more, and is what it saves."""
+    trainer.save_model(str(folder))
+    tokens = tiny_base.blocks(2, 16, seed=1)
+    trained = trainer.model.eval()(tokens).logits
+    fresh = tiny_base.model().eval()
+    assert not torch.allclose(trained, fresh(tokens).logits)
+    assert torch.equal(PeftModel.from_pretrained(fresh, str(folder)).eval()(tokens).logits, trained)
+
+
+def test_sft_trainer_trains_and_saves_gains(tmp_path):
+    config = GainConfig(ffn=True, task_type="CAUSAL_LM")
+    options = {"learning_rate": 0.05, "gradient_checkpointing": False}
+    trainer = trl_trainer_of(tmp_path / "out", config, **options)
+    trainer.train()
+    check_saved(trainer, tmp_path / "adapter")
+
+
+def test_sft_trainer_trains_gates_at_their_own_rate(tmp_path):
+    config = DiselConfig(r=4, gate_lr_ratio=3.0, task_type="CAUSAL_LM")
+    options = {"learning_rate": 0.01, "weight_decay": 0.1, "gradient_checkpointing": True}
+    trainer = trl_trainer_of(tmp_path / "out", config, AdapterOptimizerMixin, **options)
+    gates = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".lora_G." in name}
+    assert len(gates) == 2 * 14
+    trainer.train()
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    gated = groups["no_decay:lora_G.default"]
+    assert (gated["initial_lr"], gated["weight_decay"], len(gated["params"])) == (pytest.approx(0.03), 0.0, len(gates))
+    assert (groups["decay"]["initial_lr"], groups["decay"]["weight_decay"]) == (0.01, 0.1)
+    after = dict(trainer.model.named_parameters())
+    assert all(not torch.equal(after[name], value) for name, value in gates.items())
+    check_saved(trainer, tmp_path / "adapter")

@@ -17,6 +17,7 @@ from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, AssetError, BaseMismatchError, ConfigError, MergeError
 from gaintune.models import fingerprint_folder, load_base
 from gaintune.results import DomainLoss
+from gaintune.tuners.disel import DiselConfig
 from gaintune.workflows import merge as export
 from gaintune.workflows import merge_adapter
 from gaintune.workflows.merge import Reading, blocks_of, distance
@@ -199,12 +200,16 @@ def test_wrong_settings_are_named(tiny, tmp_path):
             merged(tiny, adapter, tmp_path / "out", **wrong)
 
 
-def test_an_adapter_without_weights_to_merge_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), DiselConfig(r=2)],
+    ids=["prompt", "disel"],
+)
+def test_an_adapter_without_weights_to_merge_is_refused(tiny, tmp_path, config):
     base = base_of(tiny)
-    prompt = get_peft_model(base.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    save_adapter(prompt, tmp_path / "prompt", record_of(base, "prompt"))
-    with pytest.raises(AdapterError, match="no weights to merge"):
-        merged(tiny, tmp_path / "prompt", tmp_path / "out")
+    save_adapter(get_peft_model(base.model, config), tmp_path / "adapter", record_of(base, "any"))
+    with pytest.raises(AdapterError, match=f"an adapter of type {config.peft_type.value} has no weights to merge"):
+        merged(tiny, tmp_path / "adapter", tmp_path / "out", model=config_of(tmp_path / "nowhere"))
     assert not (tmp_path / "out").exists()
 
 

@@ -33,6 +33,14 @@ def written_by_peft(folder, name, **options):
     return folder
 
 
+def recorded(folder, method):
+    """A folder with a record of ours."""
+    folder.mkdir(exist_ok=True)
+    record = AdapterRecord(base_name="tiny", base_fingerprint="", method=method, label=method, domains=())
+    (folder / "gaintune.json").write_text(json.dumps(asdict(record)))
+    return folder
+
+
 def resumed(folder, plan, name, **options):
     """The record of an adapter, and the method that carries it on under a plan."""
     return resumed_method(folder, build_plan({**plan, "methods": [{"name": name, **options}]}))
@@ -76,20 +84,19 @@ def test_a_rate_that_belongs_to_the_method_is_kept_unless_given_anew(plan, tmp_p
     assert kept != weights("other", tmp_path / "first", lr_ratio=16.0)
 
 
-def test_rate_penalty_and_replay_are_those_of_the_new_plan(plan, tmp_path):
-    adapt({**plan, "methods": [{"name": "lora", "lr": 0.02, "penalty": "l2"}]}, tmp_path / "first")
-    _, method = resumed(tmp_path / "first", plan, "lora")
-    assert (method.lr, method.penalty) == (None, None)
-
-
 @pytest.mark.parametrize(
     ("train", "method", "taken"),
     [({}, {}, METHODS["lora"].lr), ({"lr": 0.003}, {}, 0.003), ({"lr": 0.003}, {"lr": 0.02}, 0.02)],
     ids=["default", "plan", "method"],
 )
-def test_an_adapter_records_the_rate_that_was_taken(plan, tmp_path, train, method, taken):
-    adapt({**plan, "train": {**plan["train"], **train}, "methods": [{"name": "lora", **method}]}, tmp_path / "adapter")
+def test_an_adapter_records_its_rate_and_a_new_plan_brings_its_own_rate_and_penalty(
+    plan, tmp_path, train, method, taken
+):
+    methods = [{"name": "lora", "penalty": "l2", **method}]
+    adapt({**plan, "train": {**plan["train"], **train}, "methods": methods}, tmp_path / "adapter")
     assert read_record(tmp_path / "adapter").settings["train"]["lr"] == taken
+    _, resumed_as = resumed(tmp_path / "adapter", plan, "lora")
+    assert (resumed_as.lr, resumed_as.penalty) == (None, None)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
@@ -125,24 +132,18 @@ def test_every_variant_of_lora_that_peft_knows_is_another_kind():
 def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, name, first, gates, factors, line):
     folder = written_by_peft(tmp_path / "adapter", name)
     foreign = adapter_method(folder)
-    record = AdapterRecord(base_name="tiny", base_fingerprint="", method=name, label=name, domains=())
-    (folder / "gaintune.json").write_text(json.dumps(asdict(record)))
-    ours = adapter_method(folder)
+    ours = adapter_method(recorded(folder, name))
     assert (foreign.name, ours.name) == (first, name)
     for method in (foreign, ours):
-        assert (method.gates, method.factors is not None, method.line, method.trains_base) == (
-            gates, factors, line, False
-        )  # fmt: skip
+        assert (method.gates, method.factors is not None, method.line) == (gates, factors, line)
+        assert not method.trains_base
 
 
 def test_what_is_not_in_the_catalogue_has_no_method_and_full_weights_need_no_configuration(tmp_path):
     folder = written_by_peft(tmp_path / "adapter", "lora")
     edit_json(folder / "adapter_config.json", use_qalora=True)
     assert adapter_method(folder) is None
-    record = AdapterRecord(base_name="tiny", base_fingerprint="", method="full", label="full", domains=())
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "gaintune.json").write_text(json.dumps(asdict(record)))
-    assert adapter_method(tmp_path / "full").trains_base
+    assert adapter_method(recorded(tmp_path / "full", "full")).trains_base
 
 
 def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):

@@ -26,6 +26,8 @@ from gaintune.workflows import adapt, run_sequence
 from support import files, tiny_base, tiny_domains
 from support.killing import Nothing, StopAt, Stopped, killed
 
+SHORT = {"train_tokens": 256}  # two updates, where more would show nothing else
+
 
 def contents(run: Path) -> dict[str, bytes]:
     """What a run holds, but for times."""
@@ -170,13 +172,13 @@ def test_a_stage_missing_below_others_is_refused_rather_than_trained_in_the_wron
 
 
 def test_a_method_added_to_a_plan_does_not_move_the_others(plan_of, tmp_path):
-    one = run_sequence(plan_of(methods=["lora"]), tmp_path / "one")
-    two = run_sequence(plan_of(methods=["full", "gain", "lora"]), tmp_path / "two")
+    one = run_sequence(plan_of(methods=["lora"], data=SHORT), tmp_path / "one")
+    two = run_sequence(plan_of(methods=["full", "gain", "lora"], data=SHORT), tmp_path / "two")
     assert two.methods[2] == one.methods[0]
 
 
 def test_a_run_of_another_plan_or_of_changed_texts_is_refused(plan_of, tmp_path):
-    plan = plan_of()
+    plan = plan_of(data=SHORT)
     run_sequence(plan, tmp_path / "run")
     with pytest.raises(RunDirectoryError, match=r"train\.lr"):
         run_sequence({**plan, "train": {**plan["train"], "lr": 0.5}}, tmp_path / "run")
@@ -243,10 +245,10 @@ def test_a_method_that_cannot_be_is_refused_before_anything_is_written(plan_of, 
 
 
 def test_a_watched_domain_is_measured_at_every_stage_and_never_trained_on_and_adapt_refuses_it(plan_of, tmp_path):
-    plan = plan_of()
+    plan = plan_of(data=SHORT)
     prose, code = plan["data"]["domains"]
     alone = run_sequence(tiny_domains.of(plan, "prose"), tmp_path / "1")
-    watching = plan_of(data={"domains": [prose], "watched": [code]})
+    watching = plan_of(data={**SHORT, "domains": [prose], "watched": [code]})
     (method,) = run_sequence(watching, tmp_path / "2").methods
     both = run_sequence(plan, tmp_path / "3").methods[0]
     assert [row.domain for row in method.stages] == ["prose"]
