@@ -70,6 +70,21 @@ _LAYERS = {
 _DEFAULT = "expects no default; DISeL adapts every linear layer unless told otherwise"
 _MERGING = "merges, which is refused (tests/tuners/test_tuner_refusals.py)"
 
+_MERGES = (
+    "test_merge_layers",
+    "test_merge_layers_fp16",
+    "test_merge_layers_is_idempotent",
+    "test_merge_layers_is_deterministic_in_train_mode",
+    "test_safe_merge",
+    "test_disable_adapters_with_merging",
+    "test_delete_merged_adapter_raises_without_mutation",
+    "test_delete_merged_adapter_only_rejects_the_merged_one",
+    "test_multiple_active_adapters_merge_and_unmerge",
+    "test_merge_layers_multi",
+    "test_sequential_merge_matches_batch_merge",
+    "test_unmerge_after_sequential_merge_restores_base",
+    "test_mixed_adapter_batches_merged_raises",
+)
 _GATED_CASES: tuple[Case, ...] = (
     ("Linear, low-rank gate", "MLP", {"target_modules": ["lin0"], "gate_rank": 2}),
     ("Linear, Gated LoRA", "MLP", {"target_modules": ["lin0"], "gate_kind": "relu"}),
@@ -100,24 +115,7 @@ METHODS = (
         _HALF_OPEN,
         {
             **_LAYERS,
-            **dict.fromkeys(
-                (
-                    "test_merge_layers",
-                    "test_merge_layers_fp16",
-                    "test_merge_layers_is_idempotent",
-                    "test_merge_layers_is_deterministic_in_train_mode",
-                    "test_safe_merge",
-                    "test_disable_adapters_with_merging",
-                    "test_delete_merged_adapter_raises_without_mutation",
-                    "test_delete_merged_adapter_only_rejects_the_merged_one",
-                    "test_multiple_active_adapters_merge_and_unmerge",
-                    "test_merge_layers_multi",
-                    "test_sequential_merge_matches_batch_merge",
-                    "test_unmerge_after_sequential_merge_restores_base",
-                    "test_mixed_adapter_batches_merged_raises",
-                ),
-                _MERGING,
-            ),
+            **dict.fromkeys(_MERGES, _MERGING),
             "test_default_target_modules_not_set_raises": _DEFAULT,
             "test_default_target_modules_not_set_model_type_set_raises": _DEFAULT,
             "test_adding_multiple_adapters_with_bias_raises": "trains biases, refused (test_tuner_refusals.py)",

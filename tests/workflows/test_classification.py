@@ -62,15 +62,9 @@ def scores(values: dict, adapter: Path):
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        ("roberta", "gain-ffn"),
-        ("bert", "gain-ffn"),
-        ("deberta-v2", "gain"),
-        ("distilbert", "gain-ffn"),
-        ("roberta", {"name": "lora", "rank": 4, "targets": "all-linear"}),
-        ("roberta", {"name": "disel", "rank": 4}),
-        ("roberta", {"name": "adalora", "rank": 4, "targets": "all-linear"}),
-        ("roberta", "ia3"),
-        ("roberta", "full"),
+        *(("roberta", method) for method in ("gain-ffn", "ia3", "full", {"name": "disel", "rank": 4})),
+        *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("lora", "adalora")),
+        *(("bert", "gain-ffn"), ("deberta-v2", "gain"), ("distilbert", "gain-ffn")),
     ],
 )
 def test_a_classifier_learns_a_rule_and_the_saved_one_is_the_trained_one(kind, method, rule, tmp_path):
