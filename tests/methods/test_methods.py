@@ -59,7 +59,7 @@ def logits(model) -> torch.Tensor:
         return model(tiny_base.blocks(2, 16, seed=9)).logits
 
 
-def taught(model, method, checkpoints, steps=6, position=None):
+def train(model, method, checkpoints, steps=6, position=None):
     plan = TrainConfig(batch_size=4, epochs=steps, lr=method.lr or 0.02, checkpoint_steps=100)
     rows = Examples.of_blocks(tiny_base.blocks(4, 16))
     prepared = prepare_method(method, ModelConfig(device="cpu", dtype="fp32"), plan)
@@ -81,7 +81,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_pa
         assert torch.equal(logits(model), before)
     else:
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-    trained = taught(model, method, tmp_path / "checkpoints")
+    trained = train(model, method, tmp_path / "checkpoints")
     losses = trained.losses
     assert losses[-1] < losses[0] - 0.01, losses
     record = record_of(base, method.name)
@@ -103,7 +103,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_pa
 def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(tiny, tmp_path, name):
     model = attach(base_of(tiny, "bf16").model, method_of(name), seed=0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    losses = taught(model, method_of(name), tmp_path, steps=3).losses
+    losses = train(model, method_of(name), tmp_path, steps=3).losses
     assert all(map(math.isfinite, losses))
 
 
@@ -122,7 +122,7 @@ def test_lora_plus_trains_b_at_its_multiple_of_the_rate(tiny, tmp_path):
     for name, more in (("lora", {}), ("lora+", {"lr_ratio": fast})):
         method = method_of(name, lr=slow, **more)
         model = attach(base_of(tiny, "fp32").model, method, seed=0)
-        taught(model, method, tmp_path / name, steps=1)
+        train(model, method, tmp_path / name, steps=1)
         moved[name] = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
     for name, value in moved["lora"].items():  # AdamW's first update is the rate times a sign, whatever the gradient
         torch.testing.assert_close(moved["lora+"][name], fast * value, rtol=1e-4, atol=1e-9)
@@ -155,7 +155,7 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(tiny, tmp_path):
     method = method_of("adalora")
     matrices, target, start = LAYERS * len(LINEARS), 2, 3
     model = attach(base_of(tiny, "fp32").model, method, seed=0)
-    first = taught(model, method, tmp_path / "a", steps=10, position=StagePosition(total=20))
+    first = train(model, method, tmp_path / "a", steps=10, position=StagePosition(total=20))
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     # budget at step 9 of 20: warm-up of 2, last 6 fixed, cubic in between
     expected = int((start - target) * matrices * (1 - (9 - 2) / 12) ** 3 + target * matrices)
@@ -169,12 +169,12 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(tiny, tmp_path):
     (tmp_path / "carried").mkdir()
     carried.save(tmp_path / "carried")
     assert (tmp_path / "carried" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
-    taught(model, method, tmp_path / "b", steps=10, position=position)
+    train(model, method, tmp_path / "b", steps=10, position=position)
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     assert sum(kept) == target * matrices
     assert len(set(kept)) > 1  # some matrices have more than others: that is what it is for
     again = load_adapter(base, tmp_path / "first", trainable=True)
-    taught(again, method, tmp_path / "c", steps=10, position=position)
+    train(again, method, tmp_path / "c", steps=10, position=position)
     assert torch.equal(logits(again), logits(model))
 
 
@@ -182,7 +182,7 @@ def test_peft_s_own_schedule_prunes_the_same_directions(tiny, tmp_path):
     """The driver changes nothing about PEFT's allocation: a plain loop over PEFT's documented calls ends alike."""
     method = method_of("adalora", orthogonality=0.0)
     ours = attach(base_of(tiny, "fp32").model, method, seed=0)
-    taught(ours, method, tmp_path, steps=10)
+    train(ours, method, tmp_path, steps=10)
     schedule = {"tinit": 1, "tfinal": 3, "total_step": 10, "orth_reg_weight": 0.0, "deltaT": 1}
     config = AdaLoraConfig(
         target_r=2, init_r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **schedule
@@ -216,7 +216,7 @@ def test_osf_s_gradients_stay_out_of_the_preserved_directions(tiny, tmp_path, dt
     base = base_of(tiny, dtype)
     whole = {n: m.weight.float() for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
     model = attach(base.model, method, seed=0)
-    taught(model, method, tmp_path, steps=1)  # hangs the hooks
+    train(model, method, tmp_path, steps=1)  # hangs the hooks
     model.train()
     model.zero_grad()
     blocks = tiny_base.blocks(2, 16)
@@ -279,7 +279,7 @@ def test_a_rank_that_some_weights_lack_is_named(caplog):
 
 def test_what_a_method_cannot_do_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="at least two updates"):
-        taught(attach(tiny_base.model(), method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
+        train(attach(tiny_base.model(), method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
     quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
     for name in ("pissa", "osf", "full"):
         with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):

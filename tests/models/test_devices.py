@@ -25,7 +25,7 @@ sys.stdin.read()
 
 
 def worker(devices, folder):
-    """A process that takes a device and keeps it until its input ends, and what it says."""
+    """A process that takes a device and keeps it until its input ends, and what it prints."""
     command = [sys.executable, "-c", TAKE, json.dumps(devices), str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return process, json.loads(process.stdout.readline())
@@ -35,7 +35,7 @@ def test_processes_share_devices_evenly_and_one_takes_a_dead_one_s_place(tmp_pat
     devices = ["2", "GPU-5f"]
     started = [worker(devices, tmp_path) for _ in range(3)]
     try:
-        assert [told[0] for _, told in started] == ["2", "GPU-5f", "2"]
+        assert [answer[0] for _, answer in started] == ["2", "GPU-5f", "2"]
         for _, (taken, again, visible, torch) in started:
             assert again is None and visible == taken and not torch
         started[1][0].kill()

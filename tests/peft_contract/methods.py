@@ -67,7 +67,7 @@ _LAYERS = {
     "test_default_target_modules_str": "patches the table of another method",
     "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": "no bias setting, or refused (test_tuner_refusals.py)",
 }
-_DEFAULT = "expects no default; DISeL adapts every linear layer unless told otherwise"
+_DEFAULT = "expects no default; DISeL adapts every linear layer unless it is given others"
 _MERGING = "merges, which is refused (tests/tuners/test_tuner_refusals.py)"
 
 _MERGES = (

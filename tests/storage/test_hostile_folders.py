@@ -15,7 +15,7 @@ from gaintune.storage import ADAPTATION, SWEEP, close_run, complete_folder, open
 from gaintune.storage.ownership import SEQUENCE, Kind
 from support.files import as_plan
 
-WRONG_MODEL = "no-such-owner/no-such-model"  # looked for, it would be an error of another class
+WRONG_MODEL = "no-such-owner/no-such-model"  # looking for it would raise an error of another class
 PLAN = f"model: {{name: {WRONG_MODEL}}}\ndata: {{domains: [contracts=texts/contracts.jsonl]}}\nmethods: [gain-ffn]\n"
 RECIPE = (
     "{id: MINE, title: t, source: s, asks: a, model: none, claims: [], steps: [{name: one, do: linear-model, settings: "
@@ -182,7 +182,7 @@ def test_no_command_touches_a_folder_that_it_did_not_begin(tmp_path, monkeypatch
                 broken.append(f"{what} goes on")
             except (ConfigError, RunDirectoryError):
                 pass
-            except Exception as error:  # such as one that tells of the model, which nobody should have looked at
+            except Exception as error:  # such as one about the model, which nobody should have looked at
                 broken.append(f"{what} goes on: {error!r}")
             if tree(world) != before:
                 broken.append(f"{what} changes it")

@@ -141,7 +141,7 @@ def test_transformers_integration(saved, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gains_are_float32_whatever_is_asked(dtype):
+def test_gains_are_float32_whatever_dtype_is_given(dtype):
     base = llama().to(dtype)
     model = get_peft_model(base, GainConfig(), autocast_adapter_dtype=False)
     model.add_adapter("other", GainConfig(), autocast_adapter_dtype=False)

@@ -22,7 +22,7 @@ END = "learnt sums with data.end_of_text true, here it is false. Give --set data
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny decoder, sums as prompts and answers, prose, and a DISeL adapter trained on the sums."""
-    made = tmp_path_factory.mktemp("learnt")
+    made = tmp_path_factory.mktemp("trained")
     tiny_base.folder(made / "base", max_position_embeddings=512)
     rows = [{"prompt": f"What is {n} and {n}?\n", "completion": f"It is {2 * n}."} for n in range(80)]
     write_rows(made / "sums.jsonl", rows)

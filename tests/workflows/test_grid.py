@@ -30,12 +30,12 @@ def test_every_combination_is_a_run_of_its_own():
         assert run.plan.evaluate.seed == 0  # and so are the blocks drawn, which pairs the runs
 
 
-def test_the_same_settings_have_the_same_id_however_they_are_said():
+def test_the_same_settings_have_the_same_id_however_they_are_given():
     (alone,) = runs(methods=["lora"], seeds=[5])
     assert alone.id in {run.id for run in runs(methods=["gain", "lora"], seeds=[1, 5], orders=3)}
-    (said,) = runs(methods=[{"name": "lora", "lr": 0.01}], seeds=[5])
+    (given,) = runs(methods=[{"name": "lora", "lr": 0.01}], seeds=[5])
     (of_all,) = planned_runs(read_grid({"plan": {**DOMAINS, "train": {"lr": 0.01, "seed": 5}}, "methods": ["lora"]}))
-    assert alone.id == said.id == of_all.id
+    assert alone.id == given.id == of_all.id
     (other,) = runs(methods=["lora"], seeds=[5], rates=0.02)
     assert other.id != alone.id
     (methods_of_plan,) = planned_runs(read_grid({"plan": {**DOMAINS, "methods": ["lora"]}, "seeds": [5]}))
@@ -54,8 +54,8 @@ def test_a_new_option_leaves_the_ids_of_old_plans_as_they_are():
 
     values = {**DOMAINS, "methods": ["lora"], "train": {"seed": 5}}
     assert plan_id(Later.model_validate(values)) == plan_id(Plan.model_validate(values))
-    said = {**values, "train": {"seed": 5, "batch_size": 4}, "evaluate": {"confidence": 0.95}}  # defaults
-    assert plan_id(Plan.model_validate(said)) == plan_id(Plan.model_validate(values))
+    given = {**values, "train": {"seed": 5, "batch_size": 4}, "evaluate": {"confidence": 0.95}}  # defaults
+    assert plan_id(Plan.model_validate(given)) == plan_id(Plan.model_validate(values))
     for section, key in (("train", {"epochs": 2}), ("evaluate", {"confidence": 0.9}), ("data", {"seed": 1})):
         other = {**values, section: {**values.get(section, {}), **key}}
         assert plan_id(Plan.model_validate(other)) != plan_id(Plan.model_validate(values))

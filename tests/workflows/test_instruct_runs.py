@@ -46,12 +46,12 @@ def plan(tiny, tmp_path, questions) -> dict:
 
 
 @pytest.fixture
-def asked(plan) -> dict:
+def questions_only(plan) -> dict:
     """The questions alone."""
     return {**plan, "data": {**plan["data"], "domains": plan["data"]["domains"][1:]}}
 
 
-def test_a_sequence_mixes_text_and_instructions_and_merges(plan, asked, tmp_path):
+def test_a_sequence_mixes_text_and_instructions_and_merges(plan, questions_only, tmp_path):
     run = tmp_path / "run"
     matrix = run_sequence(plan, run)
     (method,) = matrix.methods
@@ -63,7 +63,7 @@ def test_a_sequence_mixes_text_and_instructions_and_merges(plan, asked, tmp_path
     inputs = json.loads((run / "inputs.json").read_text())
     assert inputs["domains"]["questions"]["train_documents"] > 8
     file = tmp_path / "plan.yaml"
-    file.write_text(yaml.safe_dump(asked))
+    file.write_text(yaml.safe_dump(questions_only))
     (adapter,) = run.glob("stages/**/02-questions/adapter")
     merged = tmp_path / "merged"
     done = gaintune("merge", adapter, merged, "--plan", file, "--dtype", "fp32")
@@ -73,9 +73,9 @@ def test_a_sequence_mixes_text_and_instructions_and_merges(plan, asked, tmp_path
     assert certificate["adapter_perplexity"] == pytest.approx(method.stages[1].cells["questions"].perplexity, rel=1e-4)
 
 
-def test_a_merge_counts_the_bytes_of_what_is_scored(tiny, asked, tmp_path):
-    adapt(asked, tmp_path / "out")
-    plan = build_plan(asked)
+def test_a_merge_counts_the_bytes_of_what_is_scored(tiny, questions_only, tmp_path):
+    adapt(questions_only, tmp_path / "out")
+    plan = build_plan(questions_only)
     examples = load_domain(plan.data.domains[0], plan.data, load_tokenizer(plan.model)).validation
     options = {"blocks": examples, "model": config_of(tiny, "fp32"), "dtype": "fp32"}
     certificate = merge_adapter(tmp_path / "out", tmp_path / "merged", **options)
@@ -111,14 +111,14 @@ def test_domains_show_their_task():
     assert "text" in next(line for line in lines if "wikitext" in line)
 
 
-def test_a_model_that_mixes_packed_rows_learns_from_padded_ones(asked, tmp_path):
+def test_a_model_that_mixes_packed_rows_learns_from_padded_ones(questions_only, tmp_path):
     sizes = {"vocab_size": tiny_base.VOCABULARY, "hidden_size": 32, "n_layer": 1, "n_head": 2}
     BloomForCausalLM(BloomConfig(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "bloom")
     tiny_base.tokenizer().save_pretrained(tmp_path / "bloom")
-    asked["model"]["name"] = str(tmp_path / "bloom")
+    questions_only["model"]["name"] = str(tmp_path / "bloom")
     with pytest.raises(ConfigError, match=r"BloomForCausalLM.*set data\.packing=false"):
-        adapt(asked, tmp_path / "out")
-    asked["data"]["packing"] = False
-    result = adapt(asked, tmp_path / "padded")
+        adapt(questions_only, tmp_path / "out")
+    questions_only["data"]["packing"] = False
+    result = adapt(questions_only, tmp_path / "padded")
     assert result.after.perplexity < result.before.perplexity
     assert sum(result.before.tokens) < 2 * 64

@@ -206,7 +206,7 @@ def test_a_method_that_diverges_in_its_only_update_stops_no_other_the_second_tim
     assert found[0] == found[1]
 
 
-def test_a_base_whose_own_loss_is_not_finite_is_said_to_be_the_base(tmp_path):
+def test_a_base_whose_own_loss_is_not_finite_is_reported_as_the_base_s(tmp_path):
     folder = tiny_base.folder(tmp_path / "broken")
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("inf"))
