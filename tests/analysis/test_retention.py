@@ -18,7 +18,8 @@ from gaintune.evaluate.benchmarks.records import TaskFacts
 from gaintune.models import load_base
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt
-from support import refused, tiny_base, tiny_domains, write_rows
+from support import refused, tiny_base, tiny_domains
+from support.files import write_rows
 from support.killing import Nothing
 
 

@@ -19,7 +19,8 @@ from gaintune.data import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError, DataError
 from gaintune.evaluate import compare_adapters, measure, measure_tokens
 from gaintune.models import load_base
-from support import refused, tiny_adapters, tiny_base, tiny_domains, write_rows
+from support import refused, tiny_adapters, tiny_base, tiny_domains
+from support.files import write_rows
 
 
 @pytest.fixture(scope="module")

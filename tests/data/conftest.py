@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from support import write_rows as write_file
+from support.files import write_rows as write_file
 
 END_OF_TEXT = "<|end|>"
 

@@ -15,7 +15,8 @@ from gaintune.data.examples import TokenRow, pack
 from gaintune.errors import BaseModelError, ConfigError, DataError
 from gaintune.models import IGNORED
 from gaintune.workflows.merge import blocks_of
-from support import refused, write_rows
+from support import refused
+from support.files import write_rows
 from support.tiny_domains import load
 
 TEXTS = [f"document {number}: " + " ".join(f"w{number}x{word}" for word in range(12)) for number in range(120)]

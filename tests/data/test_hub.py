@@ -17,7 +17,8 @@ from gaintune.data import (
 )
 from gaintune.data.hub import HubSource, load_hub
 from gaintune.errors import AssetError, DataError
-from support import refused, write_rows
+from support import refused
+from support.files import write_rows
 
 CONTEXT = {"contexts": ["We asked.", "It did."], "labels": ["METHODS", "RESULTS"], "meshes": []}
 RESEARCH = {

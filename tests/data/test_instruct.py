@@ -16,7 +16,7 @@ from gaintune.data.exchanges import Exchange, Turn, question_and_answer, read_ex
 from gaintune.data.instruct import _token_rows
 from gaintune.errors import ConfigError, DataError
 from support import refused, tiny_base, tiny_domains
-from support import write_rows as write_file
+from support.files import write_rows as write_file
 
 WORDS = ("the", "cat", "and", "the", "hat", "and", "the", "bat", "sat", "on", "the", "mat")
 ROWS = [(" ".join(f"{word}{number}" for word in WORDS) + "? ", f"cat {number} sat € {number}") for number in range(150)]

@@ -22,7 +22,7 @@ from gaintune.data.split import drawn_order, in_drawn_order, split_documents
 from gaintune.data.tables import add_texts
 from gaintune.errors import DataError
 from support import refused
-from support import write_rows as write_file
+from support.files import write_rows as write_file
 
 
 def texts(documents):

@@ -32,6 +32,20 @@ from support import refused, tiny_base, tiny_benchmarks
 from support.benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit, logits
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    return tiny_base.folder(folder, dtype=torch.float32, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in NAMES:
+        tiny_benchmarks.write(folder / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
+    return folder
+
+
 def measured(*arguments, **options):
     """Run benchmarks, and return their report and the titles of what was measured anew."""
     watch = Watch()

@@ -8,29 +8,25 @@ from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.osf.layer import OSFLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gaintune.adapters import AdapterRecord, absorb, load_adapter, save_adapter
+from gaintune.adapters import absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import (
-    METHODS,
-    StagePosition,
-    attach,
-    check_method,
-    prepare_method,
-    trainable_parameters,
-)
+from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.methods.rules import STATE, BudgetSchedule
-from gaintune.models import load_base
 from gaintune.training import train_stage
+from gaintune.tuners import parameter_groups
 from support import tiny_base
+from support.tiny_adapters import base_of, record_of
 
 D, FFN, LAYERS, KV = 32, 48, 2, 16
 LINEARS = [(D, D), (D, KV), (D, KV), (D, D), (D, FFN), (D, FFN), (FFN, D)]  # (in, out) of q k v o gate up down
 SIDES = sum(sum(shape) for shape in LINEARS)
 OUTS = sum(out for _, out in LINEARS)
 HALVES = sum(min(shape) // 2 * (sum(shape) + 1) for shape in LINEARS)
-METHOD = {
+GATE_INPUTS = sum(inputs for inputs, _ in LINEARS)
+GATE = GATE_INPUTS + len(LINEARS)  # of one rank
+METHOD = {  # the name, after which a case may say more -> options and the count of trained numbers
     "gain": ({}, LAYERS * D),
     "gain-ffn": ({}, LAYERS * (D + FFN)),
     "ia3": ({}, LAYERS * (KV + KV + FFN)),
@@ -42,22 +38,19 @@ METHOD = {
     "hira": ({"rank": 2, "lr": 0.02}, LAYERS * 2 * SIDES),
     "vera": ({"rank": 8}, LAYERS * (OUTS + 8 * len(LINEARS))),
     "osf": ({"lr": 0.005}, LAYERS * HALVES),
+    "disel": ({}, LAYERS * 8 * (SIDES + GATE)),
+    "disel of rank 2": ({"rank": 2}, LAYERS * 2 * (SIDES + GATE)),
+    "disel with gates of rank 3": (
+        {"gate_rank": 3},
+        LAYERS * (8 * SIDES + 3 * GATE_INPUTS + (8 * 3 + 8) * len(LINEARS)),
+    ),
+    "gated-lora": ({}, LAYERS * 8 * SIDES),
 }
 EXACT_AT_START = set(METHOD) - {"pissa", "osf"}  # these two rebuild the weight from parts, within rounding
-RECORD = {"base_name": "tiny", "label": "x", "domains": ("prose",)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_base.folder(tmp_path_factory.mktemp("base"))
-
-
-def base_of(folder, dtype="fp32"):
-    return load_base(ModelConfig(name=str(folder), dtype=dtype, device="cpu"))
-
-
-def method_of(name, **more) -> MethodConfig:
-    return MethodConfig.model_validate({"name": name, **METHOD[name][0], **more})
+def method_of(case, **more) -> MethodConfig:
+    return MethodConfig.model_validate({"name": case.partition(" ")[0], **METHOD[case][0], **more})
 
 
 def logits(model) -> torch.Tensor:
@@ -66,22 +59,21 @@ def logits(model) -> torch.Tensor:
         return model(tiny_base.blocks(2, 16, seed=9)).logits
 
 
-def taught(model, method, checkpoints, steps=6, position=None):
+def train(model, method, checkpoints, steps=6, position=None):
     plan = TrainConfig(batch_size=4, epochs=steps, lr=method.lr or 0.02, checkpoint_steps=100)
     rows = Examples.of_blocks(tiny_base.blocks(4, 16))
     prepared = prepare_method(method, ModelConfig(device="cpu", dtype="fp32"), plan)
     return train_stage(model, prepared, rows, plan, position or StagePosition(), checkpoints=checkpoints)
 
 
-def test_the_table_above_holds_every_method_of_peft():
-    ours = {"full", "disel", "gated-lora"}  # tested in test_train, test_sequence and tests/tuners
-    assert set(METHOD) == set(METHODS) - ours
+def test_the_table_above_holds_every_method():
+    assert {method_of(case).name for case in METHOD} == set(METHODS) - {"full"}  # tested in test_train, test_sequence
 
 
 @pytest.mark.parametrize("name", METHOD)
-def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_path, name):
+def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_path, name):
     method = method_of(name)
-    base = base_of(folder)
+    base = base_of(tiny, "fp32")
     before = logits(base.model)
     model = attach(base.model, method, seed=0)
     assert trainable_parameters(model) == METHOD[name][1]
@@ -89,55 +81,56 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(folder, tmp_
         assert torch.equal(logits(model), before)
     else:
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-    learnt = taught(model, method, tmp_path / "checkpoints")
-    losses = learnt.losses
+    trained = train(model, method, tmp_path / "checkpoints")
+    losses = trained.losses
     assert losses[-1] < losses[0] - 0.01, losses
-    record = AdapterRecord(base_fingerprint=base.fingerprint, method=name, **RECORD)
-    save_adapter(model, tmp_path / "adapter", record, keep=learnt.keep)
+    record = record_of(base, method.name)
+    save_adapter(model, tmp_path / "adapter", record, keep=trained.keep)
     expected = logits(model)
     assert not torch.allclose(expected, before, atol=1e-3)
-    again = load_adapter(base_of(folder), tmp_path / "adapter", trainable=True)
+    again = load_adapter(base_of(tiny, "fp32"), tmp_path / "adapter", trainable=True)
     assert torch.equal(logits(again), expected)
     assert trainable_parameters(again) == METHOD[name][1]
-    merged = absorb(base_of(folder), tmp_path / "adapter", torch.float32)[0]
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    if method.name not in ("disel", "gated-lora"):
+        merged = absorb(base_of(tiny, "fp32"), tmp_path / "adapter", torch.float32)[0]
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     save_adapter(again, tmp_path / "again", record)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("name", METHOD)
-def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(folder, tmp_path, name):
-    model = attach(base_of(folder, "bf16").model, method_of(name), seed=0)
+def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(tiny, tmp_path, name):
+    model = attach(base_of(tiny, "bf16").model, method_of(name), seed=0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    losses = taught(model, method_of(name), tmp_path, steps=3).losses
+    losses = train(model, method_of(name), tmp_path, steps=3).losses
     assert all(map(math.isfinite, losses))
 
 
-def test_the_seed_draws_vera_s_matrices(folder):
-    made = [attach(base_of(folder).model, method_of("vera"), seed=seed).base_model for seed in (0, 0, 1)]
+def test_the_seed_draws_vera_s_matrices(tiny):
+    made = [attach(base_of(tiny, "fp32").model, method_of("vera"), seed=seed).base_model for seed in (0, 0, 1)]
     first, same, other = (model.vera_A["default"] for model in made)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
 
-def test_lora_plus_trains_b_at_its_multiple_of_the_rate(folder, tmp_path):
+def test_lora_plus_trains_b_at_its_multiple_of_the_rate(tiny, tmp_path):
     assert METHODS["lora"].rates(method_of("lora")) == {}
     assert METHODS["lora+"].rates(method_of("lora+")) == {"lora_B": 16.0}
     slow, fast = 1e-3, 8.0
     moved = {}
     for name, more in (("lora", {}), ("lora+", {"lr_ratio": fast})):
         method = method_of(name, lr=slow, **more)
-        model = attach(base_of(folder).model, method, seed=0)
-        taught(model, method, tmp_path / name, steps=1)
+        model = attach(base_of(tiny, "fp32").model, method, seed=0)
+        train(model, method, tmp_path / name, steps=1)
         moved[name] = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
     for name, value in moved["lora"].items():  # AdamW's first update is the rate times a sign, whatever the gradient
         torch.testing.assert_close(moved["lora+"][name], fast * value, rtol=1e-4, atol=1e-9)
 
 
-def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(folder):
+def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(tiny):
     method = method_of("adalora", orthogonality=0.3)
-    model = attach(base_of(folder).model, method, seed=0)
+    model = attach(base_of(tiny, "fp32").model, method, seed=0)
     blocks = tiny_base.blocks(2, 16)
 
     def gradients(weight, ours):
@@ -158,18 +151,17 @@ def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(folder):
     assert any(not torch.allclose(theirs[name], without[name], atol=1e-5) for name in theirs)
 
 
-def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path):
+def test_adalora_s_budget_follows_the_schedule_over_two_stages(tiny, tmp_path):
     method = method_of("adalora")
     matrices, target, start = LAYERS * len(LINEARS), 2, 3
-    model = attach(base_of(folder).model, method, seed=0)
-    first = taught(model, method, tmp_path / "a", steps=10, position=StagePosition(total=20))
+    model = attach(base_of(tiny, "fp32").model, method, seed=0)
+    first = train(model, method, tmp_path / "a", steps=10, position=StagePosition(total=20))
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     # budget at step 9 of 20: warm-up of 2, last 6 fixed, cubic in between
     expected = int((start - target) * matrices * (1 - (9 - 2) / 12) ** 3 + target * matrices)
     assert sum(kept) == expected < start * matrices
-    base = base_of(folder)
-    record = AdapterRecord(base_fingerprint=base.fingerprint, method="adalora", **RECORD)
-    save_adapter(model, tmp_path / "first", record, keep=first.keep)
+    base = base_of(tiny, "fp32")
+    save_adapter(model, tmp_path / "first", record_of(base, "adalora"), keep=first.keep)
     assert (tmp_path / "first" / STATE).is_file()
     position = StagePosition(previous=tmp_path / "first", first=10, total=20)
     carried = BudgetSchedule(method, position)
@@ -177,28 +169,28 @@ def test_adalora_s_budget_follows_the_schedule_over_two_stages(folder, tmp_path)
     (tmp_path / "carried").mkdir()
     carried.save(tmp_path / "carried")
     assert (tmp_path / "carried" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
-    taught(model, method, tmp_path / "b", steps=10, position=position)
+    train(model, method, tmp_path / "b", steps=10, position=position)
     kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     assert sum(kept) == target * matrices
     assert len(set(kept)) > 1  # some matrices have more than others: that is what it is for
     again = load_adapter(base, tmp_path / "first", trainable=True)
-    taught(again, method, tmp_path / "c", steps=10, position=position)
+    train(again, method, tmp_path / "c", steps=10, position=position)
     assert torch.equal(logits(again), logits(model))
 
 
-def test_peft_s_own_schedule_prunes_the_same_directions(folder, tmp_path):
+def test_peft_s_own_schedule_prunes_the_same_directions(tiny, tmp_path):
     """The driver changes nothing about PEFT's allocation: a plain loop over PEFT's documented calls ends alike."""
     method = method_of("adalora", orthogonality=0.0)
-    ours = attach(base_of(folder).model, method, seed=0)
-    taught(ours, method, tmp_path, steps=10)
+    ours = attach(base_of(tiny, "fp32").model, method, seed=0)
+    train(ours, method, tmp_path, steps=10)
+    schedule = {"tinit": 1, "tfinal": 3, "total_step": 10, "orth_reg_weight": 0.0, "deltaT": 1}
     config = AdaLoraConfig(
-        target_r=2, init_r=3, lora_alpha=6, tinit=1, tfinal=3, total_step=10, orth_reg_weight=0.0, deltaT=1,
-        target_modules="all-linear", task_type="CAUSAL_LM",
-    )  # fmt: skip
+        target_r=2, init_r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **schedule
+    )
     torch.manual_seed(0)
-    theirs = get_peft_model(base_of(folder).model, config)
+    theirs = get_peft_model(base_of(tiny, "fp32").model, config)
     with torch.no_grad():
-        start = dict(attach(base_of(folder).model, method, seed=0).named_parameters())
+        start = dict(attach(base_of(tiny, "fp32").model, method, seed=0).named_parameters())
         for name, parameter in theirs.named_parameters():
             parameter.copy_(start[name])
     trained = [p for p in theirs.parameters() if p.requires_grad]
@@ -218,18 +210,13 @@ def test_peft_s_own_schedule_prunes_the_same_directions(folder, tmp_path):
             assert torch.equal(found[name] == 0, value == 0), name
 
 
-def test_adalora_needs_two_updates(folder, tmp_path):
-    with pytest.raises(ConfigError, match="at least two updates"):
-        taught(attach(base_of(folder).model, method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_osf_s_gradients_stay_out_of_the_preserved_directions(folder, tmp_path, dtype):
+def test_osf_s_gradients_stay_out_of_the_preserved_directions(tiny, tmp_path, dtype):
     method = method_of("osf")
-    base = base_of(folder, dtype)
+    base = base_of(tiny, dtype)
     whole = {n: m.weight.float() for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
     model = attach(base.model, method, seed=0)
-    taught(model, method, tmp_path, steps=1)  # hangs the hooks
+    train(model, method, tmp_path, steps=1)  # hangs the hooks
     model.train()
     model.zero_grad()
     blocks = tiny_base.blocks(2, 16)
@@ -245,13 +232,61 @@ def test_osf_s_gradients_stay_out_of_the_preserved_directions(folder, tmp_path, 
             assert leaked.norm() < (1e-4 if dtype == "fp32" else 0.05) * gradient.norm(), (name, part)
 
 
-def test_what_a_method_cannot_do_is_refused():
+def test_options_of_gates_reach_the_adapter_and_the_optimizer():
+    options = {"rank": 4, "alpha": 3, "gate_bias": -7, "gate_lr_ratio": 2, "gate_rank": 2, "targets": ("o_proj",)}
+    method = MethodConfig(name="disel", **options)
+    model = attach(tiny_base.model(), method, seed=0)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.gate_bias_init, config.gate_rank) == (4, 3, -7, 2)
+    assert config.target_modules == {"o_proj"}
+    for multipliers in (METHODS[method.name].rates(method), None):
+        groups = parameter_groups(model, 0.01, 0.1, multipliers)
+        rates = {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]}
+        assert rates == {(0.02, 0.0)}
+    assert attach(tiny_base.model(), MethodConfig(name="disel"), seed=0).peft_config["default"].gate_lr_ratio == 5.0
+
+
+ALL, RANKED = "all-linear", ("lora", "pissa", "adalora", "disel")
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "build", "message"),
+    [
+        *((name, ALL, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32") for name in RANKED),
+        ("hira", None, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32"),
+        ("lora", None, tiny_base.model, r".*o_proj \(32 x 32\)"),
+        ("lora", None, gpt2, r".*c_proj \(16 x 16\)"),
+    ],
+)
+def test_a_rank_that_no_weight_has_is_refused(name, targets, build, message):
+    with pytest.raises(ConfigError, match=f"rank 10000 is more than{message}"):
+        attach(build(), MethodConfig(name=name, rank=10_000, targets=targets), seed=0)
+
+
+def test_a_rank_that_some_weights_lack_is_named(caplog):
+    attach(tiny_base.model(), MethodConfig(name="lora", rank=20, targets=ALL), seed=0)
+    warning = "method 'lora': rank 20 is more than the smaller side of 4 of 14 weights it adapts, such as"
+    assert f"{warning} model.layers.0.self_attn.k_proj (16 x 32)" in caplog.text
+    caplog.clear()
+    attach(tiny_base.model(), MethodConfig(name="lora", rank=16, targets=ALL), seed=0)
+    attach(tiny_base.model(), MethodConfig(name="vera", rank=64), seed=0)
+    assert not caplog.text
+
+
+def test_what_a_method_cannot_do_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="at least two updates"):
+        train(attach(tiny_base.model(), method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
     quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
     for name in ("pissa", "osf", "full"):
         with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):
             prepare_method(MethodConfig(name=name), quantized, TrainConfig())
-    with pytest.raises(ConfigError, match="method 'lora' has no option 'lr_ratio'"):
-        check_method(MethodConfig(name="lora", lr_ratio=4.0))
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    no_options = [("lora", "lr_ratio"), *(("gated-lora", key) for key in ("gate_bias", "gate_lr_ratio", "gate_rank"))]
+    for name, option in no_options:
+        with pytest.raises(ConfigError, match=f"method '{name}' has no option '{option}'"):
+            check_method(MethodConfig.model_validate({"name": name, option: 1}))
     with pytest.raises(ConfigError, match=r"has no form for transformer\.h\.0\.attn\.c_attn \(Conv1D\)"):
-        attach(gpt2, MethodConfig(name="osf"), seed=0)
+        attach(gpt2(), MethodConfig(name="osf"), seed=0)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
-from gaintune.errors import ConfigError
+from gaintune.errors import AdapterError, ConfigError
 from gaintune.methods import StageData, StagePosition, attach, prepare_method
 from gaintune.methods.penalties import FISHER, STRENGTHS, fisher_information, penalty_of, strength_of
 from gaintune.models import IGNORED, NextTokenLoss
@@ -104,9 +104,8 @@ def test_the_pull_is_the_gradient_of_the_penalty(tmp_path, penalty):
     weight = {name: torch.ones_like(value) if fisher is None else fisher[name] for name, value in anchor.items()}
     loose = {name: value.detach().clone().requires_grad_() for name, value in trained(model).items()}
     term = sum((0.5 * strength * weight[name] * (loose[name] - anchor[name]) ** 2).sum() for name in anchor)
-    for (name, value), gradient in zip(
-        trained(model).items(), torch.autograd.grad(term, list(loose.values())), strict=True
-    ):
+    gradients = torch.autograd.grad(term, list(loose.values()))
+    for (name, value), gradient in zip(trained(model).items(), gradients, strict=True):
         torch.testing.assert_close(value.grad, 1 + gradient, rtol=1e-5, atol=1e-7, msg=name)
     if fisher is None:
         return
@@ -163,13 +162,8 @@ def test_the_earlier_information_lies_where_each_weight_does(tmp_path):
     assert (model.near.grad.device.type, model.far.grad.device.type) == ("cpu", "meta")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.folder(tmp_path_factory.mktemp("base"))
-
-
-def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(base, tmp_path):
-    train = {"train": {"weight_decay": 0.1}}
+def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(tiny, tmp_path):
+    train = {"weight_decay": 0.1}
     methods = [
         LORA,
         {**LORA, "label": "l2", "penalty": "l2", "penalty_strength": 0},
@@ -177,7 +171,7 @@ def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(base, tmp_path
         {**LORA, "label": "replay", "replay": 0},
         {**LORA, "label": "pulled", "penalty": "l2", "penalty_strength": 0.5},
     ]
-    run_sequence(tiny_domains.plan(base, tmp_path, methods=methods, **train), tmp_path / "run")
+    run_sequence(tiny_domains.plan(tiny, tmp_path, methods=methods, train=train), tmp_path / "run")
 
     def results(label):
         folder = tmp_path / "run" / "stages" / label
@@ -194,53 +188,44 @@ def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(base, tmp_path
     assert pulled[f"02-code/{adapter}"] != plain[f"02-code/{adapter}"]
 
 
-def test_a_single_adaptation_finds_the_earlier_information_beside_its_start(base, tmp_path):
+def test_a_single_adaptation_finds_the_earlier_information_beside_its_start(tiny, tmp_path):
     ewc = {**LORA, "penalty": "ewc", "penalty_strength": 1e4}
-    values = tiny_domains.plan(base, tmp_path, methods=[ewc])
-    prose, code = values["data"]["domains"]
-
-    def domain(*which):
-        return {**values, "data": {**values["data"], "domains": list(which)}}
-
-    run_sequence(values, tmp_path / "run")
-    adapt(domain(prose), tmp_path / "first")
+    both = tiny_domains.plan(tiny, tmp_path, methods=[ewc])
+    prose, code = (tiny_domains.of(both, name) for name in ("prose", "code"))
+    run_sequence(both, tmp_path / "run")
+    adapt(prose, tmp_path / "first")
     assert damage(tmp_path / "first") is None
-    adapt(domain(code), tmp_path / "second", start=tmp_path / "first")
+    adapt(code, tmp_path / "second", start=tmp_path / "first")
     stages = tmp_path / "run" / "stages" / "lora-ewc"
     for own, theirs in (("first", "01-prose"), ("second", "02-code")):
         for file in (FISHER, "adapter_model.safetensors"):
             assert (tmp_path / own / file).read_bytes() == (stages / theirs / "adapter" / file).read_bytes(), file
     settings = read_json(tmp_path / "second" / "gaintune.json")["settings"]["method"]
     assert (settings["penalty"], settings["penalty_strength"]) == ("ewc", 1e4)
-    plain = {**domain(prose), "methods": [LORA]}
-    adapt(plain, tmp_path / "plain")
+    adapt({**prose, "methods": [LORA]}, tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"plain has no penalty\.safetensors: it was not trained with penalty=ewc"):
-        adapt(domain(code), tmp_path / "third", start=tmp_path / "plain")
+        adapt(code, tmp_path / "third", start=tmp_path / "plain")
     (tmp_path / "first" / FISHER).write_bytes(b"")
-    with pytest.raises(Exception, match="cut short or changed"):
-        adapt(domain(code), tmp_path / "third", start=tmp_path / "first")
+    with pytest.raises(AdapterError, match="cut short or changed"):
+        adapt(code, tmp_path / "third", start=tmp_path / "first")
 
 
-def test_a_single_adaptation_replays_the_domains_it_is_given(base, tmp_path):
-    values = tiny_domains.plan(base, tmp_path, methods=[{**LORA, "replay": 0.5}])
-    prose, code = values["data"]["domains"]
-
-    def domain(*which, **more):
-        return {**values, "data": {**values["data"], "domains": list(which)}, **more}
-
-    run_sequence(values, tmp_path / "run")
+def test_a_single_adaptation_replays_the_domains_it_is_given(tiny, tmp_path):
+    both = tiny_domains.plan(tiny, tmp_path, methods=[{**LORA, "replay": 0.5}])
+    prose, code = (tiny_domains.of(both, name) for name in ("prose", "code"))
+    run_sequence(both, tmp_path / "run")
     stages = tmp_path / "run" / "stages" / "lora-replay"
-    told = [read_json(stages / stage / "metrics.json") for stage in ("01-prose", "02-code")]
-    assert [each["tokens"] for each in told] == [32 * 32, 48 * 32]
-    plain = [LORA]
-    adapt(domain(prose, methods=plain), tmp_path / "first")
-    adapt(domain(prose, code), tmp_path / "second", start=tmp_path / "first")
+    tokens = [read_json(stages / stage / "metrics.json")["tokens"] for stage in ("01-prose", "02-code")]
+    assert tokens == [32 * 32, 48 * 32]
+    adapt({**prose, "methods": [LORA]}, tmp_path / "first")
+    adapt(both, tmp_path / "second", start=tmp_path / "first")
     ours = (tmp_path / "second" / "adapter_model.safetensors").read_bytes()
     assert ours == (stages / "02-code" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert read_json(tmp_path / "second" / "gaintune.json")["domains"] == ["prose", "code"]
     with pytest.raises(ConfigError, match=r"which .*first has learnt: give those.*\(--domain prose --domain code\)"):
-        adapt(domain(code), tmp_path / "third", start=tmp_path / "first")
+        adapt(code, tmp_path / "third", start=tmp_path / "first")
     with pytest.raises(ConfigError, match="replay mixes in rows of earlier domains: give --start"):
-        adapt(domain(code), tmp_path / "third")
+        adapt(code, tmp_path / "third")
+    turned = {**both, "data": {**both["data"], "domains": both["data"]["domains"][::-1]}}
     with pytest.raises(ConfigError, match="first has not learnt code; it has learnt prose"):
-        adapt(domain(code, prose), tmp_path / "third", start=tmp_path / "first")
+        adapt(turned, tmp_path / "third", start=tmp_path / "first")

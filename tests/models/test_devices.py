@@ -25,7 +25,7 @@ sys.stdin.read()
 
 
 def worker(devices, folder):
-    """A process that takes a device and keeps it until its input ends, and what it says."""
+    """A process that takes a device and keeps it until its input ends, and what it prints."""
     command = [sys.executable, "-c", TAKE, json.dumps(devices), str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return process, json.loads(process.stdout.readline())
@@ -35,7 +35,7 @@ def test_processes_share_devices_evenly_and_one_takes_a_dead_one_s_place(tmp_pat
     devices = ["2", "GPU-5f"]
     started = [worker(devices, tmp_path) for _ in range(3)]
     try:
-        assert [told[0] for _, told in started] == ["2", "GPU-5f", "2"]
+        assert [answer[0] for _, answer in started] == ["2", "GPU-5f", "2"]
         for _, (taken, again, visible, torch) in started:
             assert again is None and visible == taken and not torch
         started[1][0].kill()
@@ -48,13 +48,10 @@ def test_processes_share_devices_evenly_and_one_takes_a_dead_one_s_place(tmp_pat
             process.communicate()
 
 
-def test_devices_are_called_what_this_process_may_see():
+def test_devices_are_called_what_this_process_may_see_and_none_is_taken_where_there_is_none(monkeypatch):
     assert visible_devices(2, {}) == ("0", "1")
     assert visible_devices(2, {VISIBLE: "3, 5"}) == ("3", "5")
     assert visible_devices(0, {}) == visible_devices(0, {VISIBLE: ""}) == ()
-
-
-def test_nothing_is_taken_where_there_is_nothing_to_take(monkeypatch):
     monkeypatch.delenv(VISIBLE, raising=False)
     assert take_device(()) is None
     assert VISIBLE not in os.environ

@@ -23,8 +23,8 @@ TOKEN = "hf_madeupsecretmadeupsecret"
 class Hub(BaseHTTPRequestHandler):
     """The answers `huggingface_hub` needs to download a repository: its commit, its files, and each file."""
 
-    def __init__(self, folder: Path, asked: list[str], *arguments):
-        self.folder, self.asked = folder, asked
+    def __init__(self, folder: Path, requested: list[str], *arguments):
+        self.folder, self.requested = folder, requested
         super().__init__(*arguments)
 
     def log_message(self, *_):
@@ -40,17 +40,15 @@ class Hub(BaseHTTPRequestHandler):
 
     def respond(self):
         path = self.path.split("?")[0]
-        self.asked.append(path)
+        self.requested.append(path)
         if path.startswith("/api/models/acme/tiny/revision/"):
             if path.rpartition("/")[2] not in ("main", COMMIT):
                 return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="no such revision")
             files = [{"rfilename": file.name} for file in self.folder.iterdir()]
             return self.answer(body=json.dumps({"id": "acme/tiny", "sha": COMMIT, "siblings": files}).encode())
         if path.startswith("/api/models/acme/tiny/tree/"):
-            entries = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                for file in sorted(self.folder.iterdir())
-            ]
+            files = [(file.name, file.stat().st_size) for file in sorted(self.folder.iterdir())]
+            entries = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in files]
             return self.answer(body=json.dumps(entries).encode(), Content_Type="application/json")
         if path.startswith(f"/acme/tiny/resolve/{COMMIT}/"):
             body = (self.folder / path.rpartition("/")[2]).read_bytes()
@@ -64,17 +62,17 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A sharded tiny model with pickled weights beside it, as many repositories have; and what was asked for."""
+    """A sharded tiny model with pickled weights beside it, as many repositories have; and what was requested for."""
     folder = tmp_path_factory.mktemp("hub") / "tiny"
     tiny_base.model().to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
     tiny_base.tokenizer().save_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
     (folder / "modeling_own.py").write_text("raise SystemExit('code was run')")
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, asked))
+    requested: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder, requested))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}", asked
+    yield folder, f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
 
 
@@ -93,12 +91,12 @@ def load(tmp_path, monkeypatch, capfd, caplog):
         close_session()  # the client keeps its settings with its connections
         try:
             base = load_base(ModelConfig(name=name, device="cpu", dtype="fp32", revision=revision))
-            said = f"{base.model.name_or_path} {base.revision} {base.fingerprint}"
+            outcome = f"{base.model.name_or_path} {base.revision} {base.fingerprint}"
         except GaintuneError as error:
-            said = f"{type(error).__name__} {error}"
+            outcome = f"{type(error).__name__} {error}"
         out, err = capfd.readouterr()
-        assert TOKEN not in said + out + err + caplog.text
-        return said
+        assert TOKEN not in outcome + out + err + caplog.text
+        return outcome
 
     yield load
     close_session()
@@ -112,11 +110,11 @@ def nobody() -> str:
 
 
 def test_a_hub_model_is_fetched_once_without_what_is_not_needed(published, load):
-    folder, endpoint, asked = published
+    folder, endpoint, requested = published
     expected = f"acme/tiny None {fingerprint_folder(folder)}"
-    asked.clear()
+    requested.clear()
     assert load("acme/tiny", endpoint) == expected
-    fetched = {path.rpartition("/")[2] for path in asked if "/resolve/" in path}
+    fetched = {path.rpartition("/")[2] for path in requested if "/resolve/" in path}
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < fetched
     assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "modeling_own.py"}
     assert load("acme/tiny", nobody()) == expected, "from the cache, with no hub to be reached"

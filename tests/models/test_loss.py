@@ -12,13 +12,7 @@ from gaintune.models import NextTokenLoss
 from gaintune.models import loss as loss_module
 from gaintune.models.loss import chunked_cross_entropy, token_losses
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0}
 
 
@@ -80,9 +74,7 @@ CONFIGS = {
     "gemma2-softcap": Gemma2Config(**SIZES, **GEMMA),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4),
     "granite-scaled-logits": GraniteConfig(**SIZES, logits_scaling=3.0),
-    "opt": OPTConfig(
-        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
-    ),
+    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
 }
 
 

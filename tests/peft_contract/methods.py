@@ -65,11 +65,26 @@ _LAYERS = {
     "test_save_pretrained_targeting_lora_to_embedding_layer_non_transformers": "adapts an embedding, refused",
     "test_default_target_modules_list_of_str": "patches the table of another method",
     "test_default_target_modules_str": "patches the table of another method",
-    "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": "no bias setting, or refused (test_disel_refusals.py)",
+    "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": "no bias setting, or refused (test_tuner_refusals.py)",
 }
-_DEFAULT = "expects no default; DISeL adapts every linear layer unless told otherwise"
-_MERGING = "merges, which is refused (tests/tuners/test_disel_refusals.py)"
+_DEFAULT = "expects no default; DISeL adapts every linear layer unless it is given others"
+_MERGING = "merges, which is refused (tests/tuners/test_tuner_refusals.py)"
 
+_MERGES = (
+    "test_merge_layers",
+    "test_merge_layers_fp16",
+    "test_merge_layers_is_idempotent",
+    "test_merge_layers_is_deterministic_in_train_mode",
+    "test_safe_merge",
+    "test_disable_adapters_with_merging",
+    "test_delete_merged_adapter_raises_without_mutation",
+    "test_delete_merged_adapter_only_rejects_the_merged_one",
+    "test_multiple_active_adapters_merge_and_unmerge",
+    "test_merge_layers_multi",
+    "test_sequential_merge_matches_batch_merge",
+    "test_unmerge_after_sequential_merge_restores_base",
+    "test_mixed_adapter_batches_merged_raises",
+)
 _GATED_CASES: tuple[Case, ...] = (
     ("Linear, low-rank gate", "MLP", {"target_modules": ["lin0"], "gate_rank": 2}),
     ("Linear, Gated LoRA", "MLP", {"target_modules": ["lin0"], "gate_kind": "relu"}),
@@ -86,21 +101,13 @@ _ALWAYS_WIDE = {
     "test_adapter_dtype_autocast": {
         "autocast_adapter_dtype": (
             [True],
-            "expects the base's dtype; gains and gates are always float32 (tests/tuners/test_gain_saving.py and "
-            "test_disel_saving.py)",
+            "expects the base's dtype; gains and gates are always float32 (tests/tuners/test_tuner_saving.py)",
         )
     }
 }
 
 METHODS = (
-    Method(
-        "Gain",
-        GainConfig,
-        {"init_weights": False},
-        CASES,
-        _LAYERS,
-        _ALWAYS_WIDE,
-    ),
+    Method("Gain", GainConfig, {"init_weights": False}, CASES, _LAYERS, _ALWAYS_WIDE),
     Method(
         "Disel",
         DiselConfig,
@@ -108,27 +115,10 @@ METHODS = (
         _HALF_OPEN,
         {
             **_LAYERS,
-            **dict.fromkeys(
-                (
-                    "test_merge_layers",
-                    "test_merge_layers_fp16",
-                    "test_merge_layers_is_idempotent",
-                    "test_merge_layers_is_deterministic_in_train_mode",
-                    "test_safe_merge",
-                    "test_disable_adapters_with_merging",
-                    "test_delete_merged_adapter_raises_without_mutation",
-                    "test_delete_merged_adapter_only_rejects_the_merged_one",
-                    "test_multiple_active_adapters_merge_and_unmerge",
-                    "test_merge_layers_multi",
-                    "test_sequential_merge_matches_batch_merge",
-                    "test_unmerge_after_sequential_merge_restores_base",
-                    "test_mixed_adapter_batches_merged_raises",
-                ),
-                _MERGING,
-            ),
+            **dict.fromkeys(_MERGES, _MERGING),
             "test_default_target_modules_not_set_raises": _DEFAULT,
             "test_default_target_modules_not_set_model_type_set_raises": _DEFAULT,
-            "test_adding_multiple_adapters_with_bias_raises": "trains biases, refused (test_disel_refusals.py)",
+            "test_adding_multiple_adapters_with_bias_raises": "trains biases, refused (test_tuner_refusals.py)",
         },
         {
             **_ALWAYS_WIDE,
@@ -136,7 +126,7 @@ METHODS = (
                 "test_name, model_id, config_cls, config_kwargs": (
                     [(name, model, DiselConfig, given) for name, model, given in _HALF_OPEN if name not in _SATURATED],
                     f"upstream's inputs (up to 89) and rate of 0.5 saturate the gates of {' and '.join(_SATURATED)!r}; "
-                    "see test_only_the_adapter_is_updated_and_all_of_it in test_disel_adapters.py",
+                    "see test_only_the_adapter_is_updated_and_all_of_it in test_tuner_adapters.py",
                 )
             },
         },

@@ -60,21 +60,9 @@ def main(arguments: list[str]) -> int:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(home),
-        "--disable-warnings",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-    ]
-    contract = Path(__file__).with_name("contract.py")
-    return subprocess.run([*command, str(contract), *arguments], env=environment, cwd=ROOT, check=False).returncode
+    options = ["-c", os.devnull, "--rootdir", str(home), "--disable-warnings", "-p", "no:cacheprovider", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__).with_name("contract.py")), *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.steps.classify import HOPELESS, mean_kept
 from gaintune.recipes.steps.kinds import KINDS
 from gaintune.recipes.world import World
-from support import refused, write_rows
+from support import refused
+from support.files import write_rows
 from support.tiny_recipes import recipe
 
 LEARNS = {"domains": ["pubmedqa"], "methods": ["gain", {"name": "lora", "lr": 0.01}]}

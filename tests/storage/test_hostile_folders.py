@@ -13,18 +13,14 @@ from gaintune.config import build_plan, plan_yaml
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.storage import ADAPTATION, SWEEP, close_run, complete_folder, open_run, take_folder, write_json
 from gaintune.storage.ownership import SEQUENCE, Kind
+from support.files import as_plan
 
-WRONG_MODEL = "no-such-owner/no-such-model"  # looked for, it would be an error of another class
+WRONG_MODEL = "no-such-owner/no-such-model"  # looking for it would raise an error of another class
 PLAN = f"model: {{name: {WRONG_MODEL}}}\ndata: {{domains: [contracts=texts/contracts.jsonl]}}\nmethods: [gain-ffn]\n"
 RECIPE = (
     "{id: MINE, title: t, source: s, asks: a, model: none, claims: [], steps: [{name: one, do: linear-model, settings: "
     "{dimension: 4, rank: 1, steps: 5, seeds: 2, batch_size: 16}}]}"
 )
-
-
-def as_plan(values):
-    """A plan as plain values, as workflows hand it to a run directory."""
-    return build_plan(values).model_dump(mode="json")
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -98,6 +94,7 @@ def named_like_tables(folder: Path) -> Path:
     return folder
 
 
+ENVIRONMENT = {"environment.json": "{}"}
 TARGETS = {
     "a project with its plan and texts": project,
     "a project, as the folder one stands in": project,
@@ -105,14 +102,12 @@ TARGETS = {
     "a project with a finished run one level down": lambda at: finished(project(at) / "runs").parent,
     "a project with a file run.json of its own": lambda at: project(at, **{"run.json": '{"distance": "10 km"}'}),
     "a project with a grid and a comparison": lambda at: project(at, **{"grid.yaml": "", "comparison.md": "mine"}),
-    "a project with a folder of stages": lambda at: (
-        finished(project(at, **{"environment.json": "{}"}) / "stages").parent
-    ),
+    "a project with a folder of stages": lambda at: finished(project(at, **ENVIRONMENT) / "stages").parent,
     "a home": lambda at: project(at / "thesis", **{"../.bashrc": "alias"}).parent,
     "the parent of the texts": lambda at: write(at / "texts", {"contracts.jsonl": '{"text": "a"}\n'}).parent,
     "a plan and nothing else": lambda at: write(at, {"plan.yaml": PLAN}),
-    "a plan that differs, with an environment": lambda at: write(at, {"plan.yaml": PLAN, "environment.json": "{}"}),
-    "a plan that is a folder": lambda at: write(at, {"plan.yaml/chapter.md": "one", "environment.json": "{}"}),
+    "a plan that differs, with an environment": lambda at: write(at, {"plan.yaml": PLAN, **ENVIRONMENT}),
+    "a plan that is a folder": lambda at: write(at, {"plan.yaml/chapter.md": "one", **ENVIRONMENT}),
     "a file": lambda at: write(at.parent, {at.name: "a thesis"}) / at.name,
     "a link to a project": link,
     "an adapter": adapter,
@@ -140,14 +135,11 @@ LINES = {
     "adapt": "adapt {plan} --out {at}",
     "adapt, its unfinished work": "adapt {plan} --out {beside}",
     "merge": "merge {adapter} {at} --model {model}",
-    "gates": "gates {adapter} --model {model} --out {at}",
     "gains": "gains {adapter} --out {at}",
-    "landscape": "landscape {adapter} --model {model} --out {at}",
     "linear-model": "linear-model --steps 1 --out {at}",
-    "retention": "retention {adapter} --model {model} --out {at}",
-    "subspace": "subspace {adapter} --model {model} --out {at}",
-    "tokens": "tokens {adapter} --model {model} --out {at}",
-    "transfer": "transfer {adapter} --model {model} --out {at}",
+} | {
+    name: name + " {adapter} --model {model} --out {at}"
+    for name in ("gates", "landscape", "retention", "subspace", "tokens", "transfer")
 }
 OWN = {("a sweep", "sweep"), ("a sweep of an earlier version", "sweep")}  # which may be continued
 
@@ -160,9 +152,8 @@ def tree(folder: Path) -> str:
         for name in sorted([*folders, *files]):
             path = Path(place, name)
             digest.update(f"{path.relative_to(folder)}\0".encode())
-            digest.update(
-                str(path.readlink()).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-            )
+            link = str(path.readlink()).encode() if path.is_symlink() else None
+            digest.update(link or (path.read_bytes() if path.is_file() else b""))
     return digest.hexdigest()
 
 
@@ -174,7 +165,7 @@ def test_no_command_touches_a_folder_that_it_did_not_begin(tmp_path, monkeypatch
     files = ("plan.yaml", "grid.yaml", "mine.yaml", "adapter")
     places = {"model": WRONG_MODEL, **{name.partition(".")[0]: tools / name for name in files}}
     command = get_command(app)
-    told, unchanged = [], 0
+    problems, unchanged = [], 0
     for number, (name, make) in enumerate(TARGETS.items()):
         world = tmp_path / str(number)
         world.mkdir()
@@ -191,16 +182,16 @@ def test_no_command_touches_a_folder_that_it_did_not_begin(tmp_path, monkeypatch
                 broken.append(f"{what} goes on")
             except (ConfigError, RunDirectoryError):
                 pass
-            except Exception as error:  # such as one that tells of the model, which nobody should have looked at
+            except Exception as error:  # such as one about the model, which nobody should have looked at
                 broken.append(f"{what} goes on: {error!r}")
             if tree(world) != before:
                 broken.append(f"{what} changes it")
                 before = tree(world)
         unchanged += not broken
-        told += [f"{name}: {each}" for each in broken]
-    print(*told, sep="\n")
+        problems += [f"{name}: {each}" for each in broken]
+    print(*problems, sep="\n")
     print(f"{unchanged} of {len(TARGETS)} hostile folders are unchanged, each under {len(LINES)} commands")
-    assert not told, f"{unchanged} of {len(TARGETS)}"
+    assert not problems, f"{unchanged} of {len(TARGETS)}"
 
 
 def test_runs_of_an_earlier_version_are_continued_and_marked(tmp_path):

@@ -2,34 +2,33 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import re
 import shutil
+import threading
 
 import pytest
+from filelock import FileLock
 
-from gaintune.config import build_plan
 from gaintune.errors import RunDirectoryError
 from gaintune.results import DomainLoss
 from gaintune.storage import (
     canonical_json,
     complete_folder,
     damage,
+    locked,
     open_run,
     read_json,
     read_stored,
     write_json,
     write_text,
 )
+from support.files import as_plan
 
 
-def as_plan(values):
-    """A plan as plain values, as workflows hand it to a run directory."""
-    return build_plan(values).model_dump(mode="json")
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_the_same_value_gives_the_same_bytes(tmp_path):
     file = tmp_path / "value.json"
     write_json(file, {"a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
@@ -38,9 +37,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
         write_text(file, "\ud800")
     assert read_json(file) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_the_same_value_gives_the_same_bytes():
     assert canonical_json({"b": 1, "a": [1.5, "ü"]}) == canonical_json({"a": [1.5, "ü"], "b": 1})
 
 
@@ -106,10 +102,9 @@ def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "run"
-    with pytest.raises(RunDirectoryError, match="cannot be made"), open_run(below, as_plan({}), {}):
-        pass
-    with pytest.raises(RunDirectoryError, match="cannot be made"), complete_folder(below / "adapter"):
-        pass
+    for make in (open_run(below, as_plan({}), {}), complete_folder(below / "adapter")):
+        with pytest.raises(RunDirectoryError, match="cannot be made"), make:
+            pass
     with pytest.raises(RunDirectoryError, match="cannot be made"):
         write_text(below / "plan.yaml", "")
 
@@ -117,10 +112,7 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
 def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
     for kept in ((), ("checkpoints/checkpoint-3",), ("base",), ("mine.txt",)):
         folder = tmp_path / "run"
-        with (
-            contextlib.suppress(KeyError),
-            open_run(folder, as_plan({}), {}, fleeting=True) as run,
-        ):
+        with contextlib.suppress(KeyError), open_run(folder, as_plan({}), {}, fleeting=True) as run:
             run.settle("inputs.json", {}, "")
             run.event("begun")
             (folder / "checkpoints").mkdir()
@@ -135,19 +127,26 @@ def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
     assert (tmp_path / "run" / "plan.yaml").exists()
 
 
-def test_differences_go_by_names_and_are_short(tmp_path):
+def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_briefly(tmp_path):
     folder = tmp_path / "run"
-    first = {"data": {"domains": ["law", "code"]}, "methods": ["gain", {"name": "lora", "rank": 2}]}
+    lr = {"train": {"lr": 0.1}}
+    first = {"data": {"domains": ["law", "code"]}, "methods": ["gain", {"name": "lora", "rank": 2}], **lr}
     with open_run(folder, as_plan(first), {"python": "3"}):
         (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
-    second = {"data": {"domains": ["law"], "seed": 3}, "methods": ["gain", {"name": "lora", "rank": 4}]}
-    with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(second), {"python": "3"}):
-        pass
-    told = str(caught.value)
-    assert (
-        "(data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4" in told
-    )
-    assert "{" not in told and len(told) < 400
+    data = {"domains": ["law"], "seed": 3}
+    second = {"data": data, "methods": ["gain", {"name": "lora", "rank": 4}], **lr}
+    for plan, differences in (
+        (
+            second,
+            "data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4",
+        ),
+        ({**first, "train": {"lr": 0.2}}, "train.lr: 0.1 there, 0.2 now"),
+    ):
+        with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(plan), {"python": "3"}):
+            pass
+        message = str(caught.value)
+        assert f"({differences}" in message
+        assert "{" not in message and len(message) < 400
 
 
 def test_broken_json_names_file_and_line(tmp_path):
@@ -160,33 +159,16 @@ def test_broken_json_names_file_and_line(tmp_path):
         read_json(file)
 
 
+ONE = {"nll": [1.0], "tokens": [5], "bytes": [9]}
+
+
 @pytest.mark.parametrize(
-    "value",
-    [
-        {},
-        [],
-        None,
-        {"nll": [1.0], "tokens": [5]},
-        {"nll": ["x"], "tokens": [5], "bytes": [9]},
-        {"nll": [1.0, 2.0], "tokens": [5], "bytes": [9]},
-        {"nll": [1.0], "tokens": [5], "bytes": "nine"},
-    ],
+    "value", [{}, [], None, {"nll": [1.0]}, {**ONE, "nll": ["x"]}, {**ONE, "nll": [1.0, 2.0]}, {**ONE, "bytes": "nine"}]
 )
 def test_a_stored_value_of_another_shape_names_its_file(tmp_path, value):
     write_json(tmp_path / "law.json", value)
     with pytest.raises(RunDirectoryError, match=r"law\.json: .*; restore or delete it"):
         read_stored(tmp_path / "law.json", DomainLoss.from_dict)
-
-
-def test_a_run_directory_of_another_plan_is_refused_with_what_differs(tmp_path):
-    folder = tmp_path / "run"
-    with open_run(folder, as_plan({"train": {"lr": 0.1}}), {"python": "3"}):
-        (folder / "stages" / "gain-ffn" / "01-law" / "adapter").mkdir(parents=True)
-    with (
-        pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.1 there, 0\.2 now"),
-        open_run(folder, as_plan({"train": {"lr": 0.2}}), {"python": "3"}),
-    ):
-        pass
 
 
 def test_a_corrected_plan_takes_over_a_run_that_got_nowhere(tmp_path):
@@ -196,12 +178,6 @@ def test_a_corrected_plan_takes_over_a_run_that_got_nowhere(tmp_path):
             assert not run.base("bf16", "law").exists()
             run.write_json(run.base("bf16", "law"), {})
     assert "lr: 0.2" in (folder / "plan.yaml").read_text()
-
-
-def test_a_folder_with_other_things_in_it_is_not_taken_for_a_run(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunDirectoryError, match="not a run"), open_run(tmp_path, as_plan({}), {}):
-        pass
 
 
 def test_a_changed_environment_is_written_down(tmp_path):
@@ -233,7 +209,30 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_inputs_that_changed_under_a_run_are_refused(tmp_path):
     with open_run(tmp_path / "run", as_plan({}), {}) as run:
-        run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
-        run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
+        for _ in range(2):
+            run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
         with pytest.raises(RunDirectoryError, match=r"law\.content_hash: 'a' there, 'b' now.*Name another folder"):
             run.settle("inputs.json", {"law": {"content_hash": "b"}}, "Name another folder")
+
+
+def test_a_long_wait_is_explained_once(tmp_path, caplog):
+    held, found = FileLock(tmp_path / "a.lock", thread_local=False), []
+
+    def wait():
+        with locked(tmp_path / "a.lock", "measuring the base on law", patience=0.1):
+            found.append("mine")
+
+    with caplog.at_level(logging.WARNING):
+        held.acquire()
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join(0.6)
+        assert found == []
+        held.release()
+        waiting.join(10)
+        assert found == ["mine"]
+        messages = [record.getMessage() for record in caplog.records if record.name == "gaintune.storage.run"]
+        assert len(messages) == 1 and "another process is measuring the base on law" in messages[0]
+        with locked(tmp_path / "a.lock", "measuring", patience=0.1):
+            pass
+    assert len([record for record in caplog.records if record.name == "gaintune.storage.run"]) == 1

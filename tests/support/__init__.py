@@ -1,20 +1,11 @@
 """What several tests share: tiny models, texts, rows, refusals, and runs that are killed."""
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 STUDY_DATA = Path(__file__).parents[3] / "shared" / "data"
 """Real data sets beside the checkout; what needs them is skipped where they are missing."""
-
-
-def write_rows(file: Path, rows: Iterable[object]) -> Path:
-    """Write rows as a .jsonl file, and return its path."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def refused(error: type[Exception], message: str, call, *arguments, **options) -> None:

@@ -1,5 +1,6 @@
 """A random Llama of a few thousand weights with its own small tokenizer, as a user's model folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,28 +22,25 @@ GGUF_NAMES = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(special: Sequence[str], post_processor=None, **names: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with special tokens and one token a byte; `names` says which special token is what."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<end>", *letters])}
-    model = Tokenizer(models.BPE(vocabulary, []))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", bos_token="<end>")
+    made = Tokenizer(models.BPE({token: number for number, token in enumerate([*special, *letters])}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    if post_processor is not None:
+        made.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(["<end>"], eos_token="<end>", bos_token="<end>")
 
 
 def config(**changes) -> LlamaConfig:
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    return LlamaConfig(**{**sizes, **changes})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaConfig(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changes})
 
 
 def model(seed: int = 0, **changes) -> LlamaForCausalLM:
@@ -73,15 +71,10 @@ def gguf(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0, **a
     """
     tiny = model(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)
     writer = GGUFWriter(str(path), "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCABULARY)
+    sizes = {"context_length": 128, "embedding_length": 64, "feed_forward_length": 64, "vocab_size": VOCABULARY}
+    counts = {"block_count": 2, "head_count": 2, "head_count_kv": 2, "bos_token_id": 0, "eos_token_id": 0}
+    for name, value in {**sizes, **counts, "layer_norm_rms_eps": 1e-6, "rope_freq_base": 10000.0}.items():
+        getattr(writer, f"add_{name}")(value)
     known = sorted(tokenizer().get_vocab().items(), key=lambda entry: entry[1])
     tokens = [*(token for token, _ in known), "th", *(f"<unused{i}>" for i in range(VOCABULARY - 258))]
     special = [token.startswith("<") and len(token) > 1 for token in tokens]
@@ -90,8 +83,6 @@ def gguf(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0, **a
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if odd else TokenType.NORMAL for odd in special])
     writer.add_token_merges(["t h"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
     for token, added in adds.items():
         writer.add_bool(f"tokenizer.ggml.add_{token}_token", added)
     writer.add_chat_template("{{ messages[0]['content'] }}")

@@ -36,9 +36,7 @@ STOCK = {  # lm-eval's own task files
     "triviaqa": "triviaqa/default.yaml",
     "nq_open": "nq_open/nq_open.yaml",
 }
-WORDS = (
-    "the", "river", "bends", "where", "old", "stones", "lie", "and", "cold", "wind", "sings", "over", "green", "hills",
-)  # fmt: skip
+WORDS = "the river bends where old stones lie and cold wind sings over green hills".split()  # noqa: SIM905
 
 
 def _text(rng: random.Random, low: int, high: int) -> str:

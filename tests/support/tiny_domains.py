@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,6 +9,9 @@ from types import MappingProxyType
 
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data import load_domain
+from support.files import write_rows
+
+SIZES = {"train_tokens": 1024, "validation_tokens": 256, "block_size": 32}
 
 
 def write(folder: Path) -> tuple[Path, Path]:
@@ -17,10 +19,8 @@ def write(folder: Path) -> tuple[Path, Path]:
     prose = [topics[key][:600] for key in sorted(topics)][:40]
     functions = [node for node in ast.walk(ast.parse(inspect.getsource(ast))) if isinstance(node, ast.FunctionDef)]
     code = list(dict.fromkeys(ast.unparse(node)[:600] for node in functions))[:60]
-    paths = (folder / "prose.jsonl", folder / "code.jsonl")
-    for path, texts in zip(paths, (prose, code), strict=True):
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return paths
+    domains = {"prose.jsonl": prose, "code.jsonl": code}
+    return tuple(write_rows(folder / name, [{"text": text} for text in texts]) for name, texts in domains.items())
 
 
 def load(source: Path, tokenizer, domain: Mapping = MappingProxyType({}), **settings):
@@ -30,17 +30,23 @@ def load(source: Path, tokenizer, domain: Mapping = MappingProxyType({}), **sett
     return load_domain(named, DataConfig(domains=(named,), **{**sizes, **settings}), tokenizer)
 
 
+def of(plan: dict, *names: str, **changes) -> dict:
+    """Return the plan over some of its domains, and with other sections."""
+    domains = [domain for domain in plan["data"]["domains"] if domain.partition("=")[0] in names]
+    return {**plan, "data": {**plan["data"], "domains": domains}, **changes}
+
+
+def edit(file: Path) -> None:
+    """Put other texts in a domain's file."""
+    write_rows(file, [{"text": line[10:90]} for line in file.read_text().splitlines()])
+
+
 def plan(model: Path, folder: Path, /, **changes) -> dict:
     """A plan of seconds over both domains, as nested values."""
     prose, code = write(folder)
     values = {
         "model": {"name": str(model), "dtype": "fp32", "device": "cpu"},
-        "data": {
-            "domains": [f"prose={prose}", f"code={code}"],
-            "train_tokens": 1024,
-            "validation_tokens": 256,
-            "block_size": 32,
-        },
+        "data": {"domains": [f"prose={prose}", f"code={code}"], **SIZES},
         "methods": ["gain-ffn"],
         "train": {"checkpoint_steps": 3},
         "evaluate": {"bootstrap_samples": 50},

@@ -4,37 +4,24 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForMaskedLM,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-)
+import transformers as hf
+from tokenizers import processors
 
-from support import write_rows
-
-__all__ = ["bert_tokenizer", "folder", "plan", "rule_rows", "tokenizer", "write_rows"]
+from support.files import write_rows as write_rows
+from support.tiny_base import byte_tokenizer
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCABULARY = len(SPECIAL) + 256
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> hf.PreTrainedTokenizerFast:
     """One token a byte, with RoBERTa's special tokens and pairs."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *letters])}
-    fast = Tokenizer(models.BPE(vocabulary, []))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", **names)
+    pairs = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return byte_tokenizer(SPECIAL, pairs, bos_token="<s>", eos_token="</s>", **names)
 
 
-def bert_tokenizer() -> PreTrainedTokenizerFast:
+def bert_tokenizer() -> hf.PreTrainedTokenizerFast:
     """The same tokens, joined as BERT joins a pair, and without an end-of-text token."""
     made = tokenizer()
     made.backend_tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
@@ -42,32 +29,23 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 1,
-}
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES |= {"intermediate_size": 48, "pad_token_id": 1}
+_PLACES = {"max_position_embeddings": 512}
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "bos_token_id": 0, "eos_token_id": 2}
+_DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "pad_token_id": 1}
 CONFIGS = {
-    "roberta": lambda: RobertaConfig(
-        **_SIZES, max_position_embeddings=514, type_vocab_size=1, bos_token_id=0, eos_token_id=2
-    ),
-    "bert": lambda: BertConfig(**_SIZES, max_position_embeddings=512),
-    "deberta-v2": lambda: DebertaV2Config(
-        **_SIZES, max_position_embeddings=512, relative_attention=True, pos_att_type=["p2c", "c2p"]
-    ),
-    "distilbert": lambda: DistilBertConfig(
-        vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, pad_token_id=1
-    ),
+    "roberta": lambda: hf.RobertaConfig(**_SIZES, **_ROBERTA),
+    "bert": lambda: hf.BertConfig(**_SIZES, **_PLACES),
+    "deberta-v2": lambda: hf.DebertaV2Config(**_SIZES, **_PLACES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "distilbert": lambda: hf.DistilBertConfig(**_DISTIL),
 }
 
 
 def folder(path: Path, kind: str = "roberta", seed: int = 0) -> Path:
     """Write a tiny encoder with the masked-LM head it was 'pretrained' with, and its tokenizer."""
     torch.manual_seed(seed)
-    model = AutoModelForMaskedLM.from_config(CONFIGS[kind]())
+    model = hf.AutoModelForMaskedLM.from_config(CONFIGS[kind]())
     with torch.no_grad():  # as peaked as a trained model, so that its predictions differ
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -84,9 +62,8 @@ def rule_rows(count: int, seed: int = 0) -> list[dict]:
     for _ in range(count):
         label = generator.choice(["many-a", "many-o"])
         letters = ("aaab" if label == "many-a" else "ooob") + "cd"
-        rows.append(
-            {"text": "".join(generator.choice(letters) for _ in range(generator.randint(6, 12))), "label": label}
-        )
+        text = "".join(generator.choice(letters) for _ in range(generator.randint(6, 12)))
+        rows.append({"text": text, "label": label})
     return rows
 
 

@@ -5,20 +5,13 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from gaintune.tuners.disel import DiselConfig
+from support.tiny_models import SIZES, VOCABULARY
 
-VOCABULARY = 97
 RANK = 3
 
 
 def llama(layers: int = 3):
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    return LlamaConfig(**{**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "num_hidden_layers": layers})
 
 
 def gpt2():
@@ -32,16 +25,13 @@ def model(config=None, **options):
     return randomise(get_peft_model(base, DiselConfig(**settings))).eval()
 
 
+@torch.no_grad()
 def randomise(gated, adapter: str = "default", seed: int = 3):
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(gated.named_parameters()):
-            if f".{adapter}" not in name:
-                continue
-            if "lora_G" in name:
-                parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
-            elif "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for name, parameter in sorted(gated.named_parameters()):
+        if f".{adapter}" in name and ("lora_G" in name or "lora_B" in name):
+            scale = 3 if "lora_G" in name else 0.1
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return gated
 
 

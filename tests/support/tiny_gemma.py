@@ -3,36 +3,23 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from support.tiny_base import byte_tokenizer
 
 SPECIAL = ("<pad>", "<eos>", "<bos>")
 BEGIN = SPECIAL.index("<bos>")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({token: number for number, token in enumerate([*SPECIAL, *letters])}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    return byte_tokenizer(SPECIAL, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
 
 
 def folder(path: Path, seed: int = 0) -> Path:
     """Write the model and its tokenizer."""
-    config = Gemma3TextConfig(
-        vocab_size=len(SPECIAL) + 256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=64,
-        max_position_embeddings=256,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64, "max_position_embeddings": 256}
     torch.manual_seed(seed)
-    Gemma3ForCausalLM(config).save_pretrained(path)
+    Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(SPECIAL) + 256, **sizes)).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

@@ -38,11 +38,8 @@ def write(folder: Path, name: str, train: int = 24, validation: int = 9) -> Glue
     features = datasets.Features({**texts, "label": label, "idx": datasets.Value("int32")})
     for split, count in (("train", train), *((each, validation) for each in schema.validations)):
         rows = [
-            {
-                **{column: f"{split} {column} {number}" for column in schema.columns},
-                "label": number % len(schema.labels),
-                "idx": number,
-            }
+            {column: f"{split} {column} {number}" for column in schema.columns}
+            | {"label": number % len(schema.labels), "idx": number}
             for number in range(count)
         ]
         made = datasets.Dataset.from_list(rows, features=features)

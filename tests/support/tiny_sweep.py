@@ -45,10 +45,10 @@ class Killer(threading.Thread):
         while self.killed is None and time.monotonic() < end:
             for stage in self._folder.glob("runs/*/stages/*/01-*/adapter"):
                 outcome = self._folder / "outcomes" / f"{stage.parents[3].name}.json"
-                told = read_json(outcome)
-                if told["state"] == "begun":
-                    assert told["process"] != os.getpid()
-                    os.kill(told["process"], signal.SIGKILL)
+                state = read_json(outcome)
+                if state["state"] == "begun":
+                    assert state["process"] != os.getpid()
+                    os.kill(state["process"], signal.SIGKILL)
                     self.killed = stage.parents[3].name
                     return
             time.sleep(0.002)

@@ -7,46 +7,41 @@ import torch
 from safetensors.torch import load_file
 
 from gaintune.adapters import load_adapter, read_record
-from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
-from gaintune.models import load_base
 from gaintune.storage import read_json
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt, adapt_classifier, run_sequence
-from support import tiny_base, tiny_domains, tiny_encoders
+from support import tiny_domains, tiny_encoders
+from support.files import contents, write_rows
 from support.killing import StopAt, Stopped
+from support.tiny_adapters import base_of, logits
 
 
 @pytest.fixture
-def plan(tmp_path):
-    plan = tiny_domains.plan(tiny_base.folder(tmp_path / "base"), tmp_path, train={"snapshot_steps": 3})
-    plan["data"]["domains"] = plan["data"]["domains"][:1]
-    return plan
+def both(tiny, tmp_path):
+    return tiny_domains.plan(tiny, tmp_path, train={"snapshot_steps": 3})
+
+
+@pytest.fixture
+def plan(both):
+    return tiny_domains.of(both, "prose")
 
 
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def same(one, other):
-    names = {file.relative_to(one) for file in one.rglob("*") if file.is_file()}
-    assert names == {file.relative_to(other) for file in other.rglob("*") if file.is_file()}
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-
-
-def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(plan, tmp_path):
+def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(plan, tiny, tmp_path):
     adapt(plan, tmp_path / "whole")
     copies = snapshots_of(tmp_path / "whole")
     assert list(copies) == [3, 6, 8]  # 32 blocks, 4 at a time; the last update always
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(copies[8])[name])
         assert not torch.equal(tensor, weights(copies[3])[name])
-    record = read_record(copies[3])
-    assert record is not None and record.settings["snapshot"] == {"step": 3, "steps": 8}
-    assert {**record.settings, "snapshot": None} == {
-        **read_record(tmp_path / "whole").settings, "snapshot": None
-    }  # fmt: skip
-    model = load_adapter(load_base(str(tmp_path / "base")), copies[3])  # it loads as any adapter does
+    settings, last = (read_record(folder).settings for folder in (copies[3], tmp_path / "whole"))
+    assert settings["snapshot"] == {"step": 3, "steps": 8}
+    assert {**settings, "snapshot": None} == {**last, "snapshot": None}
+    model = load_adapter(base_of(tiny), copies[3])  # it loads as any adapter does
     assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "gain_v" in name)
 
     with pytest.raises(Stopped):
@@ -60,8 +55,8 @@ def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(pl
     with pytest.raises(Stopped):
         adapt(plan, tmp_path / "stopped", progress=StopAt("measuring prose after", 1))
     adapt(plan, tmp_path / "stopped")
-    assert same(tmp_path / "whole.snapshots", tmp_path / "stopped.snapshots")
-    assert same(tmp_path / "whole", tmp_path / "stopped")
+    assert contents(tmp_path / "whole.snapshots") == contents(tmp_path / "stopped.snapshots")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
 
 
 def test_another_adapters_copies_are_not_mixed_in(plan, tmp_path):
@@ -83,9 +78,8 @@ def test_another_adapters_copies_are_not_mixed_in(plan, tmp_path):
         snapshots_of(tmp_path / "none")
 
 
-def test_stages_of_a_run_keep_theirs(plan, tmp_path):
-    plan["data"]["domains"].append(f"code={tmp_path / 'code.jsonl'}")
-    run_sequence(plan, tmp_path / "run")
+def test_stages_of_a_run_keep_theirs(both, tmp_path):
+    run_sequence(both, tmp_path / "run")
     stage = tmp_path / "run" / "stages" / "gain-ffn" / "02-code"
     copies = snapshots_of(stage / "adapter")
     assert list(copies) == [3, 6, read_json(stage / "metrics.json")["steps"]]
@@ -95,32 +89,20 @@ def test_stages_of_a_run_keep_theirs(plan, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["adalora", "pissa", "disel", "full"])
-def test_copies_of_every_kind_load_again(plan, tmp_path, method):
-    plan["methods"] = [method]
-    plan["data"]["train_tokens"] = 512
-    plan["train"]["snapshot_steps"] = 2
-    adapt(plan, tmp_path / "out")
+def test_copies_of_every_kind_load_again(tiny, tmp_path, method):
+    changes = {"methods": [method], "data": {"train_tokens": 512}, "train": {"snapshot_steps": 2}}
+    adapt(tiny_domains.of(tiny_domains.plan(tiny, tmp_path, **changes), "prose"), tmp_path / "out")
     copies = snapshots_of(tmp_path / "out")
     assert list(copies) == [2, 4]
-    ids = tiny_base.blocks()
-    with torch.no_grad():
-        found = {
-            path: load_adapter(load_base(ModelConfig(name=str(tmp_path / "base"), dtype="fp32")), path)(ids).logits
-            for path in (*copies.values(), tmp_path / "out")
-        }
-    assert torch.equal(found[copies[4]], found[tmp_path / "out"])
-    assert not torch.equal(found[copies[2]], found[copies[4]])
+    paths = (copies[2], copies[4], tmp_path / "out")
+    early, late, last = (logits(load_adapter(base_of(tiny, "fp32"), path)) for path in paths)
+    assert torch.equal(late, last) and not torch.equal(early, late)
 
 
 def test_a_classifier_keeps_its_head_with_every_copy(tmp_path):
-    rows = tiny_encoders.write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
+    rows = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
     base = tiny_encoders.folder(tmp_path / "roberta")
-    values = {
-        "model": {"name": str(base), "dtype": "fp32", "device": "cpu"},
-        "data": {"task": "classify", "domains": [f"rule={rows}"]},
-        "methods": ["gain-ffn"],
-        "train": {"batch_size": 16, "snapshot_steps": 2},
-    }
+    values = tiny_encoders.plan(base, rows, train={"batch_size": 16, "snapshot_steps": 2})
     adapt_classifier(values, tmp_path / "out")
     copies = snapshots_of(tmp_path / "out")
     last = max(copies)

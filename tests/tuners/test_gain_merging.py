@@ -8,14 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from gaintune.tuners.gain import GainConfig
-from support import tiny_models
-
-IDS = tiny_models.tokens()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
+from support.tiny_models import IDS, adapter_tensors, gpt2, llama, logits, randomise
 
 
 def weights(model):
@@ -33,9 +26,20 @@ def assert_same_weights(left, right):
         assert torch.equal(weight, right[name]), name
 
 
-@pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2])
+def one(build=llama, ffn=True):
+    return randomise(get_peft_model(build(), GainConfig(ffn=ffn))).eval()
+
+
+def two(ffn=False):
+    """A model with adapters "first", which is active, and "second"."""
+    model = get_peft_model(llama(), GainConfig(ffn=ffn), "first")
+    model.add_adapter("second", GainConfig())
+    return randomise(randomise(model, "first"), "second", seed=4).eval()
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
 def test_merged_equals_unmerged_with_zero_and_negative_gains(build):
-    model = tiny_models.randomise(get_peft_model(build(), GainConfig(ffn=True))).eval()
+    model = one(build)
     expected = logits(model)
     merged = model.merge_and_unload(safe_merge=True)
     assert not any("gain" in name for name, _ in merged.named_modules())
@@ -43,17 +47,21 @@ def test_merged_equals_unmerged_with_zero_and_negative_gains(build):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2])
-def test_unmerging_restores_every_bit(build, dtype):
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_unmerging_or_disabling_restores_every_bit_in_a_copy_too(build, dtype):
     base = build().to(dtype)
-    before = weights(base)
-    model = tiny_models.randomise(get_peft_model(base, GainConfig(ffn=True))).eval()
+    before, plain = weights(base), logits(base)
+    model = randomise(get_peft_model(base, GainConfig(ffn=True))).eval()
     expected = logits(model)
     model.merge_adapter(safe_merge=True)
     assert sum(not torch.equal(before[name], weight) for name, weight in weights(model).items()) == 4
-    model.unmerge_adapter()
-    assert_same_weights(weights(model), before)
-    assert torch.equal(logits(model), expected)
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    for restored in (model, twin):
+        assert_same_weights(weights(restored), before)
+        assert torch.equal(logits(restored), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -70,20 +78,17 @@ def test_merging_rounds_once_from_float32(dtype):
 
 
 def test_conv1d_scales_rows():
-    base = tiny_models.gpt2()
+    base = gpt2()
     projection = base.transformer.h[0].attn.c_proj
     weight = projection.weight.detach().clone()  # (in, out)
-    model = tiny_models.randomise(get_peft_model(base, GainConfig()))
+    model = randomise(get_peft_model(base, GainConfig()))
     gain = 1 + base.transformer.h[0].attn.c_proj.gain_v["default"].detach()
     merged = model.merge_and_unload().transformer.h[0].attn.c_proj.weight
     assert torch.equal(merged, gain.diag() @ weight)
 
 
 def test_merging_one_of_two_active_adapters_keeps_the_other():
-    model = get_peft_model(tiny_models.llama(), GainConfig(ffn=True), "first")
-    model.add_adapter("second", GainConfig())
-    tiny_models.randomise(model, "first", seed=3)
-    tiny_models.randomise(model, "second", seed=4).eval()
+    model = two(ffn=True)
     before = weights(model)
     model.base_model.set_adapter(["first", "second"])
     both = logits(model)
@@ -105,23 +110,21 @@ def test_merging_one_of_two_active_adapters_keeps_the_other():
 
 
 def test_training_goes_on_beside_a_merged_adapter():
-    model = get_peft_model(tiny_models.llama(), GainConfig(), "first")
-    model.add_adapter("second", GainConfig())
-    tiny_models.randomise(model, "first")
+    model = two()
     model.base_model.set_adapter(["first", "second"])
     model.merge_adapter(adapter_names=["first"])
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(v.grad.abs().max() > 0 for v in tiny_models.gains(model, "second").values())
-    assert all(v.grad is None for v in tiny_models.gains(model, "first").values())
+    assert all(v.grad.abs().max() > 0 for v in adapter_tensors(model, "second").values())
+    assert all(v.grad is None for v in adapter_tensors(model, "first").values())
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_safe_merge_that_fails_changes_nothing(earlier):
-    base = tiny_models.llama()
+    base = llama()
     model = get_peft_model(base, GainConfig(), "good")
     model.add_adapter("broken", GainConfig())
-    tiny_models.randomise(model, "good")
+    randomise(model, "good")
     model.base_model.set_adapter(["good", "broken"])
     if earlier:
         model.merge_adapter(adapter_names=["good"])
@@ -135,20 +138,11 @@ def test_a_safe_merge_that_fails_changes_nothing(earlier):
     assert layer.merged_adapters == (["good"] if earlier else [])
 
 
-def test_disabling_unmerges():
-    model = tiny_models.randomise(get_peft_model(tiny_models.llama(), GainConfig())).eval()
-    base, adapted = logits(tiny_models.llama()), logits(model)
-    model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), adapted)
-
-
 def test_a_weight_shared_with_another_module_is_not_scaled_there():
     base = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     base["b"].weight = base["a"].weight
     before = base["a"].weight.detach().clone()
-    model = tiny_models.randomise(get_peft_model(base, GainConfig(target_modules=["a"])))
+    model = randomise(get_peft_model(base, GainConfig(target_modules=["a"])))
     model.merge_adapter()
     assert torch.equal(base["b"].weight, before)
     assert not torch.equal(base["a"].base_layer.weight, before)
@@ -156,21 +150,8 @@ def test_a_weight_shared_with_another_module_is_not_scaled_there():
     assert base["a"].base_layer.weight is base["b"].weight
 
 
-def test_a_merged_model_can_be_copied_and_unmerged():
-    model = tiny_models.randomise(get_peft_model(tiny_models.llama(), GainConfig())).eval()
-    expected, before = logits(model), weights(model)
-    model.merge_adapter()
-    twin = copy.deepcopy(model)
-    twin.unmerge_adapter()
-    assert_same_weights(weights(twin), before)
-    assert torch.equal(logits(twin), expected)
-
-
 def test_an_adapter_name_chosen_for_merging():
-    model = get_peft_model(tiny_models.llama(), GainConfig(), "first")
-    model.add_adapter("second", GainConfig())
-    tiny_models.randomise(model, "first", seed=3)
-    tiny_models.randomise(model, "second", seed=4).eval()
+    model = two()
     model.set_adapter("second")
     expected = logits(model)
     model.set_adapter("first")

@@ -16,33 +16,28 @@ from gaintune.tuners.disel import DiselConfig, DiselModel
 from gaintune.tuners.gain import GainConfig, GainModel
 from gaintune.tuners.registry import add_peft_type
 
+TABLES = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
 
-def test_the_type_behaves_as_a_member_of_the_enumeration():
+
+def test_the_methods_are_members_of_pefts_enumeration_and_tables():
     assert PeftType.GAIN is PeftType("GAIN") is PeftType["GAIN"] is add_peft_type("GAIN")
     assert PeftType.GAIN == "GAIN" and "GAIN" in list(PeftType) and "GAIN" in PeftType.__members__
     assert list(PeftType).count("GAIN") == 1
     assert pickle.loads(pickle.dumps(PeftType.GAIN)) is copy.deepcopy(PeftType.GAIN) is PeftType.GAIN
     assert repr(PeftType.GAIN) == "<PeftType.GAIN: 'GAIN'>"
     assert PeftType.LORA is PeftType("LORA")
-
-
-def test_the_method_is_in_pefts_tables():
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GAIN] is GainConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING["GAIN"] is GainModel
-    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.GAIN] == GainModel.prefix == "gain_"
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DISEL] is DiselConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING["DISEL"] is DiselModel
-    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.DISEL] == DiselModel.prefix == "lora_"
+    assert [table[PeftType.GAIN] for table in TABLES] == [GainConfig, GainModel, "gain_"]
+    assert [table["DISEL"] for table in TABLES] == [DiselConfig, DiselModel, "lora_"]
+    assert (GainModel.prefix, DiselModel.prefix) == ("gain_", "lora_")
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
 
 
 def test_registering_again_changes_nothing():
-    tables = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
-    before = [dict(table) for table in tables]
+    before = [dict(table) for table in TABLES]
     swap, pad = peft.utils.hotswap.hotswap_adapter_from_state_dict, peft.utils.hotswap._pad_lora_weights
     register()
     register()
-    assert before == tables
+    assert before == TABLES
     assert peft.utils.hotswap._pad_lora_weights is pad
     assert peft.utils.hotswap.hotswap_adapter_from_state_dict is swap
 
@@ -57,14 +52,26 @@ def test_another_packages_gain_is_named(monkeypatch):
         register()
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import peft, gaintune; peft.PeftType.GAIN",
-        "from gaintune.tuners.disel.config import DiselConfig as C; import peft; peft.get_peft_config(C().to_dict())",
-        "from gaintune.tuners.gain.config import GainConfig; import peft; peft.get_peft_config(GainConfig().to_dict())",
-    ],
-)
-def test_any_order_of_imports_registers(program):
-    check = "; assert [peft.PEFT_TYPE_TO_TUNER_MAPPING[n].prefix for n in ('GAIN', 'DISEL')] == ['gain_', 'lora_']"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program + check], check=True, timeout=120)
+ORDERS = """
+import os, sys
+# what PEFT itself imports takes the most time, and forks share it
+import torch._inductor.compile_fx, transformers.modeling_utils
+
+assert not {"peft", "gaintune"} & sys.modules.keys()
+
+for program in (
+    "import peft, gaintune; peft.PeftType.GAIN",
+    "import gaintune, peft; peft.PeftType.GAIN",
+    "from gaintune.tuners.disel.config import DiselConfig as C; import peft; peft.get_peft_config(C().to_dict())",
+    "from gaintune.tuners.gain.config import GainConfig as C; import peft; peft.get_peft_config(C().to_dict())",
+):
+    if (child := os.fork()) == 0:
+        exec(program)
+        assert [peft.PEFT_TYPE_TO_TUNER_MAPPING[name].prefix for name in ("GAIN", "DISEL")] == ["gain_", "lora_"]
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, program
+"""
+
+
+def test_any_order_of_imports_registers():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ORDERS], check=True, timeout=240)

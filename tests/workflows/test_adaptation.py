@@ -1,22 +1,23 @@
 """One adaptation: killed and continued, carried on from another, and refused where it would go wrong."""
 
-import json
-
 import pytest
 
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.storage import read_json
-from gaintune.workflows import adapt
+from gaintune.workflows import adapt, run_sequence
 from support import tiny_base, tiny_domains
+from support.files import contents, cut_short
 from support.killing import Nothing, StopAt, Stopped, killed
 
 
 @pytest.fixture
-def plan(tmp_path):
-    model = tiny_base.folder(tmp_path / "base")
-    plan = tiny_domains.plan(model, tmp_path)
-    plan["data"]["domains"] = plan["data"]["domains"][:1]
-    return plan
+def both(tiny, tmp_path):
+    return tiny_domains.plan(tiny, tmp_path)
+
+
+@pytest.fixture
+def plan(both):
+    return tiny_domains.of(both, "prose")
 
 
 def test_killed_in_training_and_in_measuring_it_ends_with_the_same_adapter(plan, tmp_path):
@@ -27,33 +28,42 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_adapter(plan,
     result = adapt(plan, tmp_path / "killed")
     assert result.after == expected.after
     assert result.after.perplexity < result.before.perplexity
-    for file in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.unfinished").exists()
 
 
 def test_a_domain_edited_between_stop_and_restart_is_refused(plan, tmp_path):
-    killed(adapt, (plan, tmp_path / "out"), "gain-ffn: learning prose", 5)
-    prose = tmp_path / "prose.jsonl"
-    prose.write_text("".join(json.dumps({"text": line[10:90]}) + "\n" for line in prose.read_text().splitlines()))
+    with pytest.raises(Stopped):
+        adapt(plan, tmp_path / "out", progress=StopAt("gain-ffn: learning prose", 5))
+    tiny_domains.edit(tmp_path / "prose.jsonl")
     with pytest.raises(RunDirectoryError, match=r"prose\.content_hash.*delete .*out\.unfinished"):
         adapt(plan, tmp_path / "out")
 
 
-def test_carrying_on_keeps_the_record_and_refuses_another_method_or_shape(plan, tmp_path):
-    lora = {**plan, "methods": [{"name": "lora", "rank": 2}]}
-    adapt(lora, tmp_path / "first")
-    code = {**lora["data"], "domains": [f"code={tmp_path / 'code.jsonl'}"]}
-    adapt({**lora, "data": code}, tmp_path / "second", start=tmp_path / "first")
+def test_carrying_on_keeps_the_record_and_refuses_another_method_or_shape(both, tmp_path):
+    lora = [{"name": "lora", "rank": 2}]
+    adapt(tiny_domains.of(both, "prose", methods=lora), tmp_path / "first")
+    adapt(tiny_domains.of(both, "code", methods=lora), tmp_path / "second", start=tmp_path / "first")
     record = read_json(tmp_path / "second" / "gaintune.json")
     assert record["domains"] == ["prose", "code"]
     assert set(record["content_hashes"]) == {"prose", "code"}
-    with pytest.raises(ConfigError, match=r"made by method 'lora'.*use --method lora, or leave --start out"):
-        adapt({**plan, "data": code}, tmp_path / "third", start=tmp_path / "first")
-    wide = {**lora, "methods": [{"name": "lora", "rank": 4}], "data": code}
-    with pytest.raises(ConfigError, match=r"made with rank 2.*leave rank out"):
-        adapt(wide, tmp_path / "third", start=tmp_path / "first")
+    for methods, message in (
+        (["gain-ffn"], r"made by method 'lora'.*use --method lora, or leave --start out"),
+        ([{"name": "lora", "rank": 4}], r"made with rank 2.*leave rank out"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            adapt(tiny_domains.of(both, "code", methods=methods), tmp_path / "third", start=tmp_path / "first")
     assert not list(tmp_path.glob("third*"))
+
+
+def test_a_block_longer_than_the_model_takes_is_refused_before_training(plan, tmp_path):
+    plan["data"] |= {"block_size": 160, "validation_tokens": 320}
+    for run in (adapt, run_sequence):
+        with pytest.raises(ConfigError, match=r"block_size is 160, but model .* takes 128 .*block_size=128 or less"):
+            run(plan, tmp_path / "out")
+        assert not list(tmp_path.glob("out/stages")) and not list(tmp_path.glob("**/checkpoint-*"))
+    plan["data"] |= {"block_size": 128}
+    assert adapt(plan, tmp_path / "other").steps > 0
 
 
 def test_targets_that_match_nothing_are_one_message(plan, tmp_path):
@@ -65,8 +75,7 @@ def test_targets_that_match_nothing_are_one_message(plan, tmp_path):
 def test_an_adapter_to_carry_on_is_checked_before_anything_is_made_or_loaded(plan, tmp_path):
     adapt(plan, tmp_path / "first")
     weights = tmp_path / "first" / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-8])
+    whole = cut_short(weights)
     with pytest.raises(AdapterError, match=r"damaged adapter: .*cut short"):
         adapt(plan, tmp_path / "second", start=tmp_path / "first", progress=Nothing())
     weights.write_bytes(whole)
@@ -92,7 +101,7 @@ def test_a_stop_before_the_first_checkpoint_leaves_nothing_and_one_after_it_leav
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_a_domain_unlearnt_by_learning_it_is_said_and_saved(plan, tmp_path, caplog):
+def test_a_domain_that_training_made_worse_is_named_and_saved(plan, tmp_path, caplog):
     plan["methods"] = ["full"]
     adapt({**plan, "train": {"lr": 0.003, "epochs": 4}}, tmp_path / "fine")
     assert "got worse" not in caplog.text
@@ -102,18 +111,11 @@ def test_a_domain_unlearnt_by_learning_it_is_said_and_saved(plan, tmp_path, capl
     assert (tmp_path / "worse" / "model.safetensors").is_file()
 
 
-def test_several_domains_or_methods_are_told_apart(plan, tmp_path):
-    both = [*plan["data"]["domains"], f"code={tmp_path / 'code.jsonl'}"]
+def test_one_of_several_domains_or_methods_must_be_chosen(plan, both, tmp_path):
     with pytest.raises(ConfigError, match=r"has 2 domains \(prose, code\) and 1 method .*choose one with --domain;"):
-        adapt({**plan, "data": {**plan["data"], "domains": both}}, tmp_path / "out")
+        adapt(both, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"and 2 methods \(gain, lora\): choose one with --method;"):
         adapt({**plan, "methods": ["gain", "lora"]}, tmp_path / "out")
-
-
-def test_a_folder_that_cannot_be_made_is_one_message(plan, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match=r"folder .*file/deep/out\.unfinished cannot be made \(Not a dir"):
-        adapt(plan, tmp_path / "file" / "deep" / "out")
 
 
 def test_tensorboard_logs_stay_beside_the_adapter(plan, tmp_path):

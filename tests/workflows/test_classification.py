@@ -1,6 +1,5 @@
-"""Classifiers: learnt, saved and restored bit for bit on encoders and decoders, continued after a stop, refused."""
+"""Classifiers: trained, saved and restored bit for bit on encoders and decoders, continued after a stop, refused."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from gaintune.evaluate.classifiers import row_logits
 from gaintune.models import base_fingerprint, load_classifier, load_tokenizer, reads_segments
 from gaintune.workflows import ClassifierResult, adapt, adapt_classifier, run_sequence
 from support import STUDY_DATA, tiny_base, tiny_encoders, tiny_glue
+from support.files import contents, edit_json, write_rows
 from support.killing import killed
 
 GLUE = STUDY_DATA / "glue"
@@ -32,18 +32,13 @@ def roberta(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rule(tmp_path_factory) -> Path:
-    return tiny_encoders.write_rows(tmp_path_factory.mktemp("data") / "rule.jsonl", tiny_encoders.rule_rows(240))
+    return write_rows(tmp_path_factory.mktemp("data") / "rule.jsonl", tiny_encoders.rule_rows(240))
 
 
 def domain_of(values: dict):
     plan = build_plan(values)
-    return load_classification(
-        plan.data.domains[0],
-        plan.classify,
-        load_tokenizer(plan.model),
-        seed=plan.data.seed,
-        segments=reads_segments(plan.model),
-    )
+    options = {"seed": plan.data.seed, "segments": reads_segments(plan.model)}
+    return load_classification(plan.data.domains[0], plan.classify, load_tokenizer(plan.model), **options)
 
 
 def restored(values: dict, adapter: Path):
@@ -57,21 +52,22 @@ def logits(model, domain, base) -> torch.Tensor:
     return row_logits(model, domain.validation, Padding(base.padding), batch_size=16)
 
 
+def scores(values: dict, adapter: Path):
+    """What a saved classifier scores on a fresh base."""
+    domain, base, loaded = restored(values, adapter)
+    predictions = predict(loaded, domain, Padding(base.padding), batch_size=16)
+    return score(predictions, EvaluateConfig(bootstrap_samples=50))
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        ("roberta", "gain-ffn"),
-        ("bert", "gain-ffn"),
-        ("deberta-v2", "gain"),
-        ("distilbert", "gain-ffn"),
-        ("roberta", {"name": "lora", "rank": 4, "targets": "all-linear"}),
-        ("roberta", {"name": "disel", "rank": 4}),
-        ("roberta", {"name": "adalora", "rank": 4, "targets": "all-linear"}),
-        ("roberta", "ia3"),
-        ("roberta", "full"),
+        *(("roberta", method) for method in ("gain-ffn", "ia3", "full", {"name": "disel", "rank": 4})),
+        *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("lora", "adalora")),
+        *(("bert", "gain-ffn"), ("deberta-v2", "gain"), ("distilbert", "gain-ffn")),
     ],
 )
-def test_a_rule_is_learnt_and_the_saved_classifier_is_the_trained_one(kind, method, rule, tmp_path):
+def test_a_classifier_learns_a_rule_and_the_saved_one_is_the_trained_one(kind, method, rule, tmp_path):
     model = tiny_encoders.folder(tmp_path / "base", kind)
     lr = 1e-3 if method == "full" else 0.01
     values = tiny_encoders.plan(model, rule, methods=[method], train={**LEARN, "lr": lr})
@@ -79,9 +75,8 @@ def test_a_rule_is_learnt_and_the_saved_classifier_is_the_trained_one(kind, meth
     assert isinstance(result, ClassifierResult)
     assert result.labels == ("many-a", "many-o")
     assert result.scores.accuracy.value > 0.9 > result.scores.majority
+    assert scores(values, tmp_path / "out") == result.scores
     domain, base, loaded = restored(values, tmp_path / "out")
-    predictions = predict(loaded, domain, Padding(base.padding), batch_size=16)
-    assert score(predictions, EvaluateConfig(bootstrap_samples=50)) == result.scores
     if method != "full":  # plain PEFT, on a base whose head is as random
         plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
         plain = PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
@@ -127,18 +122,17 @@ def test_adapter_and_head_alone_train_and_are_all_that_is_saved(roberta, rule, t
 
 
 def test_killed_in_training_it_ends_with_the_same_adapter_or_refuses_other_rows(roberta, tmp_path):
-    file = tiny_encoders.write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
+    file = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
     values = tiny_encoders.plan(roberta, file)
     expected = adapt(values, tmp_path / "whole")
     killed(adapt, (values, tmp_path / "killed"), "gain-ffn: learning rule", 8)
     assert not (tmp_path / "killed").exists()
-    tiny_encoders.write_rows(file, tiny_encoders.rule_rows(80, seed=1))
+    write_rows(file, tiny_encoders.rule_rows(80, seed=1))
     with pytest.raises(RunDirectoryError, match=r"rule\.content_hash.*delete .*killed\.unfinished"):
         adapt(values, tmp_path / "killed")
-    tiny_encoders.write_rows(file, tiny_encoders.rule_rows(80))
+    write_rows(file, tiny_encoders.rule_rows(80))
     assert adapt(values, tmp_path / "killed").scores == expected.scores
-    for each in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "killed" / each.name).read_bytes() == each.read_bytes(), each.name
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.unfinished").exists()
 
 
@@ -147,10 +141,8 @@ def test_the_head_stays_in_fp32_beside_a_base_in_bf16(roberta, rule, tmp_path):
     result = adapt(values, tmp_path / "out")
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    domain, base, loaded = restored(values, tmp_path / "out")
-    assert base.model.dtype == torch.bfloat16
-    predictions = predict(loaded, domain, Padding(base.padding), batch_size=16)
-    assert score(predictions, EvaluateConfig(bootstrap_samples=50)) == result.scores
+    assert restored(values, tmp_path / "out")[1].model.dtype == torch.bfloat16
+    assert scores(values, tmp_path / "out") == result.scores
 
 
 def test_the_head_learns_at_its_own_rate(roberta, rule, tmp_path, monkeypatch):
@@ -171,10 +163,8 @@ def test_carrying_on_starts_where_the_classifier_stopped_and_wants_the_same_labe
     second = adapt(still, tmp_path / "second", start=tmp_path / "first")
     assert second.scores == first.scores
     assert read_record(tmp_path / "second").domains == ("rule", "rule")
-    others = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 20
-    renamed = tiny_encoders.write_rows(
-        tmp_path / "others.jsonl", [{**row, "text": f"{row['text']} {number}"} for number, row in enumerate(others)]
-    )
+    others = [{"text": f"{'ab'[number % 2]} {number}", "label": "xy"[number % 2]} for number in range(40)]
+    renamed = write_rows(tmp_path / "others.jsonl", others)
     with pytest.raises(ConfigError, match=r"tells many-a, many-o apart, domain 'others' has the labels x, y"):
         adapt(tiny_encoders.plan(roberta, renamed), tmp_path / "third", start=tmp_path / "first")
     other = tiny_encoders.folder(tmp_path / "other", seed=5)
@@ -198,8 +188,7 @@ def test_what_cannot_be_a_classifier_is_refused(roberta, rule, tmp_path):
 
 def test_a_base_that_lacks_more_than_its_head_is_refused(rule, tmp_path):
     folder = tiny_encoders.folder(tmp_path / "base")
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
+    edit_json(folder / "config.json", num_hidden_layers=3)
     with pytest.raises(BaseModelError, match=r"16 weights besides the new head's are missing.*layer\.2"):
         adapt(tiny_encoders.plan(folder, rule), tmp_path / "out")
 
@@ -226,15 +215,13 @@ def test_the_study_rows_of_glue_end_to_end(task, roberta, tmp_path):
 
 
 def check_glue(values: dict, task: str, out: Path, train: int, validation: int) -> None:
-    """Learn a task, restore the classifier, and see that it scores the same."""
+    """Train on a task, restore the classifier, and compare its scores."""
     result, schema = adapt(values, out), tiny_glue.SCHEMAS[task]
     assert result.labels == tuple(sorted(schema.labels))
-    assert result.scores.rows == validation
-    assert result.scores.domain == task
+    assert (result.scores.rows, result.scores.domain) == (validation, task)
     assert (result.scores.f1 is not None) == (task == "mrpc")
     assert sum(each.rows for each in result.scores.classes) == validation
-    domain, base, loaded = restored(values, out)
-    predictions = predict(loaded, domain, Padding(base.padding), batch_size=16)
-    assert score(predictions, EvaluateConfig(bootstrap_samples=50)) == result.scores
+    assert scores(values, out) == result.scores
+    domain, base, _ = restored(values, out)
     separators = sum((row == base.tokenizer.sep_token_id).sum().item() for row in domain.train.input_ids)
     assert separators == train * (3 if schema.columns[1:] else 1)  # RoBERTa puts two between the texts of a pair

@@ -12,6 +12,7 @@ from gaintune.config import build_plan
 from gaintune.evaluate import compare_adapters, compare_classifiers, compare_masked
 from gaintune.workflows import adapt
 from support import tiny_base, tiny_domains, tiny_encoders
+from support.files import write_rows
 
 SEED = "learnt sums with data.seed 0, here it is 1: unless its source has a validation split of its own"
 TEMPLATE = "learnt sums with template alpaca, here it is magicoder. Give --template alpaca"
@@ -20,11 +21,11 @@ END = "learnt sums with data.end_of_text true, here it is false. Give --set data
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny decoder, sums as prompts and answers, prose, and a DISeL adapter that has learnt the sums."""
-    made = tmp_path_factory.mktemp("learnt")
+    """A tiny decoder, sums as prompts and answers, prose, and a DISeL adapter trained on the sums."""
+    made = tmp_path_factory.mktemp("trained")
     tiny_base.folder(made / "base", max_position_embeddings=512)
     rows = [{"prompt": f"What is {n} and {n}?\n", "completion": f"It is {2 * n}."} for n in range(80)]
-    tiny_encoders.write_rows(made / "sums.jsonl", rows)
+    write_rows(made / "sums.jsonl", rows)
     tiny_domains.write(made)
     adapt(plan_of(made), made / "adapter")
     return made
@@ -56,9 +57,9 @@ MEASURES = {
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_another_split_or_template_is_said_with_what_to_give(measure, folder, tmp_path, caplog):
+def test_another_split_or_template_is_reported_with_the_option_to_give(measure, folder, tmp_path, caplog):
     MEASURES[measure](folder, plan_of(folder, seed=1, template="magicoder", end_of_text=False), tmp_path / "out")
-    assert all(said in caplog.text for said in (SEED, TEMPLATE, END))
+    assert all(part in caplog.text for part in (SEED, TEMPLATE, END))
     assert "Give --set data.seed=0" in caplog.text
     caplog.clear()
     MEASURES[measure](folder, plan_of(folder), tmp_path / "same")
@@ -68,9 +69,9 @@ def test_another_split_or_template_is_said_with_what_to_give(measure, folder, tm
     assert "learnt sums with data.beginning_of_text auto, here it is always" in caplog.text
 
 
-def test_classifiers_are_told_of_another_split_too(tmp_path, caplog):
+def test_another_split_is_reported_for_classifiers_too(tmp_path, caplog):
     base = tiny_encoders.folder(tmp_path / "base")
-    rule = tiny_encoders.write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(60))
+    rule = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(60))
     values = tiny_encoders.plan(base, rule)
     adapt(values, tmp_path / "adapter")
     moved = build_plan({**values, "data": {**values["data"], "seed": 2}})

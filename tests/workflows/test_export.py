@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from test_adapters import CONFIGS, base_of, record_of, shaken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gaintune.adapters import save_adapter
@@ -18,29 +17,25 @@ from gaintune.config import ModelConfig
 from gaintune.errors import AdapterError, AssetError, BaseMismatchError, ConfigError, MergeError
 from gaintune.models import fingerprint_folder, load_base
 from gaintune.results import DomainLoss
-from gaintune.tuners.gain import GainConfig
+from gaintune.tuners.disel import DiselConfig
 from gaintune.workflows import merge as export
 from gaintune.workflows import merge_adapter
 from gaintune.workflows.merge import Reading, blocks_of, distance
 from support import tiny_base
+from support.files import edit_json
+from support.tiny_adapters import CONFIGS, adapted, base_of, config_of, moved, record_of, saved
 
 BLOCKS = tiny_base.blocks(count=6, length=24)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_base.folder(tmp_path_factory.mktemp("base") / "tiny")
-
-
-def config_of(folder, dtype="bf16"):
-    return ModelConfig(name=str(folder), device="cpu", dtype=dtype)
+def adapter(tiny, tmp_path_factory):
+    """A `gain-ffn` adapter that all tests share."""
+    return adapter_of(tiny, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
 def adapter_of(tiny, folder, method="gain-ffn", scale=0.05):
-    base = base_of(tiny)
-    torch.manual_seed(0)
-    model = base.model if method == "full" else get_peft_model(base.model, CONFIGS[method]())
-    save_adapter(shaken(model, scale), folder, record_of(base, method))
+    saved(tiny, folder, method, scale)
     return folder
 
 
@@ -53,17 +48,17 @@ def merged(tiny, adapter, out, dtype="bf16", **options):
 def test_in_fp32_the_merged_model_is_the_adapter(tiny, tmp_path, method):
     adapter = adapter_of(tiny, tmp_path / "adapter", method)
     certificate = merged(tiny, adapter, tmp_path / "out", "fp32", model=config_of(tiny, "fp32"), tolerance=1e-4)
-    assert certificate.within_tolerance
-    assert certificate.largest_logit_difference < 1e-4
-    assert certificate.same_first_choice == 1.0
-    assert certificate.share_unmoved == 0.0
+    assert certificate.within_tolerance and certificate.largest_logit_difference < 1e-4
+    assert (certificate.same_first_choice, certificate.share_unmoved) == (1.0, 0.0)
+    if method in ("lora", "full"):
+        assert (certificate.gains, certificate.gains_lost, certificate.gain_error) == (0, None, None)
+        assert certificate.weights_changed > 1000
     untouched = base_of(tiny, "fp32").model
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert not torch.allclose(plain(BLOCKS).logits, untouched(BLOCKS).logits, atol=0.01)
 
 
-def test_the_written_folder_is_a_plain_model_that_loads_without_us(tiny, tmp_path):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
+def test_the_written_folder_is_a_plain_model_that_loads_without_us(tiny, adapter, tmp_path):
     certificate = merged(tiny, adapter, tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids
@@ -75,13 +70,12 @@ model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r})
 assert "peft" not in sys.modules and "gaintune" not in sys.modules
 print(model.dtype, model.lm_head.weight.float().sum().item())
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.startswith("torch.bfloat16")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("torch.bfloat16")
     assert certificate.merged_fingerprint == fingerprint_folder(tmp_path / "out") != certificate.base_fingerprint
 
 
-def test_weights_are_the_fp32_product_rounded_once(tiny, tmp_path):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
+def test_weights_are_the_fp32_product_rounded_once(tiny, adapter, tmp_path):
     merged(tiny, adapter, tmp_path / "out")
     name = "model.layers.1.mlp.down_proj"
     base, out = load_file(tiny / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -93,14 +87,13 @@ def test_weights_are_the_fp32_product_rounded_once(tiny, tmp_path):
 
 def test_the_certificate_counts_what_rounding_takes(tiny, tmp_path):
     """A gain of 0.1 % changes no bf16 weight at all; one of 10 % changes every one."""
-    small = adapter_of(tiny, tmp_path / "small", scale=0.0)
+    small = tmp_path / "small"
     for folder, gain in ((small, 0.001), (tmp_path / "large", 0.1)):
         base = base_of(tiny)
-        model = get_peft_model(base.model, GainConfig(ffn=True, task_type="CAUSAL_LM"))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "gain_v" in name:
-                    parameter.fill_(gain)
+        model = adapted(base, "gain-ffn")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.constant_(parameter, gain)
         save_adapter(model, folder, record_of(base, "gain-ffn"))
     lost = merged(tiny, small, tmp_path / "small-out")
     assert (lost.share_unmoved, lost.gains_lost) == (1.0, 1.0)
@@ -115,16 +108,9 @@ def test_the_certificate_counts_what_rounding_takes(tiny, tmp_path):
     assert exact.gain_error < 1e-3
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_an_additive_adapter_has_no_gains_to_lose(tiny, tmp_path, method):
-    certificate = merged(tiny, adapter_of(tiny, tmp_path / "adapter", method), tmp_path / "out")
-    assert certificate.gains == 0 and certificate.gains_lost is None and certificate.gain_error is None
-    assert certificate.weights_changed > 1000
-
-
 def test_modules_trained_in_full_are_merged_too(tiny, tmp_path):
     base = base_of(tiny)
-    model = shaken(get_peft_model(base.model, LoraConfig(r=1, target_modules=["o_proj"], modules_to_save=["lm_head"])))
+    model = moved(get_peft_model(base.model, LoraConfig(r=1, target_modules=["o_proj"], modules_to_save=["lm_head"])))
     save_adapter(model, tmp_path / "adapter", record_of(base, "lora"))
     merged(tiny, tmp_path / "adapter", tmp_path / "out", "fp32", model=config_of(tiny, "fp32"), tolerance=1e-4)
     head = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
@@ -142,9 +128,8 @@ def test_beyond_the_tolerance_nothing_is_left_unless_forced(tiny, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_a_merge_that_went_wrong_is_noticed(tiny, tmp_path, monkeypatch):
+def test_a_merge_that_went_wrong_is_noticed(tiny, adapter, tmp_path, monkeypatch):
     """The judge reads the files: weights damaged on their way to the disk do not pass."""
-    adapter = adapter_of(tiny, tmp_path / "adapter")
     write = export.save_model
 
     def spoil(model, folder, **options):
@@ -167,8 +152,7 @@ def test_numbers_beyond_fp16_are_refused(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_certificate_can_be_read_by_programs_and_people(tiny, tmp_path):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
+def test_the_certificate_can_be_read_by_programs_and_people(tiny, adapter, tmp_path):
     certificate = merged(tiny, adapter, tmp_path / "out", "fp16")
     stored = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert stored["adapter_perplexity"] == certificate.adapter_perplexity
@@ -179,29 +163,22 @@ def test_the_certificate_can_be_read_by_programs_and_people(tiny, tmp_path):
     assert "The merged model is within tolerance of its adapter" in page and "| gains lost in fp16 |" in page
 
 
-def test_without_a_model_the_base_the_adapter_names_is_used(tiny, tmp_path):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
-    certificate = merge_adapter(
-        adapter, tmp_path / "out", texts=["some words to judge by"] * 9, tolerance=20, dtype="bf16"
-    )
+def test_without_a_model_the_base_the_adapter_names_is_used(tiny, adapter, tmp_path):
+    texts = ["some words to judge by"] * 9
+    certificate = merge_adapter(adapter, tmp_path / "out", texts=texts, tolerance=20, dtype="bf16")
     assert certificate.base == str(tiny)
-    assert (certificate.blocks, certificate.block_size) == (1, 9 * 23)
-    model = shaken(get_peft_model(base_of(tiny).model, CONFIGS["lora"]()))
+    assert (certificate.blocks, certificate.block_size) == (1, 128), "as long as the base takes"
+    model = adapted(base_of(tiny), "lora")
     model.save_pretrained(tmp_path / "foreign")
     foreign = merge_adapter(tmp_path / "foreign", tmp_path / "again", blocks=BLOCKS, dtype="bf16", tolerance=20)
     assert foreign.base == str(tiny) and "unknown origin" in foreign.method
 
 
-def test_another_base_is_refused(tiny, tmp_path):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
+def test_another_base_and_a_folder_in_use_are_refused(tiny, adapter, tmp_path):
     other = tiny_base.folder(tmp_path / "other", seed=3)
     with pytest.raises(BaseMismatchError):
         merged(other, adapter, tmp_path / "out")
     assert merged(other, adapter, tmp_path / "out", allow_other_base=True).base == str(other)
-
-
-def test_a_folder_in_use_is_left_alone(tiny, tmp_path):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
     with pytest.raises(ConfigError, match="is not empty"):
         merged(tiny, adapter, adapter, force=True)
     assert (adapter / "adapter_config.json").is_file()
@@ -209,9 +186,8 @@ def test_a_folder_in_use_is_left_alone(tiny, tmp_path):
     merged(tiny, adapter, tmp_path / "empty")
 
 
-def test_wrong_settings_are_named(tiny, tmp_path):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
-    for wrong, said in [
+def test_wrong_settings_are_named(tiny, adapter, tmp_path):
+    for wrong, message in [
         ({"dtype": "int3"}, "int3"),
         ({"tolerance": float("inf")}, "tolerance is inf %"),
         ({"tolerance": 0}, "above 0"),
@@ -219,21 +195,24 @@ def test_wrong_settings_are_named(tiny, tmp_path):
         ({"blocks": None, "texts": [""]}, "empty"),
         ({"blocks": torch.zeros(3, 1, dtype=torch.long)}, "shape"),
     ]:
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             merged(tiny, adapter, tmp_path / "out", **wrong)
 
 
-def test_an_adapter_without_weights_to_merge_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), DiselConfig(r=2)],
+    ids=["prompt", "disel"],
+)
+def test_an_adapter_without_weights_to_merge_is_refused(tiny, tmp_path, config):
     base = base_of(tiny)
-    prompt = get_peft_model(base.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    save_adapter(prompt, tmp_path / "prompt", record_of(base, "prompt"))
-    with pytest.raises(AdapterError, match="no weights to merge"):
-        merged(tiny, tmp_path / "prompt", tmp_path / "out")
+    save_adapter(get_peft_model(base.model, config), tmp_path / "adapter", record_of(base, "any"))
+    with pytest.raises(AdapterError, match=f"an adapter of type {config.peft_type.value} has no weights to merge"):
+        merged(tiny, tmp_path / "adapter", tmp_path / "out", model=config_of(tmp_path / "nowhere"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_loses_nothing(tiny, tmp_path, monkeypatch):
-    adapter = adapter_of(tiny, tmp_path / "adapter")
+def test_a_full_disk_loses_nothing(tiny, adapter, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
@@ -246,27 +225,21 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "save_model", full)
     with pytest.raises(MergeError, match="is full"):
         merged(tiny, adapter, tmp_path / "out")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_base_with_contradicting_generation_settings_can_be_merged(tmp_path):
     """A temperature without sampling, as in models on the hub: transformers reads it and refuses to write it."""
     folder = tiny_base.folder(tmp_path / "tiny")
-    settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.6}))
+    edit_json(folder / "generation_config.json", temperature=0.6)
     merged(folder, adapter_of(folder, tmp_path / "adapter"), tmp_path / "out")
     assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6
 
 
-def test_gpt2s_transposed_layers_are_counted_as_gains():
+def test_gains_of_gpt2s_transposed_layers_and_zero_and_negative_gains_are_counted():
     weight = torch.randn(40, 30)
-    gain = 1 + 0.1 * torch.randn(40, 1)
-    counted = count_rounding(weight, weight * gain, torch.float32)
+    counted = count_rounding(weight, weight * (1 + 0.1 * torch.randn(40, 1)), torch.float32)
     assert (counted.gains, counted.lost) == (40, 0)
-
-
-def test_zero_and_negative_gains_are_gains():
-    weight = torch.randn(40, 30)
     gain = torch.ones(30)
     gain[:3] = torch.tensor([0.0, -1.0, -0.5])
     counted = count_rounding(weight, weight * gain, torch.bfloat16)
@@ -284,15 +257,12 @@ def test_bf16_loses_gains_as_it_was_measured_to():
     assert shares[2].unmoved == 0 and 0.02 < shares[2].error / 200 < 0.3
 
 
-def test_distances_between_readings():
+def test_readings_have_distances_and_texts_become_blocks_with_an_end_between_them():
     loss = DomainLoss((1.0,), (1,), (1,))
     first = Reading(loss, torch.tensor([[1.0, 2.0], [4.0, 3.0]]))
     second = Reading(loss, torch.tensor([[1.5, 1.0], [4.0, 3.0]]))
     apart = distance(first, second)
     assert (apart.largest, apart.mean, apart.same_choice) == (1.0, 0.375, 0.5)
-
-
-def test_texts_become_blocks_with_an_end_between_them():
     tokenizer = tiny_base.tokenizer()
     blocks = blocks_of(["abc", "de"], tokenizer, block_size=3)
     ids = [*tokenizer("abc").input_ids, 0, *tokenizer("de").input_ids, 0]
@@ -305,15 +275,11 @@ def test_a_gain_adapter_of_the_embedded_model_merges(tmp_path):
         base = load_base(ModelConfig(device="cpu", dtype="bf16"))
     except AssetError as error:
         pytest.skip(f"the embedded model cannot be had here: {error}")
-    model = shaken(get_peft_model(base.model, GainConfig(ffn=True, task_type="CAUSAL_LM")), 0.05)
+    model = adapted(base, "gain-ffn")
     save_adapter(model, tmp_path / "adapter", record_of(base, "gain-ffn"))
-    certificate = merge_adapter(
-        tmp_path / "adapter",
-        tmp_path / "out",
-        blocks=blocks_of([str(LoraConfig.__doc__)[:2000]], base.tokenizer, block_size=128),
-        model=ModelConfig(device="cpu", dtype="bf16"),
-        tolerance=2.0,
-    )
+    blocks = blocks_of([str(LoraConfig.__doc__)[:2000]], base.tokenizer, block_size=128)
+    model = ModelConfig(device="cpu", dtype="bf16")
+    certificate = merge_adapter(tmp_path / "adapter", tmp_path / "out", blocks=blocks, model=model, tolerance=2.0)
     assert certificate.within_tolerance and certificate.dtype == "bf16"
     assert certificate.same_first_choice > 0.9
     assert certificate.gains == pytest.approx(30 * (576 + 1536), abs=10), "all but those that happen to be 1"

@@ -30,12 +30,12 @@ def test_every_combination_is_a_run_of_its_own():
         assert run.plan.evaluate.seed == 0  # and so are the blocks drawn, which pairs the runs
 
 
-def test_the_same_settings_have_the_same_id_however_they_are_said():
+def test_the_same_settings_have_the_same_id_however_they_are_given():
     (alone,) = runs(methods=["lora"], seeds=[5])
     assert alone.id in {run.id for run in runs(methods=["gain", "lora"], seeds=[1, 5], orders=3)}
-    (said,) = runs(methods=[{"name": "lora", "lr": 0.01}], seeds=[5])
+    (given,) = runs(methods=[{"name": "lora", "lr": 0.01}], seeds=[5])
     (of_all,) = planned_runs(read_grid({"plan": {**DOMAINS, "train": {"lr": 0.01, "seed": 5}}, "methods": ["lora"]}))
-    assert alone.id == said.id == of_all.id
+    assert alone.id == given.id == of_all.id
     (other,) = runs(methods=["lora"], seeds=[5], rates=0.02)
     assert other.id != alone.id
     (methods_of_plan,) = planned_runs(read_grid({"plan": {**DOMAINS, "methods": ["lora"]}, "seeds": [5]}))
@@ -54,8 +54,8 @@ def test_a_new_option_leaves_the_ids_of_old_plans_as_they_are():
 
     values = {**DOMAINS, "methods": ["lora"], "train": {"seed": 5}}
     assert plan_id(Later.model_validate(values)) == plan_id(Plan.model_validate(values))
-    said = {**values, "train": {"seed": 5, "batch_size": 4}, "evaluate": {"confidence": 0.95}}  # defaults
-    assert plan_id(Plan.model_validate(said)) == plan_id(Plan.model_validate(values))
+    given = {**values, "train": {"seed": 5, "batch_size": 4}, "evaluate": {"confidence": 0.95}}  # defaults
+    assert plan_id(Plan.model_validate(given)) == plan_id(Plan.model_validate(values))
     for section, key in (("train", {"epochs": 2}), ("evaluate", {"confidence": 0.9}), ("data", {"seed": 1})):
         other = {**values, section: {**values.get(section, {}), **key}}
         assert plan_id(Plan.model_validate(other)) != plan_id(Plan.model_validate(values))
@@ -63,34 +63,26 @@ def test_a_new_option_leaves_the_ids_of_old_plans_as_they_are():
 
 def test_ids_are_what_they_were():
     """Another id means that whoever goes on with a sweep computes it anew: change these only with a word about it."""
-    assert [run.id for run in runs(methods=["lora", "gain-ffn"], rates=[0.01], seeds=[5])] == [
-        "79b3fafc4b2d16a7",
-        "6ec6237d56769c35",
-    ]
+    found = [run.id for run in runs(methods=["lora", "gain-ffn"], rates=[0.01], seeds=[5])]
+    assert found == ["79b3fafc4b2d16a7", "6ec6237d56769c35"]
 
 
 def test_a_grid_that_was_written_has_every_setting_and_stands_for_the_same_runs(tmp_path):
     for values in ({"methods": ["lora"], "rates": {"lora": [0.01, 0.02]}, "orders": 2}, {"seeds": [1, 2]}):
         grid = read_grid({"plan": DOMAINS, **values})
         (tmp_path / "grid.yaml").write_text(grid_yaml(grid))
-        told = yaml.safe_load((tmp_path / "grid.yaml").read_text())
-        assert told["plan"]["train"]["betas"] == [0.9, 0.999] and told["order_seed"] == 0
+        written = yaml.safe_load((tmp_path / "grid.yaml").read_text())
+        assert written["plan"]["train"]["betas"] == [0.9, 0.999] and written["order_seed"] == 0
         assert planned_runs(read_grid(tmp_path / "grid.yaml")) == planned_runs(grid)
 
 
-def test_ranks_are_for_methods_that_have_one_and_own_settings_win():
-    found = runs(
-        methods=["gain-ffn", "lora", {"name": "lora", "label": "fixed", "rank": 3, "lr": 0.5}],
-        ranks=[1, 4],
-        rates=[0.01, 0.02],
-    )
+def test_ranks_are_for_methods_that_have_one_own_settings_win_and_rates_by_label_leave_other_defaults():
+    methods = ["gain-ffn", "lora", {"name": "lora", "label": "fixed", "rank": 3, "lr": 0.5}]
+    found = runs(methods=methods, ranks=[1, 4], rates=[0.01, 0.02])
     assert sorted((run.label, run.rank or 0, run.lr) for run in found) == [
         ("fixed", 3, 0.5), ("gain-ffn", 0, 0.01), ("gain-ffn", 0, 0.02),
         ("lora", 1, 0.01), ("lora", 1, 0.02), ("lora", 4, 0.01), ("lora", 4, 0.02),
     ]  # fmt: skip
-
-
-def test_rates_by_label_leave_the_others_at_their_default():
     found = runs(methods=["gain-ffn", "full"], rates={"gain-ffn": [0.003, 0.03]})
     assert [(run.label, run.lr) for run in found] == [("gain-ffn", 0.003), ("gain-ffn", 0.03), ("full", 2e-5)]
 
@@ -103,14 +95,11 @@ def test_random_orders_begin_with_the_plan_s_and_more_of_them_with_the_same():
     assert read_grid({"plan": DOMAINS, "orders": 4, "order_seed": 9}).every_order != orders[:4]
 
 
-def test_a_repeated_key_of_a_grid_is_named_by_file_and_line(tmp_path):
+def test_a_missing_grid_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text("seeds: [0, 1]\nmethods: [lora]\nseeds: [2]\n")
     with pytest.raises(ConfigError, match=r"grid\.yaml:3: .*'seeds' stands there twice, first on line 1"):
         read_grid(file)
-
-
-def test_a_grid_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: no such plan file"):
         read_grid(tmp_path / "none.yaml")
 

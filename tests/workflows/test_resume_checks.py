@@ -14,37 +14,48 @@ from gaintune.storage import read_json
 from gaintune.workflows import adapt
 from gaintune.workflows.job import resumed_method
 from support import tiny_base, tiny_domains, tiny_encoders
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.folder(tmp_path_factory.mktemp("base"))
+from support.files import edit_json, write_rows
 
 
 @pytest.fixture
-def plan(base, tmp_path):
-    plan = tiny_domains.plan(base, tmp_path, data={"train_tokens": 256})
-    plan["data"]["domains"] = plan["data"]["domains"][:1]
-    return plan
+def both(tiny, tmp_path):
+    return tiny_domains.plan(tiny, tmp_path, data={"train_tokens": 256})
 
 
-def written_by_peft(folder, method):
+@pytest.fixture
+def plan(both):
+    return tiny_domains.of(both, "prose")
+
+
+def written_by_peft(folder, name, **options):
     """An adapter as PEFT writes it, without a record of ours."""
-    attach(tiny_base.model(), MethodConfig.model_validate(method), seed=0).save_pretrained(folder)
+    attach(tiny_base.model(), MethodConfig(name=name, **options), seed=0).save_pretrained(folder)
     return folder
+
+
+def recorded(folder, method):
+    """A folder with a record of ours."""
+    folder.mkdir(exist_ok=True)
+    record = AdapterRecord(base_name="tiny", base_fingerprint="", method=method, label=method, domains=())
+    (folder / "gaintune.json").write_text(json.dumps(asdict(record)))
+    return folder
+
+
+def resumed(folder, plan, name, **options):
+    """The record of an adapter, and the method that carries it on under a plan."""
+    return resumed_method(folder, build_plan({**plan, "methods": [{"name": name, **options}]}))
 
 
 def test_three_in_a_row_keep_what_the_first_was_made_with(plan, tmp_path):
     made = {"name": "disel", "rank": 4, "gate_bias": -2.0, "gate_lr_ratio": 3.0}
     again = {"name": "disel", "rank": 4, "gate_lr_ratio": 2.0}
     start = None
-    for folder, method in (("first", made), ("second", "disel"), ("third", again), ("fourth", "disel")):
-        adapt({**plan, "methods": [method]}, tmp_path / folder, start=start)
-        start = tmp_path / folder
+    for number, (method, ratio) in enumerate(((made, 3.0), ("disel", 3.0), (again, 2.0), ("disel", 2.0))):
+        adapt({**plan, "methods": [method]}, tmp_path / str(number), start=start)
+        start = tmp_path / str(number)
         record = read_json(start / "gaintune.json")["settings"]["method"]
-        ratio = 3.0 if folder in ("first", "second") else 2.0
-        assert (record["rank"], record["gate_bias"], record["gate_lr_ratio"]) == (4, -2.0, ratio), folder
-        assert read_json(start / "adapter_config.json")["gate_lr_ratio"] == ratio, folder
+        assert (record["rank"], record["gate_bias"], record["gate_lr_ratio"]) == (4, -2.0, ratio), number
+        assert read_json(start / "adapter_config.json")["gate_lr_ratio"] == ratio, number
     with pytest.raises(ConfigError, match=r"was made with rank 4, and cannot be carried on with 8: leave rank out"):
         adapt({**plan, "methods": [{"name": "disel", "rank": 8}]}, tmp_path / "fifth", start=start)
     with pytest.raises(ConfigError, match=r"was made without choosing gate_rank"):
@@ -52,7 +63,7 @@ def test_three_in_a_row_keep_what_the_first_was_made_with(plan, tmp_path):
 
 
 def test_classifiers_in_a_row_keep_it_too(tmp_path):
-    rows = tiny_encoders.write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(30))
+    rows = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(30))
     plan = tiny_encoders.plan(tiny_encoders.folder(tmp_path / "base"), rows)
     start = None
     for folder, options in (("first", {"rank": 2, "lr_ratio": 4.0}), ("second", {}), ("third", {"rank": 2})):
@@ -73,33 +84,31 @@ def test_a_rate_that_belongs_to_the_method_is_kept_unless_given_anew(plan, tmp_p
     assert kept != weights("other", tmp_path / "first", lr_ratio=16.0)
 
 
-def test_rate_penalty_and_replay_are_those_of_the_new_plan(plan, tmp_path):
-    adapt({**plan, "methods": [{"name": "lora", "lr": 0.02, "penalty": "l2"}]}, tmp_path / "first")
-    _, method = resumed_method(tmp_path / "first", build_plan({**plan, "methods": ["lora"]}))
-    assert (method.lr, method.penalty) == (None, None)
-
-
 @pytest.mark.parametrize(
     ("train", "method", "taken"),
     [({}, {}, METHODS["lora"].lr), ({"lr": 0.003}, {}, 0.003), ({"lr": 0.003}, {"lr": 0.02}, 0.02)],
     ids=["default", "plan", "method"],
 )
-def test_an_adapter_records_the_rate_that_was_taken(plan, tmp_path, train, method, taken):
-    adapt({**plan, "train": {**plan["train"], **train}, "methods": [{"name": "lora", **method}]}, tmp_path / "adapter")
+def test_an_adapter_records_its_rate_and_a_new_plan_brings_its_own_rate_and_penalty(
+    plan, tmp_path, train, method, taken
+):
+    methods = [{"name": "lora", "penalty": "l2", **method}]
+    adapt({**plan, "train": {**plan["train"], **train}, "methods": methods}, tmp_path / "adapter")
     assert read_record(tmp_path / "adapter").settings["train"]["lr"] == taken
+    _, resumed_as = resumed(tmp_path / "adapter", plan, "lora")
+    assert (resumed_as.lr, resumed_as.penalty) == (None, None)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
 def test_the_catalogue_knows_its_adapters_by_their_configuration(name, plan, tmp_path):
-    folder = written_by_peft(tmp_path / "foreign", {"name": name})
+    folder = written_by_peft(tmp_path / "foreign", name)
     assert kind_of(json.loads((folder / "adapter_config.json").read_text())) == METHODS[name].kind
     for other in METHODS.values():
-        values = build_plan({**plan, "methods": [other.name]})
         if other.kind == METHODS[name].kind:
-            assert resumed_method(folder, values)[1].name == other.name
+            assert resumed(folder, plan, other.name)[1].name == other.name
         else:
             with pytest.raises(ConfigError, match="choose its own method with --method"):
-                resumed_method(folder, values)
+                resumed(folder, plan, other.name)
 
 
 def test_every_variant_of_lora_that_peft_knows_is_another_kind():
@@ -121,74 +130,61 @@ def test_every_variant_of_lora_that_peft_knows_is_another_kind():
     ],
 )
 def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, name, first, gates, factors, line):
-    folder = written_by_peft(tmp_path / "adapter", {"name": name})
+    folder = written_by_peft(tmp_path / "adapter", name)
     foreign = adapter_method(folder)
-    record = AdapterRecord(base_name="tiny", base_fingerprint="", method=name, label=name, domains=())
-    (folder / "gaintune.json").write_text(json.dumps(asdict(record)))
-    ours = adapter_method(folder)
+    ours = adapter_method(recorded(folder, name))
     assert (foreign.name, ours.name) == (first, name)
     for method in (foreign, ours):
-        assert (method.gates, method.factors is not None, method.line, method.trains_base) == (
-            gates, factors, line, False
-        )  # fmt: skip
+        assert (method.gates, method.factors is not None, method.line) == (gates, factors, line)
+        assert not method.trains_base
 
 
 def test_what_is_not_in_the_catalogue_has_no_method_and_full_weights_need_no_configuration(tmp_path):
-    folder = written_by_peft(tmp_path / "adapter", {"name": "lora"})
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_qalora": True}))
+    folder = written_by_peft(tmp_path / "adapter", "lora")
+    edit_json(folder / "adapter_config.json", use_qalora=True)
     assert adapter_method(folder) is None
-    record = AdapterRecord(base_name="tiny", base_fingerprint="", method="full", label="full", domains=())
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "gaintune.json").write_text(json.dumps(asdict(record)))
-    assert adapter_method(tmp_path / "full").trains_base
+    assert adapter_method(recorded(tmp_path / "full", "full")).trains_base
 
 
 def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):
-    folder = written_by_peft(tmp_path / "foreign", {"name": "osf"})
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert resumed_method(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved == 0.5
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "effective_rank": 4}))
-    assert resumed_method(folder, build_plan({**plan, "methods": ["osf"]}))[1].preserved is None
+    folder = written_by_peft(tmp_path / "foreign", "osf")
+    assert resumed(folder, plan, "osf")[1].preserved == 0.5
+    edit_json(folder / "adapter_config.json", effective_rank=4)
+    assert resumed(folder, plan, "osf")[1].preserved is None
 
 
 def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
-    folder = written_by_peft(tmp_path / "foreign", {"name": "disel", "rank": 3, "gate_bias": -1, "gate_lr_ratio": 7})
-    record, method = resumed_method(folder, build_plan({**plan, "methods": ["disel"]}))
+    folder = written_by_peft(tmp_path / "foreign", "disel", rank=3, gate_bias=-1, gate_lr_ratio=7)
+    record, method = resumed(folder, plan, "disel")
     assert record is None
     assert (method.rank, method.alpha, method.gate_bias, method.gate_lr_ratio) == (3, 6, -1, 7)
     assert len(method.targets) == 14 and "model.layers.1.mlp.down_proj" in method.targets
     with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be carried on"):
-        resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "targets": "q_proj"}]}))
+        resumed(folder, plan, "disel", targets="q_proj")
     with pytest.raises(ConfigError, match="was made with rank 3"):
-        resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "rank": 4}]}))
-    adalora = written_by_peft(tmp_path / "adalora", {"name": "adalora", "rank": 2})
-    assert resumed_method(adalora, build_plan({**plan, "methods": ["adalora"]}))[1].rank == 2
+        resumed(folder, plan, "disel", rank=4)
+    adalora = written_by_peft(tmp_path / "adalora", "adalora", rank=2)
+    assert resumed(adalora, plan, "adalora")[1].rank == 2
 
 
-def test_a_plan_for_a_gate_rate_needs_gates(plan, tmp_path):
-    relu = written_by_peft(tmp_path / "relu", {"name": "gated-lora"})
-    gated = {**plan, "methods": [{"name": "disel", "gate_lr_ratio": 2.0}]}
-    with pytest.raises(ConfigError, match="is a DISEL relu adapter, and method 'disel' carries on DISEL sigmoid"):
-        adapt(gated, tmp_path / "out", start=relu)
-    dora = {**plan, "methods": ["dora"]}
-    with pytest.raises(ConfigError, match="is a LORA adapter, and method 'dora' carries on LORA use_dora"):
-        adapt(dora, tmp_path / "out", start=written_by_peft(tmp_path / "lora", {"name": "lora"}))
+@pytest.mark.parametrize(
+    ("made_by", "method", "message"),
+    [
+        ("gated-lora", {"name": "disel", "gate_lr_ratio": 2.0}, "DISEL relu adapter, .* 'disel' carries on DISEL sigm"),
+        ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' carries on LORA use_dora"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_not_carried_on(plan, tmp_path, made_by, method, message):
+    start = written_by_peft(tmp_path / "start", made_by)
+    with pytest.raises(ConfigError, match=message):
+        adapt({**plan, "methods": [method]}, tmp_path / "out", start=start)
 
 
-def test_another_text_under_the_name_of_a_replayed_domain_is_said(plan, tmp_path, caplog):
-    prose, code = plan["data"]["domains"][0], f"code={tmp_path / 'code.jsonl'}"
+def test_another_text_under_the_name_of_a_replayed_domain_is_reported(plan, both, tmp_path, caplog):
     adapt({**plan, "methods": ["lora"]}, tmp_path / "first")
-
-    def replayed(folder, domain):
-        data = {**plan["data"], "domains": [domain, code]}
-        method = {"name": "lora", "replay": 0.5}
-        adapt({**plan, "data": data, "methods": [method]}, tmp_path / folder, start=tmp_path / "first")
-
-    replayed("same", prose)
+    replay = {**both, "methods": [{"name": "lora", "replay": 0.5}]}
+    adapt(replay, tmp_path / "same", start=tmp_path / "first")
     assert "replay" not in caplog.text
-    other = tmp_path / "other.jsonl"
-    texts = [json.loads(line)["text"].upper() for line in (tmp_path / "prose.jsonl").read_text().splitlines()]
-    tiny_encoders.write_rows(other, [{"text": text} for text in texts])
-    replayed("other", f"prose={other}")
+    tiny_domains.edit(tmp_path / "prose.jsonl")
+    adapt(replay, tmp_path / "other", start=tmp_path / "first")
     assert f"replay: prose is not as {tmp_path / 'first'} learnt it: another text" in caplog.text

@@ -22,21 +22,17 @@ from gaintune.workflows.sweep import read_grid, run_sweep
 from gaintune.workflows.sweep.engine import Pool
 from gaintune.workflows.sweep.grid import planned_runs
 from gaintune.workflows.sweep.worker import Job, work
-from support import killing, tiny_base, tiny_sweep
+from support import killing, tiny_sweep
+from support.files import contents
 
 RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_base.folder(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def swept(model, tmp_path_factory):
+def swept(tiny, tmp_path_factory):
     """A finished sweep of four runs, done one after another in this process: its grid, folder and table."""
     folder = tmp_path_factory.mktemp("swept")
-    grid = tiny_sweep.grid(model, folder, rates=RATES)
+    grid = tiny_sweep.grid(tiny, folder, rates=RATES)
     return grid, folder / "sweep", run_sweep(grid, folder / "sweep", engine="sequential")
 
 
@@ -49,8 +45,9 @@ def copy(swept, tmp_path):
 
 
 def test_every_run_is_a_row_with_its_numbers(swept):
-    _, folder, table = swept
+    grid, folder, table = swept
     assert len(table.finished) == 4 and not table.failed
+    assert [row.run.id for row in table.rows] == [run.id for run in planned_runs(read_grid(grid))]
     frame = pd.read_csv(folder / "sweep.csv")
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "sweep.parquet"), table.frame(), check_dtype=False)
     assert (frame["status"] == "finished").all() and frame["id"].nunique() == 4
@@ -71,14 +68,12 @@ def test_a_run_of_a_sweep_is_the_run_of_its_plan_and_the_base_is_measured_once(s
     _, folder, table = swept
     row = table.rows[3]
     run_sequence(row.run.plan, tmp_path / "alone")
-    for file in (tmp_path / "alone").rglob("*.*"):
-        if file.is_file() and file.name not in {"events.jsonl", ".lock"}:
-            name = file.relative_to(tmp_path / "alone")
-            assert (folder / "runs" / row.run.id / name).read_bytes() == file.read_bytes(), name
+    times = {"events.jsonl", ".lock"}
+    assert contents(folder / "runs" / row.run.id, times) == contents(tmp_path / "alone", times)
     assert len(list((folder / "base").glob("*.json"))) == 2  # two domains, though four runs measured them
 
 
-def test_shared_losses_are_measured_once_and_told_apart_by_what_decides_them(swept, tmp_path):
+def test_shared_losses_are_measured_once_for_all_that_decides_them(swept, tmp_path):
     plan = swept[2].rows[0].run.plan
     tokenizer = load_tokenizer(plan.model)
     prose, code = (load_domain(domain, plan.data, tokenizer) for domain in plan.data.domains)
@@ -120,8 +115,8 @@ def test_a_rerun_computes_only_what_is_missing(copy):
     assert len(tiny_sweep.events(folder)) == 4 + 2
 
 
-def test_a_failed_run_is_told_of_and_the_others_go_on(model, tmp_path):
-    grid = tiny_sweep.grid(model, tmp_path)
+def test_a_failed_run_is_reported_and_the_others_go_on(tiny, tmp_path):
+    grid = tiny_sweep.grid(tiny, tmp_path)
     nowhere = {"name": "lora", "label": "nowhere", "targets": ["no_such_module"]}
     grid["methods"] = [nowhere, *grid["methods"]]
     table = run_sweep(grid, tmp_path / "sweep", engine="sequential")
@@ -148,8 +143,8 @@ def test_a_killed_worker_loses_nothing(swept, tmp_path):
     table = run_sweep(grid, folder, engine="loky", jobs=2)
     assert killer.killed is not None
     assert [row.error for row in table.failed] == []
-    told = read_json(folder / "outcomes" / f"{killer.killed}.json")
-    assert (told["state"], told["attempts"]) == ("finished", 2)
+    outcome = read_json(folder / "outcomes" / f"{killer.killed}.json")
+    assert (outcome["state"], outcome["attempts"]) == ("finished", 2)
     started = [json.loads(line)["event"] for line in tiny_sweep.events(folder)[killer.killed].splitlines()]
     assert started.count("method started") == 2
     assert started.count("learnt") == 2  # the first domain's adapter was kept
@@ -159,8 +154,8 @@ def test_a_killed_worker_loses_nothing(swept, tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_a_run_that_kills_every_worker_is_given_up(model, tmp_path):
-    grid = tiny_sweep.grid(model, tmp_path, methods=["gain-ffn"])
+def test_a_run_that_kills_every_worker_is_given_up(tiny, tmp_path):
+    grid = tiny_sweep.grid(tiny, tmp_path, methods=["gain-ffn"])
     table = run_sweep(grid, tmp_path / "sweep", engine="loky", jobs=2, prepare=killing.die)
     assert [row.error for row in table.rows] == ["its worker was killed, twice (out of memory?)"]
 
@@ -186,28 +181,28 @@ def test_a_run_of_a_version_with_other_defaults_is_not_taken_for_this_one(copy):
         run_sweep(grid, folder, engine="sequential")
 
 
-def test_a_worker_without_the_gpu_of_whoever_started_it_does_not_fall_back_to_its_cpu(model, tmp_path):
+def test_a_worker_without_the_gpu_of_whoever_started_it_does_not_fall_back_to_its_cpu(tiny, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this process would find a GPU")
-    plan = tiny_sweep.grid(model, tmp_path)["plan"]
+    plan = tiny_sweep.grid(tiny, tmp_path)["plan"]
     plan["model"]["device"] = "auto"
     job = Job("run", build_plan(plan), tmp_path / "sweep", tmp_path, kind="cuda")
     work(job)
-    told = read_json(job.outcome)
-    assert told["state"] == "failed" and not job.run.exists()
-    assert "is cuda where the sweep was started and cpu in this worker" in told["error"]
+    outcome = read_json(job.outcome)
+    assert outcome["state"] == "failed" and not job.run.exists()
+    assert "is cuda where the sweep was started and cpu in this worker" in outcome["error"]
 
 
 def test_what_cannot_work_is_refused_before_anything_is_run(swept, tmp_path):
     grid, folder, table = swept
-    with pytest.raises(ConfigError, match="use loky, ray, dask or sequential"):
-        run_sweep(grid, tmp_path / "a", engine="slurm")
-    with pytest.raises(ConfigError, match="one run after another"):
-        run_sweep(grid, tmp_path / "a", engine="sequential", jobs=2)
-    with pytest.raises(ConfigError, match="at least one run"):
-        run_sweep(grid, tmp_path / "a", jobs=0)
-    with pytest.raises(ConfigError, match="engine loky has none"):
-        run_sweep(grid, tmp_path / "a", address="auto")
+    for options, message in (
+        ({"engine": "slurm"}, "use loky, ray, dask or sequential"),
+        ({"engine": "sequential", "jobs": 2}, "one run after another"),
+        ({"jobs": 0}, "at least one run"),
+        ({"address": "auto"}, "engine loky has none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_sweep(grid, tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
     with pytest.raises(RunDirectoryError, match="is a run, not a sweep"):
         run_sweep(grid, table.rows[0].folder, engine="sequential")
@@ -221,19 +216,11 @@ def test_workers_that_cannot_start_are_one_message(swept, tmp_path):
         run_sweep(grid, tmp_path / "sweep", jobs=2, prepare=threading.Lock().acquire)  # cannot be sent to a process
 
 
-def test_threads_are_shared_out(monkeypatch):
+def test_threads_are_shared_out_and_ray_spreads_runs_over_shares_of_its_gpus(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [Pool("loky", 8).threads(jobs) for jobs in (1, 3, 8, 20)] == [8, 2, 1, 1]
     assert Pool("sequential", 8).threads(1) is None
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert Pool("dask", 64).threads(4) == 2
-
-
-def test_ray_is_asked_to_spread_runs_and_for_shares_of_its_gpus():
     assert Pool("ray", 32).asked(2) == {"scheduling_strategy": "SPREAD"}
     assert [Pool("ray", 32, gpus=2).asked(workers)["num_gpus"] for workers in (2, 3, 5)] == [1, 1 / 2, 1 / 3]
-
-
-def test_runs_are_told_apart_in_the_table(swept):
-    planned = planned_runs(read_grid(swept[0]))
-    assert [row.run.id for row in swept[2].rows] == [run.id for run in planned]

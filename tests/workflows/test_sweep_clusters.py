@@ -8,16 +8,16 @@ import pytest
 
 from gaintune.workflows.sweep import run_sweep
 from gaintune.workflows.sweep.engine import open_pool
-from support import killing, tiny_base, tiny_sweep
+from support import killing, tiny_sweep
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
+def expected(tiny, tmp_path_factory):
     """A grid, and the figures that it gives in this process."""
     folder = tmp_path_factory.mktemp("expected")
-    grid = tiny_sweep.grid(tiny_base.folder(folder / "base"), folder, seeds=[0, 1])
+    grid = tiny_sweep.grid(tiny, folder, seeds=[0, 1])
     table = run_sweep(grid, folder / "sweep", engine="sequential")
     return grid, table.frame().set_index("id")["backward_transfer"].to_dict()
 
@@ -49,9 +49,8 @@ def test_two_ray_nodes_share_a_sweep_and_survive_a_killed_worker(expected, reach
         cluster.wait_for_nodes()
         killer = tiny_sweep.Killer(tmp_path / "sweep")
         killer.start()
-        table = run_sweep(
-            grid, tmp_path / "sweep", engine="ray", jobs=2, address=cluster.address, prepare=tiny_sweep.note_node
-        )
+        options = {"engine": "ray", "jobs": 2, "address": cluster.address, "prepare": tiny_sweep.note_node}
+        table = run_sweep(grid, tmp_path / "sweep", **options)
         assert list(figures(table).values()) == pytest.approx(list(values.values()), abs=1e-3)  # ids count the device
         assert killer.killed is not None
         assert [file.read_text() for file in (tmp_path / "nodes").iterdir()] == ["0", "0"]
@@ -86,7 +85,6 @@ def test_dask_starts_workers_of_its_own_and_gives_up_a_run_that_kills_them(expec
             assert pool.threads(1) == 64  # its two workers have one thread each for joblib, and share all cores
             (worker, _) = get_client().scheduler_info()["workers"].values()
             assert worker["memory_limit"] == 0  # none of its own: the kernel alone says when memory is out
-    table = run_sweep(
-        {**grid, "methods": ["gain-ffn"], "seeds": [0]}, tmp_path / "sweep", engine="dask", prepare=killing.die
-    )
+    grid = {**grid, "methods": ["gain-ffn"], "seeds": [0]}
+    table = run_sweep(grid, tmp_path / "sweep", engine="dask", prepare=killing.die)
     assert [row.error for row in table.rows] == ["its worker was killed, twice (out of memory?)"]

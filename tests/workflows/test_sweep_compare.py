@@ -16,25 +16,24 @@ def noise(*key, scale=0.2):
     return float(np.random.default_rng([7, *key]).normal(0, scale))
 
 
-def keeping(lr, order, seed):
-    own = {0.001: -8.0, 0.01: -16.0}[lr] + noise(1, order, seed)
-    return own, 0.8 * own + noise(2, order, seed)
+def effect(weak, strong, share, *keys):
+    """A method: its in-domain change at two rates, the share of it that earlier domains get, and noise for each."""
+
+    def changes(lr, order, seed):
+        own = {0.001: weak, 0.01: strong}[lr] + noise(keys[0], order, seed)
+        return own, share * own + noise(keys[1], order, seed)
+
+    return changes
 
 
-def forgetting(lr, order, seed):
-    own = {0.001: -10.0, 0.01: -24.0}[lr] + noise(3, order, seed)
-    return own, 0.2 * own + noise(4, order, seed)
+keeping = effect(-8.0, -16.0, 0.8, 1, 2)
+forgetting = effect(-10.0, -24.0, 0.2, 3, 4)
+the_same = effect(-8.0, -16.0, 0.8, 5, 6)
+spoiling = effect(-8.0, -16.0, 0.2, 8, 12)  # as good in-domain as `keeping`, but worse on earlier domains
 
 
-def the_same(lr, order, seed):
-    own = {0.001: -8.0, 0.01: -16.0}[lr] + noise(5, order, seed)
-    return own, 0.8 * own + noise(6, order, seed)
-
-
-def spoiling(lr, order, seed):
-    """As good in-domain as `keeping`, but worse on earlier domains."""
-    own = {0.001: -8.0, 0.01: -16.0}[lr] + noise(8, order, seed)
-    return own, 0.2 * own + noise(12, order, seed)
+def compare(folder, methods, target=None, **options):
+    return compare_sweep(tiny_sweep.synthetic(folder, methods, **options), target=target)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +54,8 @@ def test_each_method_is_taken_at_the_rate_nearest_the_target(table):
 def test_the_difference_is_paired_run_by_run_and_as_uncertain_as_seeds_are(table):
     (pair,) = compare_sweep(table, target=-9.0).pairs
     frame = table.frame()
-    one = frame[(frame["label"] == "keeping") & (frame["lr"] == 0.001)].set_index("seed")["backward_transfer"]
-    other = frame[(frame["label"] == "forgetting") & (frame["lr"] == 0.001)].set_index("seed")["backward_transfer"]
-    apart = (one - other).to_numpy()
+    figures = frame[frame["lr"] == 0.001].pivot(index="seed", columns="label", values="backward_transfer")
+    apart = (figures["keeping"] - figures["forgetting"]).to_numpy()
     assert pair.difference.value == pytest.approx(apart.mean())
     low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
     assert pair.difference.low == pytest.approx(low, rel=0.25)  # blocks add a little to seeds
@@ -74,8 +72,8 @@ def test_a_pair_that_is_not_matched_in_domain_has_no_better_one(table):
         assert pair.in_domain.value == pytest.approx(apart, abs=0.6) and pair.in_domain.sign == 1
         assert pair.difference.sign == -1
         assert not pair.matched and pair.better is None
-        told = pair_sentence(pair, found)
-        assert "not matched" in told and "is better" not in told
+        sentence = pair_sentence(pair, found)
+        assert "not matched" in sentence and "is better" not in sentence
 
 
 def offset(*in_domain):
@@ -89,34 +87,26 @@ def offset(*in_domain):
     return effect
 
 
-def test_two_that_are_far_apart_but_for_their_spread_are_not_matched(tmp_path):
-    methods = {"keeping": keeping, "other": offset(7.0, 9.0)}
-    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path, methods, seeds=2), target=-16).pairs
-    assert pair.in_domain.sign == 0 and pair.difference.sign == 1  # two seeds cannot tell, and the figure is apart
-    assert "8.0 points apart in-domain, and not known to be matched within" in pair.unmatched and pair.better is None
-
-
-def test_two_that_are_surely_near_are_matched_though_they_surely_differ(tmp_path):
-    methods = {"keeping": keeping, "other": offset(0.10, 0.11, 0.12)}
-    found = compare_sweep(tiny_sweep.synthetic(tmp_path, methods), target=-16)
-    (pair,) = found.pairs
-    assert pair.in_domain.sign == -1 and pair.matched and pair.better == "other"
-    assert pair.margin == pytest.approx(1.6, abs=0.1)  # a tenth of what both reach
-
-
-def test_two_that_may_be_near_are_not_known_to_be(tmp_path):
-    methods = {"keeping": keeping, "other": offset(-2.0, 0.0, 2.0)}
-    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path, methods), target=-16).pairs
-    assert "not known to be matched within 1.6: more replicates would tell" in pair.unmatched and pair.better is None
-    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path / "one", methods, seeds=1), target=-4).pairs
-    assert "one replicate, which cannot tell" in pair.unmatched
-
-
-def test_a_target_that_none_reaches_makes_no_match(tmp_path):
-    methods = {"keeping": keeping, "other": offset(4.4, 4.5, 4.6)}
-    (pair,) = compare_sweep(tiny_sweep.synthetic(tmp_path, methods), target=-60).pairs
-    assert pair.margin == pytest.approx(1.15, abs=0.1)  # of the -11.5 % that one of them reaches
-    assert "not matched, 4.5 points apart" in pair.unmatched and pair.better is None
+@pytest.mark.parametrize(
+    ("in_domain", "target", "sign", "unmatched"),
+    [
+        ((7.0, 9.0), -16, 0, "8.0 points apart in-domain, and not known to be matched within"),  # two seeds cannot tell
+        ((0.10, 0.11, 0.12), -16, -1, None),  # surely near, though they surely differ
+        ((-2.0, 0.0, 2.0), -16, 0, "not known to be matched within 1.6: more replicates would tell"),
+        ((-2.0,), -4, None, "one replicate, which cannot tell"),
+        ((4.4, 4.5, 4.6), -60, -1, "not matched, 4.5 points apart"),  # a target that none reaches
+    ],
+)
+def test_methods_are_matched_only_where_they_are_surely_near(tmp_path, in_domain, target, sign, unmatched):
+    methods = {"keeping": keeping, "other": offset(*in_domain)}
+    (pair,) = compare(tmp_path, methods, target, seeds=len(in_domain)).pairs
+    if unmatched is None:
+        assert pair.matched and pair.better == "other"
+    else:
+        assert unmatched in pair.unmatched and pair.better is None
+    assert sign is None or pair.in_domain.sign == sign
+    assert len(in_domain) < 3 or pair.margin == pytest.approx(1.15 if target == -60 else 1.6, abs=0.1)
+    assert len(in_domain) != 2 or pair.difference.sign == 1  # the figure is apart
 
 
 def test_a_rate_beyond_the_best_in_domain_change_is_matched_with_nothing(tmp_path):
@@ -124,9 +114,7 @@ def test_a_rate_beyond_the_best_in_domain_change_is_matched_with_nothing(tmp_pat
         own = {0.001: -10.0, 0.01: -29.4, 0.03: -27.9}[lr] + noise(13, order, seed)
         return own, (-2.3 if lr == 0.03 else 0.8 * own)
 
-    found = compare_sweep(
-        tiny_sweep.synthetic(tmp_path, {"unstable": unstable}, rates=(0.001, 0.01, 0.03)), target=-28.0
-    )
+    found = compare(tmp_path, {"unstable": unstable}, -28.0, rates=(0.001, 0.01, 0.03))
     assert [point.lr for point in found.matched] == [0.01]
 
 
@@ -135,8 +123,7 @@ def worsening(lr, order, seed):
 
 
 def test_a_variant_that_never_improves_has_no_part_in_the_target(tmp_path):
-    methods = {"keeping": keeping, "worsening": worsening, "forgetting": forgetting}
-    found = compare_sweep(tiny_sweep.synthetic(tmp_path, methods))
+    found = compare(tmp_path, {"keeping": keeping, "worsening": worsening, "forgetting": forgetting})
     (target,) = found.targets
     assert target.in_domain == pytest.approx(-16.0, abs=0.5) and target.never == ("worsening",)
     assert [point.variant for point in found.matched] == ["keeping", "forgetting"]
@@ -144,7 +131,7 @@ def test_a_variant_that_never_improves_has_no_part_in_the_target(tmp_path):
     assert "improves in-domain at no rate" in pairs["keeping", "worsening"].unmatched
     assert pairs["keeping", "worsening"].better is None
     assert "worsening improves in-domain at no rate" in markdown(found)
-    alone = compare_sweep(tiny_sweep.synthetic(tmp_path / "alone", {"worsening": worsening}))
+    alone = compare(tmp_path / "alone", {"worsening": worsening})
     assert (alone.targets[0].in_domain, alone.matched) == (None, ())
     assert "nearest no change, as nothing improves" in markdown(alone)
 
@@ -173,9 +160,7 @@ def test_a_rate_that_failed_for_one_seed_leaves_that_seed_s_others_on_the_curve(
         own = rates[lr] + noise(11, round(lr * 1000), seed)
         return None if (lr, seed) == (0.01, 1) else (own, 0.2 * own)
 
-    found = compare_sweep(
-        tiny_sweep.synthetic(tmp_path, {"steady": steady, "diverging": diverging}, rates=tuple(rates))
-    )
+    found = compare(tmp_path, {"steady": steady, "diverging": diverging}, rates=tuple(rates))
     (pair,) = found.curves
     assert pair.curve.replicates == 3 and pair.better == "steady"
     assert pair.curve.low == pytest.approx(-16.0, abs=0.6)  # as far as seed 1 got
@@ -186,13 +171,12 @@ def test_a_rate_that_failed_for_one_seed_leaves_that_seed_s_others_on_the_curve(
     assert "diverging at 0.01: 1 run (the loss is not finite)" in markdown(found)
 
 
-def test_runs_in_other_numbers_are_not_compared_and_other_devices_are_told_of(tmp_path, table):
+def test_runs_in_other_numbers_are_not_compared_and_other_devices_are_reported(tmp_path, table):
     other = tiny_sweep.synthetic(tmp_path / "b", {"forgetting": forgetting}, computed=("bfloat16", "cpu"))
     with pytest.raises(DataError, match=r"different numbers \(float32, such as .*; bfloat16, such as "):
         compare_sweep(SweepTable((*table.rows, *other.rows)))
-    full = tiny_sweep.synthetic(
-        tmp_path / "c", {"full": forgetting}, computed=("float32-autocast-bfloat16", "NVIDIA H100")
-    )
+    computed = ("float32-autocast-bfloat16", "NVIDIA H100")
+    full = tiny_sweep.synthetic(tmp_path / "c", {"full": forgetting}, computed=computed)
     found = compare_sweep(SweepTable((*other.rows, *full.rows)))  # fp32 weights, and computes as the others do
     assert "different devices (cpu, NVIDIA H100)" in markdown(found)
     assert set(full.frame()["device"]) == {"NVIDIA H100"}
@@ -200,14 +184,12 @@ def test_runs_in_other_numbers_are_not_compared_and_other_devices_are_told_of(tm
 
 
 def test_no_winner_without_an_interval_that_excludes_zero(tmp_path):
-    found = compare_sweep(tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "the-same": the_same}))
+    found = compare(tmp_path, {"keeping": keeping, "the-same": the_same})
     assert [pair.better for pair in found.pairs] == [None]
     assert [pair.better for pair in found.curves] == [None]
     assert "no difference shown" in pair_sentence(found.pairs[0], found)
     assert "no difference shown" in curve_sentence(found.curves[0], found)
-    alone = compare_sweep(
-        tiny_sweep.synthetic(tmp_path / "one", {"keeping": keeping, "forgetting": forgetting}, seeds=1)
-    )
+    alone = compare(tmp_path / "one", {"keeping": keeping, "forgetting": forgetting}, seeds=1)
     assert alone.pairs[0].difference.low is None
     assert alone.pairs[0].better is None  # one seed says nothing of others, however far apart
 
@@ -221,33 +203,29 @@ def test_curves_are_compared_over_the_range_both_reach(table):
 
 
 def test_orders_are_the_replicates_where_there_are_several(tmp_path):
-    found = compare_sweep(
-        tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "forgetting": forgetting}, orders=2, seeds=2)
-    )
+    found = compare(tmp_path, {"keeping": keeping, "forgetting": forgetting}, orders=2, seeds=2)
     assert found.over == "orders"
     assert (found.pairs[0].replicates, found.points[0].replicates, len(found.points[0].runs)) == (2, 2, 4)
 
 
 def test_a_domain_of_one_block_leaves_intervals_over_seeds(tmp_path):
-    table = tiny_sweep.synthetic(tmp_path, {"keeping": keeping, "spoiling": spoiling}, blocks=1)
-    (pair,) = compare_sweep(table).pairs
+    (pair,) = compare(tmp_path, {"keeping": keeping, "spoiling": spoiling}, blocks=1).pairs
     assert pair.difference.low is not None and pair.better == "keeping"
 
 
 def test_everything_is_written(tmp_path):
-    found = compare_sweep(tiny_sweep.synthetic(tmp_path / "runs", {"keeping": keeping, "spoiling": spoiling}))
+    found = compare(tmp_path / "runs", {"keeping": keeping, "spoiling": spoiling})
     write(found, tmp_path)
-    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
-        "comparison.md", "comparison.json", "tradeoff.png", "tradeoff.svg"
-    }  # fmt: skip
-    told = read_json(tmp_path / "comparison.json")
-    assert told["pairs"][0]["better"] == "keeping"
-    assert (told["confidence"], told["pairs"][0]["margin"]) == (0.95, pytest.approx(1.6, abs=0.1))
-    assert told["curves"][0]["curve"]["difference"]["high"] < 0
+    files = {file.name for file in tmp_path.iterdir() if file.is_file()}
+    assert files == {"comparison.md", "comparison.json", "tradeoff.png", "tradeoff.svg"}
+    written = read_json(tmp_path / "comparison.json")
+    assert written["pairs"][0]["better"] == "keeping"
+    assert (written["confidence"], written["pairs"][0]["margin"]) == (0.95, pytest.approx(1.6, abs=0.1))
+    assert written["curves"][0]["curve"]["difference"]["high"] < 0
     text = markdown(found)
     assert "keeping is better" in text and "3 seeds" in text and "Earlier domains, against the base" in text
     assert "95 % intervals over seeds" in text
-    assert len(pd.DataFrame(told["points"])) == 4
+    assert len(pd.DataFrame(written["points"])) == 4
     discard(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["runs"]
 
@@ -257,7 +235,7 @@ def test_the_frame_keeps_intervals_unless_they_would_squeeze_curves(tmp_path):
         return -10.0 - 1000 * lr - 8.0 * seed, -5.0 - 6.0 * seed  # two seeds: intervals many times as wide as the runs
 
     def frame(**options):
-        found = compare_sweep(tiny_sweep.synthetic(tmp_path / str(len(options)), {"one": spread}, seeds=2, **options))
+        found = compare(tmp_path / str(len(options)), {"one": spread}, seeds=2, **options)
         (axes,) = tradeoff(found).axes
         return axes.get_xlim(), found.points[0].in_domain, axes.get_title(loc="left")
 
@@ -271,20 +249,17 @@ def test_a_hopeless_run_leaves_the_others_their_comparison(tmp_path):
     def hopeless(lr, order, seed):
         return 1e301 * (1 + seed), 1e301 * (1 + seed)
 
-    table = tiny_sweep.synthetic(
-        tmp_path / "runs", {"keeping": keeping, "spoiling": spoiling, "hopeless": hopeless}, seeds=2
-    )
-    found = compare_sweep(table)
+    methods = {"keeping": keeping, "spoiling": spoiling, "hopeless": hopeless}
+    found = compare(tmp_path / "runs", methods, seeds=2)
     write(found, tmp_path)  # refuses what is not finite
     point = next(point for point in found.points if point.variant == "hopeless")
     assert 1e301 < point.figure.value < point.figure.high < float("inf")
 
 
-def test_what_cannot_be_compared_is_said(table):
+def test_what_cannot_be_compared_is_refused(table):
     with pytest.raises(ConfigError, match="no figure is called 'retention'"):
         compare_sweep(table, figure="retention")
-    with pytest.raises(ConfigError, match=r"target 21: methods are matched at an in-domain change that improves"):
-        compare_sweep(table, target=21)
-    for target in (0, -100):
-        with pytest.raises(ConfigError, match=f"target {target}: .* between -100 and 0 %"):
+    improves = "methods are matched at an in-domain change that improves"
+    for target, message in ((21, improves), (0, ".* between -100 and 0 %"), (-100, ".* between -100 and 0 %")):
+        with pytest.raises(ConfigError, match=f"target {target}: {message}"):
             compare_sweep(table, target=target)

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from gaintune.config import TrainConfig
 from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
 from gaintune.methods import PreparedMethod, Rows, StageData, StagePosition, TrainingRule, rules_of
-from gaintune.models import NextTokenLoss, Objective, require_isolation
+from gaintune.models import NextTokenLoss, Objective, require_rows
 from gaintune.progress import Advance, Progress, Silent
 from gaintune.storage import damage, first_process, write_manifest
 from gaintune.training.snapshots import KeepSnapshots, Snapshots
@@ -243,13 +243,13 @@ def train_stage(
 
     Raises:
         TrainingError: a loss or gradient that is not finite, before it reaches the weights.
-        ConfigError: a tracker that is not installed, nothing to train, a model that mixes the texts of packed rows, or
-            something the method's rules need that is not kept with the adapter that is carried on.
+        ConfigError: a tracker that is not installed, nothing to train, rows longer than the model takes or whose texts
+            it mixes, or something that the method's rules need and the adapter to continue lacks.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
-    if "position_ids" in rows[0]:
-        require_isolation(model)
+    first = rows[0]
+    require_rows(model, len(first["input_ids"]), packed="position_ids" in first)
     if plan.gradient_checkpointing:
         base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
         if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20 on

@@ -1,54 +1,39 @@
-"""Rows packed into one block compute as they do alone, and models that would mix them are refused."""
+"""Rows longer than a model takes are refused; texts packed into one block compute as they do alone, or are refused."""
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma3TextConfig,
-    GPT2Config,
-    MambaConfig,
-    MistralConfig,
-    MixtralConfig,
-    OPTConfig,
-)
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure
 from gaintune.methods import StagePosition, prepare_method
-from gaintune.models import IGNORED, NextTokenLoss, require_isolation
+from gaintune.models import IGNORED, NextTokenLoss, longest_row, require_isolation, require_rows
 from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
 from support import tiny_base
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 KEEPS = {
-    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
-    "gemma3": Gemma3TextConfig(**GATED, head_dim=8, sliding_window=8),
-    "mistral": MistralConfig(**GATED, sliding_window=4),
-    "mixtral": MixtralConfig(**GATED, num_local_experts=4),
+    "gpt2": hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+    "gemma3": hf.Gemma3TextConfig(**GATED, head_dim=8, sliding_window=8),
+    "mistral": hf.MistralConfig(**GATED, sliding_window=4),
+    "mixtral": hf.MixtralConfig(**GATED, num_local_experts=4),
 }
 MIXES = {
-    "bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
-    "falcon": FalconConfig(**SIZES),
-    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
-    "mamba": MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "bloom": hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": hf.FalconConfig(**SIZES),
+    "opt": hf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
+    "mamba": hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 
 
 def made(config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # as peaked as a trained model
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -65,6 +50,34 @@ def block(*lengths: int, padding: int = 0, seed: int = 0) -> tuple[Examples, lis
     labels = torch.cat([*halves, torch.full((padding,), IGNORED)])
     positions = torch.cat([torch.arange(length) for length in (*lengths, padding)])
     return Examples(ids[None], labels[None], positions[None]), rows
+
+
+STRETCHED = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LLAMA3 = {**STRETCHED, "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {**STRETCHED, "rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (hf.GPT2Config(n_positions=64), 64),
+        (hf.LlamaConfig(max_position_embeddings=64), 64),
+        (hf.LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), 128),
+        (hf.LlamaConfig(max_position_embeddings=256, rope_parameters=LLAMA3), 256),
+        (hf.LlamaConfig(max_position_embeddings=64, rope_parameters=YARN), 256),
+        (hf.BloomConfig(), None),
+        (hf.FalconConfig(max_position_embeddings=64, alibi=True), None),
+    ],
+)
+def test_the_longest_row_is_what_positions_reach(config, longest):
+    assert longest_row(config) == longest
+
+
+def test_a_row_longer_than_trained_positions_is_refused():
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    require_rows(model, 16, packed=False)
+    with pytest.raises(ConfigError, match=r"data\.block_size is 17, but model .* takes 16 tokens at most"):
+        require_rows(model, 17, packed=False)
 
 
 @pytest.mark.parametrize("name", ["llama", *KEEPS])
