@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
@@ -14,10 +15,9 @@ import gaintune as package
 from gaintune.cli import console
 from gaintune.cli.console import Bars
 from gaintune.progress import plural
-from support import tiny_base, tiny_domains
-from support.cli import gaintune, printed, process, refusal, words_of
-
-COMMANDS = ["demo", "adapt", "sequence", "evaluate", "report", "methods", "domains", "assets", "config", "merge"]
+from gaintune.storage import SWEEP, read_json, take_folder
+from support import tiny_base, tiny_domains, tiny_sweep
+from support.cli import gaintune, printed, process, refusal
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,6 @@ def plan(model, tmp_path) -> Path:
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(tiny_domains.plan(model, tmp_path)))
     return file
-
-
-def test_help_lists_every_command_and_shows_defaults_and_units():
-    assert all(command in printed(gaintune("--help")) for command in COMMANDS)
-    help_text = words_of("sequence")
-    assert "Training budget of a domain, in tokens. [default: 8192]" in help_text
-    assert "[default: runs/sequence]" in help_text
 
 
 def test_help_and_import_do_not_load_the_heavy_libraries():
@@ -164,3 +157,51 @@ def test_the_package_lists_its_public_names_and_nothing_else():
 
     assert [name for name in dir(package) if not name.startswith("__")] == sorted(package.__all__)
     assert all(getattr(package, name) is not None for name in package.__all__)
+
+
+@pytest.fixture
+def grid(tmp_path):
+    values = tiny_sweep.grid(tiny_base.folder(tmp_path / "base"), tmp_path, rates=[0.01, 0.03])
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "grid.yaml"
+
+
+def test_a_grid_is_run_compared_and_continued(grid, tmp_path):
+    run = tmp_path / "sweep"
+    narrow = ("--run", run, "--engine", "sequential", "--set", "plan.evaluate.confidence=0.9")
+    done = gaintune("sweep", grid, *narrow)
+    assert "4 runs finished, 0 failed" in printed(done) and "gain-ffn minus lora" in printed(done)
+    assert "Traceback" not in done.stderr
+    names = {f"{stem}.{kind}" for stem in ("sweep", "cells") for kind in ("csv", "parquet")}
+    names |= {"grid.yaml", "comparison.md", "comparison.json", "tradeoff.png", "tradeoff.svg"}
+    assert names <= {file.name for file in run.iterdir()}
+    assert read_json(run / "comparison.json")["confidence"] == 0.9
+    before = tiny_sweep.events(run)
+    methods = "methods=[gain-ffn, {name: lora, label: bad, targets: [none]}]"
+    message = refusal(gaintune("sweep", grid, *narrow, "--set", "seeds=[0]", "--set", methods), code=1)
+    assert "2 runs failed" in message and "cannot be attached to this base" in message
+    after = tiny_sweep.events(run)
+    assert {name: after[name] for name in before} == before
+    assert pd.read_csv(run / "sweep.csv")["status"].tolist() == ["finished", "finished", "failed", "failed"]
+
+
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("--set", "rate=1", "unknown key 'rate'; did you mean 'rates'?"),
+    ("--figure", "retention", "no figure is called 'retention'; the figures are in_domain, "),
+    ("--target", "21", "target 21: methods are matched at"),
+    ("--engine", "slurm", "use loky, ray, dask or sequential"),
+])  # fmt: skip
+def test_mistakes_are_one_line(grid, option, value, message):
+    assert message in refusal(gaintune("sweep", grid, option, value))
+
+
+def test_a_comparison_of_an_earlier_call_is_not_left_beside_another_table(grid, tmp_path):
+    run = tmp_path / "sweep"
+    with take_folder(run, SWEEP):
+        (run / "comparison.md").write_text("of another grid")
+    values = yaml.safe_load(grid.read_text()) | {"methods": ["gain"], "rates": [0.01]}
+    values["plan"]["data"]["domains"] = values["plan"]["data"]["domains"][:1]  # so there is no earlier domain
+    grid.write_text(yaml.safe_dump(values))
+    shown = printed(gaintune("sweep", grid, "--run", run, "--engine", "sequential"))
+    assert "methods are not compared" in shown and "1 run finished, 0 failed; tables " in shown
+    assert (run / "sweep.csv").is_file() and not (run / "comparison.md").exists()

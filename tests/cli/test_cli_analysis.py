@@ -85,11 +85,6 @@ def test_linear_model_writes_its_table_and_figure(tmp_path):
     assert "NO " in shown and remark in shown and remark in (out / "linear-model.md").read_text()
 
 
-def test_help_shows_defaults_and_units():
-    assert "in standard deviations. [default: 3.0]" in words_of("linear-model")
-    assert all(default in words_of("gates") for default in ("[default: runs/gates]", "[default: auto]"))
-
-
 def test_gains_shows_range_share_and_regime(trained, tmp_path):
     shown = run("gains", trained / "prose", "--out", tmp_path / "out")
     assert "1 prose" in shown and "within [0.95, 1.05]" in shown

@@ -62,6 +62,16 @@ def test_every_help_has_its_options_in_groups_and_examples_that_can_be_typed(nam
         COMMANDS[name].make_context(name, words[len(name.split()) :])
 
 
+@pytest.mark.parametrize(("command", "texts"), [
+    ("sequence", ["Training budget of a domain, in tokens. [default: 8192]", "[default: runs/sequence]"]),
+    ("linear-model", ["in standard deviations. [default: 3.0]"]),
+    ("gates", ["[default: runs/gates]", "[default: auto]"]),
+    ("sweep", ["loky", "[default: runs/sweep]", "sweep.csv", "exit code 1", "--jobs", "--target"]),
+])  # fmt: skip
+def test_help_shows_defaults_units_and_files(command, texts):
+    assert all(text in words_of(command) for text in texts)
+
+
 def test_the_examples_of_the_application_can_be_typed():
     lines = typer.main.get_command(app).epilog.splitlines()
     for words in map(shlex.split, lines):

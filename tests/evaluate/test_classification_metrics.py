@@ -125,6 +125,8 @@ def test_labels_are_compared_by_name_and_rows_must_be_the_same():
     assert difference(first, turned, SETTINGS).value == pytest.approx(1 / 3)
     other = predictions([0, 1, 0], [0, 1, 0], ("a", "b"))
     refused(DataError, "not of the same rows", difference, first, other, SETTINGS)
+    refused(DataError, "2 true and 1 predicted", predictions, [0, 1], [0])
+    refused(DataError, "label numbers", predictions, [0, 2], [0, 1])
 
 
 def test_what_has_no_spread_has_no_correlation_and_no_interval():
@@ -133,8 +135,3 @@ def test_what_has_no_spread_has_no_correlation_and_no_interval():
     assert always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
     one = predictions([1], [1])
     assert (difference(one, one, SETTINGS).low, difference(one, one, SETTINGS).high) == (None, None)
-
-
-def test_predictions_that_do_not_fit_are_refused():
-    refused(DataError, "2 true and 1 predicted", predictions, [0, 1], [0])
-    refused(DataError, "label numbers", predictions, [0, 2], [0, 1])

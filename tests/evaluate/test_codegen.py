@@ -21,6 +21,25 @@ def check(candidate):
 check(add)
 """
 LIMITS = CodeLimits(seconds=20.0, memory_mb=512)
+FORGED = """
+import os, sys
+frame, found = sys._getframe(), []
+while frame:
+    for values in (frame.f_locals, frame.f_globals):
+        for value in list(values.values()):
+            for each in (value.values() if isinstance(value, dict) else [value]):
+                text = each.decode(errors="replace") if isinstance(each, bytes) else str(each)
+                if len(text) == 32:
+                    found.append(text)
+    frame = frame.f_back
+for text in found:
+    for file in range(3, 12):
+        try:
+            os.write(file, text.encode())
+        except OSError:
+            pass
+os._exit(0)
+"""
 
 
 @pytest.mark.parametrize(("program", "reason"), [
@@ -31,6 +50,7 @@ LIMITS = CodeLimits(seconds=20.0, memory_mb=512)
     (f"raise SystemExit(0)\n{CHECK}", "failed"),  # leaving early, whatever the exit code
     (f"import os; os._exit(0)\n{CHECK}", "failed"),
     (f"print('passed')\nraise SystemExit\n{CHECK}", "failed"),
+    (FORGED, "failed"),  # no variable of the process holds the proof while a program runs
     ("block = bytearray(16 * 1024**2)", "passed"),
     ("block = bytearray(2 * 1024**3)", "failed"),
     ("open('small', 'wb').write(bytes(15 * 2**20))", "passed"),
@@ -65,31 +85,6 @@ def test_a_process_that_cannot_be_limited_is_an_error_and_no_zero():
     refused(ConfigError, r"cannot be limited here .*OverflowError", run_program, "pass", limits)
     refused(ConfigError, "allow more", require_limits, CodeLimits(seconds=0.0001))
     require_limits(LIMITS)
-
-
-FORGED = """
-import os, sys
-frame, found = sys._getframe(), []
-while frame:
-    for values in (frame.f_locals, frame.f_globals):
-        for value in list(values.values()):
-            for each in (value.values() if isinstance(value, dict) else [value]):
-                text = each.decode(errors="replace") if isinstance(each, bytes) else str(each)
-                if len(text) == 32:
-                    found.append(text)
-    frame = frame.f_back
-for text in found:
-    for file in range(3, 12):
-        try:
-            os.write(file, text.encode())
-        except OSError:
-            pass
-os._exit(0)
-"""
-
-
-def test_no_variable_of_the_process_holds_the_proof_while_a_program_runs():
-    assert run_program(FORGED, LIMITS).reason == "failed"
 
 
 def test_a_program_that_says_much_without_end_is_stopped():

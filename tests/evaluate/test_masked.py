@@ -16,7 +16,6 @@ from gaintune.evaluate import compare_adapters, compare_masked, lent, measure
 from gaintune.evaluate.masked import measure_masked
 from gaintune.methods import attach
 from gaintune.models import is_masked, load_base, load_classifier, load_masked
-from gaintune.results import DomainLoss, paired_change
 from gaintune.workflows import adapt
 from support import refused, tiny_base, tiny_domains, tiny_encoders
 
@@ -180,14 +179,6 @@ def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):
     whole = torch.where(masked.labels == -100, masked.input_ids, masked.labels)
     text = (tmp_path / "prose.jsonl").read_text()
     assert json.dumps(TOKENIZER.decode(whole[0, 1:21]))[1:-1] in text
-
-
-def test_one_block_has_no_interval():
-    loss = DomainLoss((3.0,), (2,))
-    settings = build_plan({}).evaluate
-    change = paired_change(loss, DomainLoss((4.0,), (2,)), "prose", settings)
-    assert change.value == pytest.approx(100 * (math.exp(0.5) - 1))
-    assert change.low is change.high is None
 
 
 def test_what_has_no_masked_head_or_another_base_is_refused(roberta, tmp_path):

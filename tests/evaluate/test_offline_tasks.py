@@ -270,21 +270,18 @@ def check(ours, theirs: dict, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture(scope="module")
-def theirs(model, work):
-    tasks = []
+def theirs(model, tmp_path_factory):
+    """A folder with rows of every benchmark, and what lm-eval says of them."""
+    work, tasks = tmp_path_factory.mktemp("work"), []
     for name in NAMES:
         file = tiny_benchmarks.write(work / "hub" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
         tasks.append(tiny_benchmarks.stock_task(name, file, work))
-    return tiny_benchmarks.reference(model, tasks)
+    return work, tiny_benchmarks.reference(model, tasks)
 
 
 @pytest.mark.parametrize("written", ["as the Hub has them", "as questions with choices"])
-def test_local_rows_score_as_lm_eval_scores_them(model, theirs, work, written):
+def test_local_rows_score_as_lm_eval_scores_them(model, theirs, written):
+    work, expected = theirs
     folder = work / "hub"
     if written == "as questions with choices":
         folder = work / "questions"
@@ -294,7 +291,7 @@ def test_local_rows_score_as_lm_eval_scores_them(model, theirs, work, written):
     config = BenchmarkConfig(tasks=NAMES, source="local", data=(str(folder),), batch_size=5)
     ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
     for name in NAMES:
-        check(ours, theirs, name)
+        check(ours, expected, name)
     accuracies = {score.task: score.value for score in ours if score.metric == "acc"}
     assert len(set(accuracies.values())) > 3, "a model that always says the same would agree with anything"
 

@@ -183,6 +183,8 @@ def test_paired_bootstrap_agrees_with_a_plain_loop():
 
 
 def test_one_item_or_one_replicate_has_no_interval():
+    change = paired_change(measured(np.array([3.0])), measured(np.array([3.5])), "d", EvaluateConfig())
+    assert (change.value, change.low, change.high) == (pytest.approx(100 * math.expm1(0.5)), None, None)
     assert paired_bootstrap([2.0]) == Interval(2.0, None, None)
     assert replicated([2.0]) == Interval(2.0, None, None)
     assert replicated(np.ones((1, 50))) == Interval(1.0, None, None)
