@@ -21,6 +21,8 @@ from support import refused
 from support.files import write_rows
 from support.tiny_recipes import recipe
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 LEARNS = {"domains": ["pubmedqa"], "methods": ["gain", {"name": "lora", "lr": 0.01}]}
 
 

@@ -34,6 +34,7 @@ def classifying(**changes) -> Recipe:
     return recipe(("glue", "classify", {**CLASSIFYING, **changes}))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_every_classifier_is_trained_once_with_the_options_of_its_task(tmp_path):
     first = run_recipe(classifying(), tmp_path / "run", scale="smoke").outcomes["glue"]
     folder = tmp_path / "run" / "glue" / "classifiers"
@@ -61,6 +62,7 @@ def test_every_classifier_is_trained_once_with_the_options_of_its_task(tmp_path)
     refused(RunDirectoryError, changed, run_recipe, classifying(), tmp_path / "run", scale="smoke")
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_decoder_is_measured_under_its_own_head_and_says_so(tmp_path):
     lora = classifying(methods=[{"name": "lora", "lr": 0.01}], tasks=["mrpc"], ranks=[2])
     base = {"model": {"name": str(tiny.base(tmp_path / "decoder"))}}
@@ -149,6 +151,7 @@ def answering(**changes) -> Recipe:
     return recipe(("ask", "answers", {**ASKING, **changes}))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_answers_are_trained_and_measured_on_other_rows(tmp_path):
     outcome = run_recipe(answering(), tmp_path / "run", scale="smoke").outcomes["ask"]
     rows = tmp_path / "run" / "ask" / "questions"

@@ -15,6 +15,7 @@ from gaintune.report import write_report
 from gaintune.results import Matrix, build_matrix
 from gaintune.storage import Run, read_json, write_json, write_text
 from support import refused
+from support.drawing import unrendered
 from support.synthetic_run import forgets, keeps, make_matrix, make_runs, write_run
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -184,7 +185,8 @@ def test_intervals_are_made_anew_from_stored_losses(tmp_path, caplog):
     stored = build_matrix(runs, EvaluateConfig(bootstrap_samples=20), planned=domains)
     folder = write_run(tmp_path / "run", stored)
     kept = (folder / "matrix.json").read_bytes()
-    write_report(folder)
+    with unrendered():
+        write_report(folder)
     assert (folder / "matrix.json").read_bytes() == kept and "is not there: intervals stay" in caplog.text
     caplog.clear()
     run, (one,) = Run(folder), runs
@@ -193,7 +195,8 @@ def test_intervals_are_made_anew_from_stored_losses(tmp_path, caplog):
     for index, stage in enumerate(one.stages):
         for name, loss in stage.losses.items():
             write_json(run.stage("gain", index, stage.domain) / "evaluations" / f"{name}.json", loss.to_dict())
-    write_report(folder)
+    with unrendered():
+        write_report(folder)
     anew = Matrix.from_dict(read_json(folder / "matrix.json"))
     assert anew == build_matrix(runs, EvaluateConfig(), planned=domains) != stored
     cell = anew.methods[0].stages[0].cells["d0"]
