@@ -24,8 +24,8 @@ from support.cli import run
 
 AGAIN = ("G3", "G9", "G13", "G16", "G17", "D2", "D5")
 """One of each kind that measures or keeps what others do not: benchmarks, answers, sweep, landscape and so on."""
-RENDERED = ("G9", "G13", "D2")
-"""Of these the figures are rendered: a sequence, and the two kinds of figures that recipes alone draw."""
+RENDERED = ("G9", "G13", "D2")  # of a sequence, and the two kinds of figures that recipes alone draw
+LONG = ("D3", "G2")  # sequences and benchmarks, as in ten others
 CHANCE = (("curve.", "matched."), (".left", ".outside"))
 """How numbers begin or end that a tiny random model may lack: its training is too weak to compare, or its weights fill
 every direction."""
@@ -44,7 +44,7 @@ def ran(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", list(recipes()))
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in recipes()])
 def test_an_experiment_runs_and_decides_its_claims(name, ran):
     recipe, (folder, result) = recipe_named(name), ran(name)
     assert [finding.claim for finding in result.findings] == list(recipe.claims) != []
