@@ -114,7 +114,7 @@ def test_whatever_bit_is_flipped_in_the_newest_checkpoint_the_older_one_is_found
     newest = newest_checkpoint(kept)
     assert (newest.name, damage(newest)) == ("checkpoint-2", None)
     files = sorted(file.name for file in newest.iterdir() if file.name != MANIFEST)
-    for number in range(400):
+    for number in range(200):
         name = MANIFEST if number % 2 else rng.choice(files)
         damaged = bytearray((newest / name).read_bytes())
         bit = rng.randrange(8 * len(damaged))
