@@ -46,7 +46,9 @@ def workshop(tmp_path_factory) -> Path:
         shutil.copy(texts / "wikitext.jsonl", folder / f"{name}.jsonl")
     answers = [{"prompt": f"What is {n} and {n}?\n", "completion": f"It is {2 * n}."} for n in range(40)]
     labelled = [{"text": f"ticket {n}", "label": ("open", "closed")[n % 2]} for n in range(40)]
-    choices = [{"question": f"{n} + 1?", "options": {"A": f"{n}", "B": f"{n + 1}"}, "answer_idx": "B"} for n in range(8)]
+    choices = [
+        {"question": f"{n} + 1?", "options": {"A": str(n), "B": str(n + 1)}, "answer_idx": "B"} for n in range(8)
+    ]
     for name, rows in {"gsm8k": answers, "support": answers, "tickets": labelled, "questions": choices}.items():
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     with at_home(folder):
