@@ -56,8 +56,12 @@ def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     assert str(caught.value).startswith("plan.yaml: ")
     assert str(caught.value).count("\n") == 0
     assert "{'" not in str(caught.value), "no dump of a section"
-    with pytest.raises(ConfigError, match=r"(?=.*train\.lrr).*train\.clip"):  # every mistake at once
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
         build_plan({"train": {"lrr": 1, "clip": -1}})
+    assert "train.lrr" in str(caught.value) and "train.clip" in str(caught.value)
 
 
 def test_no_number_of_any_section_may_be_infinite_or_nan():
