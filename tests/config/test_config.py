@@ -92,15 +92,11 @@ def test_broken_yaml_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     for text, read, message in (
         ("train:\n  lr: 0.01\n bad indent\n", read_values, "3: not valid YAML"),
         (
-            "train:\n  lr: 1\n  seed: 1\n  lr: 0.1\n",
+            "train:\n  lr: 1\n  n: 1\n  lr: 2\n",
             read_values,
             "4: .*'lr' stands there twice, first on line 2; keep one",
         ),
-        (
-            "data: {task: text}\ntrain: {}\ndata: {seed: 1}\n",
-            read_plan,
-            "3: .*'data' stands there twice, first on line 1",
-        ),
+        ("data: {task: text}\ntrain: {}\ndata: {}\n", read_plan, "3: .*'data' stands there twice, first on line 1"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=rf"plan\.yaml:{message}"):

@@ -16,6 +16,7 @@ from gaintune.workflows import adapt, run_sequence
 from support import tiny_base, tiny_domains
 
 LORA = {"name": "lora", "rank": 2, "lr": 0.05}
+HALF = {"train_tokens": 512}  # four updates a domain
 
 
 def method(**more) -> MethodConfig:
@@ -171,7 +172,7 @@ def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(tiny, tmp_path
         {**LORA, "label": "replay", "replay": 0},
         {**LORA, "label": "pulled", "penalty": "l2", "penalty_strength": 0.5},
     ]
-    run_sequence(tiny_domains.plan(tiny, tmp_path, methods=methods, train=train), tmp_path / "run")
+    run_sequence(tiny_domains.plan(tiny, tmp_path, methods=methods, train=train, data=HALF), tmp_path / "run")
 
     def results(label):
         folder = tmp_path / "run" / "stages" / label
@@ -190,7 +191,7 @@ def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(tiny, tmp_path
 
 def test_a_single_adaptation_finds_the_earlier_information_beside_its_start(tiny, tmp_path):
     ewc = {**LORA, "penalty": "ewc", "penalty_strength": 1e4}
-    both = tiny_domains.plan(tiny, tmp_path, methods=[ewc])
+    both = tiny_domains.plan(tiny, tmp_path, methods=[ewc], data=HALF)
     prose, code = (tiny_domains.of(both, name) for name in ("prose", "code"))
     run_sequence(both, tmp_path / "run")
     adapt(prose, tmp_path / "first")
@@ -211,12 +212,12 @@ def test_a_single_adaptation_finds_the_earlier_information_beside_its_start(tiny
 
 
 def test_a_single_adaptation_replays_the_domains_it_is_given(tiny, tmp_path):
-    both = tiny_domains.plan(tiny, tmp_path, methods=[{**LORA, "replay": 0.5}])
+    both = tiny_domains.plan(tiny, tmp_path, methods=[{**LORA, "replay": 0.5}], data=HALF)
     prose, code = (tiny_domains.of(both, name) for name in ("prose", "code"))
     run_sequence(both, tmp_path / "run")
     stages = tmp_path / "run" / "stages" / "lora-replay"
     tokens = [read_json(stages / stage / "metrics.json")["tokens"] for stage in ("01-prose", "02-code")]
-    assert tokens == [32 * 32, 48 * 32]
+    assert tokens == [16 * 32, 24 * 32]
     adapt({**prose, "methods": [LORA]}, tmp_path / "first")
     adapt(both, tmp_path / "second", start=tmp_path / "first")
     ours = (tmp_path / "second" / "adapter_model.safetensors").read_bytes()

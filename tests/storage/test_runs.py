@@ -135,13 +135,8 @@ def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_brief
         (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
     data = {"domains": ["law"], "seed": 3}
     second = {"data": data, "methods": ["gain", {"name": "lora", "rank": 4}], **lr}
-    for plan, differences in (
-        (
-            second,
-            "data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4",
-        ),
-        ({**first, "train": {"lr": 0.2}}, "train.lr: 0.1 there, 0.2 now"),
-    ):
+    several = "data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4"
+    for plan, differences in ((second, several), ({**first, "train": {"lr": 0.2}}, "train.lr: 0.1 there, 0.2 now")):
         with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(plan), {"python": "3"}):
             pass
         message = str(caught.value)
