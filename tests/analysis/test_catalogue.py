@@ -1,6 +1,7 @@
 """Everything that is made from an analysis: its command, its step, its files and its row in the docs."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +9,6 @@ import pytest
 import typer
 from matplotlib.figure import Figure
 from pydantic import Field
-from typer.testing import CliRunner
 
 from gaintune.analysis import ANALYSES, Analysis, Options, Result, write_result
 from gaintune.analysis.base import Headline
@@ -16,6 +16,7 @@ from gaintune.cli.analyse import add_command
 from gaintune.errors import ConfigError
 from gaintune.recipes.steps.kinds import KINDS
 from gaintune.results import Interval
+from support import cli, refused
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -63,25 +64,17 @@ def test_a_new_analysis_has_a_command_with_its_options_its_table_and_its_files(t
     application = typer.Typer(rich_markup_mode=None)
     add_command(application, Toy())
     add_command(application, ANALYSES["gains"])
-
-    def run(*arguments) -> str:
-        done = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"}).invoke(application, list(map(str, arguments)))
-        if done.exception is not None:
-            raise done.exception
-        return done.stdout
-
-    told = run("toy", "--help")
-    assert "--times" in told and "How often. [default: 2]" in told and "gaintune toy --times 3" in told
+    run = partial(cli.run, application=application, columns=100)
+    help_text = run("toy", "--help")
+    assert all(text in help_text for text in ("--times", "How often. [default: 2]", "gaintune toy --times 3"))
     said = run("toy", "--times", 3, "--out", tmp_path)
     assert "-1.2 % [-2.0, -0.5]" in said and "—" in said and "counted to 3" in said and f"figure {tmp_path}" in said
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "toy.csv", "toy.md", "toy.json", "toy-figure.png", "toy-figure.svg"
-    }  # fmt: skip
+    names = {"toy.csv", "toy.md", "toy.json", "toy-figure.png", "toy-figure.svg"}
+    assert {file.name for file in tmp_path.iterdir()} == names
     assert json.loads((tmp_path / "toy.json").read_text()) == {"times": 3, "provenance": {"made": "here"}}
     run("toy", "--times", 1, "--out", tmp_path)
     assert not list(tmp_path.glob("toy-figure.*")), "a figure of an earlier call is taken away"
-    with pytest.raises(ConfigError, match="--times 0"):
-        run("toy", "--times", 0, "--out", tmp_path / "none")
+    refused(ConfigError, "--times 0", run, "toy", "--times", 0, "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

@@ -6,33 +6,32 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
+from gaintune.adapters import load_adapter, read_record, save_adapter
 from gaintune.analysis import LandscapeOptions, Subject, directions, survey_landscape, write_result
-from gaintune.analysis.landscape.directions import way_of
+from gaintune.analysis.landscape.directions import Geometry, way_of
 from gaintune.analysis.landscape.report import result
-from gaintune.config import build_plan
+from gaintune.analysis.landscape.statistics import Point, Surface, range_apart
+from gaintune.config import EvaluateConfig, MethodConfig, build_plan
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, DivergedError
 from gaintune.evaluate import compare_adapters
 from gaintune.models import load_base
 from gaintune.progress import Silent
-from gaintune.tuners.disel import DiselConfig
-from gaintune.tuners.gain import GainConfig
-from support import tiny_base, tiny_domains
+from gaintune.results import DomainLoss
+from support import refused, tiny_adapters, tiny_base, tiny_domains
 
-CONFIGS = {
-    "gain": lambda: GainConfig(),
-    "gain-ffn": lambda: GainConfig(ffn=True),
-    "lora": lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj"]),
-    "dora": lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj"], use_dora=True),
-    "disel": lambda: DiselConfig(r=2, target_modules=["o_proj", "up_proj"]),
+METHODS = {
+    "lora": {"rank": 2, "alpha": 4.0, "targets": ("o_proj",)},
+    "dora": {"rank": 2, "alpha": 4.0, "targets": ("o_proj",)},
+    "disel": {"rank": 2, "alpha": 4.0, "targets": ("o_proj", "up_proj")},
 }
+PAIRS = (("gain-ffn", "gain-ffn2"), ("gain", "gain-ffn2"), ("lora", "lora2"), ("gain-ffn", "lora"), ("full", "dora"))
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +39,16 @@ def place(tmp_path_factory):
     """A tiny base in fp32 with one random adapter of each kind on it, and fully trained weights."""
     folder = tmp_path_factory.mktemp("landscape")
     tiny_base.folder(folder / "base", dtype=torch.float32)
-    for name in (*CONFIGS, "gain-ffn2", "lora2", "disel2", "full"):
+    for name in ("gain", "gain-ffn", "gain-ffn2", "lora", "lora2", "dora", "disel", "disel2", "full"):
         make(folder, name)
     return folder
 
 
-def make(folder, name):
-    base = load_base(str(folder / "base"), dtype=torch.float32)
+def make(folder, name, **options):
     method = name.rstrip("2")
-    model = base.model if method == "full" else get_peft_model(base.model, CONFIGS[method]())
-    generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    record = AdapterRecord(str(folder / "base"), base.fingerprint, method, method, (f"{name}-text",))
-    save_adapter(model, folder / name, record)
+    config = MethodConfig(name=method, label=method, **METHODS.get(method, {}))
+    seed, domain = sum(map(ord, name)), f"{name}-text"
+    return tiny_adapters.save(folder / "base", folder / name, config, seed, **{"domain": domain, **options})
 
 
 def weights_of(base, folder):
@@ -72,12 +65,7 @@ def logits(model):
         return model(input_ids=tiny_base.blocks()).logits
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["gain"], ["gain-ffn"], ["lora"], ["dora"], ["full"], ["gain-ffn", "gain-ffn2"], ["gain", "gain-ffn2"],
-     ["lora", "lora2"], ["gain-ffn", "lora"], ["full", "dora"]],
-    ids="+".join,
-)  # fmt: skip
+@pytest.mark.parametrize("names", [("gain",), ("gain-ffn",), ("lora",), ("dora",), ("full",), *PAIRS], ids="+".join)
 def test_a_place_is_the_sum_of_weights_and_the_base_comes_back_bit_for_bit(place, names):
     check_places(place, names)
 
@@ -161,30 +149,25 @@ def test_gated_updates_are_scaled_with_their_gates_as_they_are(place):
 
 
 def test_what_spans_no_plane_is_refused(place):
-    with pytest.raises(ConfigError, match=r"disel has gates.*spans no plane"):
-        way_of([place / "lora", place / "disel"])
+    refused(ConfigError, r"disel has gates.*spans no plane", way_of, [place / "lora", place / "disel"])
     assert way_of([place / "gain", place / "lora"]) == "weights"
     base = load_base(str(place / "base"), dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="interpolated in fp32"), directions(base, [place / "full"]):
         pass
-    with pytest.raises(AdapterError, match="no such adapter folder"):
-        way_of([place / "missing"])
+    refused(AdapterError, "no such adapter folder", way_of, [place / "missing"])
 
 
 def test_weights_that_did_not_move_are_no_direction(place, tmp_path):
+    dora = MethodConfig(name="dora", **METHODS["dora"])
+    still = tiny_adapters.save(place / "base", tmp_path / "still", dora, scale=0)
     base = load_base(str(place / "base"), dtype=torch.float32)
-    record = AdapterRecord(str(place / "base"), base.fingerprint, "dora", "dora", ("text",))
-    save_adapter(get_peft_model(base.model, CONFIGS["dora"]()), tmp_path / "still", record)
-    base = load_base(str(place / "base"), dtype=torch.float32)
-    with pytest.raises(AdapterError, match="changes no weight"), directions(base, [tmp_path / "still"]):
+    with pytest.raises(AdapterError, match="changes no weight"), directions(base, [still]):
         pass
 
 
 @pytest.fixture(scope="module")
 def plan(place):
-    values = tiny_domains.plan(place / "base", place)
-    values["model"]["dtype"] = "bf16"
-    return build_plan(values)
+    return build_plan(tiny_domains.plan(place / "base", place, model={"dtype": "bf16"}))
 
 
 def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
@@ -192,8 +175,7 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     found = survey_landscape(plan, adapters, LandscapeOptions(plane=True, line=[0.5, -0.25], grid=[0.5]))
     first, _ = found.lines
     assert [point.place for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
-    assert found.plane is not None
-    assert len(found.plane.points) == 9
+    assert found.plane is not None and len(found.plane.points) == 9
     for domain in ("prose", "code"):
         for t in (0.0, 0.5, 1.0):
             assert first.at(t).losses[domain] == found.plane.at(t, 0.0).losses[domain]
@@ -209,22 +191,19 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         assert figures.barrier.low <= figures.barrier.value <= figures.barrier.high
     assert found.provenance.adapters["gain-ffn on gain-ffn-text"].method == "gain-ffn"
     assert set(found.provenance.texts) == {"prose", "code"}
-    mixed = survey_landscape(
-        plan, [place / "dora", place / "gain-ffn"], LandscapeOptions(plane=True, line=[0], grid=[0])
-    )
+    small = LandscapeOptions(plane=True, line=[0], grid=[0])
+    mixed = survey_landscape(plan, [place / "dora", place / "gain-ffn"], small)
     assert [line.way for line in mixed.lines] == ["weights", "gains"]
     assert [line.numbers for line in mixed.lines] == ["float32", "bfloat16"]
     assert mixed.plane is not None and (mixed.plane.way, mixed.plane.numbers) == ("weights", "float32")
     for domain in ("prose", "code"):
         assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
         assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
-    apart = survey_landscape(
-        plan, adapters, LandscapeOptions(line=[0], plane=True, grid=[0.5])
-    )  # here the plane alone has these places
-    for domain in ("prose", "code"):
+    apart = survey_landscape(plan, adapters, LandscapeOptions(line=[0], plane=True, grid=[0.5]))
+    for domain in ("prose", "code"):  # at positions that only the plane has here
         assert apart.plane.at(0.5, 0.0).losses[domain] == first.at(0.5).losses[domain]
-    with pytest.raises(ConfigError, match="spanned by two adapters, not by 1"):
-        survey_landscape(plan, adapters[:1], LandscapeOptions(plane=True))
+    plane = LandscapeOptions(plane=True)
+    refused(ConfigError, "spanned by two adapters, not by 1", survey_landscape, plan, adapters[:1], plane)
 
 
 def test_places_that_lines_and_their_plane_share_are_measured_once(place, plan):
@@ -241,34 +220,101 @@ def test_places_that_lines_and_their_plane_share_are_measured_once(place, plan):
     assert len(places) == len(set(places)) == 3 + 2 + 4  # of 3 + 3 + 9: not the base again, nor the plane's two edges
 
 
-def test_a_base_with_broken_weights_is_told_from_an_adapter_with_such(place, plan, tmp_path):
+def test_broken_weights_of_a_base_and_of_an_adapter_have_messages_of_their_own(place, plan, tmp_path):
     shutil.copytree(place / "base", tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], math.inf)
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     base = plan.model_copy(update={"model": plan.model.model_copy(update={"name": str(tmp_path / "base")})})
-    told = r"the base's own loss on \w+ is not finite in bfloat16"
-    with pytest.raises(BaseModelError, match=told):
-        survey_landscape(base, [place / "gain-ffn"], LandscapeOptions(line=[0.5]), allow_other_base=True)
-    with pytest.raises(BaseModelError, match=told):
-        compare_adapters(base, [place / "gain-ffn"], allow_other_base=True)
+    message, adapters = r"the base's own loss on \w+ is not finite in bfloat16", [place / "gain-ffn"]
+    options = LandscapeOptions(line=[0.5])
+    refused(BaseModelError, message, survey_landscape, base, adapters, options, allow_other_base=True)
+    refused(BaseModelError, message, compare_adapters, base, adapters, allow_other_base=True)
     model = load_adapter(load_base(str(place / "base")), place / "gain-ffn", trainable=True)
     with torch.no_grad():
         next(weight for weight in model.parameters() if weight.requires_grad).fill_(3e38)  # overflows in bf16
     save_adapter(model, tmp_path / "gain-ffn", read_record(place / "gain-ffn"))
-    with pytest.raises(DivergedError, match="If it was just trained, lower the learning rate"):
-        compare_adapters(plan, [tmp_path / "gain-ffn"])
-    with pytest.raises(ConfigError, match="an adapter cannot be called 'base'"):
-        compare_adapters(plan, [Path("base")])
+    advice = "If it was just trained, lower the learning rate"
+    refused(DivergedError, advice, compare_adapters, plan, [tmp_path / "gain-ffn"])
+    refused(ConfigError, "an adapter cannot be called 'base'", compare_adapters, plan, [Path("base")])
 
 
-def test_steps_that_16_bits_round_away_are_said_and_a_plane_of_an_earlier_call_goes(place, plan, tmp_path, caplog):
+def test_steps_that_16_bits_round_away_are_reported_and_an_earlier_plane_is_removed(place, plan, tmp_path, caplog):
     adapters = [place / "gain-ffn", place / "gain-ffn2"]
-    options = LandscapeOptions(plane=True, line=[1e-6, 0.5], grid=[0])
-    write_result("landscape", result(survey_landscape(plan, adapters, options), Subject()), tmp_path)
+
+    def write(**options):
+        found = survey_landscape(plan, adapters, LandscapeOptions(**options))
+        write_result("landscape", result(found, Subject()), tmp_path)
+
+    write(plane=True, line=[1e-6, 0.5], grid=[0])
     assert caplog.text.count("at 1e-06 every loss is the pretrained model's to the last bit, as bfloat16 rounds") == 2
     assert (tmp_path / "landscape-plane.png").exists()
-    write_result(
-        "landscape", result(survey_landscape(plan, adapters, LandscapeOptions(line=[0.5])), Subject()), tmp_path
-    )
+    write(line=[0.5])
     assert (tmp_path / "landscape-lines.png").exists() and not list(tmp_path.glob("landscape-plane.*"))
+
+
+def surface(places, nats):
+    """What was seen at some places, nats a token on blocks of 100 tokens, `(places, blocks)`."""
+    tokens = (100,) * nats.shape[1]
+    losses = [{"d": DomainLoss(tuple(100 * row), tokens, tokens)} for row in nats]
+    points = tuple(map(Point, places, losses))
+    labels = ("one", "other")[: len(places[0])]
+    return Surface(labels, "gains", "float32", Geometry((1.0,), 1.0), points, EvaluateConfig(bootstrap_samples=400))
+
+
+def noisy_line(heights, generator):
+    """A line that rises so in the mean over all text, seen on 8 blocks of it."""
+    noise = np.array([[0.0], [1.0], [1.0]]) * generator.normal(0, 0.1, (3, 8))
+    return surface([(0.0,), (0.5,), (1.0,)], 3.0 + np.array(heights)[:, None] + noise)
+
+
+def flat_plane(noise, blocks, generator):
+    """A plane that rises nowhere in the mean over all text, seen on some blocks that rise along both directions."""
+    slopes = generator.normal(0, noise, (2, blocks))
+    places = [(t, u) for t in (0.0, 0.5, 1.0) for u in (0.0, 0.5, 1.0)]
+    return surface(places, np.array([3.0 + t * slopes[0] + u * slopes[1] for t, u in places]))
+
+
+def steep_and_flat(generator):
+    return noisy_line((0.0, 0.2, 0.5), generator), noisy_line((0.0, -0.1, -0.3), generator)
+
+
+def test_the_difference_of_two_ranges_is_paired():
+    steep, flat = steep_and_flat(np.random.default_rng(12))
+    apart, other = range_apart(steep, flat, "d"), range_apart(flat, steep, "d")
+    assert apart.value == pytest.approx(steep.figures("d").range.value - flat.figures("d").range.value)
+    assert (other.value, other.low, other.high) == pytest.approx((-apart.value, -apart.high, -apart.low))
+    same = range_apart(steep, steep, "d")
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_the_difference_of_two_ranges_is_covered():
+    generator, held = np.random.default_rng(12), 0
+    for _ in range(300):
+        apart = range_apart(*steep_and_flat(generator), "d")
+        held += apart.low <= 0.2 <= apart.high
+    assert 0.93 < held / 300 < 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [4, 8])
+def test_of_two_flat_planes_the_noisier_one_is_seldom_called_wider(blocks):
+    generator, wider = np.random.default_rng(13), 0
+    for _ in range(600):
+        apart = range_apart(flat_plane(0.2, blocks, generator), flat_plane(0.02, blocks, generator), "d")
+        wider += apart.low > 0
+    assert wider / 600 < 0.06
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bump", "seen"), [(0.0, 0.02), (0.3, 0.98)])
+def test_a_barrier_is_as_uncertain_as_its_blocks(bump, seen):
+    """Lines that rise by `bump` half-way in the mean over all text: a flat one seldom shows a barrier, a hill does."""
+    generator, held, above = np.random.default_rng(11), 0, 0
+    for _ in range(400):
+        found = noisy_line((0.0, bump, 0.0), generator).figures("d")
+        held += found.barrier.low <= bump <= found.barrier.high
+        above += found.barrier.low > 0
+    assert held / 400 > 0.92
+    assert abs(above / 400 - seen) < 0.03

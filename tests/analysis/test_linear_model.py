@@ -12,6 +12,7 @@ from gaintune.analysis.linear_model.model import LinearModel, Losses
 from gaintune.analysis.linear_model.report import checks, figure, markdown, record, result, summary, table
 from gaintune.analysis.linear_model.survey import student
 from gaintune.errors import ConfigError
+from support import refused
 
 SAMPLES = 200_000
 
@@ -99,10 +100,8 @@ def test_half_the_update_is_best_for_opposite_or_equal_means_and_not_otherwise()
 @pytest.mark.parametrize("model", [general(), general(7), LinearModel.draw(8, 2, 3.0, 0)])
 def test_the_bayes_losses_are_those_of_the_posterior_on_samples(model):
     inputs, first, wanted = drawn(model)
-    normal = [
-        torch.distributions.MultivariateNormal(torch.from_numpy(mean), torch.from_numpy(model.covariance))
-        for mean in (model.mean1, model.mean0)
-    ]
+    covariance, means = torch.from_numpy(model.covariance), map(torch.from_numpy, (model.mean1, model.mean0))
+    normal = [torch.distributions.MultivariateNormal(mean, covariance) for mean in means]
     posterior = torch.softmax(torch.stack([one.log_prob(inputs) for one in normal]), dim=0)[0]
     given = posterior.unsqueeze(1) * (inputs @ torch.from_numpy(model.update).T)
     assert torch.allclose(model.bayes_correction(inputs), given, atol=1e-9)
@@ -166,7 +165,7 @@ def test_training_reaches_the_closed_forms(short):
     assert rows["DISeL"].losses.retention < 0.6 * rows["LoRA"].losses.retention
 
 
-def test_learnt_gates_follow_the_bayes_gate(short):
+def test_trained_gates_follow_the_bayes_gate(short):
     _, results = short
     for seed in results:
         gates = next(one.gates for one in seed.trained if one.gates is not None)
@@ -185,7 +184,7 @@ def test_the_same_settings_give_the_same_numbers_and_files(short, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_tables_tell_losses_and_verdicts(short):
+def test_tables_hold_losses_and_verdicts(short):
     settings, results = short
     text = markdown(settings, results)
     assert "| DISeL |" in text and "dimension 8" in text and text.count("yes (worst seed") == 4
@@ -212,15 +211,9 @@ def test_every_student_starts_at_the_pretrained_map():
         assert torch.allclose(student(problem, method, settings, 0)(inputs), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"rank": 9, "dimension": 8}, "rank"),
-        ({"separation": 0.0}, "separation"),
-        ({"seeds": 0}, "seeds"),
-        ({"lr": math.nan}, "lr"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"rank": 9, "dimension": 8}, "rank"), ({"separation": 0.0}, "separation"), ({"seeds": 0}, "seeds"),
+    ({"lr": math.nan}, "lr"),
+])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes, named):
-    with pytest.raises(ConfigError, match=named):
-        LinearModelOptions.read(changes, "here")
+    refused(ConfigError, named, LinearModelOptions.read, changes, "here")

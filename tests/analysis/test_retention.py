@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from gaintune.evaluate.benchmarks.records import TaskFacts
 from gaintune.models import load_base
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt
-from support import tiny_base, tiny_domains
+from support import refused, tiny_base, tiny_domains
+from support.files import write_rows
 from support.killing import Nothing
 
 
@@ -25,10 +27,8 @@ from support.killing import Nothing
 def place(tmp_path_factory):
     """A LoRA and a fully trained adaptation with their snapshots, and the plan that measures them."""
     folder = tmp_path_factory.mktemp("retention")
-    values = tiny_domains.plan(
-        tiny_base.folder(folder / "base", max_position_embeddings=1024), folder, train={"snapshot_steps": 3}
-    )
-    values["model"]["dtype"] = "bf16"  # weights trained whole are fp32 all the same
+    base, bf16 = tiny_base.folder(folder / "base", max_position_embeddings=1024), {"dtype": "bf16"}
+    values = tiny_domains.plan(base, folder, train={"snapshot_steps": 3}, model=bf16)
     prose, code = values["data"]["domains"]
     values["data"]["domains"] = [prose]
     for method in ("lora", "full"):
@@ -51,45 +51,35 @@ def test_every_snapshot_is_measured_as_an_adapter_of_its_own(place, tmp_path):
         for snapshot in trajectory.snapshots[1:]:
             path = str(snapshots_of(folder / trajectory.label)[snapshot.step])
             for domain in ("prose", "code"):
-                change, told = found.change(trajectory, snapshot, [domain]), expected[domain, path]
-                assert snapshot.losses[domain].perplexity == told.perplexity
-                assert (change.value, change.low, change.high) == (told.change, told.low, told.high)
+                change, alone = found.change(trajectory, snapshot, [domain]), expected[domain, path]
+                assert snapshot.losses[domain].perplexity == alone.perplexity
+                assert (change.value, change.low, change.high) == (alone.change, alone.low, alone.high)
             both = found.change(trajectory, snapshot, ["prose", "code"])
             means = [found.change(trajectory, snapshot, [domain]).value for domain in ("prose", "code")]
             assert both.value == pytest.approx(np.mean(means))
         changes = [found.change(trajectory, snapshot, ["prose"]).value for snapshot in trajectory.snapshots]
         assert found.best(trajectory).step == [0, 3, 6, 8][int(np.argmin(changes))]
-
     again = survey_retention(plan, [folder / "lora"], every=2, cache=tmp_path / "measured", progress=Nothing())
     assert [snapshot.step for snapshot in again.trajectories[0].snapshots] == [0, 6, 8]
     assert again.trajectories[0].snapshots[-1] == found.trajectories[0].snapshots[-1]
     write_result("retention", result(found, Subject(), RetentionOptions()), tmp_path / "out")
     names = {f"retention.{kind}" for kind in ("csv", "md", "json", "png", "svg")}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
-    told = json.loads((tmp_path / "out" / "retention.json").read_text())
-    assert told["courses"][1]["moments"][3]["domains"]["code"]["change"]["value"] == expected[
-        "code", str(snapshots_of(folder / "full")[8])
-    ].change  # fmt: skip
+    saved = json.loads((tmp_path / "out" / "retention.json").read_text())
+    last = expected["code", str(snapshots_of(folder / "full")[8])]
+    assert saved["courses"][1]["moments"][3]["domains"]["code"]["change"]["value"] == last.change
     rows = table(found)
     assert len(rows) == 2 * 4 * 2 and set(rows["kind"]) == {"target", "text"}
     assert "| lora | last | 8 |" in markdown(found)
 
 
-def test_adapters_without_snapshots_and_odd_counts_are_refused(place, tmp_path):
-    folder, plan = place
-    with pytest.raises(AdapterError, match="no snapshots of it were kept"):
-        survey_retention(plan, [folder / "base"])
-    with pytest.raises(ConfigError, match="every is 0"):
-        survey_retention(plan, [folder / "lora"], every=0)
-    with pytest.raises(ConfigError, match="each once"):
-        survey_retention(plan, [folder / "lora", folder / "lora"])
-
-
-def test_benchmarks_that_are_not_to_be_had_are_refused_before_anything_is_measured(place):
+def test_adapters_without_snapshots_odd_counts_and_unknown_benchmarks_are_refused_before_a_measurement(place):
+    (folder, plan), survey = place, partial(survey_retention, progress=Nothing())
+    refused(AdapterError, "no snapshots of it were kept", survey, plan, [folder / "base"])
+    refused(ConfigError, "every is 0", survey, plan, [folder / "lora"], every=0)
+    refused(ConfigError, "each once", survey, plan, [folder / "lora", folder / "lora"])
     pytest.importorskip("lm_eval")
-    folder, plan = place
-    with pytest.raises(ConfigError, match="arc_esay"):
-        survey_retention(plan, [folder / "lora"], benchmarks={"tasks": ["arc_esay"]}, progress=Nothing())
+    refused(ConfigError, "arc_esay", survey, plan, [folder / "lora"], benchmarks={"tasks": ["arc_esay"]})
 
 
 def score(task, items, metric="acc"):
@@ -110,10 +100,8 @@ def test_benchmarks_are_averaged_over_tasks_and_paired_over_rows():
     assert found.retention == pytest.approx(np.mean([100 * model[1].value, 100 * model[2].value]))
     change = found.retention_change
     assert change.value == pytest.approx(np.mean([by_task["arc_easy"], by_task["boolq"]]))
-    variances = [
-        np.var(100 * np.subtract(two.items, one.items)) / one.rows for one, two in zip(base, model, strict=True)
-    ]
-    error = np.sqrt(variances[1] + variances[2]) / 2
+    pairs = list(zip(base, model, strict=True))[1:]
+    error = np.sqrt(sum(np.var(100 * np.subtract(two.items, one.items)) / one.rows for one, two in pairs)) / 2
     assert (change.high - change.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
     same = scores_of(base, base, list(tasks), [], config)
     assert same.target is None and same.retention_change.value == same.retention_change.high == 0.0
@@ -123,29 +111,25 @@ def test_the_papers_metric_counts():
     both = [score("hellaswag", [1.0, 0.0], "acc"), score("hellaswag", [1.0, 1.0], "acc_norm")]
     assert counting_score(both, "hellaswag").metric == "acc_norm"
     assert counting_score([score("boolq", [1.0], "acc,none")], "boolq").metric == "acc,none"
-    with pytest.raises(ConfigError, match="no metric that is a share of rows"):
-        counting_score([score("wikitext", [40.0], "word_perplexity")], "wikitext")
+    other = [score("wikitext", [40.0], "word_perplexity")]
+    refused(ConfigError, "no metric that is a share of rows", counting_score, other, "wikitext")
 
 
-def test_snapshots_are_asked_benchmarks_of_target_and_retention(place, tmp_path):
+def test_snapshots_are_measured_on_benchmarks_of_target_and_retention(place, tmp_path):
     pytest.importorskip("lm_eval")
     folder, plan = place
     words = [chr(97 + n) * 4 for n in range(26)]
-    questions = [
-        {
-            "question": f"Which is {one}?",
-            "choices": {"text": [one, "b" * (n + 1)], "label": ["A", "B"]},
-            "answerKey": "AB"[n % 2],
-        }
-        for n, one in enumerate(words)
-    ]
-    claims = [{"passage": f"All of {one}.", "question": f"is it {one}", "label": n % 2} for n, one in enumerate(words)]
-    for name, rows in (("arc_easy", questions), ("boolq", claims)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choices = [{"text": [word, "b" * (n + 1)], "label": ["A", "B"]} for n, word in enumerate(words)]
+    write_rows(tmp_path / "arc_easy.jsonl", [
+        {"question": f"Which is {word}?", "choices": choices[n], "answerKey": "AB"[n % 2]}
+        for n, word in enumerate(words)
+    ])  # fmt: skip
+    write_rows(tmp_path / "boolq.jsonl", [
+        {"passage": f"All of {word}.", "question": f"is it {word}", "label": n % 2} for n, word in enumerate(words)
+    ])  # fmt: skip
     asked = {"tasks": ["arc_easy", "boolq"], "source": "local", "data": [str(tmp_path)], "bootstrap_samples": 100}
-    found = survey_retention(
-        plan, [folder / "lora"], benchmarks=asked, target_tasks=["boolq"], every=4, benchmark_cache=tmp_path / "cache"
-    )
+    options = {"every": 4, "benchmark_cache": tmp_path / "cache"}
+    found = survey_retention(plan, [folder / "lora"], benchmarks=asked, target_tasks=["boolq"], **options)
     (trajectory,) = found.trajectories
     start, end = trajectory.snapshots
     assert (start.step, end.step) == (0, 8)
@@ -155,8 +139,8 @@ def test_snapshots_are_asked_benchmarks_of_target_and_retention(place, tmp_path)
     assert start.scores == found.base.scores
     assert start.scores.target == pytest.approx(100 * report.score("boolq", "acc").value)
     assert start.scores.target_change.value == start.scores.retention_change.value == 0.0
-    told = {(each.task, each.metric): each.difference for each in report.comparisons}
-    assert end.scores.target_change.value == pytest.approx(told["boolq", "acc"].value)
+    differences = {(each.task, each.metric): each.difference for each in report.comparisons}
+    assert end.scores.target_change.value == pytest.approx(differences["boolq", "acc"].value)
     write_result("retention", result(found, Subject(), RetentionOptions()), tmp_path / "out")
     assert set(table(found)["kind"]) == {"target", "text", "benchmark", "mean of benchmarks"}
     names = [[side.name.partition(":")[0] for side in pair] for pair in sides(found)]
@@ -169,5 +153,5 @@ def test_snapshots_are_asked_benchmarks_of_target_and_retention(place, tmp_path)
     assert [side.name.partition(":")[0] for pair in sides(without) for side in pair] == ["target task", "target"]
     alone = replace(found, texts=(), base=replace(found.base, scores=None))
     assert [len(figure(each).axes) for each in (found, without, alone)] == [6, 3, 1]
-    with pytest.raises(ConfigError, match="target gsm8k is none of the benchmarks"):
-        survey_retention(plan, [folder / "lora"], benchmarks=asked, target_tasks=["gsm8k"])
+    wrong = (survey_retention, plan, [folder / "lora"])
+    refused(ConfigError, "target gsm8k is none of the benchmarks", *wrong, benchmarks=asked, target_tasks=["gsm8k"])

@@ -14,9 +14,8 @@ from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import compare_adapters
 from gaintune.models import load_base
 from gaintune.results import DomainLoss
-from gaintune.tuners.gain import GainConfig
-from gaintune.tuners.gain.layer import GainLayer
-from support import tiny_base, tiny_domains
+from gaintune.tuners.gain import GainConfig, GainLayer
+from support import refused, tiny_base, tiny_domains
 
 NAMES = ("prose", "code", "more")
 
@@ -108,14 +107,12 @@ def test_parts_are_measured_as_adapters_of_their_own(place):
     expected = {(each.domain, each.label): each for each in compare_adapters(plan, paths)}
     for domain in (*NAMES, "unseen"):
         for part, path in (("whole", "prose"), ("shared", "mean"), ("own", "own")):
-            told = expected[domain, str(folder / path)]
-            assert one.losses[part, "prose", domain].perplexity == pytest.approx(told.perplexity, rel=1e-6)
-            change = one.change(part, "prose", domain)
-            assert change.value == pytest.approx(told.change, abs=1e-4)
-            assert (change.low, change.high) == pytest.approx((told.low, told.high), abs=1e-4)
-    assert held.losses["shared", "prose", "code"].perplexity == pytest.approx(
-        expected["code", str(folder / "others")].perplexity, rel=1e-6
-    )
+            alone, change = expected[domain, str(folder / path)], one.change(part, "prose", domain)
+            assert one.losses[part, "prose", domain].perplexity == pytest.approx(alone.perplexity, rel=1e-6)
+            figures = (change.value, change.low, change.high)
+            assert figures == pytest.approx((alone.change, alone.low, alone.high), abs=1e-4)
+    without = expected["code", str(folder / "others")].perplexity
+    assert held.losses["shared", "prose", "code"].perplexity == pytest.approx(without, rel=1e-6)
     across = [(a, b) for a in NAMES for b in NAMES if a != b]
     changes = [one.change("own", a, b).value for a, b in across]
     assert one.transfer("own").value == pytest.approx(np.mean(changes))
@@ -123,7 +120,7 @@ def test_parts_are_measured_as_adapters_of_their_own(place):
     assert one.unseen("whole").value == pytest.approx(np.mean([one.change("whole", a, "unseen").value for a in NAMES]))
 
 
-def test_what_is_left_is_a_ratio_and_is_not_told_of_a_transfer_that_may_be_none():
+def test_what_is_left_is_a_ratio_and_is_not_given_for_a_transfer_that_may_be_zero():
     generator = np.random.default_rng(0)
     tokens = (31,) * 40
     base = {name: generator.normal(90, 3, 40) for name in "ab"}
@@ -150,21 +147,19 @@ def test_what_is_left_is_a_ratio_and_is_not_told_of_a_transfer_that_may_be_none(
 
 def test_what_cannot_be_compared_is_refused(place, tmp_path):
     folder, plan, v = place
-    base = load_base(plan.model)
+    base, prose = load_base(plan.model), folder / "prose"
     several = write_adapter(tmp_path / "several", base, v[0], ("prose", "code"))
-    with pytest.raises(ConfigError, match=r"several has learnt prose, code: give adapters that were each trained"):
-        survey_transfer(plan, [folder / "prose", several])
-    with pytest.raises(ConfigError, match="has learnt elsewhere, which is not measured"):
-        survey_transfer(plan, [folder / "prose", write_adapter(tmp_path / "elsewhere", base, v[0], ("elsewhere",))])
-    with pytest.raises(ConfigError, match="takes two or more"):
-        survey_transfer(plan, [folder / "prose"])
-    with pytest.raises(ConfigError, match=r"held-out.*three or more, and 2 were given"):
-        survey_transfer(plan, [folder / "prose", folder / "code"], TransferOptions(components=("held-out",)))
+    elsewhere = write_adapter(tmp_path / "elsewhere", base, v[0], ("elsewhere",))
     narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
-    with pytest.raises(ConfigError, match="in other places"):
-        survey_transfer(plan, [folder / "prose", narrow])
     still = write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))
-    with pytest.raises(ConfigError, match="code are all alike"):
-        survey_transfer(plan, [folder / "prose", still])
-    with pytest.raises(AdapterError, match="no such adapter folder"):
-        survey_transfer(plan, [folder / "prose", tmp_path / "missing"])
+    for adapters, message in (
+        ([prose, several], r"several has learnt prose, code: give adapters that were each trained"),
+        ([prose, elsewhere], "has learnt elsewhere, which is not measured"),
+        ([prose], "takes two or more"),
+        ([prose, narrow], "in other places"),
+        ([prose, still], "code are all alike"),
+    ):
+        refused(ConfigError, message, survey_transfer, plan, adapters)
+    options, few = TransferOptions(components=("held-out",)), r"held-out.*three or more, and 2 were given"
+    refused(ConfigError, few, survey_transfer, plan, [prose, folder / "code"], options)
+    refused(AdapterError, "no such adapter folder", survey_transfer, plan, [prose, tmp_path / "missing"])

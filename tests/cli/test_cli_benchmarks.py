@@ -5,26 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from gaintune.cli.app import app
 from gaintune.cli.benchmarks import _short, tables
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, BenchmarkReport, BenchmarkScore
 from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores
 from gaintune.evaluate.benchmarks.run import with_group_difference
-from support import tiny_base, tiny_domains
-
-pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
-
-NUMBERS = ("--set", "model.dtype=fp32", "--set", "model.device=cpu", "--set", "evaluate.bootstrap_samples=50")
-
-
-def run(*arguments) -> str:
-    done = CliRunner(env={"COLUMNS": "220", "NO_COLOR": "1"}).invoke(app, [str(each) for each in arguments])
-    if done.exception is not None:
-        raise done.exception
-    return done.stdout
+from support import refused, tiny_base, tiny_benchmarks, tiny_domains
+from support.cli import QUICK, run
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +23,12 @@ def work(tmp_path_factory) -> Path:
     prose, _ = tiny_domains.write(folder)
     sizes = ("--train-tokens", 512, "--validation-tokens", 256, "--block-size", 32, "--lr", 0.05)
     where = ("--model", folder / "base", "--domain", f"prose={prose}", "--out", folder / "adapter")
-    run("adapt", "--method", "gain-ffn", *where, *sizes, *NUMBERS)
+    run("adapt", "--method", "gain-ffn", *where, *sizes, *QUICK)
     rows = [
         {"query": f"Question: what comes after {n}?\nAnswer:", "choices": [str(n + 1), str(n), "many"], "gold": 0}
         for n in range(8)
     ]
-    (folder / "rows").mkdir()
-    (folder / "rows" / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_benchmarks.write(folder / "rows" / "arc_easy.jsonl", rows)
     return folder
 
 
@@ -49,7 +36,7 @@ def work(tmp_path_factory) -> Path:
 def arguments(work, tmp_path, monkeypatch):
     monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
     local = ("--benchmark-source", "local", "--benchmark-data", work / "rows")
-    return ("evaluate", work / "base", "--adapter", work / "adapter", "--benchmarks", "arc_easy", *local, *NUMBERS)
+    return ("evaluate", work / "base", "--adapter", work / "adapter", "--benchmarks", "arc_easy", *local, *QUICK)
 
 
 def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_path):
@@ -62,8 +49,7 @@ def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_p
     assert [score["metric"] for score in report["base"]] == ["acc", "acc_norm"]
     assert report["base"][0]["rows"] == 8
     (accuracy, _) = report["comparisons"]
-    assert accuracy["label"] == str(work / "adapter")
-    assert accuracy["unit"] == "points"
+    assert (accuracy["label"], accuracy["unit"]) == (str(work / "adapter"), "points")
     expected = 100 * (accuracy["adapted"] - accuracy["base"])
     assert accuracy["difference"]["value"] == pytest.approx(expected)
     assert f"{100 * accuracy['base']:.2f} ± " in printed
@@ -71,16 +57,16 @@ def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_p
 
 
 def test_adapters_are_told_apart_by_what_differs_in_their_paths():
-    assert _short(["runs/a/lora/05/adapter", "runs/a/gain/05/adapter"]) == {
-        "runs/a/lora/05/adapter": "lora",
-        "runs/a/gain/05/adapter": "gain",
-    }
-    assert list(_short(["runs/a", "runs/a/b", "other"]).values()) == ["runs/a", "runs/a/b", "other"]
-    assert list(_short(["runs/a", "runs/a/b"]).values()) == ["a", "a/b"]
-    assert _short(["runs/a/adapter"]) == {"runs/a/adapter": "adapter"}
-    assert list(_short(["runs/law", "runs/base"]).values()) == ["runs/law", "runs/base"]
-    assert _short(["runs/base"]) == {"runs/base": "runs/base"}
-    assert _short([]) == {}
+    for paths, names in (
+        (["runs/a/lora/05/adapter", "runs/a/gain/05/adapter"], ["lora", "gain"]),
+        (["runs/a", "runs/a/b", "other"], ["runs/a", "runs/a/b", "other"]),
+        (["runs/a", "runs/a/b"], ["a", "a/b"]),
+        (["runs/a/adapter"], ["adapter"]),
+        (["runs/law", "runs/base"], ["runs/law", "runs/base"]),
+        (["runs/base"], ["runs/base"]),
+        ([], []),
+    ):
+        assert _short(paths) == dict(zip(paths, names, strict=True))
 
 
 def test_domains_and_benchmarks_in_one_go(work, arguments):
@@ -90,13 +76,9 @@ def test_domains_and_benchmarks_in_one_go(work, arguments):
     assert found["benchmarks"]["base"][0]["rows"] == 3
 
 
-def test_domains_are_read_before_the_benchmarks_are_asked(work, arguments, tmp_path):
-    with pytest.raises(DataError, match="no such file"):
-        run(*arguments, "--domain", f"prose={work / 'nowhere.jsonl'}")
+def test_domains_are_read_before_the_benchmarks_and_scores_are_not_kept_without_a_cache(work, arguments, tmp_path):
+    refused(DataError, "no such file", run, *arguments, "--domain", f"prose={work / 'nowhere.jsonl'}")
     assert not list((tmp_path / "cache").glob("benchmarks/*")), "nothing was asked"
-
-
-def test_scores_are_not_kept_where_that_is_said(arguments, tmp_path):
     run(*arguments, "--no-cache")
     assert not list((tmp_path / "cache").glob("benchmarks/*"))
 
@@ -138,16 +120,12 @@ def test_a_group_that_is_a_plain_mean_over_its_tasks_has_a_difference_too():
 
 
 def test_what_does_not_go_together_is_refused(work, arguments, monkeypatch):
-    with pytest.raises(ConfigError, match="--limit is for benchmarks"):
-        run("evaluate", work / "base", "--limit", 3)
+    refused(ConfigError, "--limit is for benchmarks", run, "evaluate", work / "base", "--limit", 3)
     with pytest.raises(ConfigError, match="--allow-code-execution is for benchmarks"):
         run("evaluate", work / "base", "--allow-code-execution")
-    with pytest.raises(ConfigError, match="leave --masked and --choices out"):
-        run(*arguments, "--masked")
-    with pytest.raises(ConfigError, match="benchmarks: source"):
-        run(*arguments, "--benchmark-source", "elsewhere")
+    refused(ConfigError, "leave --masked and --choices out", run, *arguments, "--masked")
+    refused(ConfigError, "benchmarks: source", run, *arguments, "--benchmark-source", "elsewhere")
     with pytest.raises(ConfigError, match="--allow-code-execution"):
         run("evaluate", work / "base", "--benchmarks", "humaneval", "--benchmark-source", "local")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
-    with pytest.raises(ConfigError, match=r"pip install 'gaintune\[benchmarks\]'"):
-        run(*arguments)
+    refused(ConfigError, r"pip install 'gaintune\[benchmarks\]'", run, *arguments)

@@ -1,14 +1,13 @@
 """A tiny byte-level tokenizer, and short ways to write domain files."""
 
-from __future__ import annotations
-
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from support.files import write_rows as write_file
 
 END_OF_TEXT = "<|end|>"
 
@@ -30,13 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """Write texts as a .jsonl file below the test's folder."""
 
-    def write(name: str, texts: Sequence[str]) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        return path
-
-    return write
+    return lambda name, texts: write_file(tmp_path / name, ({"text": text} for text in texts))
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """Labelled rows: which columns, which labels, which side, what is cut, and every mistake by its line."""
 
-import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import pyarrow
-import pyarrow.parquet
+import pandas
 import pytest
 import torch
 
@@ -15,9 +12,8 @@ from gaintune.config import ClassifyConfig, DomainConfig, build_plan
 from gaintune.data import GLUE, Padding, load_classification
 from gaintune.data.labelled import load_labelled
 from gaintune.errors import AssetError, ConfigError, DataError
-from support import STUDY_DATA, tiny_base, tiny_encoders, tiny_glue
+from support import STUDY_DATA, needs_study_data, refused, tiny_base, tiny_encoders, tiny_glue
 
-GLUE_ROWS = STUDY_DATA / "glue"
 TOKENIZER = tiny_encoders.tokenizer()
 PAIR = {"text_a": "one", "text_b": "two", "label": "yes"}
 
@@ -38,18 +34,10 @@ def written(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> Path:
     return tiny_encoders.write_rows(folder / name, rows)
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [
-        ("sentence",),
-        ("text",),
-        ("text_a", "text_b"),
-        ("sentence1", "sentence2"),
-        ("premise", "hypothesis"),
-        ("question", "sentence"),
-        ("question1", "question2"),
-    ],
-)
+@pytest.mark.parametrize("columns", [
+    ("sentence",), ("text",), ("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"),
+    ("question", "sentence"), ("question1", "question2"),
+])  # fmt: skip
 def test_the_columns_of_glue_and_of_local_files_are_found(columns, tmp_path):
     rows = [{**{column: f"{column} {n}" for column in columns}, "label": n % 2, "idx": n} for n in range(40)]
     texts = load_labelled(domain(written(tmp_path, rows)), seed=0)
@@ -59,25 +47,17 @@ def test_the_columns_of_glue_and_of_local_files_are_found(columns, tmp_path):
     assert [row.label for row in found] == [str(n % 2) for n in range(40)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_every_kind_of_file_gives_the_same_rows(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "options"), [
+    ("jsonl", {"orient": "records", "lines": True}), ("json", {"orient": "records"}), ("csv", {"index": False}),
+    ("parquet", {}),
+])  # fmt: skip
+def test_every_kind_of_file_gives_the_same_rows(kind, options, tmp_path):
     rows = [{**row, "text_b": None, "text_a": row["text"]} for row in rows_of()]
     file = tmp_path / f"rows.{kind}"
-    if kind == "jsonl":
-        written(tmp_path, rows)
-    elif kind == "json":
-        file.write_text(json.dumps(rows))
-    elif kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    else:
-        with file.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    getattr(pandas.DataFrame(rows), f"to_{kind.removesuffix('l')}")(file, **options)
     texts = load_labelled(domain(file), seed=0)
-    assert {(row.text_a, row.text_b, row.label) for row in (*texts.train, *texts.validation)} == {
-        (row["text"], None, row["label"]) for row in rows
-    }
+    found = {(row.text_a, row.text_b, row.label) for row in (*texts.train, *texts.validation)}
+    assert found == {(row["text"], None, row["label"]) for row in rows}
     assert len(texts.validation) == len(load_labelled(domain(written(tmp_path, rows, "again.jsonl")), 0).validation)
 
 
@@ -95,20 +75,17 @@ def test_a_folders_own_split_is_kept_and_other_files_are_split_by_their_text(tmp
     assert load_labelled(domain(tmp_path / "rows.jsonl"), seed=1).validation != split.validation
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text_a": "x", "text_b": "y"}, r"rows\.jsonl:3: has no column 'label'; the columns are text_a, text_b"),
-        ({"text_b": "y", "label": "no"}, r"rows\.jsonl:3: has no column 'text_a'"),
-        ({**PAIR, "text_a": "  "}, r"rows\.jsonl:3: column 'text_a' is empty"),
-        ({**PAIR, "text_b": None}, r"rows\.jsonl:3: column 'text_b' is null"),
-        ({**PAIR, "label": None}, r"rows\.jsonl:3: the label is None, expected a name or a whole number"),
-        ({**PAIR, "label": 0.5}, r"rows\.jsonl:3: the label is 0\.5"),
-        ({**PAIR, "label": " "}, r"rows\.jsonl:3: the label is ' '"),
-        ({**PAIR, "label": -1}, r"rows\.jsonl:3: the label is -1, which data sets give to rows without one"),
-        ({**PAIR, "label": "-1"}, r"rows\.jsonl:3: the label is -1, which"),
-    ],
-)
+@pytest.mark.parametrize(("row", "message"), [
+    ({"text_a": "x", "text_b": "y"}, r"rows\.jsonl:3: has no column 'label'; the columns are text_a, text_b"),
+    ({"text_b": "y", "label": "no"}, r"rows\.jsonl:3: has no column 'text_a'"),
+    ({**PAIR, "text_a": "  "}, r"rows\.jsonl:3: column 'text_a' is empty"),
+    ({**PAIR, "text_b": None}, r"rows\.jsonl:3: column 'text_b' is null"),
+    ({**PAIR, "label": None}, r"rows\.jsonl:3: the label is None, expected a name or a whole number"),
+    ({**PAIR, "label": 0.5}, r"rows\.jsonl:3: the label is 0\.5"),
+    ({**PAIR, "label": " "}, r"rows\.jsonl:3: the label is ' '"),
+    ({**PAIR, "label": -1}, r"rows\.jsonl:3: the label is -1, which data sets give to rows without one"),
+    ({**PAIR, "label": "-1"}, r"rows\.jsonl:3: the label is -1, which"),
+])  # fmt: skip
 def test_a_broken_row_is_named_by_its_line(row, message, tmp_path):
     with pytest.raises(DataError, match=message) as caught:
         load(written(tmp_path, [PAIR, {**PAIR, "label": "no"}, row]))
@@ -117,24 +94,21 @@ def test_a_broken_row_is_named_by_its_line(row, message, tmp_path):
 
 def test_columns_that_hold_no_text_to_classify_are_named(tmp_path):
     file = written(tmp_path, [{"review": "good", "label": 1}, {"review": "bad", "label": 0}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: no column holds the text.*\(the columns are review, label\)"):
-        load(file)
+    refused(DataError, r"rows\.jsonl:1: no column holds the text.*\(the columns are review, label\)", load, file)
     texts = load_labelled(domain(file, text_column="review"), seed=0)
     assert {row.text_a for row in (*texts.train, *texts.validation)} == {"good", "bad"}
-    with pytest.raises(DataError, match=r"nowhere is no file or folder, and none of GLUE's tasks.*cola, mnli"):
-        load_labelled(domain("nowhere"), seed=0)
+    message = r"nowhere is no file or folder, and none of GLUE's tasks.*cola, mnli"
+    refused(DataError, message, load_labelled, domain("nowhere"), seed=0)
 
 
 def test_one_label_and_labels_unknown_to_training_are_refused(tmp_path):
     folder = tmp_path / "split"
     written(folder, rows_of(10), "train.jsonl")
     file = written(folder, [*rows_of(4), {"text": "new", "label": "prime"}], "validation.jsonl")
-    with pytest.raises(DataError, match=r"validation\.jsonl:5: no training row has the label 'prime' \(they have even"):
-        load(folder)
+    refused(DataError, r"validation\.jsonl:5: no training row has the label 'prime' \(they have even", load, folder)
     file.unlink()
     same = written(tmp_path, [{**row, "label": "same"} for row in rows_of()])
-    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: this and every other training row has the label 'same'"):
-        load(same)
+    refused(DataError, r"rows\.jsonl:\d+: this and every other training row has the label 'same'", load, same)
 
 
 def test_labels_are_sorted_numbers_by_value(tmp_path):
@@ -168,21 +142,15 @@ def test_pairs_are_joined_as_the_tokenizer_joins_them_and_cut_with_a_count(tmp_p
     rows = [{"text_a": f"a{n}" + "x" * 30, "text_b": "y" * (3 if n % 4 else 60), "label": n % 2} for n in range(80)]
     loaded = load(written(tmp_path, rows), max_length=40)
     assert all(len(row) <= 40 for row in loaded.train.input_ids)
-    assert loaded.train.truncated + loaded.validation.truncated == 80 - sum(
-        2 + 30 + len(str(n)) - 1 + 3 + 4 <= 40 for n in range(80) if n % 4
-    )
-    assert f"{loaded.train.truncated} of {len(loaded.train)} training rows are longer than classify.max_length (40" in (
-        caplog.text
-    )
+    whole = sum(2 + 30 + len(str(n)) - 1 + 3 + 4 <= 40 for n in range(80) if n % 4)
+    assert loaded.train.truncated + loaded.validation.truncated == 80 - whole
+    cut = f"{loaded.train.truncated} of {len(loaded.train)} training rows"
+    assert f"{cut} are longer than classify.max_length (40" in caplog.text
     first = loaded.train.input_ids[0].tolist()
-    assert first[0] == 0
-    assert first.count(2) == 3  # <s> a </s></s> b </s>
-    assert first[-1] == 2
+    assert (first[0], first.count(2), first[-1]) == (0, 3, 2)  # <s> a </s></s> b </s>
     bert = load(written(tmp_path, rows), tiny_encoders.bert_tokenizer(), max_length=40, segments=True)
     kinds = bert.train.segments[0].tolist()
-    assert kinds == sorted(kinds)
-    assert set(kinds) == {0, 1}
-    assert len(kinds) == len(bert.train.input_ids[0])
+    assert kinds == sorted(kinds) and set(kinds) == {0, 1} and len(kinds) == len(bert.train.input_ids[0])
 
 
 def test_a_decoders_pair_is_two_lines(tmp_path):
@@ -194,10 +162,8 @@ def test_a_decoders_pair_is_two_lines(tmp_path):
 
 
 def test_a_batch_is_padded_to_its_longest_row_and_masked():
-    rows = [
-        {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor(1), "token_type_ids": torch.tensor([0, 1, 1])}
-    ]
-    rows.append({"input_ids": torch.tensor([8]), "labels": torch.tensor(0), "token_type_ids": torch.tensor([0])})
+    keys = ("input_ids", "labels", "token_type_ids")
+    rows = [dict(zip(keys, map(torch.tensor, row), strict=True)) for row in (([5, 6, 7], 1, [0, 1, 1]), ([8], 0, [0]))]
     batch = Padding(9)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -255,24 +221,20 @@ def test_the_plan_of_a_classifier_has_an_encoder_and_no_token_budgets():
     assert build_plan({"data": {"domains": [{"name": "x", "source": "y", "task": "classify"}]}}).classifies
     assert build_plan({"data": {"task": "classify"}, "model": {"name": "demo"}}).model.name == "demo"
     assert build_plan({}).model.name == "demo"
-    with pytest.raises(ConfigError, match=r"data\.train_tokens is for text and instructions.*classify\.train_rows"):
-        build_plan({"data": {"task": "classify", "train_tokens": 1024}})
+    message = r"data\.train_tokens is for text and instructions.*classify\.train_rows"
+    refused(ConfigError, message, build_plan, {"data": {"task": "classify", "train_tokens": 1024}})
 
 
-@pytest.mark.study_data
-@pytest.mark.skipif(not GLUE_ROWS.is_dir(), reason=f"the GLUE rows are not in {GLUE_ROWS}")
-@pytest.mark.parametrize(
-    ("task", "sizes", "labels"),
-    [
-        ("cola", (7695, 1043), ("acceptable", "unacceptable")),
-        ("mnli", (6684, 1000), ("contradiction", "entailment", "neutral")),
-        ("mrpc", (3300, 408), ("equivalent", "not_equivalent")),
-        ("qnli", (5400, 1500), ("entailment", "not_entailment")),
-        ("sst2", (6917, 872), ("negative", "positive")),
-    ],
-)
+@needs_study_data("glue")
+@pytest.mark.parametrize(("task", "sizes", "labels"), [
+    ("cola", (7695, 1043), ("acceptable", "unacceptable")),
+    ("mnli", (6684, 1000), ("contradiction", "entailment", "neutral")),
+    ("mrpc", (3300, 408), ("equivalent", "not_equivalent")),
+    ("qnli", (5400, 1500), ("entailment", "not_entailment")),
+    ("sst2", (6917, 872), ("negative", "positive")),
+])  # fmt: skip
 def test_the_study_rows_of_glue(task, sizes, labels):
-    texts = load_labelled(DomainConfig(name=task, source=str(GLUE_ROWS / task)), seed=0)
+    texts = load_labelled(DomainConfig(name=task, source=str(STUDY_DATA / "glue" / task)), seed=0)
     assert (len(texts.train), len(texts.validation)) == sizes
     assert (texts.train[0].text_b is None) == (task in ("cola", "sst2"))
     assert {row.label for row in texts.train} == set(labels)

@@ -1,53 +1,50 @@
-"""Hub domains: a row of each data set's schema as text, and failure that says how to go on."""
+"""Domains and questions of the Hub: a row of each schema as text or question, and failures that say how to go on."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import replace
 
 import datasets
 import pytest
 
-from gaintune.data import CATALOGUE, hub
+from gaintune.data import (
+    CATALOGUE,
+    QUESTION_SETS,
+    holds_questions,
+    hub,
+    load_questions,
+    question_sets,
+    read_choices,
+    write_choice_rows,
+)
 from gaintune.data.hub import HubSource, load_hub
-from gaintune.errors import AssetError
+from gaintune.errors import AssetError, DataError
+from support import refused
+from support.files import write_rows
 
+CONTEXT = {"contexts": ["We asked.", "It did."], "labels": ["METHODS", "RESULTS"], "meshes": []}
+RESEARCH = {
+    "pubid": 1, "question": "Does it help?", "context": CONTEXT, "long_answer": "It does.", "final_decision": "maybe",
+}  # fmt: skip
+EXAM = {
+    "question": "Which?", "answer": "that", "options": {"A": "this", "B": "that", "C": "x", "D": "y"},
+    "meta_info": "step1", "answer_idx": "B", "metamap_phrases": [],
+}  # fmt: skip
 PAPER_DOMAINS = {
-    "pubmedqa": "qiaojin/PubMedQA",
-    "wikitext": "Salesforce/wikitext",
-    "finphrase": "atrost/financial_phrasebank",
-    "pg19": "emozilla/pg19",
-    "medqa": "GBaker/MedQA-USMLE-4-options",
-    "lambada": "EleutherAI/lambada_openai",
-    "sst2": "stanfordnlp/sst2",
-    "hellaswag": "Rowan/hellaswag",
-}
+    "pubmedqa": "qiaojin/PubMedQA", "wikitext": "Salesforce/wikitext", "finphrase": "atrost/financial_phrasebank",
+    "pg19": "emozilla/pg19", "medqa": "GBaker/MedQA-USMLE-4-options", "lambada": "EleutherAI/lambada_openai",
+    "sst2": "stanfordnlp/sst2", "hellaswag": "Rowan/hellaswag",
+}  # fmt: skip
 RETENTION = {
-    "wikitext2": "Salesforce/wikitext",
-    "bookcorpusopen": "lucadiliello/bookcorpusopen",
-    "cc-news": "vblagoje/cc_news",
-}
+    "wikitext2": "Salesforce/wikitext", "bookcorpusopen": "lucadiliello/bookcorpusopen", "cc-news": "vblagoje/cc_news",
+}  # fmt: skip
 INSTRUCTIONS = {
-    "gsm8k": "openai/gsm8k",
-    "gsm8k-test": "openai/gsm8k",
-    "metamathqa": "meta-math/MetaMathQA",
-    "magicoder": "ise-uiuc/Magicoder-Evol-Instruct-110K",
-    "humaneval": "openai/openai_humaneval",
-}
+    "gsm8k": "openai/gsm8k", "gsm8k-test": "openai/gsm8k", "metamathqa": "meta-math/MetaMathQA",
+    "magicoder": "ise-uiuc/Magicoder-Evol-Instruct-110K", "humaneval": "openai/openai_humaneval",
+}  # fmt: skip
 
 
 def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
-    assert list(CATALOGUE) == [
-        "medical",
-        "law",
-        "scripture",
-        "manual",
-        "code",
-        *PAPER_DOMAINS,
-        *RETENTION,
-        *INSTRUCTIONS,
-    ]
     hub_domains = {**PAPER_DOMAINS, **RETENTION, **INSTRUCTIONS}
+    assert list(CATALOGUE) == ["medical", "law", "scripture", "manual", "code", *hub_domains]
     assert {name: CATALOGUE[name].source for name in hub_domains} == hub_domains
     assert {name for name, entry in CATALOGUE.items() if entry.task == "instruct"} == set(INSTRUCTIONS)
     for name, entry in CATALOGUE.items():
@@ -56,24 +53,25 @@ def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
         assert entry.licence
 
 
-def test_pubmedqa_gives_the_labelled_sections_of_the_abstract():
-    row = {
-        "pubid": 1,
-        "question": "Is it?",
-        "context": {"contexts": ["We asked.", "It was."], "labels": ["BACKGROUND", "RESULTS"], "meshes": ["A"]},
-        "long_answer": "Yes, it is.",
-    }
-    assert list(hub.pubmedqa_contexts([row])) == ["BACKGROUND: We asked.\nRESULTS: It was."]
+WIKITEXT = ["", " = First = \n", "", " Words of the first . \n", " = = Section = = \n", " More . \n", ""]
+HELLASWAG = {
+    "activity_label": "Computers", "ctx_a": "[header] How to make a gift [title] Write a card. [step] Buy paper.",
+    "ctx_b": "then", "endings": ["eat it.", "write on it. [substeps] Use ink."], "label": "1",
+}  # fmt: skip
 
 
-def test_wikitext_lines_become_articles():
-    lines = ["", " = First = \n", "", " Words of the first . \n", " = = Section = = \n", " More . \n", ""]
-    lines += [" = Second = \n", " x = 1 = y \n"]
-    articles = list(hub.wikitext_articles({"text": line} for line in lines))
-    assert articles == [
-        " = First = \n Words of the first . \n = = Section = = \n More . \n",
-        " = Second = \n x = 1 = y \n",
-    ]
+@pytest.mark.parametrize(("reader", "rows", "texts"), [
+    (hub.pubmedqa_contexts, [RESEARCH], ["METHODS: We asked.\nRESULTS: It did."]),
+    (hub.wikitext_articles, [{"text": line} for line in (*WIKITEXT, " = Second = \n", " x = 1 = y \n")], [
+        " = First = \n Words of the first . \n = = Section = = \n More . \n", " = Second = \n x = 1 = y \n",
+    ]),
+    (hub.exam_questions, [{**EXAM, "options": {"B": "that", "A": "this", "C": "x", "D": "y"}}],
+     ["Which?\nA. this\nB. that\nC. x\nD. y\nAnswer: B. that"]),
+    (hub.gold_endings, [HELLASWAG],
+     ["Computers: How to make a gift. Write a card. Buy paper. Then write on it. Use ink."]),
+])  # fmt: skip
+def test_rows_of_the_hub_become_texts(reader, rows, texts):
+    assert list(reader(rows)) == texts
 
 
 def test_a_novel_gives_a_passage_from_its_middle():
@@ -84,84 +82,49 @@ def test_a_novel_gives_a_passage_from_its_middle():
     assert list(hub.novels([{"text": "a short book"}])) == ["a short book"]
 
 
-def test_medqa_gives_question_options_and_answer():
-    row = {
-        "question": "Which one?",
-        "answer": "That",
-        "options": {"B": "That", "A": "This", "C": "Other", "D": "None"},
-        "meta_info": "step1",
-        "answer_idx": "B",
-        "metamap_phrases": [],
-    }
-    assert list(hub.exam_questions([row])) == ["Which one?\nA. This\nB. That\nC. Other\nD. None\nAnswer: B. That"]
-
-
-def test_hellaswag_gives_the_right_ending_without_markers():
-    row = {
-        "activity_label": "Computers",
-        "ctx_a": "[header] How to make a gift [title] Write a card. [step] Buy paper.",
-        "ctx_b": "then",
-        "endings": ["eat it.", "write on it. [substeps] Use ink."],
-        "label": "1",
-    }
-    expected = "Computers: How to make a gift. Write a card. Buy paper. Then write on it. Use ink."
-    assert list(hub.gold_endings([row])) == [expected]
-
-
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("bookcorpusopen", {"title": "a-book.epub.txt", "text": "It was late."}),
-        ("cc-news", {"title": "News", "text": "It was late.", "domain": "a.org", "date": "2017-01-01", "url": "u"}),
-        ("wikitext2", {"text": "It was late."}),
-    ],
-)
+@pytest.mark.parametrize(("name", "row"), [
+    ("bookcorpusopen", {"title": "a-book.epub.txt", "text": "It was late."}),
+    ("cc-news", {"title": "News", "text": "It was late.", "domain": "a.org", "date": "2017-01-01", "url": "u"}),
+    ("wikitext2", {"text": "It was late."}),
+])  # fmt: skip
 def test_texts_to_be_retained_are_read_in_the_hubs_schema(tmp_path, name, row):
     for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+        write_rows(tmp_path / f"{split}.jsonl", [row] * 3)
     local = replace(CATALOGUE[name].load.args[0], path=str(tmp_path), configuration=None)
     documents = load_hub(local, name, characters=20)
     assert documents.train[0].text.strip().startswith("It was late.")
     assert (documents.validation is None) == (name != "wikitext2")
 
 
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("gsm8k", {"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"}),
-        (
-            "metamathqa",
-            {
-                "type": "GSM_SV",
-                "query": "Two and two?",
-                "original_question": "Two?",
-                "response": "2+2=<<2+2=4>>4\n#### 4",
-            },
-        ),
-        ("magicoder", {"instruction": "Two and two?", "response": "2+2=<<2+2=4>>4\n#### 4"}),
-        ("humaneval", {"prompt": "Two and two?", "canonical_solution": "2+2=<<2+2=4>>4\n#### 4"}),
-    ],
-)
+ASKED, SOLVED = "Two and two?", "2+2=<<2+2=4>>4\n#### 4"
+
+
+@pytest.mark.parametrize(("name", "row"), [
+    ("gsm8k", {"question": ASKED, "answer": SOLVED}),
+    ("metamathqa", {"type": "GSM_SV", "query": ASKED, "original_question": "Two?", "response": SOLVED}),
+    ("magicoder", {"instruction": ASKED, "response": SOLVED}),
+    ("humaneval", {"prompt": ASKED, "canonical_solution": SOLVED}),
+])  # fmt: skip
 def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplog):
     """Rows in the Hub's schema, read through the entry's own way."""
     empty = dict.fromkeys(row, "")
     source = CATALOGUE[name].load.args[0]
-    (tmp_path / f"{source.train}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, empty, row)))
+    write_rows(tmp_path / f"{source.train}.jsonl", (row, empty, row))
     local = replace(source, path=str(tmp_path), configuration=None)
     rows = load_hub(local, name, characters=1000)
     assert rows.validation is None
     assert [each.origin for each in rows.train] == [f"{tmp_path} {source.train}: row {number}" for number in (1, 3)]
     assert rows.train[1].row == 3
     asked, answered = rows.train[0].turns
-    assert (asked.content, asked.scored) == ("Two and two?", False)
-    assert (answered.content, answered.scored) == ("2+2=<<2+2=4>>4\n#### 4", True)
+    assert (asked.content, asked.scored, answered.content, answered.scored) == (ASKED, False, SOLVED, True)
     assert "left out 1 empty text(s)" in caplog.text
 
 
 def test_gsm8k_is_measured_on_its_test_split_where_that_is_asked_for(tmp_path):
     for split, number in (("train", 1), ("test", 2)):
-        row = {"question": f"{number} and {number}?", "answer": f"#### {2 * number}"}
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+        write_rows(
+            tmp_path / f"{split}.jsonl", [{"question": f"{number} and {number}?", "answer": f"#### {2 * number}"}]
+        )
     rows = load_hub(replace(CATALOGUE["gsm8k-test"].load.args[0], path=str(tmp_path), configuration=None), "gsm8k-test")
     assert [rows.train[0].turns[0].content, rows.validation[0].turns[0].content] == ["1 and 1?", "2 and 2?"]
 
@@ -170,13 +133,11 @@ def test_gsm8k_is_measured_on_its_test_split_where_that_is_asked_for(tmp_path):
 def test_rows_are_loaded_split_by_split(tmp_path, streaming, caplog):
     rows = {"train": ["one", " ", "three", "four"], "validation": ["held out"]}
     for split, texts in rows.items():
-        lines = "".join(json.dumps({"sentence": text, "label": 1}) + "\n" for text in texts)
-        (tmp_path / f"{split}.jsonl").write_text(lines)
+        write_rows(tmp_path / f"{split}.jsonl", ({"sentence": text, "label": 1} for text in texts))
     source = HubSource(str(tmp_path), hub.column("sentence"), validation="validation", streaming=streaming)
     documents = load_hub(source, "sst2", characters=5)
-    assert [document.text for document in documents.train] == (
-        ["one", "three"] if streaming else ["one", "three", "four"]
-    )
+    read = ["one", "three"] if streaming else ["one", "three", "four"]
+    assert [document.text for document in documents.train] == read
     assert [document.text for document in documents.validation or ()] == ["held out"]
     assert documents.train[1].origin == f"{tmp_path} train: text 3"
     assert "left out 1 empty text(s)" in caplog.text
@@ -185,8 +146,7 @@ def test_rows_are_loaded_split_by_split(tmp_path, streaming, caplog):
 def test_a_changed_schema_names_the_id_and_the_way_out(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"other": "words"}\n')
     source = HubSource(str(tmp_path), hub.column("sentence"))
-    with pytest.raises(AssetError, match=r"cannot load domain 'sst2' from the Hub.*'sentence'.*sst2=PATH"):
-        load_hub(source, "sst2")
+    refused(AssetError, r"cannot load domain 'sst2' from the Hub.*'sentence'.*sst2=PATH", load_hub, source, "sst2")
 
 
 def test_a_hub_that_is_not_reached_names_the_id_and_the_way_out(monkeypatch):
@@ -194,6 +154,125 @@ def test_a_hub_that_is_not_reached_names_the_id_and_the_way_out(monkeypatch):
     with pytest.raises(AssetError) as caught:
         CATALOGUE["hellaswag"].load(None)
     message = str(caught.value)
-    assert "\n" not in message
-    assert "Rowan/hellaswag" in message
+    assert "\n" not in message and "Rowan/hellaswag" in message
     assert "give a local copy, a file or a folder: hellaswag=PATH" in message
+
+
+HUB_ROWS = {
+    "pubmedqa": [RESEARCH, {**RESEARCH, "question": "Does it harm?", "final_decision": "no"}],
+    "finphrase": [{"sentence": f"Sales are {n}.", "label": n} for n in range(3)],
+    "sst2": [{"idx": n, "sentence": f"film {n}", "label": n} for n in range(2)],
+    "medqa": [EXAM],
+}
+
+
+def elsewhere(row: dict) -> dict:
+    """The row with another question."""
+    return {**row, **{key: f"other {row[key]}" for key in ("question", "sentence") if key in row}}
+
+
+ABSTRACT = "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswer:"
+
+
+@pytest.mark.parametrize(("name", "prompt", "choices", "answers"), [
+    ("pubmedqa", ABSTRACT, (" yes", " no", " maybe"), [2, 1]),
+    ("finphrase", "Sales are 0.\nSentiment:", (" negative", " neutral", " positive"), [0, 1, 2]),
+    ("sst2", "film 0\nSentiment:", (" negative", " positive"), [0, 1]),
+    ("medqa", "Which?\nA. this\nB. that\nC. x\nD. y\nAnswer:", (" A", " B", " C", " D"), [1]),
+])  # fmt: skip
+def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, choices, answers):
+    """Through the entry itself, with a folder in the data set's place."""
+    found = QUESTION_SETS[name]
+    asked = [elsewhere(row) for row in HUB_ROWS[name]] if found.asked else HUB_ROWS[name]
+    write_rows(tmp_path / f"{found.train}.jsonl", asked)
+    write_rows(tmp_path / f"{found.asked or found.train}.jsonl", HUB_ROWS[name])
+    monkeypatch.setitem(question_sets.QUESTION_SETS, name, replace(found, path=str(tmp_path), configuration=None))
+    questions = load_questions(name, None, learn=False, seed=0)
+    assert (questions.asked[0].prompt, questions.asked[0].choices) == (prompt, choices)
+    assert [row.answer for row in questions.asked] == answers
+    assert questions.asked[0].origin == f"{tmp_path} {found.asked or found.train}: row 1"
+    assert questions.learnt == ()
+    assert len(load_questions(name, None, learn=True, seed=0).learnt) == (1 if name == "pubmedqa" else len(answers))
+
+
+def test_a_set_without_a_split_is_split_where_some_of_it_is_learnt(tmp_path):
+    rows = [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)]
+    file = write_rows(tmp_path / "sst2.jsonl", rows)
+    whole = load_questions("sst2", file, learn=False, seed=0)
+    assert (len(whole.learnt), len(whole.asked)) == (0, 200)
+    sides = load_questions("sst2", file, learn=True, seed=0)
+    assert 5 < len(sides.asked) < 40
+    assert not {row.prompt for row in sides.learnt} & {row.prompt for row in sides.asked}
+    assert len(sides.learnt) + len(sides.asked) == 200
+    assert sides == load_questions("sst2", file, learn=True, seed=0)
+    assert sides.asked != load_questions("sst2", file, learn=True, seed=1).asked
+
+
+def test_a_folders_own_split_is_kept_and_labels_are_those_of_both_sides(tmp_path):
+    learned = [{"text": "a", "label": "positive"}, {"text": "b", "label": "neutral"}]
+    write_rows(tmp_path / "finphrase" / "train.jsonl", learned)
+    write_rows(tmp_path / "finphrase" / "validation.jsonl", [{"text": "c", "label": "negative"}])
+    questions = load_questions("finphrase", tmp_path / "finphrase", learn=True, seed=0)
+    assert [row.prompt for row in questions.learnt] == ["a\nSentiment:", "b\nSentiment:"]
+    assert [row.prompt for row in questions.asked] == ["c\nSentiment:"]
+    assert {row.choices for row in (*questions.learnt, *questions.asked)} == {(" negative", " neutral", " positive")}
+
+
+def test_rows_that_are_asked_are_not_learnt_although_the_sources_own_split_has_them_on_both_sides(tmp_path, caplog):
+    write_rows(tmp_path / "sst2" / "train.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(5)])
+    write_rows(tmp_path / "sst2" / "validation.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in (3, 4, 7)])
+    questions = load_questions("sst2", tmp_path / "sst2", learn=True, seed=0)
+    assert [row.prompt for row in questions.learnt] == [f"film {n}\nSentiment:" for n in range(3)]
+    assert len(questions.asked) == 3
+    assert "2 rows to learn left out, which are asked too" in caplog.text
+    write_rows(tmp_path / "sst2" / "train.jsonl", [{"sentence": "film 7", "label": 1}])
+    both = (load_questions, "sst2", tmp_path / "sst2")
+    refused(DataError, "every row to learn is also asked", *both, learn=True, seed=0)
+
+
+@pytest.mark.parametrize("name", list(HUB_ROWS))
+def test_questions_that_are_written_are_read_back(tmp_path, name):
+    rows = load_questions(name, write_rows(tmp_path / "rows.jsonl", HUB_ROWS[name]), learn=False, seed=0).asked
+    write_choice_rows(rows, tmp_path / "written.jsonl")
+    again = read_choices(name, tmp_path / "written.jsonl")
+    assert [replace(row, origin="") for row in again] == [replace(row, origin="") for row in rows]
+
+
+def test_what_holds_no_questions_is_told_apart(tmp_path):
+    assert holds_questions(write_rows(tmp_path / "asked" / "test.jsonl", [EXAM]).parent)
+    assert not holds_questions(write_rows(tmp_path / "texts" / "train.jsonl", [{"text": "an abstract"}]).parent)
+    cut = write_rows(tmp_path / "cut.jsonl", [EXAM])
+    cut.write_text(cut.read_text() + "{ no row\n")
+    assert holds_questions(cut), "the first row says it"
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").write_text("no rows")
+    assert not holds_questions(tmp_path / "else")
+
+
+def with_context(contexts: object, *labels: str) -> dict:
+    return {**RESEARCH, "context": {"contexts": contexts, "labels": labels} if labels else contexts}
+
+
+@pytest.mark.parametrize(("name", "rows", "message"), [
+    ("pubmedqa", [RESEARCH, {**RESEARCH, "final_decision": "perhaps"}], r":2: the answer 'perhaps' is none of the 3"),
+    ("x", [with_context("abc")], r":1: column 'context' must hold"),
+    ("x", [with_context(["We asked."], "METHODS", "RESULTS")], r":1: column 'context' has 1 contexts and 2 labels"),
+    ("x", [with_context([3], "METHODS")], r":1: contexts and labels in column 'context' must be lists"),
+])  # fmt: skip
+def test_a_broken_question_is_named(tmp_path, name, rows, message):
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    refused(DataError, rf"rows\.jsonl{message}", load_questions, name, file, learn=False, seed=0)
+
+
+def test_other_files_and_unknown_sets_of_questions_are_named(tmp_path):
+    (tmp_path / "rows.txt").write_text("text")
+    options = {"learn": False, "seed": 0}
+    refused(DataError, "a file of questions ends in one of", load_questions, "x", tmp_path / "rows.txt", **options)
+    unknown = "no set of questions is called 'riddles'; known by name: pubmedqa"
+    refused(DataError, unknown, load_questions, "riddles", None, **options)
+
+
+def test_questions_of_a_hub_that_is_not_reached_name_the_id_and_the_way_out(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = r"cannot load questions 'medqa' from the Hub data set 'GBaker/.*medqa=PATH"
+    refused(AssetError, message, load_questions, "medqa", None, learn=False, seed=0)

@@ -1,20 +1,28 @@
-"""Local files and folders: which files count, and which side they are on."""
+"""Local files and folders: the formats, which files count, their sides and order, near-duplicates, and mistakes."""
 
-from __future__ import annotations
-
+import csv
+import hashlib
 import json
 import logging
+import random
+import re
 import tracemalloc
+from pathlib import Path
 
+import pandas
 import pytest
 
 from gaintune.config import DomainConfig
-from gaintune.data import readers
-from gaintune.data.documents import cut_passages
+from gaintune.data import neighbours, readers
+from gaintune.data.documents import Document, Documents, Stored, cut_passages
 from gaintune.data.domains import load_documents
+from gaintune.data.neighbours import CONTAINMENT, SHINGLE_WORDS, NeighbourIndex, normalise
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
-from gaintune.data.split import in_drawn_order, split_documents
+from gaintune.data.split import drawn_order, in_drawn_order, split_documents
+from gaintune.data.tables import add_texts
 from gaintune.errors import DataError
+from support import refused
+from support.files import write_rows as write_file
 
 
 def texts(documents):
@@ -40,7 +48,7 @@ def test_a_split_in_the_file_names_is_used(tmp_path, write_rows, name):
     assert texts(documents.validation) == ["held out"]
 
 
-def test_test_files_are_left_alone_beside_validation_files_and_that_is_said(tmp_path, write_rows, caplog):
+def test_test_files_are_left_out_beside_validation_files_with_a_warning(tmp_path, write_rows, caplog):
     for name in ("train", "validation", "test"):
         write_rows(f"d/{name}.jsonl", [name])
     (tmp_path / "d" / "README.md").write_text("about")
@@ -89,9 +97,8 @@ def test_sections_are_those_of_the_whole_text_wherever_it_is_read_in_chunks(tmp_
     expected = [(piece, f"{file}:{text[:start].count(chr(10)) + 1}") for start, piece in pieces]
     documents = read_documents(file).train
     assert [(each.text, each.origin) for each in documents] == expected
-    assert [(each.text, each.origin) for each in map(documents.__getitem__, (7, 3, -1))] == [
-        expected[number] for number in (7, 3, -1)
-    ]
+    for number in (7, 3, -1):
+        assert (documents[number].text, documents[number].origin) == expected[number]
 
 
 def test_a_byte_that_is_no_text_is_named_by_its_line_in_any_chunk(tmp_path, monkeypatch):
@@ -100,19 +107,17 @@ def test_a_byte_that_is_no_text_is_named_by_its_line_in_any_chunk(tmp_path, monk
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes("äöü\n\näöü\n".encode() + b"\n ok \xe9\n\n")
-        with pytest.raises(DataError, match=r"\.txt:5: byte 0xe9 is not UTF-8"):
-            read_documents(file.parent)
+        refused(DataError, r"\.txt:5: byte 0xe9 is not UTF-8", read_documents, file.parent)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_a_file_is_not_held_in_memory(tmp_path, suffix):
     paragraphs = [f"paragraph {number} " + "of some words " * 60 for number in range(15_000)]
     file = tmp_path / f"a{suffix}"
-    file.write_text(
-        "\n\n".join(paragraphs)
-        if suffix == ".txt"
-        else "".join(json.dumps({"text": each}) + "\n" for each in paragraphs)
-    )
+    if suffix == ".txt":
+        file.write_text("\n\n".join(paragraphs))
+    else:
+        write_file(file, ({"text": each} for each in paragraphs))
     tracemalloc.start()
     try:
         documents = split_documents(read_documents(file), 0)
@@ -133,40 +138,307 @@ def test_a_broken_row_is_named_though_it_would_not_be_drawn(tmp_path, write_rows
             split_documents(read_documents(tmp_path / broken), 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("a.txt", b" \n", r"a\.txt: the file is empty"),
-        ("a.txt", b"ok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
-        ("a.txt", b"\xef\xbb\xbfok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
-        ("a.docx", b"x", r"a\.docx: a domain file ends in one of \.jsonl"),
-        ("folder/a.docx", b"x", "folder: holds no file that ends in"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("a.txt", b" \n", r"a\.txt: the file is empty"),
+    ("a.txt", b"ok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
+    ("a.txt", b"\xef\xbb\xbfok\ncaf\xe9", r"a\.txt:2: byte 0xe9 is not UTF-8"),
+    ("a.docx", b"x", r"a\.docx: a domain file ends in one of \.jsonl"),
+    ("folder/a.docx", b"x", "folder: holds no file that ends in"),
+])  # fmt: skip
 def test_files_that_cannot_be_used_are_named(tmp_path, name, content, says):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=says):
-        read_documents(path.parent if name.startswith("folder") else path)
+    refused(DataError, says, read_documents, path.parent if name.startswith("folder") else path)
 
 
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("scriptur", "did you mean 'scripture'"),
-        ("nowhere", "nowhere is no file, folder or catalogue name; the catalogue holds medical"),
-        ("./none.jsonl", r"^no such file: /.*/none\.jsonl$"),
-        ("none.txt", r"^no such file: /.*/none\.txt$"),
-        ("./none", "^no such file or folder: /.*/none$"),
-    ],
-)
+@pytest.mark.parametrize(("source", "says"), [
+    ("scriptur", "did you mean 'scripture'"),
+    ("nowhere", "nowhere is no file, folder or catalogue name; the catalogue holds medical"),
+    ("./none.jsonl", r"^no such file: /.*/none\.jsonl$"),
+    ("none.txt", r"^no such file: /.*/none\.txt$"),
+    ("./none", "^no such file or folder: /.*/none$"),
+])  # fmt: skip
 def test_a_source_that_is_not_there_is_named(source, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=says):
-        load_documents(DomainConfig(name="d", source=source))
+    refused(DataError, says, load_documents, DomainConfig(name="d", source=source))
 
 
 def test_a_catalogue_domain_takes_no_column():
-    with pytest.raises(DataError, match="text_column is for local files"):
-        load_documents(DomainConfig(name="law", source="law", text_column="title"))
+    law = DomainConfig(name="law", source="law", text_column="title")
+    refused(DataError, "text_column is for local files", load_documents, law)
+
+
+def documents(texts):
+    return Documents(tuple(Document(text, f"f:{line}") for line, text in enumerate(texts, 1)), source="f")
+
+
+def sides(texts, seed=0):
+    split = split_documents(documents(texts), seed)
+    return {d.text for d in split.train}, {d.text for d in split.validation or ()}
+
+
+def test_the_split_is_disjoint_complete_and_near_its_share():
+    texts = [f"document {number}" for number in range(2000)]
+    train, validation = sides(texts)
+    assert not train & validation
+    assert train | validation == set(texts)
+    assert 150 < len(validation) < 250
+    assert sides(texts) == (train, validation)
+    assert sides(texts, seed=1)[1] != validation
+
+
+def test_a_document_keeps_its_side_when_others_come_and_wherever_it_stands():
+    texts = [f"document {number}" for number in range(200)]
+    more = [f"another {number}" for number in range(100)]
+    _, validation = sides(texts)
+    assert sides([*more, *reversed(texts)])[1] & set(texts) == validation
+
+
+def test_texts_that_differ_by_case_spacing_or_punctuation_are_on_the_same_side():
+    texts = [variant for n in range(100) for variant in (f"document {n}", f"Document  {n}!", f"document {n}")]
+    train, validation = sides(texts)
+    assert len(validation) % 2 == 0
+    assert not {text.lower().replace("  ", " ").rstrip("!") for text in train} & validation
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_different_documents_are_enough(seed):
+    train, validation = sides(["one", "two"], seed)
+    assert len(train) == len(validation) == 1
+
+
+def test_one_text_cannot_be_split():
+    same = r"f: 2 documents, all with the same text, and at least 2 different ones are"
+    refused(DataError, same, split_documents, documents(["same", "Same."]), 0)
+    alone = r"f: 1 document, and at least 2 different ones are needed"
+    refused(DataError, alone, split_documents, documents(["alone"]), 0)
+
+
+def test_a_split_that_the_source_brings_is_kept():
+    own = Documents((Document("a", "x"),), (Document("a", "y"),), "f")
+    assert split_documents(own, 0) == own
+
+
+def test_the_order_is_that_of_the_hashes_of_the_numbers():
+    """The order of earlier versions: sorted by SHA-256 of seed, side and number, joined by a unit separator."""
+
+    def place(number):
+        return hashlib.sha256(f"3\x1ftrain\x1f{number}".encode()).digest()[:8]
+
+    assert list(drawn_order(700, 3, "train")) == sorted(range(700), key=place)
+    source = [Document(f"text {number}", f"f:{number}") for number in range(700)]  # more than are read at once
+    drawn = in_drawn_order(source, 3, "train", block_size=64)
+    assert [passage.document for passage in drawn] == sorted(range(700), key=place)
+
+
+def test_long_documents_are_drawn_in_passages_that_keep_every_word():
+    long = "\n\n".join(f"{name} paragraph {number} " + "word " * 20 for name in "ab" for number in range(20))
+    source = [Document(long, "f:1"), Document("  short, untouched \n", "f:2")]
+    passages = list(in_drawn_order(source, 0, "train", block_size=64))
+    assert [p.text for p in passages if p.document == 1] == ["  short, untouched \n"]
+    pieces = [p.text for p in passages if p.document == 0]
+    assert all(len(piece) <= 8 * 64 for piece in pieces)
+    assert sorted(" ".join(pieces).split()) == sorted(long.split())
+    assert pieces != sorted(pieces, key=long.index), "passages are shuffled"
+    assert passages == list(in_drawn_order(source, 0, "train", block_size=64))
+    assert passages != list(in_drawn_order(source, 1, "train", block_size=64))
+
+
+WIDE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+SENTENCE = "Operating profit of the company rose clearly in the third quarter compared with the year before"
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (SENTENCE, True),
+    (SENTENCE.upper().replace(" ", "  ") + " !", True),
+    (SENTENCE.replace("third", "second"), True),
+    ("Yesterday it was reported: " + SENTENCE, True),
+    ("Operating profit of the company fell, and nobody knew why that was or what could be done", False),
+    ("Short text!", True),
+    ("short text indeed", False),
+    ("???", True),
+    ("!!!", False),
+    ("今日は天気がとても良いので散歩", True),
+    ("今日は仕事が忙しくて何もできない", False),
+])  # fmt: skip
+def test_what_is_a_near_duplicate(text, expected):
+    trained_on = [SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]
+    index = NeighbourIndex(enumerate(trained_on))
+    assert (text in index) is expected
+
+
+def test_words_are_the_runs_of_letters_and_digits_and_every_character_of_chinese_and_japanese(monkeypatch):
+    def plain(text):
+        spaced = "".join(f" {c} " if WIDE.fullmatch(c) else c if c.isalnum() or c == "_" else " " for c in text)
+        return " ".join(spaced.split())
+
+    characters = [chr(code) for code in (*range(0x3200), *range(0x3400, 0xD800, 97), *range(0xF8F0, 0x11000, 7))]
+    for character in characters:
+        text = f"Some {character}Words{character}{character} of_1 Sentence " + "and its End " * 10
+        assert normalise(text) == plain(text.casefold()), ascii(character)
+    long = "".join(characters)
+    assert normalise(long) == plain(long.casefold())
+    monkeypatch.setattr(neighbours, "NORMALISED_AT_ONCE", 50)
+    assert (normalise(long), normalise(" ?! \n")) == (plain(long.casefold()), "?!")
+
+
+def test_two_documents_that_hold_half_each_do_not_add_up():
+    words = [f"word{number}" for number in range(60)]
+    parts = [" ".join(words[start : start + 20]) for start in (0, 20, 40)]
+    whole = " ".join(words)
+    assert whole not in NeighbourIndex(enumerate(parts))
+    assert whole in NeighbourIndex((0, part) for part in parts), "pieces of one document do"
+
+
+def test_a_run_that_a_document_repeats_counts_once():
+    repeated, other = (" ".join(f"{name}{number}" for number in range(12)) for name in ("word", "other"))
+    query = f"{repeated} {other} " + " ".join(f"new{number}" for number in range(8))
+    index = NeighbourIndex([(0, repeated), (0, repeated + " indeed"), (0, "so " + repeated), (1, other)])
+    assert query not in index
+
+
+def test_it_agrees_with_plain_sets_of_word_runs():
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(40)]
+    queries = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(200)]
+
+    def runs(text):
+        words = normalise(text).split()
+        return {tuple(words[start : start + SHINGLE_WORDS]) for start in range(len(words) - SHINGLE_WORDS + 1)}
+
+    index = NeighbourIndex(enumerate(documents))
+    shared = [max(len(runs(query) & runs(document)) for document in documents) for query in queries]
+    expected = [count >= CONTAINMENT * len(runs(query)) for query, count in zip(queries, shared, strict=True)]
+    assert [query in index for query in queries] == expected
+    assert 10 < sum(expected) < 190
+
+
+def test_an_empty_index_holds_nothing():
+    assert SENTENCE not in NeighbourIndex([])
+
+
+TEXTS = ("one, with a comma", "two\nlines and a \u2028 separator", 'three "quoted" äöü 😀')
+ROWS = [{"text": text, "label": number} for number, text in enumerate(TEXTS)]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read_rows(file: Path, text_column: str | None = None) -> list[Document]:
+    documents = Stored[Document]()
+    add_texts(documents, file, text_column)
+    return list(documents)
+
+
+def jsonl(path: Path) -> Path:
+    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
+
+
+def json_list(path: Path) -> Path:
+    return write(path, json.dumps(ROWS, indent=2))
+
+
+def json_data(path: Path) -> Path:
+    return write(path, json.dumps({"version": {"data": []}, "data": ROWS, "more": [1]}, indent=2))
+
+
+def csv_file(path: Path) -> Path:
+    pandas.DataFrame(ROWS).to_csv(path, index=False)
+    return path
+
+
+def parquet(path: Path) -> Path:
+    pandas.DataFrame(ROWS).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(("writer", "suffix", "places"), [
+    (jsonl, ".jsonl", [":1", ":2", ":3"]),
+    (jsonl, ".json", [":1", ":2", ":3"]),
+    (json_list, ".json", [":2", ":6", ":10"]),
+    (json_data, ".json", [":6", ":10", ":14"]),
+    (csv_file, ".csv", [":2", ":3", ":5"]),
+    (parquet, ".parquet", [": row 1", ": row 2", ": row 3"]),
+])  # fmt: skip
+def test_every_format_gives_the_same_texts_and_their_places(tmp_path, writer, suffix, places):
+    file = writer(tmp_path / f"rows{suffix}")
+    documents = read_rows(file)
+    assert [document.text for document in documents] == [row["text"] for row in ROWS]
+    assert [document.origin for document in documents] == [f"{file}{place}" for place in places]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path, suffix):
+    body = {".jsonl": '{"text": "one"}\r\n{"text": "two"}\r\n', ".json": '[{"text": "one"},\r\n{"text": "two"}]'}
+    file = write(tmp_path / f"rows{suffix}", "\ufeff" + body.get(suffix, "text\r\none\r\ntwo\r\n"))
+    assert [document.text for document in read_rows(file)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("row", "named"), [
+    ({"content": "words", "id": "a"}, None), ({"text": "words", "title": "a"}, None),
+    ({"sentence": "words", "label": 3}, None), ({"text": "no", "body": "words"}, "body"),
+])  # fmt: skip
+def test_the_text_column_is_found_or_the_named_one(tmp_path, row, named):
+    assert read_rows(write(tmp_path / "a.jsonl", json.dumps(row)), named)[0].text == "words"
+
+
+def test_a_csv_column_of_numbers_is_no_text(tmp_path):
+    file = write(tmp_path / "a.csv", "id,sentence,score\n1,words,0.5\n2,17,0.25\n")
+    assert [document.text for document in read_rows(file)] == ["words", "17"]
+
+
+def test_a_long_csv_field_is_read(tmp_path):
+    file = write(tmp_path / "a.csv", "text\n" + "word " * 50_000 + "\n")
+    before = csv.field_size_limit(1000)
+    try:
+        assert len(read_rows(file)[0].text) == 250_000
+        assert csv.field_size_limit() == 1000, "a caller's own limit is left as it was"
+    finally:
+        csv.field_size_limit(before)
+
+
+@pytest.mark.parametrize(("name", "content", "place", "says"), [
+    ("a.jsonl", '{"text": "ok"}\n{"text": "broken\n', ":2", "not valid JSON.*at column 10"),
+    ("a.jsonl", '{"text": "ok"}\n\n{"text": "ok"}\n', ":2", "line is empty"),
+    ("a.jsonl", '{"text": "ok"}\n["text"]\n', ":2", "got a list"),
+    ("a.jsonl", '{"text": "ok"}\n{"txt": "ok"}\n', ":2", "no column 'text'; the columns are txt"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": " \\n"}\n', ":2", "'text' is empty; fill it in or delete the row"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": null}\n', ":2", "is null"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": 5}\n', ":2", "is of type int"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": "\\ud800"}\n', ":2", "surrogate"),
+    ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', ":2", "byte 0xe9 is not UTF-8"),
+    ("a.jsonl", '{"title": "a", "body": "b"}\n', ":1", "which of title, body .*text_column"),
+    ("a.jsonl", '{"label": 1}\n', ":1", "no column holds text.*the columns are label"),
+    ("a.jsonl", "", "", "holds no rows"),
+    ("a.json", '[{"text": "ok"},\n {"text": }]', ":2", "not valid JSON"),
+    ("a.json", '[{"text": "ok"},\n {"text": ""}]', ":2", "is empty"),
+    ("a.json", '{"rows": []}', ":1", "expected a list of rows"),
+    ("a.json", "[]", "", "holds no rows"),
+    ("a.json", '{"text": "ok"}\n{"text": \n', ":2", "not valid JSON"),
+    ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]', ":2", "not UTF-8"),
+    ("a.csv", 'text,label\n"two\nlines",1\nword,\n,1\n', ":5", "is empty"),
+    ("a.csv", "text,label\nwords,1\nwith, comma,1\n", ":3", "3 fields where the header has 2"),
+    ("a.csv", "text\nwords\n\nwords\n", ":3", "line is empty"),
+    ("a.csv", 'text\nwords\n"never\nclosed\n', ":3", "not valid CSV"),
+    ("a.csv", "text,text\na,b\n", ":1", "'text' appears more than once"),
+    ("a.csv", "title,body\na,b\n", ":2", "which of title, body"),
+    ("a.csv", "text\n", "", "holds no rows"),
+    ("a.csv", b"text\nwords\ncaf\xe9\n", ":3", "not UTF-8"),
+    ("a.parquet", "not parquet", "", "not a readable Parquet file"),
+])  # fmt: skip
+def test_a_mistake_is_named_by_file_and_line(tmp_path, name, content, place, says):
+    file = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=says) as caught:
+        read_rows(file)
+    assert str(caught.value).startswith(f"{file}{place}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_mistake_is_named_by_row(tmp_path):
+    file = tmp_path / "a.parquet"
+    pandas.DataFrame({"text": ["ok", None], "n": [1, 2]}).to_parquet(file)
+    refused(DataError, r"a\.parquet: row 2: column 'text' is null", read_rows, file)
+    refused(DataError, "row 1: has no column 'body'; the columns are text, n", read_rows, file, "body")

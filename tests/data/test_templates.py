@@ -1,27 +1,26 @@
 """Templates: what the model sees of a row, what of it is scored, and its tokens at the border between the two."""
 
-from __future__ import annotations
-
+import re
 from datetime import datetime
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from gaintune.data import beginning_of_text, encode_parts
+from gaintune.data.encode import encode_texts
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
 from gaintune.data.instruct import Part, Rendered, render, undated
 from gaintune.errors import ConfigError, DataError
+from support import refused
 
 PAIR = question_and_answer("Two and two?", "Four.")
 
 
-def chat(*turns, scored=True):
-    return Exchange(
-        tuple(Turn(role, content, scored=scored and role == "assistant") for role, content in turns), True, "f:1", 1
-    )
+def chat(*turns):
+    return Exchange(tuple(Turn(role, text, scored=role == "assistant") for role, text in turns), True, "f:1", 1)
 
 
 def test_plain_adds_nothing(tokenizer):
@@ -29,20 +28,17 @@ def test_plain_adds_nothing(tokenizer):
     assert render(PAIR, "plain", tokenizer) == expected == render(PAIR, "auto", tokenizer)
 
 
-def test_alpaca(tokenizer):
-    prompt, completion = render(PAIR, "alpaca", tokenizer).parts
-    assert prompt.text == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
-        "\n### Instruction:\nTwo and two?\n\n### Response:\n"
-    )
+TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+
+
+@pytest.mark.parametrize(("name", "pattern"), [
+    ("alpaca", re.escape(f"{TASK}### Instruction:\nTwo and two?\n\n### Response:\n")),
+    ("magicoder", r"You are an exceptionally .*\n\n@@ Instruction\nTwo and two\?\n\n@@ Response\n"),
+])  # fmt: skip
+def test_templates_of_known_data_sets(tokenizer, name, pattern):
+    prompt, completion = render(PAIR, name, tokenizer).parts
+    assert re.fullmatch(pattern, prompt.text, re.DOTALL)
     assert completion == Part("Four.", True) and not prompt.scored
-
-
-def test_magicoder(tokenizer):
-    prompt, completion = render(PAIR, "magicoder", tokenizer).parts
-    assert prompt.text.startswith("You are an exceptionally intelligent coding assistant")
-    assert prompt.text.endswith("\n\n@@ Instruction\nTwo and two?\n\n@@ Response\n")
-    assert completion == Part("Four.", True)
 
 
 def test_braces_in_a_prompt_stay(tokenizer):
@@ -50,37 +46,26 @@ def test_braces_in_a_prompt_stay(tokenizer):
     assert "\nprint({prompt}) {0} {completion}\n" in render(exchange, "alpaca", tokenizer).parts[0].text
 
 
-def test_a_conversation_fits_only_chat(tokenizer):
+TALK = chat(("user", "a"), ("assistant", "b"))
+
+
+def test_messages_of_one_question_fit_a_template_and_a_conversation_only_chat(tokenizer):
+    assert render(TALK, "plain", tokenizer).parts == (Part("a", False), Part("b", True))
     exchange = chat(("system", "Be brief."), ("user", "a"), ("assistant", "b"))
-    with pytest.raises(DataError, match=r"^f:1: template 'alpaca' takes one message .* system, user, assistant; use"):
-        render(exchange, "alpaca", tokenizer)
-
-
-def test_messages_of_one_question_fit_a_template(tokenizer):
-    assert render(chat(("user", "a"), ("assistant", "b")), "plain", tokenizer).parts == (
-        Part("a", False),
-        Part("b", True),
-    )
+    message = r"^f:1: template 'alpaca' takes one message .* system, user, assistant; use"
+    refused(DataError, message, render, exchange, "alpaca", tokenizer)
+    refused(ConfigError, r"^data.template: .* has no chat template", render, TALK, "auto", tokenizer)
 
 
 def test_chat_scores_every_answer_up_to_its_end_of_turn(chatty):
     exchange = chat(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     rendered = render(exchange, "auto", chatty)
-    assert rendered == Rendered(
-        (
-            Part(
-                "<|begin|><|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
-                False,
-            ),
-            Part("b<|im_end|>", True),
-            Part("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
-            Part("d<|im_end|>", True),
-        ),
-        ends=True,
-    )
-    whole = chatty.apply_chat_template(
-        [{"role": turn.role, "content": turn.content} for turn in exchange.turns], tokenize=False
-    )
+    start = "<|begin|><|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    again = "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    parts = ((start, False), ("b<|im_end|>", True), (again, False), ("d<|im_end|>", True))
+    assert rendered == Rendered(tuple(Part(*part) for part in parts), ends=True)
+    messages = [{"role": turn.role, "content": turn.content} for turn in exchange.turns]
+    whole = chatty.apply_chat_template(messages, tokenize=False)
     assert "".join(part.text for part in rendered.parts) == whole.rstrip("\n")
 
 
@@ -125,24 +110,14 @@ def test_a_template_without_an_end_of_turn_leaves_the_end_to_us(chatty):
     assert rendered.parts[1] == Part("Four.\n", True)
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"^data.template: .* has no chat template"):
-        render(chat(("user", "a"), ("assistant", "b")), "auto", tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "refuses this row .roles must alternate"),
-        ("{{ messages[0]['content'] }}", "leaves message 2 out"),
-        ("{{ messages[-1]['content'] }}{{ messages | length }}", "leaves message 2 out or writes what comes before"),
-    ],
-)
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ raise_exception('roles must alternate') }}", "refuses this row .roles must alternate"),
+    ("{{ messages[0]['content'] }}", "leaves message 2 out"),
+    ("{{ messages[-1]['content'] }}{{ messages | length }}", "leaves message 2 out or writes what comes before"),
+])  # fmt: skip
 def test_a_template_that_prompt_and_answer_cannot_be_told_from_is_refused(chatty, template, says):
     chatty.chat_template = template
-    with pytest.raises(DataError, match=says) as caught:
-        render(chat(("user", "a"), ("assistant", "b")), "chat", chatty)
-    assert str(caught.value).startswith("f:1: ")
+    refused(DataError, f"^f:1: .*{says}", render, TALK, "chat", chatty)
 
 
 def joined(pieces):
@@ -190,3 +165,64 @@ def test_bytes_that_no_token_covers_stay_on_their_side_of_the_border():
 
 def test_a_tokenizer_that_adds_no_beginning_gets_none(tokenizer):
     assert beginning_of_text(tokenizer) == []
+
+
+TEXTS = ["the cat and the hat", "naïve café, 12 €", "emoji 😀😀 and 漢字かな", "x", "\u0301 combining"]
+TEXTS.append(" \n  indented\n\n")
+
+
+def test_byte_level_tokens_count_their_own_bytes(tokenizer):
+    """In byte-level BPE a token's string has one character per byte, which gives the count another way."""
+    for text, encoded in zip(TEXTS, encode_texts(TEXTS, tokenizer), strict=True):
+        strings = tokenizer.convert_ids_to_tokens(encoded.ids.tolist())
+        expected = np.array([len(string) for string in strings])
+        assert encoded.bytes.sum() == expected.sum() == len(text.encode())
+        assert (encoded.bytes >= 0).all()
+        if text.isascii():
+            assert encoded.bytes.tolist() == expected.tolist()
+        else:  # a character that several tokens share counts for the first of them
+            ahead = np.cumsum(encoded.bytes) - np.cumsum(expected)
+            assert ahead.min() >= 0 and ahead.max() <= 3
+        assert tokenizer.decode(encoded.ids) == text
+
+
+def test_spaces_that_offsets_leave_out_are_counted(tokenizer):
+    trimming = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    trimming.post_processor = processors.ByteLevel(trim_offsets=True)  # as in GPT-2 and RoBERTa
+    trimmed = PreTrainedTokenizerFast(tokenizer_object=trimming, eos_token=tokenizer.eos_token)
+    offsets = trimmed("the cat", return_offsets_mapping=True)["offset_mapping"]
+    assert (4, 5) in offsets or (4, 6) in offsets or (4, 7) in offsets, "the space is in no token's offsets"
+    for plain, other in zip(encode_texts(TEXTS, tokenizer), encode_texts(TEXTS, trimmed), strict=True):
+        assert plain.bytes.sum() == other.bytes.sum()
+    (plain,), (other,) = encode_texts(["the cat and"], tokenizer), encode_texts(["the cat and"], trimmed)
+    assert plain.bytes.tolist() == other.bytes.tolist()
+
+
+def test_text_that_a_tokenizer_drops_is_counted():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words)
+    (encoded,) = encode_texts(["One  two \n"], fast)
+    assert encoded.bytes.tolist() == [3, 7]
+
+
+def test_no_special_tokens_are_added(tokenizer):
+    with_start = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    end = tokenizer.eos_token
+    with_start.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=with_start, eos_token=end)
+    assert fast("the")["input_ids"][0] == fast.eos_token_id
+    (encoded,) = encode_texts(["the"], fast)
+    assert fast.eos_token_id not in encoded.ids
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_tokenizer_without_offsets_is_right_in_sum(text):
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    (encoded,) = encode_texts([text], slow)
+    assert len(encoded.ids) == len(encoded.bytes)
+    assert encoded.bytes.sum() == len(text.encode())
+    if text.isascii():
+        assert set(encoded.bytes.tolist()) == {1}

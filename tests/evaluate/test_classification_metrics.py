@@ -11,6 +11,7 @@ from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
 from gaintune.evaluate import difference, score
 from gaintune.evaluate.classification import Predictions, matthews_correlation
+from support import refused
 
 SETTINGS = EvaluateConfig(bootstrap_samples=400)
 
@@ -30,9 +31,7 @@ def test_every_figure_of_a_table_worked_out_by_hand():
     truth = [1] * 6 + [0] * 4
     predicted = [1, 1, 1, 1, 0, 0, 0, 0, 0, 1]
     scores = score(predictions(truth, predicted), SETTINGS)
-    assert scores.accuracy.value == pytest.approx(0.7)
-    assert scores.majority == pytest.approx(0.6)
-    assert scores.rows == 10
+    assert (scores.accuracy.value, scores.majority, scores.rows) == (pytest.approx(0.7), pytest.approx(0.6), 10)
     none, one = scores.classes
     assert (none.precision, none.recall, none.rows, none.predicted) == (3 / 5, 3 / 4, 4, 5)
     assert (one.precision, one.recall, one.rows, one.predicted) == (4 / 5, 4 / 6, 6, 5)
@@ -66,10 +65,8 @@ def test_each_class_is_counted_row_by_row(labels):
     scores = score(predictions(truth, given, [f"c{n}" for n in range(labels)]), SETTINGS)
     for number, each in enumerate(scores.classes):
         right = sum(t == g == number for t, g in zip(truth, given, strict=True))
-        assert each.rows == truth.count(number)
-        assert each.predicted == given.count(number)
-        assert each.recall == right / truth.count(number)
-        assert each.precision == right / given.count(number)
+        assert (each.rows, each.predicted) == (truth.count(number), given.count(number))
+        assert (each.recall, each.precision) == (right / truth.count(number), right / given.count(number))
         assert each.f1 == pytest.approx(2 / (1 / each.recall + 1 / each.precision))
     assert scores.f1 is None
     weighted = sum(each.recall * each.rows for each in scores.classes) / 200
@@ -81,9 +78,8 @@ def test_each_class_is_counted_row_by_row(labels):
 def test_the_interval_of_an_accuracy_holds_the_shares_it_is_likely_for(right, rows, confidence):
     """Wilson's bounds are the shares p of which the one seen is just z standard errors of p away."""
     truth = [0] * rows
-    accuracy = score(
-        predictions(truth, [0] * right + [1] * (rows - right)), EvaluateConfig(confidence=confidence)
-    ).accuracy
+    answers = predictions(truth, [0] * right + [1] * (rows - right))
+    accuracy = score(answers, EvaluateConfig(confidence=confidence)).accuracy
     assert accuracy.value == right / rows
     z = {0.95: 1.959964, 0.8: 1.281552}[confidence]
     for bound, edge in ((accuracy.low, 0.0), (accuracy.high, 1.0)):
@@ -107,8 +103,8 @@ def test_classes_that_no_row_has_or_is_given_do_not_count():
 def test_differences_are_paired():
     truth, given = drawn(300, 2, seed=3)
     first = predictions(truth, given)
-    assert difference(first, first, SETTINGS).value == 0.0
-    assert difference(first, first, SETTINGS).low == difference(first, first, SETTINGS).high == 0.0
+    same = difference(first, first, SETTINGS)
+    assert same.value == same.low == same.high == 0.0
     mended = list(given)
     wrong = [row for row in range(300) if truth[row] != given[row]][:30]
     for row in wrong:
@@ -127,8 +123,10 @@ def test_labels_are_compared_by_name_and_rows_must_be_the_same():
     first = predictions([0, 1, 1], [0, 1, 0], ("a", "b"))
     turned = predictions([1, 0, 0], [1, 0, 0], ("b", "a"))
     assert difference(first, turned, SETTINGS).value == pytest.approx(1 / 3)
-    with pytest.raises(DataError, match="not of the same rows"):
-        difference(first, predictions([0, 1, 0], [0, 1, 0], ("a", "b")), SETTINGS)
+    other = predictions([0, 1, 0], [0, 1, 0], ("a", "b"))
+    refused(DataError, "not of the same rows", difference, first, other, SETTINGS)
+    refused(DataError, "2 true and 1 predicted", predictions, [0, 1], [0])
+    refused(DataError, "label numbers", predictions, [0, 2], [0, 1])
 
 
 def test_what_has_no_spread_has_no_correlation_and_no_interval():
@@ -137,10 +135,3 @@ def test_what_has_no_spread_has_no_correlation_and_no_interval():
     assert always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
     one = predictions([1], [1])
     assert (difference(one, one, SETTINGS).low, difference(one, one, SETTINGS).high) == (None, None)
-
-
-def test_predictions_that_do_not_fit_are_refused():
-    with pytest.raises(DataError, match="2 true and 1 predicted"):
-        predictions([0, 1], [0])
-    with pytest.raises(DataError, match="label numbers"):
-        predictions([0, 2], [0, 1])

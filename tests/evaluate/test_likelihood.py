@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, processors
@@ -16,15 +17,11 @@ from gaintune.evaluate import compare_choices
 from gaintune.evaluate.choices import choice_likelihoods
 from gaintune.models import load_base
 from gaintune.workflows import adapt
-from support import STUDY_DATA, tiny_base, tiny_encoders
+from support import STUDY_DATA, needs_study_data, refused, tiny_base, tiny_encoders
 
-DATA = STUDY_DATA
 EXAM = {"question": "Which?", "options": {"B": "that", "A": "this"}, "answer_idx": "B"}
-LABELLED = [
-    {"text": "fine ", "label": "positive"},
-    {"text": "bad", "label": "negative"},
-    {"text": "so", "label": "neutral"},
-]
+TEXTS = (("fine ", "positive"), ("bad", "negative"), ("so", "neutral"))
+LABELLED = [{"text": text, "label": label} for text, label in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +64,7 @@ def test_a_labelled_text_is_answered_by_the_name_of_a_label(tmp_path):
     assert [row.answer for row in rows] == [2, 0, 1]
     numbered = written(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 0}], "numbered.jsonl")
     assert [row.completion for row in read_choices("sst2", numbered)] == [" positive", " negative"]
-    with pytest.raises(DataError, match=r"numbered\.jsonl:1: the label is 1, which is no word"):
-        read_choices("reviews", numbered)
+    refused(DataError, r"numbered\.jsonl:1: the label is 1, which is no word", read_choices, "reviews", numbered)
     copied = written(tmp_path, [{"sentence": "a", "label": 1}, {"sentence": "b", "label": 0}], "cola.jsonl")
     assert [row.completion for row in read_choices("cola", copied)] == [" acceptable", " unacceptable"]
     pair = {"premise": "It rains. ", "hypothesis": "It is wet.", "label": "entailment"}
@@ -132,43 +128,34 @@ def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
     assert drawn != read_choices("parity", file, limit=5, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({**EXAM, "answer_idx": "C"}, r"rows\.jsonl:2: the answer 'C' is none of the 2 choices"),
-        ({**EXAM, "options": {}}, r"rows\.jsonl:2: column 'options'"),
-        ({**EXAM, "question": " "}, r"rows\.jsonl:2: column 'question' is empty"),
-    ],
-)
+@pytest.mark.parametrize(("row", "message"), [
+    ({**EXAM, "answer_idx": "C"}, r"rows\.jsonl:2: the answer 'C' is none of the 2 choices"),
+    ({**EXAM, "options": {}}, r"rows\.jsonl:2: column 'options'"),
+    ({**EXAM, "question": " "}, r"rows\.jsonl:2: column 'question' is empty"),
+])  # fmt: skip
 def test_a_broken_question_is_named_by_its_line(row, message, tmp_path):
-    with pytest.raises(DataError, match=message):
-        read_choices("medqa", written(tmp_path, [EXAM, row]))
+    refused(DataError, message, read_choices, "medqa", written(tmp_path, [EXAM, row]))
 
 
-def test_rows_of_another_kind_say_what_is_wanted(tmp_path):
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: not a question with choices \(prompt \+ choices \+ answer"):
-        read_choices("x", written(tmp_path, [{"words": "a"}]))
+def test_rows_of_another_kind_are_refused_with_what_is_wanted(tmp_path):
+    message = r"rows\.jsonl:1: not a question with choices \(prompt \+ choices \+ answer"
+    refused(DataError, message, read_choices, "x", written(tmp_path, [{"words": "a"}]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_likelihoods_are_those_of_the_models_own_logits(model, tmp_path, batch_size):
     base = load_base(plan_of(model).model)
     given = {"prompt": "Once", "choices": [" upon a time", " more"], "answer": 0}
-    rows = (
-        *read_choices("medqa", written(tmp_path, [EXAM])),
-        *read_choices("finphrase", written(tmp_path, LABELLED)),
-        *read_choices("given", written(tmp_path, [given])),
-    )
+    sets = (("medqa", [EXAM]), ("finphrase", LABELLED), ("given", [given]))
+    rows = [row for name, kind in sets for row in read_choices(name, written(tmp_path, kind))]
     found = choice_likelihoods(base.model, base.tokenizer, rows, "mixed", batch_size=batch_size)
     expected = [direct(base.model, base.tokenizer, row) for row in rows]
     for sums, ours in zip(expected, found.sums, strict=True):
         assert ours == pytest.approx(sums, rel=1e-4, abs=1e-4)
-    assert found.chosen().predicted == tuple(max(range(len(sums)), key=sums.__getitem__) for sums in expected)
-    per_byte = [
-        [value / len(choice.strip().encode()) for value, choice in zip(sums, row.choices, strict=True)]
-        for sums, row in zip(expected, rows, strict=True)
-    ]
-    assert found.chosen(per_byte=True).predicted == tuple(max(range(len(s)), key=s.__getitem__) for s in per_byte)
+    assert found.chosen().predicted == tuple(map(np.argmax, expected))
+    sizes = [[len(choice.strip().encode()) for choice in row.choices] for row in rows]
+    per_byte = [np.divide(sums, size) for sums, size in zip(expected, sizes, strict=True)]
+    assert found.chosen(per_byte=True).predicted == tuple(map(np.argmax, per_byte))
     assert found.chosen().truth == tuple(row.answer for row in rows)
 
 
@@ -186,9 +173,8 @@ def with_merge(*pair: str) -> PreTrainedTokenizerFast:
 def test_special_tokens_of_the_tokenizer_are_seen_before_a_text_and_never_scored(model, tmp_path, template):
     base, rows = load_base(plan_of(model).model), read_choices("moods", written(tmp_path, LABELLED))
     plain, adding = base.tokenizer, tiny_base.tokenizer()
-    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        template, f"{template} $B", [("<end>", plain.eos_token_id)]
-    )
+    both, special = f"{template} $B", [("<end>", plain.eos_token_id)]
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(template, both, special)
     begins = "<end>" if template.startswith("<end>") else ""
     expected = [direct(base.model, plain, replace(row, prompt=begins + row.prompt)) for row in rows]
     found = choice_likelihoods(base.model, adding, rows, "moods")
@@ -196,7 +182,7 @@ def test_special_tokens_of_the_tokenizer_are_seen_before_a_text_and_never_scored
         assert ours == pytest.approx(sums, rel=1e-4, abs=1e-4)
 
 
-def test_a_plan_says_whether_questions_begin_as_texts_do(model, tmp_path):
+def test_a_plan_decides_whether_questions_begin_as_texts_do(model, tmp_path):
     rows = [{"prompt": f"{number} is", "choices": ["low", "top"], "answer": "low"} for number in range(60)]
     file = written(tmp_path, rows)
     auto, always, never = (
@@ -223,10 +209,8 @@ def test_a_prompt_beyond_the_models_length_loses_its_beginning_with_a_warning(mo
     assert "2 of 2 prompts with a choice are longer than the model's 128 tokens" in caplog.text
     short = replace(long, prompt=long.prompt[-(longest - 3) :])  # the last letter of the answer is not seen
     assert found.sums[0][0] == pytest.approx(direct(base.model, base.tokenizer, short)[0], rel=1e-4)
-    beginning = tiny_base.tokenizer()
-    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<end> $A", "<end> $A $B", [("<end>", 0)]
-    )
+    beginning, begun = tiny_base.tokenizer(), processors.TemplateProcessing("<end> $A", "<end> $A $B", [("<end>", 0)])
+    beginning.backend_tokenizer.post_processor = begun
     found = choice_likelihoods(base.model, beginning, [long], "cut")
     kept = replace(long, prompt="<end>" + long.prompt[-(longest - 4) :])
     assert found.sums[0][0] == pytest.approx(direct(base.model, base.tokenizer, kept)[0], rel=1e-4)
@@ -234,24 +218,19 @@ def test_a_prompt_beyond_the_models_length_loses_its_beginning_with_a_warning(mo
 
 def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):
     """Instruction rows of prompt and right choice, through adapt; base and adapter compared row by row."""
-    rows = [
-        {"prompt": f"{letter}{n % 7} is", "choices": ["low", "top"], "answer": "low" if letter in "abc" else "top"}
-        for n in range(40)
-        for letter in "abcxyz"
-    ]
+    letters = [(letter, n) for n in range(40) for letter in "abcxyz"]
+    answers, choices = {letter: "low" if letter in "abc" else "top" for letter in "abcxyz"}, ["low", "top"]
+    rows = [{"prompt": f"{one}{n % 7} is", "choices": choices, "answer": answers[one]} for one, n in letters]
     file = written(tmp_path, rows)
     asked = read_choices("letters", file)
     write_instruction_rows(asked, tmp_path / "train.jsonl")
     first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert first == {"prompt": "a0 is", "completion": " low"}
     data = {"task": "instruct", "domains": [f"letters={tmp_path / 'train.jsonl'}"], "block_size": 64}
-    sizes = {"train_tokens": 2048, "validation_tokens": 128}
-    plan = plan_of(
-        model,
-        data={**data, **sizes},
-        methods=[{"name": "lora", "rank": 8, "targets": "all-linear"}],
-        train={"lr": 0.01, "epochs": 4, "checkpoint_steps": 100},
-    )
+    data |= {"train_tokens": 2048, "validation_tokens": 128}
+    lora = {"name": "lora", "rank": 8, "targets": "all-linear"}
+    train = {"lr": 0.01, "epochs": 4, "checkpoint_steps": 100}
+    plan = plan_of(model, data=data, methods=[lora], train=train)
     adapt(plan, tmp_path / "adapter")
     base, adapted = compare_choices(plan, [tmp_path / "adapter"], sets={"letters": file})
     assert (base.label, base.change) == ("base", None)
@@ -262,14 +241,13 @@ def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):
     json.dumps([base.to_dict(), adapted.to_dict()])
 
 
-@pytest.mark.study_data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the study datasets are not in {DATA}")
+@needs_study_data("domains")
 def test_the_study_rows_read_as_questions():
-    exam = read_choices("medqa", DATA / "benchmarks" / "medqa" / "test.jsonl")
+    exam = read_choices("medqa", STUDY_DATA / "benchmarks" / "medqa" / "test.jsonl")
     assert {row.choices for row in exam} == {(" A", " B", " C", " D")}
     assert {row.answer for row in exam} == {0, 1, 2, 3}
-    reviews = read_choices("sst2", DATA / "domains" / "sst2")
+    reviews = read_choices("sst2", STUDY_DATA / "domains" / "sst2")
     assert {row.choices for row in reviews} == {(" negative", " positive")}
     assert len(reviews) == 872
-    news = read_choices("finphrase", DATA / "domains" / "finphrase")
+    news = read_choices("finphrase", STUDY_DATA / "domains" / "finphrase")
     assert {row.choices for row in news} == {(" negative", " neutral", " positive")}

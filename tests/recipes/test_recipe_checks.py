@@ -17,54 +17,49 @@ from gaintune.recipes.steps.benchmarks import asked_config
 from gaintune.recipes.steps.classify import HOPELESS, mean_kept
 from gaintune.recipes.steps.kinds import KINDS
 from gaintune.recipes.world import World
+from support import refused
+from support.files import write_rows
+from support.tiny_recipes import recipe
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 LEARNS = {"domains": ["pubmedqa"], "methods": ["gain", {"name": "lora", "lr": 0.01}]}
-
-
-def recipe(*steps, claims=(), scales=None) -> Recipe:
-    named = [{"name": name, "do": kind, "settings": settings} for name, kind, settings in steps]
-    values = {"id": "MINE", "title": "t", "source": "s", "asks": "a", "model": "m", "steps": named}
-    return Recipe.model_validate({**values, "claims": claims, "scales": scales or {}})
 
 
 RUN = ("run", "sequence", LEARNS)
 APART = ("run", "separately", {**LEARNS, "domains": ["pubmedqa", "wikitext"]})
 
 
-@pytest.mark.parametrize(
-    ("steps", "overrides", "message"),
-    [
-        ([RUN, ("look", "tokens", {"of": "ran", "domains": ["wikitext"]})], {}, "steps before it: run"),
-        ([RUN, ("look", "tokens", {"of": "run", "labels": ["dora"], "domains": ["wikitext"]})], {}, "called 'dora'"),
-        ([RUN, ("look", "gates", {"of": "run", "domains": ["wikitext"]})], {}, "called 'disel'; there are gain, lora"),
-        ([RUN, ("look", "gates", {"of": "run", "label": "gain", "domains": ["wikitext"]})], {}, "gain has no gates"),
-        ([RUN, ("look", "subspace", {"of": "run", "epsilom": 1})], {}, "unknown key 'epsilom'"),
-        ([("look", "linear-model", {"dimensions": 3})], {}, "unknown key 'dimensions'"),
-        ([("look", "linear-model", {"dimension": "wide"})], {}, "step look"),
-        ([RUN, ("look", "retention", {"of": "run"})], {}, "snapshot_steps"),
-        ([RUN, ("look", "transfer", {"of": "run", "label": "gain", "components": ["median"]})], {}, "'median'"),
-        ([RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["piqa"], "limits": 2})], {}, "unknown key 'limits'"),
-        ([RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["arc_easy"], "pick": "best"})], {}, "pick 'best'"),
-        ([RUN, ("look", "landscape", {"of": "run", "line": "long"})], {}, "line.0: .* a valid number"),
-        ([APART, ("look", "subspace", {"of": "run"})], {}, "`after` names one of pubmedqa, wikitext"),
-        ([("run", "sequence", {**LEARNS, "methods": ["gian"]})], {}, "gian"),
-        ([("look", "linear-model", {})], {"train": {"seed": 1}}, "no step of it has a plan"),
-        ([RUN], {"nonsense": {"x": 1}}, "unknown key 'nonsense'"),
-        ([("run", "sweep", {**LEARNS, "seeds": [0, 1]})], {"train": {"seed": 3}}, "--set train.seed: step run decides"),
-        ([("run", "sweep", {**LEARNS, "rates": [0.1]})], {"train": {"lr": 0.2}}, "--set train.lr"),
-        ([APART], {"data": {"domains": ["law"]}}, "--set data.domains"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("steps", "overrides", "message"), [
+    ([RUN, ("look", "tokens", {"of": "ran", "domains": ["wikitext"]})], {}, "steps before it: run"),
+    ([RUN, ("look", "tokens", {"of": "run", "labels": ["dora"], "domains": ["wikitext"]})], {}, "called 'dora'"),
+    ([RUN, ("look", "gates", {"of": "run", "domains": ["wikitext"]})], {}, "called 'disel'; there are gain, lora"),
+    ([RUN, ("look", "gates", {"of": "run", "label": "gain", "domains": ["wikitext"]})], {}, "gain has no gates"),
+    ([RUN, ("look", "subspace", {"of": "run", "epsilom": 1})], {}, "unknown key 'epsilom'"),
+    ([("look", "linear-model", {"dimensions": 3})], {}, "unknown key 'dimensions'"),
+    ([("look", "linear-model", {"dimension": "wide"})], {}, "step look"),
+    ([RUN, ("look", "retention", {"of": "run"})], {}, "snapshot_steps"),
+    ([RUN, ("look", "transfer", {"of": "run", "label": "gain", "components": ["median"]})], {}, "'median'"),
+    ([RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["piqa"], "limits": 2})], {}, "unknown key 'limits'"),
+    ([RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["arc_easy"], "pick": "best"})], {}, "pick 'best'"),
+    ([RUN, ("look", "landscape", {"of": "run", "line": "long"})], {}, "line.0: .* a valid number"),
+    ([APART, ("look", "subspace", {"of": "run"})], {}, "`after` names one of pubmedqa, wikitext"),
+    ([("run", "sequence", {**LEARNS, "methods": ["gian"]})], {}, "gian"),
+    ([("look", "linear-model", {})], {"train": {"seed": 1}}, "no step of it has a plan"),
+    ([RUN], {"nonsense": {"x": 1}}, "unknown key 'nonsense'"),
+    ([("run", "sweep", {**LEARNS, "seeds": [0, 1]})], {"train": {"seed": 3}}, "--set train.seed: step run decides"),
+    ([("run", "sweep", {**LEARNS, "rates": [0.1]})], {"train": {"lr": 0.2}}, "--set train.lr"),
+    ([APART], {"data": {"domains": ["law"]}}, "--set data.domains"),
+])  # fmt: skip
 def test_a_later_step_is_refused_before_anything_is_trained(steps, overrides, message, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        run_recipe(recipe(*steps), tmp_path / "run", scale="smoke", overrides=overrides)
+    refused(ConfigError, message, run_recipe, recipe(*steps), tmp_path / "run", scale="smoke", overrides=overrides)
     assert not (tmp_path / "run").exists(), "the folder is free for the corrected recipe"
 
 
-def test_programs_are_not_run_unasked_and_that_is_said_before_the_training(tmp_path):
-    told = recipe(RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["humaneval"]}))
-    with pytest.raises(ConfigError, match="--allow-code-execution"):
-        run_recipe(told, tmp_path / "run", scale="paper", data=tiny.texts(tmp_path / "data"))
+def test_programs_need_a_permission_and_are_refused_before_the_training(tmp_path):
+    programs = recipe(RUN, ("ask", "benchmarks", {"of": "run", "tasks": ["humaneval"]}))
+    options = {"scale": "paper", "data": tiny.texts(tmp_path / "data")}
+    refused(ConfigError, "--allow-code-execution", run_recipe, programs, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
@@ -75,53 +70,46 @@ def test_methods_from_the_command_line_take_the_place_of_a_sweeps(tmp_path):
     outcome = run_recipe(recipe(sweep), tmp_path / "run", scale="smoke", overrides=ia3).outcomes["run"]
     assert any(name.startswith("ia3@0.01") for name in outcome.numbers)
     assert not any(name.startswith("lora") for name in outcome.numbers)
-    with pytest.raises(ConfigError, match="--set methods: the claim 'gain learns' is about 'gain'"):
-        run_recipe(recipe(sweep, claims=[claim]), tmp_path / "other", scale="smoke", overrides=ia3)
+    claimed, message = recipe(sweep, claims=[claim]), "--set methods: the claim 'gain learns' is about 'gain'"
+    refused(ConfigError, message, run_recipe, claimed, tmp_path / "other", scale="smoke", overrides=ia3)
 
 
 def test_results_are_written_before_a_claim_without_its_number_is_refused(tmp_path):
     claim = {"says": "x", "number": "run.gain.in_domian", "expect": {"below": 0}}
-    with pytest.raises(ConfigError, match=r"no number 'gain\.in_domian'"):
-        run_recipe(recipe(RUN, claims=[claim]), tmp_path / "run", scale="smoke")
+    wrong = recipe(RUN, claims=[claim])
+    refused(ConfigError, r"no number 'gain\.in_domian'", run_recipe, wrong, tmp_path / "run", scale="smoke")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["claims"][0]["verdict"] == "undecided"
 
 
 def test_a_step_is_left_out_with_the_step_it_works_on_and_the_notes_say_what_a_scale_lacks(tmp_path):
-    told = recipe(
-        ("other", "sequence", {**LEARNS, "domains": ["nowhere"]}),
-        ("look", "gains", {"of": "other"}),
-        ("run", "linear-model", {"dimension": 4, "rank": 1, "steps": 3, "seeds": 1, "batch_size": 8}),
-        claims=[{"says": "x", "number": "look.gain.smallest", "expect": {"above": 0}}],
-    )
-    result = run_recipe(told, tmp_path / "run", scale="small")
+    other = ("other", "sequence", {**LEARNS, "domains": ["nowhere"]})
+    model = ("run", "linear-model", {"dimension": 4, "rank": 1, "steps": 3, "seeds": 1, "batch_size": 8})
+    claims = [{"says": "x", "number": "look.gain.smallest", "expect": {"above": 0}}]
+    lacking = recipe(other, ("look", "gains", {"of": "other"}), model, claims=claims)
+    result = run_recipe(lacking, tmp_path / "run", scale="small")
     assert [one.left_out for one in result.outcomes.values()] == [True, True, False]
     assert result.outcomes["look"].notes == ("left out: it works on step other, which is left out",)
     assert result.findings[0].verdict == "undecided"
 
 
-def test_what_a_scale_leaves_out_is_said_by_name():
+def test_notes_name_what_a_scale_leaves_out():
     rates = [{"name": "lora", "lr": rate, "label": f"lora-lr{rate}"} for rate in (0.1, 0.2)]
-    told = recipe(
-        ("run", "sequence", {"domains": ["pubmedqa", "pg19"], "methods": [*rates, "dora"]}),
-        scales={"small": {"run": {"domains": ["pubmedqa", "law"], "methods": rates[:1]}}},
-    )
-    assert note_of(told, told.steps[0], "paper") == ()
-    assert note_of(told, told.steps[0], "small") == (
-        "at scale small left out: methods dora; domains pg19 (law instead)",
-        "at scale small other rates: lora-lr0.1",
-    )
+    step = ("run", "sequence", {"domains": ["pubmedqa", "pg19"], "methods": [*rates, "dora"]})
+    small = recipe(step, scales={"small": {"run": {"domains": ["pubmedqa", "law"], "methods": rates[:1]}}})
+    left_out = "at scale small left out: methods dora; domains pg19 (law instead)"
+    assert note_of(small, small.steps[0], "paper") == ()
+    assert note_of(small, small.steps[0], "small") == (left_out, "at scale small other rates: lora-lr0.1")
 
 
-def test_what_a_scale_adds_and_the_budget_it_has_are_said():
-    told = recipe(
-        ("run", "sequence", {"domains": ["pubmedqa"], "watched": ["lambada"], "methods": ["gain"]}),
-        scales={"small": {"run": {"watched": ["lambada", "pg19"], "data": {"train_tokens": 8192}}}},
-    )
-    (step,) = told.steps
-    assert note_of(told, step, "small") == ("at scale small also: watched pg19",)
+def test_notes_name_what_a_scale_adds_and_its_budget():
+    run = ("run", "sequence", {"domains": ["pubmedqa"], "watched": ["lambada"], "methods": ["gain"]})
+    small = {"run": {"watched": ["lambada", "pg19"], "data": {"train_tokens": 8192}}}
+    more = recipe(run, scales={"small": small})
+    (step,) = more.steps
+    assert note_of(more, step, "small") == ("at scale small also: watched pg19",)
     plan = build_plan({"data": {"train_tokens": 8192, "block_size": 256}, "train": {"batch_size": 2, "epochs": 1}})
-    assert budget_note(told, step, "paper", plan) == ()
-    assert budget_note(told, step, "small", plan) == (
+    assert budget_note(more, step, "paper", plan) == ()
+    assert budget_note(more, step, "small", plan) == (
         "learnt here: 8,192 tokens a domain in blocks of 256, 2 a batch, 1 epoch; at scale paper: 200,000 tokens a "
         "domain in blocks of 250, 4 a batch, 5 epochs",
     )
@@ -137,27 +125,25 @@ def test_a_claims_names_are_those_of_every_scale(name):
         of = steps[step].settings.get("of", step)
         for each in {step, of}:
             for key in LISTS:
-                sets = [
+                smoke, small = (
                     set(map(stem_of, names_in(found.settings(steps[each], scale), key))) for scale in ("smoke", "small")
-                ]
+                )
                 excused = {one for gone in dropped(found, steps[each], "small").values() for one in gone}
-                missing = {
-                    one for one in sets[0] - sets[1] - excused if f".{one}." in f".{number.replace('-minus-', '.')}."
-                }
+                named = f".{number.replace('-minus-', '.')}."
+                missing = {one for one in smoke - small - excused if f".{one}." in named}
                 assert not missing, (claim.number, key, missing)
 
 
-def test_of_rates_the_best_by_the_target_alone_is_asked_the_rest(tmp_path):
+def test_the_rate_that_is_best_on_the_target_alone_is_measured_on_the_rest(tmp_path):
     labels = ["gain-lr0.01", "gain-lr0.02", "lora"]
-    methods = [
-        {"name": label.partition("-")[0], "lr": 0.01 * (place + 1), "label": label}
-        for place, label in enumerate(labels)
-    ]
+    methods = [{"name": each.partition("-")[0], "lr": 0.01 * (n + 1), "label": each} for n, each in enumerate(labels)]
     ask = {"of": "run", "pick": "target", "target": ["arc_easy"], "tasks": ["piqa"], "limit": 2}
-    told = recipe(("run", "sequence", {**LEARNS, "methods": methods}), ("ask", "benchmarks", ask))
-    outcome = run_recipe(told, tmp_path / "run", scale="smoke").outcomes["ask"]
-    chosen = json.loads((tmp_path / "run" / "ask" / "choosing.json").read_text())["adapted"]
-    asked = json.loads((tmp_path / "run" / "ask" / "benchmarks.json").read_text())["adapted"]
+    picking = recipe(("run", "sequence", {**LEARNS, "methods": methods}), ("ask", "benchmarks", ask))
+    outcome = run_recipe(picking, tmp_path / "run", scale="smoke").outcomes["ask"]
+    chosen, asked = (
+        json.loads((tmp_path / "run" / "ask" / f"{name}.json").read_text())["adapted"]
+        for name in ("choosing", "benchmarks")
+    )
     assert set(chosen) == set(labels)
     assert len(asked) == 2 and "lora" in asked
     assert {"gain.kept", "gain.target", "lora-minus-gain.kept"} <= set(outcome.numbers)
@@ -171,58 +157,48 @@ def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_none(tmp_path):
         context = Context("ask", tmp_path, World("small", "demo", data, {}), {}, Silent())
         return asked_config({}, ["gsm8k"], plan, context)[1]
 
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "gsm8k.jsonl").write_text('{"text": "two and two"}\n')
+    write_rows(tmp_path / "texts" / "gsm8k.jsonl", [{"text": "two and two"}])
     assert "no rows" in missing(tmp_path / "texts")["gsm8k"]
-    (tmp_path / "broken" / "benchmarks").mkdir(parents=True)
-    (tmp_path / "broken" / "benchmarks" / "gsm8k.jsonl").write_text('{"text": "two and two"}\n')
-    with pytest.raises(DataError, match="not a row of gsm8k"):
-        missing(tmp_path / "broken")
+    write_rows(tmp_path / "broken" / "benchmarks" / "gsm8k.jsonl", [{"text": "two and two"}])
+    refused(DataError, "not a row of gsm8k", missing, tmp_path / "broken")
 
 
 def test_a_local_copy_may_be_any_file_a_domain_may_be(tmp_path):
     for name in ("pubmedqa.csv", "pg19.txt"):
         (tmp_path / name).write_text("text\nwords\n")
     world = World("small", "demo", tmp_path, {})
-    assert [each["source"] for each in world.domains(["pubmedqa", "pg19", "medqa"])] == [
-        str(tmp_path / "pubmedqa.csv"), str(tmp_path / "pg19.txt"), "code",
-    ]  # fmt: skip
+    sources = [each["source"] for each in world.domains(["pubmedqa", "pg19", "medqa"])]
+    assert sources == [str(tmp_path / "pubmedqa.csv"), str(tmp_path / "pg19.txt"), "code"]
 
 
-def test_none_of_several_adapters_that_were_learnt_apart_is_the_last():
+def test_none_of_several_adapters_that_were_trained_apart_is_the_last():
     adapters = {"gain/a": Path("a"), "gain/b": Path("b")}
     assert last_of_each(Outcome(adapters=adapters)) == {"gain": Path("b")}
     assert last_of_each(Outcome(adapters=adapters, apart=True), after="a") == {"gain": Path("a")}
-    with pytest.raises(ConfigError, match="`after` names one of a, b"):
-        last_of_each(Outcome(adapters=adapters, apart=True))
+    refused(ConfigError, "`after` names one of a, b", last_of_each, Outcome(adapters=adapters, apart=True))
 
 
 def test_an_infinite_perplexity_stands_as_the_greatest():
     assert mean_kept([(float("inf"), float("inf")), (10.0, 0.0)]).perplexity == HOPELESS / 2
 
 
-def test_factors_are_told_over_all_stages_and_of_runs_apart(tmp_path):
+def test_factors_have_numbers_over_all_stages_and_of_runs_apart(tmp_path):
     learns = {**APART[2], "methods": ["gain", "gain-ffn", "lora", "dora"]}
-    told = recipe(("run", "separately", learns), ("factors", "gains", {"of": "run"}))
-    outcome = run_recipe(told, tmp_path / "run", scale="smoke").outcomes["factors"]
+    factors = recipe(("run", "separately", learns), ("factors", "gains", {"of": "run"}))
+    outcome = run_recipe(factors, tmp_path / "run", scale="smoke").outcomes["factors"]
     numbers = outcome.numbers
     assert {"pubmedqa.gain.smallest_ever", "wikitext.gain.flipped_ever"} <= set(numbers)
     assert numbers["pubmedqa.gain.smallest_ever"] == numbers["pubmedqa.gain.smallest"]
-    apart = [name for name in numbers if "-minus-" in name]
-    assert sorted(apart) == [
-        f"{domain}.{pair}.near"
-        for domain in ("pubmedqa", "wikitext")
-        for pair in ("gain-ffn-minus-gain", "gain-minus-gain-ffn")
-    ]
+    apart, pairs = [name for name in numbers if "-minus-" in name], ("gain-ffn-minus-gain", "gain-minus-gain-ffn")
+    assert sorted(apart) == [f"{domain}.{pair}.near" for domain in ("pubmedqa", "wikitext") for pair in pairs]
     near = [numbers[f"wikitext.{label}.near"].value for label in ("gain-ffn", "gain")]
     assert numbers["wikitext.gain-ffn-minus-gain.near"].value == pytest.approx(near[0] - near[1])
     assert sum("without factors" in note for note in outcome.notes) == 4
 
 
-def test_planes_are_set_against_each_other_where_there_are_two(tmp_path):
+def test_planes_are_compared_where_there_are_two(tmp_path):
     survey = ("look", "landscape", {"of": "run", "line": [0.5], "grid": [1]})
-    told = recipe(APART, survey)
-    numbers = run_recipe(told, tmp_path / "two", scale="smoke").outcomes["look"].numbers
+    numbers = run_recipe(recipe(APART, survey), tmp_path / "two", scale="smoke").outcomes["look"].numbers
     cosines = [abs(numbers[f"{label}.cosine"].value) for label in ("gain", "lora")]
     assert numbers["gain-minus-lora.cosine"].value == pytest.approx(cosines[0] - cosines[1])
     for domain in ("pubmedqa", "wikitext"):
@@ -237,3 +213,46 @@ def test_planes_are_set_against_each_other_where_there_are_two(tmp_path):
 
 def test_every_kind_can_be_checked():
     assert all(callable(kind.run) and callable(kind.check) for kind in KINDS.values())
+
+
+BREAKS = {"name": "lora", "lr": 1e36, "alpha": 1e4}
+
+
+def claim(number: str) -> dict:
+    return {"says": number, "number": number, "expect": {"below": 1e6}}
+
+
+def judged(*steps, claims) -> Recipe:
+    return recipe(*steps, claims=list(map(claim, claims)))
+
+
+def test_a_method_that_diverges_leaves_the_others_with_their_verdicts(tmp_path):
+    mine = judged(
+        ("run", "sequence", {"domains": ["pubmedqa", "wikitext"], "methods": [BREAKS, "gain", "gain-ffn"]}),
+        ("spaces", "subspace", {"of": "run", "labels": ["gain", "lora"]}),
+        claims=("run.gain.in_domain", "run.lora.in_domain", "run.lora-minus-gain.in_domain", "spaces.lora.intruders"),
+    )
+    result = run_recipe(mine, tmp_path / "run", scale="smoke")
+    assert [finding.verdict for finding in result.findings] == ["reproduced", *["undecided"] * 3]
+    run = result.outcomes["run"]
+    assert list(run.diverged) == ["lora"] and run.labels == ("gain", "gain-ffn")
+    assert not [name for name in run.numbers if "lora" in name]
+    spaces = result.outcomes["spaces"].numbers
+    assert "gain.intruders" in spaces and not [name for name in spaces if "lora" in name]
+    assert "lora diverged, and claims about it are undecided: the" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_a_rate_that_diverges_leaves_its_method_without_a_worst(tmp_path):
+    methods = {"methods": [{"name": "lora", "alpha": 1e4, "rank": 1}, "gain"]}
+    rates = {"rates": {"lora": [1e-7, 1e36], "gain": [0.001, 0.01]}}
+    mine = judged(
+        ("rates", "sweep", {"domains": ["pubmedqa", "wikitext"], **methods, **rates}),
+        claims=("rates.lora.worst", "rates.lora.best", "rates.gain.worst", "rates.lora@1e+36.in_domain"),
+    )
+    result = run_recipe(mine, tmp_path / "run", scale="smoke")
+    found = {finding.claim.number: finding.number for finding in result.findings}
+    undecided = [number for number, one in found.items() if one is None]
+    assert undecided == ["rates.lora.worst", "rates.lora@1e+36.in_domain"]
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert saved["without"]["rates.lora.worst"] == "1 run at 1e+36 diverged"
+    assert any("lora at 1e+36: 1 run" in note for note in saved["notes"]["rates"])

@@ -28,6 +28,7 @@ from gaintune.results import (
     replicated,
     sign_flip_test,
 )
+from support import refused
 
 
 def coverage(make, truth, trials):
@@ -44,9 +45,8 @@ def test_paired_bootstrap_covers_at_the_nominal_rate(items, confidence):
     samples = np.random.default_rng(7).normal(0.3, 1.0, (trials, items))
     reach = stats.sem(samples, axis=1) * stats.t.ppf(0.5 + confidence / 2, items - 1)
     luck = np.mean(np.abs(samples.mean(axis=1) - 0.3) <= reach) - confidence
-    rate = coverage(
-        lambda trial: paired_bootstrap(samples[trial], samples=400, confidence=confidence, seed=trial), 0.3, trials
-    )
+    options = {"samples": 400, "confidence": confidence}
+    rate = coverage(lambda trial: paired_bootstrap(samples[trial], **options, seed=trial), 0.3, trials)
     assert abs(luck) < 2.6 * math.sqrt(confidence * (1 - confidence) / trials)
     assert abs(rate - luck - confidence) < 0.006
 
@@ -127,9 +127,8 @@ def test_cells_of_one_domain_share_its_blocks():
     settings = EvaluateConfig()
     blocks = np.random.default_rng(2).normal(2.8, 0.1, (2, 5))
     text = measured(np.full(5, 3.0))
-    first, second = (
-        changes_of(text, [measured(nats)], name, settings)[0] for name, nats in zip("ab", blocks, strict=True)
-    )
+    first = changes_of(text, [measured(blocks[0])], "a", settings)[0]
+    second = changes_of(text, [measured(blocks[1])], "b", settings)[0]
     assert mean_change([first, first], settings) == mean_change([first], settings)
     assert mean_change([first, second], settings, less=[second, first]) == Interval(0.0, 0.0, 0.0)
     apart = mean_change([first, second], settings, less=[second, second])
@@ -162,9 +161,8 @@ def test_no_flip_is_no_certainty_but_a_model_against_itself_is():
 
 def test_means_of_independent_figures_add_their_errors_as_squares():
     found = mean_of_independent([Interval(1.0, 0.0, 3.0), Interval(5.0, 1.0, 8.0)])
-    assert (found.value, found.low, found.high) == pytest.approx(
-        (3, 3 - math.sqrt(1 + 16) / 2, 3 + math.sqrt(4 + 9) / 2)
-    )
+    below, above = math.sqrt(1 + 16) / 2, math.sqrt(4 + 9) / 2
+    assert (found.value, found.low, found.high) == pytest.approx((3, 3 - below, 3 + above))
     alone = Interval(1.0, 0.5, 4.0)
     assert mean_of_independent([alone]) == alone
     assert mean_of_independent([alone, Interval(3.0, None, None)]) == Interval(2.0, None, None)
@@ -185,6 +183,8 @@ def test_paired_bootstrap_agrees_with_a_plain_loop():
 
 
 def test_one_item_or_one_replicate_has_no_interval():
+    change = paired_change(measured(np.array([3.0])), measured(np.array([3.5])), "d", EvaluateConfig())
+    assert (change.value, change.low, change.high) == (pytest.approx(100 * math.expm1(0.5)), None, None)
     assert paired_bootstrap([2.0]) == Interval(2.0, None, None)
     assert replicated([2.0]) == Interval(2.0, None, None)
     assert replicated(np.ones((1, 50))) == Interval(1.0, None, None)
@@ -239,9 +239,7 @@ def test_an_interval_over_few_but_equal_replicates_is_the_blocks_alone():
 
 def test_sign_flips_are_counted_exactly():
     values = [0.5, -0.1, 0.7, 0.2]
-    means = [
-        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in itertools.product((1, -1), repeat=4)
-    ]
+    means = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=4)]
     expected = sum(mean >= abs(sum(values)) - 1e-12 for mean in means) / 16
     assert sign_flip_test(values) == expected
     assert sign_flip_test([1.0] * 5) == 2 / 32
@@ -250,20 +248,16 @@ def test_sign_flips_are_counted_exactly():
     assert sign_flip_test(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("interval", "claim", "verdict"),
-    [
-        (Interval(-2, -3, -1), (None, 0.0), "reproduced"),
-        (Interval(2, 1, 3), (None, 0.0), "refuted"),
-        (Interval(-2, -5, 1), (None, 0.0), "undecided"),
-        (Interval(0.0, 0.0, 0.0), (None, 0.0), "refuted"),
-        (Interval(-2, None, None), (None, 0.0), "undecided"),
-        (None, (None, 0.0), "undecided"),
-        (Interval(9, 8, 10), (7, 13), "reproduced"),
-        (Interval(12, 11, 14), (7, 13), "undecided"),
-        (Interval(15, 14, 16), (7, 13), "refuted"),
-    ],
-)
+BELOW, WITHIN = (None, 0.0), (7, 13)
+
+
+@pytest.mark.parametrize(("interval", "claim", "verdict"), [
+    (Interval(-2, -3, -1), BELOW, "reproduced"), (Interval(2, 1, 3), BELOW, "refuted"),
+    (Interval(-2, -5, 1), BELOW, "undecided"), (Interval(0.0, 0.0, 0.0), BELOW, "refuted"),
+    (Interval(-2, None, None), BELOW, "undecided"), (None, BELOW, "undecided"),
+    (Interval(9, 8, 10), WITHIN, "reproduced"), (Interval(12, 11, 14), WITHIN, "undecided"),
+    (Interval(15, 14, 16), WITHIN, "refuted"),
+])  # fmt: skip
 def test_a_verdict_needs_the_whole_interval(interval, claim, verdict):
     assert judge(interval, claim) == verdict
 
@@ -312,9 +306,6 @@ def test_curves_with_block_resamples_and_orders():
 def test_curves_that_share_nothing_or_do_not_pair_are_refused():
     far = [curve([-30, -40], [0, 0])] * 2
     near = [curve([-1, -5], [0, 0])] * 2
-    with pytest.raises(DataError, match="no in-domain change in common"):
-        curve_difference(far, near)
-    with pytest.raises(DataError, match="do not pair"):
-        curve_difference(far, near[:1])
-    with pytest.raises(DataError, match="rates must rise"):
-        Curve((0.1, 0.1), np.zeros(2), np.zeros(2))
+    refused(DataError, "no in-domain change in common", curve_difference, far, near)
+    refused(DataError, "do not pair", curve_difference, far, near[:1])
+    refused(DataError, "rates must rise", Curve, (0.1, 0.1), np.zeros(2), np.zeros(2))

@@ -1,12 +1,13 @@
 """Files as tests need them: rows of JSON lines, settings that change, whole folders to compare, and damage."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from gaintune.config import build_plan
 
 
-def write_rows(file: Path, rows: list[dict]) -> Path:
+def write_rows(file: Path, rows: Iterable[object]) -> Path:
     """Write one JSON object a line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -6,7 +6,8 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from gaintune.adapters import AdapterRecord, save_adapter
-from gaintune.config import ModelConfig
+from gaintune.config import MethodConfig, ModelConfig
+from gaintune.methods import attach
 from gaintune.models import Base, load_base
 from gaintune.tuners.gain import GainConfig
 from support import tiny_base
@@ -54,6 +55,14 @@ def saved(tiny: Path, folder: Path, method: str = "lora", scale: float = 0.05, *
     model = adapted(base, method, scale)
     save_adapter(model, folder, record_of(base, method, **changes))
     return logits(model)
+
+
+def save(tiny: Path, folder: Path, method: str | MethodConfig, seed: int = 4, scale=0.1, domain="prose") -> Path:
+    """Save an adapter of any method of the catalogue on the base in fp32, and return its folder."""
+    base, config = base_of(tiny, "fp32"), MethodConfig(name=method) if isinstance(method, str) else method
+    model = moved(attach(base.model, config, seed=0), scale, seed)
+    save_adapter(model, folder, record_of(base, config.name, domains=(domain,)))
+    return folder
 
 
 @torch.inference_mode()

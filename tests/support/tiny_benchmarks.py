@@ -1,18 +1,26 @@
-"""A few rows of each benchmark, as the Hub has them and as questions with choices, and lm-eval's own task over them."""
+"""A few rows of each benchmark, as the Hub has them and as questions with choices, and lm-eval's own task over them.
+
+A test file that imports this module is skipped where lm-eval is not installed.
+"""
 
 import random
 import re
 from pathlib import Path
 
-import lm_eval.tasks
+import pytest
+
+pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
 from gaintune.evaluate.benchmarks.model import AskedModel
 from gaintune.progress import Silent
 from support import tiny_base
-from support.files import write_rows as write  # noqa: F401  # tests take it from here
 
-LM_EVAL = Path(lm_eval.tasks.__file__).parent
+LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
 STOCK = {  # lm-eval's own task files
     "arc_easy": "arc/arc_easy.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -143,3 +151,11 @@ def stock_task(name: str, rows: Path, work: Path, split: str = "validation", lin
     file = work / f"{name}.yaml"
     file.write_text("\n".join(written) + "\n", encoding="utf-8")
     return str(file)
+
+
+def reference(model, tasks: list[str]) -> dict:
+    """Return what lm-eval itself measures, per task: metrics and per-row results."""
+    asked = HFLM(pretrained=model, tokenizer=tiny_base.tokenizer(), batch_size=8)
+    manager = TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(model=asked, tasks=tasks, bootstrap_iters=1000, task_manager=manager)
+    return {name: (figures, found["samples"][name]) for name, figures in found["results"].items()}

@@ -2,9 +2,13 @@
 
 import ast
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import MappingProxyType
 
+from gaintune.config import DataConfig, DomainConfig
+from gaintune.data import load_domain
 from support.files import write_rows
 
 SIZES = {"train_tokens": 1024, "validation_tokens": 256, "block_size": 32}
@@ -19,6 +23,13 @@ def write(folder: Path) -> tuple[Path, Path]:
     return tuple(write_rows(folder / name, [{"text": text} for text in texts]) for name, texts in domains.items())
 
 
+def load(source: Path, tokenizer, domain: Mapping = MappingProxyType({}), **settings):
+    """Load a file or folder as domain 'd' with a small budget; `domain` is what the plan sets on the domain itself."""
+    sizes = {"train_tokens": 512, "validation_tokens": 128, "block_size": 64}
+    named = DomainConfig(**{"name": "d", "source": str(source), **domain})
+    return load_domain(named, DataConfig(domains=(named,), **{**sizes, **settings}), tokenizer)
+
+
 def of(plan: dict, *names: str, **changes) -> dict:
     """Return the plan over some of its domains, and with other sections."""
     domains = [domain for domain in plan["data"]["domains"] if domain.partition("=")[0] in names]
@@ -30,7 +41,7 @@ def edit(file: Path) -> None:
     write_rows(file, [{"text": line[10:90]} for line in file.read_text().splitlines()])
 
 
-def plan(model: Path, folder: Path, **changes) -> dict:
+def plan(model: Path, folder: Path, /, **changes) -> dict:
     """A plan of seconds over both domains, as nested values."""
     prose, code = write(folder)
     values = {
