@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gaintune.errors import BaseModelError
 from gaintune.models import fingerprint_folder
 from gaintune.models.fingerprint import _as_bf16, config_facts, sample_positions
-from support import tiny_base
+from support import refused, tiny_base
 from support.files import edit_json
 
 
@@ -163,8 +163,7 @@ def test_bf16_rounding_is_torchs():
 @pytest.mark.parametrize("content", [b"", b"12345", b"\xff" * 40, (2**60).to_bytes(8, "little") + b"{}"])
 def test_a_file_that_is_not_safetensors_is_refused(tiny, content):
     (tiny / "model.safetensors").write_bytes(content)
-    with pytest.raises(BaseModelError, match=r"model\.safetensors: "):
-        fingerprint_folder(tiny)
+    refused(BaseModelError, r"model\.safetensors: ", fingerprint_folder, tiny)
 
 
 def test_many_tensors_take_seconds_at_most(tiny, record_property):

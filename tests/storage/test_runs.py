@@ -25,6 +25,7 @@ from gaintune.storage import (
     write_json,
     write_text,
 )
+from support import refused
 from support.files import as_plan
 
 
@@ -105,8 +106,7 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
     for make in (open_run(below, as_plan({}), {}), complete_folder(below / "adapter")):
         with pytest.raises(RunDirectoryError, match="cannot be made"), make:
             pass
-    with pytest.raises(RunDirectoryError, match="cannot be made"):
-        write_text(below / "plan.yaml", "")
+    refused(RunDirectoryError, "cannot be made", write_text, below / "plan.yaml", "")
 
 
 def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
@@ -147,11 +147,9 @@ def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_brief
 def test_broken_json_names_file_and_line(tmp_path):
     file = tmp_path / "metrics.json"
     file.write_text('{"a": 1,\n"b" 2}')
-    with pytest.raises(RunDirectoryError, match=r"metrics\.json:2"):
-        read_json(file)
+    refused(RunDirectoryError, r"metrics\.json:2", read_json, file)
     file.write_bytes(b'{"a": "\xf7"}')
-    with pytest.raises(RunDirectoryError, match=r"metrics\.json: not text in UTF-8"):
-        read_json(file)
+    refused(RunDirectoryError, r"metrics\.json: not text in UTF-8", read_json, file)
 
 
 ONE = {"nll": [1.0], "tokens": [5], "bytes": [9]}

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import peft
-import pytest
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
@@ -15,6 +14,7 @@ from gaintune.tuners import register
 from gaintune.tuners.disel import DiselConfig, DiselModel
 from gaintune.tuners.gain import GainConfig, GainModel
 from gaintune.tuners.registry import add_peft_type
+from support import refused
 
 TABLES = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
 
@@ -48,8 +48,7 @@ def test_another_packages_gain_is_named(monkeypatch):
 
     Other.__module__ = "otherpackage.gain"
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.GAIN, Other)
-    with pytest.raises(GaintuneError, match=r"otherpackage\.gain\..*Other.*'otherpackage'"):
-        register()
+    refused(GaintuneError, r"otherpackage\.gain\..*Other.*'otherpackage'", register)
 
 
 ORDERS = """

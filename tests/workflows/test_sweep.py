@@ -22,7 +22,7 @@ from gaintune.workflows.sweep import read_grid, run_sweep
 from gaintune.workflows.sweep.engine import Pool
 from gaintune.workflows.sweep.grid import planned_runs
 from gaintune.workflows.sweep.worker import Job, work
-from support import killing, tiny_sweep
+from support import killing, refused, tiny_sweep
 from support.files import contents
 
 RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}
@@ -201,11 +201,9 @@ def test_what_cannot_work_is_refused_before_anything_is_run(swept, tmp_path):
         ({"jobs": 0}, "at least one run"),
         ({"address": "auto"}, "engine loky has none"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            run_sweep(grid, tmp_path / "a", **options)
+        refused(ConfigError, message, run_sweep, grid, tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
-    with pytest.raises(RunDirectoryError, match="is a run, not a sweep"):
-        run_sweep(grid, table.rows[0].folder, engine="sequential")
+    refused(RunDirectoryError, "is a run, not a sweep", run_sweep, grid, table.rows[0].folder, engine="sequential")
     with FileLock(folder / ".lock"), pytest.raises(RunDirectoryError, match="in use by another process"):
         run_sweep(grid, folder, engine="sequential")
 

@@ -9,7 +9,7 @@ from gaintune.errors import ConfigError, DataError
 from gaintune.storage import read_json
 from gaintune.workflows.sweep import SweepTable, compare_sweep, curve_sentence, discard, pair_sentence, write
 from gaintune.workflows.sweep.report import markdown, tradeoff
-from support import tiny_sweep
+from support import refused, tiny_sweep
 
 
 def noise(*key, scale=0.2):
@@ -257,9 +257,7 @@ def test_a_hopeless_run_leaves_the_others_their_comparison(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(table):
-    with pytest.raises(ConfigError, match="no figure is called 'retention'"):
-        compare_sweep(table, figure="retention")
+    refused(ConfigError, "no figure is called 'retention'", compare_sweep, table, figure="retention")
     improves = "methods are matched at an in-domain change that improves"
     for target, message in ((21, improves), (0, ".* between -100 and 0 %"), (-100, ".* between -100 and 0 %")):
-        with pytest.raises(ConfigError, match=f"target {target}: {message}"):
-            compare_sweep(table, target=target)
+        refused(ConfigError, f"target {target}: {message}", compare_sweep, table, target=target)
