@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", list(ANALYSES))
-def test_it_says_its_source_and_has_a_step_and_a_row_in_the_docs(name):
+def test_an_analysis_names_its_source_and_has_a_step_and_a_row_in_the_docs(name):
     analysis = ANALYSES[name]
     assert "paper" in (type(analysis).__doc__ or ""), "the docstring names a section, table or figure"
     assert name in KINDS
@@ -51,13 +51,10 @@ class Toy(Analysis):
         change = Interval(-1.25, -2.0, -0.5)
         return Result(
             headline=Headline(["what", "change", "none"], [["x", change, None]], numeric=1),
-            remarks=[f"counted to {options.times}"],
-            tables={"toy": pd.DataFrame({"n": range(options.times)})},
-            markdown="toy\n",
-            record={"times": options.times},
-            provenance={"made": "here"},
+            remarks=[f"counted to {options.times}"], tables={"toy": pd.DataFrame({"n": range(options.times)})},
+            markdown="toy\n", record={"times": options.times}, provenance={"made": "here"},
             figures={"toy-figure": Figure(figsize=(1, 1)) if options.times > 1 else None},
-        )
+        )  # fmt: skip
 
 
 def test_a_new_analysis_has_a_command_with_its_options_its_table_and_its_files(tmp_path):
@@ -79,8 +76,8 @@ def test_a_new_analysis_has_a_command_with_its_options_its_table_and_its_files(t
 
 
 def test_options_of_a_recipe_are_refused_with_their_key_and_what_was_meant():
-    with pytest.raises(ConfigError, match="step look: unknown key 'tims'; did you mean 'times'"):
-        ToyOptions.read({"tims": 3}, "step look")
+    message = "step look: unknown key 'tims'; did you mean 'times'"
+    refused(ConfigError, message, ToyOptions.read, {"tims": 3}, "step look")
     assert ToyOptions.read({"times": 3}, "step look").times == 3
 
 

@@ -167,7 +167,7 @@ def test_places_say_layer_third_projection_and_block():
     assert {place.layer for place in places} == set(range(7))
 
 
-def test_projections_that_share_a_name_are_told_apart():
+def test_projections_that_share_a_name_get_longer_names():
     model = tiny_gated.model(tiny_gated.gpt2())
     places = positions_of(model, [name for name, _ in disel_layers(model)]).values()
     blocks = {place.projection: place.block for place in places}
@@ -264,8 +264,8 @@ def test_two_domains_are_resampled_each_over_its_own_rows(found, depth, part, pa
     one = by_row(whole["law"], RESPONSES.numpy(), *parts)
     one = [row for row in one if len(row)]
     other = by_row(whole["code"], np.ones((9, 8), bool), *parts)
-    told = apart(record, Group("law", depth, part), Group("code", depth, part), SETTINGS)
-    assert told.value == pytest.approx(np.concatenate(one).mean() - np.concatenate(other).mean(), rel=1e-4)
+    difference = apart(record, Group("law", depth, part), Group("code", depth, part), SETTINGS)
+    assert difference.value == pytest.approx(np.concatenate(one).mean() - np.concatenate(other).mean(), rel=1e-4)
     generator = np.random.default_rng(0)
     deviations = []
     for rows in (one, other):
@@ -278,18 +278,18 @@ def test_two_domains_are_resampled_each_over_its_own_rows(found, depth, part, pa
     student = stats.t.ppf(0.95, freedom) / 1.644854
     low, high = student * np.quantile(deviations[0] - deviations[1], [0.05, 0.95])
     size = high - low
-    assert told.low == pytest.approx(told.value + low, abs=0.06 * size)
-    assert told.high == pytest.approx(told.value + high, abs=0.06 * size)
+    assert difference.low == pytest.approx(difference.value + low, abs=0.06 * size)
+    assert difference.high == pytest.approx(difference.value + high, abs=0.06 * size)
 
 
 def test_parts_of_the_model_are_paired_by_rows(found):
     record, whole = found
     one, other = (np.array(by_row(whole["code"], np.ones((9, 8), bool), part)) for part in ("mlp", "self_attn"))
-    told = apart(record, Group("code", part="mlp"), Group("code", part="attention"), SETTINGS)
+    difference = apart(record, Group("code", part="mlp"), Group("code", part="attention"), SETTINGS)
     differences = one.mean(axis=1) - other.mean(axis=1)
-    assert told.value == pytest.approx(differences.mean(), rel=1e-4)
+    assert difference.value == pytest.approx(differences.mean(), rel=1e-4)
     student = 1.859548 * differences.std(ddof=1) / 3
-    assert (told.high - told.low) / 2 == pytest.approx(student, rel=0.1)
+    assert (difference.high - difference.low) / 2 == pytest.approx(student, rel=0.1)
     same = apart(record, Group("code", part="mlp"), Group("code", part="mlp"), SETTINGS)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
@@ -312,15 +312,15 @@ def test_intervals_cover_the_true_difference_as_often_as_they_say(rows):
     covered = 0
     for _ in range(300):
         samples = {"one": generator.normal(0.5, 0.1, rows[0]), "other": generator.normal(0.3, 0.02, rows[1])}
-        told = apart(made(samples), Group("one"), Group("other"), settings)
-        covered += told.low <= 0.2 <= told.high
+        difference = apart(made(samples), Group("one"), Group("other"), settings)
+        covered += difference.low <= 0.2 <= difference.high
     assert 0.86 * 300 <= covered <= 0.94 * 300
 
 
 def test_one_row_has_no_interval_and_a_group_without_gates_is_refused():
     record = made({"one": np.array([0.5]), "other": np.array([0.2, 0.4])})
-    told = apart(record, Group("one"), Group("other"), SETTINGS)
-    assert (told.value, told.low, told.high) == (pytest.approx(0.2), None, None)
+    difference = apart(record, Group("one"), Group("other"), SETTINGS)
+    assert (difference.value, difference.low, difference.high) == (pytest.approx(0.2), None, None)
     with pytest.raises(ConfigError, match="no gate was counted of one, late, all"):
         apart(record, Group("one", "late"), Group("other"), SETTINGS)
     refused(ConfigError, "domains: one, other", apart, record, Group("third"), Group("other"), SETTINGS)

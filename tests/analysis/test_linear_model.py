@@ -20,14 +20,10 @@ SAMPLES = 200_000
 def general(seed: int = 0, d_in: int = 5, d_out: int = 3, rank: int = 2) -> LinearModel:
     """Means that are neither equal nor opposite, a full covariance, and a map that is not square."""
     generator = np.random.default_rng(seed)
-    root = generator.standard_normal((d_in, d_in)) / 2
-    return LinearModel(
-        weight=generator.standard_normal((d_out, d_in)),
-        update=generator.standard_normal((d_out, rank)) @ generator.standard_normal((rank, d_in)),
-        mean1=generator.standard_normal(d_in),
-        mean0=generator.standard_normal(d_in),
-        covariance=root @ root.T + 0.3 * np.eye(d_in),
-    )
+    root, weight = generator.standard_normal((d_in, d_in)) / 2, generator.standard_normal((d_out, d_in))
+    update = generator.standard_normal((d_out, rank)) @ generator.standard_normal((rank, d_in))
+    means = (generator.standard_normal(d_in), generator.standard_normal(d_in))
+    return LinearModel(weight, update, *means, root @ root.T + 0.3 * np.eye(d_in))
 
 
 def drawn(model: LinearModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

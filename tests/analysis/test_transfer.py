@@ -84,7 +84,7 @@ def test_nothing_in_common_is_zero_and_all_in_common_is_one(place):
     assert sharing_of(alike).principal_share == pytest.approx(1.0)
 
 
-def test_components_are_what_they_say(place):
+def test_components_equal_their_definitions(place):
     folder, _, v = place
     vectors = read_gain_vectors({name: folder / name for name in NAMES})
     assert np.allclose(shared_component(vectors, "mean", "prose", "code"), v.mean(0))
@@ -120,7 +120,7 @@ def test_parts_are_measured_as_adapters_of_their_own(place):
     assert one.unseen("whole").value == pytest.approx(np.mean([one.change("whole", a, "unseen").value for a in NAMES]))
 
 
-def test_what_is_left_is_a_ratio_and_is_not_given_for_a_transfer_that_may_be_zero():
+def test_what_is_left_is_a_ratio_and_missing_for_a_transfer_that_may_be_zero():
     generator = np.random.default_rng(0)
     tokens = (31,) * 40
     base = {name: generator.normal(90, 3, 40) for name in "ab"}

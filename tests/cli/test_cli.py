@@ -141,9 +141,6 @@ def test_lines_in_a_log_count_whole_units_and_stop_before_the_end(monkeypatch):
     lines = log.getvalue().splitlines()
     assert [line.split(" tokens, ")[0] for line in lines] == ["learning: 683/2,048", "learning: 1,365/2,048"]
     assert all("loss 1.000" in line for line in lines)
-
-
-def test_a_count_of_one_is_no_plural():
     assert (plural(1, "step"), plural(1024, "step")) == ("1 step", "1,024 steps")
 
 

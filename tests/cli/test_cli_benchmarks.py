@@ -56,7 +56,7 @@ def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_p
     assert f"{accuracy['difference']['value']:+.2f} [" in printed
 
 
-def test_adapters_are_told_apart_by_what_differs_in_their_paths():
+def test_adapters_are_named_by_what_differs_in_their_paths():
     for paths, names in (
         (["runs/a/lora/05/adapter", "runs/a/gain/05/adapter"], ["lora", "gain"]),
         (["runs/a", "runs/a/b", "other"], ["runs/a", "runs/a/b", "other"]),
@@ -113,13 +113,13 @@ def test_a_group_that_is_a_plain_mean_over_its_tasks_has_a_difference_too():
     mine.append(replace(mine[0], value=0.625, **facts))
     *_, group = compare_scores(base, mine, "mine", config)
     assert group.difference is None
-    told = with_group_difference(group, base, mine, config)
-    assert (told.difference.value, told.unit) == (pytest.approx(25.0), "points")
+    changed = with_group_difference(group, base, mine, config)
+    assert (changed.difference.value, changed.unit) == (pytest.approx(25.0), "points")
     weighted = replace(group, adapted=replace(group.adapted, value=0.5))
     assert with_group_difference(weighted, base, mine, config).difference is None
 
 
-def test_what_does_not_go_together_is_refused(work, arguments, monkeypatch):
+def test_options_that_do_not_go_together_are_refused(work, arguments, monkeypatch):
     refused(ConfigError, "--limit is for benchmarks", run, "evaluate", work / "base", "--limit", 3)
     with pytest.raises(ConfigError, match="--allow-code-execution is for benchmarks"):
         run("evaluate", work / "base", "--allow-code-execution")

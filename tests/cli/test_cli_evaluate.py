@@ -65,7 +65,7 @@ def test_choices_of_a_decoder(tmp_path):
     assert all(word in printed for word in ("questions", "rows", "base", "accuracy, per byte", "66.7 %"))
 
 
-def test_what_does_not_go_together_is_refused(work):
+def test_options_that_do_not_go_together_are_refused(work):
     base, rows = work / "base", work / "rule.jsonl"
     other = [{"text": f"t{n}", "label": "new" if n % 2 else "many-a"} for n in range(40)]
     unknown = tiny_encoders.write_rows(work / "unknown.jsonl", other)

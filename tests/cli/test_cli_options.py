@@ -34,27 +34,27 @@ def test_a_marked_field_is_an_option_of_every_command_that_takes_its_section():
 
 
 def test_the_help_of_the_application_lists_every_command_under_a_heading():
-    told = run("--help", columns=80)
-    headings = [line for line in told.splitlines() if line.endswith("Commands:")]
+    shown = run("--help", columns=80)
+    headings = [line for line in shown.splitlines() if line.endswith("Commands:")]
     assert headings[0] == "Training Commands:" and len(headings) == len(set(headings)) > 3
-    below = told[told.index(headings[0]) :]
+    below = shown[shown.index(headings[0]) :]
     words = [line.split()[0] for line in below.splitlines() if line.startswith("  ")]
     assert sorted(words) == sorted(typer.main.get_command(app).commands)
-    assert max(map(len, told.splitlines())) <= 80
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_help_has_its_options_in_groups_and_examples_that_can_be_typed(name):
-    told = run(*name.split(), "--help", columns=80)
-    _, _, examples = told.partition("\nExamples:\n")
+    shown = run(*name.split(), "--help", columns=80)
+    _, _, examples = shown.partition("\nExamples:\n")
     lines = [line.strip() for line in examples.splitlines()]
     assert lines
-    assert max(map(len, told.splitlines())) <= 80
+    assert max(map(len, shown.splitlines())) <= 80
     parameters = COMMANDS[name].params
     if any("--plan" in option.opts for option in parameters):
-        assert "\nPlan options:\n  --plan PLAN.yaml" in told
+        assert "\nPlan options:\n  --plan PLAN.yaml" in shown
     grouped = [option.rich_help_panel for option in parameters if option.rich_help_panel]
-    assert all(f"\n{group} options:\n" in told for group in grouped)
+    assert all(f"\n{group} options:\n" in shown for group in grouped)
     for line in lines:
         words = shlex.split(line.partition(" > ")[0])
         words = words[words.index("gaintune") + 1 :]  # torchrun may stand before it
@@ -76,8 +76,8 @@ def test_the_examples_of_the_application_can_be_typed():
     lines = typer.main.get_command(app).epilog.splitlines()
     for words in map(shlex.split, lines):
         COMMANDS[words[1]].make_context(words[1], words[2:])
-    told = run("--help")
-    assert all(told.index(line) < told.index("Training Commands:") for line in lines)
+    shown = run("--help")
+    assert all(shown.index(line) < shown.index("Training Commands:") for line in lines)
 
 
 def test_a_plan_is_given_by_position_or_by_option_but_once(tmp_path):
@@ -103,10 +103,10 @@ def test_the_run_directory_has_a_name_that_torchrun_hands_on(capsys):
 
 
 def test_methods_fit_a_terminal_and_are_printed_as_json():
-    told = run("methods", columns=80)
-    assert max(map(len, told.splitlines())) <= 80
+    shown = run("methods", columns=80)
+    assert max(map(len, shown.splitlines())) <= 80
     entries = {each["name"]: each for each in json.loads(run("methods", "--json"))}
-    assert all(name in told for name in entries)
+    assert all(name in shown for name in entries)
     assert entries["lora"]["options"] == ["alpha", "rank", "targets"]
     assert (entries["gain"]["lr"], entries["gain"]["peft_type"], entries["gain"]["merges"]) == (0.01, "GAIN", True)
     assert entries["full"]["peft_type"] is None
@@ -169,10 +169,10 @@ def test_fields_of_a_model_are_options_with_their_kinds_and_defaults(own):
     given, settings, _, out = seen.pop()
     assert settings == Settings(bins=20, plane=True, line=(0, 0.5), part=["x", "y"], which="all", limit=2)
     assert (given.plan().train.lr, given.plan().data.seed, out) == (0.1, 4, Path("o"))
-    told = run("--help", application=application)
+    shown = run("--help", application=application)
     for text in ("Bins of a histogram. [default: 100]", "[default: 0.0,1.0]", "--component", "--line T,T,..."):
-        assert text in told
-    assert "--no-plane" not in told
+        assert text in shown
+    assert "--no-plane" not in shown
 
 
 @pytest.mark.parametrize(("words", "message"), [

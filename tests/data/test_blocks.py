@@ -173,7 +173,7 @@ def test_without_packing_a_row_has_a_block_of_its_own():
     assert result.examples.position_ids is None
 
 
-def test_it_stops_when_the_blocks_are_full_and_draws_no_further():
+def test_packing_stops_when_the_blocks_are_full():
     numbers = iter(range(1, 10))
     result = packed((row(number, 2, 2) for number in numbers), blocks=2)
     assert (result.rows, result.padding) == ((1, 2, 3, 4), 0)
@@ -248,7 +248,7 @@ def test_new_rows_are_all_kept_and_earlier_domains_share_evenly():
     assert len(set(replayed)) == 11
 
 
-def test_a_small_domain_is_gone_through_again_and_again():
+def test_a_small_domain_is_replayed_several_times():
     mixed = firsts(with_replay(domain(9, 8), [domain(1, 3)], 1.0, seed=0))[8:]
     assert {token: mixed.count(token) for token in mixed}.keys() == {1000, 1001, 1002}
     assert max(map(mixed.count, mixed)) - min(map(mixed.count, mixed)) == 1
@@ -308,7 +308,7 @@ def same(ours, theirs) -> bool:
     return ours.content_hash == theirs.content_hash and all(torch.equal(a.input_ids, b.input_ids) for a, b in sides)
 
 
-def test_every_block_begins_with_it_and_holds_one_token_of_text_less(text, bare, adding):
+def test_every_block_begins_with_the_token_and_holds_one_token_of_text_less(text, bare, adding):
     plain, begun = load(text, bare), load(text, adding)
     begin = bare.bos_token_id
     for side in ("train", "validation"):
@@ -322,14 +322,14 @@ def test_every_block_begins_with_it_and_holds_one_token_of_text_less(text, bare,
     assert begun.content_hash != plain.content_hash
 
 
-def test_the_first_token_of_text_is_scored_then(text, adding):
+def test_the_first_token_of_text_is_scored_after_a_beginning(text, adding):
     begun = load(text, adding)
     for block, counted in zip(begun.validation.input_ids, begun.validation_bytes, strict=True):
         strings = adding.convert_ids_to_tokens([t for t in block[1:].tolist() if t != adding.eos_token_id])
         assert counted == sum(map(len, strings)), "ASCII: a token has as many characters as bytes"
 
 
-def test_a_plan_can_choose_it_or_leave_it_out_but_not_for_labelled_rows(text, bare, adding):
+def test_a_plan_can_set_the_beginning_of_text_but_not_for_labelled_rows(text, bare, adding):
     wrong = {"task": "classify", "beginning_of_text": "always"}
     refused(ValueError, "beginning_of_text is for text and instructions", DataConfig, **wrong)
     assert same(load(text, bare, beginning_of_text="always"), load(text, adding))
@@ -337,7 +337,7 @@ def test_a_plan_can_choose_it_or_leave_it_out_but_not_for_labelled_rows(text, ba
     assert same(load(text, bare, beginning_of_text="never"), load(text, bare))
 
 
-def test_without_one_nothing_is_recorded_that_was_not_before(text, bare):
+def test_without_a_beginning_of_text_nothing_is_recorded_of_it(text, bare):
     plain = load(text, bare)
     assert "beginning_of_text" not in plain.describe()
     assert plain.settings == {}
@@ -352,7 +352,7 @@ def test_always_needs_a_tokenizer_that_has_one(text, rows, tokenizer, task):
     refused(ConfigError, message, load, source, tokenizer, task=task, beginning_of_text="always")
 
 
-def test_the_tokens_at_hand_are_counted_with_it(tmp_path, adding):
+def test_the_tokens_of_a_side_are_counted_with_the_beginning(tmp_path, adding):
     for side, texts in (("train", ["the cat"]), ("validation", TEXTS)):
         write_rows(tmp_path / f"{side}.jsonl", ({"text": text} for text in texts))
     count = len(adding("the cat")["input_ids"])
@@ -374,7 +374,7 @@ def begun(examples, begin: int) -> list[int]:
 
 @pytest.mark.parametrize(("choice", "count"), [("auto", 1), ("always", 1), ("never", 0)])
 @pytest.mark.parametrize("template", ["plain", "chat, written by it", "chat"])
-def test_a_row_begins_with_it_once(rows, adding, template, choice, count):
+def test_a_row_begins_with_the_token_once(rows, adding, template, choice, count):
     """Also in a chat template that leaves it out; what a chat template writes stays in any case."""
     written = "{{ bos_token }}" if "written" in template else ""
     adding.chat_template = (
@@ -389,7 +389,7 @@ def test_a_row_begins_with_it_once(rows, adding, template, choice, count):
     assert set(counts) == {1 if written else count}
 
 
-def test_a_merge_is_judged_on_blocks_that_begin_with_it(bare, adding):
+def test_a_merge_is_judged_on_blocks_that_begin_with_the_token(bare, adding):
     plain, begun = blocks_of(TEXTS, bare, 64), blocks_of(TEXTS, adding, 64)
     assert (begun[:, 0] == adding.bos_token_id).all()
     running = begun[:, 1:].flatten()

@@ -199,7 +199,7 @@ def test_glue_has_the_same_rows_by_name_and_as_a_local_copy(name, tmp_path, monk
     assert (left_out in caplog.text) == (name == "mnli")
 
 
-def test_numbers_keep_their_names_off_where_they_are_not_the_tasks(tmp_path):
+def test_numbers_get_the_names_of_a_glue_task_only_where_they_fit(tmp_path):
     rows = [{"text": f"t{n}", "label": n % 3} for n in range(60)]
     texts = load_labelled(DomainConfig(name="sst2", source=str(written(tmp_path, rows))), seed=0)
     assert {row.label for row in texts.train} == {"0", "1", "2"}

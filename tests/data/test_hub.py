@@ -120,7 +120,7 @@ def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplo
     assert "left out 1 empty text(s)" in caplog.text
 
 
-def test_gsm8k_is_measured_on_its_test_split_where_that_is_asked_for(tmp_path):
+def test_gsm8k_test_is_measured_on_its_test_split(tmp_path):
     for split, number in (("train", 1), ("test", 2)):
         write_rows(
             tmp_path / f"{split}.jsonl", [{"question": f"{number} and {number}?", "answer": f"#### {2 * number}"}]
@@ -195,7 +195,7 @@ def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, c
     assert len(load_questions(name, None, learn=True, seed=0).learnt) == (1 if name == "pubmedqa" else len(answers))
 
 
-def test_a_set_without_a_split_is_split_where_some_of_it_is_learnt(tmp_path):
+def test_a_set_without_a_split_is_split_where_some_of_it_is_trained(tmp_path):
     rows = [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)]
     file = write_rows(tmp_path / "sst2.jsonl", rows)
     whole = load_questions("sst2", file, learn=False, seed=0)
@@ -218,7 +218,7 @@ def test_a_folders_own_split_is_kept_and_labels_are_those_of_both_sides(tmp_path
     assert {row.choices for row in (*questions.learnt, *questions.asked)} == {(" negative", " neutral", " positive")}
 
 
-def test_rows_that_are_asked_are_not_learnt_although_the_sources_own_split_has_them_on_both_sides(tmp_path, caplog):
+def test_rows_on_both_sides_of_a_split_are_measured_and_not_trained(tmp_path, caplog):
     write_rows(tmp_path / "sst2" / "train.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(5)])
     write_rows(tmp_path / "sst2" / "validation.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in (3, 4, 7)])
     questions = load_questions("sst2", tmp_path / "sst2", learn=True, seed=0)
@@ -238,7 +238,7 @@ def test_questions_that_are_written_are_read_back(tmp_path, name):
     assert [replace(row, origin="") for row in again] == [replace(row, origin="") for row in rows]
 
 
-def test_what_holds_no_questions_is_told_apart(tmp_path):
+def test_files_and_folders_with_questions_are_recognised(tmp_path):
     assert holds_questions(write_rows(tmp_path / "asked" / "test.jsonl", [EXAM]).parent)
     assert not holds_questions(write_rows(tmp_path / "texts" / "train.jsonl", [{"text": "an abstract"}]).parent)
     cut = write_rows(tmp_path / "cut.jsonl", [EXAM])

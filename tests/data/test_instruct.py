@@ -210,7 +210,7 @@ def test_text_and_instructions_go_together_and_other_tasks_are_refused(write, wr
     ({"domains": [{"name": "a", "source": "a", "template": "chat"}]}, "domains: a: template is for task instruct"),
     ({"domains": [{"name": "a", "source": "a", "prompt_column": "q"}]}, "prompt_column is for task instruct"),
 ])  # fmt: skip
-def test_plans_that_do_not_fit_together_are_refused(changes, says):
+def test_settings_that_do_not_fit_together_are_refused(changes, says):
     refused(ValidationError, says, DataConfig, **changes)
 
 

@@ -152,21 +152,17 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, content, says):
     refused(DataError, says, read_documents, path.parent if name.startswith("folder") else path)
 
 
-@pytest.mark.parametrize(("source", "says"), [
-    ("scriptur", "did you mean 'scripture'"),
-    ("nowhere", "nowhere is no file, folder or catalogue name; the catalogue holds medical"),
-    ("./none.jsonl", r"^no such file: /.*/none\.jsonl$"),
-    ("none.txt", r"^no such file: /.*/none\.txt$"),
-    ("./none", "^no such file or folder: /.*/none$"),
+@pytest.mark.parametrize(("domain", "says"), [
+    ({"source": "scriptur"}, "did you mean 'scripture'"),
+    ({"source": "nowhere"}, "nowhere is no file, folder or catalogue name; the catalogue holds medical"),
+    ({"source": "./none.jsonl"}, r"^no such file: /.*/none\.jsonl$"),
+    ({"source": "none.txt"}, r"^no such file: /.*/none\.txt$"),
+    ({"source": "./none"}, "^no such file or folder: /.*/none$"),
+    ({"source": "law", "text_column": "title"}, "text_column is for local files"),
 ])  # fmt: skip
-def test_a_source_that_is_not_there_is_named(source, says, tmp_path, monkeypatch):
+def test_sources_that_are_missing_and_columns_of_the_catalogue_are_refused(domain, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(DataError, says, load_documents, DomainConfig(name="d", source=source))
-
-
-def test_a_catalogue_domain_takes_no_column():
-    law = DomainConfig(name="law", source="law", text_column="title")
-    refused(DataError, "text_column is for local files", load_documents, law)
+    refused(DataError, says, load_documents, DomainConfig(name="d", **domain))
 
 
 def documents(texts):
@@ -208,16 +204,13 @@ def test_two_different_documents_are_enough(seed):
     assert len(train) == len(validation) == 1
 
 
-def test_one_text_cannot_be_split():
+def test_one_text_cannot_be_split_and_a_split_of_the_source_is_kept():
+    own = Documents((Document("a", "x"),), (Document("a", "y"),), "f")
+    assert split_documents(own, 0) == own
     same = r"f: 2 documents, all with the same text, and at least 2 different ones are"
     refused(DataError, same, split_documents, documents(["same", "Same."]), 0)
     alone = r"f: 1 document, and at least 2 different ones are needed"
     refused(DataError, alone, split_documents, documents(["alone"]), 0)
-
-
-def test_a_split_that_the_source_brings_is_kept():
-    own = Documents((Document("a", "x"),), (Document("a", "y"),), "f")
-    assert split_documents(own, 0) == own
 
 
 def test_the_order_is_that_of_the_hashes_of_the_numbers():
@@ -287,7 +280,7 @@ def test_two_documents_that_hold_half_each_do_not_add_up():
     words = [f"word{number}" for number in range(60)]
     parts = [" ".join(words[start : start + 20]) for start in (0, 20, 40)]
     whole = " ".join(words)
-    assert whole not in NeighbourIndex(enumerate(parts))
+    assert whole not in NeighbourIndex(enumerate(parts)) and whole not in NeighbourIndex([])
     assert whole in NeighbourIndex((0, part) for part in parts), "pieces of one document do"
 
 
@@ -298,7 +291,7 @@ def test_a_run_that_a_document_repeats_counts_once():
     assert query not in index
 
 
-def test_it_agrees_with_plain_sets_of_word_runs():
+def test_near_duplicates_agree_with_plain_sets_of_word_runs():
     rng = random.Random(0)
     documents = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(40)]
     queries = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(200)]
@@ -312,10 +305,6 @@ def test_it_agrees_with_plain_sets_of_word_runs():
     expected = [count >= CONTAINMENT * len(runs(query)) for query, count in zip(queries, shared, strict=True)]
     assert [query in index for query in queries] == expected
     assert 10 < sum(expected) < 190
-
-
-def test_an_empty_index_holds_nothing():
-    assert SENTENCE not in NeighbourIndex([])
 
 
 TEXTS = ("one, with a comma", "two\nlines and a \u2028 separator", 'three "quoted" äöü 😀')

@@ -115,7 +115,7 @@ def test_a_template_without_an_end_of_turn_leaves_the_end_to_us(chatty):
     ("{{ messages[0]['content'] }}", "leaves message 2 out"),
     ("{{ messages[-1]['content'] }}{{ messages | length }}", "leaves message 2 out or writes what comes before"),
 ])  # fmt: skip
-def test_a_template_that_prompt_and_answer_cannot_be_told_from_is_refused(chatty, template, says):
+def test_a_template_that_does_not_separate_prompt_and_answer_is_refused(chatty, template, says):
     chatty.chat_template = template
     refused(DataError, f"^f:1: .*{says}", render, TALK, "chat", chatty)
 

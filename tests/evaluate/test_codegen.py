@@ -87,7 +87,7 @@ def test_a_process_that_cannot_be_limited_is_an_error_and_no_zero():
     require_limits(LIMITS)
 
 
-def test_a_program_that_says_much_without_end_is_stopped():
+def test_a_program_that_writes_without_end_is_stopped():
     flood = "import os\nfor file in range(3, 12):\n    try:\n        os.write(file, b'x' * 2**16)\n"
     flood += "    except OSError:\n        pass\n"
     assert run_program(flood, LIMITS).reason in {"failed", "out of time"}
@@ -137,7 +137,7 @@ def _runs(number: int) -> bool:
     return True
 
 
-def test_what_is_open_to_all(tmp_path):
+def test_a_folder_is_open_to_all_only_with_all_folders_above_it(tmp_path):
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "inner").mkdir()

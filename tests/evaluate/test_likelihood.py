@@ -89,7 +89,7 @@ def test_the_answers_are_those_of_both_sides_of_a_folder(tmp_path, caplog):
     assert "news: no validation files; asked is train.jsonl" in caplog.text
 
 
-def test_rows_on_one_line_are_told_apart(tmp_path):
+def test_rows_on_one_line_are_read_one_by_one(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(LABELLED))
     assert [row.answer for row in read_choices("rows", tmp_path / "rows.json")] == [2, 0, 1]
 

@@ -66,7 +66,7 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
     ("sciq", {"query": "Question: q\nAnswer:", "choices": list("abcd"), "gold": 1}, "last choice"),
     ("hellaswag", {"text": "words"}, "its columns are text"),
 ])  # fmt: skip
-def test_a_row_that_cannot_be_asked_is_named_with_its_line(tmp_path, name, row, words):
+def test_a_row_that_makes_no_question_is_named_with_its_line(tmp_path, name, row, words):
     good = tiny_benchmarks.normalised(name, tiny_benchmarks.hub_rows(name, 1)[0])
     rows = [row] if "text" in row else [good, row]
     file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
@@ -75,18 +75,15 @@ def test_a_row_that_cannot_be_asked_is_named_with_its_line(tmp_path, name, row, 
     assert words in str(caught.value) and f"{file}:{len(rows)}" in str(caught.value)
 
 
-def test_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(tmp_path):
+def test_missing_data_and_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(tmp_path):
+    for data in (tmp_path / "nothing", f"arc_easy={tmp_path / 'nothing'}"):
+        refused(DataError, "no such", load_suite, config_of("arc_easy", data=[data]))
+    refused(AssetError, r"medqa_4options=PATH", load_suite, config_of("medqa_4options", data=[]))
     row = {"question": "q", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "A"}
     file = tiny_benchmarks.write(tmp_path / "commonsense_qa.jsonl", [row])
     with pytest.raises(DataError, match="prompt of commonsense_qa cannot be made") as caught:
         load_suite(config_of("commonsense_qa", data=[tmp_path]))
     assert str(file) in str(caught.value)
-
-
-def test_data_that_is_not_there_is_refused(tmp_path):
-    for data in (tmp_path / "nothing", f"arc_easy={tmp_path / 'nothing'}"):
-        refused(DataError, "no such", load_suite, config_of("arc_easy", data=[data]))
-    refused(AssetError, r"medqa_4options=PATH", load_suite, config_of("medqa_4options", data=[]))
 
 
 def exam(name: str, rows: int) -> list[dict]:

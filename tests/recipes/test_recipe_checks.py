@@ -150,7 +150,7 @@ def test_the_rate_that_is_best_on_the_target_alone_is_measured_on_the_rest(tmp_p
     assert benchmarking.BY_TARGET in outcome.notes
 
 
-def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_none(tmp_path):
+def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_no_benchmark(tmp_path):
     plan = World("small", "demo", None, {}).plan({"domains": ["pubmedqa"], "methods": ["gain"]}, origin="here")
 
     def missing(data: Path) -> dict[str, str]:
@@ -171,7 +171,7 @@ def test_a_local_copy_may_be_any_file_a_domain_may_be(tmp_path):
     assert sources == [str(tmp_path / "pubmedqa.csv"), str(tmp_path / "pg19.txt"), "code"]
 
 
-def test_none_of_several_adapters_that_were_trained_apart_is_the_last():
+def test_of_adapters_that_were_trained_apart_no_adapter_is_the_last():
     adapters = {"gain/a": Path("a"), "gain/b": Path("b")}
     assert last_of_each(Outcome(adapters=adapters)) == {"gain": Path("b")}
     assert last_of_each(Outcome(adapters=adapters, apart=True), after="a") == {"gain": Path("a")}

@@ -27,8 +27,8 @@ AGAIN = ("G3", "G9", "G13", "G16", "G17", "D2", "D5")
 RENDERED = ("G9", "G13", "D2")
 """Of these the figures are rendered: a sequence, and the two kinds of figures that recipes alone draw."""
 CHANCE = (("curve.", "matched."), (".left", ".outside"))
-"""How numbers begin or end that a tiny random model may not have: nothing was learnt that could be compared, or its
-weights fill every direction."""
+"""How numbers begin or end that a tiny random model may lack: its training is too weak to compare, or its weights fill
+every direction."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_folder_of_another_scale_or_of_something_else_is_refused(tmp_path, ran
     refused(RunDirectoryError, "no recipe began it", run_recipe, "D1", tmp_path / "mine", scale="smoke")
 
 
-def test_numbers_are_those_of_the_run_itself(ran):
+def test_a_recipes_numbers_are_those_of_its_run(ran):
     folder, result = ran("G13")
     matrix = json.loads((folder / "run" / "matrix.json").read_text())
     numbers = result.outcomes["run"].numbers
@@ -127,7 +127,7 @@ def test_a_wrong_recipe_is_refused_in_words(change, message, tmp_path):
     ("id: [\n", "recipe.yaml:2"),
     ("id: G2\ntitle: a\nid: G3\n", "recipe.yaml:3: .*'id' stands there twice, first on line 1"),
 ])  # fmt: skip
-def test_a_recipe_file_with_a_mistake_says_where(text, message, tmp_path):
+def test_a_mistake_in_a_recipe_file_is_named_by_file_and_line(text, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     refused(ConfigError, message, read_recipe, tmp_path / "recipe.yaml")
 
@@ -153,7 +153,7 @@ def test_an_experiment_is_shown_with_its_steps_scales_and_claims():
     assert all(claim.number in said for claim in found.claims)
 
 
-def test_a_file_of_ones_own_runs_and_says_its_verdicts(tmp_path):
+def test_a_recipe_file_of_a_user_runs_and_prints_its_verdicts(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(MINE))
     said = run("recipe", "run", tmp_path / "mine.yaml", "--scale", "smoke", "--run", tmp_path / "out")
     assert "it ends" in said and "reproduced" in said

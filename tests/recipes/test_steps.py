@@ -63,7 +63,7 @@ def test_every_classifier_is_trained_once_with_the_options_of_its_task(tmp_path)
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_a_decoder_is_measured_under_its_own_head_and_says_so(tmp_path):
+def test_a_decoder_is_measured_under_its_own_head_with_a_note(tmp_path):
     lora = classifying(methods=[{"name": "lora", "lr": 0.01}], tasks=["mrpc"], ranks=[2])
     base = {"model": {"name": str(tiny.base(tmp_path / "decoder"))}}
     outcome = run_recipe(lora, tmp_path / "run", scale="smoke", overrides=base).outcomes["glue"]
@@ -182,16 +182,12 @@ def test_answers_are_trained_and_measured_on_other_rows(tmp_path):
     assert {file: file.read_bytes() for file in rows.rglob("*.jsonl")} == kept, "what was asked is still there"
 
 
-def test_an_unknown_set_of_questions_is_refused(tmp_path):
+def test_unknown_questions_are_refused_and_answers_without_rows_left_out_with_a_note_of_the_sets(tmp_path):
     unknown = r"`learn` names a set of questions.*: pubmedqa, finphrase, sst2, medqa"
     refused(ConfigError, unknown, run_recipe, answering(learn="riddles"), tmp_path / "run", scale="smoke")
-
-
-def test_answers_without_rows_are_left_out_with_a_note_of_the_sets(tmp_path):
     context = Context("ask", tmp_path, World("small", "demo", None, {}), {}, Silent())
     outcome = answers(dict(ASKING), context)
-    assert outcome.left_out
-    assert outcome.notes[0].endswith("(give --data FOLDER): finphrase, sst2")
+    assert outcome.left_out and outcome.notes[0].endswith("(give --data FOLDER): finphrase, sst2")
 
 
 @needs_study_data("domains")

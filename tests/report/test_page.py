@@ -107,7 +107,7 @@ def test_heatmaps_show_the_matrix_with_its_places(odd_run):
     assert all((shade < 0) == text.strip().startswith("−") for shade, (_, text) in zip(shades, page.cells, strict=True))
 
 
-def test_figures_are_whole(odd_run):
+def test_figures_are_valid_files_without_dates(odd_run):
     for name in FILES:
         content = (odd_run / name).read_bytes()
         if name.endswith("png"):
@@ -150,7 +150,7 @@ def test_a_partial_run_is_called_one_and_shows_what_is_there(tmp_path):
     assert "No stage is finished yet." in page.text and "wiki (never learnt)" in page.text
 
 
-def test_a_run_that_fell_apart_still_has_a_page(tmp_path):
+def test_a_run_with_exploded_losses_still_has_a_page(tmp_path):
     matrix = make_matrix(("d0", "d1"), {"gain": keeps, "hot": lambda s, p: 10.0**9 if p < s else -5.0})
     run = write_run(tmp_path / "hot", matrix)
     write_report(run)
