@@ -74,8 +74,7 @@ def test_merging_rounds_once_from_float32(dtype):
     with torch.no_grad():
         base[0].gain_v["default"].copy_(v)
     merged = model.merge_and_unload()[0].weight
-    assert merged.dtype == dtype
-    assert torch.equal(merged, (weight.float() * (1 + v)).to(dtype))
+    assert merged.dtype == dtype and torch.equal(merged, (weight.float() * (1 + v)).to(dtype))
 
 
 def test_conv1d_scales_rows():

@@ -24,8 +24,7 @@ def test_the_methods_are_members_of_pefts_enumeration_and_tables():
     assert PeftType.GAIN == "GAIN" and "GAIN" in list(PeftType) and "GAIN" in PeftType.__members__
     assert list(PeftType).count("GAIN") == 1
     assert pickle.loads(pickle.dumps(PeftType.GAIN)) is copy.deepcopy(PeftType.GAIN) is PeftType.GAIN
-    assert repr(PeftType.GAIN) == "<PeftType.GAIN: 'GAIN'>"
-    assert PeftType.LORA is PeftType("LORA")
+    assert repr(PeftType.GAIN) == "<PeftType.GAIN: 'GAIN'>" and PeftType.LORA is PeftType("LORA")
     assert [table[PeftType.GAIN] for table in TABLES] == [GainConfig, GainModel, "gain_"]
     assert [table["DISEL"] for table in TABLES] == [DiselConfig, DiselModel, "lora_"]
     assert (GainModel.prefix, DiselModel.prefix) == ("gain_", "lora_")
@@ -37,8 +36,7 @@ def test_registering_again_changes_nothing():
     swap, pad = peft.utils.hotswap.hotswap_adapter_from_state_dict, peft.utils.hotswap._pad_lora_weights
     register()
     register()
-    assert before == TABLES
-    assert peft.utils.hotswap._pad_lora_weights is pad
+    assert before == TABLES and peft.utils.hotswap._pad_lora_weights is pad
     assert peft.utils.hotswap.hotswap_adapter_from_state_dict is swap
 
 

@@ -72,8 +72,7 @@ def test_a_classifier_learns_a_rule_and_the_saved_one_is_the_trained_one(kind, m
     lr = 1e-3 if method == "full" else 0.01
     values = tiny_encoders.plan(model, rule, methods=[method], train={**LEARN, "lr": lr})
     result = adapt(values, tmp_path / "out")
-    assert isinstance(result, ClassifierResult)
-    assert result.labels == ("many-a", "many-o")
+    assert isinstance(result, ClassifierResult) and result.labels == ("many-a", "many-o")
     assert result.scores.accuracy.value > 0.9 > result.scores.majority
     assert scores(values, tmp_path / "out") == result.scores
     domain, base, loaded = restored(values, tmp_path / "out")

@@ -97,15 +97,12 @@ def test_the_certificate_counts_what_rounding_takes(tiny, tmp_path):
         save_adapter(model, folder, record_of(base, "gain-ffn"))
     lost = merged(tiny, small, tmp_path / "small-out")
     assert (lost.share_unmoved, lost.gains_lost) == (1.0, 1.0)
-    assert lost.gain_error == pytest.approx(1.0)
-    assert lost.gains == 2 * (32 + 48)
+    assert lost.gain_error == pytest.approx(1.0) and lost.gains == 2 * (32 + 48)
     assert lost.weights_changed == pytest.approx(2 * 32 * (32 + 48), abs=40), "all but weights that are zero"
     kept = merged(tiny, tmp_path / "large", tmp_path / "large-out")
-    assert (kept.share_unmoved, kept.gains_lost) == (0.0, 0.0)
-    assert kept.gain_error < 0.03
+    assert (kept.share_unmoved, kept.gains_lost) == (0.0, 0.0) and kept.gain_error < 0.03
     exact = merged(tiny, small, tmp_path / "exact", "fp32")
-    assert (exact.share_unmoved, exact.gains_lost) == (0.0, 0.0)
-    assert exact.gain_error < 1e-3
+    assert (exact.share_unmoved, exact.gains_lost) == (0.0, 0.0) and exact.gain_error < 1e-3
 
 
 def test_modules_trained_in_full_are_merged_too(tiny, tmp_path):

@@ -23,8 +23,7 @@ def test_every_combination_is_a_run_of_its_own():
     found = runs(methods=["gain-ffn", "lora"], rates=[0.01, 0.02], seeds=[0, 5], orders=2, budgets=[512, 1024])
     assert len(found) == len({run.id for run in found}) == 2 * 2 * 2 * 2 * 2
     for run in found:
-        assert run.plan.methods[0].lr == run.lr
-        assert run.plan.train.seed == run.seed
+        assert run.plan.methods[0].lr == run.lr and run.plan.train.seed == run.seed
         assert run.plan.data.train_tokens == run.budget
         assert tuple(domain.name for domain in run.plan.data.domains) == run.domains
         assert run.plan.data.seed == 0  # what is held out is the same everywhere

@@ -67,8 +67,7 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of
     killed(run_sequence, (plan, run), f"{method} after code: measuring code", 1)
     assert not (run / "stages" / method / "02-code" / "metrics.json").exists()
     again = run_sequence(plan, run)
-    assert again == matrix
-    assert contents(run) == contents(tmp_path / "whole")
+    assert again == matrix and contents(run) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -267,11 +266,9 @@ def test_two_processes_share_a_run(tiny, tmp_path):
         metrics = read_json(folder / "metrics.json")
         assert metrics["steps"] == 8  # 32 blocks, 2 processes with 2 blocks each
     matrix = read_json(run / "matrix.json")
-    assert not matrix["partial"]
-    assert matrix["methods"][0]["summary"]["in_domain"]["value"] < 0
+    assert not matrix["partial"] and matrix["methods"][0]["summary"]["in_domain"]["value"] < 0
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events.count("finished") == 1
-    assert done.stdout.count("numbers ") == 1
+    assert events.count("finished") == 1 and done.stdout.count("numbers ") == 1
     checked = build_plan(values)
     base = load_base(checked.model)
     prose = load_domain(checked.data.domains[0], checked.data, base.tokenizer).train

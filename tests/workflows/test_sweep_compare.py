@@ -59,8 +59,7 @@ def test_the_difference_is_paired_run_by_run_and_as_uncertain_as_seeds_are(table
     assert pair.difference.value == pytest.approx(apart.mean())
     low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
     assert pair.difference.low == pytest.approx(low, rel=0.25)  # blocks add a little to seeds
-    assert pair.difference.high == pytest.approx(high, rel=0.25)
-    assert pair.replicates == 3
+    assert pair.difference.high == pytest.approx(high, rel=0.25) and pair.replicates == 3
     assert pair.p == 0.25  # three pairs with one sign
     assert pair.in_domain.value == pytest.approx(2.0, abs=0.6)
 
@@ -70,8 +69,7 @@ def test_a_pair_that_is_not_matched_in_domain_has_no_better_one(table):
         found = compare_sweep(table, target=target)
         (pair,) = found.pairs
         assert pair.in_domain.value == pytest.approx(apart, abs=0.6) and pair.in_domain.sign == 1
-        assert pair.difference.sign == -1
-        assert not pair.matched and pair.better is None
+        assert pair.difference.sign == -1 and not pair.matched and pair.better is None
         sentence = pair_sentence(pair, found)
         assert "not matched" in sentence and "is better" not in sentence
 
