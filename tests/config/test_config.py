@@ -92,11 +92,7 @@ def test_broken_yaml_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     file = tmp_path / "plan.yaml"
     for text, read, message in (
         ("train:\n  lr: 0.01\n bad indent\n", read_values, "3: not valid YAML"),
-        (
-            "train:\n  lr: 1\n  n: 1\n  lr: 2\n",
-            read_values,
-            "4: .*'lr' stands there twice, first on line 2; keep one",
-        ),
+        ("train:\n  lr: 1\n  n: 1\n  lr: 2\n", read_values, "4: .*'lr' stands there twice, first on line 2; keep one"),
         ("data: {task: text}\ntrain: {}\ndata: {}\n", read_plan, "3: .*'data' stands there twice, first on line 1"),
     ):
         file.write_text(text)
