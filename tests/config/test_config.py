@@ -18,6 +18,7 @@ from gaintune.config import (
     read_values,
 )
 from gaintune.errors import ConfigError
+from support import refused
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,12 @@ def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     assert str(caught.value).startswith("plan.yaml: ")
     assert str(caught.value).count("\n") == 0
     assert "{'" not in str(caught.value), "no dump of a section"
-    with pytest.raises(ConfigError, match=r"(?=.*train\.lrr).*train\.clip"):  # every mistake at once
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
         build_plan({"train": {"lrr": 1, "clip": -1}})
+    assert "train.lrr" in str(caught.value) and "train.clip" in str(caught.value)
 
 
 def test_no_number_of_any_section_may_be_infinite_or_nan():
@@ -87,22 +92,12 @@ def test_broken_yaml_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     file = tmp_path / "plan.yaml"
     for text, read, message in (
         ("train:\n  lr: 0.01\n bad indent\n", read_values, "3: not valid YAML"),
-        (
-            "train:\n  lr: 1\n  seed: 1\n  lr: 0.1\n",
-            read_values,
-            "4: .*'lr' stands there twice, first on line 2; keep one",
-        ),
-        (
-            "data: {task: text}\ntrain: {}\ndata: {seed: 1}\n",
-            read_plan,
-            "3: .*'data' stands there twice, first on line 1",
-        ),
+        ("train:\n  lr: 1\n  n: 1\n  lr: 2\n", read_values, "4: .*'lr' stands there twice, first on line 2; keep one"),
+        ("data: {task: text}\ntrain: {}\ndata: {}\n", read_plan, "3: .*'data' stands there twice, first on line 1"),
     ):
         file.write_text(text)
-        with pytest.raises(ConfigError, match=rf"plan\.yaml:{message}"):
-            read(file)
-    with pytest.raises(ConfigError, match=r"--set train=.*'lr' stands there twice"):
-        apply_overrides({}, ["train={lr: 0.1, lr: 0.2}"])
+        refused(ConfigError, rf"plan\.yaml:{message}", read, file)
+    refused(ConfigError, r"--set train=.*'lr' stands there twice", apply_overrides, {}, ["train={lr: 0.1, lr: 0.2}"])
 
 
 def test_what_a_merge_brings_may_be_given_again(tmp_path):
@@ -129,8 +124,7 @@ def test_overrides_reach_nested_keys_leave_the_rest_and_need_no_list_for_one_met
 
 @pytest.mark.parametrize("text", ["train.lr", "=3", "train.lr=[1"])
 def test_an_override_that_is_no_assignment_is_refused(text):
-    with pytest.raises(ConfigError, match="--set"):
-        apply_overrides({}, [text])
+    refused(ConfigError, "--set", apply_overrides, {}, [text])
 
 
 def test_options_are_laid_over_the_plan_file_and_set_over_both(tmp_path):
@@ -144,5 +138,4 @@ def test_a_method_with_options_on_the_command_line():
     fields = parse_method("lora:rank=16,lr=2e-4,targets=q_proj+v_proj,label=wide")
     method = build_plan({"methods": [fields]}).methods[0]
     assert (method.rank, method.lr, method.targets, method.label) == (16, 2e-4, ("q_proj", "v_proj"), "wide")
-    with pytest.raises(ConfigError, match="name:key=value"):
-        parse_method("lora:16")
+    refused(ConfigError, "name:key=value", parse_method, "lora:16")

@@ -110,8 +110,7 @@ def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(tiny, tmp_
 def test_the_seed_draws_vera_s_matrices(tiny):
     made = [attach(base_of(tiny, "fp32").model, method_of("vera"), seed=seed).base_model for seed in (0, 0, 1)]
     first, same, other = (model.vera_A["default"] for model in made)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_lora_plus_trains_b_at_its_multiple_of_the_rate(tiny, tmp_path):

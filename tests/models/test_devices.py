@@ -53,8 +53,7 @@ def test_devices_are_called_what_this_process_may_see_and_none_is_taken_where_th
     assert visible_devices(2, {VISIBLE: "3, 5"}) == ("3", "5")
     assert visible_devices(0, {}) == visible_devices(0, {VISIBLE: ""}) == ()
     monkeypatch.delenv(VISIBLE, raising=False)
-    assert take_device(()) is None
-    assert VISIBLE not in os.environ
+    assert take_device(()) is None and VISIBLE not in os.environ
 
 
 def note(folder):

@@ -64,11 +64,9 @@ def test_a_folder_loads_with_the_weights_it_holds_in_the_chosen_dtype(tiny, name
     with safe_open(tiny / "model.safetensors", framework="pt") as stored:
         saved = stored.get_tensor("model.layers.1.mlp.down_proj.weight")
     loaded = base.model.get_submodule("model.layers.1.mlp.down_proj").weight
-    assert loaded.dtype == dtype
-    assert torch.equal(loaded, saved.to(dtype))
+    assert loaded.dtype == dtype and torch.equal(loaded, saved.to(dtype))
     assert not base.model.training
-    assert base.name == base.model.name_or_path == str(tiny)
-    assert base.folder == tiny
+    assert base.name == base.model.name_or_path == str(tiny) and base.folder == tiny
     assert base.tokenizer.decode(base.tokenizer("a b").input_ids) == "a b"
     assert base.fingerprint == base_fingerprint(at(tiny))
     assert load_base(at(tiny, dtype=name), dtype=torch.float32).model.dtype == torch.float32

@@ -13,7 +13,7 @@ from gaintune.methods import StagePosition, prepare_method
 from gaintune.models import IGNORED, NextTokenLoss, longest_row, require_isolation, require_rows
 from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
-from support import tiny_base
+from support import refused, tiny_base
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -33,12 +33,7 @@ MIXES = {
 
 def made(config):
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # as peaked as a trained model
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-    return model
+    return tiny_base.sharpen(hf.AutoModelForCausalLM.from_config(config).eval())
 
 
 def block(*lengths: int, padding: int = 0, seed: int = 0) -> tuple[Examples, list[torch.Tensor]]:
@@ -139,8 +134,7 @@ def test_a_model_that_mixes_packed_rows_is_refused_in_measuring_and_in_training(
     model = made(MIXES[name])
     examples, _ = block(7, 12, 5)
     says = rf"^{type(model).__name__} lets one text of a packed row reach the next: set data\.packing=false"
-    with pytest.raises(ConfigError, match=says):
-        measure(model, examples, (1,))
+    refused(ConfigError, says, measure, model, examples, (1,))
     with pytest.raises(ConfigError, match=says):
         method = prepare_method(MethodConfig(name="full"), ModelConfig(dtype="fp32", device="cpu"), TrainConfig())
         train_stage(model, method, examples, TrainConfig(), StagePosition(), checkpoints=tmp_path)
@@ -158,8 +152,7 @@ def test_a_model_that_ignores_positions_in_its_mask_only_is_refused():
         return (torch.arange(positions.shape[1]).expand_as(positions),)
 
     embedding.register_forward_pre_hook(shifted)
-    with pytest.raises(ConfigError, match="treats a text in a packed row other than the text alone"):
-        require_isolation(model)
+    refused(ConfigError, "treats a text in a packed row other than the text alone", require_isolation, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

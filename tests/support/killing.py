@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 
+import pytest
+
 from gaintune.progress import Silent
 
 
@@ -37,6 +39,12 @@ class KillAt(StopAt):
 
     def end(self) -> None:
         die()
+
+
+def stopped(work, arguments, title, count):
+    """Run `work(*arguments, progress=...)` in this process until it is stopped there."""
+    with pytest.raises(Stopped):
+        work(*arguments, progress=StopAt(title, count))
 
 
 class Nothing(Silent):

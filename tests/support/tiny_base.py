@@ -43,14 +43,18 @@ def config(**changes) -> LlamaConfig:
     return LlamaConfig(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changes})
 
 
+@torch.no_grad()
+def sharpen(model):
+    """Make a model as peaked as a trained one, so that a small change of a weight shows in its output."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(6)
+    return model
+
+
 def model(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    tiny = LlamaForCausalLM(config(**changes))
-    with torch.no_grad():  # as peaked as a trained model, so that a small change of a weight shows in its output
-        for parameter in tiny.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-    return tiny
+    return sharpen(LlamaForCausalLM(config(**changes)))
 
 
 def folder(path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:

@@ -8,7 +8,7 @@ import transformers as hf
 from tokenizers import processors
 
 from support.files import write_rows as write_rows
-from support.tiny_base import byte_tokenizer
+from support.tiny_base import byte_tokenizer, sharpen
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCABULARY = len(SPECIAL) + 256
@@ -45,12 +45,7 @@ CONFIGS = {
 def folder(path: Path, kind: str = "roberta", seed: int = 0) -> Path:
     """Write a tiny encoder with the masked-LM head it was 'pretrained' with, and its tokenizer."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForMaskedLM.from_config(CONFIGS[kind]())
-    with torch.no_grad():  # as peaked as a trained model, so that its predictions differ
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-    model.save_pretrained(path)
+    sharpen(hf.AutoModelForMaskedLM.from_config(CONFIGS[kind]())).save_pretrained(path)
     (bert_tokenizer() if kind == "bert" else tokenizer()).save_pretrained(path)
     return path
 

@@ -63,15 +63,7 @@ def note_node() -> None:
 
 
 def synthetic(
-    folder: Path,
-    effects,
-    *,
-    rates=(0.001, 0.01),
-    orders=1,
-    seeds=3,
-    blocks=12,
-    budget=8192,
-    computed=("float32", "cpu"),
+    folder, effects, *, rates=(0.001, 0.01), orders=1, seeds=3, blocks=12, budget=8192, computed=("float32", "cpu")
 ) -> SweepTable:
     """A sweep; `effects` maps a label to (lr, order, seed) -> (in-domain %, earlier %), or None where a run failed."""
     rows = []

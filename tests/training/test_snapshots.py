@@ -11,9 +11,9 @@ from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 from gaintune.storage import read_json
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt, adapt_classifier, run_sequence
-from support import tiny_domains, tiny_encoders
+from support import refused, tiny_domains, tiny_encoders
 from support.files import contents, write_rows
-from support.killing import StopAt, Stopped
+from support.killing import stopped
 from support.tiny_adapters import base_of, logits
 
 
@@ -43,17 +43,14 @@ def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(pl
     assert {**settings, "snapshot": None} == {**last, "snapshot": None}
     model = load_adapter(base_of(tiny), copies[3])  # it loads as any adapter does
     assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "gain_v" in name)
-
-    with pytest.raises(Stopped):
-        adapt(plan, tmp_path / "stopped", progress=StopAt("gain-ffn: learning prose", 7))
+    stopped(adapt, (plan, tmp_path / "stopped"), "gain-ffn: learning prose", 7)
     assert not (tmp_path / "stopped.snapshots").exists(), "not beside an adapter that is not there yet"
     kept = tmp_path / "stopped.unfinished" / "snapshots"
     assert sorted(entry.name for entry in kept.iterdir()) == ["step-000003", "step-000006"]
     shutil.copytree(kept / "step-000006", kept / "step-000007")  # later than the checkpoint, so it is done anew
     (kept.parent / "run.json").unlink()  # as a version left it that wrote none
     kept.replace(tmp_path / "stopped.snapshots")  # as a stop leaves them just before the adapter is written
-    with pytest.raises(Stopped):
-        adapt(plan, tmp_path / "stopped", progress=StopAt("measuring prose after", 1))
+    stopped(adapt, (plan, tmp_path / "stopped"), "measuring prose after", 1)
     adapt(plan, tmp_path / "stopped")
     assert contents(tmp_path / "whole.snapshots") == contents(tmp_path / "stopped.snapshots")
     assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
@@ -61,21 +58,18 @@ def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(pl
 
 def test_another_adapters_copies_are_not_mixed_in(plan, tmp_path):
     (tmp_path / "out.snapshots").mkdir()
-    with pytest.raises(ConfigError, match=r"out\.snapshots exists already"):
-        adapt(plan, tmp_path / "out")
+    refused(ConfigError, r"out\.snapshots exists already", adapt, plan, tmp_path / "out")
     (tmp_path / "out.unfinished").mkdir()
     for name, error in (("mine", "not a snapshot's name"), ("step-000003", "no manifest.json says")):
         (tmp_path / "out.snapshots" / name).mkdir()
         (tmp_path / "out.snapshots" / name / "notes.md").touch()
-        with pytest.raises((AdapterError, RunDirectoryError), match=error):
-            adapt(plan, tmp_path / "out")
+        refused((AdapterError, RunDirectoryError), error, adapt, plan, tmp_path / "out")
         (tmp_path / "out.snapshots" / name).rename(tmp_path / name)
     shutil.rmtree(tmp_path / "out.unfinished")
     del plan["train"]["snapshot_steps"]
     adapt(plan, tmp_path / "none")
     assert not (tmp_path / "none.snapshots").exists()
-    with pytest.raises(AdapterError, match=r"no snapshots of it were kept; .*snapshot_steps"):
-        snapshots_of(tmp_path / "none")
+    refused(AdapterError, r"no snapshots of it were kept; .*snapshot_steps", snapshots_of, tmp_path / "none")
 
 
 def test_stages_of_a_run_keep_theirs(both, tmp_path):

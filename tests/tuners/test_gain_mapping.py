@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain import GainConfig, GainLayer
 from gaintune.tuners.gain.mapping import DEFAULTS
+from support import refused
 from support.tiny_models import adapter_tensors, gpt2, llama, randomise
 
 LLAMA = ("layers.{}.self_attn.o_proj", "layers.{}.mlp.down_proj")
@@ -139,10 +140,8 @@ def test_layers_can_be_chosen():
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match="`layers_to_transform`"):
-        GainConfig(layers_to_transform=[0], target_modules=".*o_proj")
-    with pytest.raises(ValueError, match="`layers_pattern`"):
-        GainConfig(layers_pattern="h")
+    refused(ValueError, "`layers_to_transform`", GainConfig, layers_to_transform=[0], target_modules=".*o_proj")
+    refused(ValueError, "`layers_pattern`", GainConfig, layers_pattern="h")
 
 
 def test_an_unknown_type_names_the_known_ones_with_every_required_one_among_them():

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import peft
-import pytest
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
@@ -15,6 +14,7 @@ from gaintune.tuners import register
 from gaintune.tuners.disel import DiselConfig, DiselModel
 from gaintune.tuners.gain import GainConfig, GainModel
 from gaintune.tuners.registry import add_peft_type
+from support import refused
 
 TABLES = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
 
@@ -24,8 +24,7 @@ def test_the_methods_are_members_of_pefts_enumeration_and_tables():
     assert PeftType.GAIN == "GAIN" and "GAIN" in list(PeftType) and "GAIN" in PeftType.__members__
     assert list(PeftType).count("GAIN") == 1
     assert pickle.loads(pickle.dumps(PeftType.GAIN)) is copy.deepcopy(PeftType.GAIN) is PeftType.GAIN
-    assert repr(PeftType.GAIN) == "<PeftType.GAIN: 'GAIN'>"
-    assert PeftType.LORA is PeftType("LORA")
+    assert repr(PeftType.GAIN) == "<PeftType.GAIN: 'GAIN'>" and PeftType.LORA is PeftType("LORA")
     assert [table[PeftType.GAIN] for table in TABLES] == [GainConfig, GainModel, "gain_"]
     assert [table["DISEL"] for table in TABLES] == [DiselConfig, DiselModel, "lora_"]
     assert (GainModel.prefix, DiselModel.prefix) == ("gain_", "lora_")
@@ -37,8 +36,7 @@ def test_registering_again_changes_nothing():
     swap, pad = peft.utils.hotswap.hotswap_adapter_from_state_dict, peft.utils.hotswap._pad_lora_weights
     register()
     register()
-    assert before == TABLES
-    assert peft.utils.hotswap._pad_lora_weights is pad
+    assert before == TABLES and peft.utils.hotswap._pad_lora_weights is pad
     assert peft.utils.hotswap.hotswap_adapter_from_state_dict is swap
 
 
@@ -48,8 +46,7 @@ def test_another_packages_gain_is_named(monkeypatch):
 
     Other.__module__ = "otherpackage.gain"
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.GAIN, Other)
-    with pytest.raises(GaintuneError, match=r"otherpackage\.gain\..*Other.*'otherpackage'"):
-        register()
+    refused(GaintuneError, r"otherpackage\.gain\..*Other.*'otherpackage'", register)
 
 
 ORDERS = """

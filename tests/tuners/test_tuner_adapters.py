@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig, T5Config
 
 from gaintune.tuners.disel import DiselConfig, disel_layers
 from gaintune.tuners.gain import GainConfig, GainLayer
+from support import refused
 from support.tiny_models import IDS, adapter_tensors, copies, gpt2, llama, logits, opt, randomise, tokens, trainable
 
 ADAPTERS = {  # "default", which is active, and "other"
@@ -183,8 +184,7 @@ def test_generation_with_a_cache_equals_none(two):
 def test_a_wrong_number_of_names_is_refused(names, task_type):
     # three rows take neither one name (which divides 3) nor six
     model = get_peft_model(llama(), GainConfig(task_type=task_type)).eval()
-    with pytest.raises(ValueError, match="Length of `adapter_names`"):
-        model(input_ids=IDS, adapter_names=names)
+    refused(ValueError, "Length of `adapter_names`", model, input_ids=IDS, adapter_names=names)
     model(input_ids=IDS)  # nothing is left behind
 
 
@@ -236,8 +236,7 @@ def test_weighted_adapters_refuse_what_they_cannot_combine(two):
         (["default", "other"], [1], "mix", "2 adapters and 1 weights"),
         (["default", "head"], [1, 1], "mix", "modules_to_save"),
     ):
-        with pytest.raises(ValueError, match=message):
-            two.add_weighted_adapter(names, weights, new)
+        refused(ValueError, message, two.add_weighted_adapter, names, weights, new)
     assert set(two.peft_config) == {"default", "other", "head"}
 
 
@@ -246,8 +245,7 @@ def test_disabling_gives_the_base_back_to_the_bit(two):
     base = logits(llama())
     layers = [module for module in two.modules() if isinstance(module, GainLayer)]
     assert len(layers) in (0, 4) and all(repr(layer).startswith("gain.GainLinear") for layer in layers)
-    assert not torch.allclose(logits(two), base)
-    assert torch.equal(alone(two, "__base__"), base)
+    assert not torch.allclose(logits(two), base) and torch.equal(alone(two, "__base__"), base)
     assert torch.equal(logits(two.unload()), base)
 
 
@@ -255,8 +253,7 @@ def test_disabling_gives_the_base_back_to_the_bit(two):
 def test_deleting_an_adapter_leaves_the_other_and_takes_its_gates_along(two):
     expected = alone(two, "other")
     two.delete_adapter("default")
-    assert torch.equal(logits(two), expected)
-    assert not adapter_tensors(two)
+    assert torch.equal(logits(two), expected) and not adapter_tensors(two)
     assert all("default" not in layer.lora_G and "default" not in layer.lora_variant for _, layer in disel_layers(two))
 
 

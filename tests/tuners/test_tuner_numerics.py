@@ -35,8 +35,7 @@ def test_forward_and_gradients_equal_ia3_in_float32(build, ffn):
     ours.loss.backward()
     theirs.loss.backward()
     for v, vector in zip(adapter_tensors(gain).values(), vectors.values(), strict=True):
-        assert vector.grad.abs().max() > 0
-        assert torch.equal(v.grad, vector.grad.view_as(v.grad))
+        assert vector.grad.abs().max() > 0 and torch.equal(v.grad, vector.grad.view_as(v.grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -61,8 +60,7 @@ def test_small_gains_act_in_a_bfloat16_model():
     layer.base_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     assert layer(x).dtype == torch.bfloat16
     ratio = ((seen[0].detach().double() - x.double()) * x.double()).sum() / x.double().square().sum()
-    assert ratio == pytest.approx(0.005, rel=0.2)
-    assert model.dtype == torch.bfloat16
+    assert ratio == pytest.approx(0.005, rel=0.2) and model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -107,8 +105,7 @@ def test_autocast_keeps_the_bases_dtypes():
         model = randomise(get_peft_model(base, GainConfig(ffn=True)))
         out = model(input_ids=IDS, labels=IDS)
     out.loss.backward()
-    assert out.logits.dtype == expected
-    assert seen[0] == seen[1] == torch.bfloat16
+    assert out.logits.dtype == expected and seen[0] == seen[1] == torch.bfloat16
     assert all(v.grad.dtype == torch.float32 and v.grad.abs().max() > 0 for v in adapter_tensors(model).values())
 
 

@@ -12,7 +12,7 @@ from gaintune.errors import ConfigError
 from gaintune.tuners import AdapterOptimizerMixin, create_disel_optimizer, parameter_groups
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
-from support import tiny_base
+from support import refused, tiny_base
 from support.tiny_models import adapter_tensors, copies, llama, randomise, tokens
 
 ROWS = [{"input_ids": row, "labels": row} for row in tokens(rows=4)]
@@ -128,8 +128,7 @@ def test_the_optimizer_takes_another_class_and_its_options():
 
 @pytest.mark.parametrize("config", [GainConfig(), DiselConfig(gate_kind="relu"), DiselConfig(inference_mode=True)])
 def test_without_gates_to_train_there_is_no_such_optimizer(config):
-    with pytest.raises(ConfigError, match="no gate of a DISeL adapter trains"):
-        create_disel_optimizer(adapted(config), lr=0.01)
+    refused(ConfigError, "no gate of a DISeL adapter trains", create_disel_optimizer, adapted(config), lr=0.01)
 
 
 @pytest.mark.parametrize("config", [GainConfig(), DiselConfig()], ids=["gain", "disel"])
@@ -191,14 +190,12 @@ def test_an_optimizer_with_groups_of_its_own_and_fsdp_1_are_refused(tmp_path):
     model = adapted(DiselConfig(r=2))
     trainer = GroupedTrainer(model, arguments(tmp_path), train_dataset=ROWS)
     trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": []})
-    with pytest.raises(ConfigError, match="makes parameter groups of its own"):
-        trainer.create_optimizer()
+    refused(ConfigError, "makes parameter groups of its own", trainer.create_optimizer)
     trainer = GroupedTrainer(model, arguments(tmp_path), train_dataset=ROWS)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-        with pytest.raises(ConfigError, match=r"FSDP 1 flattens parameters .*fsdp_version: 2"):
-            trainer.create_optimizer(wrapped)
+        refused(ConfigError, r"FSDP 1 flattens parameters .*fsdp_version: 2", trainer.create_optimizer, wrapped)
     finally:
         distributed.destroy_process_group()
 

@@ -15,6 +15,7 @@ from transformers import MambaConfig, MixtralConfig, Qwen2MoeConfig
 from gaintune.errors import ConfigError, GaintuneError, MergeError, UnsupportedModuleError
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig, GainLayer
+from support import refused
 from support.tiny_models import SIZES, adapter_tensors, causal_lm, copies, llama, logits, randomise
 
 configs = pytest.mark.parametrize("config", [GainConfig, DiselConfig])
@@ -24,8 +25,7 @@ EXPERTS = {**SIZES, "vocab_size": 61, "intermediate_size": 48, "num_hidden_layer
 
 def refuse(model, config, match, error=UnsupportedModuleError):
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(error, match=match):
-        get_peft_model(model, config)
+    refused(error, match, get_peft_model, model, config)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
@@ -200,8 +200,7 @@ def test_merging_gates_is_refused(gated, how, safe_merge):
     layer = gated.base_model.model.model.layers[0].self_attn.o_proj
     weight = layer.base_layer.weight.clone()
     merge = layer.merge if how == "layer" else getattr(gated, how)
-    with pytest.raises(MergeError, match="gates depend on the input"):
-        merge(safe_merge=safe_merge)
+    refused(MergeError, "gates depend on the input", merge, safe_merge=safe_merge)
     assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
     assert torch.equal(logits(gated), expected)
 
@@ -209,19 +208,15 @@ def test_merging_gates_is_refused(gated, how, safe_merge):
 def test_gates_are_no_single_matrix_and_cannot_be_combined(gated):
     layer = gated.base_model.model.model.layers[0].self_attn.o_proj
     for name in ("default", "other"):
-        with pytest.raises(MergeError, match="gates depend on the input"):
-            layer.get_delta_weight(name)
-    with pytest.raises(ConfigError, match="cannot be combined"):
-        gated.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+        refused(MergeError, "gates depend on the input", layer.get_delta_weight, name)
+    refused(ConfigError, "cannot be combined", gated.add_weighted_adapter, ["default", "other"], [0.5, 0.5], "sum")
     assert set(gated.peft_config) == {"default", "other"}
 
 
 def test_conversion_to_lora_is_refused(gated, tmp_path):
     assert not gated.supports_lora_conversion() and not gated.base_model.supports_lora_conversion()
-    with pytest.raises(TypeError, match="do not support LoRA conversion"):
-        convert_to_lora(gated, rank=2)
-    with pytest.raises(ConfigError, match="cannot be converted to LoRA"):
-        gated.base_model.subtract_mutated_init({}, "default")
+    refused(TypeError, "do not support LoRA conversion", convert_to_lora, gated, rank=2)
+    refused(ConfigError, "cannot be converted to LoRA", gated.base_model.subtract_mutated_init, {}, "default")
     gated.save_pretrained(tmp_path / "initial")
     with pytest.raises(ConfigError, match="cannot be converted to LoRA"):
         gated.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial")
@@ -259,8 +254,7 @@ STARTS = ["pissa", "pissa_niter_4", "olora", "eva", "corda", "lora_ga", "orthogo
 )
 @pytest.mark.filterwarnings("ignore:aLoRA is currently", "ignore:`init_lora_weights` is")
 def test_variants_starts_and_settings_that_cannot_hold_with_gates_are_refused(options, match):
-    with pytest.raises(ConfigError, match=match):
-        DiselConfig(**options)
+    refused(ConfigError, match, DiselConfig, **options)
 
 
 def test_every_refusal_is_an_error_of_ours():

@@ -5,9 +5,9 @@ import pytest
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.storage import read_json
 from gaintune.workflows import adapt, run_sequence
-from support import tiny_base, tiny_domains
+from support import refused, tiny_base, tiny_domains
 from support.files import contents, cut_short
-from support.killing import Nothing, StopAt, Stopped, killed
+from support.killing import Nothing, killed, stopped
 
 
 @pytest.fixture
@@ -26,18 +26,15 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_adapter(plan,
     killed(adapt, (plan, tmp_path / "killed"), "measuring prose after", 1)
     assert not (tmp_path / "killed").exists()
     result = adapt(plan, tmp_path / "killed")
-    assert result.after == expected.after
-    assert result.after.perplexity < result.before.perplexity
+    assert result.after == expected.after and result.after.perplexity < result.before.perplexity
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.unfinished").exists()
 
 
 def test_a_domain_edited_between_stop_and_restart_is_refused(plan, tmp_path):
-    with pytest.raises(Stopped):
-        adapt(plan, tmp_path / "out", progress=StopAt("gain-ffn: learning prose", 5))
+    stopped(adapt, (plan, tmp_path / "out"), "gain-ffn: learning prose", 5)
     tiny_domains.edit(tmp_path / "prose.jsonl")
-    with pytest.raises(RunDirectoryError, match=r"prose\.content_hash.*delete .*out\.unfinished"):
-        adapt(plan, tmp_path / "out")
+    refused(RunDirectoryError, r"prose\.content_hash.*delete .*out\.unfinished", adapt, plan, tmp_path / "out")
 
 
 def test_carrying_on_keeps_the_record_and_refuses_another_method_or_shape(both, tmp_path):
@@ -88,14 +85,11 @@ def test_an_adapter_to_carry_on_is_checked_before_anything_is_made_or_loaded(pla
 
 
 def test_a_stop_before_the_first_checkpoint_leaves_nothing_and_one_after_it_leaves_the_work(plan, tmp_path):
-    with pytest.raises(Stopped):
-        adapt(plan, tmp_path / "out", progress=StopAt("gain-ffn: learning prose", 1))
+    stopped(adapt, (plan, tmp_path / "out"), "gain-ffn: learning prose", 1)
     assert not list(tmp_path.glob("out*"))
-    with pytest.raises(Stopped):
-        adapt(plan, tmp_path / "out", progress=StopAt("gain-ffn: learning prose", 5))
+    stopped(adapt, (plan, tmp_path / "out"), "gain-ffn: learning prose", 5)
     assert list((tmp_path / "out.unfinished" / "checkpoints").glob("checkpoint-*"))
-    with pytest.raises(RunDirectoryError, match="belongs to another plan"):
-        adapt({**plan, "train": {"lr": 0.5}}, tmp_path / "out")
+    refused(RunDirectoryError, "belongs to another plan", adapt, {**plan, "train": {"lr": 0.5}}, tmp_path / "out")
     assert list((tmp_path / "out.unfinished" / "checkpoints").glob("checkpoint-*"))
     adapt(plan, tmp_path / "out")
     assert not (tmp_path / "out.unfinished").exists()

@@ -74,8 +74,7 @@ def test_a_sequence_and_an_adapter_record_it(gemma, tmp_path):
     assert read_record(tmp_path / "adapter").settings["data"] == {"beginning_of_text": tiny_gemma.BEGIN}
     adapt({**one, "data": {**one["data"], "beginning_of_text": "never"}}, tmp_path / "never")
     never = read_record(tmp_path / "never")
-    assert "data" not in never.settings
-    assert never.data["prose"].beginning_of_text == "never"
+    assert "data" not in never.settings and never.data["prose"].beginning_of_text == "never"
 
 
 def test_nothing_is_recorded_of_a_model_without_one(tiny, tmp_path):

@@ -17,7 +17,7 @@ from gaintune.evaluate import compare_classifiers, predict, score
 from gaintune.evaluate.classifiers import row_logits
 from gaintune.models import base_fingerprint, load_classifier, load_tokenizer, reads_segments
 from gaintune.workflows import ClassifierResult, adapt, adapt_classifier, run_sequence
-from support import STUDY_DATA, tiny_base, tiny_encoders, tiny_glue
+from support import STUDY_DATA, refused, tiny_base, tiny_encoders, tiny_glue
 from support.files import contents, edit_json, write_rows
 from support.killing import killed
 
@@ -72,8 +72,7 @@ def test_a_classifier_learns_a_rule_and_the_saved_one_is_the_trained_one(kind, m
     lr = 1e-3 if method == "full" else 0.01
     values = tiny_encoders.plan(model, rule, methods=[method], train={**LEARN, "lr": lr})
     result = adapt(values, tmp_path / "out")
-    assert isinstance(result, ClassifierResult)
-    assert result.labels == ("many-a", "many-o")
+    assert isinstance(result, ClassifierResult) and result.labels == ("many-a", "many-o")
     assert result.scores.accuracy.value > 0.9 > result.scores.majority
     assert scores(values, tmp_path / "out") == result.scores
     domain, base, loaded = restored(values, tmp_path / "out")
@@ -117,8 +116,7 @@ def test_adapter_and_head_alone_train_and_are_all_that_is_saved(roberta, rule, t
     kinds = {name.split(".")[-1] if "gain_v" in name else name.split(".classifier.")[1] for name in saved}
     assert kinds == {"gain_v", "dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
     assert sum("gain_v" in name for name in saved) == 4
-    with pytest.raises(ConfigError, match="exists already"):
-        adapt(values, tmp_path / "out")
+    refused(ConfigError, "exists already", adapt, values, tmp_path / "out")
 
 
 def test_killed_in_training_it_ends_with_the_same_adapter_or_refuses_other_rows(roberta, tmp_path):
@@ -128,8 +126,7 @@ def test_killed_in_training_it_ends_with_the_same_adapter_or_refuses_other_rows(
     killed(adapt, (values, tmp_path / "killed"), "gain-ffn: learning rule", 8)
     assert not (tmp_path / "killed").exists()
     write_rows(file, tiny_encoders.rule_rows(80, seed=1))
-    with pytest.raises(RunDirectoryError, match=r"rule\.content_hash.*delete .*killed\.unfinished"):
-        adapt(values, tmp_path / "killed")
+    refused(RunDirectoryError, r"rule\.content_hash.*delete .*killed\.unfinished", adapt, values, tmp_path / "killed")
     write_rows(file, tiny_encoders.rule_rows(80))
     assert adapt(values, tmp_path / "killed").scores == expected.scores
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -10,6 +10,7 @@ from gaintune.config import Plan, TrainConfig
 from gaintune.errors import ConfigError
 from gaintune.workflows.sweep import read_grid
 from gaintune.workflows.sweep.grid import grid_yaml, plan_id, planned_runs
+from support import refused
 
 DOMAINS = {"data": {"domains": ["law", "medical", "code"]}}
 
@@ -22,8 +23,7 @@ def test_every_combination_is_a_run_of_its_own():
     found = runs(methods=["gain-ffn", "lora"], rates=[0.01, 0.02], seeds=[0, 5], orders=2, budgets=[512, 1024])
     assert len(found) == len({run.id for run in found}) == 2 * 2 * 2 * 2 * 2
     for run in found:
-        assert run.plan.methods[0].lr == run.lr
-        assert run.plan.train.seed == run.seed
+        assert run.plan.methods[0].lr == run.lr and run.plan.train.seed == run.seed
         assert run.plan.data.train_tokens == run.budget
         assert tuple(domain.name for domain in run.plan.data.domains) == run.domains
         assert run.plan.data.seed == 0  # what is held out is the same everywhere
@@ -98,10 +98,8 @@ def test_random_orders_begin_with_the_plan_s_and_more_of_them_with_the_same():
 def test_a_missing_grid_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text("seeds: [0, 1]\nmethods: [lora]\nseeds: [2]\n")
-    with pytest.raises(ConfigError, match=r"grid\.yaml:3: .*'seeds' stands there twice, first on line 1"):
-        read_grid(file)
-    with pytest.raises(ConfigError, match=r"none\.yaml: no such plan file"):
-        read_grid(tmp_path / "none.yaml")
+    refused(ConfigError, r"grid\.yaml:3: .*'seeds' stands there twice, first on line 1", read_grid, file)
+    refused(ConfigError, r"none\.yaml: no such plan file", read_grid, tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from gaintune.data import load_domain
 from gaintune.errors import ConfigError, DataError
 from gaintune.models import load_tokenizer
 from gaintune.workflows import adapt, merge_adapter, run_sequence
-from support import tiny_base, tiny_domains
+from support import refused, tiny_base, tiny_domains
 from support.files import write_rows
 from support.tiny_adapters import config_of
 
@@ -58,8 +58,7 @@ def test_a_sequence_mixes_text_and_instructions_and_merges(plan, questions_only,
     assert [stage.domain for stage in method.stages] == ["prose", "questions"]
     base = method.base["questions"]
     assert base.tokens < 0.8 * 256, "prompts and padding are not scored"
-    assert method.base["prose"].tokens == 2 * 127
-    assert method.stages[1].cells["questions"].change < 0
+    assert method.base["prose"].tokens == 2 * 127 and method.stages[1].cells["questions"].change < 0
     inputs = json.loads((run / "inputs.json").read_text())
     assert inputs["domains"]["questions"]["train_documents"] > 8
     file = tmp_path / "plan.yaml"
@@ -92,8 +91,7 @@ def test_adapt_and_evaluate_on_the_command_line(tiny, questions, tmp_path):
     done = gaintune("evaluate", tiny, "--adapter", out, *options, "--json")
     assert done.exit_code == 0, done.exception
     base, adapted = json.loads(done.stdout)
-    assert (base["domain"], base["change"]) == ("gsm8k", None)
-    assert adapted["change"] < -3
+    assert (base["domain"], base["change"]) == ("gsm8k", None) and adapted["change"] < -3
 
 
 def test_a_row_without_room_is_named(tiny, questions, tmp_path):
@@ -116,9 +114,7 @@ def test_a_model_that_mixes_packed_rows_learns_from_padded_ones(questions_only, 
     BloomForCausalLM(BloomConfig(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "bloom")
     tiny_base.tokenizer().save_pretrained(tmp_path / "bloom")
     questions_only["model"]["name"] = str(tmp_path / "bloom")
-    with pytest.raises(ConfigError, match=r"BloomForCausalLM.*set data\.packing=false"):
-        adapt(questions_only, tmp_path / "out")
+    refused(ConfigError, r"BloomForCausalLM.*set data\.packing=false", adapt, questions_only, tmp_path / "out")
     questions_only["data"]["packing"] = False
     result = adapt(questions_only, tmp_path / "padded")
-    assert result.after.perplexity < result.before.perplexity
-    assert sum(result.before.tokens) < 2 * 64
+    assert result.after.perplexity < result.before.perplexity and sum(result.before.tokens) < 2 * 64

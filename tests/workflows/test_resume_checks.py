@@ -13,7 +13,7 @@ from gaintune.methods import METHODS, attach, kind_of, recognize
 from gaintune.storage import read_json
 from gaintune.workflows import adapt
 from gaintune.workflows.job import resumed_method
-from support import tiny_base, tiny_domains, tiny_encoders
+from support import refused, tiny_base, tiny_domains, tiny_encoders
 from support.files import edit_json, write_rows
 
 
@@ -107,8 +107,7 @@ def test_the_catalogue_knows_its_adapters_by_their_configuration(name, plan, tmp
         if other.kind == METHODS[name].kind:
             assert resumed(folder, plan, other.name)[1].name == other.name
         else:
-            with pytest.raises(ConfigError, match="choose its own method with --method"):
-                resumed(folder, plan, other.name)
+            refused(ConfigError, "choose its own method with --method", resumed, folder, plan, other.name)
 
 
 def test_every_variant_of_lora_that_peft_knows_is_another_kind():
@@ -161,8 +160,7 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     assert len(method.targets) == 14 and "model.layers.1.mlp.down_proj" in method.targets
     with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be carried on"):
         resumed(folder, plan, "disel", targets="q_proj")
-    with pytest.raises(ConfigError, match="was made with rank 3"):
-        resumed(folder, plan, "disel", rank=4)
+    refused(ConfigError, "was made with rank 3", resumed, folder, plan, "disel", rank=4)
     adalora = written_by_peft(tmp_path / "adalora", "adalora", rank=2)
     assert resumed(adalora, plan, "adalora")[1].rank == 2
 
@@ -176,8 +174,7 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
 )
 def test_an_adapter_of_another_kind_is_not_carried_on(plan, tmp_path, made_by, method, message):
     start = written_by_peft(tmp_path / "start", made_by)
-    with pytest.raises(ConfigError, match=message):
-        adapt({**plan, "methods": [method]}, tmp_path / "out", start=start)
+    refused(ConfigError, message, adapt, {**plan, "methods": [method]}, tmp_path / "out", start=start)
 
 
 def test_another_text_under_the_name_of_a_replayed_domain_is_reported(plan, both, tmp_path, caplog):

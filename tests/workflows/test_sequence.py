@@ -23,8 +23,8 @@ from gaintune.methods.penalties import FISHER, fisher_information
 from gaintune.models import NextTokenLoss, load_base
 from gaintune.storage import damage, read_json
 from gaintune.workflows import adapt, run_sequence
-from support import files, tiny_base, tiny_domains
-from support.killing import Nothing, StopAt, Stopped, killed
+from support import files, refused, tiny_base, tiny_domains
+from support.killing import Nothing, killed, stopped
 
 SHORT = {"train_tokens": 256}  # two updates, where more would show nothing else
 
@@ -67,8 +67,7 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of
     killed(run_sequence, (plan, run), f"{method} after code: measuring code", 1)
     assert not (run / "stages" / method / "02-code" / "metrics.json").exists()
     again = run_sequence(plan, run)
-    assert again == matrix
-    assert contents(run) == contents(tmp_path / "whole")
+    assert again == matrix and contents(run) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -87,20 +86,17 @@ def test_every_method_and_penalty_survives_a_stop_in_a_later_stage(plan_of, tmp_
     plan = plan_of(methods=[{**method, "label": "m"}], data={"train_tokens": 768})
     run_sequence(plan, tmp_path / "whole")
     run = tmp_path / "stopped"
-    with pytest.raises(Stopped):
-        run_sequence(plan, run, progress=StopAt("m: learning code", 5))
+    stopped(run_sequence, (plan, run), "m: learning code", 5)
     assert (run / "stages" / "m" / "02-code" / "checkpoints" / "checkpoint-3").is_dir()
     if method.get("penalty") == "ewc":
-        with pytest.raises(Stopped):
-            run_sequence(plan, run, progress=StopAt("m: learning code: what matters to it", 2))
+        stopped(run_sequence, (plan, run), "m: learning code: what matters to it", 2)
     run_sequence(plan, run)
     assert contents(run) == contents(tmp_path / "whole")
 
 
 def test_a_newest_checkpoint_with_a_damaged_manifest_costs_its_updates_and_nothing_else(finished, tmp_path, caplog):
     (plan, whole), run = finished, tmp_path / "stopped"
-    with pytest.raises(Stopped):
-        run_sequence(plan, run, progress=StopAt("gain-ffn: learning code", 7))
+    stopped(run_sequence, (plan, run), "gain-ffn: learning code", 7)
     checkpoints = run / "stages" / "gain-ffn" / "02-code" / "checkpoints"
     manifest = checkpoints / "checkpoint-6" / "manifest.json"
     assert (checkpoints / "checkpoint-3").is_dir()
@@ -160,8 +156,7 @@ def test_a_stage_missing_below_others_is_refused_rather_than_trained_in_the_wron
     plan, run = copied
     before = contents(run)
     shutil.rmtree(run / "stages/gain-ffn/01-prose")
-    with pytest.raises(RunDirectoryError, match=r"delete .*02-code"):
-        run_sequence(plan, run)
+    refused(RunDirectoryError, r"delete .*02-code", run_sequence, plan, run)
     shutil.rmtree(run / "stages/gain-ffn/02-code")
     run_sequence(plan, run)
     assert contents(run) == before
@@ -179,8 +174,7 @@ def test_a_run_of_another_plan_or_of_changed_texts_is_refused(plan_of, tmp_path)
     with pytest.raises(RunDirectoryError, match=r"train\.lr"):
         run_sequence({**plan, "train": {**plan["train"], "lr": 0.5}}, tmp_path / "run")
     tiny_domains.edit(tmp_path / "prose.jsonl")
-    with pytest.raises(RunDirectoryError, match=r"prose\.content_hash"):
-        run_sequence(plan, tmp_path / "run")
+    refused(RunDirectoryError, r"prose\.content_hash", run_sequence, plan, tmp_path / "run")
 
 
 def test_a_method_that_diverges_stops_neither_the_others_nor_the_numbers(plan_of, tmp_path):
@@ -218,8 +212,7 @@ def test_a_base_whose_own_loss_is_not_finite_is_reported_as_the_base_s(tmp_path)
         lambda: adapt(one, tmp_path / "adapter"),
         lambda: compare_adapters(build_plan(one), []),
     ):
-        with pytest.raises(BaseModelError, match=r"the base's own loss on prose is not finite in \w+: its weights are"):
-            measure_base()
+        refused(BaseModelError, r"the base's own loss on prose is not finite in \w+: its weights are", measure_base)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +244,7 @@ def test_a_watched_domain_is_measured_at_every_stage_and_never_trained_on_and_ad
     assert method.stages[0].cells == both.stages[0].cells
     assert method.stages[0].cells["prose"] == alone.methods[0].stages[0].cells["prose"]
     assert method.summary.forward_interference.value == method.stages[0].cells["code"].change
-    with pytest.raises(ConfigError, match=r"data\.watched.*code"):
-        adapt(watching, tmp_path / "adapter")
+    refused(ConfigError, r"data\.watched.*code", adapt, watching, tmp_path / "adapter")
 
 
 def test_two_processes_share_a_run(tiny, tmp_path):
@@ -274,11 +266,9 @@ def test_two_processes_share_a_run(tiny, tmp_path):
         metrics = read_json(folder / "metrics.json")
         assert metrics["steps"] == 8  # 32 blocks, 2 processes with 2 blocks each
     matrix = read_json(run / "matrix.json")
-    assert not matrix["partial"]
-    assert matrix["methods"][0]["summary"]["in_domain"]["value"] < 0
+    assert not matrix["partial"] and matrix["methods"][0]["summary"]["in_domain"]["value"] < 0
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events.count("finished") == 1
-    assert done.stdout.count("numbers ") == 1
+    assert events.count("finished") == 1 and done.stdout.count("numbers ") == 1
     checked = build_plan(values)
     base = load_base(checked.model)
     prose = load_domain(checked.data.domains[0], checked.data, base.tokenizer).train

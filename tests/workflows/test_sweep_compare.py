@@ -9,7 +9,7 @@ from gaintune.errors import ConfigError, DataError
 from gaintune.storage import read_json
 from gaintune.workflows.sweep import SweepTable, compare_sweep, curve_sentence, discard, pair_sentence, write
 from gaintune.workflows.sweep.report import markdown, tradeoff
-from support import tiny_sweep
+from support import refused, tiny_sweep
 
 
 def noise(*key, scale=0.2):
@@ -59,8 +59,7 @@ def test_the_difference_is_paired_run_by_run_and_as_uncertain_as_seeds_are(table
     assert pair.difference.value == pytest.approx(apart.mean())
     low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
     assert pair.difference.low == pytest.approx(low, rel=0.25)  # blocks add a little to seeds
-    assert pair.difference.high == pytest.approx(high, rel=0.25)
-    assert pair.replicates == 3
+    assert pair.difference.high == pytest.approx(high, rel=0.25) and pair.replicates == 3
     assert pair.p == 0.25  # three pairs with one sign
     assert pair.in_domain.value == pytest.approx(2.0, abs=0.6)
 
@@ -70,8 +69,7 @@ def test_a_pair_that_is_not_matched_in_domain_has_no_better_one(table):
         found = compare_sweep(table, target=target)
         (pair,) = found.pairs
         assert pair.in_domain.value == pytest.approx(apart, abs=0.6) and pair.in_domain.sign == 1
-        assert pair.difference.sign == -1
-        assert not pair.matched and pair.better is None
+        assert pair.difference.sign == -1 and not pair.matched and pair.better is None
         sentence = pair_sentence(pair, found)
         assert "not matched" in sentence and "is better" not in sentence
 
@@ -257,9 +255,7 @@ def test_a_hopeless_run_leaves_the_others_their_comparison(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(table):
-    with pytest.raises(ConfigError, match="no figure is called 'retention'"):
-        compare_sweep(table, figure="retention")
+    refused(ConfigError, "no figure is called 'retention'", compare_sweep, table, figure="retention")
     improves = "methods are matched at an in-domain change that improves"
     for target, message in ((21, improves), (0, ".* between -100 and 0 %"), (-100, ".* between -100 and 0 %")):
-        with pytest.raises(ConfigError, match=f"target {target}: {message}"):
-            compare_sweep(table, target=target)
+        refused(ConfigError, f"target {target}: {message}", compare_sweep, table, target=target)

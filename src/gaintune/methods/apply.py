@@ -45,7 +45,7 @@ def check_method(config: MethodConfig) -> Method:
 
 @dataclass(frozen=True)
 class Precision:
-    """The numbers a method computes with: how the base is loaded, and the autocast around it if there is one."""
+    """What a method computes in: the dtype in which the base is loaded, and the autocast around it if there is one."""
 
     name: str
     load: torch.dtype
@@ -60,7 +60,7 @@ class PreparedMethod:
         config: what the plan says of it; the name and label for tables are there.
         entry: its entry in the catalogue.
         lr: peak learning rate: the method's own, else the plan's, else the catalogue's.
-        numbers: what it computes with; adapters leave the base in its own.
+        precision: what it computes in; adapters leave the base in its own.
     """
 
     config: MethodConfig
@@ -92,7 +92,7 @@ def prepare_method(config: MethodConfig, model: ModelConfig, train: TrainConfig)
 
 
 def measuring_precision(model: ModelConfig, method: str | None = None) -> Precision:
-    """The numbers in which what a method made is measured: those it was trained in.
+    """Return the precision in which a method's model is measured: the one it was trained in.
 
     `method` is the name in an adapter's record; None for a base, or an adapter that we did not write.
     """
@@ -106,7 +106,7 @@ def measuring_precision(model: ModelConfig, method: str | None = None) -> Precis
 
 
 def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> list[TrainingRule]:
-    """What acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
+    """List what acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
 
     Args:
         method: the method and its options.
@@ -114,19 +114,14 @@ def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> l
         seed: seed of the choice of rows for EWC.
 
     Raises:
-        ConfigError: what the rules need is not kept with the adapter that is carried on.
+        ConfigError: what the rules need is not kept with the adapter to continue.
     """
     own = None if method.entry.rule is None else method.entry.rule(method.config, position)
     return [rule for rule in (own, penalty_of(method.config, position, seed=seed)) if rule is not None]
 
 
 def attach(
-    model: PreTrainedModel,
-    config: MethodConfig,
-    *,
-    seed: int,
-    task_type: str = "CAUSAL_LM",
-    head: Sequence[str] = (),
+    model: PreTrainedModel, config: MethodConfig, *, seed: int, task_type: str = "CAUSAL_LM", head: Sequence[str] = ()
 ) -> nn.Module:
     """Prepare a base model for a method: wrap it in its adapter, or set all its weights to train.
 
@@ -161,17 +156,17 @@ def attach(
         except GaintuneError:
             raise
         except (ValueError, TypeError) as error:  # PEFT's words for targets that match nothing or cannot be adapted
-            reason = one_line(error)
-            raise ConfigError(f"method {config.label!r} cannot be attached to this base: {reason}") from error
+            raise ConfigError(f"method {config.label!r} cannot be attached to this base: {one_line(error)}") from error
     _require_all_adapted(adapted, config)
     return adapted
 
 
 def peft_config(method: Method, model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
     """Make PEFT's configuration: the settings of the catalogue's entry, with the plan's options laid over them."""
-    given = {key: getattr(config, option) for option, key in method.options.items() if key}
+    options = ((key, getattr(config, option)) for option, key in method.options.items() if key)
+    given = {key: value for key, value in options if value is not None}
     values: dict[str, Any] = {}
-    for key, value in {**method.settings, **{key: value for key, value in given.items() if value is not None}}.items():
+    for key, value in {**method.settings, **given}.items():
         values[key] = value(values) if callable(value) else value
     targets = values.get("target_modules")
     if targets == "output-projection":
@@ -220,7 +215,7 @@ def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: Met
 
 
 def _require_all_adapted(model: PeftModel, config: MethodConfig) -> None:
-    """Some methods of PEFT pass over a kind of layer they do not know, without a word."""
+    """Refuse a method of PEFT that silently passed over a layer of a kind it does not know."""
     tuner: Any = model.base_model
     for name in tuner.targeted_module_names:
         module = tuner.model.get_submodule(name)
@@ -232,5 +227,5 @@ def _require_all_adapted(model: PeftModel, config: MethodConfig) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """How many numbers the method trains."""
+    """Count the numbers that the method trains."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

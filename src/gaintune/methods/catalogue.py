@@ -24,16 +24,9 @@ LORA_PLUS_RATIO = 16.0
 ADALORA_START = 1.5  # PEFT's proportion of the rank at the start to the average one at the end, 12 to 8
 
 VARIANT_MARKS = (
-    "gate_kind",
-    "use_dora",
-    "velora_config",
-    "alora_invocation_tokens",
-    "monteclora_config",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "use_qalora",
-)
+    "gate_kind", "use_dora", "velora_config", "alora_invocation_tokens", "monteclora_config",
+    "use_bdlora", "arrow_config", "kasa_config", "use_qalora",
+)  # fmt: skip
 """Keys of a PEFT configuration that, where they are set, make it another method's than its type alone says."""
 
 
@@ -98,6 +91,7 @@ class Method:
 
 
 _FROZEN = "frozen base"
+_THIN = f"{_FROZEN}; two thin matrices a module (fp32)"
 _TARGETS = {"targets": "target_modules"}
 _RANKED = {"rank": "r", **_TARGETS}
 _LOW_RANK = {**_RANKED, "alpha": "lora_alpha"}
@@ -110,165 +104,108 @@ def _twice_the_rank(chosen: Mapping[str, Any]) -> float:
 _LORA = {"r": 1, "lora_alpha": _twice_the_rank, "target_modules": "output-projection"}
 _DISEL = {"r": 8, "lora_alpha": _twice_the_rank, "target_modules": "all-linear"}
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            "gain",
-            "one gain per feature at the attention output projection",
-            0.01,
-            _TARGETS,
-            f"{_FROZEN}; gains only (fp32)",
-            "GAIN",
-            {"ffn": False},
-            rule=lambda config, position: GainWarnings(),
-            factors=FactorTensor("gain_v", 1.0),
-            line="gains",
-        ),
-        Method(
-            "gain-ffn",
-            "GAIN, and one gain per hidden feature of the FFN",
-            0.01,
-            _TARGETS,
-            f"{_FROZEN}; gains only (fp32)",
-            "GAIN",
-            {"ffn": True},
-            rule=lambda config, position: GainWarnings(),
-            factors=FactorTensor("gain_v", 1.0),
-            line="gains",
-        ),
-        Method(
-            "disel",
-            "DISeL: LoRA with a gate a token on every rank-one part; rank 8 on all linear layers unless told otherwise",
-            0.002,
-            {**_LOW_RANK, "gate_bias": "gate_bias_init", "gate_lr_ratio": "gate_lr_ratio", "gate_rank": "gate_rank"},
-            f"{_FROZEN}; three thin matrices a module (fp32); cannot be merged",
-            "DISEL",
-            {**_DISEL, "gate_kind": "sigmoid"},
-            rates=lambda config: {} if config.gate_lr_ratio is None else {GATES: config.gate_lr_ratio},
-            line="gated",
-        ),
-        Method(
-            "gated-lora",
-            "Gated LoRA: LoRA behind a ReLU of its own features; rank 8 on all linear layers unless told otherwise",
-            0.002,
-            _LOW_RANK,
-            f"{_FROZEN}; two thin matrices a module (fp32); cannot be merged",
-            "DISEL",
-            {**_DISEL, "gate_kind": "relu"},
-            line="gated",
-        ),
-        Method(
-            "ia3",
-            "(IA)3: scales keys, values and FFN activations",
-            0.01,
-            {},
-            f"{_FROZEN}; vectors only (fp32)",
-            "IA3",
-            factors=FactorTensor("ia3_l", 0.0),
-        ),
-        Method(
-            "lora",
-            "LoRA; rank 1 on the attention output projection unless told otherwise",
-            0.01,
-            _LOW_RANK,
-            f"{_FROZEN}; two thin matrices a module (fp32)",
-            "LORA",
-            _LORA,
-            line="scale",
-        ),
-        Method(
-            "lora+",
-            "LoRA whose B learns faster than its A (16 times unless told otherwise)",
-            0.002,
-            {**_LOW_RANK, "lr_ratio": None},
-            f"{_FROZEN}; two thin matrices a module (fp32)",
-            "LORA",
-            _LORA,
-            rates=lambda config: {"lora_B": LORA_PLUS_RATIO if config.lr_ratio is None else config.lr_ratio},
-            line="scale",
-        ),
-        Method(
-            "dora",
-            "DoRA: LoRA for the direction of a weight, and its length a column; modules and rank as in lora",
-            0.01,
-            _LOW_RANK,
-            f"{_FROZEN}; the whole weight is put together in every forward pass: slower, more memory",
-            "LORA",
-            {**_LORA, "use_dora": True},
-        ),
-        Method(
-            "pissa",
-            "PiSSA: LoRA that starts as the largest part of the weight; modules and rank as in lora",
-            0.002,
-            _LOW_RANK,
-            "an exact SVD of every adapted weight at each start and load; not for quantized bases",
-            "LORA",
-            {**_LORA, "init_lora_weights": "pissa"},
-            quantized=False,
-        ),
-        Method(
-            "adalora",
-            "AdaLoRA: rank 8 on average over all linear layers, from 12 in each, by importance",
-            0.01,
-            {**_LOW_RANK, "rank": "target_r", "orthogonality": None},
-            f"{_FROZEN}; the number of updates of all domains, known from the plan; three numbers for each trained one",
-            "ADALORA",
-            {
-                "target_r": 8,
-                "init_r": lambda chosen: ceil(ADALORA_START * chosen["target_r"]),
-                "lora_alpha": lambda chosen: 2.0 * chosen["init_r"],
-                "target_modules": "all-linear",
-                "total_step": 1,  # how many updates there will be is not known yet: `BudgetSchedule` sets it
-            },
-            rule=BudgetSchedule,
-        ),
-        Method(
-            "hira",
-            "HiRA: every weight times 1 + BA; rank 8 on all linear layers unless told otherwise",
-            0.01,
-            _RANKED,
-            f"{_FROZEN}; a matrix of the weight's size for every module in a forward pass: slower, more memory",
-            "HIRA",
-            {"r": 8, "target_modules": "all-linear"},
-        ),
-        Method(
-            "vera",
-            "VeRA: two vectors a module around one pair of random matrices; rank 256 on all linear layers",
-            0.05,
-            _RANKED,
-            f"{_FROZEN}; vectors only (fp32), and the shared matrices on disk",
-            "VERA",
-            {
-                "r": 256,
-                "target_modules": "all-linear",
-                "projection_prng_key": lambda chosen: torch.initial_seed(),  # which `attach` has set
-                "save_projection": True,
-            },
-            shared=True,
-        ),
-        Method(
-            "osf",
-            "OSF: trains the smaller half of every weight's singular directions, apart from the larger half",
-            1e-4,
-            {**_TARGETS, "preserved": "effective_rank"},
-            "an SVD of every weight at each start and load; about full's memory (fp32); not for quantized bases",
-            "OSF",
-            {"effective_rank": 0.5, "target_modules": "all-linear"},
-            rule=lambda config, position: SubspaceProjection(),
-            quantized=False,
-        ),
-        Method(
-            "full",
-            "every weight of the base trains",
-            2e-5,
-            {},
-            "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
-            None,
-            quantized=False,
-        ),
-    )
-}
+
+def _gain(name: str, description: str, *, ffn: bool) -> Method:
+    return Method(
+        name, description, 0.01, _TARGETS, f"{_FROZEN}; gains only (fp32)", "GAIN", {"ffn": ffn},
+        rule=lambda config, position: GainWarnings(), factors=FactorTensor("gain_v", 1.0), line="gains",
+    )  # fmt: skip
+
+
+_ENTRIES = (
+    _gain("gain", "one gain per feature at the attention output projection", ffn=False),
+    _gain("gain-ffn", "GAIN, and one gain per hidden feature of the FFN", ffn=True),
+    Method(
+        "disel",
+        "DISeL: LoRA with a gate a token on every rank-one part; by default rank 8 on all linear layers",
+        0.002,
+        {**_LOW_RANK, "gate_bias": "gate_bias_init", "gate_lr_ratio": "gate_lr_ratio", "gate_rank": "gate_rank"},
+        f"{_FROZEN}; three thin matrices a module (fp32); cannot be merged",
+        "DISEL",
+        {**_DISEL, "gate_kind": "sigmoid"},
+        rates=lambda config: {} if config.gate_lr_ratio is None else {GATES: config.gate_lr_ratio},
+        line="gated",
+    ),
+    Method(
+        "gated-lora",
+        "Gated LoRA: LoRA behind a ReLU of its own features; by default rank 8 on all linear layers",
+        0.002, _LOW_RANK, f"{_FROZEN}; two thin matrices a module (fp32); cannot be merged",
+        "DISEL", {**_DISEL, "gate_kind": "relu"}, line="gated",
+    ),
+    Method(
+        "ia3", "(IA)3: scales keys, values and FFN activations", 0.01, {}, f"{_FROZEN}; vectors only (fp32)",
+        "IA3", factors=FactorTensor("ia3_l", 0.0),
+    ),
+    Method(
+        "lora", "LoRA; by default rank 1 on the attention output projection",
+        0.01, _LOW_RANK, _THIN, "LORA", _LORA, line="scale",
+    ),
+    Method(
+        "lora+", "LoRA whose B trains faster than its A, by default 16 times",
+        0.002, {**_LOW_RANK, "lr_ratio": None}, _THIN, "LORA", _LORA,
+        rates=lambda config: {"lora_B": LORA_PLUS_RATIO if config.lr_ratio is None else config.lr_ratio}, line="scale",
+    ),
+    Method(
+        "dora", "DoRA: LoRA for the direction of a weight, and its length a column; modules and rank as in lora",
+        0.01, _LOW_RANK, f"{_FROZEN}; the whole weight is put together in every forward pass: slower, more memory",
+        "LORA", {**_LORA, "use_dora": True},
+    ),
+    Method(
+        "pissa", "PiSSA: LoRA that starts as the largest part of the weight; modules and rank as in lora",
+        0.002, _LOW_RANK, "an exact SVD of every adapted weight at each start and load; not for quantized bases",
+        "LORA", {**_LORA, "init_lora_weights": "pissa"}, quantized=False,
+    ),
+    Method(
+        "adalora",
+        "AdaLoRA: rank 8 on average over all linear layers, from 12 in each, by importance",
+        0.01,
+        {**_LOW_RANK, "rank": "target_r", "orthogonality": None},
+        f"{_FROZEN}; the number of updates of all domains, known from the plan; three numbers for each trained one",
+        "ADALORA",
+        {
+            "target_r": 8,
+            "init_r": lambda chosen: ceil(ADALORA_START * chosen["target_r"]),
+            "lora_alpha": lambda chosen: 2.0 * chosen["init_r"],
+            "target_modules": "all-linear",
+            "total_step": 1,  # how many updates there will be is not known yet: `BudgetSchedule` sets it
+        },
+        rule=BudgetSchedule,
+    ),
+    Method(
+        "hira", "HiRA: every weight times 1 + BA; by default rank 8 on all linear layers",
+        0.01, _RANKED,
+        f"{_FROZEN}; a matrix of the weight's size for every module in a forward pass: slower, more memory",
+        "HIRA", {"r": 8, "target_modules": "all-linear"},
+    ),
+    Method(
+        "vera",
+        "VeRA: two vectors a module around one pair of random matrices; rank 256 on all linear layers",
+        0.05,
+        _RANKED,
+        f"{_FROZEN}; vectors only (fp32), and the shared matrices on disk",
+        "VERA",
+        {
+            "r": 256,
+            "target_modules": "all-linear",
+            "projection_prng_key": lambda chosen: torch.initial_seed(),  # which `attach` has set
+            "save_projection": True,
+        },
+        shared=True,
+    ),
+    Method(
+        "osf", "OSF: trains the smaller half of every weight's singular directions, apart from the larger half",
+        1e-4, {**_TARGETS, "preserved": "effective_rank"},
+        "an SVD of every weight at each start and load; about full's memory (fp32); not for quantized bases",
+        "OSF", {"effective_rank": 0.5, "target_modules": "all-linear"},
+        rule=lambda config, position: SubspaceProjection(), quantized=False,
+    ),
+    Method(
+        "full", "every weight of the base trains", 2e-5, {},
+        "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
+        None, quantized=False,
+    ),
+)  # fmt: skip
+METHODS: dict[str, Method] = {method.name: method for method in _ENTRIES}
 
 
 def get_method(name: str) -> Method:

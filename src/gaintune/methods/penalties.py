@@ -8,6 +8,7 @@ domain: w_i = 1 for L2, and the Fisher information of the earlier domains for el
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from gaintune.models import autocast
 def fisher_information(
     model: nn.Module, stage_data: StageData, *, rows: int | None = None, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Mean over rows of `(d log p(row) / d theta_i)^2 / scored items of the row`, for every trained weight.
+    """Average over rows `(d log p(row) / d theta_i)^2 / scored items of the row`, for every trained weight.
 
     Dividing by the scored items (tokens) puts it in units per token, as the loss that training minimises: over rows of
     one length, N tokens times this is the curvature of their log-likelihood at its maximum (Kirkpatrick et al., 2017,
-    section 2.1). Rows go through one at a time, in the model's own numbers and without dropout; of several processes
+    section 2.1). Rows go through one at a time, in the model's own precision and without dropout; of several processes
     each takes its share.
 
     Args:
@@ -40,9 +41,8 @@ def fisher_information(
         Parameter's name -> fp32 tensor of its shape, the same in every process.
     """
     total = len(stage_data.rows)
-    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    picked = sorted(drawn[:rows])
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    picked = sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()[:rows])
+    trained = _trained(model)
     weights = list(trained.values())
     fisher = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     first, step = _share()
@@ -91,14 +91,14 @@ STRENGTHS = {"l2": 0.01, "ewc": 1.0}
 
 
 def strength_of(method: MethodConfig) -> float:
-    """The strength of a method's penalty: its own, else the penalty's default; 0 without a penalty."""
+    """Return the strength of a method's penalty: its own, else the penalty's default; 0 without a penalty."""
     if method.penalty is None:
         return 0.0
     return STRENGTHS[method.penalty] if method.penalty_strength is None else method.penalty_strength
 
 
 def penalty_of(method: MethodConfig, position: StagePosition, *, seed: int) -> TrainingRule | None:
-    """The rule of a method's penalty, None where it has none or of strength 0.
+    """Make the rule of a method's penalty, None where it has none or of strength 0.
 
     Args:
         method: what is configured.
@@ -106,7 +106,7 @@ def penalty_of(method: MethodConfig, position: StagePosition, *, seed: int) -> T
         seed: seed of the choice of rows for the Fisher information.
 
     Raises:
-        ConfigError: the adapter to carry on was not trained with EWC, so that nothing is known of its domains.
+        ConfigError: the adapter to continue was not trained with EWC, so that nothing is known of its domains.
     """
     strength = strength_of(method)
     if strength == 0:
@@ -118,6 +118,10 @@ def penalty_of(method: MethodConfig, position: StagePosition, *, seed: int) -> T
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 class L2(TrainingRule):
@@ -157,7 +161,7 @@ class L2(TrainingRule):
 
 class Ewc(L2):
     """Pulls by the Fisher information of the earlier domains; needs that and the weights in memory, and a pass over
-    the domain after it is learnt. The information lies beside the adapter as penalty.safetensors.
+    the domain after it is trained. The information lies beside the adapter as penalty.safetensors.
 
     At strength 1 every earlier domain weighs as the Laplace approximation of as many of its tokens as the new domain
     has.
@@ -171,7 +175,7 @@ class Ewc(L2):
         if self._origin is not None and not self._origin.is_file():
             raise ConfigError(
                 f"{self._origin.parent} has no {FISHER}: it was not trained with penalty=ewc, so the Fisher "
-                "information of its domains is not known. Learn them with penalty=ewc too, or use penalty=l2"
+                "information of its domains is not known. Train them with penalty=ewc too, or use penalty=l2"
             )
         self._fisher: dict[str, torch.Tensor] = {}
 
@@ -180,11 +184,8 @@ class Ewc(L2):
         super().start(model, steps)
         if self._origin is None:
             return
-        trained = _trained(model)
-        saved = load_file(self._origin)
-        if {name: value.shape for name, value in trained.items()} != {
-            name: value.shape for name, value in saved.items()
-        }:
+        trained, saved = _trained(model), load_file(self._origin)
+        if _shapes(trained) != _shapes(saved):
             raise ConfigError(f"{self._origin} is about other parameters than those that train now")
         self._fisher = {name: value.to(trained[name].device) for name, value in saved.items()}
 
@@ -192,7 +193,7 @@ class Ewc(L2):
         gradient.addcmul_(distance, self._fisher[name], value=self._strength)
 
     def finish(self, model: nn.Module, stage_data: StageData) -> None:
-        """Add the information of the domain just learnt."""
+        """Add the information of the domain just trained."""
         found = fisher_information(model, stage_data, rows=self._rows, seed=self._seed)
         for name, value in found.items():
             if not math.isfinite(float(value.sum())):

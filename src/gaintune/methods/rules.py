@@ -43,7 +43,7 @@ class StagePosition:
     """Where an adaptation stands in a sequence of them.
 
     Attributes:
-        previous: folder of the adapter it carries on, None for the first one.
+        previous: folder of the adapter it continues, None for the first one.
         first: updates of the adaptations before it.
         total: updates of all adaptations; None for this one's alone.
     """
@@ -106,7 +106,7 @@ class SubspaceProjection(TrainingRule):
     """
 
     def start(self, model: nn.Module, steps: int) -> None:
-        """Hang the hooks anew."""
+        """Attach the hooks anew."""
         from peft.tuners.osf.layer import OSFLayer
 
         for layer in model.modules():
@@ -125,16 +125,16 @@ class BudgetSchedule(TrainingRule):
     """Drives PEFT's rank allocator over the updates of a sequence.
 
     The full rank trains for the first tenth of all updates; then the budget falls (by a cubic) to the average rank
-    that was asked for, at most a hundred times; in the last three tenths it stays. These shares and the weight of the
+    of the plan, at most a hundred times; in the last three tenths it stays. These shares and the weight of the
     orthogonality term (0.1; PEFT's 0.5 drowned the loss in the experience of the DISeL paper, appendix on AdaLoRA) are
     ours: the papers' values for budgets of this size are not known.
 
     An adapter on disk keeps its full shape, with zeros for the singular values that are pruned: it computes the same
-    wherever it is loaded, and can be carried on. What the allocator remembers lies beside it.
+    wherever it is loaded, and can be continued. What the allocator remembers lies beside it.
 
     Args:
-        config: the method; `orthogonality` is heeded here.
-        position: where this adaptation stands. A single one has a schedule of its own, whatever it carries on.
+        config: the method; `orthogonality` is read here.
+        position: where this adaptation stands. A single one has a schedule of its own, whatever it continues.
     """
 
     def __init__(self, config: MethodConfig, position: StagePosition) -> None:
@@ -167,9 +167,8 @@ class BudgetSchedule(TrainingRule):
             excess = rows @ rows.T
             excess.diagonal().sub_(1.0)
             size = torch.linalg.matrix_norm(excess)
-            pull = (
-                excess.mul_(2.0 * self._weight / len(directions) / size.clamp_min(torch.finfo(size.dtype).tiny)) @ rows
-            )
+            scale = 2.0 * self._weight / len(directions) / size.clamp_min(torch.finfo(size.dtype).tiny)
+            pull = excess.mul_(scale) @ rows
             pull = pull if is_a else pull.T
             value.grad = pull.contiguous() if value.grad is None else value.grad.add_(pull)
 
@@ -204,7 +203,7 @@ class BudgetSchedule(TrainingRule):
         self._kept = {name: value.tolist() for name, value in parts["kept"].items()} or None
 
     def keep(self, folder: Path) -> None:
-        """The same state goes with the adapter."""
+        """Write the same state beside the adapter."""
         self.save(folder)
 
     @property
@@ -267,7 +266,7 @@ class GainWarnings(TrainingRule):
         name, lowest = min(((name, 1 + float(v.amin())) for name, v in gains.items()), key=lambda pair: pair[1])
         logger.warning(
             "after update %d, %s of %s gains are at or below 0 (the lowest, %.3f, in %s): their features' signs are "
-            "turned, and what was learnt before may suffer. A lower learning rate keeps gains positive; see "
+            "turned, and what was trained before may suffer. A lower learning rate keeps gains positive; see "
             "`gaintune gains` on what comes out",
             updates, f"{flipped:,}", f"{total:,}", lowest, name,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Load a base model with its tokenizer: in which numbers, on which device, and with which identity."""
+"""Load a base model with its tokenizer, and say in which precision, on which device and with which identity."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Base:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name: auto is this process's CUDA device where there is one, else the CPU.
+    """Return the device of a name: auto is this process's CUDA device where there is one, else the CPU.
 
     Of several processes on one machine (`accelerate launch`) each has a device of its own.
 
@@ -64,18 +67,16 @@ def resolve_device(name: str) -> torch.device:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices itself (AVX-512-BF16 or AMX-BF16)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if capabilities is not None:
-        found = capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    listing = Path("/proc/cpuinfo")  # torch before 2.10 does not tell
+    """Return whether the processor multiplies bf16 matrices itself (AVX-512-BF16 or AMX-BF16)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    listing = Path("/proc/cpuinfo")  # torch before 2.10 does not say
     flags = set(listing.read_text(encoding="utf-8").split()) if listing.is_file() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The numbers of a name; auto is bf16 where the device computes in it, fp16 on older CUDA devices, else fp32."""
+    """Return the dtype of a name; auto is bf16 where the device computes in it, fp16 on older GPUs, else fp32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -88,11 +89,11 @@ def load_base(config: ModelConfig | str, *, dtype: torch.dtype | None = None) ->
 
     Args:
         config: the base; or its name alone: hub id, local folder, .gguf file, or 'demo'.
-        dtype: overrides `config.dtype`; full fine-tuning and merging ask for fp32.
+        dtype: overrides `config.dtype`; full fine-tuning and merging need fp32.
 
     Raises:
         AssetError: its files cannot be fetched.
-        BaseModelError: they are not a causal language model that can be loaded as asked.
+        BaseModelError: they are not a causal language model that can be loaded so.
         ConfigError: the device is not there.
     """
     config = ModelConfig(name=config) if isinstance(config, str) else config
@@ -110,7 +111,7 @@ def load_base(config: ModelConfig | str, *, dtype: torch.dtype | None = None) ->
 def with_identity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, config: ModelConfig
 ) -> Base:
-    """A loaded model and its tokenizer, with the fingerprint of their folder."""
+    """Return a loaded model and its tokenizer, with the fingerprint of their folder."""
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:  # harmless as long as text never turns into the tokens beyond, such as a padding token
@@ -120,12 +121,12 @@ def with_identity(
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer alone; raises as `load_base` does."""
+    """Load the base's tokenizer alone; raises as `load_base` does."""
     return tokenizer_of(locate(config), config)
 
 
 def base_fingerprint(config: ModelConfig) -> str:
-    """The identity of a base from its files, without loading the model; raises as `load_base` does."""
+    """Return the identity of a base from its files, without loading the model; raises as `load_base` does."""
     return fingerprint_folder(locate(config).folder, trust_remote_code=config.trust_remote_code)
 
 
@@ -144,14 +145,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = read_weights(
-        kind or AutoModelForCausalLM,
-        checkpoint,
-        dtype,
-        device,
-        quantization=quantization,
-        trust_remote_code=trust_remote_code,
-    )
+    kind = kind or AutoModelForCausalLM
+    options = {"quantization": quantization, "trust_remote_code": trust_remote_code}
+    model, missing = read_weights(kind, checkpoint, dtype, device, **options)
     if missing:
         raise BaseModelError(
             f"model {checkpoint.name!r}: {len(missing)} weights are missing from {checkpoint.folder}, the first is "
@@ -193,14 +189,12 @@ def read_weights(
     try:
         loaded: Any = kind.from_pretrained(checkpoint.folder, output_loading_info=True, **options)
     except torch.cuda.OutOfMemoryError:
-        raise BaseModelError(
-            f"{shown} does not fit on {device} in {DTYPE_NAMES[dtype]}: try model.quantization=4bit"
-        ) from None
+        advice = f"does not fit on {device} in {DTYPE_NAMES[dtype]}: try model.quantization=4bit"
+        raise BaseModelError(f"{shown} {advice}") from None
     except Exception as error:  # safetensors, transformers and torch each have their own
         reason = one_line(error)[:300] or type(error).__name__
-        raise BaseModelError(
-            f"{shown}: {checkpoint.folder} cannot be loaded ({reason}); fetch or save it again"
-        ) from error
+        advice = f"{checkpoint.folder} cannot be loaded ({reason}); fetch or save it again"
+        raise BaseModelError(f"{shown}: {advice}") from error
     model, report = loaded
     model.name_or_path = checkpoint.name  # what PEFT writes into an adapter as its base
     model.config._name_or_path = checkpoint.name
@@ -210,11 +204,9 @@ def read_weights(
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     """Write a model as safetensors, also where its generation settings contradict each other, as some of the hub do."""
     settings: Any = getattr(model, "generation_config", None)
-    if settings is None:  # as of a classifier
-        model.save_pretrained(folder, **options)
-        return
     try:
-        settings.validate(strict=True)
+        if settings is not None:  # a classifier has none
+            settings.validate(strict=True)
     except ValueError:  # a temperature without sampling: transformers reads such settings but refuses to write them
         settings.do_sample = True
         logger.info("generation settings name a temperature without sampling; writing them with sampling on")
@@ -222,7 +214,7 @@ def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
 
 
 def read_architecture(checkpoint: Checkpoint, settings: ModelConfig) -> PreTrainedConfig:
-    """The model's own config; refuses one that cannot be read, and quantizing what is stored quantized."""
+    """Read the model's own config; refuse one that cannot be read, and quantizing what is stored quantized."""
     from transformers import AutoConfig
 
     try:
@@ -259,13 +251,8 @@ def _quantization(name: str, dtype: torch.dtype, device: torch.device, unquantiz
     skipped = list(unquantized) or None  # None leaves transformers its own choice
     if name == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,
-    )
+    nested = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **nested, llm_int8_skip_modules=skipped)
 
 
 def tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -278,15 +265,15 @@ def tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedToken
         raise BaseModelError(f"{shown}: no tokenizer in {folder} (none of {', '.join(TOKENIZER_FILES)})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        kind, told = (_read_keys(folder / file) for file in ("config.json", "tokenizer_config.json"))
-        begin_texts(tokenizer, kind.get("model_type"), told=told.get("add_bos_token") is True)
+        kind, stated = (_read_keys(folder / file) for file in ("config.json", "tokenizer_config.json"))
+        begin_texts(tokenizer, kind.get("model_type"), stated=stated.get("add_bos_token") is True)
         return tokenizer
     except Exception as error:  # a damaged file raises whatever its parser does
         reason = one_line(error)[:300]
         raise BaseModelError(f"{shown}: the tokenizer in {folder} cannot be loaded ({reason})") from error
 
 
-def begin_texts(tokenizer: PreTrainedTokenizerBase, model_type: str | None, *, told: bool = False) -> None:
+def begin_texts(tokenizer: PreTrainedTokenizerBase, model_type: str | None, *, stated: bool = False) -> None:
     """Make a tokenizer put its beginning-of-text token before every text, if the model was trained with one.
 
     Nothing changes where it puts special tokens around a text already, or has no such token. transformers 5 does not
@@ -296,10 +283,10 @@ def begin_texts(tokenizer: PreTrainedTokenizerBase, model_type: str | None, *, t
         tokenizer: changed in place; slow ones are left alone.
         model_type: of the model's config. Gemma of every generation was trained with the token, whatever files say:
             without it, its perplexity is several times what it should be.
-        told: whether the tokenizer's settings, or those of the .gguf file it is from, ask for the token.
+        stated: whether the tokenizer's settings, or those of its .gguf file, state that the token is added.
     """
     wrapped: Any = tokenizer
-    if not (told or "gemma" in (model_type or "")) or not tokenizer.is_fast or tokenizer.bos_token_id is None:
+    if not (stated or "gemma" in (model_type or "")) or not tokenizer.is_fast or tokenizer.bos_token_id is None:
         return
     if wrapped("a")["input_ids"] == wrapped("a", add_special_tokens=False)["input_ids"]:
         wrapped.add_bos_token = True
@@ -308,13 +295,3 @@ def begin_texts(tokenizer: PreTrainedTokenizerBase, model_type: str | None, *, t
 def _read_keys(file: Path) -> dict[str, Any]:
     """Read a JSON file's keys; none where it is not there."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tokenizer_config.json",
-)

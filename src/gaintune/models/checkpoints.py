@@ -17,13 +17,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SMALL_FILES = [
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "tokenizer*",
-]  # everything but weights; patterns of the hub's client
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]  # patterns of the hub's client; no weights
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ELSEWHERE = "give a local folder or .gguf file with model.name, or use 'demo'"
 
@@ -71,7 +65,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def weight_files(folder: Path, name: str | None = None) -> list[Path]:
-    """The safetensors files of a model folder, in the order of their names.
+    """List the safetensors files of a model folder, in the order of their names.
 
     Raises:
         BaseModelError: none there, a file of the index missing, or pickled weights only.
@@ -110,14 +104,12 @@ def _check_config(checkpoint: Checkpoint) -> None:
         )
     if (folder / "adapter_config.json").is_file():  # transformers would put it onto the base that it names
         raise BaseModelError(
-            f"model {checkpoint.name!r}: {folder} holds an adapter: give its base here, and the adapter where one is "
-            "asked for"
+            f"model {checkpoint.name!r}: {folder} holds an adapter: give its base here, and the adapter where an "
+            "adapter is expected"
         )
     if not config.is_file():
         gguf = sorted(folder.glob("*.gguf"))
-        advice = (
-            f"name the file itself: {gguf[0]}" if gguf else "a model folder holds config.json and safetensors weights"
-        )
+        advice = f"name the file itself: {gguf[0]}" if gguf else "a model folder holds it beside safetensors weights"
         raise BaseModelError(f"model {checkpoint.name!r}: {folder} has no config.json; {advice}")
 
 

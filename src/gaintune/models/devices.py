@@ -19,7 +19,7 @@ _held: list[BaseFileLock] = []  # for as long as this process lives
 
 
 def visible_devices(count: int, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """What CUDA_VISIBLE_DEVICES calls the devices that torch counts in this process."""
+    """Name the devices that torch counts in this process as CUDA_VISIBLE_DEVICES does."""
     named = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
     return tuple(named[:count]) if named else tuple(map(str, range(count)))
 
@@ -28,7 +28,7 @@ def take_device(devices: Sequence[str], folder: Path | None = None) -> str | Non
     """Let this process see one of the devices alone: the one that the fewest workers of this machine have.
 
     A device is taken by a lock file, which goes with the process, so that whoever takes a dead worker's place takes its
-    device. A process that has one keeps it, and one in which torch has looked at its devices keeps what it saw.
+    device. A process that has one keeps it, and one in which torch has initialized CUDA keeps what it saw.
 
     Args:
         devices: as CUDA_VISIBLE_DEVICES names them.

@@ -41,7 +41,7 @@ INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U
 
 
 def fingerprint_folder(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """64 hexadecimal digits for a model folder with config.json and safetensors weights.
+    """Return 64 hexadecimal digits for a model folder with config.json and safetensors weights.
 
     Of each tensor it takes the name, the shape and a sample: the first, middle and last run of its last dimension
     (so that every input column of a linear layer is seen) and 256 values spread over all of it. Values are rounded to
@@ -62,7 +62,7 @@ def fingerprint_folder(folder: Path, *, trust_remote_code: bool = False) -> str:
 
 
 def config_facts(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The part of a config that decides what a model computes, in the spelling of today's transformers."""
+    """Return the part of a config that decides what a model computes, in the spelling of today's transformers."""
     from transformers import AutoConfig
 
     try:
@@ -98,7 +98,7 @@ def _file_samples(file: Path) -> dict[str, bytes]:
         if end > size:
             raise BaseModelError(f"{file}: cut short ({size} of {end} bytes); fetch it again")
         with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            if hasattr(mmap, "MADV_RANDOM"):  # else the system reads 128 KB around every value that is looked at
+            if hasattr(mmap, "MADV_RANDOM"):  # else the system reads 128 KB around every value that is read
                 view.madvise(mmap.MADV_RANDOM)
             return {name: _tensor_sample(name, entry, view, 8 + length) for name, entry in header.items()}
 
@@ -119,7 +119,7 @@ def _tensor_sample(name: str, entry: dict[str, Any], view: mmap.mmap, start: int
 
 
 def sample_positions(elements: int, run: int) -> np.ndarray:
-    """Which values of a flat tensor are read: three whole runs of its last dimension, and scattered single ones."""
+    """Choose the values of a flat tensor to read: three whole runs of its last dimension, and scattered ones."""
     if elements == 0:
         return np.zeros(0, dtype=np.int64)
     run = max(1, min(run, elements, LONGEST_RUN))

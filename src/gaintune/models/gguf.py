@@ -112,7 +112,7 @@ def _special_tokens(reader: GGUFReader) -> dict[str, bool]:
 
 
 def _unpacked() -> dict[str, Any]:
-    """Newer transformers keep the weights in their blocks where a kernel for them is installed, unless told not to."""
+    """Return what keeps newer transformers from leaving the weights in their blocks where a kernel is installed."""
     try:
         from transformers import GgufConfig
     except ImportError:

@@ -117,13 +117,13 @@ def load_classifier(
 
 
 def reads_segments(config: ModelConfig) -> bool:
-    """Whether a base is told which of two texts a token belongs to, as BERT is; raises as `load_classifier` does."""
+    """Return whether a base reads which of two texts a token is of, as BERT does; raises as `load_classifier` does."""
     architecture = read_architecture(locate(config), config)
     return (getattr(architecture, "type_vocab_size", None) or 0) > 1
 
 
 def is_masked(config: ModelConfig) -> bool:
-    """Whether a base is a masked language model, by its config alone; raises as `load_masked` does."""
+    """Return whether a base is a masked language model, by its config alone; raises as `load_masked` does."""
     return _masks(read_architecture(locate(config), config))
 
 
@@ -168,18 +168,14 @@ def load_masked(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Bas
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens of a row, special ones counted; None where neither the model nor the tokenizer says."""
+    """Return the most tokens of a row, special ones counted; None where neither model nor tokenizer has a limit."""
     limits = [tokenizer.model_max_length]  # a huge number where the tokenizer does not know
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
-        embeddings = [
-            module
-            for name, module in model.named_modules()
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-        ]
+        embeddings = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+        padding = getattr(next(embeddings, None), "padding_idx", None)
         # RoBERTa and its kin count positions from behind the padding token's number
-        taken = 1 + embeddings[0].padding_idx if embeddings and embeddings[0].padding_idx is not None else 0
-        limits.append(positions - taken)
+        limits.append(positions if padding is None else positions - 1 - padding)
     return min(limits) if min(limits) < 10**9 else None
 
 
@@ -203,7 +199,7 @@ def _head_of(model: PreTrainedModel, missing: Sequence[str], checkpoint: Checkpo
             f"{checkpoint.folder}, the first is {beyond[0]}; transformers would have made them up at random"
         )
     if not missing:
-        logger.warning("model %s: it is a classifier already, and its own head is carried on", checkpoint.name)
+        logger.warning("model %s: it is a classifier already, and its own head is continued", checkpoint.name)
     return tuple(head)
 
 

@@ -31,11 +31,11 @@ class Objective(Protocol):
     """What training minimises: a loss summed over scored items (tokens, rows), divided by their number in an update."""
 
     def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Summed loss of a batch in nats."""
+        """Sum the loss of a batch, in nats."""
         ...
 
     def scored(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """How many items the sum goes over."""
+        """Count the items that the sum goes over."""
         ...
 
 
@@ -137,7 +137,7 @@ def token_losses(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The cross-entropy of every token, `(tokens,)` in nats, fp32, without gradients; arguments as above."""
+    """Return the cross-entropy of every token, `(tokens,)` in nats, fp32, without gradients; arguments as above."""
     dtype = _compute_dtype(hidden)
     losses = []
     with torch.autocast(hidden.device.type, enabled=False):
@@ -157,7 +157,7 @@ def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class NextTokenLoss:
     """The next-token loss of a causal language model, with or without an adapter around it.
 
-    The model itself is called (so that wrappers for several devices see the forward pass) but asked for the logits of
+    The model itself is called (so that wrappers for several devices see the forward pass) but with logits for
     no position; the hidden states before the vocabulary projection are picked up on the way. Whether this
     gives the model's own logits is checked once on a few tokens; where it does not, full logits are used.
 
@@ -176,7 +176,7 @@ class NextTokenLoss:
             logger.warning("%s computes its logits in a way of its own: using full logits", type(base).__name__)
 
     def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Summed loss of predicting `labels[:, 1:]` from `input_ids[:, :-1]`, in nats.
+        """Sum the loss of predicting `labels[:, 1:]` from `input_ids[:, :-1]`, in nats.
 
         Args:
             model: the model, or a wrapper of it for several devices.
@@ -191,11 +191,11 @@ class NextTokenLoss:
         return chunked_cross_entropy(hidden, self._head.weight, targets, self._head_bias, self._softcap)
 
     def scored(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """How many tokens of a batch are scored."""
+        """Count the scored tokens of a batch."""
         return (batch["labels"][:, 1:] != IGNORED).sum()
 
     def per_token(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Loss of every token but the first, `(batch, tokens - 1)` in nats, 0 where not scored, without gradients."""
+        """Return the loss of every token but the first, `(batch, tokens - 1)` in nats, 0 where not scored."""
         targets = batch["labels"][:, 1:].reshape(-1)
         with torch.no_grad():
             if self.chunked:
@@ -207,16 +207,11 @@ class NextTokenLoss:
         return losses.view(len(batch["labels"]), -1)
 
     def at(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        rows: torch.Tensor,
-        places: torch.Tensor,
-        targets: torch.Tensor,
+        self, model: nn.Module, input_ids: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Loss of `targets[i]` coming after `input_ids[rows[i], : places[i] + 1]`, `(targets,)` in nats, no gradients.
+        """Return the loss of `targets[i]` after `input_ids[rows[i], : places[i] + 1]`, `(targets,)` in nats.
 
-        Several targets may be asked for at one place; logits are made for those places alone.
+        Several targets may follow one position; logits are made at those positions alone. No gradients.
         """
         batch = {"input_ids": input_ids}
         with torch.no_grad():

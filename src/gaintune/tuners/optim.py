@@ -20,7 +20,7 @@ NEVER_DECAYED = (GATES, ".ia3_l.", ".lora_E.")
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, rate_multipliers: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of `model`, grouped for any torch optimizer.
+    """Group the trainable parameters of `model` for any torch optimizer.
 
     Never decayed: gains (decay pulls them back to the pretrained model), DISeL's gates (decay removes their dependence
     on the input), the factors of (IA)3 and AdaLoRA, biases, norms and every other vector. The gates of a DISeL adapter
@@ -43,8 +43,9 @@ def parameter_groups(
         ConfigError: a model that FSDP-1 has wrapped; FSDP-2 wraps it after the groups are made.
     """
     _refuse_flattened(model)
-    asked = dict(rate_multipliers or {})
-    multipliers = {**asked, **{part: ratio for part, ratio in _gate_ratios(model).items() if part not in asked}}
+    given = dict(rate_multipliers or {})
+    # those given come first: the first part of a name that is found counts
+    multipliers = given | {part: ratio for part, ratio in _gate_ratios(model).items() if part not in given}
     norms = {
         id(parameter)
         for module in model.modules()
@@ -71,7 +72,7 @@ def parameter_groups(
             },
         )
         group["params"].append(parameter)
-    unused = sorted(set(asked) - used)
+    unused = sorted(set(given) - used)
     if unused:
         raise ValueError(f"rate_multipliers names {', '.join(unused)}, but no trainable parameter is called so.")
     return list(groups.values())
@@ -86,7 +87,7 @@ def create_disel_optimizer(
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer for DISeL: gates at a rate of their own and without decay, the rest as in `parameter_groups`.
+    """Make an optimizer for DISeL: gates at their own rate and without decay, the rest as in `parameter_groups`.
 
     Args:
         model: the model with trainable DISeL adapters.
@@ -119,7 +120,7 @@ class AdapterOptimizerMixin:
     """As in `parameter_groups`; set it on the class or the trainer."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, over our groups; one that was passed in is kept."""
+        """Make the optimizer that the arguments name, over our groups; keep one that was passed in."""
         trainer: Any = self
         if trainer.optimizer is None:
             trained: nn.Module = trainer.model if model is None else model
@@ -145,8 +146,8 @@ def _refuse_flattened(model: nn.Module) -> None:
 
     if isinstance(model, FullyShardedDataParallel):
         raise ConfigError(
-            "FSDP 1 flattens parameters before an optimizer is made, so that matrices, which are decayed, cannot be "
-            "told from vectors, and its wrapping takes DISeL's matrices out of their layer's reach: use FSDP 2 "
+            "FSDP 1 flattens parameters before an optimizer is made, so that matrices, which are decayed, look "
+            "like vectors, and its wrapping takes DISeL's matrices out of their layer's reach: use FSDP 2 "
             "(fsdp_version: 2)"
         )
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_peft_type(name: str) -> Any:
-    """The member `name` of `peft.PeftType`, added to the enumeration if it is not there yet."""
+    """Return the member `name` of `peft.PeftType`, added to the enumeration if it is not there yet."""
     from peft.utils import peft_types
 
     PeftType: Any = peft_types.PeftType  # noqa: N806  # it is a class

@@ -14,7 +14,7 @@ from gaintune.errors import UnsupportedModuleError
 
 
 def matched_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` that `config.target_modules` names, those inside adapter layers left out."""
+    """Return the modules of `model` that `config.target_modules` names, without those inside adapter layers."""
     matched: dict[str, nn.Module] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -38,7 +38,7 @@ def refuse_unfit(matched: dict[str, nn.Module], model: nn.Module, refuse: Callab
 
 
 def refuse_parent(parent: nn.Module, name: str) -> None:
-    """Some modules use a child's weight without calling the child; a wrapped child would be ignored."""
+    """Refuse a parent that uses its child's weight without calling the child: a wrapped child would be ignored."""
     reason = None
     if isinstance(parent, nn.MultiheadAttention):
         reason = "torch.nn.MultiheadAttention reads its out_proj's weight and never calls the module"
@@ -92,7 +92,7 @@ def _refuse_shared(matched: dict[str, nn.Module], model: nn.Module) -> None:
 
 
 def refuse_parameters(config: Any, model: nn.Module, matched: dict[str, nn.Module], *, any_experts: bool) -> None:
-    """Experts kept as one 3-D parameter are no modules: their names match nothing, or only a shared expert.
+    """Refuse experts kept as one 3-D parameter: they are no modules, and their names match nothing or a shared expert.
 
     `any_experts` refuses them even where `config` does not name them.
     """

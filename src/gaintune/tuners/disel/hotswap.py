@@ -15,7 +15,7 @@ from gaintune.tuners.disel.model import require_gates
 
 
 def keys_to_check(known: Mapping[Any, list[str]]) -> list[str]:
-    """Settings in which two adapters must agree to be swapped: LoRA's, and the kind and rank of the gates."""
+    """Name the settings in which two adapters must agree to be swapped: LoRA's, and the kind and rank of the gates."""
     return [*known[PeftType.LORA], "gate_kind", "gate_rank"]
 
 

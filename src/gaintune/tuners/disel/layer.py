@@ -54,7 +54,7 @@ class Gate(AtLeastFloat32):
         return self.weight if self.weight_in is None else self.weight_in
 
     def forward(self, product: torch.Tensor) -> torch.Tensor:
-        """The gate before its sigmoid, in the dtype of `product`."""
+        """Return the gate before its sigmoid, in the dtype of `product`."""
         bias = self.bias.to(product.dtype)
         if self.weight_in is None:
             return product + bias
@@ -66,7 +66,7 @@ class Gate(AtLeastFloat32):
 
 
 def stacked_product(x: torch.Tensor, weights: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-    """`x` times every matrix at once, `(..., rows of all weights)`, computed and returned in `dtype`.
+    """Multiply `x` by every matrix at once: `(..., rows of all weights)`, computed and returned in `dtype`.
 
     Autograd's own way would keep a copy of `x` in `dtype`, one for each of the layers that read the same `x`; this
     keeps `x` itself, and reads it once for all weights.
@@ -77,7 +77,7 @@ def stacked_product(x: torch.Tensor, weights: tuple[torch.Tensor, ...], dtype: t
 
 
 def add_product(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`result + hidden weight'` in the dtype of `result`, the product computed in `dtype` and rounded once.
+    """Return `result + hidden weight'` in the dtype of `result`; the product is computed in `dtype`, rounded once.
 
     Args:
         result: what the base layer computes, `(..., out_features)`.
@@ -167,7 +167,7 @@ class DiselVariant(LoraVariant):
     def forward(  # type: ignore[override]  # PEFT calls it on the instance
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """The layer's output with the update added, `(..., out_features)` in the dtype of `result`."""
+        """Return the layer's output with the update added, `(..., out_features)` in the dtype of `result`."""
         x = module.lora_dropout[active_adapter](x)
         weight_b = module.lora_B[active_adapter].weight
         dtype = compute_dtype(x, weight_b)
@@ -179,7 +179,7 @@ class DiselVariant(LoraVariant):
     def hidden_and_gates(
         self, module: Any, adapter_name: str, x: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`A x` and `g(x)`, each `(..., r)`, in float32 or wider."""
+        """Return `A x` and `g(x)`, each `(..., r)`, in float32 or wider."""
         weight_a, gate = module.lora_A[adapter_name].weight, module.lora_G[adapter_name]
         product = widened(stacked_product(x, (weight_a, gate.reads), dtype))
         r = len(weight_a)
@@ -213,7 +213,7 @@ class GatedLoraVariant(DiselVariant):
 
 
 def refusal_to_merge() -> MergeError:
-    """Why there is no merged model."""
+    """Return the error that says why there is no merged model."""
     return MergeError(
         "a DISeL adapter cannot be merged: its gates depend on the input, and a weight cannot. Serve the model with "
         "the adapter on it."
@@ -221,24 +221,24 @@ def refusal_to_merge() -> MergeError:
 
 
 def refuse_delta_weight(adapter: str) -> NoReturn:
-    """Stands in for the layer's own method, which gives the update with all gates open."""
+    """Refuse, in place of the layer's own method, which gives the update with all gates open."""
     raise refusal_to_merge()
 
 
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the adapter's own."""
+    """Return autocast's dtype where it is on, else the adapter's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
 
 
 def widened(product: torch.Tensor) -> torch.Tensor:
-    """At least float32: a gate near 0.05 has two digits in bfloat16, and (..., r) is small."""
+    """Return at least float32: a gate near 0.05 has two digits in bfloat16, and (..., r) is small."""
     return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
 def resolve_variant(config: Any, **kwargs: Any) -> DiselVariant:
-    """The variant of a configuration; stands in for the layer's own method, which knows LoRA's variants only."""
+    """Return the variant of a configuration; stands in for the layer's own method, which knows LoRA's variants only."""
     if not isinstance(config, DiselConfig):
         raise UnsupportedModuleError(
             f"This layer has DISeL adapters and takes no adapter of another kind ({type(config).__name__}) beside them."
@@ -262,7 +262,7 @@ def add_gates(layer: Any, adapter_name: str, config: DiselConfig) -> None:
 
 
 def disel_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every DISeL layer of a model with its name.
+    """Yield every DISeL layer of a model with its name.
 
     Each has `lora_G` (adapter name -> `Gate`; empty for Gated LoRA) and `gate_observers`, a list of `GateObserver`:
     what is appended there is called in every forward pass, and costs nothing while the list is empty.

@@ -30,7 +30,7 @@ def check_modules(config: DiselConfig, model: nn.Module) -> None:
 
 
 def refuse_module(module: nn.Module, name: str) -> None:
-    """Gates read a linear layer's input, and only some quantized layers of PEFT's LoRA let another update in."""
+    """Refuse what is no linear layer, or a quantized layer of PEFT's LoRA that lets no other update in."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(module, BaseTunerLayer) and not hasattr(module, "lora_G"):
         raise UnsupportedModuleError(
@@ -122,21 +122,21 @@ class DiselModel(LoraModel):
         add_gates(layer, adapter_name, lora_config)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Never: LoRA's update is the same for every input."""
+        """Return False: LoRA's update is the same for every input."""
         return False
 
     def _check_merge_allowed(self) -> NoReturn:
         raise refusal_to_merge()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the sum of two gated updates is not a gated update of the same rank."""
+        """Refuse: the sum of two gated updates is not a gated update of the same rank."""
         raise ConfigError(
             "DISeL adapters cannot be combined into one: their gates differ. Activate several at once with "
             "`model.base_model.set_adapter([...])`; their updates add up."
         )
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: it would convert the adapter to LoRA."""
+        """Refuse: it would convert the adapter to LoRA."""
         raise _refusal_to_convert()
 
     @classmethod

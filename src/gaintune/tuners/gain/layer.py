@@ -19,7 +19,7 @@ from gaintune.tuners.precision import Float32ParameterDict
 
 
 def scale_features(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`x * (1 + v)` in the dtype of `x`.
+    """Return `x * (1 + v)` in the dtype of `x`.
 
     Args:
         x: activations `(..., features)`.
@@ -184,7 +184,7 @@ class GainLayer(BaseTunerLayer):
             self.gain_v[adapter_name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
     def combined_v(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
-        """The product of the gains of these adapters, minus 1; None where the layer has none of them."""
+        """Return the product of the gains of these adapters, minus 1; None where the layer has none of them."""
         total = None
         for name in adapter_names:
             if name in self.gain_v:
@@ -256,7 +256,7 @@ class GainLinear(nn.Module, GainLayer):
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The base layer on `x * gain`, `x` being `(..., in_features)`; the dtype is the base's own.
+        """Run the base layer on `x * gain`, `x` being `(..., in_features)`; the dtype is the base's own.
 
         `adapter_names` names one adapter, or "__base__", for each row of the batch.
         """

@@ -69,7 +69,7 @@ FLATTENED_TOKENS = frozenset({"opt"})
 
 
 def default_projections(model_config: dict[str, Any]) -> Projections:
-    """The modules of a model type, or `UnsupportedModuleError` saying what to give instead."""
+    """Return the modules of a model type, or raise `UnsupportedModuleError` saying what to give instead."""
     model_type = model_config.get("model_type")
     if model_type in MIXTURES_OF_EXPERTS:
         raise UnsupportedModuleError(

@@ -32,7 +32,7 @@ def check_modules(config: GainConfig, model: nn.Module, quantization: dict[str, 
 
 
 def refuse_module(module: nn.Module, name: str, quantization: dict[str, Any]) -> None:
-    """Only a linear layer has an input on which a gain is a column scale of its weight."""
+    """Refuse what is no linear layer: only there is a gain a column scale of the weight."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(module, BaseTunerLayer) and not hasattr(module, "gain_v"):
         raise UnsupportedModuleError(
@@ -67,7 +67,7 @@ def check_groups(config: GainConfig, model: nn.Module, projections: Projections)
 
 
 def unmatched_targets(config: GainConfig, model: nn.Module) -> set[str]:
-    """The names in a list of `target_modules` that no module is called."""
+    """Return the names in a list of `target_modules` that no module is called."""
     if not isinstance(config.target_modules, set):
         return set()
     names = [name for name, _ in model.named_modules()]
