@@ -150,7 +150,7 @@ def token_losses(
 
 
 def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model sees of a batch."""
+    """Return what the model reads of a batch."""
     return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
 
