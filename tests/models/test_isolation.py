@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
-from gaintune.data import Examples
+from gaintune.data import IGNORED, Examples
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure
 from gaintune.methods import StagePosition, prepare_method
-from gaintune.models import IGNORED, NextTokenLoss, require_isolation
+from gaintune.models import NextTokenLoss, require_isolation
 from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
 from support import tiny_base

@@ -10,6 +10,7 @@ from .domains import CATALOGUE as CATALOGUE
 from .domains import advice_on as advice_on
 from .encode import beginning_of_text as beginning_of_text
 from .encode import encode_parts as encode_parts
+from .examples import IGNORED as IGNORED
 from .examples import DomainBlocks as DomainBlocks
 from .examples import Examples as Examples
 from .labelled import GLUE as GLUE

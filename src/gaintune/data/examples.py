@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gaintune.models import IGNORED
+IGNORED = -100
+"""The label of a token that is not scored, as transformers and torch's cross-entropy know it."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import DataConfig, DomainConfig
+from gaintune.data.examples import IGNORED
 from gaintune.data.text import load_text
 from gaintune.errors import BaseModelError, DataError
-from gaintune.models import IGNORED
 
 SHARE = 0.15
 """Share of a block's tokens that are to be predicted, special ones not counted."""

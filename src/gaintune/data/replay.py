@@ -8,9 +8,8 @@ from decimal import ROUND_HALF_UP, Decimal
 import torch
 from torch.nn import functional as F
 
-from gaintune.data.examples import Examples
+from gaintune.data.examples import IGNORED, Examples
 from gaintune.data.split import drawn_order
-from gaintune.models import IGNORED
 
 
 def replayed_rows(new: int, ratio: float) -> int:

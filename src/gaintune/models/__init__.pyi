@@ -24,7 +24,6 @@ from .heads import load_masked as load_masked
 from .heads import longest_input as longest_input
 from .heads import reads_segments as reads_segments
 from .isolation import require_isolation as require_isolation
-from .loss import IGNORED as IGNORED
 from .loss import NextTokenLoss as NextTokenLoss
 from .loss import Objective as Objective
 from .loss import autocast as autocast
