@@ -17,7 +17,7 @@ def documents(texts):
 
 def sides(texts, seed=0):
     split = split_documents(documents(texts), seed)
-    return {d.text for d in split.train}, {d.text for d in split.validation or ()}
+    return {d.text for d in split.train}, {d.text for d in split.validation}
 
 
 def test_the_split_is_disjoint_complete_and_near_its_share():

@@ -1,4 +1,4 @@
-"""What is wrong with a plan, in words: one line for each mistake, with its key and what to write instead."""
+"""Errors of a plan in words: one line for each mistake, with its key and what to write instead."""
 
 from __future__ import annotations
 
@@ -11,29 +11,18 @@ from pydantic import BaseModel, ValidationError
 from gaintune.errors import ConfigError
 
 OTHER_WORDS = {
-    "learning_rate": "lr",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "lr_scheduler_type": "schedule",
-    "max_grad_norm": "clip",
-    "report_to": "trackers",
-    "max_seq_length": "block_size",
-    "model_name_or_path": "name",
-    "torch_dtype": "dtype",
-    "r": "rank",
-    "lora_alpha": "alpha",
+    "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "report_to": "trackers",
+    "per_device_train_batch_size": "batch_size", "per_device_eval_batch_size": "batch_size", "r": "rank",
+    "gradient_accumulation_steps": "gradient_accumulation", "lr_scheduler_type": "schedule", "max_grad_norm": "clip",
+    "max_seq_length": "block_size", "model_name_or_path": "name", "torch_dtype": "dtype", "lora_alpha": "alpha",
     "target_modules": "targets",
-}
-"""What other libraries call a key of ours."""
+}  # fmt: skip
+"""Names that other libraries give to our keys."""
 
 
 def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> ConfigError:
-    """One line for each mistake, with its key and the nearest known one; `plan` is the class of the whole plan."""
-    lines = []
-    details = error.errors()
+    """Say every mistake on a line, with its key and the nearest known one; `plan` is the class of the whole plan."""
+    lines, details = [], error.errors()
     for detail in details:
         if any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details):
             continue  # a list called too short only because one of its entries is wrong
@@ -42,8 +31,8 @@ def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> Confi
             advice = _advice(str(detail["loc"][-1]), list(_section(plan, detail["loc"]).model_fields))
             lines.append(f"{origin}: unknown key {key!r}; {advice}")
             continue
-        found = detail["input"]
-        got = f" (got {found!r})" if isinstance(found, str | int | float | bool | None) and key else ""
+        value = detail["input"]
+        got = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and key else ""
         message = detail["msg"].removeprefix("Value error, ")
         lines.append(": ".join(part for part in (origin, key, f"{message}{got}") if part))
     return ConfigError("\n".join(lines))
@@ -55,7 +44,7 @@ def _advice(unknown: str, known: Sequence[str]) -> str:
 
 
 def _section(plan: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
-    """The part of a plan that the last key of a location was looked for in."""
+    """Return the part of a plan to which the last key of a location would belong."""
     section = plan
     for part in location[:-1]:
         field = section.model_fields.get(str(part))
@@ -67,4 +56,4 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     """Return the part of a plan that a field holds, itself or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for each in get_args(annotation) if (found := section_of(each))), None)
+    return next(filter(None, map(section_of, get_args(annotation))), None)

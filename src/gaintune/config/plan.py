@@ -1,4 +1,4 @@
-"""The plan: every setting of a run as plain data, checked when it is read, with unknown keys refused."""
+"""The plan: every setting of a run as plain data, checked when it is read; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
 from gaintune.config.explanations import explain
 from gaintune.errors import ConfigError
+from gaintune.storage import as_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Mark of a field that is a command-line option, in every command that takes the field's section.
+    """Mark of a field that is an option of every command that takes the field's section.
 
     `lr: Annotated[float | None, Flag()] = Field(...)` makes `--lr`, with the field's description and default as help.
 
@@ -47,6 +49,16 @@ class Flag:
     joint: bool = False
 
 
+def _plain(value: str, info: ValidationInfo) -> str:
+    """Refuse a name or label that could not be the name of a folder."""
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a usable {info.field_name}: use letters, digits, dot, dash and underscore")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_plain)]
+
+
 class Section(BaseModel):
     """A frozen part of the plan; a key that is not a field is an error, and so is a number that is not finite."""
 
@@ -54,7 +66,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Which base model, and in which numbers."""
+    """The base model and its precision."""
 
     name: Annotated[str, Flag("model")] = Field(
         default="demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
@@ -130,9 +142,8 @@ class MethodConfig(Section):
     """One way to adapt; None stands for the method's own default in the catalogue."""
 
     name: str = Field(description="catalogue name, see `gaintune methods`")
-    label: str = Field(
-        default="",
-        description="name in tables and folders; the method's name and what is added to it unless given",
+    label: Name = Field(
+        default="", description="name in tables and folders; the method's name and what is added to it unless given"
     )
     lr: float | None = Field(default=None, gt=0, description="peak learning rate")
     rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method; the average one of adalora")
@@ -182,13 +193,6 @@ class MethodConfig(Section):
             value = {**value, "label": _label(value)}
         return value
 
-    @field_validator("label")
-    @classmethod
-    def _plain_label(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is not a usable label: use letters, digits, dot, dash and underscore")
-        return value
-
     @model_validator(mode="after")
     def _whole_penalty(self) -> MethodConfig:
         if self.penalty is None and self.penalty_strength is not None:
@@ -199,13 +203,10 @@ class MethodConfig(Section):
 
 
 def _label(values: dict[str, Any]) -> str:
-    """The label of a method that was given none, such as lora-ewc: a method may stand beside itself with a penalty."""
-    parts = [str(values.get("name", "")).replace("+", "-plus")]
-    if values.get("penalty"):
-        parts.append(str(values["penalty"]))
-    if str(values.get("replay") or 0) not in {"0", "0.0"}:
-        parts.append("replay")
-    return "-".join(parts)
+    """Return the default label of a method, such as lora-ewc: a method may stand beside itself with a penalty."""
+    replay = "" if str(values.get("replay") or 0) in {"0", "0.0"} else "replay"
+    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay)
+    return "-".join(filter(None, parts))
 
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
@@ -216,15 +217,15 @@ BeginningOfText = Literal["auto", "always", "never"]
 
 
 class DomainConfig(Section):
-    """One domain: a catalogue name, or a local file or folder under a name of your choosing."""
+    """One domain: a catalogue name, or a local file or folder with a name of your choice."""
 
-    name: str = Field(description="label in tables and folders: letters, digits, dot, dash and underscore")
+    name: Name = Field(description="label in tables and folders: letters, digits, dot, dash and underscore")
     source: str = Field(description="catalogue name, or path of a .jsonl/.json/.csv/.parquet/.txt/.md file or folder")
     text_column: Annotated[
         str | None, Flag(help="Column that holds the text of every domain that is a local file or folder.")
     ] = Field(default=None, description="column that holds the text; found by itself when there is one")
     task: Task | None = Field(
-        default=None, description="what is learnt from this domain's rows; the plan's unless given"
+        default=None, description="what is learned from this domain's rows; the plan's unless given"
     )
     template: Template | None = Field(
         default=None, description="how this domain's prompts and completions are written; the plan's unless given"
@@ -233,13 +234,6 @@ class DomainConfig(Section):
     completion_column: str | None = Field(
         default=None, description="instruct: column of the completion; 'completion' unless given"
     )
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is not a usable name: use letters, digits, dot, dash and underscore")
-        return value
 
 
 def as_list(value: Any) -> Any:
@@ -267,17 +261,17 @@ class DataConfig(Section):
         Flag("domain", help="Domain: catalogue name, path, or name=path; repeat in order."),
     ] = Field(
         default=tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
-        description="domains in the order they are learnt",
+        description="domains in the order they are learned",
         min_length=1,
     )
     watched: Annotated[
         tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...],
         BeforeValidator(as_list),
-        Flag("watch", help="Domain that is measured beside the others and never learnt; repeatable."),
-    ] = Field(default=(), description="sequence: domains that are measured beside the others and never learnt")
+        Flag("watch", help="Domain that is measured beside the others and never learned; repeatable."),
+    ] = Field(default=(), description="sequence: domains that are measured beside the others and never learned")
     task: Annotated[Task, Flag()] = Field(
         default="text",
-        description="what is learnt from the rows: text (every token), instruct (the completion of a prompt), "
+        description="what is learned from the rows: text (every token), instruct (the completion of a prompt), "
         "or classify (a label)",
     )
     template: Annotated[Template, Flag()] = Field(
@@ -340,22 +334,20 @@ class DataConfig(Section):
     @model_serializer(mode="wrap")
     def _without_beginning(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave `beginning_of_text` out at its default: the files of a plan are those of versions without the key."""
-        values: dict[str, Any] = handler(self)
-        if self.beginning_of_text == "auto":
-            values.pop("beginning_of_text", None)
-        return values
+        left_out = {"beginning_of_text"} if self.beginning_of_text == "auto" else set()
+        return {key: value for key, value in handler(self).items() if key not in left_out}
 
     @property
     def measured(self) -> tuple[DomainConfig, ...]:
-        """The domains that are learnt, in their order, and those that are only watched."""
+        """The domains that are trained on, in their order, and those that are only watched."""
         return (*self.domains, *self.watched)
 
     def task_of(self, domain: DomainConfig) -> Task:
-        """What is learnt from a domain's rows: its own task, else the plan's."""
+        """Return what a domain's rows are for: its own task, else the plan's."""
         return domain.task or self.task
 
     def template_of(self, domain: DomainConfig) -> Template:
-        """How a domain's prompts and completions are written: its own template, else the plan's."""
+        """Return how a domain's prompts and completions are written: its own template, else the plan's."""
         return domain.template or self.template
 
 
@@ -379,13 +371,13 @@ class Plan(Section):
 
     @property
     def classifies(self) -> bool:
-        """Whether labels are learnt from the domains' rows."""
+        """Whether the plan trains a classifier."""
         return self.data.task_of(self.data.domains[0]) == "classify"
 
     @model_validator(mode="before")
     @classmethod
     def _base_of_a_classifier(cls, values: Any) -> Any:
-        """The base is an encoder where labels are learnt and the plan names none."""
+        """Take an encoder as the base of a classifier where the plan names none."""
         if not isinstance(values, Mapping) or not _says_classify(values.get("data")):
             return values
         model = values.get("model") or {}
@@ -412,14 +404,14 @@ class Plan(Section):
 
 
 def _says_classify(data: Any) -> bool:
-    """Whether a plan's data, checked or not, says that labels are learnt."""
+    """Tell whether a plan's data, checked or not, are a classifier's."""
     if isinstance(data, DataConfig):
         return data.task_of(data.domains[0]) == "classify"
     if not isinstance(data, Mapping):
         return False
     domains = as_list(data.get("domains"))
-    each = domains if isinstance(domains, list | tuple) else ()
-    return data.get("task") == "classify" or any(isinstance(d, Mapping) and d.get("task") == "classify" for d in each)
+    sections = [data, *(domains if isinstance(domains, list | tuple) else ())]
+    return any(isinstance(section, Mapping) and section.get("task") == "classify" for section in sections)
 
 
 def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
@@ -435,7 +427,7 @@ def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once in its mapping, as YAML's own rules say: of two, PyYAML drops one."""
+    """YAML that refuses a key twice in a mapping, as YAML's own rules do: PyYAML drops one of them."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuse a repeated key before merges (`<<`) are resolved: what they bring may be given again."""
@@ -472,12 +464,10 @@ def read_values(path: Path, kind: str = "plan") -> dict[str, Any]:
 
 
 def read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
-    """A plan from a plan, nested values, or a YAML file; raises as `build_plan` does."""
+    """Return the plan of nested values or a YAML file, or a plan as it is; raises as `build_plan` does."""
     if isinstance(plan, Plan):
         return plan
-    if isinstance(plan, Mapping):
-        return build_plan(dict(plan))
-    return build_plan(read_values(Path(plan)), origin=str(plan))
+    return build_plan(dict(plan)) if isinstance(plan, Mapping) else build_plan(read_values(Path(plan)), str(plan))
 
 
 def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -506,23 +496,20 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
 
 
 def plan_yaml(plan: Plan) -> str:
-    """The whole plan as YAML that `build_plan` reads back to an equal plan."""
-    return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the whole plan as YAML that `build_plan` reads back to an equal plan."""
+    return as_yaml(plan.model_dump(mode="json"))
 
 
 def plan_yaml_documented(plan: Plan) -> str:
-    """The whole plan as YAML with every key's description beside it; reads back to an equal plan."""
+    """Return the whole plan as YAML with every key's description above it; reads back to an equal plan."""
     lines = []
     for name, info in Plan.model_fields.items():
-        value = getattr(plan, name)
-        if isinstance(value, Section):
-            lines.append(f"{name}:")
-            values = value.model_dump(mode="json")
-            for key, field in type(value).model_fields.items():
-                shown = values.get(key, field.default)  # a dump may leave a newer key out at its default
-                dumped = yaml.safe_dump({key: shown}, sort_keys=False).rstrip("\n")
-                lines.extend(f"  {line}" for line in (f"# {field.description}", *dumped.split("\n")))
-        else:
-            dumped = yaml.safe_dump({name: plan.model_dump(mode="json")[name]}, sort_keys=False).rstrip("\n")
-            lines.extend((f"# {info.description}; see `gaintune methods`", dumped))
+        value, dumped = getattr(plan, name), plan.model_dump(mode="json")[name]
+        if not isinstance(value, Section):
+            lines.extend((f"# {info.description}; see `gaintune methods`", *as_yaml({name: dumped}).splitlines()))
+            continue
+        lines.append(f"{name}:")
+        for key, field in type(value).model_fields.items():
+            shown = dumped.get(key, field.default)  # a dump may leave a newer key out at its default
+            lines.extend(f"  {line}" for line in (f"# {field.description}", *as_yaml({key: shown}).splitlines()))
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""From a domain of labelled rows to token rows for a classifier: labels, budget in rows, truncation that is counted."""
+"""From a domain of labelled rows to rows of tokens for a classifier: budget in rows, truncation that is counted."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import ClassifyConfig, DomainConfig
-from gaintune.data.labelled import LabelledText, LabelledTexts, load_labelled
+from gaintune.data.documents import Documents
+from gaintune.data.labelled import LabelledText, load_labelled
 from gaintune.data.neighbours import normalise
 from gaintune.data.split import drawn_order
 from gaintune.errors import DataError
@@ -26,13 +26,13 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class LabelledExamples:
-    """Rows of tokens, each of its own length, with the number of their label.
+    """Rows of tokens, of different lengths, with the number of their label.
 
     Attributes:
         input_ids: token ids of each row, int64 `(length,)`.
         labels: int64 `(rows,)`, counted in the order of `ClassifyDomain.labels`.
         segments: 0 for tokens of the first text and 1 for those of the second, as `input_ids`; None for models that
-            are not told.
+            do not take them.
         truncated: rows of which the end was cut away.
     """
 
@@ -50,7 +50,7 @@ class LabelledExamples:
         return len(self.input_ids)
 
     def __getitem__(self, row: int) -> Batch:
-        """One row: `input_ids` and `token_type_ids` `(length,)`, `labels` a scalar."""
+        """Return one row: `input_ids` and `token_type_ids` `(length,)`, `labels` a scalar."""
         picked = {"input_ids": self.input_ids[row], "labels": self.labels[row]}
         if self.segments is not None:
             picked["token_type_ids"] = self.segments[row]
@@ -64,7 +64,7 @@ class Padding:
     token: int
 
     def __call__(self, rows: list[Batch]) -> Batch:
-        """`input_ids`, `attention_mask` and `token_type_ids`, `(rows, longest)`; `labels` `(rows,)`."""
+        """Return `input_ids`, `attention_mask` and `token_type_ids`, `(rows, longest)`, and `labels` `(rows,)`."""
         ids = [row["input_ids"] for row in rows]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.token),
@@ -76,9 +76,9 @@ class Padding:
         return batch
 
     def batches(self, examples: LabelledExamples, size: int) -> Iterator[Batch]:
-        """All rows in order, `size` at a time."""
+        """Yield all rows in order, `size` at a time."""
         for start in range(0, len(examples), size):
-            yield self([examples[row] for row in range(start, min(start + size, len(examples)))])
+            yield self([examples[row] for row in range(len(examples))[start : start + size]])
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ClassifyDomain:
     repeated: int
 
     def describe(self) -> dict[str, str | int | list[str]]:
-        """What a record keeps of the rows: their content hash, and how many there were."""
+        """Return what a record keeps of the rows: their content hash, and how many there were."""
         return {
             "content_hash": self.content_hash,
             "labels": list(self.labels),
@@ -110,8 +110,8 @@ class ClassifyDomain:
         }
 
 
-def label_names(texts: LabelledTexts) -> tuple[str, ...]:
-    """The labels of the training rows in order: by value where all are whole numbers, else by name.
+def label_names(texts: Documents[LabelledText]) -> tuple[str, ...]:
+    """Return the labels of the training rows in order: by value where all are whole numbers, else by name.
 
     Raises:
         DataError: only one label, or a validation row with a label that no training row has, by its file and line.
@@ -123,8 +123,7 @@ def label_names(texts: LabelledTexts) -> tuple[str, ...]:
             f"{first.origin}: this and every other training row has the label {first.label!r}; "
             "a classifier needs two different labels at least"
         )
-    numbers = all(label.isdecimal() for label in found)
-    names = tuple(sorted(found, key=int) if numbers else sorted(found))
+    names = tuple(sorted(found, key=int if all(label.isdecimal() for label in found) else None))
     for row in texts.validation:
         if row.label not in found:
             raise DataError(
@@ -135,12 +134,7 @@ def label_names(texts: LabelledTexts) -> tuple[str, ...]:
 
 
 def load_classification(
-    domain: DomainConfig,
-    settings: ClassifyConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    segments: bool = False,
+    domain: DomainConfig, settings: ClassifyConfig, tokenizer: Any, *, seed: int, segments: bool = False
 ) -> ClassifyDomain:
     """Load a domain of labelled rows within its limits.
 
@@ -148,12 +142,8 @@ def load_classification(
     it has no separator of its own (decoders). Longer rows are cut to `settings.max_length` tokens, of a pair from the
     longer text, and counted.
 
-    Args:
-        domain: where the rows are.
-        settings: limits.
-        tokenizer: the base's.
-        seed: seed of the split and of the order of rows.
-        segments: keep which of a pair's texts a token belongs to, for models that ask for it (BERT).
+    `seed` decides the split and the order of rows. With `segments` every token knows which of a pair's texts it belongs
+    to, for models that ask for it (BERT).
 
     Raises:
         DataError: see `gaintune.data.labelled.load_labelled` and `label_names`.
@@ -172,42 +162,30 @@ def load_classification(
     repeated = sum(normalise(row.whole) in trained_on for row in validation)
     if repeated:
         logger.warning("domain %s: %d validation row(s) also stand in the training rows", domain.name, repeated)
-    sides = {
-        side: encode_rows(rows, labels, tokenizer, settings.max_length, segments=segments)
-        for side, rows in (("training", train), ("validation", validation))
-    }
-    for side, examples in sides.items():
+    sides: dict[str, LabelledExamples] = {}
+    for side, rows in (("training", train), ("validation", validation)):
+        examples = encode_rows(rows, labels, tokenizer, settings.max_length, segments=segments)
+        sides[side] = examples
         if examples.truncated:
             logger.warning(
                 "domain %s: %d of %d %s rows are longer than classify.max_length (%d tokens) and were cut",
                 domain.name, examples.truncated, len(examples), side, settings.max_length,
             )  # fmt: skip
-    return ClassifyDomain(
-        name=domain.name,
-        labels=labels,
-        train=sides["training"],
-        validation=sides["validation"],
-        content_hash=_content_hash(settings, seed, labels, sides.values()),
-        repeated=repeated,
-    )
+    digest = _content_hash(settings, seed, labels, sides.values())
+    return ClassifyDomain(domain.name, labels, sides["training"], sides["validation"], digest, repeated)
 
 
 def _draw(rows: Sequence[LabelledText], limit: int | None, seed: int, side: str, name: str) -> tuple[LabelledText, ...]:
-    """The first rows of an order that the seed decides; all of them where there is no limit."""
+    """Draw rows in an order that the seed decides; all of them where there is no limit."""
     if limit is not None and limit > len(rows):
         logger.warning("domain %s: %d %s rows, fewer than the %d asked for", name, len(rows), side, limit)
     return tuple(rows[index] for index in drawn_order(len(rows), seed, side)[:limit])
 
 
 def encode_rows(
-    rows: Sequence[LabelledText],
-    labels: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    segments: bool = False,
+    rows: Sequence[LabelledText], labels: Sequence[str], tokenizer: Any, max_length: int, *, segments: bool = False
 ) -> LabelledExamples:
-    """Tokenise rows with the tokenizer's special tokens, cut to `max_length` tokens; arguments as above."""
+    """Tokenize rows with the tokenizer's special tokens, cut to `max_length` tokens."""
     first: list[str] = [row.text_a for row in rows]
     second = [row.text_b for row in rows if row.text_b is not None] or None
     if second is not None and tokenizer.sep_token_id is None:

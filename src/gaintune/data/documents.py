@@ -1,4 +1,4 @@
-"""What every source hands on: documents that know where they came from, in one split or two."""
+"""Documents that know where they came from, in one split or two; texts cut into passages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 T = TypeVar("T")
 
 PLACE = 4
-"""Numbers that say where an item of a file stands: the file's number, its first byte, the byte after it, its line."""
+"""Count of the numbers that locate an item: the file's number, its first byte, the byte after it, its line."""
 HELD = -1
-"""Number of the file of items that are kept in memory; the second number of their place is their own."""
+"""File number of items in memory; the second number of their place is their own."""
 READ_AT_ONCE = 2**16  # bytes: items that follow one another share a read, and a lone one costs little more
 
 
@@ -28,7 +28,7 @@ class Document:
 
 
 class Stored(Sequence[T]):
-    """Documents (or rows) of files, of which only the places are kept: an item is read when it is needed.
+    """Documents (or rows) that stay in their files: an item is read when it is needed.
 
     Items of formats whose rows have no place of their own (.json, .csv, .parquet) are kept in memory.
     """
@@ -104,15 +104,15 @@ class Stored(Sequence[T]):
 
 @dataclass(frozen=True)
 class Documents(Generic[T]):
-    """The documents (or rows) of one domain; `validation` is None where the source does not bring its own split."""
+    """The documents (or rows) of one domain; `validation` is empty where the source does not bring its own split."""
 
     train: Sequence[T]
-    validation: Sequence[T] | None = None
+    validation: Sequence[T] = ()
     source: str = ""
 
 
 def read_some(items: Sequence[T], numbers: Iterable[int]) -> Iterator[T]:
-    """Take items by their numbers, one after the other, out of a file or out of memory."""
+    """Read items by their numbers, one after the other, from a file or from memory."""
     return items.read(numbers) if isinstance(items, Stored) else map(items.__getitem__, numbers)
 
 
@@ -158,10 +158,10 @@ def cut_chunks(chunks: Iterable[str], size: int) -> Iterator[tuple[str, int, str
 
 
 def _cut(text: str, start: int, limit: int) -> int:
-    """The best place to cut before `limit`: after the last strongest break in the second half of the piece."""
+    """Return where to cut before `limit`: after the last strongest break in its second half."""
     middle = (start + limit) // 2
     for mark in _BREAKS:
-        found = text.rfind(mark, middle, limit)
-        if found >= 0:
-            return found + len(mark)
+        position = text.rfind(mark, middle, limit)
+        if position >= 0:
+            return position + len(mark)
     return limit

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import DataConfig, DomainConfig
+from gaintune.data.blocks import TextBlocks
 from gaintune.data.examples import IGNORED
-from gaintune.data.text import load_text
 from gaintune.errors import BaseModelError, DataError
 
 SHARE = 0.15
@@ -23,10 +23,10 @@ ENDS = 2
 
 @dataclass(frozen=True)
 class MaskedBlocks:
-    """Validation text of one domain, as a masked language model is given it.
+    """Validation text of one domain with tokens hidden, for a masked language model.
 
     Attributes:
-        name: the domain's.
+        name: of the domain.
         input_ids: what the model sees, special tokens around every block, int64 `(blocks, block_size)`.
         labels: the tokens to predict, and -100 elsewhere, int64 `(blocks, block_size)`.
     """
@@ -37,27 +37,24 @@ class MaskedBlocks:
 
     @property
     def scored(self) -> tuple[int, ...]:
-        """Tokens to predict in each block."""
+        """Number of tokens to predict in each block."""
         return tuple((self.labels != IGNORED).sum(dim=1).tolist())
 
 
 def load_masked_blocks(
     domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
 ) -> MaskedBlocks:
-    """Load a domain's validation text, packed as `load_text` packs it, between the encoder's special tokens.
+    """Load a domain's validation text, packed as for a causal model, between the encoder's special tokens.
 
-    Args:
-        domain: a domain of text.
-        data: budgets and block size; two tokens of a block are the special ones.
-        tokenizer: the encoder's.
-        seed: seed of the masking.
+    Two tokens of a block are the special ones; `seed` is that of the masking.
 
     Raises:
         BaseModelError: the tokenizer lacks the special tokens of an encoder.
-        DataError, AssetError: as for `load_text`.
+        DataError, AssetError: as for `load_domain`.
     """
     inner = data.model_copy(update={"block_size": data.block_size - ENDS, "beginning_of_text": "never"})
-    return mask_blocks(load_text(domain, inner, tokenizer).validation.input_ids, domain.name, tokenizer, seed=seed)
+    blocks = TextBlocks(domain, inner, tokenizer).build().validation.input_ids
+    return mask_blocks(blocks, domain.name, tokenizer, seed=seed)
 
 
 def mask_blocks(blocks: torch.Tensor, name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> MaskedBlocks:
@@ -66,7 +63,7 @@ def mask_blocks(blocks: torch.Tensor, name: str, tokenizer: PreTrainedTokenizerB
     Of every block the same share is drawn, 15 % of the tokens that are not special; of those 80 % become the mask
     token, 10 % another token and 10 % stay, as in the pretraining of BERT (arXiv 1810.04805, 3.1) and RoBERTa, and as
     perplexity of masked language models is usually reported. The draw depends on the seed, the domain's name, the
-    block's number and its length alone, so every model with this tokenizer is asked for the same tokens.
+    block's number and its length alone, so every model with this tokenizer predicts the same tokens.
     """
     begin = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
     end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from gaintune.data.documents import Document, Documents, Stored, cut_chunks
-from gaintune.data.tables import ROW_SUFFIXES, add_texts, decode, not_utf8
+from gaintune.data.tables import ROW_SUFFIXES, Row, add_texts, decode, not_utf8, read_table
 from gaintune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -38,18 +38,20 @@ def read_documents(path: Path, text_column: str | None = None) -> Documents[Docu
         DataError: naming the file, and the line where there is one; for a row of .jsonl where it is read.
     """
     train, validation = split_files(path)
-    return Documents(
-        train=_read_files(train, text_column),
-        validation=_read_files(validation, text_column) if validation else None,
-        source=str(path),
-    )
+    return Documents(_read_files(train, text_column), _read_files(validation, text_column), str(path))
+
+
+def read_rows(path: Path) -> Documents[Row]:
+    """Read all rows of a file, or of every file of a folder, on their sides; raises as `read_documents` does."""
+    sides = ([row for file in files for row in read_table(file)] for files in split_files(path, ROW_SUFFIXES))
+    return Documents(*sides, source=str(path))
 
 
 def local_path(source: str) -> Path | None:
-    """The file or folder of a domain's source, None where there is none and the source may be a name.
+    """Return the file or folder of a domain's source, None where nothing is there and the source may be a name.
 
     Raises:
-        DataError: there is none, and the source is written as a path.
+        DataError: nothing is there, and the source is written as a path.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -62,7 +64,7 @@ def local_path(source: str) -> Path | None:
 
 
 def split_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], list[Path]]:
-    """Training and validation files of a domain; no validation files where a file stands alone or no split is named.
+    """Find the files to train on and to validate with; none of these for a lone file or where no split is named.
 
     Raises:
         DataError: no such file or folder, or none with one of the suffixes.
@@ -91,7 +93,7 @@ def _split_folder(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], 
     tests = [file for file in usable if _named(_TEST, file, folder)]
     if train and tests and not validation:
         validation = _matched(tests, folder)
-        logger.warning("%s: no validation files; measured is %s", folder, ", ".join(each.name for each in validation))
+        logger.warning("%s: no validation files; measured is %s", folder, ", ".join(file.name for file in validation))
     if not train or not validation:
         train, validation = usable, []
     used = {*train, *validation}
@@ -101,12 +103,12 @@ def _split_folder(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], 
 
 
 def _matched(files: list[Path], folder: Path) -> list[Path]:
-    """Of MNLI's two validation sets the matched one, as for `mnli` by name; the other is told of as no part."""
+    """Keep the matched one of MNLI's two validation sets, as for `mnli` by name."""
     return [file for file in files if "mismatched" not in file.relative_to(folder).as_posix().lower()] or files
 
 
 def _named(pattern: re.Pattern[str], file: Path, folder: Path) -> bool:
-    """Whether the file, or a folder between, is named after a split."""
+    """Tell whether the file, or a folder between, is named after a split."""
     return any(pattern.match(part) for part in file.relative_to(folder).parts)
 
 
@@ -131,7 +133,7 @@ def _whole(file: Path, data: bytes, _: int) -> Document:
 
 
 def _sections(file: Path) -> Iterator[tuple[int, int, int]]:
-    """First byte, byte after the last and line of every section of a text."""
+    """Yield the first byte, the byte after the last and the line of every section of a text."""
     start, line, empty = _first_byte(file), 1, True
     for whole, lead, section in cut_chunks(_chunks(file), SECTION_CHARACTERS):
         if section.strip():
@@ -145,14 +147,14 @@ def _sections(file: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def _extent(file: Path) -> Iterator[tuple[int, int, int]]:
-    """First byte and byte after the last of a whole text, which is read once to see that it can be."""
+    """Yield the first byte, the byte after the last and the line of a whole text, once it was read without error."""
     if not sum(bool(chunk.strip()) for chunk in _chunks(file)):  # a sum, so that all of them are decoded
         raise DataError(f"{file}: the file is empty; delete it or fill it in")
     yield 0, file.stat().st_size, 1
 
 
 def _first_byte(file: Path) -> int:
-    """Where the text begins: after a byte order mark, if there is one."""
+    """Return where the text begins: after a byte order mark, if there is one."""
     with file.open("rb") as handle:
         return len(codecs.BOM_UTF8) if handle.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
 

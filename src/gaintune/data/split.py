@@ -1,4 +1,4 @@
-"""Which document is for training and which for validation, and in which order documents are drawn."""
+"""The split into training and validation, and the order in which documents are drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PASSAGES_AT_ONCE = 256  # read ahead of what is drawn: little beside the pass ov
 
 @dataclass(frozen=True)
 class Passage:
-    """A document, or a piece of a long one; `document` is the document's number in its split."""
+    """A document, a piece of a long one, or a row's question; `document` is the number of its document in its split."""
 
     text: str
     document: int
@@ -42,7 +42,7 @@ def _draws(seed: int, purpose: str, keys: Iterable[object]) -> np.ndarray:
 
 
 def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] = attrgetter("text")) -> Documents[T]:
-    """Give each document its side by a hash of the seed and its text; a source's own split is left as it is.
+    """Split documents by a hash of the seed and their text; a source's own split is left as it is.
 
     `VALIDATION_SHARE` of the different texts go to validation, at least one. Texts that differ by case, spacing or
     punctuation alone are on the same side. A document keeps its side when others are added. `key` is the text of a
@@ -51,7 +51,7 @@ def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] 
     Raises:
         DataError: there is only one text, so that one side would be empty; or a document in a file is broken.
     """
-    if documents.validation is not None:
+    if documents.validation:
         for side in (documents.train, documents.validation):
             deque(side, maxlen=0)
         return documents
@@ -64,13 +64,10 @@ def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] 
             f"to train on and to validate with; give more, or a folder with train and validation files"
         )
     threshold = max(int(VALIDATION_SHARE * 2**64), int(draws.min()) + 1)
-    threshold = min(threshold, int(draws.max()))  # where all of them fall below: leave something to train on
+    threshold = min(threshold, int(draws.max()))  # where all are below it, leave something to train on
     held_out = draws < np.uint64(threshold)
-    return Documents(
-        train=_chosen(documents.train, ~held_out),
-        validation=_chosen(documents.train, held_out),
-        source=documents.source,
-    )
+    sides = (_chosen(documents.train, ~held_out), _chosen(documents.train, held_out))
+    return Documents(*sides, source=documents.source)
 
 
 def _chosen(documents: Sequence[T], mask: np.ndarray) -> Sequence[T]:
@@ -79,9 +76,9 @@ def _chosen(documents: Sequence[T], mask: np.ndarray) -> Sequence[T]:
 
 
 def in_drawn_order(documents: Sequence[Document], seed: int, side: str, block_size: int) -> Iterator[Passage]:
-    """Passages of all documents in an order that the seed decides.
+    """Yield passages of all documents in an order that the seed decides.
 
-    A document longer than about two blocks is cut into passages that are ordered each by itself, so that a small budget
+    A document longer than about two blocks is cut into passages that are drawn one by one, so that a small budget
     samples many documents rather than the beginning of one.
     """
     size = PASSAGE_CHARACTERS_PER_BLOCK_TOKEN * block_size
@@ -104,5 +101,5 @@ def in_drawn_order(documents: Sequence[Document], seed: int, side: str, block_si
 
 
 def drawn_order(count: int, seed: int, side: str) -> np.ndarray:
-    """The numbers below `count` in an order that the seed decides for each side (such as "train")."""
+    """Return the numbers below `count` in an order that the seed decides for each side (such as "train")."""
     return np.argsort(_draws(seed, side, range(count)), kind="stable")

@@ -1,4 +1,4 @@
-"""Files of rows (.jsonl, .json, .csv, .parquet): every row a document, every mistake with its line."""
+"""Files of rows (.jsonl, .json, .csv, .parquet): a row is a document, and a mistake is named by its line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USUAL_COLUMNS = ("text", "content")
 
 
 class Row(NamedTuple):
-    """One row and its place: "file:line", or "file: row n" where the format has no lines."""
+    """One row and its origin: "file:line", or "file: row n" where the format has no lines."""
 
     values: dict[str, Any]
     origin: str
@@ -41,13 +41,7 @@ def add_rows(items: Stored[T], file: Path, make: Callable[[Row, int], T], rows: 
     """Add what `make` makes of every row and its number, from 1.
 
     Rows of .jsonl stay in their file, and what is wrong with one is raised whenever it is read; those of other formats
-    are read and checked now, and stay in memory.
-
-    Args:
-        items: what they are added to.
-        file: a file of rows.
-        make: what is kept of a row.
-        rows: the rows of a file that is not .jsonl, where they have been read already.
+    are read and checked now (unless given as `rows`, already read), and stay in memory.
 
     Raises:
         DataError: a broken row, or a file without any; and what `make` raises.
@@ -55,9 +49,8 @@ def add_rows(items: Stored[T], file: Path, make: Callable[[Row, int], T], rows: 
     if file.suffix.lower() != ".jsonl":
         items.hold([make(row, number) for number, row in enumerate(rows or read_table(file), start=1)])
         return
-    before = len(items)
+    before, name = len(items), str(file)  # once, not for every row
     places = ((start, start + len(data), line) for start, data, line in _lines(file))
-    name = str(file)  # once, not for every row
     items.add(file, lambda data, line: make(_json_row(name, data, line), line), places)
     if len(items) == before:
         raise DataError(f"{file}: holds no rows")
@@ -72,11 +65,10 @@ def read_table(file: Path) -> list[Row]:
 
 
 def first_row(file: Path) -> Row:
-    """The first row alone, the others unread where the format allows that; raises as `read_table`."""
-    row = next(_rows(file), None)
-    if row is None:
-        raise DataError(f"{file}: holds no rows")
-    return row
+    """Read the first row alone, the others unread where the format allows that; raises as `read_table`."""
+    for row in _rows(file):
+        return row
+    raise DataError(f"{file}: holds no rows")
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -84,7 +76,7 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def decode(file: Path | str, data: bytes, first_line: int = 1) -> str:
-    """Bytes as UTF-8 text, a byte order mark removed; the line is named where that fails."""
+    """Decode UTF-8, without a byte order mark; an error names the line."""
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
@@ -92,7 +84,7 @@ def decode(file: Path | str, data: bytes, first_line: int = 1) -> str:
 
 
 def not_utf8(file: Path | str, error: UnicodeDecodeError, first_line: int) -> DataError:
-    """What a person reads of bytes that are no UTF-8; the first of those that were decoded stands on `first_line`."""
+    """Return the error of bytes that are no UTF-8; the first of those that were decoded stands on `first_line`."""
     line = first_line + error.object.count(b"\n", 0, error.start)
     return DataError(
         f"{file}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file, "
@@ -110,9 +102,9 @@ def _find_column(file: Path, rows: Sequence[Row]) -> str:
         strings = [column for column in strings if not all(_is_number(row.values[column]) for row in rows)]
     if len(strings) == 1:
         return strings[0]
-    found = f"which of {', '.join(strings)} holds the text?" if strings else "no column holds text;"
+    problem = f"which of {', '.join(strings)} holds the text?" if strings else "no column holds text;"
     raise DataError(
-        f"{rows[0].origin}: {found} name it with --text-column, or text_column in a plan "
+        f"{rows[0].origin}: {problem} name it with --text-column, or text_column in a plan "
         f"(the columns are {', '.join(columns) or 'none at all'})"
     )
 
@@ -125,16 +117,21 @@ def _is_number(value: str) -> bool:
     return True
 
 
-def row_text(row: Row, column: str) -> str:
-    """The text in one column of a row; raises `DataError` where there is none, or none that can be encoded."""
+def value_of(row: Row, column: str) -> Any:
+    """Return the value in one column of a row; raises `DataError` where there is no such column."""
     if column not in row.values:
         columns = ", ".join(row.values) or "none at all"
         raise DataError(f"{row.origin}: has no column {column!r}; the columns are {columns}")
-    return checked_text(row.values[column], row.origin, f"column {column!r}")
+    return row.values[column]
+
+
+def row_text(row: Row, column: str) -> str:
+    """Return the text in one column of a row; raises `DataError` where there is none, or none that can be encoded."""
+    return checked_text(value_of(row, column), row.origin, f"column {column!r}")
 
 
 def checked_text(value: Any, origin: str, what: str) -> str:
-    """A value that has to be text with something in it; raises `DataError` that says where and what it is."""
+    """Return a value that must be text with something in it; else raise `DataError` that says where and what it is."""
     if not isinstance(value, str):
         kind = "null" if value is None else f"of type {type(value).__name__}"
         raise DataError(f"{origin}: {what} is {kind}, expected text; correct or delete the row")
@@ -162,7 +159,7 @@ def _jsonl(file: Path) -> Iterator[Row]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
-    """First byte, bytes and number of each line, blank ones at the end left out; a blank one before is refused."""
+    """Yield the first byte, bytes and number of each line; refuse a blank line, except at the end."""
     start = blank = 0
     with file.open("rb") as handle:  # its lines end with \n alone: JSON text may hold U+2028
         for number, line in enumerate(handle, start=1):
@@ -177,18 +174,16 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
 
 
 def _json_row(file: Path | str, data: bytes, number: int) -> Row:
-    """The row of one line."""
+    origin = f"{file}:{number}"
     try:
-        values = json.loads(decode(file, data, number))
+        return _as_row(json.loads(decode(file, data, number)), origin)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno}); correct or delete the line"
-        ) from None
-    return _as_row(values, f"{file}:{number}")
+        problem = f"{error.msg} at column {error.colno}"
+        raise DataError(f"{origin}: not valid JSON ({problem}); correct or delete the line") from None
 
 
 def _json(file: Path) -> Iterator[Row]:
-    """A list of rows, or a mapping with such a list under "data"; one row a line is read as .jsonl."""
+    """Read a list of rows, or a mapping with such a list under "data"; one row a line is read as .jsonl."""
     text = decode(file, file.read_bytes())
     try:
         values = json.loads(text)
@@ -199,12 +194,10 @@ def _json(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     start = 0
     if isinstance(values, dict):
-        start = _value_position(text, "data")
-        values = values.get("data")
+        start, values = _value_position(text, "data"), values.get("data")
     if not isinstance(values, list):
         raise DataError(f'{file}:1: expected a list of rows, or {{"data": [...]}}')
-    for line, row in zip(_element_lines(text, start), values, strict=True):
-        yield _as_row(row, f"{file}:{line}")
+    yield from (_as_row(row, f"{file}:{line}") for line, row in zip(_element_lines(text, start), values, strict=True))
 
 
 def _skip(text: str, position: int, characters: str) -> int:
@@ -214,7 +207,7 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 
 def _value_position(text: str, wanted: str) -> int:
-    """Where the value of a key of the outermost mapping starts, in text that is known to be valid JSON; 0 if absent."""
+    """Return where the value of a key of the outermost mapping starts, in valid JSON; 0 if it is absent."""
     decoder = json.JSONDecoder()
     position = _skip(text, text.index("{") + 1, " \t\r\n,")
     found = 0
@@ -228,7 +221,7 @@ def _value_position(text: str, wanted: str) -> int:
 
 
 def _element_lines(text: str, start: int) -> Iterator[int]:
-    """The line each element of a list starts on, in text that is known to be valid JSON."""
+    """Yield the line on which each element of a list starts, in valid JSON."""
     decoder = json.JSONDecoder()
     position = _skip(text, text.index("[", start) + 1, " \t\r\n,")
     line, counted = 1, 0
@@ -240,20 +233,14 @@ def _element_lines(text: str, start: int) -> Iterator[int]:
 
 
 def _csv(file: Path) -> Iterator[Row]:
-    """Comma-separated values with a header; a field may span lines inside quotation marks."""
+    """Read comma-separated values with a header; a field may span lines inside quotation marks."""
     text = decode(file, file.read_bytes()).rstrip("\r\n")
     previous_limit = csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 131,072 characters
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    line = 1
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header: list[str] | None = None
-        line = 1
-        while True:
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise DataError(f"{file}:{line}: not valid CSV ({error})") from None
+        for fields in reader:
             if header is None:
                 header = fields
                 if repeated := sorted({name for name in header if header.count(name) > 1}):
@@ -268,6 +255,8 @@ def _csv(file: Path) -> Iterator[Row]:
             else:
                 yield Row(dict(zip(header, fields, strict=True)), f"{file}:{line}")
             line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}:{line}: not valid CSV ({error})") from None
     finally:
         csv.field_size_limit(previous_limit)
 
@@ -276,12 +265,10 @@ def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow  # slow to import, and only this format needs it
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, f"{file}: row {number}")
+            rows = (values for batch in table.iter_batches(batch_size=1024) for values in batch.to_pylist())
+            for number, values in enumerate(rows, start=1):
+                yield Row(values, f"{file}: row {number}")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({error})") from None
