@@ -36,11 +36,9 @@ class Flag:
 
     `lr: Annotated[float | None, Flag()] = Field(...)` makes `--lr`, with the field's description and default as help.
 
-    Attributes:
-        name: the option without its dashes, unless it is the field's name.
-        help: the whole help text, where the description and default do not serve.
-        metavar: what stands for the value in the help.
-        joint: one option sets all fields of a command that are marked with this name.
+    The option has the field's `name` unless another is given. `help` is the whole help text, where the description and
+    default do not serve; `metavar` stands for the value in it. A `joint` option sets all fields of a command that have
+    its name and are marked so.
     """
 
     name: str = ""
@@ -415,11 +413,7 @@ def _says_classify(data: Any) -> bool:
 
 
 def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
-    """Check nested values into a plan.
-
-    Raises:
-        ConfigError: an unknown key or a value of the wrong kind, named with its place in `origin`.
-    """
+    """Check nested values into a plan; ConfigError names an unknown key or wrong value, with its place in `origin`."""
     try:
         return Plan.model_validate(values)
     except ValidationError as error:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 ENCODED_AT_ONCE = 16
 NAMED_ROWS = 5
 COMMON_SHARE = 0.05
-"""Share of the prompts beyond which words that they have in common make no near-duplicates of them."""
+"""Words that more than this share of the prompts have in common make no near-duplicates."""
 
 
 def load_domain(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DomainBlocks:
@@ -68,10 +68,8 @@ class BlockBuilder(ABC):
     used up, with a warning. Validation text does not depend on the training budget, except that near-duplicates of what
     is trained on are left out. Errors are those of `load_domain`.
 
-    Attributes:
-        noun: what is compared with what is trained on, in messages.
-        common: share of the documents beyond which their common words do not count in that, as of `NeighbourIndex`.
-        hashed: the tensors of both sides that the content hash goes over.
+    `noun` is what is compared to find near-duplicates, and `common` is as for `NeighbourIndex`; the content hash goes
+    over the `hashed` tensors of both sides.
     """
 
     noun: str

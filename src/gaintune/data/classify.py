@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import ClassifyConfig, DomainConfig
 from gaintune.data.documents import Documents
@@ -31,8 +32,7 @@ class LabelledExamples:
     Attributes:
         input_ids: token ids of each row, int64 `(length,)`.
         labels: int64 `(rows,)`, counted in the order of `ClassifyDomain.labels`.
-        segments: 0 for tokens of the first text and 1 for those of the second, as `input_ids`; None for models that
-            do not take them.
+        segments: 0 for tokens of the first text, 1 for the second, as `input_ids`; None for models that do not take it.
         truncated: rows of which the end was cut away.
     """
 
@@ -43,7 +43,7 @@ class LabelledExamples:
 
     @property
     def tokens(self) -> int:
-        """All tokens, padding not counted."""
+        """Number of tokens without padding."""
         return sum(len(row) for row in self.input_ids)
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class LabelledExamples:
 
 @dataclass(frozen=True)
 class Padding:
-    """Puts rows into a batch: padded on the right to the longest of them, and masked there."""
+    """Collator that pads rows on the right to the longest of a batch, and masks the padding."""
 
     token: int
 
@@ -83,11 +83,11 @@ class Padding:
 
 @dataclass(frozen=True)
 class ClassifyDomain:
-    """A domain of labelled rows ready to train on and to be measured.
+    """A domain of labelled rows ready to train on and to measure.
 
-    `labels` are the label names found in the training rows, sorted (numbers by value). `content_hash` is the SHA-256
-    of the tokens, the labels and the settings that made them. `repeated` counts validation rows whose text also stands
-    in a training row that is used, case, spacing and punctuation aside.
+    `labels` are the names in the training rows, sorted (numbers by value). `content_hash` is the SHA-256 of the tokens,
+    the labels and the settings that made them. `repeated` counts validation rows whose text is also that of a training
+    row, case, spacing and punctuation aside.
     """
 
     name: str
@@ -134,11 +134,16 @@ def label_names(texts: Documents[LabelledText]) -> tuple[str, ...]:
 
 
 def load_classification(
-    domain: DomainConfig, settings: ClassifyConfig, tokenizer: Any, *, seed: int, segments: bool = False
+    domain: DomainConfig,
+    settings: ClassifyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    segments: bool = False,
 ) -> ClassifyDomain:
     """Load a domain of labelled rows within its limits.
 
-    Rows are drawn in an order the seed decides. A pair is joined as the tokenizer joins pairs, or by a line end where
+    A pair is joined as the tokenizer joins pairs, or by a line end where
     it has no separator of its own (decoders). Longer rows are cut to `settings.max_length` tokens, of a pair from the
     longer text, and counted.
 
@@ -164,7 +169,7 @@ def load_classification(
         logger.warning("domain %s: %d validation row(s) also stand in the training rows", domain.name, repeated)
     sides: dict[str, LabelledExamples] = {}
     for side, rows in (("training", train), ("validation", validation)):
-        examples = encode_rows(rows, labels, tokenizer, settings.max_length, segments=segments)
+        examples = _encode(rows, labels, tokenizer, settings.max_length, segments)
         sides[side] = examples
         if examples.truncated:
             logger.warning(
@@ -182,17 +187,17 @@ def _draw(rows: Sequence[LabelledText], limit: int | None, seed: int, side: str,
     return tuple(rows[index] for index in drawn_order(len(rows), seed, side)[:limit])
 
 
-def encode_rows(
-    rows: Sequence[LabelledText], labels: Sequence[str], tokenizer: Any, max_length: int, *, segments: bool = False
+def _encode(
+    rows: Sequence[LabelledText], labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int, segments: bool
 ) -> LabelledExamples:
-    """Tokenize rows with the tokenizer's special tokens, cut to `max_length` tokens."""
+    """Tokenize rows with the tokenizer's special tokens, cut to `limit` tokens."""
     first: list[str] = [row.text_a for row in rows]
     second = [row.text_b for row in rows if row.text_b is not None] or None
     if second is not None and tokenizer.sep_token_id is None:
         first, second = [f"{a}\n{b}" for a, b in zip(first, second, strict=True)], None
     options: dict[str, Any] = {"return_token_type_ids": segments, "return_attention_mask": False, "verbose": False}
     whole = tokenizer(first, second, **options)
-    cut = tokenizer(first, second, truncation=True, max_length=max_length, **options)
+    cut = tokenizer(first, second, truncation=True, max_length=limit, **options)
     for row, ids in zip(rows, cut["input_ids"], strict=True):
         if not ids:
             raise DataError(f"{row.origin}: the tokenizer makes no token of this text; correct or delete the row")
@@ -200,7 +205,7 @@ def encode_rows(
         input_ids=tuple(torch.tensor(ids) for ids in cut["input_ids"]),
         labels=torch.tensor([labels.index(row.label) for row in rows]),
         segments=tuple(torch.tensor(ids) for ids in cut["token_type_ids"]) if segments else None,
-        truncated=sum(len(ids) > max_length for ids in whole["input_ids"]),
+        truncated=sum(len(ids) > limit for ids in whole["input_ids"]),
     )
 
 

@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text: `parts` of which the last is scored and the first is not; it `ends` with its own end of turn."""
+    """A row as text: the first of its parts is not scored, the last is; `ends` if it brings its own end of turn."""
 
     parts: tuple[Part, ...]
     ends: bool = False
@@ -89,8 +89,8 @@ def _chat(exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     for index, turn in enumerate(exchange.turns):
         if not turn.scored:
             continue
-        before = _apply(tokenizer, messages[:index], exchange.origin, add_generation_prompt=True)
-        after = _apply(tokenizer, messages[: index + 1], exchange.origin, add_generation_prompt=False)
+        before = _apply(tokenizer, messages[:index], exchange.origin, prompting=True)
+        after = _apply(tokenizer, messages[: index + 1], exchange.origin, prompting=False)
         if not before.startswith(written) or not after.startswith(before) or not after[len(before) :].strip():
             raise DataError(
                 f"{exchange.origin}: the chat template of {tokenizer.name_or_path!r} leaves message {index + 1} out "
@@ -106,12 +106,11 @@ def _chat(exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     return Rendered(tuple(part for part in parts if part.text), ends=ends)
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], origin: str, *, add_generation_prompt: bool) -> str:
+def _apply(tokenizer: Any, messages: list[dict[str, str]], origin: str, *, prompting: bool) -> str:
+    options = {"tokenize": False, "add_generation_prompt": prompting}
     try:
         template = undated(tokenizer.get_chat_template(), str(tokenizer.name_or_path))
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(messages, chat_template=template, **options)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"{origin}: the model's chat template refuses this row ({one_line(error)})") from None
 

@@ -23,14 +23,9 @@ NOVEL_CHARACTERS = 16_384
 class HubSource:
     """A data set on the Hub, or a local folder of the same layout.
 
-    Attributes:
-        path: its id on the Hub, or the folder.
-        render: makes texts or exchanges of its rows; None where the rows are read as they are.
-        train: split to train on.
-        validation: split to measure; None where it has none, and its training rows are split.
-        configuration: the data set's configuration, None for the default.
-        streaming: read from the start until there is enough, rather than downloaded whole.
-        labels: names of its labels 0, 1, ...
+    `render` makes texts or exchanges of its rows; None leaves them as they are. `validation` is None where all rows are
+    in `train`. A `streaming` set is read from the start until there is enough, not downloaded whole. `labels` are the
+    names of its labels 0, 1, ...
     """
 
     path: str

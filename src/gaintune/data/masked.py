@@ -17,18 +17,16 @@ from gaintune.errors import BaseModelError, DataError
 SHARE = 0.15
 """Share of a block's tokens that are to be predicted, special ones not counted."""
 HIDDEN, REPLACED = 0.8, 0.1
-"""Shares of those that the model sees as the mask token, and as some other token; the rest it sees as they are."""
-ENDS = 2
+"""Shares of those that the model sees as the mask token, and as another token; it sees the rest as they are."""
+ENDS = 2  # special tokens around a block
 
 
 @dataclass(frozen=True)
 class MaskedBlocks:
     """Validation text of one domain with tokens hidden, for a masked language model.
 
-    Attributes:
-        name: of the domain.
-        input_ids: what the model sees, special tokens around every block, int64 `(blocks, block_size)`.
-        labels: the tokens to predict, and -100 elsewhere, int64 `(blocks, block_size)`.
+    `input_ids` are what the model sees, with special tokens around every block; `labels` are the tokens to predict, and
+    -100 elsewhere. Both are int64 `(blocks, block_size)`.
     """
 
     name: str

@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_manifest(folder: Path, editable: Collection[str] = ()) -> None:
-    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically.
+    """Write the manifest of the SHA-256 sums of a folder's files, atomically, once all of them are flushed to disk.
 
     Files named in `editable` are a person's to change, so the manifest names them without a sum.
     """

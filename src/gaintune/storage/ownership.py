@@ -29,11 +29,9 @@ UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{12}")  # not yet renamed when a proce
 class Kind:
     """A kind of folder that this program begins and continues.
 
-    Attributes:
-        name: in the marker.
-        noun: in messages.
-        begun: what every folder of this kind holds that an earlier version began, without a marker.
-        names: what such a folder may hold: paths with wildcards, `**` at the end for everything below.
+    `name` is in the marker and `noun` in messages. `names` are what such a folder may hold: paths with wildcards, with
+    `**` at the end for everything below. `begun` is what it always holds, also if an earlier version began it without a
+    marker.
     """
 
     name: str

@@ -94,7 +94,7 @@ class Run:
         return self.folder / "stages" / label / f"{index + 1:02d}-{domain}"
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append one line to events.jsonl: what happened and when (UTC)."""
+        """Add one line to events.jsonl: what happened and when (UTC)."""
         if not self.writes:
             return
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
