@@ -7,9 +7,9 @@ from datasets import Dataset
 
 from gaintune.data import beginning_of_text
 from gaintune.data.blocks import token_rows
+from gaintune.data.documents import Passage
 from gaintune.data.encode import end_of_text
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
-from gaintune.data.split import Passage
 from support import tiny_base
 
 PAIRS = [("Two and two?", " Four."), ("the cat sat\n", "on the mat, € 5"), ("Why {so}?\n\n", "No reason.")]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from gaintune.data.documents import Passage
 from gaintune.data.examples import TokenRow, pack
-from gaintune.data.split import Passage
 
 FILLER = 99
 

@@ -10,10 +10,9 @@ import pytest
 
 from gaintune.config import DomainConfig
 from gaintune.data import readers
-from gaintune.data.documents import cut_passages
+from gaintune.data.documents import cut_passages, in_drawn_order, split_documents
 from gaintune.data.domains import load_documents
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
-from gaintune.data.split import in_drawn_order, split_documents
 from gaintune.errors import DataError
 
 

@@ -6,8 +6,7 @@ import hashlib
 
 import pytest
 
-from gaintune.data.documents import Document, Documents
-from gaintune.data.split import drawn_order, in_drawn_order, split_documents
+from gaintune.data.documents import Document, Documents, drawn_order, in_drawn_order, split_documents
 from gaintune.errors import DataError
 
 

@@ -1,4 +1,6 @@
+from .blocks import MaskedBlocks as MaskedBlocks
 from .blocks import load_domain as load_domain
+from .blocks import load_masked_blocks as load_masked_blocks
 from .classify import ClassifyDomain as ClassifyDomain
 from .classify import LabelledExamples as LabelledExamples
 from .classify import Padding as Padding
@@ -13,8 +15,6 @@ from .examples import Examples as Examples
 from .examples import replayed_rows as replayed_rows
 from .examples import with_replay as with_replay
 from .labelled import GLUE as GLUE
-from .masked import MaskedBlocks as MaskedBlocks
-from .masked import load_masked_blocks as load_masked_blocks
 from .questions import QUESTION_SETS as QUESTION_SETS
 from .questions import ChoiceRow as ChoiceRow
 from .questions import holds_questions as holds_questions
@@ -22,8 +22,8 @@ from .questions import load_questions as load_questions
 from .questions import read_choices as read_choices
 from .questions import write_choice_rows as write_choice_rows
 from .questions import write_instruction_rows as write_instruction_rows
+from .readers import ROW_SUFFIXES as ROW_SUFFIXES
 from .readers import SUFFIXES as SUFFIXES
+from .readers import Row as Row
+from .readers import read_table as read_table
 from .readers import split_files as split_files
-from .tables import ROW_SUFFIXES as ROW_SUFFIXES
-from .tables import Row as Row
-from .tables import read_table as read_table

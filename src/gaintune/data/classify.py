@@ -14,10 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import ClassifyConfig, DomainConfig
-from gaintune.data.documents import Documents
+from gaintune.data.documents import Documents, drawn_order
 from gaintune.data.labelled import LabelledText, load_labelled
 from gaintune.data.neighbours import normalise
-from gaintune.data.split import drawn_order
 from gaintune.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gaintune.data.split import Passage, drawn_order
+from gaintune.data.documents import Passage, drawn_order
 
 IGNORED = -100
 """The label of a token that is not scored, as transformers and torch's cross-entropy know it."""
@@ -183,24 +183,20 @@ def pack(rows: Iterable[TokenRow], *, block_size: int, blocks: int, filler: int,
         cut += fitting is not row
         longest = max(longest, len(row.ids))
     ids = np.full((len(filled), block_size), filler, np.int64)
-    labels = np.full_like(ids, IGNORED)
-    positions = np.zeros_like(ids)
-    bytes_of_blocks = []
+    labels, positions = np.full_like(ids, IGNORED), np.zeros_like(ids)
     for block, held in enumerate(filled):
-        start = total = 0
+        start = 0
         for row in held:
             piece = slice(start, start + len(row.ids))
             ids[block, piece] = row.ids
             labels[block, piece] = np.where(row.scored, row.ids, IGNORED)
             positions[block, piece] = np.arange(len(row.ids))
-            total += int(row.bytes[row.scored].sum())
             start = piece.stop
         positions[block, start:] = np.arange(block_size - start)
-        bytes_of_blocks.append(total)
     position_ids = torch.from_numpy(positions) if packing else None
     return Packed(
         examples=Examples(torch.from_numpy(ids), torch.from_numpy(labels), position_ids),
-        bytes=tuple(bytes_of_blocks),
+        bytes=tuple(sum(int(row.bytes[row.scored].sum()) for row in held) for held in filled),
         passages=tuple(row.passage for held in filled for row in held),
         cut=cut,
         longest=longest,

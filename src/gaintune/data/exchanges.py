@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.data.documents import Documents, Stored
-from gaintune.data.readers import split_files
-from gaintune.data.tables import ROW_SUFFIXES, Row, add_rows, checked_text
+from gaintune.data.readers import ROW_SUFFIXES, Row, add_rows, checked_text, split_files
 from gaintune.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -87,9 +86,8 @@ def _exchange(row: Row, number: int, prompt: str | None, completion: str | None)
             )
         return _conversation(_messages(row.values["messages"], row.origin, "messages", scored=True), row, number)
     if missing:
-        given = ", ".join(row.values) or "none at all"
         advice = "" if named else "; name them with prompt_column and completion_column, or give 'messages'"
-        raise DataError(f"{row.origin}: has no column {missing[0]!r}; the columns are {given}{advice}")
+        raise DataError(f"{row.origin}: has no column {missing[0]!r}; the columns are {row.columns}{advice}")
     question, answer = (row.values[column] for column in columns)
     of_question, of_answer = (f"column {column!r}" for column in columns)
     if isinstance(question, list) != isinstance(answer, list):

@@ -10,7 +10,7 @@ from typing import Any
 
 from gaintune.data.documents import Document, Documents, T, cut_passages
 from gaintune.data.exchanges import Exchange, question_and_answer
-from gaintune.data.tables import Row
+from gaintune.data.readers import Row
 from gaintune.errors import AssetError
 
 logger = logging.getLogger(__name__)

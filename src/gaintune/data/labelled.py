@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from gaintune.config import DomainConfig
-from gaintune.data.documents import Documents
+from gaintune.data.documents import Documents, split_documents
 from gaintune.data.hub import HubSource, load_hub_rows
-from gaintune.data.readers import local_path, read_rows
-from gaintune.data.split import split_documents
-from gaintune.data.tables import Row, row_text, value_of
+from gaintune.data.readers import Row, local_path, read_rows, row_text, value_of
 from gaintune.errors import DataError
 
 PAIRS = (
@@ -119,7 +117,7 @@ def _find_columns(rows: Sequence[Row], text_column: str | None) -> tuple[str, ..
     known = ", ".join([*SINGLES, *(" + ".join(pair) for pair in PAIRS)])
     raise DataError(
         f"{first.origin}: no column holds the text to classify; name it one of {known}, or name the column with "
-        f"--text-column, or text_column in a plan (the columns are {', '.join(first.values) or 'none at all'})"
+        f"--text-column, or text_column in a plan (the columns are {first.columns})"
     )
 
 

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.data.documents import Documents
+from gaintune.data.documents import Documents, drawn_order, split_documents
 from gaintune.data.hub import HubSource, exam_question, load_hub_rows, pubmedqa_contexts
 from gaintune.data.labelled import LABEL, LabelledText, glue_labels, read_labelled
-from gaintune.data.readers import read_rows, split_files
-from gaintune.data.split import drawn_order, split_documents
-from gaintune.data.tables import ROW_SUFFIXES, Row, first_row, read_table, row_text
+from gaintune.data.readers import ROW_SUFFIXES, Row, first_row, read_rows, read_table, row_text, split_files
 from gaintune.errors import DataError
 from gaintune.progress import plural
 from gaintune.storage import write_text
@@ -95,7 +93,7 @@ def load_questions(name: str, path: Path | None, *, learn: bool, seed: int) -> D
         DataError: no such set, rows that are no questions with choices, by file and line, or none left to train on.
         AssetError: a download failed.
     """
-    rows = _hub(name) if path is None else _local(path)
+    rows = _source(name, path)
     train = _questions(name, rows.train, rows.validation)
     if rows.validation:
         asked = _questions(name, rows.validation, rows.train)
@@ -132,13 +130,11 @@ def _write_rows(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     write_text(file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
-def _local(path: Path) -> Documents[Row]:
-    if path.is_file() and path.suffix.lower() not in ROW_SUFFIXES:
-        raise DataError(f"{path}: a file of questions ends in one of {', '.join(ROW_SUFFIXES)}")
-    return read_rows(path)
-
-
-def _hub(name: str) -> Documents[Row]:
+def _source(name: str, path: Path | None) -> Documents[Row]:
+    if path is not None:
+        if path.is_file() and path.suffix.lower() not in ROW_SUFFIXES:
+            raise DataError(f"{path}: a file of questions ends in one of {', '.join(ROW_SUFFIXES)}")
+        return read_rows(path)
     if name not in QUESTION_SETS:
         known = ", ".join(QUESTION_SETS)
         raise DataError(f"no set of questions is called {name!r}; known by name: {known}. Or give a file or folder")

@@ -2,7 +2,7 @@
 
 How the DISeL paper measures what RoBERTa forgets (arXiv 2605.19028, section 4.1 and appendix II.5): the adapted encoder
 is paired with its original masked-LM head, whatever head the adaptation trained. The masked tokens are the same for
-every model (`gaintune.data.masked`), so models are compared block by block.
+every model (`gaintune.data.load_masked_blocks`), so models are compared block by block.
 """
 
 from __future__ import annotations

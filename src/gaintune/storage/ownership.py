@@ -98,13 +98,11 @@ def check_folder(folder: Path, kind: Kind) -> None:
         raise RunDirectoryError(f"{folder} is a {marked.noun}, not a {kind.noun}: name another folder")
     if marked is not None or not _holds_more_than_a_lock(folder):
         return
-    for name in kind.begun:
-        if not (folder / name).exists():
-            raise RunDirectoryError(
-                f"{folder} is not empty and has no {name}, so it is not a {kind.noun}; name another folder"
-            )
-    stranger = MARKER if (folder / MARKER).exists() else next(strangers(folder, kind.names), None)
-    if stranger is not None:
+    if missing := [name for name in kind.begun if not (folder / name).exists()]:
+        raise RunDirectoryError(
+            f"{folder} is not empty and has no {missing[0]}, so it is not a {kind.noun}; name another folder"
+        )
+    if stranger := MARKER if (folder / MARKER).exists() else next(strangers(folder, kind.names), None):
         raise RunDirectoryError(
             f"{folder} is not a {kind.noun}: it holds {stranger}, which no {kind.noun} wrote; name another folder"
         )
@@ -128,8 +126,7 @@ def check_replaceable(folder: Path, *, ours: bool = False) -> None:
             f"{folder} is there already, and no {MANIFEST} says that it was written by this program; delete it if it "
             "is no longer wanted"
         )
-    stranger = None if listed is None else next(strangers(folder, listed), None)
-    if stranger is not None:
+    if stranger := None if listed is None else next(strangers(folder, listed), None):
         raise RunDirectoryError(
             f"{folder} would be replaced, but holds {stranger}, which its {MANIFEST} does not list: move it elsewhere"
         )
@@ -205,12 +202,13 @@ def _finished(name: str) -> str:
 
 def _holds_more_than_a_lock(folder: Path) -> bool:
     """Tell whether a folder holds more than a process leaves that is killed between taking it and marking it."""
-    for entry in folder.iterdir():
-        begun = entry.name != MARKER and _finished(entry.name) == MARKER
-        empty = entry.name == LOCK and not entry.is_symlink() and entry.is_file() and entry.stat().st_size == 0
-        if not begun and not empty:
-            return True
-    return False
+
+    def is_of_taking(entry: Path) -> bool:
+        if entry.name == LOCK:
+            return not entry.is_symlink() and entry.is_file() and entry.stat().st_size == 0
+        return entry.name != MARKER and _finished(entry.name) == MARKER
+
+    return not all(map(is_of_taking, folder.iterdir()))
 
 
 def _listed(folder: Path) -> list[str] | None:
