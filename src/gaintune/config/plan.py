@@ -72,7 +72,7 @@ class ModelConfig(Section):
     revision: str | None = Field(default=None, description="hub revision: a branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="auto",
-        description="numbers of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32",
+        description="precision of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32",
     )
     quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="load the base through bitsandbytes")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
@@ -82,22 +82,16 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """One adaptation: optimizer, schedule and bookkeeping."""
 
-    lr: Annotated[float | None, Flag()] = Field(
-        default=None, gt=0, description="peak learning rate of every method; a method's own lr wins"
-    )
+    lr: Annotated[float | None, Flag()] = Field(default=None, gt=0, description="peak learning rate; a method's wins")
     epochs: Annotated[int, Flag()] = Field(default=1, gt=0, description="passes over the training blocks")
     batch_size: Annotated[int, Flag()] = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
     gradient_accumulation: int = Field(default=1, gt=0, description="forward passes added up before an update")
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
-    warmup_ratio: float = Field(
-        default=0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0"
-    )
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of steps in which the rate rises from 0")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay; never applied to gains")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's two averages")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, about 30 % slower"
-    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations: less memory, 30 % slower")
     seed: Annotated[
         int,
         Flag(joint=True, help="Seed of training and resampling; the split has its own, data.seed. [default: 0]"),
@@ -125,15 +119,9 @@ class ClassifyConfig(Section):
     """How labelled rows become a classifier; `validation_rows` also limits the questions of `evaluate --choices`."""
 
     max_length: int = Field(default=128, ge=4, description="longest row, in tokens; longer ones are cut, and counted")
-    train_rows: int | None = Field(
-        default=None, gt=0, description="training rows of a domain, drawn in an order the seed decides; all of them"
-    )
-    validation_rows: int | None = Field(
-        default=None, gt=0, description="validation rows of a domain, drawn likewise; all of them"
-    )
-    head_lr: float | None = Field(
-        default=None, gt=0, description="peak learning rate of the new head; the method's, but at most 0.001"
-    )
+    train_rows: int | None = Field(default=None, gt=0, description="training rows, drawn by the seed; else all")
+    validation_rows: int | None = Field(default=None, gt=0, description="validation rows, drawn by the seed; else all")
+    head_lr: float | None = Field(default=None, gt=0, description="new head's peak rate; the method's, at most 0.001")
 
 
 class MethodConfig(Section):
@@ -145,25 +133,15 @@ class MethodConfig(Section):
     )
     lr: float | None = Field(default=None, gt=0, description="peak learning rate")
     rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method; the average one of adalora")
-    alpha: float | None = Field(
-        default=None, gt=0, description="scale of a low-rank method; the update is alpha / rank * BA"
-    )
+    alpha: float | None = Field(default=None, gt=0, description="low-rank methods: the update is alpha / rank * BA")
     targets: str | tuple[str, ...] | None = Field(
         default=None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
     )
     lr_ratio: float | None = Field(default=None, gt=0, description="lora+: rate of B as a multiple of the rate")
-    orthogonality: float | None = Field(
-        default=None, ge=0, description="adalora: weight of the term that keeps its directions orthogonal"
-    )
-    preserved: float | None = Field(
-        default=None, gt=0, lt=1, description="osf: share of every weight's singular directions that stays fixed"
-    )
-    gate_bias: float | None = Field(
-        default=None, description="disel: start of the gates' bias; they start near sigmoid of it"
-    )
-    gate_lr_ratio: float | None = Field(
-        default=None, gt=0, description="disel: rate of the gates as a multiple of the rate"
-    )
+    orthogonality: float | None = Field(default=None, ge=0, description="adalora: weight of the orthogonality term")
+    preserved: float | None = Field(default=None, gt=0, lt=1, description="osf: share of fixed singular directions")
+    gate_bias: float | None = Field(default=None, description="disel: gates' first bias; they start near its sigmoid")
+    gate_lr_ratio: float | None = Field(default=None, gt=0, description="disel: gates' rate as a multiple of the rate")
     gate_rank: int | None = Field(default=None, gt=0, description="disel: rank of the gates' matrix; full unless given")
     penalty: Annotated[Literal["l2", "ewc"] | None, Flag()] = Field(
         default=None,
@@ -222,12 +200,8 @@ class DomainConfig(Section):
     text_column: Annotated[
         str | None, Flag(help="Column that holds the text of every domain that is a local file or folder.")
     ] = Field(default=None, description="column that holds the text; found by itself when there is one")
-    task: Task | None = Field(
-        default=None, description="what is learned from this domain's rows; the plan's unless given"
-    )
-    template: Template | None = Field(
-        default=None, description="how this domain's prompts and completions are written; the plan's unless given"
-    )
+    task: Task | None = Field(default=None, description="what is learned from these rows; the plan's unless given")
+    template: Template | None = Field(default=None, description="instruct: its own template; the plan's unless given")
     prompt_column: str | None = Field(default=None, description="instruct: column of the prompt; 'prompt' unless given")
     completion_column: str | None = Field(
         default=None, description="instruct: column of the completion; 'completion' unless given"
@@ -292,12 +266,8 @@ class DataConfig(Section):
         "token: always, never, or (auto) where the model was trained with one, such as Llama, Mistral and Gemma. It "
         "is one of the block's tokens and is not scored. One that a chat template writes itself stays",
     )
-    train_tokens: Annotated[int, Flag()] = Field(
-        default=8192, gt=0, description="training budget of a domain, in tokens"
-    )
-    validation_tokens: Annotated[int, Flag()] = Field(
-        default=4096, gt=0, description="validation budget of a domain, in tokens"
-    )
+    train_tokens: Annotated[int, Flag()] = Field(default=8192, gt=0, description="training tokens of a domain, at most")
+    validation_tokens: Annotated[int, Flag()] = Field(default=4096, gt=0, description="validation tokens, at most")
     block_size: Annotated[int, Flag()] = Field(
         default=256, ge=8, description="length of a packed block, in tokens, a beginning-of-text token among them"
     )
