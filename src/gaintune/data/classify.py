@@ -109,29 +109,6 @@ class ClassifyDomain:
         }
 
 
-def label_names(texts: Documents[LabelledText]) -> tuple[str, ...]:
-    """Return the labels of the training rows in order: by value where all are whole numbers, else by name.
-
-    Raises:
-        DataError: only one label, or a validation row with a label that no training row has, by its file and line.
-    """
-    found = {row.label for row in texts.train}
-    if len(found) < 2:
-        first = texts.train[0]
-        raise DataError(
-            f"{first.origin}: this and every other training row has the label {first.label!r}; "
-            "a classifier needs two different labels at least"
-        )
-    names = tuple(sorted(found, key=int if all(label.isdecimal() for label in found) else None))
-    for row in texts.validation:
-        if row.label not in found:
-            raise DataError(
-                f"{row.origin}: no training row has the label {row.label!r} (they have {', '.join(names)}); "
-                "correct it, or give training rows of that label"
-            )
-    return names
-
-
 def load_classification(
     domain: DomainConfig,
     settings: ClassifyConfig,
@@ -150,11 +127,11 @@ def load_classification(
     to, for models that ask for it (BERT).
 
     Raises:
-        DataError: see `gaintune.data.labelled.load_labelled` and `label_names`.
+        DataError: as of `gaintune.data.labelled.load_labelled`; only one label, or one that no training row has.
         AssetError: a download failed.
     """
     texts = load_labelled(domain, seed)
-    labels = label_names(texts)
+    labels = _label_names(texts)
     train = _draw(texts.train, settings.train_rows, seed, "train", domain.name)
     validation = _draw(texts.validation, settings.validation_rows, seed, "validation", domain.name)
     if len({row.label for row in train}) < 2:
@@ -177,6 +154,25 @@ def load_classification(
             )  # fmt: skip
     digest = _content_hash(settings, seed, labels, sides.values())
     return ClassifyDomain(domain.name, labels, sides["training"], sides["validation"], digest, repeated)
+
+
+def _label_names(texts: Documents[LabelledText]) -> tuple[str, ...]:
+    """Return the labels of the training rows in order: by value where all are whole numbers, else by name."""
+    found = {row.label for row in texts.train}
+    if len(found) < 2:
+        first = texts.train[0]
+        raise DataError(
+            f"{first.origin}: this and every other training row has the label {first.label!r}; "
+            "a classifier needs two different labels at least"
+        )
+    names = tuple(sorted(found, key=int if all(label.isdecimal() for label in found) else None))
+    for row in texts.validation:
+        if row.label not in found:
+            raise DataError(
+                f"{row.origin}: no training row has the label {row.label!r} (they have {', '.join(names)}); "
+                "correct it, or give training rows of that label"
+            )
+    return names
 
 
 def _draw(rows: Sequence[LabelledText], limit: int | None, seed: int, side: str, name: str) -> tuple[LabelledText, ...]:

@@ -102,9 +102,7 @@ class Stored(Sequence[T]):
         return len(self._places) // PLACE
 
     def __getitem__(self, number: Any) -> Any:
-        """Read one item by its number, or a slice of them."""
-        if isinstance(number, slice):
-            return tuple(self.read(range(*number.indices(len(self)))))
+        """Read one item by its number."""
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         return next(self.read([number % len(self)]))
@@ -204,9 +202,7 @@ def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] 
     `VALIDATION_SHARE` of the different texts go to validation, at least one. Texts that differ by case, spacing or
     punctuation alone are on the same side. A document keeps its side when others are added. `key` is the text of a
     document, or of a row the part that must not be on both sides. Every document is read once, whichever will be drawn.
-
-    Raises:
-        DataError: there is only one text, so that one side would be empty; or a document in a file is broken.
+    A DataError says that there is only one text, so that one side would be empty, or which document is broken.
     """
     if documents.validation:
         for side in (documents.train, documents.validation):

@@ -201,10 +201,8 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 def beginning_of_text(tokenizer: PreTrainedTokenizerBase, choice: BeginningOfText = "auto") -> list[int]:
     """Return what comes before every text: the tokenizer's beginning-of-text token, or nothing.
 
-    `auto` is what the tokenizer does by itself, which `tokenizer_of` sets to what the model was trained with.
-
-    Raises:
-        ConfigError: `always`, and the tokenizer has no such token.
+    `auto` is what the tokenizer does by itself, which `tokenizer_of` sets to what the model was trained with. `always`
+    raises ConfigError for a tokenizer without such a token.
     """
     if choice == "never":
         return []

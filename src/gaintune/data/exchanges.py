@@ -59,10 +59,8 @@ def read_exchanges(path: Path, prompt: str | None = None, completion: str | None
 
     A row holds `prompt` and `completion` (or the columns named), both text or both lists of messages; or it holds
     `messages`. A message is a mapping of `role` (system, user or assistant) and `content`. Of `messages` every turn of
-    the assistant is scored; of `prompt` and `completion` those in the completion. Other columns are ignored.
-
-    Raises:
-        DataError: naming the file and line, and what is wrong with the row; for .jsonl where the row is read.
+    the assistant is scored; of `prompt` and `completion` those in the completion. Other columns are ignored. A
+    DataError names the file and line of a row that is wrong; of .jsonl when it is read.
     """
     train, validation = split_files(path, ROW_SUFFIXES)
 

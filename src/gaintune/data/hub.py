@@ -41,10 +41,8 @@ def load_hub(source: HubSource, name: str, characters: int | None = None) -> Doc
     """Load a domain from the Hub: texts as documents, exchanges as they are, with the row they come from.
 
     With `characters`, a streamed source is read only until each split holds that much text; a source that is not
-    streamed is small and is read whole.
-
-    Raises:
-        AssetError: the data set cannot be reached or has changed; names the id and how to give a local copy.
+    streamed is small and is read whole. AssetError for a data set that cannot be reached or has changed names the id,
+    and how to give a local copy.
     """
     limit = characters if source.streaming else None
     return _splits(source, name, "domain", lambda split: _documents(source, split, limit))

@@ -90,10 +90,9 @@ def glue_labels(name: str) -> tuple[str, ...]:
 def read_labelled(
     rows: Sequence[Row], labels: Sequence[str] = (), text_column: str | None = None
 ) -> tuple[LabelledText, ...]:
-    """Return the texts and labels of rows; numbers that all count one of `labels` become its name.
+    """Return the texts and labels of rows, or a DataError with file and line of a row that lacks one.
 
-    Raises:
-        DataError: no column holds a text, or a row has no text or no label, with its file and line.
+    Labels that are all numbers of `labels` get their names.
     """
     columns = _find_columns(rows, text_column)
     texts = tuple(_labelled(row, columns) for row in rows)

@@ -49,10 +49,7 @@ def read_documents(path: Path, text_column: str | None = None) -> Documents[Docu
     that there is something to split. Text and the rows of .jsonl stay in their files until they are read. A folder
     that holds both `train*` and `validation*` (or `valid*`, `val*`, `dev*`, else `test*`) files uses that split;
     otherwise its files are taken together. Beside others, files called `*mismatched*` are left out of validation
-    (MNLI).
-
-    Raises:
-        DataError: naming the file, and the line where there is one; for a row of .jsonl where it is read.
+    (MNLI). A DataError names the file and, where there is one, the line; of a row of .jsonl when it is read.
     """
     train, validation = split_files(path)
     return Documents(_read_files(train, text_column), _read_files(validation, text_column), str(path))
@@ -65,11 +62,7 @@ def read_rows(path: Path) -> Documents[Row]:
 
 
 def local_path(source: str) -> Path | None:
-    """Return the file or folder of a domain's source, None where nothing is there and the source may be a name.
-
-    Raises:
-        DataError: nothing is there, and the source is written as a path.
-    """
+    """Return the file or folder of a domain's source, or None for a name; DataError for a path where nothing is."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -191,10 +184,8 @@ def _chunks(file: Path) -> Iterator[str]:
 def add_texts(documents: Stored[Document], file: Path, text_column: str | None = None) -> None:
     """Add the text column of every row.
 
-    The column is `text_column`; or the one named `text` or `content`; or the only column of strings.
-
-    Raises:
-        DataError: a broken row, a missing, ambiguous or empty text, with the file and line.
+    The column is `text_column`; or the one named `text` or `content`; or the only column of strings. A DataError names
+    the file and line of a broken row, or of a missing, ambiguous or empty text.
     """
     rows = None if file.suffix.lower() == ".jsonl" else read_table(file)
     column = text_column or _find_column(file, rows or [first_row(file)])
@@ -205,10 +196,8 @@ def add_rows(items: Stored[T], file: Path, make: Callable[[Row, int], T], rows: 
     """Add what `make` makes of every row and its number, from 1.
 
     Rows of .jsonl stay in their file, and what is wrong with one is raised whenever it is read; those of other formats
-    are read and checked now (unless given as `rows`, already read), and stay in memory.
-
-    Raises:
-        DataError: a broken row, or a file without any; and what `make` raises.
+    are read and checked now (unless given as `rows`, already read), and stay in memory. A DataError names a broken row,
+    or a file without any.
     """
     if file.suffix.lower() != ".jsonl":
         items.hold([make(row, number) for number, row in enumerate(rows or read_table(file), start=1)])

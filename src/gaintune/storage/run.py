@@ -42,11 +42,7 @@ def locked(path: Path, doing: str, *, patience: float = PATIENCE) -> Iterator[No
 
 
 def read_stored(path: Path, parse: Callable[[Any], T]) -> T:
-    """Read a JSON file and return what `parse` makes of it.
-
-    Raises:
-        RunDirectoryError: the file is damaged, or holds something that `parse` cannot use.
-    """
+    """Read a JSON file and return what `parse` makes of it; RunDirectoryError if it is damaged or of no use to `parse`."""
     value = read_json(path)
     try:
         return parse(value)
@@ -111,11 +107,7 @@ class Run:
         _wait_for_all()
 
     def settle(self, name: str, value: Mapping[str, Any], advice: str) -> None:
-        """Write a file that must never change during a run, or check that it has not.
-
-        Raises:
-            RunDirectoryError: the file has other values; each difference is named.
-        """
+        """Write a file that must never change during a run; RunDirectoryError names each difference from an older one."""
         path = self.folder / name
         value = json.loads(canonical_json(value))
         if not path.exists():
