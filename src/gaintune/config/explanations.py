@@ -10,14 +10,13 @@ from pydantic import BaseModel, ValidationError
 
 from gaintune.errors import ConfigError
 
-OTHER_WORDS = {
+OTHER_WORDS = {  # names that other libraries give to our keys
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "report_to": "trackers",
     "per_device_train_batch_size": "batch_size", "per_device_eval_batch_size": "batch_size", "r": "rank",
     "gradient_accumulation_steps": "gradient_accumulation", "lr_scheduler_type": "schedule", "max_grad_norm": "clip",
     "max_seq_length": "block_size", "model_name_or_path": "name", "torch_dtype": "dtype", "lora_alpha": "alpha",
     "target_modules": "targets",
 }  # fmt: skip
-"""Names that other libraries give to our keys."""
 
 
 def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> ConfigError:
@@ -28,7 +27,10 @@ def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> Confi
             continue  # a list called too short only because one of its entries is wrong
         key = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
-            advice = _advice(str(detail["loc"][-1]), list(_section(plan, detail["loc"]).model_fields))
+            unknown, known = str(detail["loc"][-1]), list(_section(plan, detail["loc"]).model_fields)
+            ours = OTHER_WORDS.get(unknown)
+            meant = [ours] if ours in known else get_close_matches(unknown, known, n=1)
+            advice = f"did you mean {meant[0]!r}?" if meant else f"known keys: {', '.join(known)}"
             lines.append(f"{origin}: unknown key {key!r}; {advice}")
             continue
         value = detail["input"]
@@ -36,11 +38,6 @@ def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> Confi
         message = detail["msg"].removeprefix("Value error, ")
         lines.append(": ".join(part for part in (origin, key, f"{message}{got}") if part))
     return ConfigError("\n".join(lines))
-
-
-def _advice(unknown: str, known: Sequence[str]) -> str:
-    meant = [OTHER_WORDS[unknown]] if OTHER_WORDS.get(unknown) in known else get_close_matches(unknown, known, n=1)
-    return f"did you mean {meant[0]!r}?" if meant else f"known keys: {', '.join(known)}"
 
 
 def _section(plan: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:

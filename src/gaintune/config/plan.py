@@ -128,9 +128,7 @@ class MethodConfig(Section):
     """One way to adapt; None stands for the method's own default in the catalogue."""
 
     name: str = Field(description="catalogue name, see `gaintune methods`")
-    label: Name = Field(
-        default="", description="name in tables and folders; the method's name and what is added to it unless given"
-    )
+    label: Name = Field(default="", description="name in tables and folders; made of the method's name if not given")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate")
     rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method; the average one of adalora")
     alpha: float | None = Field(default=None, gt=0, description="low-rank methods: the update is alpha / rank * BA")
@@ -202,10 +200,8 @@ class DomainConfig(Section):
     ] = Field(default=None, description="column that holds the text; found by itself when there is one")
     task: Task | None = Field(default=None, description="what is learned from these rows; the plan's unless given")
     template: Template | None = Field(default=None, description="instruct: its own template; the plan's unless given")
-    prompt_column: str | None = Field(default=None, description="instruct: column of the prompt; 'prompt' unless given")
-    completion_column: str | None = Field(
-        default=None, description="instruct: column of the completion; 'completion' unless given"
-    )
+    prompt_column: str | None = Field(default=None, description="instruct: prompt's column, else 'prompt'")
+    completion_column: str | None = Field(default=None, description="instruct: completion's column, else 'completion'")
 
 
 def as_list(value: Any) -> Any:
@@ -294,9 +290,8 @@ class DataConfig(Section):
                 raise ValueError(f"domains: {domain.name}: {given[0]} is for task instruct")
         for field in () if "instruct" in tasks.values() else ("template", "packing", "end_of_text"):
             if getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(
-                    f"{field} is for task instruct, and no domain has it: set data.task=instruct (--task instruct)"
-                )
+                advice = "set data.task=instruct (--task instruct)"
+                raise ValueError(f"{field} is for task instruct, and no domain has it: {advice}")
         return self
 
     @model_serializer(mode="wrap")

@@ -47,13 +47,10 @@ logger = logging.getLogger(__name__)
 
 ENCODED_AT_ONCE = 16
 NAMED_ROWS = 5
-COMMON_SHARE = 0.05
-"""Words that more than this share of the prompts have in common make no near-duplicates."""
+COMMON_SHARE = 0.05  # words that more than this share of the prompts have in common make no near-duplicates
 
-SHARE = 0.15
-"""Share of a block's tokens that are to be predicted, special ones not counted."""
-HIDDEN, REPLACED = 0.8, 0.1
-"""Shares of those that the model sees as the mask token, and as another token; it sees the rest as they are."""
+SHARE = 0.15  # of a block's tokens that are to be predicted, special ones not counted
+HIDDEN, REPLACED = 0.8, 0.1  # shares of those that are shown as the mask token, and as another token
 ENDS = 2  # special tokens around a block
 
 
@@ -252,18 +249,14 @@ class InstructionBlocks(BlockBuilder):
             yield Passage(row.question, number)
 
     def pack(self, source: Sequence[Exchange], passages: Iterator[Passage], budget: int) -> Packed:
-        data, blocks = self.data, budget // self.data.block_size
+        data, template = self.data, self.data.template_of(self.domain)
         ends = [self.end] if data.end_of_text else []
-        rows = token_rows(source, passages, self.template, self.tokenizer, self.begin, ends)
+        rows = token_rows(source, passages, template, self.tokenizer, self.begin, ends)
+        blocks = budget // data.block_size
         return pack(rows, block_size=data.block_size, blocks=blocks, filler=self.end, packing=data.packing)
 
-    @property
-    def template(self) -> Template:
-        """The template that the plan names for this domain."""
-        return self.data.template_of(self.domain)
-
     def settings(self) -> tuple[Any, ...]:
-        return (self.template, self.data.packing, self.end)
+        return (self.data.template_of(self.domain), self.data.packing, self.end)
 
     def check(self, packed: Packed, source: Sequence[Exchange], side: str, budget: int, note: str = "") -> None:
         name, size = self.domain.name, self.data.block_size
@@ -282,9 +275,7 @@ class InstructionBlocks(BlockBuilder):
             )
         blocks, used, rows = len(packed.examples), packed.examples.tokens, packed.documents
         if not blocks:
-            raise DataError(
-                f"domain {name!r}, {self.documents.source}: the {side} part holds no rows{note}; give more rows"
-            )
+            raise DataError(f"domain {name!r}, {self.documents.source}: the {side} part holds no rows{note}; give more")
         if packed.cut:
             logger.warning(
                 "domain %s: %d of %d %s rows are longer than a block of %d tokens and are cut; the longest has %d "

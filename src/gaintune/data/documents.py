@@ -19,10 +19,8 @@ from gaintune.progress import plural
 
 T = TypeVar("T")
 
-PLACE = 4
-"""Count of the numbers that locate an item: the file's number, its first byte, the byte after it, its line."""
-HELD = -1
-"""File number of items in memory; the second number of their place is their own."""
+PLACE = 4  # numbers that locate an item: its file's number, its first byte, the byte after it, its line
+HELD = -1  # file number of items in memory, whose own number stands in place of the first byte
 READ_AT_ONCE = 2**16  # bytes: items that follow one another share a read, and a lone one costs little more
 VALIDATION_SHARE = 0.1
 # A passage fills about two blocks: prose and code take four characters a token.

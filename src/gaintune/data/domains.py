@@ -244,10 +244,8 @@ def load_exchanges(domain: DomainConfig, *, characters: int | None = None) -> Do
     if entry is None:
         return read_exchanges(_path(domain), domain.prompt_column, domain.completion_column)
     if domain.prompt_column is not None or domain.completion_column is not None:
-        raise DataError(
-            f"domain {domain.name!r}: prompt_column and completion_column are for local files; {entry.name!r} brings "
-            f"its own"
-        )
+        given = "prompt_column and completion_column are for local files"
+        raise DataError(f"domain {domain.name!r}: {given}; {entry.name!r} brings its own")
     return entry.load(characters)
 
 

@@ -18,8 +18,7 @@ from gaintune.errors import BaseModelError, ConfigError, DataError, one_line
 
 logger = logging.getLogger(__name__)
 
-DATE = "26 Jul 2024"
-"""The date in a chat template that asks for today's: what Llama 3 writes where it cannot ask."""
+DATE = "26 Jul 2024"  # in a chat template that asks for today's date: what Llama 3 writes where it cannot ask
 
 # The formats of Stanford Alpaca (without an input) and of Magicoder, as DISeL uses them (appendix III.1). A completion
 # follows "### Response:" on a new line, as the paper prints it.

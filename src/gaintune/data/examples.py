@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from gaintune.data.documents import Passage, drawn_order
 
-IGNORED = -100
-"""The label of a token that is not scored, as transformers and torch's cross-entropy know it."""
+IGNORED = -100  # label of a token that is not scored, as transformers and torch's cross-entropy know it
 
 
 @dataclass(frozen=True)

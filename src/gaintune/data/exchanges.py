@@ -79,9 +79,7 @@ def _exchange(row: Row, number: int, prompt: str | None, completion: str | None)
     missing = [column for column in columns if column not in row.values]
     if "messages" in row.values and not named:
         if not missing:
-            raise DataError(
-                f"{row.origin}: has 'messages' and also 'prompt' and 'completion'; leave out what is not to be learned"
-            )
+            raise DataError(f"{row.origin}: has 'messages' and also 'prompt' and 'completion'; leave out one of them")
         return _conversation(_messages(row.values["messages"], row.origin, "messages", scored=True), row, number)
     if missing:
         advice = "" if named else "; name them with prompt_column and completion_column, or give 'messages'"
@@ -132,12 +130,8 @@ def _conversation(turns: tuple[Turn, ...], row: Row, number: int) -> Exchange:
     if not any(turn.scored for turn in turns):
         raise DataError(f"{row.origin}: no message of the assistant is there to learn; add one or delete the row")
     if not turns[-1].scored:
-        raise DataError(
-            f"{row.origin}: the last message is the {turns[-1].role}'s, and nothing answers it; "
-            f"end the row with the assistant's"
-        )
+        problem = f"the last message is the {turns[-1].role}'s, and nothing answers it"
+        raise DataError(f"{row.origin}: {problem}; end the row with the assistant's")
     if turns[0].scored:
-        raise DataError(
-            f"{row.origin}: the first message is the assistant's, and nothing asks for it; put a prompt first"
-        )
+        raise DataError(f"{row.origin}: the first message is the assistant's, and nothing asks for it; add a prompt")
     return Exchange(turns, chat=True, origin=row.origin, row=number)

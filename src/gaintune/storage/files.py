@@ -43,9 +43,7 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunDirectoryError(
-            f"folder {path} cannot be made ({error.strerror}); name one where files can be written"
-        ) from None
+        raise RunDirectoryError(f"folder {path} cannot be made ({error.strerror}); name a writable folder") from None
 
 
 def _beside(path: Path) -> Path:

@@ -49,10 +49,7 @@ CHECKPOINTS = "checkpoints/checkpoint-[0-9]*/**"
 SNAPSHOTS = "snapshots/step-[0-9]*/**"
 TAKING = (LOCK, MARKER, "plan.yaml", "environment.json", "inputs.json", "events.jsonl")
 SEQUENCE = Kind(
-    "sequence",
-    "run",
-    ("plan.yaml", "environment.json"),
-    (
+    "sequence", "run", ("plan.yaml", "environment.json"), (
         *TAKING, "matrix.json", "matrix.csv", "matrix.md", "report.html", "figures/*.png", "figures/*.svg",
         "base/*/*.json", "stages/*/*/training.json", "stages/*/*/metrics.json", "stages/*/*/evaluations/*.json",
         "stages/*/*/adapter/**", "stages/*/*/tensorboard/**", f"stages/*/*/{CHECKPOINTS}", f"stages/*/*/{SNAPSHOTS}",
@@ -62,10 +59,7 @@ ADAPTATION = Kind(
     "adaptation", "unfinished adaptation", ("plan.yaml", "environment.json"), (*TAKING, CHECKPOINTS, SNAPSHOTS)
 )
 SWEEP = Kind(
-    "sweep",
-    "sweep",
-    ("grid.yaml", "outcomes"),
-    (
+    "sweep", "sweep", ("grid.yaml", "outcomes"), (
         LOCK, MARKER, "grid.yaml", "sweep.csv", "sweep.parquet", "cells.csv", "cells.parquet", "comparison.md",
         "comparison.json", "tradeoff.png", "tradeoff.svg", "runs.md", "outcomes/*.json", "base/*.json", "base/.*.lock",
         *(f"runs/{'[0-9a-f]' * 16}/{name}" for name in SEQUENCE.names),

@@ -24,8 +24,7 @@ from gaintune.storage.ownership import LOCK, MARKER, SEQUENCE, TAKING, Kind
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PATIENCE = 5.0
-"""Seconds before a process that waits says so."""
+PATIENCE = 5.0  # seconds before a process that waits says so
 
 
 @contextlib.contextmanager
