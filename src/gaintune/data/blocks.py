@@ -352,8 +352,7 @@ def load_masked_blocks(
     Two tokens of a block are the special ones; `seed` is that of the masking.
 
     Raises:
-        BaseModelError: the tokenizer lacks the special tokens of an encoder.
-        DataError, AssetError: as for `load_domain`.
+        BaseModelError: the tokenizer lacks the special tokens of an encoder; other errors are those of `load_domain`.
     """
     inner = data.model_copy(update={"block_size": data.block_size - ENDS, "beginning_of_text": "never"})
     blocks = TextBlocks(domain, inner, tokenizer).build().validation.input_ids

@@ -220,11 +220,8 @@ def characters_needed(data: DataConfig) -> int:
 def load_documents(domain: DomainConfig, *, characters: int | None = None) -> Documents[Document]:
     """Load the documents of a domain of text: a catalogue name first, else a local file or folder.
 
-    `characters` is how much text is needed of each split; only sources that are streamed heed it.
-
-    Raises:
-        DataError: no such domain or file, or a mistake in a file, with its line.
-        AssetError: a download failed.
+    `characters` is how much text is needed of each split, for sources that are streamed. A DataError names an unknown
+    domain or file, or a mistake in a file with its line; an AssetError a failed download.
     """
     entry = _entry(domain, "text")
     if entry is None:

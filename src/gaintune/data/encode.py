@@ -55,10 +55,7 @@ def render(exchange: Exchange, template: Template, tokenizer: PreTrainedTokenize
     right after the prompt, adding nothing. `chat` renders what comes before each scored turn as the tokenizer's chat
     template does for generation; what the template adds once the turn is there is scored, up to and including its
     end-of-turn token. Where a template writes today's date, `DATE` stands, so that rows are the same on every day.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template.
-        DataError: the row does not fit the template, with its file and line.
+    ConfigError for a tokenizer without a chat template; DataError, with file and line, for a row that does not fit.
     """
     if template == "auto":
         template = "chat" if exchange.chat else "plain"
@@ -143,13 +140,9 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> It
     the first of them. Without offsets (slow tokenizers) a text's bytes are shared out by the lengths of its decoded
     tokens: right in sum, approximate for a single token.
     """
-    batch = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=bool(tokenizer.is_fast),
-        verbose=False,  # the length of a text is no concern here: blocks are cut later
-    )
+    # without a warning of long texts: blocks are cut later
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    batch = tokenizer(list(texts), return_offsets_mapping=bool(tokenizer.is_fast), **options)
     for index, text in enumerate(texts):
         ids = np.asarray(batch["input_ids"][index], np.int64)
         if tokenizer.is_fast:

@@ -58,11 +58,8 @@ def load_labelled(domain: DomainConfig, seed: int) -> Documents[LabelledText]:
     The texts are in the columns of `PAIRS` or `SINGLES` (the first that are there; a second text that is null in every
     row is none), or in the domain's own `text_column`; the label is in `label`. Files without a validation split are
     split by a hash of the text, as texts are. A domain with the name of one of GLUE's tasks has that task's labels in
-    place of their numbers.
-
-    Raises:
-        DataError: no such domain or file, or a row without text or label, with its file and line.
-        AssetError: a download failed.
+    place of their numbers. A DataError names an unknown domain, or the file and line of a row without text or label; an
+    AssetError a failed download.
     """
     if domain.source in GLUE:
         if domain.text_column is not None:
@@ -121,12 +118,8 @@ def _find_columns(rows: Sequence[Row], text_column: str | None) -> tuple[str, ..
 
 
 def _labelled(row: Row, columns: Sequence[str]) -> LabelledText:
+    """Read the texts of a row and its label: a name, or a whole number from 0."""
     text_a, *second = (row_text(row, column) for column in columns)
-    return LabelledText(text_a, second[0] if second else None, _label(row), row.origin)
-
-
-def _label(row: Row) -> str:
-    """Return a label as text: a name, or a whole number from 0."""
     value = value_of(row, LABEL)
     label = str(value).strip() if isinstance(value, str | int) else ""
     if label.startswith("-") and label[1:].isdecimal():
@@ -136,4 +129,4 @@ def _label(row: Row) -> str:
         )
     if not label:
         raise DataError(f"{row.origin}: the label is {value!r}, expected a name or a whole number; correct or drop it")
-    return label
+    return LabelledText(text_a, second[0] if second else None, label, row.origin)
