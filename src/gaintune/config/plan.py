@@ -78,8 +78,7 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(default=None, description="hub revision: a branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto",
-        description="precision of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32",
+        default="auto", description="precision; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32"
     )
     quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="load the base through bitsandbytes")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
@@ -105,10 +104,7 @@ class TrainConfig(Section):
     ] = Field(default=0, ge=0, description="seed of start values, order of blocks and dropout")
     checkpoint_steps: int = Field(default=50, gt=0, description="steps between checkpoints inside a stage")
     snapshot_steps: int | None = Field(
-        default=None,
-        gt=0,
-        description="steps between copies of the adapter that are kept beside it, for `gaintune retention`; none are "
-        "kept unless given",
+        default=None, gt=0, description="steps between kept copies of the adapter, for `gaintune retention`; else none"
     )
     trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb and the other Trainer trackers")
 
@@ -157,10 +153,10 @@ class MethodConfig(Section):
         default=None, ge=0, description="strength of the pull: half of it times the squared distance; 0 is none"
     )
     ewc_rows: int | None = Field(
-        default=None, gt=0, description="ewc: rows of a domain that its Fisher information is estimated on; all of them"
+        default=None, gt=0, description="ewc: rows for a domain's Fisher information; else all"
     )
     replay: Annotated[float, Flag()] = Field(
-        default=0.0, ge=0, description="rows of earlier domains mixed into a domain's, as a ratio to its own rows"
+        default=0.0, ge=0, description="rows of earlier domains per row of its own"
     )
 
     @model_validator(mode="before")
@@ -255,8 +251,7 @@ class DataConfig(Section):
         "chat (the model's own chat template); auto is chat for messages and plain for prompt and completion",
     )
     packing: bool = Field(
-        default=True,
-        description="instruct: several rows in a block, none attending to another; false pads every row to a block",
+        default=True, description="instruct: several rows in a block, none attending to another; false pads every row"
     )
     end_of_text: bool = Field(
         default=True,
@@ -271,9 +266,7 @@ class DataConfig(Section):
     )
     train_tokens: Annotated[int, Flag()] = Field(default=8192, gt=0, description="training tokens of a domain, at most")
     validation_tokens: Annotated[int, Flag()] = Field(default=4096, gt=0, description="validation tokens, at most")
-    block_size: Annotated[int, Flag()] = Field(
-        default=256, ge=8, description="length of a packed block, in tokens, a beginning-of-text token among them"
-    )
+    block_size: Annotated[int, Flag()] = Field(default=256, ge=8, description="length of a packed block in tokens")
     seed: int = Field(default=0, ge=0, description="seed of the split by document and of the order of documents")
 
     @model_validator(mode="after")
@@ -331,9 +324,7 @@ class Plan(Section):
         BeforeValidator(as_list),
         Flag("method", help="Method, such as gain-ffn or lora:rank=16,lr=2e-4,label=lora16; repeatable."),
     ] = Field(
-        default=(MethodConfig(name="gain-ffn", label="gain-ffn"),),
-        min_length=1,
-        description="each starts from the same base",
+        default=(MethodConfig(name="gain-ffn", label="gain-ffn"),), min_length=1, description="all start from one base"
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())

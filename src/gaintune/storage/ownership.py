@@ -55,9 +55,7 @@ SEQUENCE = Kind(
         "stages/*/*/adapter/**", "stages/*/*/tensorboard/**", f"stages/*/*/{CHECKPOINTS}", f"stages/*/*/{SNAPSHOTS}",
     ),
 )  # fmt: skip
-ADAPTATION = Kind(
-    "adaptation", "unfinished adaptation", ("plan.yaml", "environment.json"), (*TAKING, CHECKPOINTS, SNAPSHOTS)
-)
+ADAPTATION = Kind("adaptation", "unfinished adaptation", SEQUENCE.begun, (*TAKING, CHECKPOINTS, SNAPSHOTS))
 SWEEP = Kind(
     "sweep", "sweep", ("grid.yaml", "outcomes"), (
         LOCK, MARKER, "grid.yaml", "sweep.csv", "sweep.parquet", "cells.csv", "cells.parquet", "comparison.md",

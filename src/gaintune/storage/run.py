@@ -90,11 +90,10 @@ class Run:
 
     def event(self, event: str, **fields: Any) -> None:
         """Add one line to events.jsonl: what happened and when (UTC)."""
-        if not self.writes:
-            return
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record, sort_keys=True) + "\n")
+        if self.writes:
+            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record, sort_keys=True) + "\n")
 
     def write_json(self, path: Path, value: Any) -> None:
         """Write a file of the run, if this process writes."""
