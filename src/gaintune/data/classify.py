@@ -121,10 +121,8 @@ def load_classification(
 
     A pair is joined as the tokenizer joins pairs, or by a line end where
     it has no separator of its own (decoders). Longer rows are cut to `settings.max_length` tokens, of a pair from the
-    longer text, and counted.
-
-    `seed` decides the split and the order of rows. With `segments` every token knows which of a pair's texts it belongs
-    to, for models that ask for it (BERT).
+    longer text, and counted. `seed` decides the split and the order of rows. With `segments` every token knows which of
+    a pair's texts it belongs to, for models that ask for it (BERT).
 
     Raises:
         DataError: as of `gaintune.data.labelled.load_labelled`; only one label, or one that no training row has.

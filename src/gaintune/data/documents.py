@@ -217,8 +217,7 @@ def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] 
     threshold = max(int(VALIDATION_SHARE * 2**64), int(draws.min()) + 1)
     threshold = min(threshold, int(draws.max()))  # where all are below it, leave something to train on
     held_out = draws < np.uint64(threshold)
-    sides = (_chosen(documents.train, ~held_out), _chosen(documents.train, held_out))
-    return Documents(*sides, source=documents.source)
+    return Documents(_chosen(documents.train, ~held_out), _chosen(documents.train, held_out), documents.source)
 
 
 def _chosen(documents: Sequence[T], mask: np.ndarray) -> Sequence[T]:

@@ -214,10 +214,8 @@ def with_replay(new: Examples, earlier: Sequence[Examples], ratio: float, seed: 
 
     The earlier domains share the replayed rows evenly, the earliest having one more where it does not come out even. A
     domain's rows are drawn without repetition; one with fewer rows than its share is gone through again. Every epoch
-    sees the same rows.
-
-    `ratio` is the number of replayed rows for each new row. Rows shorter than the longest are filled up with tokens
-    that are not scored. Where nothing is replayed, `new` itself is returned.
+    sees the same rows. `ratio` is the number of replayed rows for each new row. Rows shorter than the longest are
+    filled up with tokens that are not scored. Where nothing is replayed, `new` itself is returned.
     """
     count = replayed_rows(len(new), ratio)
     if not earlier or count == 0:

@@ -88,10 +88,8 @@ def _documents(source: HubSource, split: str, limit: int | None) -> tuple[Docume
         if not all(text.strip() for text in texts):
             empty += 1
             continue
-        if isinstance(item, str):
-            documents.append(Document(item, f"{source.path} {split}: text {number}"))
-        else:
-            documents.append(replace(item, origin=f"{source.path} {split}: row {number}", row=number))
+        origin = f"{source.path} {split}: {'text' if isinstance(item, str) else 'row'} {number}"
+        documents.append(Document(item, origin) if isinstance(item, str) else replace(item, origin=origin, row=number))
         total += sum(map(len, texts))
         if limit is not None and total >= limit:
             break

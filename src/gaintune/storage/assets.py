@@ -104,9 +104,7 @@ def _damage(asset: Asset) -> str | None:
 def status(name: str) -> Literal["cached", "missing", "damaged"]:
     """Tell whether an asset can be used without a download; AssetError if there is no asset of that name."""
     asset = _asset(name)
-    if not asset.folder.exists():
-        return "missing"
-    return "damaged" if _damage(asset) else "cached"
+    return "missing" if not asset.folder.exists() else "damaged" if _damage(asset) else "cached"
 
 
 def fetch(name: str) -> Path:
