@@ -94,9 +94,8 @@ def read_labelled(
     columns = _find_columns(rows, text_column)
     texts = tuple(_labelled(row, columns) for row in rows)
     names = {str(number): label for number, label in enumerate(labels)}
-    if not all(text.label in names for text in texts):
-        return texts
-    return tuple(replace(text, label=names[text.label]) for text in texts)
+    named = all(text.label in names for text in texts)
+    return tuple(replace(text, label=names[text.label]) for text in texts) if named else texts
 
 
 def _find_columns(rows: Sequence[Row], text_column: str | None) -> tuple[str, ...]:
@@ -107,9 +106,8 @@ def _find_columns(rows: Sequence[Row], text_column: str | None) -> tuple[str, ..
     for pair in PAIRS:
         if set(pair) <= set(first.values):
             return pair if any(row.values.get(pair[1]) not in (None, "") for row in rows) else pair[:1]
-    for single in SINGLES:
-        if single in first.values:
-            return (single,)
+    if single := next((name for name in SINGLES if name in first.values), None):
+        return (single,)
     known = ", ".join([*SINGLES, *(" + ".join(pair) for pair in PAIRS)])
     raise DataError(
         f"{first.origin}: no column holds the text to classify; name it one of {known}, or name the column with "

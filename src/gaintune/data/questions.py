@@ -62,8 +62,8 @@ def read_choices(name: str, path: Path, *, limit: int | None = None, seed: int =
     is in the file or folder; where the names are sentiments the prompt asks for one. Labels that are numbers have no
     name to answer with, except in a set called like one of GLUE's tasks. Rows of `prompt`, `choices` and `answer` (the
     right one's text, or its number from 0) are taken as they are, with a space between them where there is none. Rows
-    of PubMedQA (`question`, `context`, `final_decision`) show the abstract, and are answered by yes, no or maybe. With a
-    `limit`, so many rows are drawn in an order that the seed decides.
+    of PubMedQA (`question`, `context`, `final_decision`) show the abstract, and are answered by yes, no or maybe.
+    With a `limit`, so many rows are drawn in an order that the seed decides.
 
     Raises:
         DataError: a row without the columns above, or with an answer that is none of its choices, by file and line.

@@ -247,11 +247,10 @@ def not_utf8(file: Path | str, error: UnicodeDecodeError, first_line: int) -> Da
 
 
 def _find_column(file: Path, rows: Sequence[Row]) -> str:
-    columns = list(rows[0].values)
-    for usual in USUAL_COLUMNS:
-        if usual in columns:
-            return usual
-    strings = [column for column in columns if isinstance(rows[0].values[column], str)]
+    first = rows[0].values
+    if usual := next((name for name in USUAL_COLUMNS if name in first), None):
+        return usual
+    strings = [column for column, value in first.items() if isinstance(value, str)]
     if file.suffix.lower() == ".csv":  # there every value is a string: leave out the columns of numbers
         strings = [column for column in strings if not all(_is_number(row.values[column]) for row in rows)]
     if len(strings) == 1:
