@@ -12,11 +12,11 @@ from .palette import Look as Look
 from .palette import diverging as diverging
 from .palette import ink_on as ink_on
 from .palette import look as look
-from .readers import cell_frame as cell_frame
-from .readers import markdown_table as markdown_table
-from .readers import setting as setting
-from .readers import summary_frame as summary_frame
-from .readers import tidy as tidy
+from .tables import cell_frame as cell_frame
+from .tables import markdown_table as markdown_table
+from .tables import setting as setting
+from .tables import summary_frame as summary_frame
+from .tables import tidy as tidy
 from .words import FIGURES as FIGURES
 from .words import NONE as NONE
 from .words import number as number
