@@ -122,7 +122,7 @@ def test_texts_to_be_retained_are_read_in_the_hubs_schema(tmp_path, name, row):
     local = replace(CATALOGUE[name].load.args[0], path=str(tmp_path), configuration=None)
     documents = load_hub(local, name, characters=20)
     assert documents.train[0].text.strip().startswith("It was late.")
-    assert (documents.validation is None) == (name != "wikitext2")
+    assert (not documents.validation) == (name != "wikitext2")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplo
     (tmp_path / f"{source.train}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, empty, row)))
     local = replace(source, path=str(tmp_path), configuration=None)
     rows = load_hub(local, name, characters=1000)
-    assert rows.validation is None
+    assert not rows.validation
     assert [each.origin for each in rows.train] == [f"{tmp_path} {source.train}: row {number}" for number in (1, 3)]
     assert rows.train[1].row == 3
     asked, answered = rows.train[0].turns
@@ -177,7 +177,7 @@ def test_rows_are_loaded_split_by_split(tmp_path, streaming, caplog):
     assert [document.text for document in documents.train] == (
         ["one", "three"] if streaming else ["one", "three", "four"]
     )
-    assert [document.text for document in documents.validation or ()] == ["held out"]
+    assert [document.text for document in documents.validation] == ["held out"]
     assert documents.train[1].origin == f"{tmp_path} train: text 3"
     assert "left out 1 empty text(s)" in caplog.text
 

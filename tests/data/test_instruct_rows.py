@@ -78,7 +78,7 @@ def test_a_folder_brings_its_own_split(tmp_path):
     write(tmp_path / "test.jsonl", {"prompt": "c?", "completion": "c"})
     rows = read_exchanges(tmp_path)
     assert [row.question for row in rows.train] == ["a?"]
-    assert [row.question for row in rows.validation or ()] == ["b?"]
+    assert [row.question for row in rows.validation] == ["b?"]
 
 
 @pytest.mark.parametrize(

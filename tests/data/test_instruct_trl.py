@@ -6,8 +6,10 @@ import pytest
 from datasets import Dataset
 
 from gaintune.data import beginning_of_text
+from gaintune.data.blocks import token_rows
+from gaintune.data.documents import Passage
+from gaintune.data.encode import end_of_text
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
-from gaintune.data.instruct import _token_rows
 from support import tiny_base
 
 PAIRS = [("Two and two?", " Four."), ("the cat sat\n", "on the mat, € 5"), ("Why {so}?\n\n", "No reason.")]
@@ -26,8 +28,8 @@ def trl_rows(rows: list[dict], tokenizer, folder) -> list[tuple[list[int], list[
 
 
 def our_rows(exchanges: list[Exchange], tokenizer) -> list[tuple[list[int], list[int]]]:
-    order, begin = iter(range(len(exchanges))), beginning_of_text(tokenizer)
-    rows = _token_rows(exchanges, order, "auto", tokenizer, begin, ends=True)
+    passages = (Passage(exchange.question, number) for number, exchange in enumerate(exchanges))
+    rows = token_rows(exchanges, passages, "auto", tokenizer, beginning_of_text(tokenizer), [end_of_text(tokenizer)])
     return [(row.ids.tolist(), row.scored.astype(int).tolist()) for row in rows]
 
 

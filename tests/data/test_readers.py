@@ -10,10 +10,9 @@ import pytest
 
 from gaintune.config import DomainConfig
 from gaintune.data import readers
-from gaintune.data.documents import cut_passages
+from gaintune.data.documents import cut_passages, in_drawn_order, split_documents
 from gaintune.data.domains import load_documents
 from gaintune.data.readers import SECTION_CHARACTERS, read_documents
-from gaintune.data.split import in_drawn_order, split_documents
 from gaintune.errors import DataError
 
 
@@ -27,7 +26,7 @@ def test_a_folder_is_read_whole_in_sorted_order(tmp_path, write_rows):
     write_rows("d/.hidden/0.jsonl", ["never"])
     documents = read_documents(tmp_path / "d")
     assert texts(documents.train) == ["one", "two", "three"]
-    assert documents.validation is None
+    assert not documents.validation
 
 
 @pytest.mark.parametrize("name", ["validation.jsonl", "valid-0.jsonl", "dev.jsonl", "test.jsonl", "validation/0.jsonl"])
@@ -53,7 +52,7 @@ def test_test_files_are_left_alone_beside_validation_files_and_that_is_said(tmp_
 def test_names_that_only_begin_like_a_split_make_none(tmp_path, write_rows):
     write_rows("d/trainers.jsonl", ["one"])
     write_rows("d/values.jsonl", ["two"])
-    assert read_documents(tmp_path / "d").validation is None
+    assert not read_documents(tmp_path / "d").validation
 
 
 def test_each_text_file_of_a_folder_is_a_document(tmp_path):

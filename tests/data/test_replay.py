@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from gaintune.data import Examples, replayed_rows, with_replay
-from gaintune.models import IGNORED
+from gaintune.data import IGNORED, Examples, replayed_rows, with_replay
 
 
 def domain(number: int, rows: int, length: int = 4) -> Examples:

@@ -6,8 +6,7 @@ import hashlib
 
 import pytest
 
-from gaintune.data.documents import Document, Documents
-from gaintune.data.split import drawn_order, in_drawn_order, split_documents
+from gaintune.data.documents import Document, Documents, drawn_order, in_drawn_order, split_documents
 from gaintune.errors import DataError
 
 
@@ -17,7 +16,7 @@ def documents(texts):
 
 def sides(texts, seed=0):
     split = split_documents(documents(texts), seed)
-    return {d.text for d in split.train}, {d.text for d in split.validation or ()}
+    return {d.text for d in split.train}, {d.text for d in split.validation}
 
 
 def test_the_split_is_disjoint_complete_and_near_its_share():

@@ -23,7 +23,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_domain_keeps_its_own_split_and_fills_the_budget(name, tokenizer):
     source = read_documents(DOMAINS / name)
-    for side, documents in (("train", source.train), ("validation", source.validation or ())):
+    for side, documents in (("train", source.train), ("validation", source.validation)):
         lines = (DOMAINS / name / f"{side}.jsonl").read_text(encoding="utf-8").split("\n")
         assert [document.text for document in documents] == [json.loads(line)["text"] for line in lines if line]
     data = DataConfig(

@@ -10,7 +10,7 @@ import pandas
 import pytest
 
 from gaintune.data.documents import Document, Stored
-from gaintune.data.tables import add_texts
+from gaintune.data.readers import add_texts
 from gaintune.errors import DataError
 
 ROWS = [

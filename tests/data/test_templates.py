@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from gaintune.data import beginning_of_text, encode_parts
+from gaintune.data.encode import Part, Rendered, render, undated
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
-from gaintune.data.instruct import Part, Rendered, render, undated
 from gaintune.errors import ConfigError, DataError
 
 PAIR = question_and_answer("Two and two?", "Four.")

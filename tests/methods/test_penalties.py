@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
-from gaintune.data import Examples
+from gaintune.data import IGNORED, Examples
 from gaintune.errors import ConfigError
 from gaintune.methods import StageData, StagePosition, attach, prepare_method
 from gaintune.methods.penalties import FISHER, STRENGTHS, fisher_information, penalty_of, strength_of
-from gaintune.models import IGNORED, NextTokenLoss
+from gaintune.models import NextTokenLoss
 from gaintune.storage import damage, read_json
 from gaintune.training import train_stage
 from gaintune.workflows import adapt, run_sequence

@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
-from gaintune.data import Examples
+from gaintune.data import IGNORED, Examples
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure
 from gaintune.methods import StagePosition, prepare_method
-from gaintune.models import IGNORED, NextTokenLoss, longest_row, require_isolation, require_rows
+from gaintune.models import NextTokenLoss, longest_row, require_isolation, require_rows
 from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
 from support import tiny_base

@@ -2,7 +2,7 @@
 
 How the DISeL paper measures what RoBERTa forgets (arXiv 2605.19028, section 4.1 and appendix II.5): the adapted encoder
 is paired with its original masked-LM head, whatever head the adaptation trained. The masked tokens are the same for
-every model (`gaintune.data.masked`), so models are compared block by block.
+every model (`gaintune.data.load_masked_blocks`), so models are compared block by block.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from gaintune.adapters import BASE, check_adapters
 from gaintune.config import Plan
-from gaintune.data import MaskedBlocks, load_masked_blocks
+from gaintune.data import IGNORED, MaskedBlocks, load_masked_blocks
 from gaintune.errors import ConfigError, TrainingError
 from gaintune.evaluate.base_and_adapters import Measure, measure_base_and_adapters
 from gaintune.evaluate.batches import run_batches
 from gaintune.evaluate.compare import Figure
-from gaintune.models import IGNORED, Base, load_masked, longest_input
+from gaintune.models import Base, load_masked, longest_input
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss, paired_change
 

@@ -27,13 +27,12 @@ from gaintune.adapters import (
     read_record,
 )
 from gaintune.config import ModelConfig
-from gaintune.data import Examples, beginning_of_text
+from gaintune.data import IGNORED, Examples, beginning_of_text
 from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
 from gaintune.evaluate import measure
 from gaintune.models import (
     DTYPE_NAMES,
     DTYPES,
-    IGNORED,
     Checkpoint,
     fingerprint_folder,
     load_base,

@@ -17,10 +17,10 @@ from gaintune.analysis.gates import GatesOptions, Tokens
 from gaintune.analysis.gates.statistics import BINS, GateRecord, LayerGates, check_bins
 from gaintune.analysis.positions import ModulePosition, positions_of
 from gaintune.config import DataConfig, DomainConfig, Plan
-from gaintune.data import Examples, load_domain
+from gaintune.data import IGNORED, Examples, load_domain
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.evaluate import run_batches
-from gaintune.models import IGNORED, load_base, require_rows
+from gaintune.models import load_base, require_rows
 from gaintune.progress import Progress
 from gaintune.storage import describe_environment
 from gaintune.tuners.disel.layer import disel_layers

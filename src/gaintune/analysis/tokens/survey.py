@@ -20,10 +20,10 @@ from gaintune.analysis.provenance import Provenance, named_origins, provenance, 
 from gaintune.analysis.tokens import TokensOptions
 from gaintune.analysis.tokens.statistics import TokenChanges, range_of, summarise_changes
 from gaintune.config import Plan
-from gaintune.data import DomainBlocks, Examples, load_domain
+from gaintune.data import IGNORED, DomainBlocks, Examples, load_domain
 from gaintune.errors import ConfigError
 from gaintune.evaluate import Measure, measure_base_and_adapters, measure_tokens
-from gaintune.models import IGNORED, Base, load_base
+from gaintune.models import Base, load_base
 from gaintune.progress import Progress
 from gaintune.results import FloatArray
 

@@ -115,14 +115,14 @@ def _write_rows(
     told = []
     make_folder(folder / f"{learn}-learnt")
     for name, place in places.items():
-        found = load_questions(name, place, learn=name == learn, seed=seed)
+        rows = load_questions(name, place, learn=name == learn, seed=seed)
         if name == learn:
-            write_instruction_rows(found.learnt, folder / f"{name}-learnt" / "train.jsonl")
-            write_instruction_rows(found.asked, folder / f"{name}-learnt" / "validation.jsonl")
-            told.append(f"{name}: {len(found.learnt):,} rows of {found.source} to learn from")
+            write_instruction_rows(rows.train, folder / f"{name}-learnt" / "train.jsonl")
+            write_instruction_rows(rows.validation, folder / f"{name}-learnt" / "validation.jsonl")
+            told.append(f"{name}: {len(rows.train):,} rows of {rows.source} to learn from")
         if name in ask:
-            write_choice_rows(found.asked, folder / f"{name}.jsonl")
-            told.append(f"{name}: {len(found.asked):,} rows of {found.source} to ask")
+            write_choice_rows(rows.validation, folder / f"{name}.jsonl")
+            told.append(f"{name}: {len(rows.validation):,} rows of {rows.source} to ask")
     return told
 
 

@@ -13,7 +13,7 @@ from gaintune.recipes.outcome import Context, Outcome
 from gaintune.recipes.world import STAND_INS
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
 from gaintune.results import Interval, Matrix, Summary, highest
-from gaintune.storage import read_stored, stage_folder
+from gaintune.storage import Run, read_stored
 from gaintune.workflows import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
@@ -126,7 +126,7 @@ def left_out(settings: Mapping[str, Any], context: Context) -> tuple[str, ...]:
 def adapters_of(run: Path, matrix: Matrix) -> dict[str, Path]:
     """The adapter folders of a run, by `label/domain`."""
     return {
-        f"{method.label}/{row.domain}": stage_folder(run, method.label, index, row.domain) / "adapter"
+        f"{method.label}/{row.domain}": Run(run).stage(method.label, index, row.domain) / "adapter"
         for method in matrix.methods
         for index, row in enumerate(method.stages)
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.data import QUESTION_SETS, holds_questions, load_questions, question_sets, read_choices, write_choice_rows
+from gaintune.data import QUESTION_SETS, holds_questions, load_questions, read_choices, write_choice_rows
 from gaintune.errors import AssetError, DataError
 
 RESEARCH = {
@@ -60,30 +60,30 @@ def elsewhere(row: dict) -> dict:
 def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, choices, answers):
     """Through the entry itself, with a folder in the data set's place."""
     found = QUESTION_SETS[name]
-    asked = [elsewhere(row) for row in HUB_ROWS[name]] if found.asked else HUB_ROWS[name]
+    asked = [elsewhere(row) for row in HUB_ROWS[name]] if found.validation else HUB_ROWS[name]
     write(tmp_path / f"{found.train}.jsonl", asked)
-    write(tmp_path / f"{found.asked or found.train}.jsonl", HUB_ROWS[name])
-    monkeypatch.setitem(question_sets.QUESTION_SETS, name, replace(found, path=str(tmp_path), configuration=None))
+    write(tmp_path / f"{found.validation or found.train}.jsonl", HUB_ROWS[name])
+    monkeypatch.setitem(QUESTION_SETS, name, replace(found, path=str(tmp_path), configuration=None))
     questions = load_questions(name, None, learn=False, seed=0)
-    assert questions.asked[0].prompt == prompt
-    assert questions.asked[0].choices == choices
-    assert [row.answer for row in questions.asked] == answers
-    assert questions.asked[0].origin == f"{tmp_path} {found.asked or found.train}: row 1"
-    assert questions.learnt == ()
-    assert len(load_questions(name, None, learn=True, seed=0).learnt) == (1 if name == "pubmedqa" else len(answers))
+    assert questions.validation[0].prompt == prompt
+    assert questions.validation[0].choices == choices
+    assert [row.answer for row in questions.validation] == answers
+    assert questions.validation[0].origin == f"{tmp_path} {found.validation or found.train}: row 1"
+    assert questions.train == ()
+    assert len(load_questions(name, None, learn=True, seed=0).train) == (1 if name == "pubmedqa" else len(answers))
 
 
 def test_a_set_without_a_split_is_split_where_some_of_it_is_learnt(tmp_path):
     rows = [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)]
     file = write(tmp_path / "sst2.jsonl", rows)
     whole = load_questions("sst2", file, learn=False, seed=0)
-    assert (len(whole.learnt), len(whole.asked)) == (0, 200)
+    assert (len(whole.train), len(whole.validation)) == (0, 200)
     sides = load_questions("sst2", file, learn=True, seed=0)
-    assert 5 < len(sides.asked) < 40
-    assert not {row.prompt for row in sides.learnt} & {row.prompt for row in sides.asked}
-    assert len(sides.learnt) + len(sides.asked) == 200
+    assert 5 < len(sides.validation) < 40
+    assert not {row.prompt for row in sides.train} & {row.prompt for row in sides.validation}
+    assert len(sides.train) + len(sides.validation) == 200
     assert sides == load_questions("sst2", file, learn=True, seed=0)
-    assert sides.asked != load_questions("sst2", file, learn=True, seed=1).asked
+    assert sides.validation != load_questions("sst2", file, learn=True, seed=1).validation
 
 
 def test_a_folders_own_split_is_kept_and_labels_are_those_of_both_sides(tmp_path):
@@ -92,26 +92,28 @@ def test_a_folders_own_split_is_kept_and_labels_are_those_of_both_sides(tmp_path
     )
     write(tmp_path / "finphrase" / "validation.jsonl", [{"text": "c", "label": "negative"}])
     questions = load_questions("finphrase", tmp_path / "finphrase", learn=True, seed=0)
-    assert [row.prompt for row in questions.learnt] == ["a\nSentiment:", "b\nSentiment:"]
-    assert [row.prompt for row in questions.asked] == ["c\nSentiment:"]
-    assert {row.choices for row in (*questions.learnt, *questions.asked)} == {(" negative", " neutral", " positive")}
+    assert [row.prompt for row in questions.train] == ["a\nSentiment:", "b\nSentiment:"]
+    assert [row.prompt for row in questions.validation] == ["c\nSentiment:"]
+    assert {row.choices for row in (*questions.train, *questions.validation)} == {
+        (" negative", " neutral", " positive")
+    }
 
 
 def test_rows_that_are_asked_are_not_learnt_although_the_sources_own_split_has_them_on_both_sides(tmp_path, caplog):
     write(tmp_path / "sst2" / "train.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(5)])
     write(tmp_path / "sst2" / "validation.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in (3, 4, 7)])
     questions = load_questions("sst2", tmp_path / "sst2", learn=True, seed=0)
-    assert [row.prompt for row in questions.learnt] == [f"film {n}\nSentiment:" for n in range(3)]
-    assert len(questions.asked) == 3
-    assert "2 rows to learn left out, which are asked too" in caplog.text
+    assert [row.prompt for row in questions.train] == [f"film {n}\nSentiment:" for n in range(3)]
+    assert len(questions.validation) == 3
+    assert "2 rows to train on left out, which are asked too" in caplog.text
     write(tmp_path / "sst2" / "train.jsonl", [{"sentence": "film 7", "label": 1}])
-    with pytest.raises(DataError, match="every row to learn is also asked"):
+    with pytest.raises(DataError, match="every row to train on is also asked"):
         load_questions("sst2", tmp_path / "sst2", learn=True, seed=0)
 
 
 @pytest.mark.parametrize("name", list(HUB_ROWS))
 def test_questions_that_are_written_are_read_back(tmp_path, name):
-    rows = load_questions(name, write(tmp_path / "rows.jsonl", HUB_ROWS[name]), learn=False, seed=0).asked
+    rows = load_questions(name, write(tmp_path / "rows.jsonl", HUB_ROWS[name]), learn=False, seed=0).validation
     write_choice_rows(rows, tmp_path / "written.jsonl")
     again = read_choices(name, tmp_path / "written.jsonl")
     assert [replace(row, origin="") for row in again] == [replace(row, origin="") for row in rows]
