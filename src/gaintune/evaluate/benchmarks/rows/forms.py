@@ -61,11 +61,7 @@ def lettered(question: str, count: int | None = None) -> Convert:
     def convert(row: Row) -> dict[str, Any]:
         choices, gold = _choices(row, count)
         letters = list(LETTERS[: len(choices)])
-        return {
-            question: _question(row),
-            "choices": {"text": choices, "label": letters},
-            "answerKey": letters[gold],
-        }
+        return {question: _question(row), "choices": {"text": choices, "label": letters}, "answerKey": letters[gold]}
 
     return convert
 
