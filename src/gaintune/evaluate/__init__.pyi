@@ -1,4 +1,3 @@
-from .batches import autocast as autocast
 from .batches import run_batches as run_batches
 from .choices import ChoiceFigure as ChoiceFigure
 from .choices import compare_choices as compare_choices

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import TypedDict, TypeVar
 
 import torch
 from torch import nn
 
+from gaintune.models import autocast
 from gaintune.progress import Progress, Silent
 
 Batch = TypeVar("Batch")
 
 
 class LoopOptions(TypedDict, total=False):
-    """Options of `run_batches` that measurements hand on: precision, and what a progress bar shows."""
+    """Options of `run_batches` that measurements hand on."""
 
     mixed_precision: torch.dtype | None
     title: str
     progress: Progress | None
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return mixed precision in `dtype`, or a context that does nothing where `dtype` is None."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def run_batches(
@@ -42,13 +37,12 @@ def run_batches(
 
     Args:
         model: the model that `step` measures.
-        batches: the arguments of `step`, one after the other.
+        batches: the arguments of `step`.
         step: measures a batch, and returns how many of `unit` it held.
         total: how many of `unit` all batches hold.
         unit: what the progress bar counts.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own precision.
-        title: title of the progress bar.
-        progress: where to show it.
+        title: title of the progress bar, if there is a `progress` to show it.
     """
     training = model.training
     model.eval()

@@ -146,7 +146,6 @@ def choice_likelihoods(
     *,
     beginning: BeginningOfText = "auto",
     batch_size: int = 4,
-    title: str = "answering",
     **options: Unpack[LoopOptions],
 ) -> Likelihoods:
     """Measure the log-likelihood of every choice of every row after its prompt.
@@ -158,11 +157,9 @@ def choice_likelihoods(
     Args:
         model: a causal language model, with or without an adapter; its mode is restored.
         tokenizer: the base's.
-        rows: the questions.
-        name: name of the set.
+        rows: the questions of the set called `name`.
         beginning: whether a beginning-of-text token comes before every prompt, as `data.beginning_of_text`.
         batch_size: prompts in a forward pass.
-        options: as in `run_batches`.
 
     Raises:
         DataError: a choice that the tokenizer makes no token of.
@@ -172,14 +169,14 @@ def choice_likelihoods(
     wrapped: Any = model
     carrier = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     begin = tuple(beginning_of_text(tokenizer, beginning))
-    choices = _encode(rows, tokenizer, begin, longest_input(carrier, tokenizer), name)
+    encoded = _encode(rows, tokenizer, begin, longest_input(carrier, tokenizer), name)
     choices_after: dict[tuple[int, ...], list[int]] = {}
-    for number, choice in enumerate(choices):
-        choices_after.setdefault(choice.context, []).append(number)
+    for number, (context, _) in enumerate(encoded):
+        choices_after.setdefault(context, []).append(number)
     contexts = sorted(choices_after, key=lambda context: (-len(context), context))  # alike in length in a batch
     device = next(model.parameters()).device
     loss = NextTokenLoss(model)
-    sums = [0.0] * len(choices)
+    sums = [0.0] * len(encoded)
 
     def step(start: int) -> int:
         batch = contexts[start : start + batch_size]
@@ -188,7 +185,7 @@ def choice_likelihoods(
                 (number, row, position, token)
                 for row, context in enumerate(batch)
                 for number in choices_after[context]
-                for position, token in choices[number].positions()
+                for position, token in enumerate(encoded[number][1], start=len(context) - len(encoded[number][1]))
             ]
         )
         ids = pad_sequence([torch.tensor(context) for context in batch], batch_first=True).to(device)
@@ -198,26 +195,11 @@ def choice_likelihoods(
         return sum(map(len, batch))
 
     starts = range(0, len(contexts), batch_size)
-    run_batches(model, starts, step, total=sum(map(len, contexts)), title=title, **options)
+    run_batches(model, starts, step, total=sum(map(len, contexts)), **options)
     if not all(map(math.isfinite, sums)):
-        raise TrainingError(f"{title}: a likelihood is not finite, so the model is broken")
+        raise TrainingError(f"{options.get('title', 'measuring')}: a likelihood is not finite, so the model is broken")
     in_order = iter(sums)
     return Likelihoods(name, tuple(rows), tuple(tuple(next(in_order) for _ in row.choices) for row in rows))
-
-
-@dataclass(frozen=True)
-class _EncodedChoice:
-    """A choice after its prompt: the context that the model reads, all tokens but the last, and the choice's tokens.
-
-    Choices of one token have the prompt alone as context, so one forward pass answers all those of a row.
-    """
-
-    context: tuple[int, ...]
-    choice: tuple[int, ...]
-
-    def positions(self) -> list[tuple[int, int]]:
-        """Return every token of the choice with the position it is predicted at."""
-        return list(enumerate(self.choice, start=len(self.context) - len(self.choice)))
 
 
 def _encode(
@@ -226,10 +208,14 @@ def _encode(
     begin: tuple[int, ...],
     longest: int | None,
     name: str,
-) -> list[_EncodedChoice]:
-    """Tokenize every choice of every row in order, as training does; a context that is too long keeps its end."""
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the context and the tokens of every choice of every row in order, tokenized as in training.
+
+    The model reads the context, all tokens but the last; one that is too long keeps its end. Choices of one token have
+    the prompt alone as context, so one forward pass answers all those of a row.
+    """
     room = None if longest is None else longest - len(begin)
-    encoded: list[_EncodedChoice] = []
+    encoded = []
     cut = 0
     for row in rows:
         pairs = encode_parts([(row.prompt, choice) for choice in row.choices], tokenizer)
@@ -240,7 +226,7 @@ def _encode(
             context = (*prompt, *choice[:-1])
             if room is not None and len(context) > room:
                 context, cut = context[-room:], cut + 1
-            encoded.append(_EncodedChoice((*begin, *context), choice))
+            encoded.append(((*begin, *context), choice))
     if cut:
         message = "%s: %d of %d prompts with a choice are longer than the model's %s tokens and lost their beginning"
         logger.warning(message, name, cut, len(encoded), longest)

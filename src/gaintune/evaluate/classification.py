@@ -173,11 +173,7 @@ def matthews_correlation(counts: Sequence[Sequence[int]] | NDArray[np.int64]) ->
 
 
 class LabelLoss:
-    """Cross-entropy of the labels of whole rows: an `Objective` of training.
-
-    Args:
-        model: a sequence classifier of transformers, or a `PeftModel` around one.
-    """
+    """Cross-entropy of the labels of whole rows, by a sequence classifier or a `PeftModel`: an `Objective`."""
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -204,7 +200,6 @@ def row_logits(
     padding: Padding,
     *,
     batch_size: int,
-    title: str = "classifying",
     **options: Unpack[LoopOptions],
 ) -> torch.Tensor:
     """Return the logits of every row, fp32 `(rows, labels)` on the CPU; the model's mode is restored.
@@ -221,11 +216,12 @@ def row_logits(
         return len(batch["labels"])
 
     batches = padding.batches(examples, batch_size)
-    run_batches(model, batches, step, total=len(examples), unit="rows", title=title, **options)
+    run_batches(model, batches, step, total=len(examples), unit="rows", **options)
     logits = torch.cat(parts)
     if not torch.isfinite(logits).all():
         raise TrainingError(
-            f"{title}: the logits are not finite, so the model is broken; lower the learning rate and run it anew"
+            f"{options.get('title', 'measuring')}: the logits are not finite, so the model is broken; lower the "
+            "learning rate and run it anew"
         )
     return logits
 
@@ -235,12 +231,8 @@ def predict(
 ) -> Predictions:
     """Predict the most likely label of every validation row of a domain.
 
-    Args:
-        model: the classifier.
-        domain: its rows.
-        padding: fills rows up to one length.
-        labels: names of the classifier's logits, where it knows more labels than the domain has.
-        options: as for `row_logits`.
+    `labels` names the classifier's logits, where it knows more labels than the domain has; options are those of
+    `row_logits`.
     """
     names = tuple(labels) or domain.labels
     logits = row_logits(model, domain.validation, padding, **options)
@@ -283,7 +275,12 @@ def compare_classifiers(
     if not adapters:
         raise ConfigError("the base has no head of its own to classify with: name classifiers with --adapter")
     labels = adapter_labels(adapters)
-    records = {adapter: _record(adapter) for adapter in adapters}
+    records: dict[Path, AdapterRecord] = {}
+    for adapter in adapters:
+        record = read_record(adapter)
+        if record is None or not record.labels:
+            raise ConfigError(f"{adapter} has no classification head; evaluate it on text, without --task classify")
+        records[adapter] = record
     check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
     tokenizer, segments = load_tokenizer(plan.model), reads_segments(plan.model)
     domains = [
@@ -315,13 +312,6 @@ def compare_classifiers(
             change = None if own is first else difference(first, own, plan.evaluate)
             figures.append(ClassifierFigure(label, score(own, plan.evaluate), change))
     return figures
-
-
-def _record(adapter: Path) -> AdapterRecord:
-    record = read_record(adapter)
-    if record is None or not record.labels:
-        raise ConfigError(f"{adapter} has no classification head of ours; evaluate it on text, without --task classify")
-    return record
 
 
 def _check(adapter: Path, record: AdapterRecord, domains: Sequence[ClassifyDomain], plan: Plan) -> None:

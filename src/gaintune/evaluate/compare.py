@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,10 +14,9 @@ import torch
 from torch import nn
 
 from gaintune.adapters import BASE, adapter_labels, attached, check_adapters, load_adapter, read_record
-from gaintune.config import Plan
-from gaintune.data import DomainBlocks, load_domain, load_masked_blocks
+from gaintune.config import DomainConfig, Plan
+from gaintune.data import DomainBlocks, MaskedBlocks, load_domain, load_masked_blocks
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.evaluate.batches import LoopOptions
 from gaintune.evaluate.perplexity import measure_domain, measure_masked
 from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_base, load_classifier, load_masked, longest_input
@@ -54,11 +54,8 @@ def measure_base_and_adapters(
     precision of the first adapter.
 
     Args:
-        plan: names the base.
-        adapters: their folders.
         load: makes the base of `plan.model` and a `dtype`.
         prepare: makes the measure of models, once the first base is there.
-        allow_other_base: take adapters of another base.
 
     Raises:
         ConfigError: an adapter named twice.
@@ -121,14 +118,11 @@ def lent(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False
 
 
 def paired_figures(
-    base: Sequence[T], adapted: Sequence[Measured[Sequence[T]]], figure: Callable[[int, str, T, T | None], F]
+    base: list[T], adapted: list[Measured[list[T]]], figure: Callable[[int, str, T, T | None], F]
 ) -> list[F]:
     """Make the figures of each domain: the base's, then the adapters' in their order.
 
-    Args:
-        base: results of the base, one for each domain.
-        adapted: results of the adapters and of the base in their precision, one for each domain.
-        figure: makes a figure of a domain's number, a label, a result, and the base's (None for the base itself).
+    `figure` makes a figure of a domain's number, a label, a result, and the base's result (None for the base itself).
     """
     figures = []
     for number, result in enumerate(base):
@@ -180,20 +174,12 @@ def compare_adapters(
         domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
 
         def measure(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[DomainLoss]:
-            size, name = plan.evaluate.batch_size, plan.model.name if label == BASE else None
-            options: LoopOptions = {"mixed_precision": mixed, "progress": progress}
-
-            def one(domain: DomainBlocks) -> DomainLoss:
-                title = f"{label}: measuring {domain.name}"
-                return measure_domain(model, domain, batch_size=size, base=name, title=title, **options)
-
-            return [one(domain) for domain in domains]
+            of_domain = partial(measure_domain, base=plan.model.name if label == BASE else None)
+            return _losses(of_domain, domains, plan, progress, model, label, mixed)
 
         return measure
 
-    return _compare(
-        plan, adapters, load_base, prepare, [domain.name for domain in plan.data.measured], allow_other_base
-    )
+    return _compare(plan, adapters, load_base, prepare, plan.data.measured, allow_other_base)
 
 
 def compare_masked(
@@ -226,18 +212,23 @@ def compare_masked(
                 f"data.block_size is {data.block_size}, but model {base.name!r} takes {longest} tokens at most"
             )
         domains = [load_masked_blocks(domain, data, base.tokenizer, seed=data.seed) for domain in data.domains]
+        return partial(_losses, measure_masked, domains, plan, progress)
 
-        def measure(model: nn.Module, label: str, mixed: torch.dtype | None) -> list[DomainLoss]:
-            options: LoopOptions = {"mixed_precision": mixed, "progress": progress}
-            size = plan.evaluate.batch_size
-            return [
-                measure_masked(model, blocks, batch_size=size, title=f"{label}: measuring {blocks.name}", **options)
-                for blocks in domains
-            ]
+    return _compare(plan, adapters, load_masked, prepare, data.domains, allow_other_base)
 
-        return measure
 
-    return _compare(plan, adapters, load_masked, prepare, [domain.name for domain in data.domains], allow_other_base)
+def _losses(
+    measure: Callable[..., DomainLoss],
+    domains: Sequence[DomainBlocks] | Sequence[MaskedBlocks],
+    plan: Plan,
+    progress: Progress | None,
+    model: nn.Module,
+    label: str,
+    mixed: torch.dtype | None,
+) -> list[DomainLoss]:
+    """Measure a model on every domain."""
+    options = {"batch_size": plan.evaluate.batch_size, "mixed_precision": mixed, "progress": progress}
+    return [measure(model, domain, title=f"{label}: measuring {domain.name}", **options) for domain in domains]
 
 
 def _compare(
@@ -245,17 +236,16 @@ def _compare(
     adapters: Sequence[Path],
     load: Callable[..., Base],
     prepare: Callable[[Base], Measure[list[DomainLoss]]],
-    domains: Sequence[str],
+    domains: Sequence[DomainConfig],
     allow_other_base: bool,
 ) -> list[Figure]:
     """Measure a base and adapters, and pair their losses block by block."""
 
     def figure(number: int, label: str, loss: DomainLoss, base: DomainLoss | None) -> Figure:
-        interval = None if base is None else paired_change(base, loss, domains[number], plan.evaluate)
-        change = (None, None, None) if interval is None else (interval.value, interval.low, interval.high)
-        running = loss.bytes is not None
-        bits, masked = (loss.bits_per_byte, None) if running else (None, sum(loss.tokens))
-        return Figure(domains[number], label, loss.perplexity, bits, *change, masked)
+        name = domains[number].name
+        change = (None, None, None) if base is None else astuple(paired_change(base, loss, name, plan.evaluate))
+        bits, masked = (None, sum(loss.tokens)) if loss.bytes is None else (loss.bits_per_byte, None)
+        return Figure(name, label, loss.perplexity, bits, *change, masked)
 
     before, adapted = measure_base_and_adapters(plan, adapters, load, prepare, allow_other_base=allow_other_base)
     return paired_figures(before, adapted, figure)

@@ -41,8 +41,7 @@ def measure(
         bytes_per_row: UTF-8 bytes of the scored tokens of each row.
         batch_size: rows in a forward pass.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own precision.
-        title: title of the progress bar.
-        progress: where to show it.
+        title, progress: title of the progress bar, and where to show it.
 
     Returns:
         Summed loss in nats, scored tokens and bytes, for every row.
@@ -53,7 +52,11 @@ def measure(
     """
     sums: list[float] = []
     options: LoopOptions = {"mixed_precision": mixed_precision, "title": title, "progress": progress}
-    _each_batch(model, examples, batch_size, lambda losses: sums.extend(losses.double().sum(dim=1).tolist()), options)
+
+    def take(losses: torch.Tensor) -> None:
+        sums.extend(losses.double().sum(dim=1).tolist())
+
+    _each_batch(model, examples, batch_size, take, options)
     return DomainLoss(nll=tuple(sums), tokens=examples.scored, bytes=tuple(bytes_per_row))
 
 
@@ -63,8 +66,6 @@ def measure_domain(
     """Measure a model's loss on a domain's validation rows, as `measure` does.
 
     Args:
-        model, batch_size, options: as in `measure`.
-        domain: the domain.
         base: name of the base, if the model is the untouched base; None if something was trained.
 
     Raises:

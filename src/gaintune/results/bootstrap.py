@@ -60,10 +60,7 @@ def widened(replicates: FloatArray, confidence: float, items: int) -> FloatArray
     They become `unbiased` and reach as far as Student's t instead of the normal distribution: Student's interval for
     normal items. The resamples of a single item stay as they are.
 
-    Args:
-        replicates: `(1 + samples, ...)`, of which 0 is the sample itself and does not move.
-        confidence: coverage of the interval that they are for.
-        items: how many items were resampled.
+    `replicates` are `(1 + samples, ...)`, of which 0 is the sample itself and does not move.
     """
     if items < 2:
         return replicates
@@ -79,8 +76,7 @@ def replicate_means(rows: FloatArray, tokens: NDArray[np.int64], *, samples: int
     Args:
         rows: sums over each block, in nats, `(rows, blocks)`.
         tokens: scored tokens of each block, `(blocks,)`.
-        samples: resamples to draw.
-        seed: seed of the plan.
+        samples, seed: resamples to draw, and the plan's seed.
         domain: name of the domain, mixed into the seed.
 
     Returns:

@@ -34,7 +34,6 @@ def reach(parts: FloatArray, blocks: Sequence[int], confidence: float) -> float:
         parts: what each domain adds to the figure, `(1 + samples, domains)`, of `unbiased` resamples; several cells of
             one domain, which share its blocks, are one part.
         blocks: how many blocks each domain has, `(domains,)`.
-        confidence: coverage of the interval.
 
     Returns:
         Student's quantile over the normal quantile: 1 or more; NaN where a domain that counts has one block.
@@ -67,7 +66,6 @@ def sum_interval(parts: Callable[[float], FloatArray], blocks: Sequence[int], co
         parts: returns the parts of the figure, as in `reach`, from resamples `stretched` by a factor: in nats where
             its cells are changes of perplexity, so that no end lies below -100 %.
         blocks: how many blocks each domain has, `(domains,)`.
-        confidence: coverage of the interval.
     """
     return interval_of(parts(reach(parts(1.0), blocks, confidence)).sum(axis=1), confidence)
 
@@ -87,10 +85,8 @@ def sum_intervals(
 class Change:
     """Change of a domain's mean loss, over its blocks as they are and over blocks drawn with replacement.
 
-    Attributes:
-        domain: whose blocks were drawn; changes of one domain were drawn with the same blocks.
-        blocks: how many it has.
-        nats: nats per token, `(1 + resamples,)`, 0 the change itself; resamples of a single block are NaN.
+    `nats` are per token, `(1 + resamples,)`, 0 the change itself; resamples of a single block are NaN. All changes of a
+    domain, which has so many `blocks`, are drawn with the same blocks.
     """
 
     domain: str
@@ -101,11 +97,7 @@ class Change:
 def changes_of(base: DomainLoss, others: Sequence[DomainLoss], domain: str, settings: EvaluateConfig) -> list[Change]:
     """Return the changes from one model to others on the same blocks.
 
-    Args:
-        base: losses of the model before.
-        others: losses of the models after.
-        domain: name of the domain, which decides with the seed which blocks are drawn.
-        settings: resamples and seed.
+    The domain's name and the seed of the settings decide which blocks are drawn.
     """
     assert all(tuple(other.tokens) == tuple(base.tokens) for other in others), "the same blocks"
     rows = np.array([np.subtract(other.nll, base.nll) for other in others])

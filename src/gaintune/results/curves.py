@@ -72,12 +72,7 @@ class CurveDifference:
 
 
 def curve_difference(
-    first: Sequence[Curve],
-    second: Sequence[Curve],
-    *,
-    shown: int = 9,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
+    first: Sequence[Curve], second: Sequence[Curve], *, shown: int = 9, confidence: float = CONFIDENCE, seed: int = 0
 ) -> CurveDifference:
     """Compare two methods' trade-off curves over rates, replicate by replicate, by linear interpolation.
 

@@ -29,11 +29,7 @@ Claim = tuple[float | None, float | None]
 
 
 def paired_bootstrap(
-    differences: Sequence[float] | FloatArray,
-    *,
-    samples: int = SAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
+    differences: Sequence[float] | FloatArray, *, samples: int = SAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
     """Return the mean of paired differences, such as adapted minus base on each item, with its bootstrap interval.
 
@@ -44,9 +40,8 @@ def paired_bootstrap(
 
     Args:
         differences: one for each item, `(items,)`, in any unit; the interval is in the same.
-        samples: resamples to draw.
+        samples, seed: resamples to draw, and their seed.
         confidence: share of such intervals that cover the true mean.
-        seed: seed of the resampling.
 
     Returns:
         The interval; without ends where there is one item, which cannot be resampled.
@@ -71,8 +66,8 @@ def paired_shares(
 
     The adjusted Wald interval of Bonett and Price (Journal of Educational and Behavioral Statistics 37, 2012) adds one
     row that flips each way. Resamples of rows that hardly flip would hardly vary; here 60 rows of which none flips
-    leave 4.5 points either way. In simulations 95 % intervals covered 95 to 98 % of the time for 20 to 400 rows of
-    which 2 to 40 % flip.
+    leave 4.5 points either way. In simulations of 20 to 400 rows of which 2 to 40 % flip, 95 % intervals covered 95 to
+    98 % of the time.
 
     Args:
         before: 0 or 1 for each row, `(rows,)`.
@@ -102,10 +97,7 @@ def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
 
     The distances from the values to the ends combine as standard errors do: the root of their squares' sum (method of
     variance estimates recovery: Zou and Donner, Statistics in Medicine 27, 2008). Intervals that do not lie evenly
-    around their values keep that. A single figure keeps its interval.
-
-    Returns:
-        The interval; without ends where a figure has none.
+    around their values keep that. A single figure keeps its interval. There are no ends where a figure has none.
 
     Raises:
         DataError: no figure.

