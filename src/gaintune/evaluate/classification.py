@@ -195,12 +195,7 @@ class LabelLoss:
 
 
 def row_logits(
-    model: nn.Module,
-    examples: LabelledExamples,
-    padding: Padding,
-    *,
-    batch_size: int,
-    **options: Unpack[LoopOptions],
+    model: nn.Module, examples: LabelledExamples, padding: Padding, *, batch_size: int, **options: Unpack[LoopOptions]
 ) -> torch.Tensor:
     """Return the logits of every row, fp32 `(rows, labels)` on the CPU; the model's mode is restored.
 

@@ -189,13 +189,8 @@ class BaseLosses:
     ) -> DomainLoss:
         """Read a domain's losses from the folder, else from `measure`; other processes wait for the first.
 
-        Args:
-            domain: the domain; its name does not matter.
-            measure: measures its validation rows.
-            fingerprint: of the base.
-            numbers: what the base computes with, as `Precision.name`.
-            device: kind of device, such as `cuda`, because another kind rounds differently.
-            batch_size: rows in a forward pass, for the same reason.
+        The domain's name does not matter. `numbers` are the base's `Precision.name`; the kind of `device`, such as
+        `cuda`, and the batch size matter because they change the rounding.
         """
         facts = [fingerprint, numbers, device, batch_size, _rows_hash(domain.validation), domain.validation_bytes]
         key = hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:32]

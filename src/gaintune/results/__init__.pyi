@@ -16,11 +16,11 @@ from .changes import paired_change as paired_change
 from .changes import reach as reach
 from .changes import share_of_change as share_of_change
 from .changes import sum_interval as sum_interval
-from .curves import Curve as Curve
-from .curves import CurveDifference as CurveDifference
-from .curves import curve_difference as curve_difference
+from .intervals import Curve as Curve
+from .intervals import CurveDifference as CurveDifference
 from .intervals import Verdict as Verdict
 from .intervals import bare as bare
+from .intervals import curve_difference as curve_difference
 from .intervals import exact as exact
 from .intervals import highest as highest
 from .intervals import judge as judge

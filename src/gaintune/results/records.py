@@ -73,7 +73,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class MethodRun:
-    """Losses of one method: of the untouched base through the same code, then stage after stage."""
+    """Losses of a method: of the untouched base through the same code, then stage after stage."""
 
     label: str
     base: dict[str, DomainLoss]

@@ -9,8 +9,6 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from gaintune.config import Section, explain
 
-LM_EVAL_SEED = 1234  # lm-eval's default, so that worked examples are those of its command line
-
 
 class BenchmarkTask(Section):
     """One benchmark of lm-eval, or a group of them such as mmlu."""
@@ -45,7 +43,9 @@ class BenchmarkConfig(Section):
     )
     limit: int | None = Field(default=None, gt=0, description="rows of each task, the first ones; all unless given")
     batch_size: int = Field(default=8, gt=0, description="prompts in a forward pass")
-    seed: int = Field(default=LM_EVAL_SEED, ge=0, description="seed of the draw of worked examples, and of sampling")
+    seed: int = Field(  # lm-eval's default, so that worked examples are those of its command line
+        default=1234, ge=0, description="seed of the draw of worked examples, and of sampling"
+    )
     source: Literal["auto", "hub", "local"] = Field(
         default="auto",
         description="where rows are from: auto is `data` where it has the task, else the Hub, else, where the Hub is "

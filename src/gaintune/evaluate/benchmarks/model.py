@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaintune.errors import ConfigError, DataError, TrainingError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmarks.records import Aggregation, BenchmarkScore, metrics_of
+from gaintune.evaluate.benchmarks.records import BenchmarkScore, metrics_of
 from gaintune.evaluate.benchmarks.tasks import LoadedTask, quiet
 from gaintune.models import begin_texts
 from gaintune.progress import Progress, Silent
@@ -171,25 +171,20 @@ def _scores(task: LoadedTask, results: dict[str, Any]) -> Iterator[BenchmarkScor
         function = aggregations.get(metric, mean)
         aggregation = "mean" if function is mean else "perplexity" if function is perplexity else "other"
         items = () if aggregation == "other" else tuple(map(float, values))
+        stderr = None if len(items) < 2 else float(mean_stderr(items))
+        if stderr is not None and aggregation == "perplexity":
+            stderr *= value  # the limit of lm-eval's bootstrap
         yield BenchmarkScore(
             task=task.name,
             metric=metric if kept == "none" else key,
             value=value,
-            stderr=_stderr(aggregation, value, items),
+            stderr=stderr,
             items=items,
             rows=len(values),
             aggregation=aggregation,
             higher_is_better=better.get(metric),
             facts=task.facts,
         )
-
-
-def _stderr(aggregation: Aggregation, value: float, items: Sequence[float]) -> float | None:
-    """Return lm-eval's standard error of a mean; of a perplexity that times the value, its bootstrap's limit."""
-    if len(items) < 2 or aggregation == "other":
-        return None
-    error = float(mean_stderr(items))
-    return error if aggregation == "mean" else value * error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -174,11 +174,8 @@ def _compare(base: BenchmarkScore, adapted: BenchmarkScore, label: str, config: 
         return BenchmarkComparison(label, base, adapted, None, "own")
     difference = paired_difference(base, adapted, config)
     if base.aggregation == "perplexity":  # items are log-likelihoods: when they fall, the perplexity rises
-        value, high, low = (
-            None if nats is None else float(percent(np.asarray(0.0 - nats)))
-            for nats in (difference.value, difference.low, difference.high)
-        )
-        assert value is not None
+        changes = (None if nats is None else float(percent(np.asarray(0.0 - nats))) for nats in astuple(difference))
+        value, high, low = changes
         return BenchmarkComparison(label, base, adapted, Interval(value, low, high), "%")
     if base.is_share and adapted.is_share:
         return BenchmarkComparison(label, base, adapted, in_points(difference), "points")

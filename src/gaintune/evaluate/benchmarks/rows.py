@@ -33,12 +33,8 @@ SPLITS = {
 class LocalRows:
     """A benchmark's rows in the Hub's columns.
 
-    Attributes:
-        splits: rows of each split.
-        origin: where they are from, for a person.
-        notes: what they lack against lm-eval's own.
-        changes: keys of lm-eval's task file that they call for.
-        alone: whether they are one file that names no split.
+    `notes` say what they lack against lm-eval's own, and `changes` are the keys of lm-eval's task file that they call
+    for. They are `alone` where a single file names no split.
     """
 
     splits: Mapping[str, Dataset]
@@ -79,13 +75,11 @@ class Places:
         for name in task.names:
             if self.tasks and name in self.tasks:
                 return self.tasks[name]
-        for folder in self.folders:
-            for name in task.names:
-                if (folder / name).is_dir():
-                    return folder / name
-                for suffix in ROW_SUFFIXES:
-                    if (file := folder / f"{name}{suffix}").is_file():
-                        return file
+        for path in (folder / name for folder in self.folders for name in task.names):
+            files = (path.with_name(f"{path.name}{suffix}") for suffix in ROW_SUFFIXES)
+            place = path if path.is_dir() else next(filter(Path.is_file, files), None)
+            if place:
+                return place
         return None
 
 
@@ -99,7 +93,8 @@ def read_local(task: OfflineTask, path: Path) -> LocalRows:
     splits: dict[str, list[Row]] = {}
     unused: list[str] = []
     for file in files:
-        split = _split_of(file, path)
+        parts = (file.name,) if path.is_file() else file.relative_to(path).parts
+        split = next((name for part in parts for name, named in SPLITS.items() if named.match(part)), None)
         if split is None and len(files) > 1:
             unused.append(file.name)
         else:
@@ -163,9 +158,3 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise DataError(f"{path}: holds no file that ends in one of {endings}")
     return files
-
-
-def _split_of(file: Path, path: Path) -> str | None:
-    """Return the split that a file, or a folder above it, is named after."""
-    parts = (file.name,) if path.is_file() else file.relative_to(path).parts
-    return next((name for part in parts for name, named in SPLITS.items() if named.match(part)), None)

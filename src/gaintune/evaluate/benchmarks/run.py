@@ -161,17 +161,7 @@ def benchmark_adapters(
         )
         del base  # before the next one is loaded
         gc.collect()
-    return _joined(reports, list(folders))
-
-
-def base_of(report: BenchmarkReport, label: str) -> tuple[BenchmarkScore, ...]:
-    """Return the base's scores that an adapter is compared with: those in the adapter's precision."""
-    return tuple(comparison.base for comparison in report.comparisons if comparison.label == label)
-
-
-def _joined(reports: Sequence[BenchmarkReport], labels: Sequence[str]) -> BenchmarkReport:
-    """Join reports on the same questions, their adapters in the order of the labels."""
-    first = reports[0]
+    first, labels = reports[0], list(folders)
     adapted = {label: scores for report in reports for label, scores in report.adapted.items()}
     compared = [comparison for report in reports for comparison in report.comparisons]
     compared.sort(key=lambda comparison: labels.index(comparison.label))
@@ -179,6 +169,11 @@ def _joined(reports: Sequence[BenchmarkReport], labels: Sequence[str]) -> Benchm
     settings = {**first.settings, "numbers": {label: numbers[label] for label in (BASE, *labels)}}
     in_order = {label: adapted[label] for label in labels}
     return BenchmarkReport(first.asked, first.base, in_order, tuple(compared), settings)
+
+
+def base_of(report: BenchmarkReport, label: str) -> tuple[BenchmarkScore, ...]:
+    """Return the base's scores that an adapter is compared with: those in the adapter's precision."""
+    return tuple(comparison.base for comparison in report.comparisons if comparison.label == label)
 
 
 def measure_benchmarks(
@@ -219,7 +214,7 @@ def compare_benchmarks(
     mixed_precision: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkReport:
-    """Measure a loaded `PeftModel` and its base: the same weights with the adapter switched off.
+    """Compare a loaded `PeftModel` with its base: the same weights with the adapter switched off.
 
     Raises:
         ConfigError: not a `PeftModel`, or as `load_suite`.
