@@ -250,7 +250,7 @@ def mean_difference(pairs: Sequence[tuple[BenchmarkScore, BenchmarkScore]], conf
 
 
 def with_groups(groups: Iterable[Group], scores: Iterable[BenchmarkScore]) -> tuple[BenchmarkScore, ...]:
-    """Append the scores of groups to those of their tasks."""
+    """Add the scores of groups after those of their tasks."""
     tasks = list(scores)
     results: dict[str, dict[str, Any]] = {}
     for score in tasks:

@@ -147,18 +147,12 @@ def benchmark_adapters(
     for label, folder in folders.items():
         record = read_record(folder)
         alike.setdefault(measuring_precision(model, record.method if record else None), {})[label] = folder
-    shared: dict[str, Any] = {
-        "cache": cache,
-        "suite": suite,
-        "allow_other_base": allow_other_base,
-        "progress": progress,
-    }
+    options: dict[str, Any] = {"cache": cache, "suite": suite, "progress": progress}
     reports: list[BenchmarkReport] = []
     for precision, members in (alike or {measuring_precision(model): {}}).items():
         base = load_base(model, dtype=precision.load)
-        reports.append(
-            run_benchmarks(base, members, config, mixed_precision=precision.mixed, progress=progress, **shared)
-        )
+        options |= {"allow_other_base": allow_other_base, "mixed_precision": precision.mixed}
+        reports.append(run_benchmarks(base, members, config, **options))
         del base  # before the next one is loaded
         gc.collect()
     first, labels = reports[0], list(folders)
