@@ -290,11 +290,11 @@ def compare_classifiers(
         base = load_classifier(plan.model, names, seed=0, dtype=precision.load)
         base.check_length(plan.classify.max_length)
         model = load_adapter(base, adapter, allow_other_base=allow_other_base)
-        options = {"labels": names, "batch_size": plan.evaluate.batch_size, "mixed_precision": precision.mixed}
-        options |= {"progress": progress}
-        padding = Padding(base.padding)
+        size, padding = plan.evaluate.batch_size, Padding(base.padding)
+        options: dict[str, Any] = {"batch_size": size, "mixed_precision": precision.mixed, "progress": progress}
         return [
-            predict(model, domain, padding, title=f"{label}: measuring {domain.name}", **options) for domain in domains
+            predict(model, domain, padding, labels=names, title=f"{label}: measuring {domain.name}", **options)
+            for domain in domains
         ]
 
     predictions = []
