@@ -98,12 +98,12 @@ def run_benchmarks(
     adapted: dict[str, tuple[BenchmarkScore, ...]] = {}
     for label, folder in folders.items():
         record, keys = read_record(folder), store.keys(folder)
-        if record is not None and record.whole and not store.numbers.startswith("float32"):
+        if record is not None and record.whole and not store.precision.startswith("float32"):
             message = (
                 "%s was trained whole in fp32 and is measured rounded to %s; benchmark_adapters(ModelConfig(...), ...) "
                 "measures it as it was trained"
             )
-            logger.warning(message, label, store.numbers)
+            logger.warning(message, label, store.precision)
         if store.has([*keys, *untouched]):
             adapted[label] = store.scores(keys, label, base.model)  # nothing is measured
             continue
@@ -113,8 +113,8 @@ def run_benchmarks(
                     store.scores(untouched, BASE, model)
             adapted[label] = store.scores(keys, label, model)
         gc.collect()
-    numbers = dict.fromkeys((BASE, *adapted), store.numbers)
-    return _report(suite, config, store.scores(untouched, BASE, base.model), adapted, numbers)
+    precisions = dict.fromkeys((BASE, *adapted), store.precision)
+    return _report(suite, config, store.scores(untouched, BASE, base.model), adapted, precisions)
 
 
 def benchmark_adapters(
@@ -159,8 +159,8 @@ def benchmark_adapters(
     adapted = {label: scores for report in reports for label, scores in report.adapted.items()}
     compared = [comparison for report in reports for comparison in report.comparisons]
     compared.sort(key=lambda comparison: labels.index(comparison.label))
-    numbers = {label: name for report in reversed(reports) for label, name in report.settings["numbers"].items()}
-    settings = {**first.settings, "numbers": {label: numbers[label] for label in (BASE, *labels)}}
+    precisions = {label: name for report in reversed(reports) for label, name in report.settings["numbers"].items()}
+    settings = {**first.settings, "numbers": {label: precisions[label] for label in (BASE, *labels)}}
     in_order = {label: adapted[label] for label in labels}
     return BenchmarkReport(first.asked, first.base, in_order, tuple(compared), settings)
 
@@ -218,8 +218,8 @@ def compare_benchmarks(
     with adapter_off(model):
         base = measure_benchmarks(model, tokenizer, config, label=BASE, **options)
     adapted = {label: measure_benchmarks(model, tokenizer, config, label=label, **options)}
-    numbers = dict.fromkeys((BASE, label), _numbers_name(model, mixed_precision))
-    return _report(suite, config, base, adapted, numbers)
+    precisions = dict.fromkeys((BASE, label), _precision_name(model, mixed_precision))
+    return _report(suite, config, base, adapted, precisions)
 
 
 def _report(
@@ -227,14 +227,14 @@ def _report(
     config: BenchmarkConfig,
     base: tuple[BenchmarkScore, ...],
     adapted: dict[str, tuple[BenchmarkScore, ...]],
-    numbers: Mapping[str, str],
+    precisions: Mapping[str, str],
 ) -> BenchmarkReport:
     comparisons = tuple(
         with_group_difference(comparison, base, scores, config)
         for label, scores in adapted.items()
         for comparison in compare_scores(base, scores, label, config)
     )
-    settings = {**config.model_dump(mode="json"), "numbers": dict(numbers), "versions": _versions()}
+    settings = {**config.model_dump(mode="json"), "numbers": dict(precisions), "versions": _versions()}
     return BenchmarkReport(suite.asked, base, adapted, comparisons, settings)
 
 
@@ -250,10 +250,10 @@ class _ScoreStore:
         mixed_precision: torch.dtype | None,
         progress: Progress | None,
     ) -> None:
-        self.numbers = _numbers_name(base.model, mixed_precision)
+        self.precision = _precision_name(base.model, mixed_precision)
         self._suite, self._config, self._folder, self._tokenizer = suite, config, folder, base.tokenizer
         self._options: dict[str, Any] = {"mixed_precision": mixed_precision, "progress": progress}
-        self._identity = _identity_of(base, self.numbers)
+        self._identity = _identity_of(base, self.precision)
         self._scores: dict[str, list[dict[str, Any]]] = {}
         with quiet():
             self._questions = [_questions_hash(task, config) for task in suite.tasks]
@@ -329,7 +329,7 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _numbers_name(model: nn.Module, mixed_precision: torch.dtype | None = None) -> str:
+def _precision_name(model: nn.Module, mixed_precision: torch.dtype | None = None) -> str:
     """Name a model's precision: bfloat16, float32-autocast-bfloat16, or float16 with a quantization's hash."""
     wrapped: Any = model
     name = str(wrapped.dtype).removeprefix("torch.")
@@ -341,7 +341,7 @@ def _numbers_name(model: nn.Module, mixed_precision: torch.dtype | None = None) 
     return f"{name}-{_hash(quantization if isinstance(quantization, dict) else quantization.to_dict())}"
 
 
-def _identity_of(base: Base, numbers: str) -> dict[str, str]:
+def _identity_of(base: Base, precision: str) -> dict[str, str]:
     """Return what decides a base's answers, besides the adapter on it and what is asked."""
     files = [base.folder / name for name in sorted(set(TOKENIZER))]
     tokenizer: list[Any] = [[file.name, sha256_file(file)] for file in files if file.is_file()]
@@ -351,7 +351,7 @@ def _identity_of(base: Base, numbers: str) -> dict[str, str]:
         "fingerprint": base.fingerprint,
         "settings": _hash(settings),  # the whole config, such as the longest context and all settings of positions
         "tokenizer": _hash([*tokenizer, base.tokenizer.model_max_length, *beginning_of_text(base.tokenizer)]),
-        "numbers": numbers,
+        "numbers": precision,
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "device": model.device.type,
     }
