@@ -60,10 +60,8 @@ class ChoiceFigure:
     Attributes:
         accuracy: share of rows whose right choice has the largest summed log-likelihood.
         accuracy_per_byte: the same by the sum per byte of the choice.
-        change: accuracy less that of the base, paired row by row; None for the base itself.
-        change_per_byte: the same for the accuracy per byte.
+        change, change_per_byte: accuracy less that of the base, paired row by row; None for the base itself.
         majority: share of the most frequent answer (for exam questions, of the most frequent letter).
-        rows: how many questions there were.
         answers: the choice with the largest sum for every row, so that two models' can be paired.
     """
 

@@ -95,8 +95,7 @@ class Scores:
         macro_f1: unweighted mean of the F1 of the classes that some row has or was given.
         f1: F1 of the class called 1 or equivalent (MRPC's metric in GLUE); None where there are more than two such
             classes, or none is called so.
-        classes: the classes in the order of the labels.
-        rows: how many rows were measured.
+        classes: in the order of the labels.
     """
 
     domain: str
@@ -116,7 +115,11 @@ class Scores:
 def score(predictions: Predictions, settings: EvaluateConfig) -> Scores:
     """Compute all figures of a model on a domain."""
     counts = predictions.confusion()
-    classes = tuple(_class_figures(label, number, counts) for number, label in enumerate(predictions.labels))
+    columns = counts.diagonal().tolist(), counts.sum(axis=1).tolist(), counts.sum(axis=0).tolist()
+    classes = tuple(
+        ClassFigures(label, _share(right, given), _share(right, rows), _share(2 * right, rows + given), rows, given)
+        for label, right, rows, given in zip(predictions.labels, *columns, strict=True)
+    )
     present = [figures for figures in classes if figures.rows + figures.predicted]
     positive = [figures.f1 for figures in present if figures.label in POSITIVE] if len(present) <= 2 else []
     return Scores(
@@ -155,13 +158,8 @@ def wilson(right: int, rows: int, confidence: float) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def _class_figures(label: str, number: int, counts: NDArray[np.int64]) -> ClassFigures:
-    right = int(counts[number, number])
-    rows, predicted = int(counts[number].sum()), int(counts[:, number].sum())
-    precision = right / predicted if predicted else 0.0
-    recall = right / rows if rows else 0.0
-    f1 = 2 * right / (rows + predicted) if rows + predicted else 0.0
-    return ClassFigures(label, precision, recall, f1, rows, predicted)
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
 
 
 def matthews_correlation(counts: Sequence[Sequence[int]] | NDArray[np.int64]) -> float:

@@ -1,4 +1,3 @@
-from .catalogue import offline_task as offline_task
 from .config import BenchmarkConfig as BenchmarkConfig
 from .config import BenchmarkTask as BenchmarkTask
 from .config import as_task as as_task
@@ -9,6 +8,7 @@ from .records import BenchmarkScore as BenchmarkScore
 from .records import counting_score as counting_score
 from .records import mean_difference as mean_difference
 from .rows import Places as Places
+from .rows import offline_task as offline_task
 from .run import base_of as base_of
 from .run import benchmark_adapters as benchmark_adapters
 from .run import compare_benchmarks as compare_benchmarks

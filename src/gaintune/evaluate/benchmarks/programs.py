@@ -130,7 +130,10 @@ def run_program(program: str, limits: CodeLimits) -> Outcome:
                 why = errors.read().decode(errors="replace").strip().rpartition("\n")[2] or "it did not start"
                 raise ConfigError(f"a process for generated code cannot be limited here ({why[:300]})")
             answer = _read(child, len(proof), time.monotonic() + limits.seconds + ENDING)
-            status = child.poll() if answer == proof else _status(child)
+            try:
+                status = child.wait(timeout=0 if answer == proof else POLLING * 10)
+            except subprocess.TimeoutExpired:
+                status = None
     if answer == proof:
         return Outcome(True, "passed")
     return Outcome(False, "out of time" if status is None or status in OUT_OF_TIME else "failed")
@@ -179,14 +182,6 @@ def _read(child: subprocess.Popen[bytes], count: int, until: float) -> bytes:
             elif ended or left <= 0:
                 break
     return output
-
-
-def _status(child: subprocess.Popen[bytes]) -> int | None:
-    """Return the exit status of a process, None where it has not ended."""
-    try:
-        return child.wait(timeout=POLLING * 10)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _end_all(mark: bytes) -> None:

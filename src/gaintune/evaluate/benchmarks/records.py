@@ -26,7 +26,6 @@ class TaskFacts:
 
     Attributes:
         source: where the rows are from.
-        split: of the rows.
         fewshot: worked examples before each question.
         version: of lm-eval's task file.
         notes: what differs from the task as lm-eval has it; empty for nothing.
@@ -44,16 +43,13 @@ class BenchmarkScore:
     """A metric of a benchmark of a model, as lm-eval defines it.
 
     Attributes:
-        task: lm-eval's name of the task or group.
         metric: lm-eval's name of the metric; with its filter where there is one, as in `exact_match,strict-match`.
         value: the metric, a share for accuracies.
         stderr: its standard error, in the same unit; None where lm-eval knows none.
         items: the metric of each row, in the order of the rows: 0 or 1 of an accuracy, nats of a perplexity. Of a group
             all rows of its tasks. Empty where rows have no number of their own.
-        rows: how many rows were measured.
         aggregation: how the items become the value.
         higher_is_better: None where the task file does not say.
-        facts: settings of the task.
         members: of a group the tasks in it; empty for a task.
     """
 
@@ -83,9 +79,6 @@ class BenchmarkComparison:
     """A metric of an adapted model against its base on the same rows.
 
     Attributes:
-        label: label of the adapted model.
-        base: the base's score.
-        adapted: the adapted model's.
         difference: adapted minus base with the interval of `paired_difference`, in `unit`; None where the metric is
             neither a mean over rows nor a perplexity.
         unit: points of % for shares, % of the base's for a perplexity, else the metric's own.
@@ -121,9 +114,7 @@ class BenchmarkReport:
 
     Attributes:
         asked: names of the tasks and groups as the config has them; the others are members of groups.
-        base: scores of the base.
         adapted: scores of each adapter, by its label.
-        comparisons: each adapter against the base.
         settings: the config, and the versions that decide the scores.
     """
 

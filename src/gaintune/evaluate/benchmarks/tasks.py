@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from gaintune.errors import AssetError, ConfigError, DataError, one_line
 from gaintune.evaluate.benchmarks import programs as humaneval
-from gaintune.evaluate.benchmarks.catalogue import (
-    MMLU_FOLDER,
-    MMLU_WITHOUT_SUBJECTS,
-    OfflineTask,
-    offline_names,
-    offline_task,
-)
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.programs import CodeLimits, require_limits
 from gaintune.evaluate.benchmarks.records import TaskFacts
-from gaintune.evaluate.benchmarks.rows import LocalRows, Places, has_rows, read_embedded, read_local
+from gaintune.evaluate.benchmarks.rows import (
+    MMLU_FOLDER,
+    MMLU_WITHOUT_SUBJECTS,
+    OFFLINE_NAMES,
+    LocalRows,
+    OfflineTask,
+    Places,
+    has_rows,
+    offline_task,
+    read_embedded,
+    read_local,
+)
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -243,7 +247,7 @@ class _Loader:
             raise AssetError(
                 f"benchmark {name}: its rows ({data}) cannot be had ({reason}). Check the "
                 f"network, or give a local copy: --benchmark-data {name}=PATH (Python: data=('{name}=PATH',)); local "
-                f"copies are read of {', '.join(offline_names())}"
+                f"copies are read of {', '.join(OFFLINE_NAMES)}"
             )
         logger.info("%s: rows from %s (%s)", name, rows.origin, reason)
         return self._over_rows(name, settings, rows, shots)
@@ -333,7 +337,7 @@ def _index_with(name: str) -> TaskManager:
         return _index(folder)
     manager = _index(None)
     if name not in manager.task_index:
-        near = difflib.get_close_matches(name, {*offline_names(), *manager.all_tasks}, n=3)
+        near = difflib.get_close_matches(name, {*OFFLINE_NAMES, *manager.all_tasks}, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "lm-eval lists its tasks with `lm-eval ls tasks`"
         raise ConfigError(f"lm-eval knows no benchmark {name!r}; {hint}")
     return manager
