@@ -11,8 +11,7 @@ from gaintune.cli.app import app
 from gaintune.cli.benchmarks import _short, tables
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, BenchmarkReport, BenchmarkScore
-from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores
-from gaintune.evaluate.benchmarks.run import with_group_difference
+from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores, with_group_difference
 from support import tiny_base, tiny_domains
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")

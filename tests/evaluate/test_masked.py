@@ -13,7 +13,7 @@ from gaintune.data import load_domain, load_masked_blocks
 from gaintune.data.blocks import mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
 from gaintune.evaluate import compare_adapters, compare_masked, lent, measure
-from gaintune.evaluate.masked import measure_masked
+from gaintune.evaluate.perplexity import measure_masked
 from gaintune.methods import attach
 from gaintune.models import is_masked, load_base, load_classifier, load_masked
 from gaintune.results import DomainLoss, paired_change

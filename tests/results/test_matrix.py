@@ -203,7 +203,7 @@ def test_mistakes_are_named():
         build_matrix([run, run], QUICK)
     with pytest.raises(DataError, match="different labels"):
         build_matrix([], QUICK)
-    with pytest.raises(DataError, match="learnt twice in one, one"):
+    with pytest.raises(DataError, match="trained twice in one, one"):
         build_matrix([MethodRun("gain", run.base, (run.stages[0], run.stages[0]))], QUICK)
     moved = {**run.stages[0].losses, "two": loss(3.0)}
     with pytest.raises(DataError, match="two: gain, stage one was measured on other blocks"):

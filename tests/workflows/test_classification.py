@@ -15,7 +15,7 @@ from gaintune.config import EvaluateConfig, ModelConfig, build_plan
 from gaintune.data import Padding, labelled, load_classification
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError, RunDirectoryError
 from gaintune.evaluate import compare_classifiers, predict, score
-from gaintune.evaluate.classifiers import row_logits
+from gaintune.evaluate.classification import row_logits
 from gaintune.models import base_fingerprint, load_classifier, load_tokenizer, reads_segments
 from gaintune.workflows import ClassifierResult, adapt, adapt_classifier, run_sequence
 from support import STUDY_DATA, tiny_base, tiny_encoders, tiny_glue
