@@ -245,6 +245,30 @@ def test_osf_s_gradients_stay_out_of_the_preserved_directions(folder, tmp_path, 
             assert leaked.norm() < (1e-4 if dtype == "fp32" else 0.05) * gradient.norm(), (name, part)
 
 
+@pytest.mark.parametrize("name", ["lora", "pissa", "adalora", "hira", "disel"])
+def test_a_rank_that_no_weight_has_is_refused(folder, name):
+    everywhere = {} if name == "hira" else {"targets": "all-linear"}
+    with pytest.raises(ConfigError, match=r"rank 10000 is more than .* every .*\.[a-z_]+ \(32 x 32\): .* at most 32"):
+        attach(base_of(folder).model, MethodConfig(name=name, rank=10_000, **everywhere), seed=0)
+
+
+def test_a_rank_that_no_output_projection_has_is_refused(folder):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    for model, message in ((base_of(folder).model, r"o_proj \(32 x 32\)"), (gpt2, r"c_proj \(16 x 16\)")):
+        with pytest.raises(ConfigError, match=message):
+            attach(model, MethodConfig(name="lora", rank=10_000), seed=0)
+
+
+def test_a_rank_that_some_weights_lack_is_named(folder, caplog):
+    attach(base_of(folder).model, MethodConfig(name="lora", rank=20, targets="all-linear"), seed=0)
+    warning = "method 'lora': rank 20 is more than the smaller side of 4 of 14 weights it adapts, such as"
+    assert f"{warning} model.layers.0.self_attn.k_proj (16 x 32)" in caplog.text
+    caplog.clear()
+    attach(base_of(folder).model, MethodConfig(name="lora", rank=16, targets="all-linear"), seed=0)
+    attach(base_of(folder).model, MethodConfig(name="vera", rank=64), seed=0)
+    assert not caplog.text
+
+
 def test_what_a_method_cannot_do_is_refused():
     quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
     for name in ("pissa", "osf", "full"):

@@ -6,7 +6,7 @@ import pytest
 
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError, RunDirectoryError
 from gaintune.storage import read_json
-from gaintune.workflows import adapt
+from gaintune.workflows import adapt, run_sequence
 from support import tiny_base, tiny_domains
 from support.killing import Nothing, StopAt, Stopped, killed
 
@@ -54,6 +54,16 @@ def test_carrying_on_keeps_the_record_and_refuses_another_method_or_shape(plan, 
     with pytest.raises(ConfigError, match=r"made with rank 2.*leave rank out"):
         adapt(wide, tmp_path / "third", start=tmp_path / "first")
     assert not list(tmp_path.glob("third*"))
+
+
+def test_a_block_longer_than_the_model_takes_is_refused_before_training(plan, tmp_path):
+    plan["data"] |= {"block_size": 160, "validation_tokens": 320}
+    for run in (adapt, run_sequence):
+        with pytest.raises(ConfigError, match=r"block_size is 160, but model .* takes 128 .*block_size=128 or less"):
+            run(plan, tmp_path / "out")
+        assert not list(tmp_path.glob("out/stages")) and not list(tmp_path.glob("**/checkpoint-*"))
+    plan["data"] |= {"block_size": 128}
+    assert adapt(plan, tmp_path / "other").steps > 0
 
 
 def test_targets_that_match_nothing_are_one_message(plan, tmp_path):

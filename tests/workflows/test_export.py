@@ -185,7 +185,7 @@ def test_without_a_model_the_base_the_adapter_names_is_used(tiny, tmp_path):
         adapter, tmp_path / "out", texts=["some words to judge by"] * 9, tolerance=20, dtype="bf16"
     )
     assert certificate.base == str(tiny)
-    assert (certificate.blocks, certificate.block_size) == (1, 9 * 23)
+    assert (certificate.blocks, certificate.block_size) == (1, 128), "as long as the base takes"
     model = shaken(get_peft_model(base_of(tiny).model, CONFIGS["lora"]()))
     model.save_pretrained(tmp_path / "foreign")
     foreign = merge_adapter(tmp_path / "foreign", tmp_path / "again", blocks=BLOCKS, dtype="bf16", tolerance=20)

@@ -22,7 +22,7 @@ def gaintune(*arguments):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return tiny_base.folder(tmp_path_factory.mktemp("base"))
+    return tiny_base.folder(tmp_path_factory.mktemp("base"), max_position_embeddings=512)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import nn
 from gaintune.data import DomainBlocks, Examples
 from gaintune.errors import BaseModelError, DivergedError
 from gaintune.evaluate.batches import run_batches
-from gaintune.models import NextTokenLoss, require_isolation
+from gaintune.models import NextTokenLoss, require_rows
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss
 from gaintune.storage import canonical_json, locked, make_folder, read_stored, write_json
@@ -45,7 +45,7 @@ def measure(
 
     Raises:
         DivergedError: the loss of some row is not finite; the model is broken.
-        ConfigError: rows hold several texts, and the model does not keep them apart.
+        ConfigError: rows are longer than the model takes, or hold several texts that it does not keep apart.
     """
     sums: list[float] = []
     _each_batch(
@@ -144,8 +144,7 @@ def _each_batch(
 ) -> None:
     """Hand over the losses of one batch after the other, `(rows, length - 1)`, in inference mode."""
     device = next(model.parameters()).device
-    if examples.position_ids is not None:
-        require_isolation(model)
+    require_rows(model, examples.input_ids.shape[1], packed=examples.position_ids is not None)
     loss = NextTokenLoss(model)
 
     def step(batch: dict[str, torch.Tensor]) -> int:

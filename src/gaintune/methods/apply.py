@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
@@ -22,6 +25,9 @@ from gaintune.methods.penalties import penalty_of
 from gaintune.methods.rules import StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
 from gaintune.tuners.gain.mapping import default_projections
+from gaintune.tuners.targets import matched_modules
+
+logger = logging.getLogger(__name__)
 
 COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
@@ -135,7 +141,7 @@ def attach(
         A `PeftModel`, or the model itself where every weight trains.
 
     Raises:
-        ConfigError: the method cannot work on this base, or on the modules chosen.
+        ConfigError: the method cannot work on this base or on the modules chosen, or its rank exceeds every weight.
     """
     method = check_method(config)
     set_seed(seed)
@@ -150,6 +156,7 @@ def attach(
             configured.task_type = TaskType(task_type)
             if head:
                 _save_with_adapter(configured, head, config)
+            _require_rank(model, configured, method, config)
             adapted = get_peft_model(model, configured)
         except GaintuneError:
             raise
@@ -173,6 +180,36 @@ def peft_config(method: Method, model: PreTrainedModel, config: MethodConfig) ->
         values["target_modules"] = [targets] if isinstance(targets, str) else list(targets)
     kind = cast(type[PeftConfig], PEFT_TYPE_TO_CONFIG_MAPPING[cast(Any, method.peft_type)])
     return kind(**values)
+
+
+def _require_rank(model: PreTrainedModel, configured: PeftConfig, method: Method, config: MethodConfig) -> None:
+    """Refuse a rank above the smaller side of every adapted weight; warn of a rank above that of some."""
+    if config.rank is None or method.shared:
+        return
+    matched = matched_modules(_maybe_include_all_linear_layers(copy(configured), model), model)
+    sides = {name: _sides(module) for name, module in matched.items() if isinstance(module, nn.Linear | Conv1D)}
+    narrow = [name for name in sides if min(sides[name]) < config.rank]
+    if not narrow:
+        return
+    problem = f"method {config.label!r}: rank {config.rank} is more than the smaller side of"
+    if len(narrow) == len(sides):
+        widest = max(sides, key=lambda name: min(sides[name]))
+        rows, columns = sides[widest]
+        raise ConfigError(
+            f"{problem} every weight it would adapt, the largest being {widest} ({rows} x {columns}): choose a rank of "
+            f"at most {min(rows, columns)}"
+        )
+    rows, columns = sides[narrow[0]]
+    counts = f"{len(narrow)} of {len(sides)} weights it adapts, such as {narrow[0]} ({rows} x {columns})"
+    logger.warning("%s %s", problem, counts)
+
+
+def _sides(module: nn.Module) -> tuple[int, int]:
+    """Return rows and columns of a linear layer's weight, as `(d_out, d_in)`, quantized or not."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    inputs, outputs = cast(Conv1D, module).weight.shape
+    return outputs, inputs
 
 
 def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: MethodConfig) -> None:

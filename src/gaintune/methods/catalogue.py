@@ -61,6 +61,7 @@ class Method:
         rates: rate multipliers by part of a parameter's name, as in `parameter_groups`.
         rule: makes what acts on every update of one adaptation, for its place in the sequence; None where nothing does.
         quantized: whether the base may be quantized.
+        shared: whether all modules share its matrices, so that its rank may exceed the sides of their weights.
         factors: the tensor of its factors; None where it multiplies no features.
         line: how an adapter is moved along the line from the base through it: by its "gains", by the "scale" of its
             update, "gated" (by the scale of an update that depends on the input), or by the "weights" themselves.
@@ -76,6 +77,7 @@ class Method:
     rates: Callable[[MethodConfig], Mapping[str, float]] = lambda config: {}
     rule: Callable[[MethodConfig, StagePosition], TrainingRule] | None = None
     quantized: bool = True
+    shared: bool = False
     factors: FactorTensor | None = None
     line: Literal["gains", "scale", "gated", "weights"] = "weights"
 
@@ -243,6 +245,7 @@ METHODS: dict[str, Method] = {
                 "projection_prng_key": lambda chosen: torch.initial_seed(),  # which `attach` has set
                 "save_projection": True,
             },
+            shared=True,
         ),
         Method(
             "osf",

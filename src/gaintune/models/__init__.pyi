@@ -7,11 +7,13 @@ from .base import begin_texts as begin_texts
 from .base import load_base as load_base
 from .base import load_model as load_model
 from .base import load_tokenizer as load_tokenizer
+from .base import read_architecture as read_architecture
 from .base import resolve_device as resolve_device
 from .base import resolve_dtype as resolve_dtype
 from .base import save_model as save_model
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import is_hub_id as is_hub_id
+from .checkpoints import locate as locate
 from .devices import VISIBLE as VISIBLE
 from .devices import take_device as take_device
 from .devices import visible_devices as visible_devices
@@ -23,8 +25,10 @@ from .heads import load_classifier as load_classifier
 from .heads import load_masked as load_masked
 from .heads import longest_input as longest_input
 from .heads import reads_segments as reads_segments
-from .isolation import require_isolation as require_isolation
 from .loss import IGNORED as IGNORED
 from .loss import NextTokenLoss as NextTokenLoss
 from .loss import Objective as Objective
 from .loss import autocast as autocast
+from .rows import longest_row as longest_row
+from .rows import require_isolation as require_isolation
+from .rows import require_rows as require_rows

@@ -25,7 +25,7 @@ from gaintune.adapters import AdapterRecord, save_adapter
 from gaintune.config import TrainConfig
 from gaintune.errors import AdapterError, ConfigError, DivergedError, TrainingError, one_line
 from gaintune.methods import PreparedMethod, Rows, StageData, StagePosition, TrainingRule, rules_of
-from gaintune.models import NextTokenLoss, Objective, require_isolation
+from gaintune.models import NextTokenLoss, Objective, require_rows
 from gaintune.progress import Advance, Progress, Silent
 from gaintune.storage import check_replaceable, damage, discard_whole, first_process, write_manifest
 from gaintune.tuners import AdapterOptimizerMixin
@@ -344,13 +344,13 @@ def train_stage(
 
     Raises:
         TrainingError: a loss or gradient that is not finite, before it reaches the weights.
-        ConfigError: a tracker that is not installed, nothing to train, a model that mixes the texts of packed rows, or
-            state that the method's rules need and that the previous adapter does not hold.
+        ConfigError: a tracker that is not installed, nothing to train, rows longer than the model takes or whose texts
+            it mixes, or something that the method's rules need and the adapter to continue lacks.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
-    if "position_ids" in rows[0]:
-        require_isolation(model)
+    first = rows[0]
+    require_rows(model, len(first["input_ids"]), packed="position_ids" in first)
     if plan.gradient_checkpointing:
         base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
         new_name = hasattr(base, "activation_checkpointing_enable")  # from transformers 5.20 on

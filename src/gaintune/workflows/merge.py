@@ -39,6 +39,9 @@ from gaintune.models import (
     load_base,
     load_model,
     load_tokenizer,
+    locate,
+    longest_row,
+    read_architecture,
     resolve_device,
     resolve_dtype,
     save_model,
@@ -47,6 +50,7 @@ from gaintune.progress import plural
 from gaintune.results import DomainLoss
 from gaintune.storage import files
 
+BLOCK_TOKENS = 256  # of texts to judge a merge on, or as many as the base takes
 LOGIT_POSITIONS = 512  # positions whose logits are compared: 100 MB for a vocabulary of 50,000
 LOGIT_BLOCKS = 8  # blocks they lie in, each of which is computed once more
 
@@ -308,7 +312,8 @@ def _judging_text(
     tokenizer: Any = load_tokenizer(model) if blocks is None or counted is None else None
     ids = blocks.input_ids if isinstance(blocks, Examples) else blocks
     if ids is None:
-        ids = blocks_of(texts or (), tokenizer)
+        longest = longest_row(read_architecture(locate(model), model))
+        ids = blocks_of(texts or (), tokenizer, min(BLOCK_TOKENS, longest or BLOCK_TOKENS))
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise ConfigError(f"blocks of shape {tuple(ids.shape)}: (blocks, block_size) of 2 tokens or more are needed")
     examples = blocks if isinstance(blocks, Examples) else Examples.of_blocks(ids)
@@ -319,7 +324,7 @@ def _judging_text(
     return examples, tuple(counted)
 
 
-def blocks_of(texts: Sequence[str], tokenizer: Any, block_size: int = 256) -> torch.Tensor:
+def blocks_of(texts: Sequence[str], tokenizer: Any, block_size: int = BLOCK_TOKENS) -> torch.Tensor:
     """Cut texts, joined with end-of-text tokens, into blocks that begin as the model's texts do; drop the rest."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False).input_ids, *end]]

@@ -20,7 +20,7 @@ from gaintune.config import DataConfig, DomainConfig, Plan
 from gaintune.data import Examples, load_domain
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.evaluate import run_batches
-from gaintune.models import IGNORED, load_base
+from gaintune.models import IGNORED, load_base, require_rows
 from gaintune.progress import Progress
 from gaintune.storage import describe_environment
 from gaintune.tuners.disel.layer import disel_layers
@@ -101,6 +101,7 @@ def record_examples(
     """Run rows through a causal language model with a DISeL adapter, its gates being recorded; no loss is computed."""
     forward: Any = _without_head(model)
     device = next(model.parameters()).device
+    require_rows(model, examples.input_ids.shape[1], packed=examples.position_ids is not None)
     mask_of = response_tokens if counted == "response" else all_tokens
 
     def step(batch: dict[str, torch.Tensor]) -> int:

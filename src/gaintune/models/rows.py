@@ -1,10 +1,11 @@
-"""Whether a model keeps the texts of a row apart where position ids start anew: tried on a few tokens."""
+"""What a language model must do with rows: take their length, and keep the texts of a packed row apart."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from gaintune.errors import ConfigError, one_line
 
@@ -13,6 +14,45 @@ TEXT_TOKENS = 12
 # as it is, so that most models give the very same numbers; text alone takes other kernels than text in a packed row.
 EXCHANGED, COARSELY_EXCHANGED = 1e-4, 0.01
 ALONE, COARSELY_ALONE = 1e-3, 0.03
+
+
+def longest_row(config: PretrainedConfig) -> int | None:
+    """Return the most tokens of a row that a language model was made for; None without a limit (ALiBi, state spaces).
+
+    Rotary positions that are stretched (linear, dynamic, YaRN and their kin) reach as far as their factor says.
+    """
+    text: Any = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if not positions or getattr(text, "alibi", False):  # Falcon's config has both
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    reach = positions
+    for kind in (rope, *(kind for kind in rope.values() if isinstance(kind, dict))):  # Gemma has one a kind of layer
+        if kind.get("factor"):
+            reach = max(reach, int(kind["factor"] * (kind.get("original_max_position_embeddings") or positions)))
+    return reach
+
+
+def require_rows(model: Any, length: int, *, packed: bool) -> None:
+    """Refuse rows that are longer than a language model was made for, or whose texts it does not keep apart.
+
+    Args:
+        model: a causal language model of transformers, or a `PeftModel` around one.
+        length: tokens of a row.
+        packed: whether rows hold several texts, each with positions of its own.
+
+    Raises:
+        ConfigError: names the plan's key, and what to set instead.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    longest = longest_row(base.config)
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"data.block_size is {length}, but model {base.name_or_path!r} takes {longest} tokens at most "
+            f"(max_position_embeddings): set data.block_size={longest} or less"
+        )
+    if packed:
+        require_isolation(model)
 
 
 def require_isolation(model: Any) -> None:

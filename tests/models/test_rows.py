@@ -1,4 +1,4 @@
-"""Rows packed into one block compute as they do alone, and models that would mix them are refused."""
+"""Rows longer than a model takes are refused; texts packed into one block compute as they do alone, or are refused."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from transformers import (
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
@@ -20,7 +22,7 @@ from gaintune.data import Examples
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure
 from gaintune.methods import StagePosition, prepare_method
-from gaintune.models import IGNORED, NextTokenLoss, require_isolation
+from gaintune.models import IGNORED, NextTokenLoss, longest_row, require_isolation, require_rows
 from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
 from support import tiny_base
@@ -65,6 +67,34 @@ def block(*lengths: int, padding: int = 0, seed: int = 0) -> tuple[Examples, lis
     labels = torch.cat([*halves, torch.full((padding,), IGNORED)])
     positions = torch.cat([torch.arange(length) for length in (*lengths, padding)])
     return Examples(ids[None], labels[None], positions[None]), rows
+
+
+STRETCHED = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LLAMA3 = {**STRETCHED, "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {**STRETCHED, "rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (GPT2Config(n_positions=64), 64),
+        (LlamaConfig(max_position_embeddings=64), 64),
+        (LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), 128),
+        (LlamaConfig(max_position_embeddings=256, rope_parameters=LLAMA3), 256),
+        (LlamaConfig(max_position_embeddings=64, rope_parameters=YARN), 256),
+        (BloomConfig(), None),
+        (FalconConfig(max_position_embeddings=64, alibi=True), None),
+    ],
+)
+def test_the_longest_row_is_what_positions_reach(config, longest):
+    assert longest_row(config) == longest
+
+
+def test_a_row_longer_than_trained_positions_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    require_rows(model, 16, packed=False)
+    with pytest.raises(ConfigError, match=r"data\.block_size is 17, but model .* takes 16 tokens at most"):
+        require_rows(model, 17, packed=False)
 
 
 @pytest.mark.parametrize("name", ["llama", *KEEPS])
