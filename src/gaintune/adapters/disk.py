@@ -49,14 +49,8 @@ def check_adapters(
 ) -> None:
     """Check adapters and the base they are meant for by their files alone, before any model is loaded.
 
-    Args:
-        folders: the adapters.
-        model: the base.
-        data: domains to measure or to train on: warns where an adapter was trained with another split or template.
-        allow_other_base: accept adapters that were trained on another base.
-
-    Raises:
-        AdapterError, BaseMismatchError: as `load_adapter` would.
+    Warns where an adapter was trained on one of the domains of `data` with another split or template. Raises as
+    `load_adapter` does.
     """
     adapter_labels(folders)  # refuses an adapter that is named twice
     records = [read_record(folder) for folder in folders]  # reports a missing folder before it fetches a base
@@ -97,8 +91,7 @@ def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:
         (folder / name).rmdir()
     _name_base_in_card(folder / CARD, record.base_name)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = record.base_name
-    config["revision"] = record.base_revision
+    config |= {"base_model_name_or_path": record.base_name, "revision": record.base_revision}
     for key, value in config.items():  # PEFT turns sets into lists in an order that changes with the process
         if isinstance(getattr(model.peft_config[name], key, None), set):
             config[key] = sorted(value)
@@ -113,8 +106,8 @@ def _name_base_in_card(file: Path, base_name: str) -> None:
     card = ModelCard.load(file)
     data: Any = card.data
     data.base_model = base_name if named else None
-    tags = [tag for tag in data.tags or () if not tag.startswith("base_model:")]
-    data.tags = sorted([*tags, *([f"base_model:adapter:{base_name}"] if named else ())]) or None
+    own = [f"base_model:adapter:{base_name}"] if named else []
+    data.tags = sorted(own + [tag for tag in data.tags or () if not tag.startswith("base_model:")]) or None
     card.save(file)
 
 
@@ -123,11 +116,8 @@ def load_adapter(
 ) -> nn.Module:
     """Load a saved adapter onto a base and return the adapted model; `base.model` is changed in place.
 
-    A folder of method 'full' replaces the weights of `base.model`.
-
-    Args:
-        trainable: let the adapter (for 'full', every weight) train further.
-        allow_other_base: load it although it was trained on another base.
+    A folder of method 'full' replaces the weights of `base.model`. With `trainable` the adapter (for 'full', every
+    weight) can train further; `allow_other_base` loads it although it was trained on another base.
 
     Raises:
         AdapterError: incomplete, damaged, of an unknown kind, or not the keys this base and config call for.
@@ -142,11 +132,7 @@ def load_adapter(
 
 
 def add_adapter(model: PeftModel, base: Base, folder: str | Path, name: str, *, allow_other_base: bool = False) -> None:
-    """Add a saved adapter, under a name and not active, to a model that `load_adapter` made.
-
-    Raises:
-        AdapterError, BaseMismatchError: as `load_adapter` does, and for another method's adapter.
-    """
+    """Add a saved adapter, under a name and not active, to a model that `load_adapter` made; raises as that does."""
     folder = Path(folder)
     _check_for(base, folder, allow_other_base)
     saved = _saved_tensors(folder)

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaintune.config import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
+from gaintune.config import DataConfig, DomainConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.storage import files
 
 if TYPE_CHECKING:
-    from gaintune.methods import Method
+    from gaintune.data import ClassifyDomain, DomainBlocks
+    from gaintune.methods import Method, PreparedMethod
 
 logger = logging.getLogger(__name__)
 
@@ -108,56 +109,40 @@ class AdapterRecord:
     def of_plan(
         cls,
         plan: Plan,
-        method: MethodConfig,
-        *,
-        lr: float,
+        method: PreparedMethod,
         fingerprint: str,
-        trained: Sequence[tuple[str, str]],
+        trained: Sequence[DomainBlocks | ClassifyDomain],
+        *,
         versions: dict[str, str],
+        settings: dict[str, Any],
         previous: AdapterRecord | None = None,
         labels: tuple[str, ...] = (),
-        settings: dict[str, Any] | None = None,
     ) -> AdapterRecord:
-        """Record what one of a plan's methods has trained.
+        """Record what a plan's method trained on a base of a fingerprint.
 
-        Args:
-            plan: the plan.
-            method: the method.
-            lr: the learning rate that was used, whoever gave it.
-            fingerprint: identity of the base.
-            trained: name and content hash of each domain, in the order of training.
-            versions: versions of the packages.
-            previous: the record of the adapter that training continued.
-            labels: a classifier's classes.
-            settings: settings beside those of training and method, by section.
+        `trained` are the domains in the order of training, `versions` those of the packages; `settings` are added to
+        those of training and method, by section. `previous` is the record of the adapter that training continued.
         """
         had = previous or cls("", "", "", "", domains=())  # nothing came before a new adapter
         made = {domain.name: DomainSettings.of(domain, plan.data) for domain in plan.data.domains}
+        training = {**plan.train.model_dump(mode="json"), "lr": method.lr}
         return cls(
             base_name=plan.model.name,
             base_revision=plan.model.revision,
             base_fingerprint=fingerprint,
-            method=method.name,
-            label=method.label,
-            domains=(*had.domains, *(name for name, _ in trained)),
-            content_hashes={**had.content_hashes, **dict(trained)},
-            data={**had.data, **{name: made[name] for name, _ in trained}},
-            settings={
-                "train": {**plan.train.model_dump(mode="json"), "lr": lr},
-                "method": method.model_dump(mode="json"),
-                **(settings or {}),
-            },
+            method=method.config.name,
+            label=method.config.label,
+            domains=(*had.domains, *(domain.name for domain in trained)),
+            content_hashes={**had.content_hashes, **{domain.name: domain.content_hash for domain in trained}},
+            data={**had.data, **{domain.name: made[domain.name] for domain in trained}},
+            settings={"train": training, "method": method.config.model_dump(mode="json"), **settings},
             versions=versions,
             labels=labels,
         )
 
 
 def read_record(folder: Path) -> AdapterRecord | None:
-    """Read the record of an adapter; None for an adapter that PEFT wrote without us.
-
-    Raises:
-        AdapterError: not an adapter folder, or a damaged record.
-    """
+    """Read the record of an adapter, None if PEFT wrote it without us; AdapterError for another folder or damage."""
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     path = folder / RECORD
@@ -177,11 +162,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
 
 
 def adapter_method(folder: Path) -> Method | None:
-    """Find an adapter's method in the catalogue, also where PEFT wrote it without us; None where it has none.
-
-    Raises:
-        AdapterError: not an adapter folder, or a damaged one.
-    """
+    """Find an adapter's method in the catalogue, also if PEFT wrote it without us; None if it is not there."""
     from gaintune.methods import METHODS, recognize
 
     record = read_record(folder)
@@ -205,9 +186,9 @@ def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
     if record is not None:
         return ModelConfig(name=str(record.base_name), revision=record.base_revision)
     config = read_config(folder)
-    if not config.get("base_model_name_or_path"):
-        raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
-    return ModelConfig(name=str(config["base_model_name_or_path"]), revision=config.get("revision"))
+    if name := config.get("base_model_name_or_path"):
+        return ModelConfig(name=str(name), revision=config.get("revision"))
+    raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -250,10 +231,8 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
         f"this base is {base!r} (fingerprint {fingerprint[:12]})"
     )
     if not allow_other_base:
-        raise BaseMismatchError(
-            f"{message}. Load it on its own base, or, if you mean it, pass --allow-other-base "
-            "(Python: allow_other_base=True)"
-        )
+        advice = "Load it on its own base, or, if you mean it, pass --allow-other-base (Python: allow_other_base=True)"
+        raise BaseMismatchError(f"{message}. {advice}")
     return f"{message}; loading it all the same, as asked"
 
 

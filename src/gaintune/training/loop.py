@@ -135,48 +135,39 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
             write_manifest(folder)
 
 
+@dataclass(eq=False)
 class StageCallback(TrainerCallback):
-    """Progress after each log, rules after each update, and snapshots in the process that writes."""
+    """Progress after each log, rules after each update, and snapshots where the process writes them."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        rules: Sequence[TrainingRule],
-        snapshots: Snapshots | None,
-        advance: Advance,
-        tokens_per_step: float,
-    ) -> None:
-        self._model = model
-        self._rules = rules
-        self._snapshots = snapshots if first_process() else None
-        self._advance = advance
-        self._tokens = tokens_per_step
+    model: nn.Module
+    rules: Sequence[TrainingRule]
+    snapshots: Snapshots | None
+    advance: Advance
+    tokens_per_step: float
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._snapshots:
-            self._snapshots.forget_after(state.global_step)
+        if self.snapshots:
+            self.snapshots.forget_after(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for rule in self._rules:
-            rule.after_update(self._model, state.global_step)
+        for rule in self.rules:
+            rule.after_update(self.model, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._snapshots:
-            self._snapshots.keep(self._model, state.global_step, state.max_steps)
+        if self.snapshots:
+            self.snapshots.keep(self.model, state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self._advance(self._tokens, loss=logs["loss"])
+            self.advance(self.tokens_per_step, loss=logs["loss"])
 
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Schedule of copies of an adapter during training: every so many updates, and after the last one.
+    """Schedule of copies of an adapter during training: `every` so many updates, and after the last one.
 
-    Attributes:
-        folder: parent folder of the copies, which are `step-000050` and so on.
-        every: updates between two copies.
-        record: the finished adapter's record; a copy's `settings["snapshot"]` says after how many updates it was made.
+    They are `folder/step-000050` and so on. A copy has the finished adapter's `record`, and says in
+    `settings["snapshot"]` after how many updates it was made.
     """
 
     folder: Path
@@ -202,11 +193,6 @@ class Shelf:
 
     finished: Path
     unfinished: Path
-
-    @classmethod
-    def of(cls, out: Path, unfinished: Path) -> Shelf:
-        """Name the folders for an adapter that will be written to `out`."""
-        return cls(out.with_name(f"{out.name}.snapshots"), unfinished / "snapshots")
 
     def check(self) -> None:
         """Refuse to put copies of one adapter beside those of another, or beside anything else.
@@ -236,8 +222,7 @@ class Shelf:
 def snapshots_of(adapter: str | Path) -> dict[int, Path]:
     """Find the copies kept of an adapter, by the number of updates after which each was made.
 
-    Args:
-        adapter: an adapter's folder (of `gaintune adapt`, or of a stage of a run), or the folder of the copies itself.
+    `adapter` is its folder (of `gaintune adapt`, or of a stage of a run), or the folder of the copies.
 
     Raises:
         AdapterError: no such folder, or no copies were kept.
@@ -337,10 +322,8 @@ def train_stage(
         objective: the loss; default: next-token loss of a causal language model.
         collate: function from rows to a batch; default: stack rows of one length.
         head_rates: factors on the rate for the parts of a new head, beside the method's own.
-        snapshots: which copies of the adapter to keep during training; default: none.
+        snapshots: which copies of the adapter to keep during training.
         logs: folder for TensorBoard's logs; default: beside the checkpoints.
-        title: text of the progress bar.
-        progress: progress display.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, before it reaches the weights.
@@ -359,8 +342,7 @@ def train_stage(
     shown, mixed = progress or Silent(), method.precision.mixed
     rules = rules_of(method, position, seed=plan.seed)
     device = next(model.parameters()).device
-    arguments = _arguments(plan, lr=method.lr, folder=checkpoints, device=device, mixed_precision=mixed)
-    trackers = _trackers(plan.trackers, logs or checkpoints.parent / "tensorboard")
+    arguments = _arguments(plan, method.lr, checkpoints, device, mixed)
     trainer = RowTrainer(
         plan=plan,
         objective=objective,
@@ -370,7 +352,7 @@ def train_stage(
         args=arguments,
         train_dataset=cast(Dataset, rows),
         data_collator=collate,
-        callbacks=trackers,
+        callbacks=_trackers(plan.trackers, logs or checkpoints.parent / "tensorboard"),
     )
     trainer.remove_callback(PrinterCallback)
     steps = count_updates(len(rows), plan, arguments.world_size)
@@ -382,7 +364,8 @@ def train_stage(
         if resume:
             rule.load(resume)
     with shown.task(title, max(total - done, 0), "tokens") as advance:
-        trainer.add_callback(StageCallback(model, rules, snapshots, advance, total / steps))
+        kept = snapshots if first_process() else None
+        trainer.add_callback(StageCallback(model, rules, kept, advance, total / steps))
         start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -426,7 +409,7 @@ def _trackers(names: Sequence[str], logs: Path) -> list[TrainerCallback]:
 
 
 def _arguments(
-    plan: TrainConfig, *, lr: float, folder: Path, device: torch.device, mixed_precision: torch.dtype | None
+    plan: TrainConfig, lr: float, folder: Path, device: torch.device, mixed_precision: torch.dtype | None
 ) -> TrainingArguments:
     """Translate a plan into `transformers` settings."""
     settings: Mapping[str, Any] = {

@@ -14,33 +14,11 @@ from typing import Any, Self, TypeVar, cast
 from peft import PeftModel
 from torch import nn
 
-from gaintune.adapters import (
-    AdapterRecord,
-    adapter_weights,
-    check_adapters,
-    load_adapter,
-    read_config,
-    read_record,
-    save_adapter,
-)
+from gaintune import adapters, methods
 from gaintune.config import MethodConfig, Plan, read_plan
 from gaintune.data import ClassifyDomain, DomainBlocks, Padding, load_classification, load_domain, with_replay
 from gaintune.errors import ConfigError
 from gaintune.evaluate import LabelLoss, Scores, measure_domain, predict, score
-from gaintune.methods import (
-    OPTIONS,
-    TRAINING_OPTIONS,
-    PreparedMethod,
-    Rows,
-    StagePosition,
-    attach,
-    check_method,
-    kind_of,
-    prepare_method,
-    rules_of,
-    stored_options,
-    trainable_parameters,
-)
 from gaintune.models import Base, load_base, load_classifier, load_tokenizer, reads_segments, resolve_device
 from gaintune.progress import Progress, Silent, plural
 from gaintune.results import DomainLoss, change
@@ -259,10 +237,10 @@ class AdaptationJob:
     """
 
     plan: Plan
-    method: PreparedMethod
+    method: methods.PreparedMethod
     out: Path
     start: Path | None
-    previous: AdapterRecord | None
+    previous: adapters.AdapterRecord | None
     environment: dict[str, Any]
     allow_other_base: bool
     progress: Progress
@@ -278,15 +256,15 @@ class AdaptationJob:
             raise ConfigError("replay is for text and instructions; a classifier has one domain's rows, leave it out")
         if os.path.lexists(out):  # also a link to nothing
             raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
-        check_method(config)
+        methods.check_method(config)
         if start is not None:
             start = Path(start)
             previous, config = resumed_method(start, plan, allow_other_base=allow_other_base)
             if plan.classifies and not (previous and previous.labels):
                 raise ConfigError(f"{start} is no classifier of ours; leave start out for a new adapter and head")
         _check_replay(plan, start, previous)
-        method = prepare_method(config, plan.model, plan.train)
-        rules_of(method, StagePosition(previous=start), seed=plan.train.seed)  # for the errors it raises
+        method = methods.prepare_method(config, plan.model, plan.train)
+        methods.rules_of(method, methods.StagePosition(previous=start), seed=plan.train.seed)  # for its errors
         environment = describe_environment(resolve_device(plan.model.device))
         job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
         job._shelf.check()
@@ -304,18 +282,18 @@ class AdaptationJob:
 
     def check_inputs(self, run: Run, fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> None:
         """Refuse to continue where base, texts or start differ from those that the run began with."""
-        start = None if self.start is None else sha256_file(adapter_weights(self.start))
+        start = None if self.start is None else sha256_file(adapters.adapter_weights(self.start))
         inputs = {**describe_inputs(fingerprint, domains), "start": start}
         run.settle("inputs.json", inputs, f"To begin anew, delete {self._unfinished}")
 
     def model(self, base: Base, **new: Any) -> nn.Module:
         """Return the base ready to train, with the adapter to continue or a new one; `new` goes to `attach`."""
         if self.start is None:
-            return attach(base.model, self.method.config, seed=self.plan.train.seed, **new)
-        model = load_adapter(base, self.start, trainable=True, allow_other_base=self.allow_other_base)
+            return methods.attach(base.model, self.method.config, seed=self.plan.train.seed, **new)
+        model = adapters.load_adapter(base, self.start, trainable=True, allow_other_base=self.allow_other_base)
         for option, key in self.method.entry.options.items():
             value = getattr(self.method.config, option)
-            if option in TRAINING_OPTIONS and key and value is not None:  # other trainers read it from there
+            if option in methods.TRAINING_OPTIONS and key and value is not None:  # other trainers read it from there
                 setattr(cast(PeftModel, model).peft_config["default"], key, value)
         return model
 
@@ -326,7 +304,7 @@ class AdaptationJob:
         model: nn.Module,
         base: Base,
         domain: DomainBlocks | ClassifyDomain,
-        rows: Rows,
+        rows: methods.Rows,
         measure: Callable[[], dict[str, Any]],
         *,
         settings: dict[str, Any],
@@ -338,16 +316,15 @@ class AdaptationJob:
         `measure` returns that kind's own fields; `settings` and `labels` go into the adapter's record, `more` to
         `train_stage`.
         """
-        record = AdapterRecord.of_plan(
+        record = adapters.AdapterRecord.of_plan(
             self.plan,
-            self.method.config,
-            lr=self.method.lr,
-            fingerprint=base.fingerprint,
-            trained=[(domain.name, domain.content_hash)],
+            self.method,
+            base.fingerprint,
+            [domain],
             versions=self.environment["packages"],
+            settings=settings,
             previous=self.previous,
             labels=labels,
-            settings=settings,
         )
         if run.writes:
             self._shelf.reopen()
@@ -357,7 +334,7 @@ class AdaptationJob:
             self.method,
             rows,
             self.plan.train,
-            StagePosition(previous=self.start),
+            methods.StagePosition(previous=self.start),
             checkpoints=self._unfinished / "checkpoints",
             snapshots=Snapshots(self._shelf.unfinished, every, record) if every else None,
             logs=self.out.with_name(f"{self.out.name}.tensorboard"),
@@ -368,10 +345,10 @@ class AdaptationJob:
         measured = measure()
         if run.writes:
             self._shelf.close()
-            save_adapter(model, self.out, record, keep=trained.keep)
+            adapters.save_adapter(model, self.out, record, keep=trained.keep)
         return kind(
             adapter=self.out,
-            trainable_parameters=trainable_parameters(model),
+            trainable_parameters=methods.trainable_parameters(model),
             steps=trained.steps,
             tokens=trained.tokens,
             seconds=trained.seconds,
@@ -385,7 +362,7 @@ class AdaptationJob:
 
     @property
     def _shelf(self) -> Shelf:
-        return Shelf.of(self.out, self._unfinished)
+        return Shelf(self.out.with_name(f"{self.out.name}.snapshots"), self._unfinished / "snapshots")
 
 
 def _require_one_of_each(plan: Plan) -> None:
@@ -410,7 +387,7 @@ def _require_one_of_each(plan: Plan) -> None:
 
 def resumed_method(
     start: Path, plan: Plan, *, allow_other_base: bool = False
-) -> tuple[AdapterRecord | None, MethodConfig]:
+) -> tuple[adapters.AdapterRecord | None, MethodConfig]:
     """Read the record of the adapter that a plan continues (None for a foreign one) and complete the plan's method.
 
     Options that the plan leaves out are the adapter's own; only those of training alone may change. Rate, penalty and
@@ -420,16 +397,16 @@ def resumed_method(
         AdapterError, BaseMismatchError: not an adapter folder, a damaged one, or one of another base.
         ConfigError: another method made it, or with other options than the plan gives.
     """
-    record, method = read_record(start), plan.methods[0]
+    record, method = adapters.read_record(start), plan.methods[0]
     if record is None:
-        config, entry = read_config(start), check_method(method)
-        if kind_of(config) != entry.kind:
+        config, entry = adapters.read_config(start), methods.check_method(method)
+        if methods.kind_of(config) != entry.kind:
             raise ConfigError(
-                f"{start} is a {kind_of(config)} adapter, and method {method.name!r} continues "
+                f"{start} is a {methods.kind_of(config)} adapter, and method {method.name!r} continues "
                 f"{entry.kind or 'full weights'}: choose its own method with --method, or leave --start out to begin "
                 "anew"
             )
-        had = stored_options(entry, config)
+        had = methods.stored_options(entry, config)
     elif record.method != method.name:
         raise ConfigError(
             f"{start} was made by method {record.method!r}, and {method.name!r} cannot continue it: use --method "
@@ -437,7 +414,7 @@ def resumed_method(
         )
     else:
         had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
-    for option in (option for option in OPTIONS if option not in TRAINING_OPTIONS):
+    for option in (option for option in methods.OPTIONS if option not in methods.TRAINING_OPTIONS):
         given, held = getattr(method, option), getattr(had, option)
         if given is not None and given != held:
             made = f"without choosing {option}" if held is None else f"with {option} {reprlib.repr(held)}"
@@ -445,12 +422,12 @@ def resumed_method(
                 f"{start} was made {made}, and cannot be continued with {given!r}: leave {option} out, or leave "
                 "--start out to begin anew"
             )
-    check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
-    kept = {option: getattr(had, option) for option in OPTIONS if getattr(method, option) is None}
+    adapters.check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
+    kept = {option: getattr(had, option) for option in methods.OPTIONS if getattr(method, option) is None}
     return record, method.model_copy(update=kept)
 
 
-def _check_replay(plan: Plan, start: Path | None, previous: AdapterRecord | None) -> None:
+def _check_replay(plan: Plan, start: Path | None, previous: adapters.AdapterRecord | None) -> None:
     """Refuse replay without the earlier domains' texts, and of domains that the adapter was not trained on."""
     if not plan.methods[0].replay:
         return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gaintune import storage
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.config import Plan, read_plan
 from gaintune.data import ClassifyDomain, DomainBlocks, load_domain, replayed_rows, with_replay
@@ -20,18 +21,6 @@ from gaintune.methods import PreparedMethod, StagePosition, attach, prepare_meth
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
-from gaintune.storage import (
-    CHECKPOINTS,
-    Run,
-    check_replaceable,
-    damage,
-    describe_environment,
-    discard,
-    open_run,
-    process_count,
-    read_stored,
-    write_json,
-)
 from gaintune.training import Snapshots, count_updates, train_stage
 
 
@@ -69,8 +58,8 @@ def run_sequence(
         )
     methods = [prepare_method(method, plan.model, plan.train) for method in plan.methods]
     shown, device = progress or Silent(), resolve_device(plan.model.device)
-    environment = describe_environment(device)
-    with open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
+    environment = storage.describe_environment(device)
+    with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
         tokenizer = load_tokenizer(plan.model)
         domains = [load_domain(domain, plan.data, tokenizer) for domain in plan.data.measured]
         fingerprint = base_fingerprint(plan.model)
@@ -82,7 +71,7 @@ def run_sequence(
             try:
                 sequence.run(after_stage=lambda: _write_matrix(directory, sequences))
             except DivergedError as error:
-                if process_count() > 1:  # other processes may not see the error, and would wait for this one
+                if storage.process_count() > 1:  # other processes may not see the error, and would wait for this one
                     raise
                 diverged[sequence.label] = str(error)
                 directory.event("diverged", method=sequence.label, error=str(error))
@@ -93,7 +82,7 @@ def run_sequence(
             raise DivergedError(reasons, diverged, finished=len(sequences) - len(diverged))
         directory.event("finished")
         directory.wait()
-        return read_stored(directory.matrix, Matrix.from_dict)
+        return storage.read_stored(directory.matrix, Matrix.from_dict)
 
 
 def describe_inputs(fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> dict[str, Any]:
@@ -101,13 +90,13 @@ def describe_inputs(fingerprint: str, domains: Sequence[DomainBlocks | ClassifyD
     return {"base_fingerprint": fingerprint, "domains": {domain.name: domain.describe() for domain in domains}}
 
 
-def _write_matrix(run: Run, sequences: list[_Sequence]) -> None:
+def _write_matrix(run: storage.Run, sequences: list[_Sequence]) -> None:
     """Write the matrix of everything measured so far, in the process that writes."""
     if run.writes:
         plan, results = sequences[0].plan, [sequence.results() for sequence in sequences]
         planned = [domain.name for domain in plan.data.domains]
         matrix = build_matrix([result for result in results if result.base], plan.evaluate, planned=planned)
-        write_json(run.matrix, matrix.to_dict())
+        storage.write_json(run.matrix, matrix.to_dict())
 
 
 @dataclass
@@ -115,7 +104,7 @@ class _Sequence:
     """One method through all domains of a run."""
 
     plan: Plan
-    directory: Run
+    directory: storage.Run
     measured: list[DomainBlocks]
     fingerprint: str
     progress: Progress
@@ -141,7 +130,7 @@ class _Sequence:
         model: nn.Module | None = None
         current = -1  # the stage whose adapter the model carries
         for index in unfinished:
-            trained = damage(self.stages[index] / "adapter") is None
+            trained = storage.damage(self.stages[index] / "adapter") is None
             wanted = index if trained else index - 1
             if model is None or current != wanted:
                 if model is not None:  # its base carries another stage's adapter
@@ -180,7 +169,7 @@ class _Sequence:
             if losses := _stored_losses(self._cells(index)):
                 stages.append(Stage(domain.name, losses))
             if (folder / "metrics.json").exists():
-                trained = read_stored(folder / "metrics.json", lambda metrics: metrics["trainable_parameters"])
+                trained = storage.read_stored(folder / "metrics.json", lambda metrics: metrics["trainable_parameters"])
                 info["trainable_parameters"] = trained
         info["numbers"] = self.method.precision.name
         base = _stored_losses({each.name: self._base_file(each) for each in self.measured})
@@ -204,18 +193,14 @@ class _Sequence:
                 f"{', '.join(later)} too, and they are trained again"
             )
         if self.directory.writes:
-            check_replaceable(folder / "adapter")
+            storage.check_replaceable(folder / "adapter")
+        trained = self.domains[: index + 1]
+        packages = storage.describe_environment(torch.device("cpu"))["packages"]
         record = AdapterRecord.of_plan(
-            self.plan,
-            self.method.config,
-            lr=self.method.lr,
-            fingerprint=self.fingerprint,
-            trained=[(domain.name, domain.content_hash) for domain in self.domains[: index + 1]],
-            versions=describe_environment(torch.device("cpu"))["packages"],
-            settings=domain.settings,
+            self.plan, self.method, self.fingerprint, trained, versions=packages, settings=domain.settings
         )
         every, earlier = train.snapshot_steps, [each.train for each in self.domains[:index]]
-        trained = train_stage(
+        outcome = train_stage(
             model,
             self.method,
             with_replay(domain.train, earlier, self.method.config.replay, train.seed),
@@ -228,12 +213,12 @@ class _Sequence:
             title=f"{label}: learning {domain.name}",
             progress=self.progress,
         )
-        pace = round(trained.tokens_per_second, 1)
+        pace = round(outcome.tokens_per_second, 1)
         self.directory.event("learnt", method=label, domain=domain.name, tokens_per_second=pace)
         if self.directory.writes:
-            numbers = {"steps": trained.steps, "tokens": trained.tokens, "losses": trained.losses}
-            write_json(folder / "training.json", numbers)
-            save_adapter(model, folder / "adapter", record, keep=trained.keep)
+            numbers = {"steps": outcome.steps, "tokens": outcome.tokens, "losses": outcome.losses}
+            storage.write_json(folder / "training.json", numbers)
+            save_adapter(model, folder / "adapter", record, keep=outcome.keep)
 
     def _position(self, index: int) -> StagePosition:
         """Count the updates before a stage and those of all stages."""
@@ -241,7 +226,7 @@ class _Sequence:
         for number, domain in enumerate(self.domains):
             rows = len(domain.train)
             rows += replayed_rows(rows, self.method.config.replay) if number else 0
-            counts.append(count_updates(rows, self.plan.train, process_count()))
+            counts.append(count_updates(rows, self.plan.train, storage.process_count()))
         previous = self.stages[index - 1] / "adapter" if index else None
         return StagePosition(previous, sum(counts[:index]), sum(counts))
 
@@ -252,8 +237,8 @@ class _Sequence:
             self._measure(model, measured, file, f"{label} after {domain.name}")
         if self.directory.writes:
             made = {"lr": self.method.lr, "trainable_parameters": trainable_parameters(model)}
-            write_json(folder / "metrics.json", {**read_stored(folder / "training.json", dict), **made})
-            discard(folder, [CHECKPOINTS])
+            storage.write_json(folder / "metrics.json", {**storage.read_stored(folder / "training.json", dict), **made})
+            storage.discard(folder, [storage.CHECKPOINTS])
             self.directory.event("stage finished", method=label, domain=domain.name)
         self.directory.wait()
 
@@ -292,4 +277,4 @@ class _Sequence:
 
 def _stored_losses(files: Mapping[str, Path]) -> dict[str, DomainLoss]:
     """Read the losses that are on disk."""
-    return {name: read_stored(file, DomainLoss.from_dict) for name, file in files.items() if file.exists()}
+    return {name: storage.read_stored(file, DomainLoss.from_dict) for name, file in files.items() if file.exists()}
