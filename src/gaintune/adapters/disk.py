@@ -287,7 +287,10 @@ def attached(base: Base, folder: Path, *, allow_other_base: bool = False) -> Ite
         strip_adapters(base.model)  # the rest of an adapter that was loaded halfway
         # without a PeftModel the weights themselves may have changed, in rows that no probe reads
         if not isinstance(model, PeftModel) or not torch.equal(_probe(base.model), before):
-            _restore(base)
+            checkpoint = Checkpoint(base.name, base.folder, base.revision)  # never quantized where weights can change
+            # the model's own class needs no second permission to run a base's own code
+            saved = load_model(checkpoint, base.model.dtype, torch.device("cpu"), kind=type(base.model))
+            base.model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def _probe(model: nn.Module) -> torch.Tensor:
@@ -304,12 +307,3 @@ def _probe(model: nn.Module) -> torch.Tensor:
             return wrapped(input_ids=tokens[None], **options).logits.clone()
     finally:
         model.train(training)
-
-
-def _restore(base: Base) -> None:
-    """Read a base's weights again into its model; methods that change weights never work on quantized ones."""
-    model = base.model
-    checkpoint = Checkpoint(base.name, base.folder, base.revision)
-    # the model's own class needs no second permission to run a base's own code
-    saved = load_model(checkpoint, model.dtype, torch.device("cpu"), kind=type(model))
-    model.load_state_dict(saved.state_dict(), strict=True)

@@ -146,16 +146,19 @@ class StageCallback(TrainerCallback):
     tokens_per_step: float
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.snapshots:
-            self.snapshots.forget_after(state.global_step)
+        for entry in self.snapshots.folder.glob("step-*") if self.snapshots else ():
+            if _step(entry) > state.global_step:  # a copy of a later update, which is computed again
+                discard_whole(entry)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for rule in self.rules:
             rule.after_update(self.model, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.snapshots:
-            self.snapshots.keep(self.model, state.global_step, state.max_steps)
+        kept, step, steps = self.snapshots, state.global_step, state.max_steps
+        if kept and (step % kept.every == 0 or step == steps):
+            settings = {**kept.record.settings, "snapshot": {"step": step, "steps": steps}}
+            save_adapter(self.model, kept.folder / f"step-{step:06d}", replace(kept.record, settings=settings))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -174,49 +177,20 @@ class Snapshots:
     every: int
     record: AdapterRecord
 
-    def keep(self, model: nn.Module, step: int, steps: int) -> None:
-        """Write the adapter as it is after `step` of `steps` updates, if the schedule has a copy there."""
-        if step % self.every == 0 or step == steps:
-            settings = {**self.record.settings, "snapshot": {"step": step, "steps": steps}}
-            save_adapter(model, self.folder / f"step-{step:06d}", replace(self.record, settings=settings))
 
-    def forget_after(self, step: int) -> None:
-        """Delete copies of later updates, which will be computed again."""
-        for entry in self.folder.glob("step-*"):
-            if _step(entry) > step:
-                discard_whole(entry)
+def check_snapshots(unfinished: Path, finished: Path) -> None:
+    """Refuse to put copies of one adapter beside those of another, or beside anything else.
 
+    The copies are in `unfinished` during training, and move to `finished` just before their adapter is written.
 
-@dataclass(frozen=True)
-class Shelf:
-    """Folders of one adapter's copies: beside the finished adapter, and among its unfinished work before."""
-
-    finished: Path
-    unfinished: Path
-
-    def check(self) -> None:
-        """Refuse to put copies of one adapter beside those of another, or beside anything else.
-
-        Raises:
-            ConfigError, AdapterError, RunDirectoryError: the folder holds what no run of this adapter wrote.
-        """
-        if self.finished.exists() and (self.unfinished.exists() or not self.unfinished.parent.exists()):
-            raise ConfigError(
-                f"{self.finished} exists already, from an adapter that is gone; delete it, or name another folder"
-            )
-        for entry in self.finished.glob("*"):  # a stopped run put these here, and takes them back when it continues
-            _step(entry)
-            check_replaceable(entry)
-
-    def reopen(self) -> None:
-        """Move the copies back that a run closed, if it stopped before its adapter was written."""
-        if self.finished.exists():
-            self.finished.replace(self.unfinished)
-
-    def close(self) -> None:
-        """Move the copies, if there are any, beside the adapter that is written next."""
-        if self.unfinished.exists():
-            self.unfinished.replace(self.finished)
+    Raises:
+        ConfigError, AdapterError, RunDirectoryError: `finished` holds what no run of this adapter wrote.
+    """
+    if finished.exists() and (unfinished.exists() or not unfinished.parent.exists()):
+        raise ConfigError(f"{finished} exists already, from an adapter that is gone; delete it, or name another folder")
+    for entry in finished.glob("*"):  # from a run that stopped after the move, which takes them back when it continues
+        _step(entry)
+        check_replaceable(entry)
 
 
 def snapshots_of(adapter: str | Path) -> dict[int, Path]:

@@ -23,7 +23,7 @@ from gaintune.models import Base, load_base, load_classifier, load_tokenizer, re
 from gaintune.progress import Progress, Silent, plural
 from gaintune.results import DomainLoss, change
 from gaintune.storage import ADAPTATION, Run, close_run, describe_environment, open_run, sha256_file
-from gaintune.training import Shelf, Snapshots, train_stage
+from gaintune.training import Snapshots, check_snapshots, train_stage
 from gaintune.workflows.sequence import describe_inputs
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,9 @@ HIGHEST_HEAD_LR = 1e-3  # of a new head without a rate in the plan: gains bear t
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Outcome of one adaptation.
+    """Outcome of one adaptation: the adapter's folder, how many numbers were trained, and `steps`, the updates.
 
-    Attributes:
-        adapter: folder of the adapter.
-        trainable_parameters: how many numbers were trained.
-        steps: optimizer updates.
-        tokens: training tokens seen; those of blocks with prompts and padding.
-        seconds: training time in this process.
-        tokens_per_second: training tokens per second.
+    `tokens` are the training tokens seen, those of blocks with prompts and padding; times are of this process.
     """
 
     adapter: Path
@@ -92,11 +86,10 @@ def adapt(
 ) -> AdaptResult | ClassifierResult:
     """Adapt the plan's base to its domain with its one method, and save the adapter.
 
-    Where the plan's task is classify, the domain's rows have labels, and a new head trains beside the adapter. The base
-    stays frozen unless the method trains it.
-
-    A plan has one domain; with replay, also the earlier domains whose rows are mixed in, and the new one last. Stopped
-    and started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
+    A plan has one domain; with replay, also the earlier domains whose rows are mixed in, and the new one last. Where
+    its task is classify, rows have labels, and a new head trains beside the adapter. The base stays frozen unless the
+    method trains it. Stopped and started again with the same plan, the training continues from its last checkpoint,
+    kept in `OUT.unfinished`.
 
     Args:
         plan: a `Plan`, nested values such as `{"data": {"domains": ["law"]}, "methods": ["gain-ffn"]}`, or a YAML file.
@@ -124,17 +117,10 @@ def adapt_classifier(
     allow_other_base: bool = False,
     progress: Progress | None = None,
 ) -> ClassifierResult:
-    """Adapt the plan's base to its one domain of labelled rows: `adapt` for a plan whose task is classify.
+    """Adapt the plan's base to its one domain of labelled rows, and save adapter and head.
 
-    Args:
-        plan: a `Plan`, nested values such as `{"data": {"task": "classify", "domains": ["mrpc"]}}`, or a YAML file.
-        out: folder for adapter and head; must not exist.
-        start: a classifier of the same labels to continue.
-        allow_other_base: continue even if `start` was trained on another base.
-        progress: progress display.
-
-    Raises:
-        GaintuneError: as `adapt` does, and for a plan of another task.
+    It is `adapt` for a plan whose task is classify, such as `{"data": {"task": "classify", "domains": ["mrpc"]}}`, with
+    the same arguments. A plan of another task is a ConfigError.
     """
     plan = read_plan(plan)
     if not plan.classifies:
@@ -144,8 +130,8 @@ def adapt_classifier(
 
 
 def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
-    plan, precision = job.plan, job.method.precision
-    base = load_base(plan.model, dtype=precision.load)
+    plan = job.plan
+    base = load_base(plan.model, dtype=job.method.precision.load)
     *earlier, domain = [load_domain(each, plan.data, base.tokenizer) for each in plan.data.domains]
     for other in earlier:  # budgets and cut are in the hash too, and may well have changed: no error
         if job.previous is not None and other.content_hash != job.previous.content_hashes.get(other.name):
@@ -157,15 +143,7 @@ def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
     job.check_inputs(run, base.fingerprint, [*earlier, domain])
 
     def measure(when: str, name: str | None = None) -> DomainLoss:
-        return measure_domain(
-            model,
-            domain,
-            batch_size=plan.evaluate.batch_size,
-            mixed_precision=precision.mixed,
-            title=f"measuring {domain.name} {when}",
-            base=name,
-            progress=job.progress,
-        )
+        return measure_domain(model, domain, title=f"measuring {domain.name} {when}", base=name, **job.measuring)
 
     model = job.model(base)
     before = measure("before", None if job.start else plan.model.name)
@@ -186,7 +164,7 @@ def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
 
 
 def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
-    plan, precision, rate = job.plan, job.method.precision, job.method.lr
+    plan, rate = job.plan, job.method.lr
     tokenizer, segments = load_tokenizer(plan.model), reads_segments(plan.model)
     domain = load_classification(plan.data.domains[0], plan.classify, tokenizer, seed=plan.data.seed, segments=segments)
     if job.previous is not None and job.previous.labels != domain.labels:
@@ -194,7 +172,7 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
             f"{job.start} tells {', '.join(job.previous.labels)} apart, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
-    base = load_classifier(plan.model, domain.labels, seed=plan.train.seed, dtype=precision.load)
+    base = load_classifier(plan.model, domain.labels, seed=plan.train.seed, dtype=job.method.precision.load)
     base.check_length(plan.classify.max_length)
     job.check_inputs(run, base.fingerprint, [domain])
     model = job.model(base, task_type="SEQ_CLS", head=base.head)
@@ -202,15 +180,7 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
     padding = Padding(base.padding)
 
     def measure() -> dict[str, Any]:
-        predictions = predict(
-            model,
-            domain,
-            padding,
-            batch_size=plan.evaluate.batch_size,
-            mixed_precision=precision.mixed,
-            title=f"measuring {domain.name} after",
-            progress=job.progress,
-        )
+        predictions = predict(model, domain, padding, title=f"measuring {domain.name} after", **job.measuring)
         return {"labels": domain.labels, "scores": score(predictions, plan.evaluate)}
 
     return job.train(
@@ -223,17 +193,9 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
 
 @dataclass(frozen=True)
 class AdaptationJob:
-    """One adaptation with a plan's one method, checked as far as possible without loading; see `of_plan`.
+    """One adaptation with a plan's one method, which `of_plan` checks as far as possible without loading.
 
-    Attributes:
-        plan: the plan.
-        method: its method, with the options of the adapter that training continues.
-        out: folder for the adapter.
-        start: the adapter to continue, None for a new one.
-        previous: its record; None also where PEFT wrote it.
-        environment: this machine and its packages.
-        allow_other_base: whether `start` may be of another base.
-        progress: progress display.
+    `method` has the options of `start`, the adapter to continue; `previous` is its record, None also if PEFT wrote it.
     """
 
     plan: Plan
@@ -267,7 +229,7 @@ class AdaptationJob:
         methods.rules_of(method, methods.StagePosition(previous=start), seed=plan.train.seed)  # for its errors
         environment = describe_environment(resolve_device(plan.model.device))
         job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
-        job._shelf.check()
+        check_snapshots(*job._copies)
         return job
 
     @contextlib.contextmanager
@@ -326,9 +288,9 @@ class AdaptationJob:
             previous=self.previous,
             labels=labels,
         )
-        if run.writes:
-            self._shelf.reopen()
-        every = self.plan.train.snapshot_steps
+        every, (unfinished, finished) = self.plan.train.snapshot_steps, self._copies
+        if run.writes and finished.exists():  # a run stopped before its adapter was written
+            finished.replace(unfinished)
         trained = train_stage(
             model,
             self.method,
@@ -336,7 +298,7 @@ class AdaptationJob:
             self.plan.train,
             methods.StagePosition(previous=self.start),
             checkpoints=self._unfinished / "checkpoints",
-            snapshots=Snapshots(self._shelf.unfinished, every, record) if every else None,
+            snapshots=Snapshots(unfinished, every, record) if every else None,
             logs=self.out.with_name(f"{self.out.name}.tensorboard"),
             title=f"{self.method.config.label}: learning {domain.name}",
             progress=self.progress,
@@ -344,25 +306,27 @@ class AdaptationJob:
         )
         measured = measure()
         if run.writes:
-            self._shelf.close()
+            if unfinished.exists():
+                unfinished.replace(finished)
             adapters.save_adapter(model, self.out, record, keep=trained.keep)
-        return kind(
-            adapter=self.out,
-            trainable_parameters=methods.trainable_parameters(model),
-            steps=trained.steps,
-            tokens=trained.tokens,
-            seconds=trained.seconds,
-            tokens_per_second=trained.tokens_per_second,
-            **measured,
-        )
+        numbers = {name: getattr(trained, name) for name in ("steps", "tokens", "seconds", "tokens_per_second")}
+        parameters = methods.trainable_parameters(model)
+        return kind(adapter=self.out, trainable_parameters=parameters, **numbers, **measured)
+
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """Options for measuring a model."""
+        mixed, batch_size = self.method.precision.mixed, self.plan.evaluate.batch_size
+        return {"batch_size": batch_size, "mixed_precision": mixed, "progress": self.progress}
 
     @property
     def _unfinished(self) -> Path:
         return self.out.with_name(f"{self.out.name}.unfinished")
 
     @property
-    def _shelf(self) -> Shelf:
-        return Shelf(self.out.with_name(f"{self.out.name}.snapshots"), self._unfinished / "snapshots")
+    def _copies(self) -> tuple[Path, Path]:
+        """Folders of the adapter's copies: among the unfinished work, and beside the finished adapter."""
+        return self._unfinished / "snapshots", self.out.with_name(f"{self.out.name}.snapshots")
 
 
 def _require_one_of_each(plan: Plan) -> None:
@@ -370,19 +334,15 @@ def _require_one_of_each(plan: Plan) -> None:
     if plan.data.watched:
         watched = ", ".join(domain.name for domain in plan.data.watched)
         raise ConfigError(f"data.watched: adapt measures only its own domain; leave {watched} out")
-    one_domain, one_method = len(plan.data.domains) == 1 or plan.methods[0].replay, len(plan.methods) == 1
-    if one_method and one_domain:
-        return
-    names = {
-        "domain": [domain.name for domain in plan.data.domains],
-        "method": [method.label for method in plan.methods],
-    }
-    held = " and ".join(f"{plural(len(names[what]), what)} ({', '.join(names[what])})" for what in names)
-    options = " and ".join(["--domain"] * (not one_domain) + ["--method"] * (not one_method))
-    raise ConfigError(
-        f"adapt takes one domain and one method, and the plan has {held}: choose one with {options}; "
-        "`gaintune sequence` takes several"
-    )
+    names = {"domain": [domain.name for domain in plan.data.domains], "method": [each.label for each in plan.methods]}
+    several = [what for what in names if len(names[what]) > 1 and not (what == "domain" and plan.methods[0].replay)]
+    if several:
+        held = " and ".join(f"{plural(len(names[what]), what)} ({', '.join(names[what])})" for what in names)
+        options = " and ".join(f"--{what}" for what in several)
+        raise ConfigError(
+            f"adapt takes one domain and one method, and the plan has {held}: choose one with {options}; "
+            "`gaintune sequence` takes several"
+        )
 
 
 def resumed_method(
@@ -397,20 +357,19 @@ def resumed_method(
         AdapterError, BaseMismatchError: not an adapter folder, a damaged one, or one of another base.
         ConfigError: another method made it, or with other options than the plan gives.
     """
-    record, method = adapters.read_record(start), plan.methods[0]
+    record, method, anew = adapters.read_record(start), plan.methods[0], "leave --start out to begin anew"
     if record is None:
         config, entry = adapters.read_config(start), methods.check_method(method)
         if methods.kind_of(config) != entry.kind:
             raise ConfigError(
                 f"{start} is a {methods.kind_of(config)} adapter, and method {method.name!r} continues "
-                f"{entry.kind or 'full weights'}: choose its own method with --method, or leave --start out to begin "
-                "anew"
+                f"{entry.kind or 'full weights'}: choose its own method with --method, or {anew}"
             )
         had = methods.stored_options(entry, config)
     elif record.method != method.name:
         raise ConfigError(
             f"{start} was made by method {record.method!r}, and {method.name!r} cannot continue it: use --method "
-            f"{record.method}, or leave --start out to begin anew"
+            f"{record.method}, or {anew}"
         )
     else:
         had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
@@ -419,8 +378,7 @@ def resumed_method(
         if given is not None and given != held:
             made = f"without choosing {option}" if held is None else f"with {option} {reprlib.repr(held)}"
             raise ConfigError(
-                f"{start} was made {made}, and cannot be continued with {given!r}: leave {option} out, or leave "
-                "--start out to begin anew"
+                f"{start} was made {made}, and cannot be continued with {given!r}: leave {option} out, or {anew}"
             )
     adapters.check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
     kept = {option: getattr(had, option) for option in methods.OPTIONS if getattr(method, option) is None}

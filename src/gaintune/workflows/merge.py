@@ -33,8 +33,6 @@ BLOCK_TOKENS = 256  # of texts to judge a merge on, or as many as the base takes
 LOGIT_POSITIONS = 512  # positions whose logits are compared: 100 MB for a vocabulary of 50,000
 LOGIT_BLOCKS = 8  # blocks they lie in, each of which is computed once more
 PACKAGES = ("gaintune", "torch", "transformers", "peft")
-JSON = "certificate.json"
-PAGE = "certificate.md"
 
 
 @dataclass(frozen=True)
@@ -43,22 +41,6 @@ class Reading:
 
     loss: DomainLoss
     logits: torch.Tensor
-
-
-def take_reading(model: nn.Module, examples: Examples, bytes_per_row: Sequence[int], batch_size: int) -> Reading:
-    """Measure the loss on all rows, and keep the logits of evenly spread positions."""
-    loss = measure(model, examples, bytes_per_row, batch_size=batch_size, title="comparing")
-    device = next(model.parameters()).device
-    count, length = examples.input_ids.shape
-    chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()
-    positions = torch.linspace(0, length - 1, min(length, LOGIT_POSITIONS // len(chosen))).long()
-    kept = []
-    with torch.inference_mode():
-        for block in chosen.split(1):
-            inputs = {name: tensor.to(device) for name, tensor in examples[block].items() if name != "labels"}
-            logits = model(**inputs, use_cache=False).logits
-            kept.append(logits[0, positions.to(device)].float().cpu())
-    return Reading(loss, torch.cat(kept))
 
 
 def distance(first: Reading, second: Reading) -> dict[str, Any]:
@@ -138,8 +120,7 @@ class Certificate:
         }
         if self.gains_lost is not None and self.gain_error is not None:
             lost = f"{100 * self.gains_lost:.2f} % (more than half of their weights unmoved)"
-            rows["gains that differ from 1"] = f"{self.gains:,}"
-            rows[f"gains lost in {self.dtype}"] = lost
+            rows |= {"gains that differ from 1": f"{self.gains:,}", f"gains lost in {self.dtype}": lost}
             rows["mean error of a gain"] = f"{100 * self.gain_error:.2f} % of its distance from 1"
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -170,8 +151,19 @@ class MergePlan:
         return torch.float32 if self.dtype == torch.float16 and self.device.type == "cpu" else self.dtype
 
     def read(self, model: nn.Module) -> Reading:
-        """Measure a model on the plan's blocks."""
-        return take_reading(model, self.blocks, self.bytes_per_block, self.batch_size)
+        """Measure the loss on all blocks, and keep the logits of evenly spread positions."""
+        loss = measure(model, self.blocks, self.bytes_per_block, batch_size=self.batch_size, title="comparing")
+        device = next(model.parameters()).device
+        count, length = self.blocks.input_ids.shape
+        chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()
+        positions = torch.linspace(0, length - 1, min(length, LOGIT_POSITIONS // len(chosen))).long()
+        kept = []
+        with torch.inference_mode():
+            for block in chosen.split(1):
+                inputs = {name: tensor.to(device) for name, tensor in self.blocks[block].items() if name != "labels"}
+                logits = model(**inputs, use_cache=False).logits
+                kept.append(logits[0, positions.to(device)].float().cpu())
+        return Reading(loss, torch.cat(kept))
 
 
 def merge_adapter(
@@ -306,9 +298,17 @@ def _apply(plan: MergePlan) -> Certificate:
         facts = {"reference": described, "base": base.name, "base_fingerprint": base.fingerprint}
         del merged, base
         gc.collect()
-        certificate = _certify(plan, before, _read_back(plan, temporary), rounding, temporary, **facts)
-        files.write_json(temporary / JSON, asdict(certificate))
-        files.write_text(temporary / PAGE, certificate.page())
+        checkpoint, trust = models.Checkpoint(str(plan.out), temporary), plan.model.trust_remote_code
+        try:  # load the folder as anyone would, without PEFT
+            after = plan.read(models.load_model(checkpoint, plan.computed_in, plan.device, trust_remote_code=trust))
+        except TrainingError:
+            raise MergeError(
+                f"in {models.DTYPE_NAMES[plan.dtype]} the merged model's loss is not finite: its numbers leave the "
+                f"range of that dtype. Choose bf16 or fp32; nothing is left at {plan.out}"
+            ) from None
+        certificate = _certify(plan, before, after, rounding, temporary, **facts)
+        files.write_json(temporary / "certificate.json", asdict(certificate))
+        files.write_text(temporary / "certificate.md", certificate.page())
         if not certificate.within_tolerance and not plan.force:
             raise MergeError(
                 f"{certificate.verdict} {100 * certificate.share_unmoved:.0f} % of the weights the adapter changes do "
@@ -326,22 +326,8 @@ def _check_space(model: Any, plan: MergePlan) -> None:
     parent = plan.out.absolute().parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise MergeError(
-            f"the merged model needs {needed / 1e9:.2f} GB, the disk of {parent} has {free / 1e9:.2f} GB left; nothing "
-            "was written"
-        )
-
-
-def _read_back(plan: MergePlan, folder: Path) -> Reading:
-    """Load the written folder as anyone would, without PEFT, and measure it on the same blocks."""
-    checkpoint, trust = models.Checkpoint(str(plan.out), folder), plan.model.trust_remote_code
-    try:
-        return plan.read(models.load_model(checkpoint, plan.computed_in, plan.device, trust_remote_code=trust))
-    except TrainingError:
-        raise MergeError(
-            f"in {models.DTYPE_NAMES[plan.dtype]} the merged model's loss is not finite: its numbers leave the range "
-            f"of that dtype. Choose bf16 or fp32; nothing is left at {plan.out}"
-        ) from None
+        room = f"{needed / 1e9:.2f} GB, the disk of {parent} has {free / 1e9:.2f} GB left"
+        raise MergeError(f"the merged model needs {room}; nothing was written")
 
 
 def _certify(

@@ -60,11 +60,10 @@ def run_sequence(
     shown, device = progress or Silent(), resolve_device(plan.model.device)
     environment = storage.describe_environment(device)
     with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
-        tokenizer = load_tokenizer(plan.model)
-        domains = [load_domain(domain, plan.data, tokenizer) for domain in plan.data.measured]
-        fingerprint = base_fingerprint(plan.model)
+        domains, inputs = load_inputs(plan)
         advice = "A run is one base and one set of texts: name another folder for others"
-        directory.settle("inputs.json", describe_inputs(fingerprint, domains), advice)
+        directory.settle("inputs.json", inputs, advice)
+        fingerprint = inputs["base_fingerprint"]
         sequences = [_Sequence(plan, directory, domains, fingerprint, shown, method, base_losses) for method in methods]
         diverged: dict[str, str] = {}
         for sequence in sequences:
@@ -88,6 +87,13 @@ def run_sequence(
 def describe_inputs(fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> dict[str, Any]:
     """Return what identifies the base and the texts of a run."""
     return {"base_fingerprint": fingerprint, "domains": {domain.name: domain.describe() for domain in domains}}
+
+
+def load_inputs(plan: Plan) -> tuple[list[DomainBlocks], dict[str, Any]]:
+    """Load all domains that a plan measures, and describe its base and these texts."""
+    tokenizer = load_tokenizer(plan.model)
+    domains = [load_domain(domain, plan.data, tokenizer) for domain in plan.data.measured]
+    return domains, describe_inputs(base_fingerprint(plan.model), domains)
 
 
 def _write_matrix(run: storage.Run, sequences: list[_Sequence]) -> None:
@@ -149,10 +155,8 @@ class _Sequence:
 
     def _finished(self, index: int) -> bool:
         """Whether a stage has its adapter, every cell, and the metrics that close it."""
-        folder = self.stages[index]
-        return all(
-            path.exists() for path in (folder / "metrics.json", folder / "adapter", *self._cells(index).values())
-        )
+        files = [self.stages[index] / name for name in ("metrics.json", "adapter")]
+        return all(file.exists() for file in (*files, *self._cells(index).values()))
 
     def _base_file(self, domain: DomainBlocks) -> Path:
         return self.directory.base(self.method.precision.name, domain.name)
@@ -248,18 +252,12 @@ class _Sequence:
         """Measure one cell unless it is on disk, or another run shares its loss of the untouched base."""
         if file.exists():
             return
-        batch_size = self.plan.evaluate.batch_size
+        precision, batch_size = self.method.precision, self.plan.evaluate.batch_size
+        options = {"batch_size": batch_size, "mixed_precision": precision.mixed, "progress": self.progress}
+        name, title = self.plan.model.name if untouched else None, f"{title}: measuring {domain.name}"
 
         def measure() -> DomainLoss:
-            return measure_domain(
-                model,
-                domain,
-                batch_size=batch_size,
-                mixed_precision=self.method.precision.mixed,
-                title=f"{title}: measuring {domain.name}",
-                base=self.plan.model.name if untouched else None,
-                progress=self.progress,
-            )
+            return measure_domain(model, domain, title=title, base=name, **options)
 
         if not untouched or self.base_losses is None:
             loss = measure()
@@ -268,7 +266,7 @@ class _Sequence:
                 domain,
                 measure,
                 fingerprint=self.fingerprint,
-                numbers=self.method.precision.name,
+                numbers=precision.name,
                 device=next(model.parameters()).device.type,
                 batch_size=batch_size,
             )

@@ -9,27 +9,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
+from gaintune import results
 from gaintune.errors import ConfigError, DataError
-from gaintune.results import (
-    BACKWARD_TRANSFER,
-    FIGURES,
-    IN_DOMAIN,
-    Curve,
-    CurveDifference,
-    FloatArray,
-    Interval,
-    curve_difference,
-    reach,
-    replicated,
-    sign_flip_test,
-    stretched,
-    summary_parts,
-)
+from gaintune.results import BACKWARD_TRANSFER, FIGURES, IN_DOMAIN, Curve, CurveDifference, FloatArray, Interval
 from gaintune.workflows.sweep.run import SweepRow, SweepTable
 
 NEAR = 0.1  # two in-domain changes count as equal if they surely differ by under 10 % of the weaker one
@@ -55,16 +41,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Point:
-    """A variant at one rate: means over its replicates, in %, with intervals over them.
+    """A variant, by its name, at one rate: means over its replicates, in %, with intervals over them.
 
-    Attributes:
-        variant: its name.
-        lr: the rate.
-        in_domain: in-domain change.
-        figure: the figure that is compared.
-        replicates: how many seeds or orders the means cover.
-        runs: both numbers of every run.
-        failed: how many runs of that rate have no numbers and are not in the means, which flatters these.
+    `figure` is the figure that is compared; `runs` has both numbers of every run; `replicates` counts seeds or orders.
+    `failed` counts the runs of that rate without numbers; they are not in the means, which flatters these.
     """
 
     variant: str
@@ -78,12 +58,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Target:
-    """In-domain change at which the variants of one budget are matched.
+    """In-domain change, in %, at which the variants of one budget are matched; None where no variant improves.
 
-    Attributes:
-        budget: training tokens of a domain.
-        in_domain: in %; None where no variant improves, so that there is nothing to match at.
-        never: variants that improve at no rate; they do not count for the target and are matched with nothing.
+    Variants that improve at no rate are in `never`: they do not count for the target and are matched with nothing.
     """
 
     budget: int
@@ -93,16 +70,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two variants at one rate each: first minus second, in points of %, over the runs that both have.
+    """Two variants at one rate each: first minus second, in points of %, over the replicates that both have.
 
     Attributes:
-        first: name of the first variant; its rate is `first_lr`.
-        second: name of the second variant; its rate is `second_lr`.
         difference: of the figure; negative where the first is better. None where no replicate is finished at both.
-        in_domain: difference of the in-domain changes, which the match left.
+        in_domain: difference of the in-domain changes that the match left.
         p: two-sided, of `sign_flip_test` over the replicates.
         better: the variant whose figure is better, named only where they are matched and the interval excludes zero.
-        replicates: how many replicates the interval covers.
         unmatched: why the two are not known to be matched in-domain, so that this is no comparison at equal
             adaptation; None where the interval of `in_domain` lies within the margin.
         margin: in points, how far apart in-domain two variants may be and still be matched.
@@ -155,8 +129,6 @@ class SweepComparison:
 
     Attributes:
         figure: which summary figure is compared, such as `backward_transfer`.
-        confidence: of the intervals.
-        targets: of each budget the in-domain change at which methods are matched.
         over: what the replicates are, `seeds` or `orders`.
         points: every variant at every rate.
         matched: of each variant that improves the point whose in-domain change is nearest the target.
@@ -164,7 +136,6 @@ class SweepComparison:
         curves: their curves, two by two.
         unfinished: number of runs of the grid that have no numbers; nothing here counts them.
         missing: these by variant and rate.
-        notes: what else a reader must know, such as runs that were computed on different devices.
     """
 
     figure: str
@@ -178,10 +149,6 @@ class SweepComparison:
     unfinished: int
     missing: tuple[Missing, ...] = ()
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -197,11 +164,7 @@ Runs = dict[Replicate, Resampled]
 
 
 def check_comparison(figure: str, target: float | None) -> None:
-    """Refuse what `compare_sweep` cannot compare, before anything is run.
-
-    Raises:
-        ConfigError: no such figure, or a target that is no improvement.
-    """
+    """Refuse a figure that does not exist and a target that is no improvement, before anything is run; ConfigError."""
     if figure not in FIGURES:
         raise ConfigError(f"no figure is called {figure!r}; the figures are {', '.join(FIGURES)}")
     if target is not None and not -100 < target < 0:
@@ -297,8 +260,8 @@ class _Comparer:
         if rows.shape[1] == 1:
             rows = rows[:, 0]
         else:  # as wide as the interval of their mean has to be
-            rows = stretched(rows.T, reach(parts.mean(axis=0), self.blocks[budget], self.confidence)).T
-        return replicated(rows, groups=self.groups(runs), confidence=self.confidence)
+            rows = results.stretched(rows.T, results.reach(parts.mean(axis=0), self.blocks[budget], self.confidence)).T
+        return results.replicated(rows, groups=self.groups(runs), confidence=self.confidence)
 
     def point(self, variant: Variant, lr: float, runs: Runs) -> Point:
         """Average a variant's runs at one rate."""
@@ -327,7 +290,7 @@ class _Comparer:
             for parts, group in zip(apart.values(), self.groups(apart), strict=True):
                 by_group.setdefault(group, []).append(float(parts[0].sum()))
             values = [float(np.mean(totals)) for totals in by_group.values()]
-            p = sign_flip_test(values)
+            p = results.sign_flip_test(values)
             unmatched = _unmatched(left, right, in_domain, target, margin)
             if unmatched is None and difference.sign:
                 better = (left if difference.sign < 0 else right).variant
@@ -354,12 +317,12 @@ class _Comparer:
             np.mean([runs[key].figure for runs in rates.values() for key in shared if key in runs], axis=0)
             for rates in both
         )
-        factor, groups = reach(first - second, self.blocks[one.budget], self.confidence), self.groups(shared)
+        factor, groups = results.reach(first - second, self.blocks[one.budget], self.confidence), self.groups(shared)
         try:
             left, right = (
                 [_curve(rates, key, group, factor) for key, group in zip(shared, groups, strict=True)] for rates in both
             )
-            return CurvePair(*names, curve_difference(left, right, confidence=self.confidence), None)
+            return CurvePair(*names, results.curve_difference(left, right, confidence=self.confidence), None)
         except DataError as error:
             return CurvePair(*names, None, str(error))
 
@@ -403,7 +366,7 @@ def _curve(rates: Mapping[float, Runs], key: Replicate, group: int, factor: floa
     """Make the curve of one replicate over its rates."""
     rising = [lr for lr in sorted(rates) if key in rates[lr]]
     in_domain, figure = (
-        np.array([stretched(getattr(rates[lr][key], name).sum(axis=1), factor) for lr in rising])
+        np.array([results.stretched(getattr(rates[lr][key], name).sum(axis=1), factor) for lr in rising])
         for name in ("in_domain", "figure")
     )
     return Curve(tuple(rising), in_domain, figure, group)
@@ -443,7 +406,7 @@ def _measured(table: SweepTable, figure: str) -> tuple[dict[Variant, dict[float,
     blocks: dict[int, tuple[int, ...]] = {}
     for row in table.finished:
         assert row.matrix is not None
-        parts = summary_parts(row.losses(), row.run.plan.evaluate, row.matrix.planned)
+        parts = results.summary_parts(row.losses(), row.run.plan.evaluate, row.matrix.planned)
         in_domain, wanted = parts.figures[IN_DOMAIN], parts.figures[figure]
         if in_domain is None or wanted is None:
             continue

@@ -17,13 +17,12 @@ import pandas as pd
 
 from gaintune import storage
 from gaintune.config import read_plan
-from gaintune.data import load_domain
 from gaintune.errors import RunDirectoryError, SweepError
-from gaintune.models import base_fingerprint, load_tokenizer, resolve_device
+from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.report import tidy
 from gaintune.results import FIGURES, DomainLoss, Matrix, MethodRun, Stage
-from gaintune.workflows.sequence import describe_inputs
+from gaintune.workflows.sequence import load_inputs
 from gaintune.workflows.sweep import workers
 from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
 from gaintune.workflows.sweep.workers import Engine, Job, Pool
@@ -201,8 +200,12 @@ def run_sweep(
             _check_inputs(path, runs, missing)
         storage.write_text(path / "grid.yaml", grid_yaml(grid))
         if missing:
-            with workers.open_pool(chosen, min(jobs, len(missing)), address, cuda=_on_cuda(runs[0])) as pool:
-                _run_all(path, missing, pool, min(jobs, len(missing)), shown, prepare)
+            jobs, device = min(jobs, len(missing)), grid.plan.model.device
+            kind = resolve_device(device).type
+            cuda = True if kind == "cuda" else None if device == "auto" else False  # None: if the workers have it
+            with workers.open_pool(chosen, jobs, address, cuda=cuda) as pool:
+                common = (path, Path.cwd(), pool.threads(jobs), prepare, kind, pool.devices)
+                _run_all(pool, [Job(run.id, run.plan, *common) for run in missing], jobs, shown)
         table = SweepTable(tuple(_row(path, run) for run in runs))
         table.write(path)
     return table
@@ -246,10 +249,7 @@ def _check_inputs(folder: Path, runs: Sequence[PlannedRun], missing: Sequence[Pl
     for run in runs:
         file = folder / "runs" / run.id / "inputs.json"
         if run.budget not in described and (run.id in wanted or file.exists()):
-            tokenizer = load_tokenizer(run.plan.model)
-            domains = [load_domain(domain, run.plan.data, tokenizer) for domain in run.plan.data.measured]
-            values = describe_inputs(base_fingerprint(run.plan.model), domains)
-            described[run.budget] = json.loads(storage.canonical_json(values))
+            described[run.budget] = json.loads(storage.canonical_json(load_inputs(run.plan)[1]))
         if file.exists() and (changed := storage.differences(described[run.budget], storage.read_json(file))):
             raise RunDirectoryError(
                 f"{file} says otherwise: {'; '.join(changed)}. A sweep is one base and one set of texts: name another "
@@ -257,26 +257,8 @@ def _check_inputs(folder: Path, runs: Sequence[PlannedRun], missing: Sequence[Pl
             )
 
 
-def _on_cuda(run: PlannedRun) -> bool | None:
-    """Whether a grid's runs, which share a base, compute on CUDA; None if they do where their worker has it."""
-    device = run.plan.model.device
-    return True if resolve_device(device).type == "cuda" else None if device == "auto" else False
-
-
-def _run_all(
-    folder: Path,
-    missing: Sequence[PlannedRun],
-    pool: Pool,
-    jobs: int,
-    shown: Progress,
-    prepare: Callable[[], None] | None,
-) -> None:
-    """Do what is missing; runs that were under way when workers died come last, one at a time."""
-    todo = [
-        Job(run.id, run.plan, folder, Path.cwd(), pool.threads(jobs), prepare,
-            kind=resolve_device(run.plan.model.device).type, devices=pool.devices)
-        for run in missing
-    ]  # fmt: skip
+def _run_all(pool: Pool, todo: Sequence[Job], jobs: int, shown: Progress) -> None:
+    """Do jobs; runs that were under way when workers died come last, one at a time."""
     for job in todo:
         job.outcome.unlink(missing_ok=True)
     with _watched(todo, shown):

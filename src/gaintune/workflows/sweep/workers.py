@@ -43,12 +43,9 @@ class WorkersLostError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One run as a worker gets it.
+    """One run of the sweep in a folder, as a worker gets it.
 
     Attributes:
-        id: of the run.
-        plan: the run's plan.
-        folder: of the sweep.
         cwd: folder that relative paths in the plan start from.
         threads: for torch; None leaves them as they are.
         prepare: called before the run.
@@ -145,14 +142,10 @@ def _run(job: Job) -> None:
 
 @dataclass(frozen=True)
 class Pool:
-    """Workers that are ready.
+    """Workers that are ready, with so many cores together.
 
-    Attributes:
-        engine: the engine that runs them.
-        cores: cores of all workers together.
-        devices: CUDA devices of this machine, as CUDA_VISIBLE_DEVICES names them, of which every worker is to take one;
-            none where there are none, or where the engine or its cluster assigns them.
-        gpus: GPUs of a Ray cluster, for Ray to assign.
+    Every worker takes one of `devices`, the CUDA devices of this machine as CUDA_VISIBLE_DEVICES names them; there are
+    none where the engine or its cluster assigns them. `gpus` are those of a Ray cluster, for Ray to assign.
     """
 
     engine: Engine
@@ -198,11 +191,7 @@ class Pool:
 
 
 def check_engine(engine: str, jobs: int, address: str | None = None) -> Engine:
-    """Return the engine of a name.
-
-    Raises:
-        ConfigError: no such engine, one that is not installed, or options that do not fit it.
-    """
+    """Return the engine of a name; ConfigError if there is none, if it is not installed, or if options do not fit."""
     if engine not in ENGINES:
         raise ConfigError(f"engine {engine!r}: use {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
     package = CLUSTERS.get(engine)
