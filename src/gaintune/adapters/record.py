@@ -233,7 +233,7 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
     if not allow_other_base:
         advice = "Load it on its own base, or, if you mean it, pass --allow-other-base (Python: allow_other_base=True)"
         raise BaseMismatchError(f"{message}. {advice}")
-    return f"{message}; loading it all the same, as asked"
+    return f"{message}; loading it anyway (allow_other_base)"
 
 
 def check_whole(folder: Path) -> None:

@@ -181,10 +181,8 @@ class Snapshots:
 def check_snapshots(unfinished: Path, finished: Path) -> None:
     """Refuse to put copies of one adapter beside those of another, or beside anything else.
 
-    The copies are in `unfinished` during training, and move to `finished` just before their adapter is written.
-
-    Raises:
-        ConfigError, AdapterError, RunDirectoryError: `finished` holds what no run of this adapter wrote.
+    The copies are in `unfinished` during training, and move to `finished` just before their adapter is written. Raises
+    ConfigError, AdapterError or RunDirectoryError where `finished` holds what no run of this adapter wrote.
     """
     if finished.exists() and (unfinished.exists() or not unfinished.parent.exists()):
         raise ConfigError(f"{finished} exists already, from an adapter that is gone; delete it, or name another folder")
@@ -196,10 +194,8 @@ def check_snapshots(unfinished: Path, finished: Path) -> None:
 def snapshots_of(adapter: str | Path) -> dict[int, Path]:
     """Find the copies kept of an adapter, by the number of updates after which each was made.
 
-    `adapter` is its folder (of `gaintune adapt`, or of a stage of a run), or the folder of the copies.
-
-    Raises:
-        AdapterError: no such folder, or no copies were kept.
+    `adapter` is its folder (of `gaintune adapt`, or of a stage of a run), or the folder of the copies. AdapterError if
+    there is no such folder, or if no copies were kept.
     """
     adapter = Path(adapter)
     if not adapter.is_dir():

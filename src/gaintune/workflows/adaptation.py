@@ -132,7 +132,7 @@ def adapt_classifier(
 def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
     plan = job.plan
     base = load_base(plan.model, dtype=job.method.precision.load)
-    *earlier, domain = [load_domain(each, plan.data, base.tokenizer) for each in plan.data.domains]
+    *earlier, domain = [load_domain(config, plan.data, base.tokenizer) for config in plan.data.domains]
     for other in earlier:  # budgets and cut are in the hash too, and may well have changed: no error
         if job.previous is not None and other.content_hash != job.previous.content_hashes.get(other.name):
             logger.warning(
@@ -147,7 +147,7 @@ def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
 
     model = job.model(base)
     before = measure("before", None if job.start else plan.model.name)
-    rows = with_replay(domain.train, [each.train for each in earlier], job.method.config.replay, plan.train.seed)
+    rows = with_replay(domain.train, [other.train for other in earlier], job.method.config.replay, plan.train.seed)
     result = job.train(
         run, AdaptResult, model, base, domain, rows,
         lambda: {"before": before, "after": measure("after")},
@@ -169,7 +169,7 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
     domain = load_classification(plan.data.domains[0], plan.classify, tokenizer, seed=plan.data.seed, segments=segments)
     if job.previous is not None and job.previous.labels != domain.labels:
         raise ConfigError(
-            f"{job.start} tells {', '.join(job.previous.labels)} apart, domain {domain.name!r} has the labels "
+            f"{job.start} has the labels {', '.join(job.previous.labels)}, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
     base = load_classifier(plan.model, domain.labels, seed=plan.train.seed, dtype=job.method.precision.load)
@@ -334,7 +334,10 @@ def _require_one_of_each(plan: Plan) -> None:
     if plan.data.watched:
         watched = ", ".join(domain.name for domain in plan.data.watched)
         raise ConfigError(f"data.watched: adapt measures only its own domain; leave {watched} out")
-    names = {"domain": [domain.name for domain in plan.data.domains], "method": [each.label for each in plan.methods]}
+    names = {
+        "domain": [domain.name for domain in plan.data.domains],
+        "method": [method.label for method in plan.methods],
+    }
     several = [what for what in names if len(names[what]) > 1 and not (what == "domain" and plan.methods[0].replay)]
     if several:
         held = " and ".join(f"{plural(len(names[what]), what)} ({', '.join(names[what])})" for what in names)

@@ -163,7 +163,8 @@ class _Sequence:
 
     def _cells(self, index: int) -> dict[str, Path]:
         """Return the file of each domain's losses after a stage."""
-        return {each.name: self.stages[index] / "evaluations" / f"{each.name}.json" for each in self.measured}
+        folder = self.stages[index] / "evaluations"
+        return {domain.name: folder / f"{domain.name}.json" for domain in self.measured}
 
     def results(self) -> MethodRun:
         """Read everything on disk of this method: the base, then the stages begun so far."""
@@ -176,7 +177,7 @@ class _Sequence:
                 trained = storage.read_stored(folder / "metrics.json", lambda metrics: metrics["trainable_parameters"])
                 info["trainable_parameters"] = trained
         info["numbers"] = self.method.precision.name
-        base = _stored_losses({each.name: self._base_file(each) for each in self.measured})
+        base = _stored_losses({domain.name: self._base_file(domain) for domain in self.measured})
         return MethodRun(self.label, base, tuple(stages), info)
 
     def _model_after(self, base: Base, index: int) -> nn.Module:
@@ -203,7 +204,7 @@ class _Sequence:
         record = AdapterRecord.of_plan(
             self.plan, self.method, self.fingerprint, trained, versions=packages, settings=domain.settings
         )
-        every, earlier = train.snapshot_steps, [each.train for each in self.domains[:index]]
+        every, earlier = train.snapshot_steps, [before.train for before in self.domains[:index]]
         outcome = train_stage(
             model,
             self.method,

@@ -171,8 +171,7 @@ def grid_yaml(grid: Grid) -> str:
 def planned_runs(grid: Grid) -> tuple[PlannedRun, ...]:
     """Plan every run of a grid, without duplicates, in an order that begins with one seed of every method.
 
-    Raises:
-        ConfigError: a method that does not exist, has no such option, or cannot work on the plan's base.
+    ConfigError for a method that does not exist, has no such option, or cannot work on the plan's base.
     """
     plan = grid.plan
     domains = {domain.name: domain for domain in plan.data.domains}

@@ -183,14 +183,14 @@ def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
     across, up = zip(*((_reach(point.in_domain), _reach(point.figure)) for point in points), strict=True)
     bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
     axes.errorbar(x, y, xerr=list(zip(*across, strict=True)), yerr=list(zip(*up, strict=True)), **bars)
-    each = [run for point in points if len(point.runs) > 1 for run in point.runs]
-    if each:
-        axes.scatter(*zip(*each, strict=True), s=9, color=style.colour, alpha=0.35, linewidths=0, zorder=1.5)
+    runs = [run for point in points if len(point.runs) > 1 for run in point.runs]
+    if runs:
+        axes.scatter(*zip(*runs, strict=True), s=9, color=style.colour, alpha=0.35, linewidths=0, zorder=1.5)
     away, side = LABELS[index % len(LABELS)]
     text = {"textcoords": "offset points", "ha": side, "color": style.colour, "fontsize": 7, "zorder": 4}
     for point in points:
-        place = (point.in_domain.value, point.figure.value)
-        label = axes.annotate(f"{point.lr:g}", place, xytext=away, **text)
+        position = (point.in_domain.value, point.figure.value)
+        label = axes.annotate(f"{point.lr:g}", position, xytext=away, **text)
         label.set_path_effects([withStroke(linewidth=2.0, foreground=PAGE)])
 
 

@@ -220,13 +220,12 @@ def _matrix(folder: Path, run: PlannedRun) -> Matrix | None:
 
 def _row(folder: Path, run: PlannedRun) -> SweepRow:
     """Read what is on disk of a run."""
-    place = folder / "runs" / run.id
-    if matrix := _matrix(folder, run):
-        return SweepRow(run, place, matrix, None)
+    own, matrix = folder / "runs" / run.id, _matrix(folder, run)
+    if matrix is not None:
+        return SweepRow(run, own, matrix, None)
     outcome = workers.read_outcome(folder / "outcomes" / f"{run.id}.json") or {"error": "not run yet"}
-    return SweepRow(
-        run, place, None, outcome.get("error", "stopped before it was finished"), outcome.get("diverged", False)
-    )
+    error = outcome.get("error", "stopped before it was finished")
+    return SweepRow(run, own, None, error, outcome.get("diverged", False))
 
 
 def _check_plans(folder: Path, runs: Sequence[PlannedRun]) -> None:
@@ -265,10 +264,10 @@ def _run_all(pool: Pool, todo: Sequence[Job], jobs: int, shown: Progress) -> Non
         lost = _work_through(pool, todo, jobs)
         while lost:
             for job in lost:
-                workers.report_state(job, workers.PUT_OFF)
+                job.report(workers.PUT_OFF)
             for job in _work_through(pool, lost, 1, until_lost=True):
-                workers.report_state(job, workers.FAILED, error=workers.KILLED)
-            lost = [job for job in lost if workers.state(job) == workers.PUT_OFF]
+                job.report(workers.FAILED, error=workers.KILLED)
+            lost = [job for job in lost if job.state == workers.PUT_OFF]
 
 
 def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost: bool = False) -> list[Job]:
@@ -281,7 +280,7 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
             pool.run(workers.work, todo, at_a_time)
         except workers.WorkersLostError as error:
             broken = error
-        under_way = [job for job in todo if workers.state(job) == workers.BEGUN]
+        under_way = [job for job in todo if job.state == workers.BEGUN]
         lost += under_way
         todo = _unbegun(todo)
         if under_way:
@@ -304,7 +303,7 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
 
 
 def _unbegun(jobs: Sequence[Job]) -> list[Job]:
-    return [job for job in jobs if workers.state(job) in (None, workers.PUT_OFF)]
+    return [job for job in jobs if job.state in (None, workers.PUT_OFF)]
 
 
 def _unseen(jobs: Sequence[Job]) -> Sequence[Job]:
@@ -325,7 +324,7 @@ def _watched(jobs: Sequence[Job], shown: Progress) -> Iterator[None]:
             left, last = list(jobs), False
             while left and not last:
                 last = done.wait(POLL)
-                still = [job for job in left if workers.state(job) not in (workers.FINISHED, workers.FAILED)]
+                still = [job for job in left if job.state not in (workers.FINISHED, workers.FAILED)]
                 if len(still) < len(left):
                     advance(len(left) - len(still))
                 left = still

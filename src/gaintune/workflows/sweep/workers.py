@@ -48,7 +48,6 @@ class Job:
     Attributes:
         cwd: folder that relative paths in the plan start from.
         threads: for torch; None leaves them as they are.
-        prepare: called before the run.
         kind: kind of device, such as `cuda`, that the plan means in the process that started the sweep.
         devices: CUDA devices of which the worker takes one, as CUDA_VISIBLE_DEVICES names them; none where its engine
             assigns them.
@@ -73,35 +72,34 @@ class Job:
         """The file in which its worker reports its state."""
         return self.folder / "outcomes" / f"{self.id}.json"
 
+    @property
+    def state(self) -> str | None:
+        """The run's state in this sweep; None before it has begun."""
+        return read_outcome(self.outcome).get("state")
+
+    @property
+    def lives_lost(self) -> int:
+        """How many workers began the run and died, before another one begins it."""
+        return int(read_outcome(self.outcome).get("attempts", 0))
+
+    def report(self, state: str, **facts: Any) -> None:
+        """Write the run's state."""
+        attempts = self.lives_lost + (state == BEGUN)
+        write_json(self.outcome, {"state": state, "attempts": attempts, "process": os.getpid(), **facts})
+
 
 def read_outcome(file: Path) -> dict[str, Any]:
     """Read what workers reported of a run; nothing where none has begun it."""
     return read_stored(file, dict) if file.exists() else {}
 
 
-def state(job: Job) -> str | None:
-    """Return a run's state in this sweep; None before it has begun."""
-    return read_outcome(job.outcome).get("state")
-
-
-def _lives_lost(job: Job) -> int:
-    """How many workers began a run and died, before another one begins it."""
-    return int(read_outcome(job.outcome).get("attempts", 0))
-
-
-def report_state(job: Job, now: str, **facts: Any) -> None:
-    """Write a run's state."""
-    attempts = _lives_lost(job) + (now == BEGUN)
-    write_json(job.outcome, {"state": now, "attempts": attempts, "process": os.getpid(), **facts})
-
-
 def work(job: Job) -> None:
     """Do one run and write its outcome; never raises."""
     with _ALONE, contextlib.chdir(job.cwd):
-        if _lives_lost(job) >= LIVES:  # an engine that restarts lost jobs by itself, as Dask does
-            report_state(job, FAILED, error=KILLED)
+        if job.lives_lost >= LIVES:  # an engine that restarts lost jobs by itself, as Dask does
+            job.report(FAILED, error=KILLED)
             return
-        report_state(job, BEGUN)
+        job.report(BEGUN)
         start = time.perf_counter()
         try:
             take_device(job.devices)
@@ -110,9 +108,9 @@ def work(job: Job) -> None:
             known = isinstance(error, GaintuneError)
             message = str(error) if known else f"{type(error).__name__}: {one_line(error)}"
             trace = {} if known else {"traceback": traceback.format_exc().splitlines()}
-            report_state(job, FAILED, error=message, diverged=isinstance(error, DivergedError), **trace)
+            job.report(FAILED, error=message, diverged=isinstance(error, DivergedError), **trace)
         else:
-            report_state(job, FINISHED, seconds=round(time.perf_counter() - start, 1))
+            job.report(FINISHED, seconds=round(time.perf_counter() - start, 1))
 
 
 def _run(job: Job) -> None:
@@ -125,12 +123,12 @@ def _run(job: Job) -> None:
     from gaintune.models import resolve_device
     from gaintune.workflows.sequence import run_sequence
 
-    found = resolve_device(job.plan.model.device).type
-    if job.kind == "cuda" and found != "cuda":
+    kind = resolve_device(job.plan.model.device).type
+    if job.kind == "cuda" and kind != "cuda":
         raise SweepError(
-            f"model.device={job.plan.model.device} is cuda where the sweep was started and {found} in this worker "
+            f"model.device={job.plan.model.device} is cuda where the sweep was started and {kind} in this worker "
             f"({VISIBLE} is {os.environ.get(VISIBLE, 'not set')!r} here): give its node or worker a GPU, or set "
-            f"plan.model.device={found} for all"
+            f"plan.model.device={kind} for all"
         )
     if job.threads is not None:
         torch.set_num_threads(min(job.threads, joblib.cpu_count()))  # a share of a cluster may be more than its node
@@ -172,8 +170,7 @@ class Pool:
     def run(self, work: Callable[[Any], None], items: Sequence[Any], jobs: int) -> None:
         """Call `work` on each item, `jobs` at a time, each in a worker that may be used again for another.
 
-        Raises:
-            WorkersLostError: a worker died. Work of the others may be lost, too; run what is missing again.
+        A WorkersLostError says that a worker died: work of the others may be lost, too; run what is missing again.
         """
         # for joblib one job at a time means this process, which a killed worker would end: so start two workers and
         # hand out one job at a time
