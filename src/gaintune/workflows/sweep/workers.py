@@ -175,14 +175,14 @@ class Pool:
         # for joblib one job at a time means this process, which a killed worker would end: so start two workers and
         # hand out one job at a time
         workers = 1 if self.engine == "sequential" else max(2, jobs)
+        options: dict[str, Any] = {"n_jobs": workers, "pre_dispatch": jobs, "batch_size": 1}
         remote = {"ray_remote_args": self.ray_options(workers)} if self.engine == "ray" else {}
         with warnings.catch_warnings():
             # joblib restarts a worker after a while, and warns of a possible leak of memory
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
             try:
                 with joblib.parallel_config(backend=self.engine, **remote):
-                    parallel = joblib.Parallel(n_jobs=workers, pre_dispatch=jobs, batch_size=1)
-                    parallel(joblib.delayed(work)(item) for item in items)
+                    joblib.Parallel(**options)(joblib.delayed(work)(item) for item in items)
             except Exception as error:  # each engine has its own; what a job itself raises, `work` keeps
                 raise WorkersLostError(f"{type(error).__name__}: {one_line(error)[:200]}") from error
 
