@@ -214,7 +214,6 @@ class _Sequence:
             own_rows=domain.train,
             checkpoints=folder / "checkpoints",
             snapshots=Snapshots(folder / "snapshots", every, record) if every else None,
-            logs=folder / "tensorboard",
             title=f"{label}: learning {domain.name}",
             progress=self.progress,
         )
@@ -227,11 +226,9 @@ class _Sequence:
 
     def _position(self, index: int) -> StagePosition:
         """Count the updates before a stage and those of all stages."""
-        counts = []
-        for number, domain in enumerate(self.domains):
-            rows = len(domain.train)
-            rows += replayed_rows(rows, self.method.config.replay) if number else 0
-            counts.append(count_updates(rows, self.plan.train, storage.process_count()))
+        own, replay = [len(domain.train) for domain in self.domains], self.method.config.replay
+        rows = [own[0], *(count + replayed_rows(count, replay) for count in own[1:])]
+        counts = [count_updates(count, self.plan.train, storage.process_count()) for count in rows]
         previous = self.stages[index - 1] / "adapter" if index else None
         return StagePosition(previous, sum(counts[:index]), sum(counts))
 

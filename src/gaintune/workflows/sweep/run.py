@@ -50,11 +50,8 @@ class SweepRow:
     @property
     def settings(self) -> dict[str, Any]:
         """The run's settings in the grid, as columns."""
-        run = self.run
-        return {
-            "id": run.id, "label": run.label, "method": run.method, "rank": run.rank, "lr": run.lr, "order": run.order,
-            "domains": " ".join(run.domains), "seed": run.seed, "train_tokens": run.budget,
-        }  # fmt: skip
+        values = {**vars(self.run), "domains": " ".join(self.run.domains), "train_tokens": self.run.budget}
+        return {name: value for name, value in values.items() if name not in ("plan", "budget")}
 
     @property
     def numbers(self) -> str | None:

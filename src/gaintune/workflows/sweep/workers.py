@@ -215,10 +215,8 @@ def open_pool(engine: Engine, jobs: int, address: str | None = None, *, cuda: bo
     Raises:
         SweepError: the cluster does not answer, or has fewer cores than jobs.
     """
-    if engine == "sequential":
-        yield Pool(engine, joblib.cpu_count())
-    elif engine == "loky":
-        yield Pool(engine, joblib.cpu_count(), devices=_devices_here() if cuda else ())
+    if engine in ("sequential", "loky"):
+        yield Pool(engine, joblib.cpu_count(), devices=_devices_here() if cuda and engine == "loky" else ())
     else:
         with (_ray if engine == "ray" else _dask)(jobs, address, cuda) as pool:
             needed = max(jobs, 2) if engine == "ray" else jobs  # see Pool.run
