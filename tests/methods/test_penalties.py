@@ -238,9 +238,9 @@ def test_a_single_adaptation_replays_the_domains_it_is_given(base, tmp_path):
     ours = (tmp_path / "second" / "adapter_model.safetensors").read_bytes()
     assert ours == (stages / "02-code" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert read_json(tmp_path / "second" / "gaintune.json")["domains"] == ["prose", "code"]
-    with pytest.raises(ConfigError, match=r"which .*first has learnt: give those.*\(--domain prose --domain code\)"):
+    with pytest.raises(ConfigError, match=r"which .*first was trained: give those.*\(--domain prose --domain code\)"):
         adapt(domain(code), tmp_path / "third", start=tmp_path / "first")
     with pytest.raises(ConfigError, match="replay mixes in rows of earlier domains: give --start"):
         adapt(domain(code), tmp_path / "third")
-    with pytest.raises(ConfigError, match="first has not learnt code; it has learnt prose"):
+    with pytest.raises(ConfigError, match="first was trained on prose, not on code"):
         adapt(domain(code, prose), tmp_path / "third", start=tmp_path / "first")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_adapters import CONFIGS, base_of, record_of, shaken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from gaintune import models
 from gaintune.adapters import save_adapter
 from gaintune.adapters.absorption import count_rounding
 from gaintune.config import ModelConfig
@@ -19,7 +20,6 @@ from gaintune.errors import AdapterError, AssetError, BaseMismatchError, ConfigE
 from gaintune.models import fingerprint_folder, load_base
 from gaintune.results import DomainLoss
 from gaintune.tuners.gain import GainConfig
-from gaintune.workflows import merge as export
 from gaintune.workflows import merge_adapter
 from gaintune.workflows.merge import Reading, blocks_of, distance
 from support import tiny_base
@@ -145,14 +145,14 @@ def test_beyond_the_tolerance_nothing_is_left_unless_forced(tiny, tmp_path):
 def test_a_merge_that_went_wrong_is_noticed(tiny, tmp_path, monkeypatch):
     """The judge reads the files: weights damaged on their way to the disk do not pass."""
     adapter = adapter_of(tiny, tmp_path / "adapter")
-    write = export.save_model
+    write = models.save_model
 
     def spoil(model, folder, **options):
         with torch.no_grad():
             model.get_submodule("model.layers.0.self_attn.o_proj").weight[:, :8].mul_(-3)
         write(model, folder, **options)
 
-    monkeypatch.setattr(export, "save_model", spoil)
+    monkeypatch.setattr(models, "save_model", spoil)
     with pytest.raises(MergeError, match="NOT within tolerance"):
         merged(tiny, adapter, tmp_path / "out", tolerance=0.5)
 
@@ -243,7 +243,7 @@ def test_a_full_disk_loses_nothing(tiny, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_model", full)
+    monkeypatch.setattr(models, "save_model", full)
     with pytest.raises(MergeError, match="is full"):
         merged(tiny, adapter, tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
@@ -288,8 +288,7 @@ def test_distances_between_readings():
     loss = DomainLoss((1.0,), (1,), (1,))
     first = Reading(loss, torch.tensor([[1.0, 2.0], [4.0, 3.0]]))
     second = Reading(loss, torch.tensor([[1.5, 1.0], [4.0, 3.0]]))
-    apart = distance(first, second)
-    assert (apart.largest, apart.mean, apart.same_choice) == (1.0, 0.375, 0.5)
+    assert list(distance(first, second).values()) == [1.0, 0.375, 0.5]  # largest, mean, same first choice
 
 
 def test_texts_become_blocks_with_an_end_between_them():

@@ -1,4 +1,4 @@
-"""Carrying an adapter on: what it was made with stays and is recorded, and what cannot be carried on is refused."""
+"""Carrying an adapter on: what it was made with stays and is recorded, and what cannot be continued is refused."""
 
 import json
 from dataclasses import asdict, fields
@@ -12,7 +12,7 @@ from gaintune.errors import ConfigError
 from gaintune.methods import METHODS, attach, kind_of, recognize
 from gaintune.storage import read_json
 from gaintune.workflows import adapt
-from gaintune.workflows.job import resumed_method
+from gaintune.workflows.adaptation import resumed_method
 from support import tiny_base, tiny_domains, tiny_encoders
 
 
@@ -45,7 +45,7 @@ def test_three_in_a_row_keep_what_the_first_was_made_with(plan, tmp_path):
         ratio = 3.0 if folder in ("first", "second") else 2.0
         assert (record["rank"], record["gate_bias"], record["gate_lr_ratio"]) == (4, -2.0, ratio), folder
         assert read_json(start / "adapter_config.json")["gate_lr_ratio"] == ratio, folder
-    with pytest.raises(ConfigError, match=r"was made with rank 4, and cannot be carried on with 8: leave rank out"):
+    with pytest.raises(ConfigError, match=r"was made with rank 4, and cannot be continued with 8: leave rank out"):
         adapt({**plan, "methods": [{"name": "disel", "rank": 8}]}, tmp_path / "fifth", start=start)
     with pytest.raises(ConfigError, match=r"was made without choosing gate_rank"):
         adapt({**plan, "methods": [{"name": "disel", "gate_rank": 2}]}, tmp_path / "fifth", start=start)
@@ -158,7 +158,7 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     assert record is None
     assert (method.rank, method.alpha, method.gate_bias, method.gate_lr_ratio) == (3, 6, -1, 7)
     assert len(method.targets) == 14 and "model.layers.1.mlp.down_proj" in method.targets
-    with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be carried on"):
+    with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be continued"):
         resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "targets": "q_proj"}]}))
     with pytest.raises(ConfigError, match="was made with rank 3"):
         resumed_method(folder, build_plan({**plan, "methods": [{"name": "disel", "rank": 4}]}))
@@ -169,10 +169,10 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
 def test_a_plan_for_a_gate_rate_needs_gates(plan, tmp_path):
     relu = written_by_peft(tmp_path / "relu", {"name": "gated-lora"})
     gated = {**plan, "methods": [{"name": "disel", "gate_lr_ratio": 2.0}]}
-    with pytest.raises(ConfigError, match="is a DISEL relu adapter, and method 'disel' carries on DISEL sigmoid"):
+    with pytest.raises(ConfigError, match="is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"):
         adapt(gated, tmp_path / "out", start=relu)
     dora = {**plan, "methods": ["dora"]}
-    with pytest.raises(ConfigError, match="is a LORA adapter, and method 'dora' carries on LORA use_dora"):
+    with pytest.raises(ConfigError, match="is a LORA adapter, and method 'dora' continues LORA use_dora"):
         adapt(dora, tmp_path / "out", start=written_by_peft(tmp_path / "lora", {"name": "lora"}))
 
 
@@ -191,4 +191,4 @@ def test_another_text_under_the_name_of_a_replayed_domain_is_said(plan, tmp_path
     texts = [json.loads(line)["text"].upper() for line in (tmp_path / "prose.jsonl").read_text().splitlines()]
     tiny_encoders.write_rows(other, [{"text": text} for text in texts])
     replayed("other", f"prose={other}")
-    assert f"replay: prose is not as {tmp_path / 'first'} learnt it: another text" in caplog.text
+    assert f"replay: prose is not the text that {tmp_path / 'first'} was trained on: another text" in caplog.text

@@ -19,9 +19,8 @@ from gaintune.results import DomainLoss
 from gaintune.storage import read_json
 from gaintune.workflows import run_sequence
 from gaintune.workflows.sweep import read_grid, run_sweep
-from gaintune.workflows.sweep.engine import Pool
 from gaintune.workflows.sweep.grid import planned_runs
-from gaintune.workflows.sweep.worker import Job, work
+from gaintune.workflows.sweep.workers import Job, Pool, work
 from support import killing, tiny_base, tiny_sweep
 
 RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}
@@ -230,8 +229,8 @@ def test_threads_are_shared_out(monkeypatch):
 
 
 def test_ray_is_asked_to_spread_runs_and_for_shares_of_its_gpus():
-    assert Pool("ray", 32).asked(2) == {"scheduling_strategy": "SPREAD"}
-    assert [Pool("ray", 32, gpus=2).asked(workers)["num_gpus"] for workers in (2, 3, 5)] == [1, 1 / 2, 1 / 3]
+    assert Pool("ray", 32).ray_options(2) == {"scheduling_strategy": "SPREAD"}
+    assert [Pool("ray", 32, gpus=2).ray_options(workers)["num_gpus"] for workers in (2, 3, 5)] == [1, 1 / 2, 1 / 3]
 
 
 def test_runs_are_told_apart_in_the_table(swept):

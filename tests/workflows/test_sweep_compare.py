@@ -73,7 +73,7 @@ def test_a_pair_that_is_not_matched_in_domain_has_no_better_one(table):
         (pair,) = found.pairs
         assert pair.in_domain.value == pytest.approx(apart, abs=0.6) and pair.in_domain.sign == 1
         assert pair.difference.sign == -1
-        assert not pair.matched and pair.better is None
+        assert pair.unmatched and pair.better is None
         told = pair_sentence(pair, found)
         assert "not matched" in told and "is better" not in told
 
@@ -100,7 +100,7 @@ def test_two_that_are_surely_near_are_matched_though_they_surely_differ(tmp_path
     methods = {"keeping": keeping, "other": offset(0.10, 0.11, 0.12)}
     found = compare_sweep(tiny_sweep.synthetic(tmp_path, methods), target=-16)
     (pair,) = found.pairs
-    assert pair.in_domain.sign == -1 and pair.matched and pair.better == "other"
+    assert pair.in_domain.sign == -1 and pair.unmatched is None and pair.better == "other"
     assert pair.margin == pytest.approx(1.6, abs=0.1)  # a tenth of what both reach
 
 
