@@ -5,6 +5,15 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from gaintune.analysis.base import Analysis, Options
+from gaintune.errors import ConfigError
+
+
+def check_histogram(bins: int, limit: float | None) -> None:
+    """Refuse an even number of bins, of which none would be centered on zero, and an empty or endless range."""
+    if bins < 3 or bins % 2 == 0:
+        raise ConfigError(f"bins is {bins}: give an odd number from 3 up, so that one bin is centered on zero")
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ConfigError(f"limit is {limit}: the histogram's range in nats must be above 0")
 
 
 class TokensOptions(Options):
@@ -18,8 +27,6 @@ class TokensOptions(Options):
 
     @model_validator(mode="after")
     def _usable(self) -> TokensOptions:
-        from gaintune.analysis.tokens.statistics import check_histogram
-
         check_histogram(self.bins, self.limit)
         return self
 
