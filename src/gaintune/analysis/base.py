@@ -130,48 +130,25 @@ class Analysis:
 
     A command or a recipe step reads `Options`, makes a `Subject` as the attributes below say, calls `run`, and gives
     the result to `write_result`.
-
-    Attributes:
-        name: of the command, the recipe step and the files.
-        help: of the command; the first sentence says what the analysis is.
-        examples: command lines for the help, one to a line.
-        takes: nothing, one adapter, several adapters, adapters with snapshots, or runs and adapters.
-        argument: help of the command's argument.
-        texts: texts to measure: none, those that the adapters were trained on unless others are named, or those that
-            are named (in a recipe by the step itself).
-        default_domains: domains of a command that measures named texts, where none is named.
-        watches: whether it measures watched domains as well.
-        measures_benchmarks: whether `Options` has `tasks` and `target`, names of benchmarks.
-        together: whether a recipe runs it on the last adapters of all labels, on a label's adapters, or on one adapter
-            at a time.
-        label: label whose adapters a recipe takes unless the step's `label` names another; "" for all.
-        needs: ability that a method must have in the catalogue, such as `gates`; "" for none. A recipe is refused
-            before it trains a method without it.
-        one_figure: whether it draws a single figure.
-        Options: its options.
     """
 
-    name: ClassVar[str]
-    help: ClassVar[str]
-    examples: ClassVar[str]
-    takes: ClassVar[Takes] = "adapters"
-    argument: ClassVar[str] = "Adapter folders on one base."
-    texts: ClassVar[Texts] = "none"
-    default_domains: ClassVar[Sequence[str]] = ()
-    watches: ClassVar[bool] = True
-    measures_benchmarks: ClassVar[bool] = False
-    together: ClassVar[Together] = "all"
-    label: ClassVar[str] = ""
-    needs: ClassVar[str] = ""
+    name: ClassVar[str]  # of the command, the recipe step and the files
+    help: ClassVar[str]  # of the command; the first sentence says what the analysis is
+    examples: ClassVar[str]  # command lines for the help, one to a line
+    takes: ClassVar[Takes] = "adapters"  # "snapshots" are adapters with snapshots, "runs" are runs and adapters
+    argument: ClassVar[str] = "Adapter folders on one base."  # help of the command's argument
+    texts: ClassVar[Texts] = "none"  # to measure: "trained" are the adapters' own unless others are named
+    default_domains: ClassVar[Sequence[str]] = ()  # of a command that measures named texts, where none is named
+    watches: ClassVar[bool] = True  # whether it measures watched domains as well
+    measures_benchmarks: ClassVar[bool] = False  # whether `Options` has `tasks` and `target`, names of benchmarks
+    together: ClassVar[Together] = "all"  # a recipe gives it all labels' last adapters, a label's adapters, or one
+    label: ClassVar[str] = ""  # whose adapters a recipe takes unless the step's `label` names another; "" for all
+    needs: ClassVar[str] = ""  # ability a method must have in the catalogue, such as `gates`; a recipe checks it first
     one_figure: ClassVar[bool] = True
     Options: ClassVar[type[Options]] = Options
 
     def run(self, subject: Subject, options: Any, progress: Progress) -> Result:
-        """Measure, and make tables, figures and numbers.
-
-        Raises:
-            GaintuneError: the subject or the options do not allow it.
-        """
+        """Measure, and make tables, figures and numbers; GaintuneError for a subject or options it cannot take."""
         return self.part("report").result(self.measure(subject, options, progress), subject, options)
 
     def measure(self, subject: Subject, options: Any, progress: Progress) -> Any:

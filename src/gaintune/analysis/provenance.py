@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters import adapter_labels, adapter_weights, check_whole, read_config, read_record
+from gaintune.adapters import adapter_labels, adapter_method, adapter_weights, check_whole, read_config, read_record
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks
-from gaintune.errors import AdapterError
+from gaintune.errors import AdapterError, ConfigError
+from gaintune.methods import Method
 from gaintune.models import Base, resolve_device
 from gaintune.storage import describe_environment, sha256_file
 
@@ -59,13 +60,23 @@ def origin_of(folder: Path) -> Origin:
     return Origin(name, digest, record.method, record.label, domains, base, fingerprint, record.settings)
 
 
+def method_with(ability: str, folder: Path, hint: str) -> Method:
+    """Return an adapter's method; AdapterError, with a hint, where it lacks an ability, such as `gates`."""
+    method = adapter_method(folder)
+    if method is None or not getattr(method, ability):
+        record = read_record(folder)
+        name = record.method if record is not None else read_config(folder).get("peft_type")
+        raise AdapterError(f"{folder}: an adapter of method {name} has no {hint}")
+    return method
+
+
 def table_labels(origins: Sequence[Origin]) -> list[str]:
     """Return the names of adapters in tables: method and last domain, such as `gain-ffn on law`.
 
     Without a record of domains it is the folder's name. Adapters with equal names are told apart by the part in which
     their paths differ, such as `gain-ffn on law (first-run)`.
     """
-    labels = [f"{one.label} on {one.domains[-1]}" if one.domains else Path(one.adapter).name for one in origins]
+    labels = [f"{each.label} on {each.domains[-1]}" if each.domains else Path(each.adapter).name for each in origins]
     unique = list(labels)
     for label in {each for each in labels if labels.count(each) > 1}:
         equal = [index for index, each in enumerate(labels) if each == label]
@@ -104,9 +115,10 @@ class Provenance:
 def named_origins(folders: Sequence[Path]) -> dict[str, Origin]:
     """Read the origins of adapters, by their names in tables (`table_labels`).
 
-    AdapterError for a folder that is no adapter or damaged, ConfigError for an adapter named twice.
+    AdapterError for a folder that is no adapter or damaged, ConfigError for no folder or one named twice.
     """
-    adapter_labels(folders)
+    if not adapter_labels(folders):
+        raise ConfigError("name at least one adapter")
     origins = [origin_of(folder) for folder in folders]
     return dict(zip(table_labels(origins), origins, strict=True))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result
 from gaintune.analysis.drawing import color_bar, drawn, layer_cells, line, ruled, text_frame, text_table
-from gaintune.analysis.gains.survey import NEAR, FactorFigures, FactorSequence, FactorSurvey, StageFactors
+from gaintune.analysis.gains.survey import NEAR, FactorSequence, FactorSurvey, StageFactors
 from gaintune.report import INK, RULE, diverging
 from gaintune.results import Interval, exact
 from gaintune.storage import describe_environment
@@ -27,12 +27,7 @@ TIGHT = f"within [{NEAR[0]:g}, {NEAR[1]:g}]"
 HEADS = ("after stage", "smallest", "largest", TIGHT, "at or below 0", "factors")
 LARGEST_DISTANCE = 1.0  # a factor this far from 1 has the full color
 LONGEST_LABEL = 26  # letters of a sequence's label in a heatmap's title
-PANELS: tuple[tuple[str, Callable[[FactorFigures], float], bool], ...] = (
-    ("smallest", lambda figures: figures.smallest, False),
-    ("largest", lambda figures: figures.largest, False),
-    (f"share {TIGHT}", lambda figures: figures.near, True),
-)
-"""Title, figure, and whether it is a share."""
+TITLES = {"smallest": "smallest", "largest": "largest", "near": f"share {TIGHT}"}  # of a heatmap's panels
 
 
 def _stages(survey: FactorSurvey) -> Iterator[tuple[dict[str, Any], StageFactors]]:
@@ -83,7 +78,7 @@ def markdown(survey: FactorSurvey) -> str:
 
 
 def verdict(sequence: FactorSequence) -> str:
-    """Say the regime in words, with what it rests on."""
+    """Describe the regime, with what it rests on."""
     done, planned = len(sequence.stages), sequence.planned
     seen = f"{done} of {planned} stages" if done < planned else "one stage" if planned == 1 else f"all {planned} stages"
     regime = sequence.regime or "regime unknown, as not every stage before was looked at"
@@ -113,61 +108,40 @@ def record_values(survey: FactorSurvey) -> dict[str, Any]:
     return {"near": list(NEAR), "left_out": list(survey.left_out), "sequences": sequences}
 
 
-def _grid(sequence: FactorSequence, projection: str, figure: Callable[[FactorFigures], float]) -> np.ndarray:
-    """Return a figure of every layer's factors, `(stages, layers)`, NaN where a layer has none."""
-    layers = _layers(sequence)
-    values = np.full((len(sequence.stages), len(layers)), np.nan)
-    for row, stage in enumerate(sequence.stages):
-        for each in stage.layers:
-            if each.position.layer is not None and each.position.projection == projection:
-                values[row, layers.index(each.position.layer)] = figure(each.figures)
-    return values
-
-
-def _layers(sequence: FactorSequence) -> list[int]:
-    layers = {each.position.layer for stage in sequence.stages for each in stage.layers}
-    return sorted(layer for layer in layers if layer is not None)
-
-
-def _projections(sequence: FactorSequence) -> list[str]:
-    found = [each.position for stage in sequence.stages for each in stage.layers if each.position.layer is not None]
-    return list(dict.fromkeys(each.projection for each in found))
-
-
-def _title(sequence: FactorSequence, projection: str) -> str:
-    """Return the title of a row of panels; a long label, such as a folder's, keeps its end, which tells most."""
-    label = sequence.label
-    label = label if len(label) <= LONGEST_LABEL else f"…{label[1 - LONGEST_LABEL :]}"
-    return f"{label}, {projection}: {PANELS[0][0]}"
-
-
 @drawn
-def heatmap(survey: FactorSurvey) -> Figure:
+def heatmap(table: pd.DataFrame) -> Figure:
     """Draw smallest factor, largest factor and share near 1: layers across, stages down, a row for each projection.
 
-    A dot marks the layers with a factor at or below 0.
+    A dot marks the layers with a factor at or below 0. The table has the rows of `layer_table` inside layers.
     """
-    shown = [(each, name) for each in survey.sequences if _layers(each) for name in _projections(each)]
-    heights = [0.75 + 0.2 * len(sequence.stages) for sequence, _ in shown]
-    width = max(len(_layers(sequence)) for sequence, _ in shown)
-    longest = max(len(_title(sequence, name)) for sequence, name in shown)
+    shown = []
+    for label, sequence in table.groupby("sequence", sort=False):
+        stages, layers = sequence.drop_duplicates("stage"), sorted(set(sequence["layer"].astype(int)))
+        name = str(label)
+        name = name if len(name) <= LONGEST_LABEL else f"…{name[1 - LONGEST_LABEL :]}"  # a folder's end tells most
+        for projection, own in sequence.groupby("projection", sort=False):
+            shown.append((f"{name}, {projection}: smallest", stages, layers, own))
+    heights = [0.75 + 0.2 * len(stages) for _, stages, _, _ in shown]
+    width, longest = max(len(layers) for _, _, layers, _ in shown), max(len(title) for title, *_ in shown)
     size = (3 * max(2.9, 1.3 + 0.09 * width, 0.9 + 0.08 * longest), 0.9 + sum(heights))
     sheet = Figure(figsize=size, layout="constrained")
     grid = sheet.subplots(len(shown), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
     factors = ScalarMappable(Normalize(1 - LARGEST_DISTANCE, 1 + LARGEST_DISTANCE, clip=True), diverging())
     shares = ScalarMappable(Normalize(0, 1), colormaps["viridis"])
-    for row, (sequence, projection) in enumerate(shown):
-        layers, names = _layers(sequence), [stage.name for stage in sequence.stages]
+    for row, (title, stages, layers, own) in zip(grid, shown, strict=True):
+        names = [f"{number} {domain}" for number, domain in zip(stages["stage"], stages["domain"], strict=True)]
         every = 1 if len(layers) <= 8 else 5
-        for column, (title, figure, is_share) in enumerate(PANELS):
-            scale, axes = shares if is_share else factors, grid[row, column]
-            values, beside = _grid(sequence, projection, figure), names if column == 0 else [""] * len(names)
-            layer_cells(axes, values, beside, layers, every, cmap=scale.cmap, norm=scale.norm, linewidth=0.4)
+        cells = own.pivot_table(index="stage", columns="layer", aggfunc="last").reindex(stages["stage"])
+        for axes, (figure, other) in zip(row, TITLES.items(), strict=True):
+            first, scale = figure == "smallest", shares if figure == "near" else factors
+            values = cells[figure].reindex(columns=layers).to_numpy(float)
+            style = {"cmap": scale.cmap, "norm": scale.norm, "linewidth": 0.4}
+            layer_cells(axes, values, names if first else [""] * len(names), layers, every, **style)
             axes.tick_params(axis="y", labelcolor=INK)
-            if column == 0:
-                flipped = np.argwhere(_grid(sequence, projection, lambda figures: figures.flipped) > 0) + 0.5
+            if first:
+                flipped = np.argwhere(cells["flipped"].reindex(columns=layers).to_numpy(float) > 0) + 0.5
                 axes.plot(flipped[:, 1], flipped[:, 0], linestyle="none", marker=".", markersize=4, color="white")
-            axes.set_title(_title(sequence, projection) if column == 0 else title, loc="left")
+            axes.set_title(title if first else other, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("transformer layer")
     across: dict[str, Any] = {"orientation": "horizontal", "fraction": 0.05, "aspect": 30, "pad": 0.02}
@@ -249,14 +223,14 @@ def result(survey: FactorSurvey, *_: Any) -> Result:
     remarks = [f"{sequence.label}: {verdict(sequence)}" for sequence in survey.sequences]
     if survey.left_out:
         remarks.append(f"without factors, left out: {', '.join(survey.left_out)}")
-    figures = {"gains-trajectory": trajectory(survey)}
-    if any(map(_layers, survey.sequences)):
-        figures["gains-heatmap"] = heatmap(survey)
+    figures, by_layer = {"gains-trajectory": trajectory(survey)}, layer_table(survey)
+    if not (inside := by_layer.dropna(subset="layer")).empty:
+        figures["gains-heatmap"] = heatmap(inside)
     adapters = [asdict(stage.origin) for _, stage in _stages(survey)]
     return Result(
         headline=Headline(["method", *HEADS], rows, numeric=2),
         remarks=remarks,
-        tables={"gains": stage_table(survey), "gains-layers": layer_table(survey)},
+        tables={"gains": stage_table(survey), "gains-layers": by_layer},
         markdown=markdown(survey),
         record=record_values(survey),
         provenance={"adapters": adapters, "environment": describe_environment(torch.device("cpu"))},

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gaintune.adapters import WEIGHTS, adapter_method, check_whole, read_config, read_record
+from gaintune.adapters import WEIGHTS, adapter_method, check_whole
 from gaintune.analysis.positions import PREFIX, ModulePosition, positions_of
-from gaintune.analysis.provenance import Origin, origin_of, table_labels
+from gaintune.analysis.provenance import Origin, method_with, origin_of, table_labels
 from gaintune.config import build_plan, read_values
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 from gaintune.methods import Method
@@ -47,17 +47,11 @@ def read_factors(folder: Path) -> Factors:
     Raises:
         AdapterError: not an adapter, damaged, of a method without factors, or a factor that is not finite.
     """
-    record = read_record(folder)
+    method = method_with("factors", folder, "gains; give one of method gain, gain-ffn or ia3")
     check_whole(folder)
-    method = adapter_method(folder)
-    if method is None or method.factors is None:
-        name = record.method if record is not None else read_config(folder).get("peft_type")
-        raise AdapterError(
-            f"{folder}: an adapter of method {name} has no gains; give one of method gain, gain-ffn or ia3"
-        )
+    assert method.factors is not None
     parameter, start = method.factors
-    path = folder / WEIGHTS
-    values = {}
+    path, values = folder / WEIGHTS, {}
     try:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (a safetensors file, not a mapping)

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from gaintune.adapters import adapter_method, check_adapters, load_adapter, read_config, read_record
+from gaintune.adapters import check_adapters, load_adapter
 from gaintune.analysis.gates import CLOSED, OPEN, GatesOptions, check_bins
 from gaintune.analysis.positions import DEPTHS, ModulePosition, positions_of
+from gaintune.analysis.provenance import method_with
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import load_domain
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
@@ -99,7 +100,7 @@ def survey_gates(
         DataError: a domain's text is missing or broken.
     """
     chosen = options or GatesOptions()
-    _check_gated(adapter)
+    method_with("gates", adapter, "gates; give one of method disel (gaintune adapt --method disel)")
     check_adapters([adapter], plan.model, plan.data, allow_other_base=allow_other_base)
     base = load_base(plan.model)
     model = load_adapter(base, adapter, allow_other_base=allow_other_base)
@@ -125,17 +126,6 @@ def _step(
     with recorder.counting(domain, mask.to(device)):
         forward(**inputs, use_cache=False)
     return batch["input_ids"].numel()
-
-
-def _check_gated(adapter: Path) -> None:
-    """Refuse an adapter without gates before a model is loaded."""
-    method, record = adapter_method(adapter), read_record(adapter)
-    if method is None or not method.gates:
-        name = record.method if record is not None else read_config(adapter).get("peft_type")
-        raise AdapterError(
-            f"{adapter}: an adapter of method {name} has no gates; give one of method disel "
-            "(gaintune adapt --method disel)"
-        )
 
 
 def _without_head(model: Any) -> nn.Module:

@@ -33,20 +33,12 @@ def module_table(survey: SubspaceSurvey) -> pd.DataFrame:
     for adapter in survey.adapters:
         for module in adapter.modules:
             at, figures = module.position, module.figures
-            rows.append(
-                {
-                    "adapter": adapter.label,
-                    "layer": at.layer,
-                    "projection": at.projection,
-                    **{name: getattr(figures, name) for name in COLUMNS},
-                    "relative_update": (figures.update_energy / figures.weight_energy) ** 0.5,
-                    "intruders": figures.intruders,
-                    "looked_at": len(figures.similarities),
-                    "smallest_similarity": min(figures.similarities),
-                    "module": at.name,
-                }
-            )
-    return pd.DataFrame(rows)
+            relative, vectors = (figures.update_energy / figures.weight_energy) ** 0.5, figures.similarities
+            own = [getattr(figures, name) for name in COLUMNS]
+            counted = [relative, figures.intruders, len(vectors), min(vectors), at.name]
+            rows.append([adapter.label, at.layer, at.projection, *own, *counted])
+    added = ["relative_update", "intruders", "looked_at", "smallest_similarity", "module"]
+    return pd.DataFrame(rows, columns=["adapter", "layer", "projection", *COLUMNS, *added])
 
 
 def summary_rows(survey: SubspaceSurvey) -> list[list[str]]:

@@ -107,9 +107,8 @@ def compare_weights(
     if not (before.isfinite().all() and after.isfinite().all()) or not before.any():
         raise ConfigError("a weight is not finite, or the pretrained one is zero everywhere")
     left, values, right = torch.linalg.svd(before, full_matrices=False)
-    tolerance = chosen.tolerance
-    if tolerance is None:
-        tolerance = max(before.shape) * torch.finfo(torch.float32).eps
+    smallest = max(before.shape) * torch.finfo(torch.float32).eps
+    tolerance = smallest if chosen.tolerance is None else chosen.tolerance
     rank = int((values > tolerance * values[0]).sum())
     held = values.square().cumsum(0) / values.square().sum()
     leading = min(int((held < chosen.leading - 1e-12).sum()) + 1, rank)
@@ -210,7 +209,7 @@ def share_of(parts: Sequence[tuple[SubspaceFigures, float | None]]) -> float | N
 
 @dataclass(frozen=True)
 class SubspaceSurvey:
-    """Adapters on one base, and what was counted."""
+    """Adapters on one base, with the options of the comparison."""
 
     options: SubspaceOptions
     adapters: tuple[AdapterSubspace, ...]
@@ -235,8 +234,6 @@ def survey_subspace(
         AdapterError, BaseMismatchError: a damaged adapter, one of another base, or one without an adapted weight.
         ConfigError: no adapter, one named twice, or a gate's value for adapters without gates.
     """
-    if not adapters:
-        raise ConfigError("name at least one adapter")
     origins = named_origins(adapters)
     chosen, shown = options or SubspaceOptions(), progress or Silent()
     gate = chosen.gate
@@ -244,7 +241,7 @@ def survey_subspace(
     if gate is not None and not any(gates):
         raise ConfigError(f"none of these adapters has gates ({', '.join(origins)}): leave the gate's value out")
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
-    found = []
+    surveyed = []
     base = load_base(plan.model.model_copy(update={"quantization": None}), dtype=torch.float32)
     for label, adapter, held in zip(origins, adapters, gates, strict=True):
         modules = []
@@ -258,9 +255,9 @@ def survey_subspace(
                 advance(1)
         method = adapter_method(adapter)
         scales = method is not None and method.line == "gains"
-        found.append(AdapterSubspace(label, scales, held, tuple(modules)))
+        surveyed.append(AdapterSubspace(label, scales, held, tuple(modules)))
     settings = {"subspace": chosen.counted(), "gate": gate, "model": plan.model.model_dump(mode="json")}
-    return SubspaceSurvey(chosen, tuple(found), provenance(plan, base, (), origins, settings))
+    return SubspaceSurvey(chosen, tuple(surveyed), provenance(plan, base, (), origins, settings))
 
 
 def check_weights(adapter: Path, gate: float | None = None) -> bool:

@@ -32,54 +32,54 @@ INTRODUCTION = (
 def table(survey: TokenSurvey) -> pd.DataFrame:
     """Return a row for each domain and adapter; changes in nats, negative is better."""
     rows = []
-    for domain, label, one in survey:
-        coherence = one.coherence or Interval(float("nan"), None, None)
-        counts, shares = (domain, label, one.tokens, one.blocks), (one.better, one.worse, *one.quantiles)
-        spread = (one.mean_absolute, one.deviation, one.skew)
-        rows.append((*counts, *astuple(one.mean), *spread, *astuple(coherence), *shares))
+    for domain, label, changes in survey:
+        coherence = changes.coherence or Interval(float("nan"), None, None)
+        counted = (domain, label, changes.tokens, changes.blocks, *astuple(changes.mean))
+        spread = (changes.mean_absolute, changes.deviation, changes.skew, *astuple(coherence))
+        rows.append((*counted, *spread, changes.better, changes.worse, *changes.quantiles))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def histogram_table(survey: TokenSurvey) -> pd.DataFrame:
     """Return a row for each domain, adapter and bin; the outermost bins also hold everything beyond."""
     rows = []
-    for domain, label, one in survey:
-        edges = np.linspace(-one.limit, one.limit, len(one.histogram) + 1)
-        for low, high, count in zip(edges[:-1], edges[1:], one.histogram, strict=True):
+    for domain, label, changes in survey:
+        edges = np.linspace(-changes.limit, changes.limit, len(changes.histogram) + 1)
+        for low, high, count in zip(edges[:-1], edges[1:], changes.histogram, strict=True):
             rows.append({"domain": domain, "adapter": label, "from": low, "to": high, "tokens": count})
     return pd.DataFrame(rows)
 
 
-def cells(label: str, one: TokenChanges) -> list[str]:
+def cells(label: str, changes: TokenChanges) -> list[str]:
     """Return an adapter's figures on a domain as text, for `HEADS`."""
-    skew = NONE if one.skew is None else f"{one.skew:+.2f}"
-    mean, coherence = with_ends(one.mean, "+.4f"), with_ends(one.coherence, ".3f")
-    better, worse = f"{100 * one.better:.1f} %", f"{100 * one.worse:.1f} %"
-    return [label, mean, f"{one.mean_absolute:.4f}", skew, coherence, better, worse, f"{one.tokens:,}"]
+    skew = NONE if changes.skew is None else f"{changes.skew:+.2f}"
+    mean, coherence = with_ends(changes.mean, "+.4f"), with_ends(changes.coherence, ".3f")
+    better, worse = f"{100 * changes.better:.1f} %", f"{100 * changes.worse:.1f} %"
+    return [label, mean, f"{changes.mean_absolute:.4f}", skew, coherence, better, worse, f"{changes.tokens:,}"]
 
 
 def markdown(survey: TokenSurvey) -> str:
     """Return a table for each domain."""
-    tables = [
-        f"{domain}:\n\n{text_table(HEADS, [cells(label, one) for label, one in adapters.items()])}"
-        for domain, adapters in survey.changes.items()
-    ]
-    return "\n".join([INTRODUCTION, *tables])
+    parts = [INTRODUCTION]
+    for domain, adapters in survey.changes.items():
+        parts.append(f"{domain}:\n\n{text_table(HEADS, [cells(*named) for named in adapters.items()])}")
+    return "\n".join(parts)
 
 
 def _panel(axes: Axes, domain: str, adapters: Mapping[str, TokenChanges]) -> None:
-    """Draw one domain's histograms: a line and its mean for each adapter, on a log scale down to one token."""
-    for index, one in enumerate(adapters.values()):
+    """Draw a domain's histograms: a line and its mean for each adapter, on a log scale down to one token."""
+    for index, changes in enumerate(adapters.values()):
         style = line(index, marked=False)
-        edges = np.linspace(-one.limit, one.limit, len(one.histogram) + 1)
-        shares = 100 * np.maximum(np.array(one.histogram), 0.1) / one.tokens  # an empty bin is below what is shown
+        edges = np.linspace(-changes.limit, changes.limit, len(changes.histogram) + 1)
+        counts = np.maximum(np.array(changes.histogram), 0.1)  # an empty bin is below what is shown
+        shares = 100 * counts / changes.tokens
         axes.stairs(shares, edges, baseline=None, color=style["color"], linewidth=1.2, alpha=0.9)
-        axes.axvline(one.mean.value, linewidth=0.9, alpha=0.8, **style)
+        axes.axvline(changes.mean.value, linewidth=0.9, alpha=0.8, **style)
     axes.axvline(0, color=INK, linewidth=0.8, zorder=0)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=70 / max(one.tokens for one in adapters.values()))
+    axes.set_ylim(bottom=70 / max(changes.tokens for changes in adapters.values()))
     axes.yaxis.set_major_formatter("{x:g}")
-    limit = max(one.limit for one in adapters.values())
+    limit = max(changes.limit for changes in adapters.values())
     axes.set_xlim(-limit, limit)
     axes.set_title(domain, loc="left")
     ruled(axes, which="both")
@@ -109,20 +109,19 @@ def result(survey: TokenSurvey, subject: Subject, *_: Any) -> Result:
     shown = {}
     for domain, adapters in survey.changes.items():
         named = dict(zip(subject.names or adapters, adapters.values(), strict=True))
-        for label, one in named.items():
-            own = {"mean": one.mean, "size": bare(one.mean_absolute), "coherence": one.coherence}
-            own["skew"] = None if one.skew is None else bare(one.skew)
+        for label, changes in named.items():
+            own = {"mean": changes.mean, "size": bare(changes.mean_absolute), "coherence": changes.coherence}
+            own["skew"] = None if changes.skew is None else bare(changes.skew)
             numbers |= {f"{label}.{domain}.{name}": value for name, value in own.items()}
         title = f"{domain}: change of every token's loss, intervals over blocks"
-        shown[title] = text_frame(HEADS, [cells(label, one) for label, one in named.items()])
+        shown[title] = text_frame(HEADS, [cells(*each) for each in named.items()])
     found, without = numbers_of(numbers, "no loss changed")
-    changes = {domain: {label: asdict(one) for label, one in own.items()} for domain, own in survey.changes.items()}
-    rows = [[domain, *cells(label, one)] for domain, label, one in survey]
+    rows = [[domain, *cells(label, changes)] for domain, label, changes in survey]
     return Result(
         headline=Headline(["domain", *HEADS], rows, numeric=2),
         tables={"tokens": table(survey), "tokens-histogram": histogram_table(survey)},
         markdown=markdown(survey),
-        record={"quantiles": list(QUANTILES), "changes": changes},
+        record={"quantiles": list(QUANTILES), "changes": asdict(survey)["changes"]},
         provenance=survey.provenance.to_dict(),
         figures={"tokens": figure(survey)},
         numbers=found,

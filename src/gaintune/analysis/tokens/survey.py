@@ -22,7 +22,7 @@ from gaintune.analysis.provenance import Provenance, named_origins, provenance, 
 from gaintune.analysis.tokens import TokensOptions, check_histogram
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks, Examples, load_domain
-from gaintune.errors import ConfigError, DataError
+from gaintune.errors import DataError
 from gaintune.evaluate import Measure, measure_base_and_adapters, measure_tokens
 from gaintune.models import IGNORED, Base, load_base
 from gaintune.progress import Progress
@@ -91,10 +91,8 @@ def survey_tokens(
 ) -> TokenSurvey:
     """Measure every scored token of the plan's domains with its base and with adapters on it.
 
-    Each adapter is measured in the precision it was trained in, and compared with the base in the same. A classifier's
-    backbone is measured under the base's own language-model head.
-
-    Adapters are folders of any method or of fully fine-tuned weights; the plan's watched domains are measured too.
+    An adapter, of any method or fully fine-tuned weights, is measured in the precision it was trained in, and compared
+    with the base in the same. A classifier's backbone is measured under the base's own language-model head.
 
     Raises:
         AdapterError, BaseMismatchError: an adapter that is damaged or of another base.
@@ -102,12 +100,10 @@ def survey_tokens(
         DataError: a domain's text is missing or broken.
     """
     chosen = options or TokensOptions()
-    if not adapters:
-        raise ConfigError("name at least one adapter")
     origins = named_origins(adapters)
     check_adapters(adapters, plan.model, plan.data, allow_other_base=allow_other_base)
     domains: list[DomainBlocks] = []
-    made_from: list[Provenance] = []
+    made_from: list[Provenance] = []  # both are known once the first base is loaded
 
     def losses(model: nn.Module, label: str, mixed: torch.dtype | None) -> dict[str, FloatArray]:
         """Return the loss of every token of each domain, float64 `(rows, length - 1)` in nats."""
