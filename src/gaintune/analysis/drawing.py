@@ -29,7 +29,7 @@ def text_frame(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> pd.DataFr
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows of text as a Markdown table."""
     frame = text_frame(heads, rows)
-    return markdown_table(frame, frame.index.name)
+    return markdown_table(frame, str(frame.index.name))
 
 
 def with_ends(figure: Interval | None, form: str) -> str:

@@ -73,8 +73,8 @@ def method_with(ability: str, folder: Path, hint: str) -> Method:
 def table_labels(origins: Sequence[Origin]) -> list[str]:
     """Return the names of adapters in tables: method and last domain, such as `gain-ffn on law`.
 
-    Without a record of domains it is the folder's name. Adapters with equal names are told apart by the part in which
-    their paths differ, such as `gain-ffn on law (first-run)`.
+    Without a record of domains it is the folder's name. To equal names, the part in which the paths differ is added, as
+    in `gain-ffn on law (first-run)`.
     """
     labels = [f"{each.label} on {each.domains[-1]}" if each.domains else Path(each.adapter).name for each in origins]
     unique = list(labels)

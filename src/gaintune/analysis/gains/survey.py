@@ -32,7 +32,7 @@ TOLERANCE = 1e-6  # the v of a gain of 1.05 is 0.0500000007 in fp32; the ends be
 
 @dataclass(frozen=True)
 class Factors:
-    """What an adapter multiplies features by, float64 `(features,)`, by module name in the base.
+    """Factors by which an adapter multiplies features, float64 `(features,)`, by module name in the base.
 
     The features are a module's input for GAIN, and its input or output for (IA)3.
     """
@@ -87,8 +87,9 @@ def describe(factors: np.ndarray) -> FactorFigures:
     if not factors.size:
         raise ValueError("no factor to describe")
     near = (factors >= NEAR[0] - TOLERANCE) & (factors <= NEAR[1] + TOLERANCE)
-    figures = map(float, (factors.min(), factors.max(), factors.mean(), factors.std(), near.mean()))
-    return FactorFigures(factors.size, *figures, int((factors <= 0).sum()))
+    smallest, largest, mean, deviation = map(float, (factors.min(), factors.max(), factors.mean(), factors.std()))
+    share, flipped = float(near.mean()), int((factors <= 0).sum())
+    return FactorFigures(factors.size, smallest, largest, mean, deviation, share, flipped)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class StageFactors:
 
     @property
     def name(self) -> str:
-        """Number from 1, and domain."""
+        """Number, counted from 1, and domain."""
         return f"{self.index + 1} {self.domain}"
 
     @cached_property
@@ -143,7 +144,7 @@ class FactorSequence:
 
     @property
     def regime(self) -> Regime | None:
-        """See `regime_of`; None where a sign may have flipped in an earlier stage whose adapter was not given."""
+        """Regime by `regime_of`; None where a sign may have flipped in an earlier stage whose adapter was not given."""
         seen = [at for at, stage in enumerate(self.stages) if stage.figures.flipped] or [len(self.stages) - 1]
         if self.stages[seen[0]].index > seen[0]:
             return None
@@ -192,8 +193,8 @@ def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
         if not path.is_dir():
             raise AdapterError(f"{path}: no such folder; name a run directory or an adapter folder")
         if (path / "plan.yaml").is_file():
-            found, without = _of_run(path, prefix=f"{path.name}: " if len(paths) > 1 else "")
-            sequences += found
+            of_run, without = _of_run(path, prefix=f"{path.name}: " if len(paths) > 1 else "")
+            sequences += of_run
             left_out += without
         else:
             origin = origin_of(path)

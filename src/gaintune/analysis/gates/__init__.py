@@ -24,7 +24,7 @@ def check_bins(bins: int) -> None:
 
 
 class GatesOptions(Options):
-    """Which tokens' gates count, and how finely."""
+    """Choice of the tokens whose gates count, and of the histograms' bins."""
 
     instruct: tuple[str, ...] = Field(
         default=(),

@@ -82,9 +82,9 @@ def layer_table(record: GateRecord) -> pd.DataFrame:
     for domain, layers in record.domains.items():
         for each in layers:
             at = each.position
-            place = {"domain": domain, "layer": at.layer, "depth": at.depth, "block": at.block}
+            position = {"domain": domain, "layer": at.layer, "depth": at.depth, "block": at.block}
             for part in (None, *range(len(each.total))):
-                named = {**place, "projection": at.projection, "part": ALL if part is None else part}
+                named = {**position, "projection": at.projection, "part": ALL if part is None else part}
                 rows.append({**named, **_figures(summarise([each], part)), "module": at.name})
     return pd.DataFrame(rows)
 
@@ -225,8 +225,8 @@ def _means(layers: Sequence[LayerGates]) -> tuple[list[str], list[int], np.ndarr
     for each in layers:
         if each.position.layer is not None:
             inside.setdefault((each.position.projection, each.position.layer), []).append(each)
-    means = pd.Series({cell: summarise(chosen).mean for cell, chosen in inside.items()}).unstack(sort=False)
-    means = means.sort_index(axis=1)
+    means: Any = pd.Series({cell: summarise(chosen).mean for cell, chosen in inside.items()})
+    means = means.unstack(sort=False).sort_index(axis=1)
     return list(means.index), list(means.columns), means.to_numpy(float)
 
 

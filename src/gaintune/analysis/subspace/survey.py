@@ -88,7 +88,7 @@ class SubspaceFigures:
 
     @property
     def intruders(self) -> int:
-        """How many of the leading singular vectors are intruder dimensions."""
+        """Number of leading singular vectors that are intruder dimensions."""
         return sum(similarity < self.epsilon for similarity in self.similarities)
 
 
@@ -169,7 +169,7 @@ class AdapterSubspace:
 
     @property
     def with_outside(self) -> int:
-        """In how many modules there is anything outside the pretrained column space."""
+        """Number of modules with anything outside the pretrained column space."""
         return sum(each.figures.has_outside for each in self.modules)
 
     @property
@@ -190,7 +190,7 @@ class AdapterSubspace:
 
     @property
     def looked_at(self) -> int:
-        """Singular vectors compared in all modules."""
+        """Number of singular vectors compared in all modules."""
         return sum(len(each.figures.similarities) for each in self.modules)
 
     def intruders(self, epsilon: float | None = None) -> int:

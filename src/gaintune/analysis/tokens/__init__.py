@@ -17,7 +17,7 @@ def check_histogram(bins: int, limit: float | None) -> None:
 
 
 class TokensOptions(Options):
-    """The histogram of the changes."""
+    """Bins and range of the histograms of changes."""
 
     bins: int = Field(default=101, description="bins of a histogram, an odd number")
     limit: float | None = Field(

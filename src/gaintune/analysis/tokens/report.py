@@ -105,17 +105,17 @@ def result(survey: TokenSurvey, subject: Subject, *_: Any) -> Result:
     Numbers: `LABEL.DOMAIN.mean` in nats and `LABEL.DOMAIN.coherence`, with intervals over blocks; `.size`, the mean
     size of a change, and `.skew`, without.
     """
-    numbers: dict[str, Interval | None] = {}
+    figures: dict[str, Interval | None] = {}
     shown = {}
     for domain, adapters in survey.changes.items():
         named = dict(zip(subject.names or adapters, adapters.values(), strict=True))
         for label, changes in named.items():
             own = {"mean": changes.mean, "size": bare(changes.mean_absolute), "coherence": changes.coherence}
             own["skew"] = None if changes.skew is None else bare(changes.skew)
-            numbers |= {f"{label}.{domain}.{name}": value for name, value in own.items()}
+            figures |= {f"{label}.{domain}.{name}": value for name, value in own.items()}
         title = f"{domain}: change of every token's loss, intervals over blocks"
         shown[title] = text_frame(HEADS, [cells(*each) for each in named.items()])
-    found, without = numbers_of(numbers, "no loss changed")
+    numbers, without = numbers_of(figures, "no loss changed")
     rows = [[domain, *cells(label, changes)] for domain, label, changes in survey]
     return Result(
         headline=Headline(["domain", *HEADS], rows, numeric=2),
@@ -124,7 +124,7 @@ def result(survey: TokenSurvey, subject: Subject, *_: Any) -> Result:
         record={"quantiles": list(QUANTILES), "changes": asdict(survey)["changes"]},
         provenance=survey.provenance.to_dict(),
         figures={"tokens": figure(survey)},
-        numbers=found,
+        numbers=numbers,
         without=without,
         shown=shown,
     )
