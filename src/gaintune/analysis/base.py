@@ -45,25 +45,15 @@ class Options(Section):
 
 @dataclass(frozen=True)
 class Subject:
-    """Input of an analysis.
+    """Input of an analysis."""
 
-    Attributes:
-        adapters: folders of adapters, or run directories where the analysis takes them.
-        plan: base, texts, and how uncertainty is measured; None for an analysis that loads no model.
-        names: names of the adapters in the result's numbers, in their order; those of the tables if empty.
-        title: name of all adapters together in the titles of a recipe's tables.
-        folder: where the result will be written; a survey may store losses there, so that it can be resumed.
-        benchmarks: benchmarks to measure as well.
-        allow_other_base: take adapters that were trained on another base.
-    """
-
-    adapters: Sequence[Path] = ()
-    plan: Plan | None = None
-    names: Sequence[str] = ()
-    title: str = ""
-    folder: Path | None = None
-    benchmarks: BenchmarkConfig | None = None
-    allow_other_base: bool = False
+    adapters: Sequence[Path] = ()  # folders of adapters, or run directories where the analysis takes them
+    plan: Plan | None = None  # base, texts, and how uncertainty is measured; None if no model is loaded
+    names: Sequence[str] = ()  # of the adapters in the result's numbers; those of the tables if empty
+    title: str = ""  # name of all adapters together in the titles of a recipe's tables
+    folder: Path | None = None  # for the result; a survey may store losses there, so that it can be resumed
+    benchmarks: BenchmarkConfig | None = None  # to measure as well
+    allow_other_base: bool = False  # take adapters that were trained on another base
 
     @property
     def base_plan(self) -> Plan:
@@ -84,35 +74,20 @@ class Headline:
 
 @dataclass(frozen=True)
 class Result:
-    """Output of an analysis.
-
-    Attributes:
-        headline: table for the terminal.
-        tables: tables to write as CSV, by file name.
-        markdown: text of the .md file.
-        record: plain values for the .json file.
-        figures: figures by file name; None removes what an earlier call wrote.
-        provenance: what the numbers depend on, for the .json file; None where the record has it.
-        remarks: sentences below the headline.
-        numbers: numbers that the claims of recipes may name; an interval without ends is a bare value.
-        without: numbers that are missing, each with the reason.
-        shown: tables of a recipe's page, by title.
-        notes: sentences of a recipe's page.
-        survey: measurements, for `Analysis.across`.
-    """
+    """Output of an analysis."""
 
     headline: Headline
-    tables: Mapping[str, pd.DataFrame]
-    markdown: str
-    record: Mapping[str, Any]
-    figures: Mapping[str, Figure | None]
-    provenance: Mapping[str, Any] | None = None
-    remarks: Sequence[str] = ()
-    numbers: Mapping[str, Interval] = field(default_factory=dict)
-    without: Mapping[str, str] = field(default_factory=dict)
-    shown: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    survey: Any = None
+    tables: Mapping[str, pd.DataFrame]  # to write as CSV, by file name
+    markdown: str  # text of the .md file
+    record: Mapping[str, Any]  # plain values for the .json file
+    figures: Mapping[str, Figure | None]  # by file name; None removes what an earlier call wrote
+    provenance: Mapping[str, Any] | None = None  # what the numbers depend on; None where the record has it
+    remarks: Sequence[str] = ()  # sentences below the headline
+    numbers: Mapping[str, Interval] = field(default_factory=dict)  # for claims of recipes; bare values have no ends
+    without: Mapping[str, str] = field(default_factory=dict)  # numbers that are missing, each with the reason
+    shown: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # tables of a recipe's page, by title
+    notes: Sequence[str] = ()  # sentences of a recipe's page
+    survey: Any = None  # measurements, for `Analysis.across`
 
 
 Numbers = tuple[Mapping[str, "Interval"], Mapping[str, str]]

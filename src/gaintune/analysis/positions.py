@@ -15,21 +15,13 @@ Block = Literal["attention", "mlp"]
 
 @dataclass(frozen=True)
 class ModulePosition:
-    """Position of an adapted module in its model.
+    """Position of an adapted module in its model."""
 
-    Attributes:
-        name: module name, such as `model.layers.3.self_attn.q_proj`.
-        layer: index of its transformer layer, None outside of them (such as a vocabulary projection).
-        depth: `early`, `middle` or `late` third of the transformer layers; `outside` where `layer` is None.
-        projection: last part of its name, such as `q_proj`.
-        block: `attention` where some part of the name inside the layer says so, else `mlp`.
-    """
-
-    name: str
-    layer: int | None
-    depth: str
-    projection: str
-    block: Block
+    name: str  # of the module, such as `model.layers.3.self_attn.q_proj`
+    layer: int | None  # index of its transformer layer, None outside of them (such as a vocabulary projection)
+    depth: str  # `early`, `middle` or `late` third of the transformer layers; `outside` where `layer` is None
+    projection: str  # last part of its name, such as `q_proj`
+    block: Block  # `attention` where some part of the name inside the layer says so, else `mlp`
 
 
 def positions_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, ModulePosition]:

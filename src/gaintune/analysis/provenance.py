@@ -21,27 +21,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """Identity and making of an adapter.
+    """Identity and making of an adapter."""
 
-    Attributes:
-        adapter: the folder, as it was named.
-        sha256: of its manifest, or of its weights where PEFT wrote it without us.
-        method: catalogue name; PEFT's type for an adapter without a record.
-        label: the run's label of the method.
-        domains: domains it was trained on, in order; empty where they are not recorded.
-        base: name of its base.
-        base_fingerprint: identity of its base; None where it is not recorded.
-        settings: training and method settings, by section.
-    """
-
-    adapter: str
-    sha256: str
-    method: str
-    label: str
-    domains: tuple[str, ...]
+    adapter: str  # its folder, as the user named it
+    sha256: str  # of its manifest, or of its weights where PEFT wrote it without us
+    method: str  # catalogue name; PEFT's type for an adapter without a record
+    label: str  # of the method in the run
+    domains: tuple[str, ...]  # it was trained on, in order; empty where they are not recorded
     base: str
-    base_fingerprint: str | None
-    settings: dict[str, Any]
+    base_fingerprint: str | None  # None where it is not recorded
+    settings: dict[str, Any]  # of training and method, by section
 
 
 def origin_of(folder: Path) -> Origin:

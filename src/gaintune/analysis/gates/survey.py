@@ -41,25 +41,15 @@ BLOCKS = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class LayerGates:
-    """Gates of one layer on one domain.
-
-    Attributes:
-        position: where the layer sits.
-        tokens: counted tokens.
-        histogram: gate values of each rank part in equal bins of [0, 1], the last one closed, int64 `(rank, bins)`.
-        total: sum of the values of each part, float64 `(rank,)`.
-        squares: sum of their squares, float64 `(rank,)`.
-        row_values: how many gate values each text row counted, int64 `(rows,)`.
-        row_totals: sum of those values, float64 `(rows,)`.
-    """
+    """Gates of one layer on one domain."""
 
     position: ModulePosition
-    tokens: int
-    histogram: np.ndarray
-    total: np.ndarray
-    squares: np.ndarray
-    row_values: np.ndarray
-    row_totals: np.ndarray
+    tokens: int  # that counted
+    histogram: np.ndarray  # gate values by rank part and equal bins of [0, 1], the last closed, int64 `(rank, bins)`
+    total: np.ndarray  # sum of the values of each part, float64 `(rank,)`
+    squares: np.ndarray  # sum of their squares, float64 `(rank,)`
+    row_values: np.ndarray  # how many gate values each text row counted, int64 `(rows,)`
+    row_totals: np.ndarray  # sum of those values, float64 `(rows,)`
 
 
 @dataclass(frozen=True)

@@ -43,38 +43,23 @@ NAMED = 8  # modules that a warning names; of more it says how many
 class SubspaceFigures:
     """Comparison of one weight before and after adaptation.
 
-    Energy is the squared Frobenius norm. Shares are of the update's energy, and None where the update is zero.
-
-    Attributes:
-        outputs: rows of the weight.
-        inputs: its columns.
-        rank: numerical rank of the pretrained weight.
-        tolerance: singular values up to this share of the largest counted as zero.
-        weight_energy: energy of the pretrained weight.
-        update_energy: energy of adapted minus pretrained.
-        outside: share of the update outside the pretrained column space, measured as what is left of the update after
-            its projection is subtracted. Where `outputs == rank` there is no outside, and this is rounding.
-        outside_rows: the same for the pretrained row space, which GAIN may leave; no outside where `inputs == rank`.
-        leading_rank: how many leading directions hold the options' share of the weight's energy.
-        outside_leading: share of the update outside the span of those left singular vectors.
-        singular_values: of the adapted weight, its largest first, `(top,)`.
-        similarities: for each of their left singular vectors the largest |cosine| to any pretrained one, `(top,)`.
-        epsilon: similarity below which a vector is an intruder.
+    Energy is the squared Frobenius norm. Shares are of the update's energy, and None where the update is zero. They are
+    measured as what is left of the update after its projection is subtracted; without an outside they are rounding.
     """
 
-    outputs: int
-    inputs: int
-    rank: int
-    tolerance: float
-    weight_energy: float
-    update_energy: float
-    outside: float | None
-    outside_rows: float | None
-    leading_rank: int
-    outside_leading: float | None
-    singular_values: tuple[float, ...]
-    similarities: tuple[float, ...]
-    epsilon: float
+    outputs: int  # rows of the weight
+    inputs: int  # its columns
+    rank: int  # numerical rank of the pretrained weight
+    tolerance: float  # singular values up to this share of the largest count as zero
+    weight_energy: float  # of the pretrained weight
+    update_energy: float  # of adapted minus pretrained
+    outside: float | None  # share outside the pretrained column space; no outside where `outputs == rank`
+    outside_rows: float | None  # share outside the row space, which GAIN may leave; no outside where `inputs == rank`
+    leading_rank: int  # how many leading directions hold the options' share of the weight's energy
+    outside_leading: float | None  # share outside the span of those left singular vectors
+    singular_values: tuple[float, ...]  # of the adapted weight, its largest first, `(top,)`
+    similarities: tuple[float, ...]  # of each of their left vectors, largest |cosine| to a pretrained one, `(top,)`
+    epsilon: float  # similarity below which a vector is an intruder
 
     @property
     def has_outside(self) -> bool:

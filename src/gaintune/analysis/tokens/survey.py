@@ -35,36 +35,20 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class TokenChanges:
-    """Changes of the loss, adapted minus base, of the scored tokens of one domain, in nats: negative is better.
+    """Changes of the loss, adapted minus base, of the scored tokens of one domain, in nats: negative is better."""
 
-    Attributes:
-        tokens: scored tokens.
-        blocks: rows they lie in.
-        mean: mean over tokens, with a bootstrap interval over blocks.
-        mean_absolute: mean size of a change.
-        deviation: standard deviation over tokens.
-        skew: third standardized moment (population); 0 for a symmetric distribution, None where nothing changes.
-        coherence: |mean| / mean |.|, with an interval from the same resamples that reaches 0 where the sign of the mean
-            is in doubt; None where nothing changes.
-        better: share of tokens whose loss fell.
-        worse: share of tokens whose loss rose.
-        quantiles: of the changes, at `QUANTILES`.
-        histogram: tokens in equal bins between `-limit` and `limit`; the outermost bins also hold all beyond.
-        limit: nats at which the histogram's range ends.
-    """
-
-    tokens: int
-    blocks: int
-    mean: Interval
-    mean_absolute: float
-    deviation: float
-    skew: float | None
-    coherence: Interval | None
-    better: float
-    worse: float
-    quantiles: tuple[float, ...]
-    histogram: tuple[int, ...]
-    limit: float
+    tokens: int  # that are scored
+    blocks: int  # rows that the tokens lie in
+    mean: Interval  # over tokens, with a bootstrap interval over blocks
+    mean_absolute: float  # mean size of a change
+    deviation: float  # standard deviation over tokens
+    skew: float | None  # third standardized moment (population); 0 if symmetric, None where nothing changes
+    coherence: Interval | None  # |mean| / mean |.|; its interval reaches 0 where the sign of the mean is in doubt
+    better: float  # share of tokens whose loss fell
+    worse: float  # share of tokens whose loss rose
+    quantiles: tuple[float, ...]  # of the changes, at `QUANTILES`
+    histogram: tuple[int, ...]  # tokens in equal bins from -limit to limit; the outermost bins also hold all beyond
+    limit: float  # nats at which the histogram's range ends
 
 
 @dataclass(frozen=True)
