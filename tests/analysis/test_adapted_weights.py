@@ -105,7 +105,7 @@ def test_a_lack_of_memory_is_not_said_to_be_the_adapters_fault(narrow, tmp_path)
     folder = adapter(narrow, tmp_path / "lora", method("lora", rank=2))
     base = load_base(str(narrow), dtype=torch.float32)
     with pytest.raises(torch.OutOfMemoryError), adapted_weights(base, folder) as weights:
-        _, layer = weights._modules[O_PROJ]
+        _, layer = weights.modules[O_PROJ]
         layer.scaling["default"] = LackingMemory()
         list(weights)
 

@@ -8,7 +8,7 @@ from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 
 from gaintune.analysis import survey_gains
-from gaintune.analysis.gains.factors import read_factors
+from gaintune.analysis.gains.survey import read_factors
 from gaintune.methods import StageData
 from gaintune.methods.rules import GainWarnings
 from gaintune.models import NextTokenLoss

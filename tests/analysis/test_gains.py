@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from gaintune.analysis import survey_gains, write_result
-from gaintune.analysis.gains.factors import read_factors
 from gaintune.analysis.gains.report import layer_table, markdown, result, stage_table, verdict
-from gaintune.analysis.gains.survey import describe, regime_of
+from gaintune.analysis.gains.survey import describe, read_factors, regime_of
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 from support import saved_factors
 

@@ -7,7 +7,8 @@ from scipy import stats
 from test_gates import whole_gates
 
 from gaintune.analysis import Group, apart, record_gates
-from gaintune.analysis.gates.statistics import GateRecord, LayerGates, apart_table, compared, row_table
+from gaintune.analysis.gates.report import apart_table, row_table
+from gaintune.analysis.gates.survey import GateRecord, LayerGates, compared
 from gaintune.analysis.positions import ModulePosition
 from gaintune.config import EvaluateConfig
 from gaintune.errors import ConfigError

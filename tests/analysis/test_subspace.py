@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gaintune.analysis import SubspaceOptions
-from gaintune.analysis.subspace.statistics import compare_weights, share_outside
+from gaintune.analysis.subspace.survey import compare_weights, share_outside
 from gaintune.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gaintune.analysis.tokens.statistics import BINS, range_of, summarise_changes
+from gaintune.analysis.tokens.survey import BINS, range_of, summarise_changes
 from gaintune.errors import ConfigError, DataError
 
 

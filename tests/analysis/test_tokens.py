@@ -129,7 +129,7 @@ def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
     assert told["provenance"]["texts"]["prose"]["content_hash"]
     one = survey.changes["prose"]["full on prose"]
     assert told["changes"]["prose"]["full on prose"]["mean"]["value"] == one.mean.value
-    assert cells(one)[0] in markdown(survey)
+    assert cells("full on prose", one)[1] in markdown(survey)
 
 
 def test_the_same_survey_gives_the_same_bytes(made, tmp_path):

@@ -61,7 +61,7 @@ def test_tokens_tells_mean_skew_and_coherence(trained, tmp_path, caplog):
     told = json.loads((out / "tokens.json").read_text())
     assert set(told["changes"]["prose"]) == {"gain-ffn on prose", "lora on prose"}
     assert told["changes"]["prose"]["lora on prose"]["tokens"] == 4 * 31
-    assert not [record for record in caplog.records if "learnt prose from other text" in record.message]
+    assert not [record for record in caplog.records if "trained on prose of other text" in record.message]
     with pytest.raises(ConfigError, match="odd number"):
         run("tokens", trained / "lora", "--bins", 10)
     with pytest.raises(AdapterError, match="no such adapter folder"):
@@ -88,4 +88,4 @@ def test_tokens_warns_of_text_that_an_adapter_may_have_seen(trained, tmp_path, c
     text = ["--domain", trained / "prose.jsonl", *SMALL[:2], "--validation-tokens", 64, "--block-size", 32]
     run("tokens", trained / "lora", *text, "--set", "data.train_tokens=256", "--out", tmp_path)
     (warning,) = [record.message for record in caplog.records if "other text" in record.message]
-    assert "learnt prose from other text, or cut to other sizes" in warning
+    assert "trained on prose of other text, or cut to other sizes" in warning

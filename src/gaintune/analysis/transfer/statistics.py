@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gaintune.analysis.gains.factors import read_factors
+from gaintune.analysis.gains.survey import read_factors
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.results import FloatArray
 

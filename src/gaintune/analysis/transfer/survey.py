@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gaintune.adapters import attached, check_adapters, read_record
-from gaintune.analysis.gains.factors import PREFIX
+from gaintune.analysis.positions import PREFIX
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
 from gaintune.analysis.transfer import Component, TransferOptions
 from gaintune.analysis.transfer.statistics import (
