@@ -191,7 +191,7 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     adapters = [place / "gain-ffn", place / "gain-ffn2"]
     found = survey_landscape(plan, adapters, LandscapeOptions(plane=True, line=[0.5, -0.25], grid=[0.5]))
     first, _ = found.lines
-    assert [point.place for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
+    assert [point.position for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
     assert found.plane is not None
     assert len(found.plane.points) == 9
     for domain in ("prose", "code"):
@@ -213,8 +213,8 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         plan, [place / "dora", place / "gain-ffn"], LandscapeOptions(plane=True, line=[0], grid=[0])
     )
     assert [line.way for line in mixed.lines] == ["weights", "gains"]
-    assert [line.numbers for line in mixed.lines] == ["float32", "bfloat16"]
-    assert mixed.plane is not None and (mixed.plane.way, mixed.plane.numbers) == ("weights", "float32")
+    assert [line.precision for line in mixed.lines] == ["float32", "bfloat16"]
+    assert mixed.plane is not None and (mixed.plane.way, mixed.plane.precision) == ("weights", "float32")
     for domain in ("prose", "code"):
         assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
         assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]

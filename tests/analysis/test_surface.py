@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gaintune.analysis.landscape.directions import Geometry
-from gaintune.analysis.landscape.statistics import Point, Surface, range_apart
+from gaintune.analysis.landscape.survey import Point, Surface, range_apart
 from gaintune.config import EvaluateConfig
 from gaintune.results import DomainLoss
 

@@ -24,12 +24,10 @@ class RetentionOptions(Options):
     """Which snapshots and benchmarks are measured."""
 
     tasks: Annotated[
-        Benchmarks,
-        Flag("benchmarks", "Benchmarks whose mean is retention, such as arc_easy,piqa.", metavar="NAMES"),
+        Benchmarks, Flag("benchmarks", "Benchmarks whose mean is retention, such as arc_easy,piqa.", metavar="NAMES")
     ] = Field(default=(), description="benchmarks whose mean is retention")
     target: Annotated[
-        Benchmarks,
-        Flag("target-benchmarks", "Benchmarks that measure the target, such as gsm8k:8.", metavar="NAMES"),
+        Benchmarks, Flag("target-benchmarks", "Benchmarks that measure the target, such as gsm8k:8.", metavar="NAMES")
     ] = Field(default=(), description="benchmarks that measure the target")
     every: int = Field(default=1, ge=1, description="measure every so many-th snapshot, and always the last")
 
