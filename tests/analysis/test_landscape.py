@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
-from gaintune.analysis import LandscapeOptions, Subject, directions, survey_landscape, write_result
-from gaintune.analysis.landscape.directions import way_of
+from gaintune.analysis import LandscapeOptions, Subject, survey_landscape, write_result
+from gaintune.analysis.landscape.directions import directions, way_of
 from gaintune.analysis.landscape.report import result
 from gaintune.config import build_plan
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, DivergedError

@@ -160,7 +160,7 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
     with pytest.raises(ConfigError, match=r"held-out.*three or more, and 2 were given"):
         survey_transfer(plan, [folder / "prose", folder / "code"], TransferOptions(components=("held-out",)))
     narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
-    with pytest.raises(ConfigError, match="in other places"):
+    with pytest.raises(ConfigError, match="in other modules"):
         survey_transfer(plan, [folder / "prose", narrow])
     still = write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))
     with pytest.raises(ConfigError, match="code are all alike"):

@@ -74,7 +74,7 @@ def test_a_winner_is_called_only_when_the_paired_interval_excludes_zero():
     assert open_.startswith("No winner between gain and lora on earlier domains")
     assert compared(Interval(9.0, None, None), level).startswith("No winner")
     assert "in-domain lora is ahead (−3.0 points" in compared(Interval(9, 7, 11), Interval(-3, -4, -2))
-    assert compared(None, Interval(-3.0, -4.0, -2.0)).startswith("lora learnt more in-domain than gain")
+    assert compared(None, Interval(-3.0, -4.0, -2.0)).startswith("lora learned more in-domain than gain")
 
 
 def test_cautions_name_what_applies(two_methods):

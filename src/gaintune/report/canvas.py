@@ -68,12 +68,12 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = render(figure, "svg", fonttype="none", transparent=True).decode("utf-8")
     text = text[text.index("<svg") :]
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade", PAGE: "--page"}
     themed |= {one.colour: f"--series-{index}" for index, one in enumerate(LOOKS)}
-    for colour, variable in themed.items():
-        text = text.replace(colour, f"var({variable})")
+    for color, variable in themed.items():
+        text = text.replace(color, f"var({variable})")
     text = re.sub(r"font: ((?:[\w-]+ )*)([\d.]+)px [^;\"]+", r"font: \1\2px var(--font)", text)
     text = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="([\d.]+)pt"', r"<svg \1", text, count=1)
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

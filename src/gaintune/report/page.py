@@ -148,7 +148,7 @@ def _methods(matrix: Matrix) -> list[dict[str, Any]]:
 def _facts(matrix: Matrix, plan: Plan) -> list[tuple[str, str]]:
     """Describe the run at a glance."""
     train, data = plan.train, plan.data
-    watched = [("Measured, never learnt", ", ".join(domain.name for domain in data.watched))] if data.watched else []
+    watched = [("Measured, never trained", ", ".join(domain.name for domain in data.watched))] if data.watched else []
     return [
         ("Base model", plan.model.name),
         ("Domains, in order", " → ".join(domain.name for domain in data.domains)),
@@ -177,10 +177,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _cell(axes: Axes, column: int, row: int, cell: Cell, place: Place, colour: str) -> None:
+def _cell(axes: Axes, column: int, row: int, cell: Cell, place: Place, color: str) -> None:
     """Draw a cell with its number: outlined where the domain was just trained, hatched where it is still to come."""
-    ink = ink_on(colour)
-    axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.5, zorder=1))
+    ink = ink_on(color)
+    axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=1.5, zorder=1))
     if place == "later":
         hatch = Rectangle((column + 0.02, row + 0.02), 0.96, 0.96, fill=False, hatch="////", linewidth=0, zorder=2)
         hatch.set_edgecolor((1.0, 1.0, 1.0, 0.55) if ink == "#ffffff" else (0.3, 0.33, 0.37, 0.3))
@@ -193,7 +193,7 @@ def _cell(axes: Axes, column: int, row: int, cell: Cell, place: Place, colour: s
     text.set_fontstyle("italic" if place == "later" else "normal")
 
 
-def _heatmap(axes: Axes, matrix: Matrix, method: MethodMatrix, colours: Colormap, scale: Normalize) -> None:
+def _heatmap(axes: Axes, matrix: Matrix, method: MethodMatrix, colors: Colormap, scale: Normalize) -> None:
     stages = max(len(matrix.planned), len(method.stages), 1)
     names = [*(row.domain for row in method.stages), *matrix.planned[len(method.stages) :]]
     for index, (column, domain) in itertools.product(range(stages), enumerate(matrix.domains)):
@@ -201,7 +201,7 @@ def _heatmap(axes: Axes, matrix: Matrix, method: MethodMatrix, colours: Colormap
         if cell is None:
             axes.add_patch(Rectangle((column, index), 1, 1, facecolor=SHADE, edgecolor="white", linewidth=1.5))
         else:
-            _cell(axes, column, index, cell, method.place(index, domain), to_hex(colours(scale(cell.change))))
+            _cell(axes, column, index, cell, method.place(index, domain), to_hex(colors(scale(cell.change))))
     axes.set_xlim(0, len(matrix.domains))
     axes.set_ylim(stages, 0)
     axes.set_aspect(0.68)  # cells keep their shape, however few there are
@@ -248,8 +248,8 @@ def heatmaps(matrix: Matrix) -> Figure:
     bar.ax.tick_params(length=0)
     bar.set_label("perplexity after the stage (row) against the base, %  —  blue is better, red is worse", color=MUTED)
     handles = [
-        Patch(facecolor="white", edgecolor=INK, linewidth=1.8, label="learnt at this stage"),
-        Patch(facecolor="white", edgecolor="#9aa0a8", linewidth=0, hatch="////", label="not yet learnt"),
+        Patch(facecolor="white", edgecolor=INK, linewidth=1.8, label="trained at this stage"),
+        Patch(facecolor="white", edgecolor="#9aa0a8", linewidth=0, hatch="////", label="not yet trained"),
     ]
     sheet.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return sheet
@@ -303,7 +303,7 @@ def _curve_panel(axes: Axes, matrix: Matrix, domain: str) -> None:
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    axes.set_title(f"{own} {domain}" if own else f"{domain} (never learnt)", loc="left")
+    axes.set_title(f"{own} {domain}" if own else f"{domain} (never trained)", loc="left")
 
 
 @matplotlib.rc_context(STYLE)
@@ -322,7 +322,7 @@ def curves(matrix: Matrix) -> Figure:
         for label, one in looks.items()
     ]
     ring: Any = {"marker": "o", "markersize": 7.5, "linestyle": "", "markeredgecolor": INK}
-    handles += [Line2D([], [], color=MUTED, label="its own stage", **ring), Patch(color=SHADE, label="not yet learnt")]
+    handles += [Line2D([], [], color=MUTED, label="its own stage", **ring), Patch(color=SHADE, label="not yet trained")]
     sheet.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, handlelength=3)
     sheet.supxlabel("after stage", fontsize=9, color=MUTED)
     sheet.supylabel("perplexity against the base, %", fontsize=9, color=MUTED)

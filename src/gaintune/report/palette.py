@@ -68,9 +68,9 @@ def bin_of(change: float, limit: float) -> int:
     return round(BINS * max(-1.0, min(1.0, change / limit)))
 
 
-def ink_on(colour: str) -> str:
+def ink_on(color: str) -> str:
     """Return black or white, whichever has the higher contrast on a color (WCAG's relative luminance)."""
-    channels = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(colour)]
+    channels = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(color)]
     luminance = 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
     return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#111111"
 

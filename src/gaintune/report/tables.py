@@ -66,7 +66,7 @@ def comparison_frame(matrix: Matrix) -> pd.DataFrame:
 
 def stage_frame(method: MethodMatrix) -> pd.DataFrame:
     """Make a row for each finished stage: in-domain, and means over earlier and later domains, in %."""
-    heads = ["In-domain", "Mean of earlier domains", "Mean of domains not yet learnt"]
+    heads = ["In-domain", "Mean of earlier domains", "Mean of domains not yet trained"]
     rows = {
         f"{stage} {row.domain}": list(map(with_interval, (row.in_domain, row.earlier, row.later)))
         for stage, row in enumerate(method.per_stage, start=1)
@@ -131,7 +131,7 @@ def to_markdown(matrix: Matrix) -> str:
         frame = cell_frame(matrix, method).map(_change)
         for name, row in zip(frame.index, method.stages, strict=True):
             frame.loc[name, row.domain] = f"**{frame.loc[name, row.domain]}**"
-        caption = "a row for each stage, a column for each domain measured then; just learnt in bold."
+        caption = "a row for each stage, a column for each domain measured then; just trained in bold."
         parts += [f"{method.label}: {caption}\n", markdown_table(frame, "After stage")]
     for labels, frame in base_frames(matrix):
         of = f" ({', '.join(labels)})" if len(labels) < len(matrix.methods) else ""

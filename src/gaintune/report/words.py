@@ -10,14 +10,14 @@ MINUS = "−"
 
 # figure of a summary -> heading, and what it is
 FIGURES: dict[str, tuple[str, str]] = {
-    "in_domain": ("In-domain", "mean of the diagonal: each domain right after it was learnt, against the base"),
+    "in_domain": ("In-domain", "mean of the diagonal: each domain right after training on it, against the base"),
     "backward_transfer": (
         "Earlier domains, against the base",
-        "backward transfer: mean over all domains but the last learnt, after the last stage, against the base",
+        "backward transfer: mean over all domains but the last, after the last stage, against the base",
     ),
     "backward_transfer_since_learnt": (
-        "Earlier domains, since learnt",
-        "backward transfer: the same domains after the last stage, each against right after it was learnt; "
+        "Earlier domains, since trained",
+        "backward transfer: the same domains after the last stage, each against right after training on it; "
         "above zero is what was forgotten again",
     ),
     "below_diagonal": (
@@ -25,7 +25,7 @@ FIGURES: dict[str, tuple[str, str]] = {
         "mean of all cells below the diagonal: earlier domains after every stage, not only the last",
     ),
     "forward_interference": (
-        "Not yet learnt",
+        "Not yet trained",
         "forward interference: mean of all cells above the diagonal, domains before their own stage, against the base",
     ),
 }
@@ -82,7 +82,7 @@ def verdict(method: MethodMatrix) -> str:
     text = f"After {stages} stages, {earlier} {_against_base(summary.backward_transfer, stages > 2)}."
     if since := summary.backward_transfer_since_learnt:
         moves = {-1: "it fell further", 1: "it rose again", 0: "it did not measurably change"}
-        text += f" Since each was learnt, {moves[since.sign]}: {with_interval(since, '%')}."
+        text += f" Since each was trained, {moves[since.sign]}: {with_interval(since, '%')}."
     return text
 
 
@@ -90,7 +90,7 @@ def compare(comparison: Comparison, partial: bool = False) -> str:
     """Say how two methods differ on earlier domains, or else in-domain; a winner only if zero is outside."""
     first, other = comparison.against, comparison.label
     kept, own = comparison.summary.backward_transfer, comparison.summary.in_domain
-    figure, verb, where = (kept, "kept more of", "earlier domains") if kept else (own, "learnt more", "in-domain")
+    figure, verb, where = (kept, "kept more of", "earlier domains") if kept else (own, "learned more", "in-domain")
     if figure is None:
         return f"{other} and {first} share no finished stage."
     points = f"{other} minus {first}: {with_interval(figure, 'points')}"
@@ -116,7 +116,7 @@ def title(matrix: Matrix) -> str:
     """Return the heading of the page."""
     labels = listed([method.label for method in matrix.methods])
     count = len(matrix.planned) or len(matrix.domains)
-    return f"What {labels} kept over {plural(count, 'domain')}" if count > 1 else f"What {labels} learnt and kept"
+    return f"What {labels} kept over {plural(count, 'domain')}" if count > 1 else f"What {labels} learned and kept"
 
 
 def cautions(matrix: Matrix) -> list[str]:
@@ -127,7 +127,7 @@ def cautions(matrix: Matrix) -> list[str]:
         "predicted; whether answers became better or worse takes benchmarks.",
         f"The intervals ({percent}, paired bootstrap over validation blocks, {matrix.settings.bootstrap_samples:,} "
         "resamples, widened for few blocks) cover the choice of validation text only. They do not cover the seed of "
-        "training, the order of domains or the learning rate: repeat the run with others before you generalise.",
+        "training, the order of domains or the learning rate: repeat the run with others before you generalize.",
         "Budgets of a few thousand tokens a domain show the direction of an effect, not its size after long training.",
         "Methods are compared at the learning rates of the plan. A method at a rate that does not suit it looks worse "
         "than it is.",

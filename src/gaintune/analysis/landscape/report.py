@@ -168,16 +168,16 @@ def line_figure(landscape: Landscape) -> Figure:
     return sheet
 
 
-def _heatmap(axes: Axes, plane: Surface, domain: str, colours: Colormap, scale: Normalize) -> None:
+def _heatmap(axes: Axes, plane: Surface, domain: str, colors: Colormap, scale: Normalize) -> None:
     """Draw the change of one domain over the plane, a cell with its number for every position."""
     steps = sorted({point.position[0] for point in plane.points})
     values = np.array([[plane.change(plane.at(x, y), domain).value for x in steps] for y in steps])
-    axes.pcolormesh(values, cmap=colours, norm=scale, edgecolors="white", linewidth=0.8)
+    axes.pcolormesh(values, cmap=colors, norm=scale, edgecolors="white", linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
         named = (steps[column], steps[row]) in {(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)}
         axes.text(
             column + 0.5, row + 0.5, signed(float(value)), ha="center", va="center", fontsize=6.5,
-            color=ink_on(to_hex(colours(scale(float(value))))), fontweight="bold" if named else "normal",
+            color=ink_on(to_hex(colors(scale(float(value))))), fontweight="bold" if named else "normal",
         )  # fmt: skip
     labels = [f"{step:g}".replace("-", "−") for step in steps]
     axes.set_xticks(np.arange(len(steps)) + 0.5, labels)
@@ -194,10 +194,10 @@ def plane_figure(plane: Surface) -> Figure:
     sheet, grid = _domain_panels(plane.domains, (1.6, side), (0.6, side))
     largest = max(abs(plane.change(point, domain).value) for point in plane.points for domain in plane.domains)
     limit = limit_for(largest)
-    scale, colours = Normalize(-limit, limit, clip=True), diverging()
+    scale, colors = Normalize(-limit, limit, clip=True), diverging()
     for domain, axes in zip(plane.domains, grid, strict=True):
-        _heatmap(axes, plane, domain, colours, scale)
-    mapped = ScalarMappable(Normalize(-limit, limit), colours)
+        _heatmap(axes, plane, domain, colors, scale)
+    mapped = ScalarMappable(Normalize(-limit, limit), colors)
     extend = "both" if largest > limit else "neither"
     color_bar(sheet, mapped, sheet.axes, "change of perplexity, %", shrink=0.8, extend=extend)
     sheet.supxlabel(f"toward {plane.labels[0]}", fontsize=9, color=INK)
@@ -266,7 +266,7 @@ def result(landscape: Landscape, subject: Subject, *_: Any) -> Result:
         cosine = plane.geometry.cosine
         remarks = [f"cosine of the two directions {'undefined' if cosine is None else format(cosine, '+.4f')}"]
     heads = ["lowest at", "range, nats", "barrier, nats"]
-    about = f"{subject.title}: learnt, measured; intervals over validation blocks"
+    about = f"{subject.title}: trained, measured; intervals over validation blocks"
     columns = ["At the adapted model, %", *map(str.capitalize, heads)]
     return Result(
         headline=Headline(["adapter", "domain", "at the adapted model", *heads], rows, numeric=2),

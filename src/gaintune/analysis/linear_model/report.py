@@ -177,7 +177,7 @@ def _gates(axes: Axes, results: Sequence[SeedResult]) -> None:
         axes.axvline(mean, color=RULE, linewidth=0.9, zorder=0)
         axes.annotate(f"mean of\n“{text}”", (mean, 1.03), ha="center", va="bottom", color=MUTED, fontsize=8)
     axes.plot(POSITIONS, gates, color=style.colour, linewidth=0.5, alpha=0.35)
-    axes.plot(POSITIONS, gates.mean(1), **thick, label="DISeL, learnt")
+    axes.plot(POSITIONS, gates.mean(1), **thick, label="DISeL, trained")
     axes.plot(POSITIONS, results[0].bayes_gate, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label="Bayes gate")
     axes.set(xlabel="position on the line through both means", ylabel="gate", ylim=(-0.02, 1.2))
     axes.set_xlim(POSITIONS[0], POSITIONS[-1])

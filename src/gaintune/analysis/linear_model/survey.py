@@ -53,7 +53,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class LinearModel:
-    """Two Gaussian populations N(mean1, covariance) and N(mean0, covariance), and what is asked on each.
+    """Two Gaussian populations N(mean1, covariance) and N(mean0, covariance), and the target on each.
 
     Attributes:
         weight: the pretrained map W, `(d_out, d_in)`, float64 like all the others.
@@ -134,8 +134,8 @@ class LinearModel:
         middle, slope = self.update @ (self.mean1 + self.mean0) / 2, self.update @ apart / variance
         constant, linear, square = spread + float(middle @ middle), 2 * float(middle @ slope), float(slope @ slope)
 
-        def integral(centre: float, sign: float) -> float:
-            score = centre + deviation * normal
+        def integral(center: float, sign: float) -> float:
+            score = center + deviation * normal
             error = np.exp(-2 * np.logaddexp(0.0, sign * score))  # squared share of dW x that is missed, or added
             return float(np.sum(density * error * (constant + linear * score + square * score**2))) / len(self.update)
 

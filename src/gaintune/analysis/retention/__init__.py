@@ -54,12 +54,12 @@ class RetentionAnalysis(Analysis):
         from gaintune.storage import cache_dir
 
         config = subject.benchmarks
-        there = [] if config is None else [task.name for task in config.tasks]
+        measured = [] if config is None else [task.name for task in config.tasks]
         return self.part("survey").survey_retention(
             subject.base_plan,
             subject.adapters,
             benchmarks=config,
-            target_tasks=[name for name in (as_task(each)["name"] for each in options.target) if name in there],
+            target_tasks=[name for name in (as_task(each)["name"] for each in options.target) if name in measured],
             every=options.every,
             cache=None if subject.folder is None else subject.folder / "measured",
             benchmark_cache=cache_dir() / "benchmarks",

@@ -38,8 +38,8 @@ def sides(retention: Retention) -> list[tuple[Side, Side]]:
     scores = retention.base.scores
     if scores is None:
         return [(target, rest)]
-    asked = (task if scores.target is not None else target, kept if scores.retention is not None else rest)
-    return [(target, rest), asked] if retention.texts else [asked]
+    scored = (task if scores.target is not None else target, kept if scores.retention is not None else rest)
+    return [(target, rest), scored] if retention.texts else [scored]
 
 
 def _distinct_sides(retention: Retention) -> list[Side]:
@@ -83,9 +83,9 @@ def markdown(retention: Retention) -> str:
             cells = [with_interval(side.read(trajectory, snapshot)) for side in shown]
             rows.append([trajectory.label, word, str(snapshot.step), *cells])
     frame = pd.DataFrame(rows, columns=["", "Snapshot", "Updates", *(side.name for side in shown)]).set_index("")
-    texts = f"; never learnt: {', '.join(retention.texts)}" if retention.texts else ""
+    texts = f"; never trained: {', '.join(retention.texts)}" if retention.texts else ""
     lines = [
-        f"Learnt: {', '.join(retention.target)}{texts}. Changes against the pretrained model, paired; a mean over "
+        f"Trained: {', '.join(retention.target)}{texts}. Changes against the pretrained model, paired; a mean over "
         f"domains{'' if scores is None else ' or benchmarks'}."
     ]
     if scores is not None:
@@ -196,8 +196,8 @@ def result(retention: Retention, subject: Subject, options: RetentionOptions) ->
         for name, domains in (("target", retention.target), ("texts", retention.texts)):
             if domains:
                 numbers[f"{pair}.{name}"] = retention.apart(trajectories[one], trajectories[other], domains)
-    asked = [*(("target_benchmarks",) if options.target else ()), *(("kept", "kept.worst") if options.tasks else ())]
-    without = {f"{label}.{name}": "its benchmarks are left out, see the notes" for label in labels for name in asked}
+    names = [*(("target_benchmarks",) if options.target else ()), *(("kept", "kept.worst") if options.tasks else ())]
+    without = {f"{label}.{name}": "its benchmarks are left out, see the notes" for label in labels for name in names}
     of_texts = [f"{label}.{name}" for label in labels for name in ("texts", "texts.worst")]
     of_texts += [f"{pair}.texts" for pair in pairs]
     without |= dict.fromkeys(of_texts, "no text is watched, or none of those is to be had")

@@ -21,7 +21,7 @@ NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone
 MEANINGS = {
     "mean": "the mean vector of all adapters",
     "principal": "what each adapter has along their first principal direction",
-    "held-out": "the mean vector of the adapters that did not learn the measured domain",
+    "held-out": "the mean vector of the adapters that were not trained on the measured domain",
 }
 
 
@@ -62,7 +62,7 @@ def markdown(transfer: Transfer) -> str:
     parts = [
         f"Gains of {len(names)} separately trained adapters: {', '.join(names)}. Variance is around a gain of 1.",
         f"Correlations of the gains, {min(pairs):+.3f} to {max(pairs):+.3f}:",
-        markdown_table(correlations, "Learnt"),
+        markdown_table(correlations, "Trained on"),
         markdown_table(pd.DataFrame({"Share": share}, dtype=object), "What they share"),
     ]
     for ablation in transfer.ablations:
@@ -71,7 +71,7 @@ def markdown(transfer: Transfer) -> str:
             left = with_interval(ablation.left(part), "%")
             cells = [with_interval(ablation.transfer(part)), left, with_interval(ablation.in_domain(part))]
             rows.append([*cells, with_interval(ablation.unseen(part))] if ablation.watched else cells)
-        heads = ["Transfer", "Left of it", "In-domain", f"Never learnt ({', '.join(ablation.watched)})"]
+        heads = ["Transfer", "Left of it", "In-domain", f"Never trained ({', '.join(ablation.watched)})"]
         frame = pd.DataFrame(rows, index=[*NAMES.values()], columns=heads[: len(rows[0])], dtype=object)
         parts += [
             f"Shared is {MEANINGS[ablation.component]}. Change of perplexity in %, mean over pairs of different "
@@ -88,12 +88,12 @@ def _percent(*shares: float) -> str:
 
 def _correlations(axes: Axes, sharing: Sharing) -> None:
     """Draw the correlation of every two adapters, each cell with its number."""
-    count, colours, scale = len(sharing.labels), diverging().reversed(), Normalize(-1, 1)
+    count, colors, scale = len(sharing.labels), diverging().reversed(), Normalize(-1, 1)
     values = np.where(np.eye(count, dtype=bool), np.nan, sharing.correlations)
-    axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=scale, edgecolors="white", linewidth=1)
+    axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=scale, edgecolors="white", linewidth=1)
     for row, column in zip(*np.nonzero(~np.eye(count, dtype=bool)), strict=True):
         value = float(values[row, column])
-        ink = ink_on(to_hex(colours(scale(value))))
+        ink = ink_on(to_hex(colors(scale(value))))
         axes.text(column + 0.5, row + 0.5, f"{value:+.2f}", ha="center", va="center", fontsize=8, color=ink)
     middles = np.arange(count) + 0.5
     axes.set_xticks(middles, sharing.labels, rotation=35, ha="right", rotation_mode="anchor")

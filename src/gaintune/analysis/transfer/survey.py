@@ -58,7 +58,7 @@ def read_gain_vectors(adapters: Mapping[str, Path]) -> GainVectors:
 
     Raises:
         AdapterError: damaged, or of another method.
-        ConfigError: fewer than two adapters, or adapters with gains in different places.
+        ConfigError: fewer than two adapters, or adapters with gains in different modules.
     """
     if len(adapters) < 2:
         raise ConfigError(f"what adapters share takes two or more of them, and {len(adapters)} was given")
@@ -70,7 +70,7 @@ def read_gain_vectors(adapters: Mapping[str, Path]) -> GainVectors:
         own = tuple((name, len(factors.values[name])) for name in sorted(factors.values))
         if rows and own != modules:
             odd = sorted({*own} ^ {*modules})[0][0]
-            raise ConfigError(f"{folder}: its gains are in other places than {next(iter(adapters))}'s, such as {odd}")
+            raise ConfigError(f"{folder}: its gains are in other modules than {next(iter(adapters))}'s, such as {odd}")
         modules = own
         rows.append(np.concatenate([factors.values[name] - 1.0 for name, _ in own]))
     return GainVectors(tuple(adapters), modules, np.stack(rows))
@@ -88,7 +88,7 @@ class Sharing:
             vectors with nothing in common it is 1 / N (`chance_share`).
         common_share: the same without what is there by chance, `(N * mean_share - 1) / (N - 1)`: the mean product of
             two different vectors over the mean square of one; 0 for vectors with nothing in common, 1 for equal ones.
-        principal_share: energy along the first principal direction (no centring) over that of all vectors.
+        principal_share: energy along the first principal direction (not centered) over that of all vectors.
         explained: for each adapter, the share of its energy along the mean vector (of which it is a part).
         explained_by_others: for each adapter, the share of its energy along the mean of the other adapters.
         agreeing: share of the features in which all signs agree; `2 / 2^N` by chance.
