@@ -62,11 +62,9 @@ class Directions(Protocol):
 
     def move(self, position: Sequence[float]) -> None:
         """Put the model at `W + sum_i position_i D_i`: zeros are the pretrained model, a single 1 an adapted one."""
-        ...
 
     def geometry(self) -> Geometry:
         """Compute lengths and angles of the directions in fp64."""
-        ...
 
 
 def way_of(adapters: Sequence[Path]) -> Way:
@@ -262,7 +260,7 @@ class _Gram:
         return tuple(self._sums.diagonal().sqrt().tolist())
 
     def cosine(self) -> float | None:
-        """Between two directions of any length; None otherwise."""
+        """Return the cosine of two directions; None for one, or where one has no length."""
         lengths = self.lengths()
         if len(lengths) != 2 or 0.0 in lengths:
             return None

@@ -53,29 +53,18 @@ def table(landscape: Landscape) -> pd.DataFrame:
 def markdown(landscape: Landscape) -> str:
     """Write what each line and plane says of each domain, and the geometry of the directions."""
     heads = ["Lowest at", "Lowest", "Range, nats"]
-    cells = {
-        (line.labels[0], domain): [domain, *_cells(line.figures(domain))]
-        for line in landscape.lines
-        for domain in line.domains
-    }
-    frame = pd.DataFrame(
-        [*cells.values()],
-        index=[label for label, _ in cells],
-        columns=["Domain", "At the adapted model", *heads, "Barrier, nats"],
-        dtype=object,
-    )
+    rows = [
+        [line.labels[0], domain, *_cells(line.figures(domain))] for line in landscape.lines for domain in line.domains
+    ]
+    columns = ["Adapter", "Domain", "At the adapted model", *heads, "Barrier, nats"]
     parts = [
         "Loss between the pretrained model (0) and adapted ones (1). Changes of perplexity in %, paired by blocks, "
         "with intervals that are a bootstrap over blocks, widened for few blocks.",
-        markdown_table(frame, "Adapter"),
+        markdown_table(pd.DataFrame(rows, columns=columns).set_index("Adapter"), "Adapter"),
     ]
     if plane := landscape.plane:
-        frame = pd.DataFrame(
-            [_cells(plane.figures(domain))[:-1] for domain in plane.domains],
-            index=list(plane.domains),
-            columns=[*plane.labels, "Both", *heads],
-            dtype=object,
-        )
+        rows = [_cells(plane.figures(domain))[:-1] for domain in plane.domains]
+        frame = pd.DataFrame(rows, index=list(plane.domains), columns=[*plane.labels, "Both", *heads])
         parts += [f"The plane of {' and '.join(plane.labels)}:", markdown_table(frame, "Domain")]
     parts.append("\n".join(f"- {geometry(surface)}" for surface in landscape.surfaces))
     note = (

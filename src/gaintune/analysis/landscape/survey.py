@@ -233,9 +233,8 @@ def survey_landscape(
     if not adapters or (chosen.plane and len(adapters) != 2):
         raise ConfigError(f"a plane is spanned by two adapters, not by {len(adapters)}")
     origins = named_origins(adapters)
-    wanted = [{label: folder} for label, folder in zip(origins, adapters, strict=True)]
-    if chosen.plane:
-        wanted.append(dict(zip(origins, adapters, strict=True)))
+    folders = dict(zip(origins, adapters, strict=True))
+    wanted = [*({label: folder} for label, folder in folders.items()), *([folders] if chosen.plane else [])]
     # fp32 for interpolated weights, else the plan's own; refuses before anything is loaded
     dtypes = [torch.float32 if way_of([*named.values()]) == "weights" else None for named in wanted]
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from gaintune.analysis.base import Headline, Result
 from gaintune.analysis.drawing import drawn, framed_by_nothing, ruled
 from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Sharing, Transfer
-from gaintune.report import INK, MUTED, Look, diverging, ink_on, look, markdown_table, with_interval
+from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, with_interval
 from gaintune.results import Interval, exact
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
@@ -140,8 +140,6 @@ def figure(transfer: Transfer) -> Figure:
     left, right = sheet.subplots(1, 2, width_ratios=[0.55 * count + 0.8, 4.4])
     _correlations(left, transfer.sharing)
     _dots(right, transfer)
-    for axes in (left, right):
-        axes.xaxis.label.set_color(MUTED)
     return sheet
 
 
