@@ -268,7 +268,7 @@ class _Measure:
         self, base: Base, adapters: Mapping[str, Path], steps: Sequence[float], allow_other_base: bool
     ) -> Surface:
         """Move toward one labeled adapter or two, and measure every domain at every position that is not known yet."""
-        labels, folders = tuple(adapters), [*adapters.values()]
+        folders, names = [*adapters.values()], " and ".join(adapters)
         way, precision = way_of(folders), str(base.model.dtype).removeprefix("torch.")
         along = sorted({0.0, 1.0, *map(float, steps)})
         points = []
@@ -278,17 +278,14 @@ class _Measure:
                 key = (way, precision, moved)
                 if key not in self._known:
                     moving.move(position)
-                    names, at = " and ".join(labels), ", ".join(f"{t:g}" for t in position)
-                    base_name = None if moved else self._plan.model.name
+                    measure = partial(self._measure, moving.model, base=None if moved else self._plan.model.name)
+                    at = ", ".join(f"{t:g}" for t in position)
                     self._known[key] = {
-                        each.name: self._measure(
-                            moving.model, each, title=f"{names}: {each.name} at {at}", base=base_name
-                        )
-                        for each in self._domains
+                        each.name: measure(each, title=f"{names}: {each.name} at {at}") for each in self._domains
                     }
                 points.append(Point(position, self._known[key]))
             geometry = moving.geometry()
-        return Surface(labels, way, precision, geometry, tuple(points), self._plan.evaluate)
+        return Surface(tuple(adapters), way, precision, geometry, tuple(points), self._plan.evaluate)
 
 
 def _warn_of_rounding(line: Surface) -> None:
