@@ -191,18 +191,18 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     adapters = [place / "gain-ffn", place / "gain-ffn2"]
     found = survey_landscape(plan, adapters, LandscapeOptions(plane=True, line=[0.5, -0.25], grid=[0.5]))
     first, _ = found.lines
-    assert [point.position for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
+    assert list(first.points) == [(-0.25,), (0.0,), (0.5,), (1.0,)]
     assert found.plane is not None
     assert len(found.plane.points) == 9
     for domain in ("prose", "code"):
         for t in (0.0, 0.5, 1.0):
-            assert first.at(t).losses[domain] == found.plane.at(t, 0.0).losses[domain]
-        start, middle, end = (first.at(t).losses[domain].nats_per_token for t in (0, 0.5, 1))
+            assert first.points[t,][domain] == found.plane.points[t, 0.0][domain]
+        start, middle, end = (first.points[t,][domain].nats_per_token for t in (0, 0.5, 1))
         figures = first.figures(domain)
         assert figures.range.value == pytest.approx(max(start, middle, end) - min(start, middle, end))
         assert figures.barrier.value == pytest.approx(max(0.0, middle - (start + end) / 2))
         assert figures.at_adapted[0].value == pytest.approx(100 * (math.exp(end - start) - 1))
-        assert first.change(first.at(0.0), domain).value == 0.0
+        assert first.change((0.0,), domain).value == 0.0
         assert len(found.plane.figures(domain).at_adapted) == 3
         assert found.plane.figures(domain).barrier is None
         assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
@@ -216,13 +216,13 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     assert [line.precision for line in mixed.lines] == ["float32", "bfloat16"]
     assert mixed.plane is not None and (mixed.plane.way, mixed.plane.precision) == ("weights", "float32")
     for domain in ("prose", "code"):
-        assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
-        assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
+        assert mixed.lines[1].points[1.0,][domain] == first.points[1.0,][domain]
+        assert mixed.plane.points[1.0, 0.0][domain] == mixed.lines[0].points[1.0,][domain]
     apart = survey_landscape(
         plan, adapters, LandscapeOptions(line=[0], plane=True, grid=[0.5])
     )  # here the plane alone has these places
     for domain in ("prose", "code"):
-        assert apart.plane.at(0.5, 0.0).losses[domain] == first.at(0.5).losses[domain]
+        assert apart.plane.points[0.5, 0.0][domain] == first.points[0.5,][domain]
     with pytest.raises(ConfigError, match="spanned by two adapters, not by 1"):
         survey_landscape(plan, adapters[:1], LandscapeOptions(plane=True))
 

@@ -68,7 +68,7 @@ def write_report(run: str | Path) -> Path:
     record = run / "environment.json"
     environment = read_stored(record, dict) if record.is_file() else {}
     page = render(matrix, plan, environment, run.resolve().name)
-    write_text(run / "matrix.csv", tables.to_csv(matrix))
+    write_text(run / "matrix.csv", tables.tidy(matrix).to_csv(index=False, lineterminator="\n"))
     write_text(run / "matrix.md", tables.to_markdown(matrix))
     for name, draw in (("matrix", heatmaps), ("curves", curves), ("summary", summary)):
         for file, content in figure_files(name, draw(matrix)).items():
@@ -79,8 +79,10 @@ def write_report(run: str | Path) -> Path:
 
 def render(matrix: Matrix, plan: Plan, environment: dict[str, Any], name: str) -> str:
     """Render the page as HTML text, which needs no other file and no network."""
-    loader, blocks = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    folder = FileSystemLoader(Path(__file__).parent)
+    templates = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     light, dark = map(Markup, palette.css())
     limit, everywhere = limit_of(matrix), [method.label for method in matrix.methods]
     return templates.get_template("page.html.j2").render(

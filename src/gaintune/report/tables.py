@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
@@ -29,11 +28,6 @@ def tidy(matrix: Matrix) -> pd.DataFrame:
                     names = (method.label, stage, row.domain, domain, method.place(stage - 1, domain))
                     rows.append((*names, method.base[domain].perplexity, *astuple(cell)))
     return pd.DataFrame(rows, columns=[*columns, "change_percent", "low_percent", "high_percent"])
-
-
-def to_csv(matrix: Matrix) -> str:
-    """Write the tidy table as CSV."""
-    return tidy(matrix).to_csv(index=False, lineterminator="\n")
 
 
 def setting(value: Any) -> str:
@@ -141,8 +135,8 @@ def to_markdown(matrix: Matrix) -> str:
     return "\n".join(parts)
 
 
-def _change(figure: Interval | None) -> str:
-    return NONE if figure is None else signed(figure.value)
+def _change(figure: object) -> str:
+    return signed(figure.value) if isinstance(figure, Interval) else NONE
 
 
 def _html(styler: Styler) -> str:
@@ -165,12 +159,14 @@ def to_html(frame: pd.DataFrame, caption: str) -> str:
 def heatmap_html(matrix: Matrix, method: MethodMatrix) -> str:
     """Write the matrix of one method as a table whose cells carry color classes; see `palette.css`."""
     frame, limit = cell_frame(matrix, method), limit_of(matrix)
-    shades = frame.map(lambda figure: "missing" if figure is None else f"shade-{bin_of(figure.value, limit)}")
-    for stage, (column, name) in itertools.product(range(len(frame)), enumerate(frame.columns)):
-        shades.iloc[stage, column] += f" {method.place(stage, name)}"
+    shades = {}
+    for stage, row in enumerate(method.stages):
+        bins = {name: f"shade-{bin_of(cell.change, limit)}" for name, cell in row.cells.items()}
+        classes = [f"{bins.get(name, 'missing')} {method.place(stage, name)}" for name in matrix.domains]
+        shades[frame.index[stage]] = classes
     styler = frame.style.format(_change).format_index(escape="html").format_index(escape="html", axis=1)
     crowded = len(matrix.domains) > 6 or max(map(len, matrix.domains), default=0) > 10
-    styler = styler.set_td_classes(shades)
+    styler = styler.set_td_classes(_frame(matrix.domains, shades))
     return _html(styler.set_table_attributes(f'class="matrix{" crowded" if crowded else ""}"'))
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -53,18 +53,6 @@ class Geometry:
     base_length: float
     cosine: float | None = None
     parameter_cosine: float | None = None
-
-
-class Directions(Protocol):
-    """A model that moves along the directions of one or two adapters."""
-
-    model: nn.Module
-
-    def move(self, position: Sequence[float]) -> None:
-        """Put the model at `W + sum_i position_i D_i`: zeros are the pretrained model, a single 1 an adapted one."""
-
-    def geometry(self) -> Geometry:
-        """Compute lengths and angles of the directions in fp64."""
 
 
 def way_of(adapters: Sequence[Path]) -> Way:
@@ -108,9 +96,8 @@ def _is_plain(config: Any) -> bool:
 def directions(base: Base, adapters: Sequence[str | Path], *, allow_other_base: bool = False) -> Iterator[Directions]:
     """Open one or two adapters' directions on a base; afterwards `base.model` is what it was, bit for bit.
 
-    Args:
-        base: the pretrained model; in fp32 where `way_of` says weights.
-        adapters: one or two adapter folders.
+    Yields a `model` with `move(position)`, which puts it at `W + sum_i position_i D_i` (zeros are the pretrained model,
+    a single 1 an adapted one), and with `geometry()`, in fp64. The base has to be in fp32 where `way_of` says weights.
 
     Raises:
         AdapterError, BaseMismatchError: damaged, of another base, or of a method whose effect is no change of weights.
@@ -243,6 +230,9 @@ class _Weights:
             gram.add({i: delta[name].double() for i, delta in enumerate(self._deltas) if name in delta})
         base = sum(float(zero.double().square().sum()) for _, zero in self._weights.values())
         return Geometry(gram.lengths(), math.sqrt(base), gram.cosine())
+
+
+Directions = _Gains | _Scales | _Weights
 
 
 class _Gram:

@@ -41,10 +41,10 @@ def table(landscape: Landscape) -> pd.DataFrame:
     rows = []
     for surface in landscape.surfaces:
         kind, adapters = "line" if len(surface.labels) == 1 else "plane", " and ".join(surface.labels)
-        for point in surface.points:
-            x, y = (*point.position, None)[:2]
-            for domain, loss in point.losses.items():
-                figures = [loss.nats_per_token, loss.perplexity, *astuple(surface.change(point, domain))]
+        for position, losses in surface.points.items():
+            x, y = (*position, None)[:2]
+            for domain, loss in losses.items():
+                figures = [loss.nats_per_token, loss.perplexity, *astuple(surface.change(position, domain))]
                 rows.append([kind, adapters, domain, x, y, *figures])
     columns = ["kind", "adapters", "domain", "x", "y", "nats_per_token", "perplexity", "change", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
@@ -102,10 +102,10 @@ def geometry(surface: Surface) -> str:
 def _curve(axes: Axes, landscape: Landscape, domain: str) -> None:
     """Draw the perplexity of one domain along every line, with its paired interval around the change."""
     for index, line in enumerate(landscape.lines):
-        style, t = look(index), [point.position[0] for point in line.points]
-        changes = [line.change(point, domain) for point in line.points]
-        base = line.origin.losses[domain].perplexity
-        columns = ([one.value for one in changes], *ends(changes))
+        style, t = look(index), [t for (t,) in line.points]
+        changes = [line.change(position, domain) for position in line.points]
+        base = line.origin[domain].perplexity
+        columns = ([change.value for change in changes], *ends(changes))
         values, lows, highs = ([base * (1 + value / 100) for value in column] for column in columns)
         axes.fill_between(t, lows, highs, color=style.colour, alpha=0.16, linewidth=0)
         axes.plot(t, values, color=style.colour, linestyle=style.dashes, linewidth=1.6)
@@ -159,8 +159,8 @@ def line_figure(landscape: Landscape) -> Figure:
 
 def _heatmap(axes: Axes, plane: Surface, domain: str, colors: Colormap, scale: Normalize) -> None:
     """Draw the change of one domain over the plane, a cell with its number for every position."""
-    steps = sorted({point.position[0] for point in plane.points})
-    values = np.array([[plane.change(plane.at(x, y), domain).value for x in steps] for y in steps])
+    steps = sorted({x for x, _ in plane.points})
+    values = np.array([[plane.change((x, y), domain).value for x in steps] for y in steps])
     axes.pcolormesh(values, cmap=colors, norm=scale, edgecolors="white", linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
         named = (steps[column], steps[row]) in {(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)}
@@ -179,9 +179,9 @@ def _heatmap(axes: Axes, plane: Surface, domain: str, colors: Colormap, scale: N
 @drawn
 def plane_figure(plane: Surface) -> Figure:
     """Draw the change of perplexity over the plane, a panel for each domain, on one scale (GAIN paper, Figure 4)."""
-    side = max(0.44 * len({point.position[0] for point in plane.points}), 2.2) + 0.4
+    side = max(0.44 * len({x for x, _ in plane.points}), 2.2) + 0.4
     sheet, grid = _domain_panels(plane.domains, (1.6, side), (0.6, side))
-    largest = max(abs(plane.change(point, domain).value) for point in plane.points for domain in plane.domains)
+    largest = max(abs(plane.change(position, domain).value) for position in plane.points for domain in plane.domains)
     limit = limit_for(largest)
     scale, colors = Normalize(-limit, limit, clip=True), diverging()
     for domain, axes in zip(plane.domains, grid, strict=True):
@@ -195,7 +195,7 @@ def plane_figure(plane: Surface) -> Figure:
 
 
 def plane_numbers(landscapes: Mapping[str, Landscape]) -> Numbers:
-    """Return the numbers of every label's plane and of every two, and those that are not to be had, with the reasons.
+    """Return the numbers of every label's plane and of every two, and the missing ones, each with the reason.
 
     Numbers: `LABEL.cosine` of the two directions, `LABEL.DOMAIN.both` and `LABEL.DOMAIN.range`; of two labels
     `A-minus-B.cosine`, of the cosines without their signs, and `A-minus-B.DOMAIN.range`.

@@ -43,14 +43,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Point:
-    """Losses on every domain at one position; 0 in all coordinates is the pretrained model, 1 an adapted one."""
-
-    position: tuple[float, ...]
-    losses: Mapping[str, DomainLoss]
-
-
-@dataclass(frozen=True)
 class DomainFigures:
     """What a line or a plane says of one domain; intervals are a bootstrap over blocks, widened for few blocks.
 
@@ -71,55 +63,51 @@ class DomainFigures:
 
 @dataclass(frozen=True)
 class Surface:
-    """Losses along one direction (a line) or two (a plane), in the order of their coordinates.
+    """Losses along one direction (a line) or two (a plane), by position and domain.
 
-    `labels` name the adapters, `way` says how the model was moved (see `WAYS`), and `precision`, such as bfloat16, what
-    it computed in.
+    Zeros are the pretrained model, a single 1 an adapted one. `labels` name the adapters, `way` says how the model was
+    moved (see `WAYS`), and `precision`, such as bfloat16, what it computed in.
     """
 
     labels: tuple[str, ...]
     way: Way
     precision: str
     geometry: Geometry
-    points: tuple[Point, ...]
+    points: Mapping[tuple[float, ...], Mapping[str, DomainLoss]]
     settings: EvaluateConfig
 
     @property
     def domains(self) -> tuple[str, ...]:
         """The domains measured."""
-        return tuple(self.points[0].losses)
+        return tuple(self.origin)
 
     @property
-    def origin(self) -> Point:
-        """The pretrained model."""
-        return self.at(*[0.0] * len(self.labels))
+    def origin(self) -> Mapping[str, DomainLoss]:
+        """The pretrained model's losses."""
+        return self.points[(0.0,) * len(self.labels)]
 
     @property
-    def _between(self) -> list[Point]:
-        return [point for point in self.points if all(0.0 <= t <= 1.0 for t in point.position)]
+    def _between(self) -> list[tuple[float, ...]]:
+        return [position for position in self.points if all(0.0 <= t <= 1.0 for t in position)]
 
-    def at(self, *position: float) -> Point:
-        """Return what was measured at a position; KeyError where nothing was."""
-        return {point.position: point for point in self.points}[tuple(map(float, position))]
-
-    def change(self, point: Point, domain: str) -> Interval:
+    def change(self, position: tuple[float, ...], domain: str) -> Interval:
         """Return the change of perplexity against the pretrained model in %, paired block by block."""
-        return paired_change(self.origin.losses[domain], point.losses[domain], domain, self.settings)
+        return paired_change(self.origin[domain], self.points[position][domain], domain, self.settings)
 
     def figures(self, domain: str) -> DomainFigures:
-        """Sum one domain up."""
+        """Summarize one domain."""
         ends = [(1.0,)] if len(self.labels) == 1 else [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
-        best = min(self._between, key=lambda point: point.losses[domain].nats_per_token)
+        best = min(self._between, key=lambda position: self.points[position][domain].nats_per_token)
         losses = self.losses_between(domain)
         barrier = None
         if len(self.labels) == 1:
-            along = np.array([point.position[0] for point in self._between])
+            along = np.array([t for (t,) in self._between])
             # from 0 to 1 in order, so that the first and the last are the ends
             chord = losses[:, :1] + along * (losses[:, -1:] - losses[:, :1])
             barrier = largest(losses - chord, self.settings)
         return DomainFigures(
-            at_adapted=tuple(self.change(self.at(*end), domain) for end in ends),
-            best=best.position,
+            at_adapted=tuple(self.change(end, domain) for end in ends),
+            best=best,
             best_change=self.change(best, domain),
             range=largest((losses[:, :, None] - losses[:, None]).reshape(len(losses), -1), self.settings),
             barrier=barrier,
@@ -130,9 +118,9 @@ class Surface:
 
         The first row is what was measured; the others are resamples of blocks, the same on all surfaces.
         """
-        origin, settings = self.origin.losses[domain], self.settings
+        origin, settings = self.origin[domain], self.settings
         nats = replicate_means(
-            np.array([np.subtract(point.losses[domain].nll, origin.nll) for point in self._between]),
+            np.array([np.subtract(self.points[position][domain].nll, origin.nll) for position in self._between]),
             np.array(origin.tokens),
             samples=settings.bootstrap_samples,
             seed=settings.seed,
@@ -143,8 +131,8 @@ class Surface:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
 
-        def measured(point: Point, domain: str) -> dict[str, Any]:
-            loss, change = point.losses[domain], asdict(self.change(point, domain))
+        def measured(position: tuple[float, ...], domain: str) -> dict[str, Any]:
+            loss, change = self.points[position][domain], asdict(self.change(position, domain))
             return {"nats_per_token": loss.nats_per_token, "perplexity": loss.perplexity, "change": change}
 
         return {
@@ -154,8 +142,8 @@ class Surface:
             "geometry": asdict(self.geometry),
             "figures": {domain: asdict(self.figures(domain)) for domain in self.domains},
             "points": [
-                {"place": list(point.position), "domains": {domain: measured(point, domain) for domain in self.domains}}
-                for point in self.points
+                {"place": list(position), "domains": {domain: measured(position, domain) for domain in self.domains}}
+                for position in self.points
             ],
         }
 
@@ -246,7 +234,7 @@ def survey_landscape(
     surfaces = []
     for named, before, dtype in zip(wanted, (dtypes[0], *dtypes[:-1]), dtypes, strict=True):
         if dtype is not before:
-            del base  # it goes before the next one comes
+            del base  # free it before the next one is loaded
             base = load_base(plan.model, dtype=dtype)
         surfaces.append(measure(base, named, chosen.line if len(named) == 1 else chosen.grid, allow_other_base))
     lines = surfaces[: len(adapters)]
@@ -271,7 +259,7 @@ class _Measure:
         folders, names = [*adapters.values()], " and ".join(adapters)
         way, precision = way_of(folders), str(base.model.dtype).removeprefix("torch.")
         along = sorted({0.0, 1.0, *map(float, steps)})
-        points = []
+        points = {}
         with directions(base, folders, allow_other_base=allow_other_base) as moving:
             for position in itertools.product(along, repeat=len(folders)):
                 moved = frozenset((folder, t) for folder, t in zip(folders, position, strict=True) if t)
@@ -283,15 +271,14 @@ class _Measure:
                     self._known[key] = {
                         each.name: measure(each, title=f"{names}: {each.name} at {at}") for each in self._domains
                     }
-                points.append(Point(position, self._known[key]))
+                points[position] = self._known[key]
             geometry = moving.geometry()
-        return Surface(tuple(adapters), way, precision, geometry, tuple(points), self._plan.evaluate)
+        return Surface(tuple(adapters), way, precision, geometry, points, self._plan.evaluate)
 
 
 def _warn_of_rounding(line: Surface) -> None:
     """Warn where a line does not leave the pretrained model: 16 bits round away what is small beside the weights."""
-    start = line.origin.losses
-    same = [f"{point.position[0]:g}" for point in line.points if point.position[0] and point.losses == start]
+    same = [f"{t:g}" for (t,), losses in line.points.items() if t and losses == line.origin]
     if same:
         logger.warning(
             "%s: at %s every loss is the pretrained model's to the last bit, as %s rounds so small a step away: what "

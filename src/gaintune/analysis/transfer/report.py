@@ -107,9 +107,8 @@ def _correlations(axes: Axes, sharing: Sharing) -> None:
 def _dots(axes: Axes, transfer: Transfer) -> None:
     """Draw transfer of the whole adapters and of their parts, with intervals; in-domain as hollow marks."""
     labels = []
-    whole, *parts = PARTS
-    rows: list[tuple[str, Part, Ablation]] = [("", whole, transfer.ablations[0])]
-    rows += [(ablation.component, part, ablation) for ablation in transfer.ablations for part in parts]
+    rows: list[tuple[str, Part, Ablation]] = [("", "whole", transfer.ablations[0])]
+    rows += [(ablation.component, part, ablation) for ablation in transfer.ablations for part in PARTS[1:]]
     for height, (component, part, ablation) in enumerate(rows):
         style = look(PARTS.index(part))
         _dot(axes, height - 0.12, ablation.transfer(part), style, filled=True)

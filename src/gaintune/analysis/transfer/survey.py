@@ -192,7 +192,6 @@ class Ablation:
         return changes
 
     def _across(self, part: Part) -> list[Change]:
-        """Changes over all pairs of different trained domains."""
         return [self._changes[part, *pair] for pair in itertools.permutations(self.trained, 2)]
 
     def change(self, part: Part, trained: str, measured: str) -> Interval:
