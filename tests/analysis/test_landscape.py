@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gaintune.adapters import AdapterRecord, load_adapter, read_record, save_adapter
-from gaintune.analysis import LandscapeOptions, Subject, directions, survey_landscape, write_result
-from gaintune.analysis.landscape.directions import way_of
+from gaintune.analysis import LandscapeOptions, Subject, survey_landscape, write_result
+from gaintune.analysis.landscape.directions import directions, way_of
 from gaintune.analysis.landscape.report import result
 from gaintune.config import build_plan
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, DivergedError
@@ -191,18 +191,18 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     adapters = [place / "gain-ffn", place / "gain-ffn2"]
     found = survey_landscape(plan, adapters, LandscapeOptions(plane=True, line=[0.5, -0.25], grid=[0.5]))
     first, _ = found.lines
-    assert [point.place for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
+    assert list(first.points) == [(-0.25,), (0.0,), (0.5,), (1.0,)]
     assert found.plane is not None
     assert len(found.plane.points) == 9
     for domain in ("prose", "code"):
         for t in (0.0, 0.5, 1.0):
-            assert first.at(t).losses[domain] == found.plane.at(t, 0.0).losses[domain]
-        start, middle, end = (first.at(t).losses[domain].nats_per_token for t in (0, 0.5, 1))
+            assert first.points[t,][domain] == found.plane.points[t, 0.0][domain]
+        start, middle, end = (first.points[t,][domain].nats_per_token for t in (0, 0.5, 1))
         figures = first.figures(domain)
         assert figures.range.value == pytest.approx(max(start, middle, end) - min(start, middle, end))
         assert figures.barrier.value == pytest.approx(max(0.0, middle - (start + end) / 2))
         assert figures.at_adapted[0].value == pytest.approx(100 * (math.exp(end - start) - 1))
-        assert first.change(first.at(0.0), domain).value == 0.0
+        assert first.change((0.0,), domain).value == 0.0
         assert len(found.plane.figures(domain).at_adapted) == 3
         assert found.plane.figures(domain).barrier is None
         assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
@@ -213,16 +213,16 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         plan, [place / "dora", place / "gain-ffn"], LandscapeOptions(plane=True, line=[0], grid=[0])
     )
     assert [line.way for line in mixed.lines] == ["weights", "gains"]
-    assert [line.numbers for line in mixed.lines] == ["float32", "bfloat16"]
-    assert mixed.plane is not None and (mixed.plane.way, mixed.plane.numbers) == ("weights", "float32")
+    assert [line.precision for line in mixed.lines] == ["float32", "bfloat16"]
+    assert mixed.plane is not None and (mixed.plane.way, mixed.plane.precision) == ("weights", "float32")
     for domain in ("prose", "code"):
-        assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
-        assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
+        assert mixed.lines[1].points[1.0,][domain] == first.points[1.0,][domain]
+        assert mixed.plane.points[1.0, 0.0][domain] == mixed.lines[0].points[1.0,][domain]
     apart = survey_landscape(
         plan, adapters, LandscapeOptions(line=[0], plane=True, grid=[0.5])
     )  # here the plane alone has these places
     for domain in ("prose", "code"):
-        assert apart.plane.at(0.5, 0.0).losses[domain] == first.at(0.5).losses[domain]
+        assert apart.plane.points[0.5, 0.0][domain] == first.points[0.5,][domain]
     with pytest.raises(ConfigError, match="spanned by two adapters, not by 1"):
         survey_landscape(plan, adapters[:1], LandscapeOptions(plane=True))
 

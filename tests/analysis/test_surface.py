@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gaintune.analysis.landscape.directions import Geometry
-from gaintune.analysis.landscape.statistics import Point, Surface, range_apart
+from gaintune.analysis.landscape.survey import Surface, range_apart
 from gaintune.config import EvaluateConfig
 from gaintune.results import DomainLoss
 
@@ -12,10 +12,10 @@ from gaintune.results import DomainLoss
 def surface(places, nats):
     """What was seen at some places, nats a token on blocks of 100 tokens, `(places, blocks)`."""
     tokens = (100,) * nats.shape[1]
-    points = tuple(
-        Point(place, {"d": DomainLoss(tuple(100 * row), tokens, tokens)})
-        for place, row in zip(places, nats, strict=True)
-    )
+    points = {
+        position: {"d": DomainLoss(tuple(100 * row), tokens, tokens)}
+        for position, row in zip(places, nats, strict=True)
+    }
     labels = ("one", "other")[: len(places[0])]
     return Surface(labels, "gains", "float32", Geometry((1.0,), 1.0), points, EvaluateConfig(bootstrap_samples=400))
 

@@ -7,8 +7,7 @@ from peft import get_peft_model
 
 from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
 from gaintune.analysis import TransferOptions, survey_transfer
-from gaintune.analysis.transfer.statistics import read_gain_vectors, sharing_of
-from gaintune.analysis.transfer.survey import Ablation, shared_component
+from gaintune.analysis.transfer.survey import Ablation, read_gain_vectors, shared_component, sharing_of
 from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import compare_adapters
@@ -152,16 +151,16 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
     folder, plan, v = place
     base = load_base(plan.model)
     several = write_adapter(tmp_path / "several", base, v[0], ("prose", "code"))
-    with pytest.raises(ConfigError, match=r"several has learnt prose, code: give adapters that were each trained"):
+    with pytest.raises(ConfigError, match=r"several was trained on prose, code: give adapters that were each trained"):
         survey_transfer(plan, [folder / "prose", several])
-    with pytest.raises(ConfigError, match="has learnt elsewhere, which is not measured"):
+    with pytest.raises(ConfigError, match="was trained on elsewhere, which is not measured"):
         survey_transfer(plan, [folder / "prose", write_adapter(tmp_path / "elsewhere", base, v[0], ("elsewhere",))])
     with pytest.raises(ConfigError, match="takes two or more"):
         survey_transfer(plan, [folder / "prose"])
     with pytest.raises(ConfigError, match=r"held-out.*three or more, and 2 were given"):
         survey_transfer(plan, [folder / "prose", folder / "code"], TransferOptions(components=("held-out",)))
     narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
-    with pytest.raises(ConfigError, match="in other places"):
+    with pytest.raises(ConfigError, match="in other modules"):
         survey_transfer(plan, [folder / "prose", narrow])
     still = write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))
     with pytest.raises(ConfigError, match="code are all alike"):

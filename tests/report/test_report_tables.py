@@ -1,16 +1,13 @@
 """Tables hold the numbers of the matrix, whatever the names in them look like."""
 
-import io
-
-import pandas as pd
 import pytest
 
 from gaintune.report import palette, tables
 from support.synthetic_run import keeps, make_matrix
 
 
-def test_csv_has_one_row_for_each_cell(two_methods):
-    frame = pd.read_csv(io.StringIO(tables.to_csv(two_methods)))
+def test_the_tidy_table_has_one_row_for_each_cell(two_methods):
+    frame = tables.tidy(two_methods)
     assert len(frame) == 2 * 3 * 3
     for row in frame.itertuples():
         method = two_methods.methods[["gain-ffn", "lora"].index(row.method)]

@@ -14,7 +14,6 @@ from .gates.survey import response_tokens as response_tokens
 from .gates.survey import summarise as summarise
 from .gates.survey import survey_gates as survey_gates
 from .landscape import LandscapeOptions as LandscapeOptions
-from .landscape.directions import directions as directions
 from .landscape.survey import survey_landscape as survey_landscape
 from .linear_model import LinearModelOptions as LinearModelOptions
 from .linear_model.survey import run_experiment as run_experiment
