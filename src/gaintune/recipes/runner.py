@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,11 @@ from typing import Any
 from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.recipes.catalogue import recipe_named
-from gaintune.recipes.differences import budget_note, dropped, names_in, note_of
-from gaintune.recipes.outcome import Context, Finding, Outcome, RecipeResult
-from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step
-from gaintune.recipes.steps.kinds import KINDS
-from gaintune.recipes.world import World, world_of
-from gaintune.recipes.writing import write_results
+from gaintune.recipes.outcome import Context, Outcome, PreparedStep
+from gaintune.recipes.report import Finding, RecipeResult, write_results
+from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
+from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, recipe_named
+from gaintune.recipes.steps import KINDS
 from gaintune.results import judge
 from gaintune.storage import Run, describe_environment, make_folder
 
@@ -50,72 +48,87 @@ def run_recipe(
     Raises:
         GaintuneError: bad input, a folder of another run, or a step that had to stop.
     """
-    chosen = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     if scale not in SCALES:
         raise ConfigError(f"--scale {scale}: use {', '.join(SCALES)}")
-    for step in chosen.steps:
+    for step in recipe.steps:
         if step.do not in KINDS:
-            raise ConfigError(
-                f"recipe {chosen.id}: step {step.name}: unknown kind {step.do!r}; known: {', '.join(KINDS)}"
-            )
-    folder = Path(folder)
-    place = None if data is None else Path(data)
-    asked = {
-        "recipe": chosen.model_dump(mode="json"),
+            known = ", ".join(KINDS)
+            raise ConfigError(f"recipe {recipe.id}: step {step.name}: unknown kind {step.do!r}; known: {known}")
+    folder, data, overrides = Path(folder), None if data is None else Path(data), dict(overrides or {})
+    identity = {
+        "recipe": recipe.model_dump(mode="json"),
         "scale": scale,
-        "data": None if place is None else str(place.resolve()),
-        "overrides": dict(overrides or {}),
+        "data": None if data is None else str(data.resolve()),
+        "overrides": overrides,
     }
-    began = _take(folder, asked)
+    new = _take(folder, identity)
     try:
-        world = world_of(scale, chosen.model, place, overrides or {}, folder / "world")
-        _check(chosen, folder, world, allow_code_execution)
+        setup = ScaleSetup.make(scale, recipe.model, data, overrides, folder / "world")
+        _check(recipe, folder, setup, allow_code_execution)
     except GaintuneError:
-        if began:
-            _leave(folder)
+        if new:  # a corrected recipe may begin there
+            (folder / RECORD).unlink()
+            shutil.rmtree(folder / "world", ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
     outcomes: dict[str, Outcome] = {}
-    for step in chosen.steps:
-        context = Context(step.name, folder / step.name, world, outcomes, progress or Silent(), allow_code_execution)
-        settings = chosen.settings(step, scale)
-        outcome = _waiting_for(settings, outcomes) or KINDS[step.do].run(settings, context)
-        notes = note_of(chosen, step, scale)
-        notes += budget_note(chosen, step, scale, outcome.plan) if outcome.plan else ()
+    for step in recipe.steps:
+        context = Context(step.name, folder / step.name, setup, outcomes, progress or Silent(), allow_code_execution)
+        prepared = _prepare(recipe, step, context)
+        outcome = prepared.run() if prepared.run else prepared.expected
+        notes = note_of(recipe, step, scale)
+        notes += budget_note(recipe, step, scale, outcome.plan) if outcome.plan else ()
         outcomes[step.name] = replace(outcome, notes=(*notes, *outcome.notes))
-    lacking = {name for step in chosen.steps for name in _lacking(chosen, step, world)}
-    lacking |= {label for outcome in outcomes.values() for label in outcome.diverged}
-    findings = tuple(_judged(claim, outcomes) for claim in chosen.claims)
-    result = RecipeResult(chosen, scale, folder, outcomes, findings)
+    result = RecipeResult(recipe, scale, folder, outcomes, tuple(_judge(claim, outcomes) for claim in recipe.claims))
     write_results(result, describe_environment(resolve_device("auto")))
-    for finding in findings:
+    lacking = [name for step in recipe.steps for name in _lacking(recipe, step, setup)]
+    lacking += [label for outcome in outcomes.values() for label in outcome.diverged]
+    for finding in result.findings:
         _refuse_unknown_number(finding, outcomes, lacking)
     return result
 
 
-def _check(recipe: Recipe, folder: Path, world: World, allow_code_execution: bool) -> None:
-    """Refuse before anything is trained what could only be refused after it.
+def _take(folder: Path, identity: dict[str, Any]) -> bool:
+    """Make the folder, or check that the same recipe began it; return whether it is new."""
+    new = not (folder / RECORD).exists()
+    if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
+    make_folder(folder)
+    Run(folder).settle(RECORD, identity, "A folder is one recipe at one scale on one set of texts: name another one")
+    return new
+
+
+def _prepare(recipe: Recipe, step: Step, context: Context) -> PreparedStep:
+    """Read a step's settings; a step that works on one that was left out is left out itself."""
+    settings = recipe.settings(step, context.setup.scale)
+    other = context.earlier.get(str(settings.get("of")))
+    if other is not None and other.left_out:
+        return PreparedStep.left_out(f"left out: it works on step {settings['of']}, which is left out")
+    return KINDS[step.do](settings, context)
+
+
+def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution: bool) -> None:
+    """Refuse, before anything is trained, what would otherwise be refused only after it.
 
     Raises:
-        GaintuneError: a step's settings, or values that no step uses; or the scale has not what any step needs.
+        GaintuneError: a step's settings are wrong, no step uses the values given, or no step can run at this scale.
     """
     expected: dict[str, Outcome] = {}
     for step in recipe.steps:
-        context = Context(step.name, folder / step.name, world, expected, Silent(), allow_code_execution)
-        settings = recipe.settings(step, world.scale)
-        expected[step.name] = _waiting_for(settings, expected) or KINDS[step.do].check(settings, context)
+        context = Context(step.name, folder / step.name, setup, expected, Silent(), allow_code_execution)
+        expected[step.name] = _prepare(recipe, step, context).expected
     if all(outcome.left_out for outcome in expected.values()):
-        told = "; ".join(f"step {step}: {note}" for step, one in expected.items() for note in one.notes)
-        raise ConfigError(f"recipe {recipe.id}: nothing of it can be run at scale {world.scale} ({told})")
-    if world.overrides and all(outcome.plan is None for outcome in expected.values()):
+        why = "; ".join(f"step {step}: {note}" for step, outcome in expected.items() for note in outcome.notes)
+        raise ConfigError(f"recipe {recipe.id}: no step of it can run at scale {setup.scale} ({why})")
+    plans = [outcome.plan for outcome in expected.values() if outcome.plan]
+    if setup.overrides and not plans:
         raise ConfigError(f"recipe {recipe.id}: no step of it has a plan, so --set changes nothing; leave it out")
-    if "methods" in world.overrides:
-        _check_replaced_methods(recipe, world.scale, expected)
-
-
-def _check_replaced_methods(recipe: Recipe, scale: Scale, expected: Mapping[str, Outcome]) -> None:
-    """Refuse methods from the command line where a claim is about one that they are not."""
-    own = {label for step in recipe.steps for label in names_in(recipe.settings(step, scale), "methods")}
-    gone = own - {method.label for one in expected.values() if one.plan for method in one.plan.methods}
+    if "methods" not in setup.overrides:
+        return
+    gone = {label for step in recipe.steps for label in names_in(recipe.settings(step, setup.scale), "methods")}
+    gone -= {method.label for plan in plans for method in plan.methods}
     for claim in recipe.claims:
         if about := [label for label in gone if _mentions(claim.number, label)]:
             raise ConfigError(
@@ -124,53 +137,27 @@ def _check_replaced_methods(recipe: Recipe, scale: Scale, expected: Mapping[str,
             )
 
 
-def _waiting_for(settings: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> Outcome | None:
-    """The outcome of a step that works on one that was left out; None for any other."""
-    name = str(settings.get("of"))
-    if name not in outcomes or not outcomes[name].left_out:
-        return None
-    return Outcome(notes=(f"left out: it works on step {name}, which is left out",), left_out=True)
+def _lacking(recipe: Recipe, step: Step, setup: ScaleSetup) -> list[str]:
+    """Return what a scale lacks of a step: domains without a text, and names that its settings leave out."""
+    settings = recipe.settings(step, setup.scale)
+    texts = setup.missing([*settings.get("domains", ()), *settings.get("watched", ())])
+    return [*texts, *(name for names in dropped(recipe, step, setup.scale).values() for name in names)]
 
 
-def _take(folder: Path, asked: dict[str, Any]) -> bool:
-    """Make the folder, or see that it was begun with the same recipe; whether it is begun only now."""
-    if folder.exists() and not (folder.is_dir() and ((folder / RECORD).exists() or not any(folder.iterdir()))):
-        raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
-    began = not (folder / RECORD).exists()
-    make_folder(folder)
-    Run(folder).settle(RECORD, asked, "A folder is one recipe at one scale on one set of texts: name another one")
-    return began
-
-
-def _leave(folder: Path) -> None:
-    """Remove what taking a folder made, so that a corrected recipe may begin there."""
-    (folder / RECORD).unlink()
-    shutil.rmtree(folder / "world", ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _lacking(recipe: Recipe, step: Step, world: World) -> list[str]:
-    """What a scale has not of a step: domains without a text, and names that its settings leave out."""
-    settings = recipe.settings(step, world.scale)
-    texts = world.missing([*settings.get("domains", ()), *settings.get("watched", ())])
-    return [*texts, *(name for names in dropped(recipe, step, world.scale).values() for name in names)]
-
-
-def _judged(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:
-    """The verdict on a claim; a number that is not there decides nothing."""
+def _judge(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:
+    """Decide a claim; a missing number leaves it undecided."""
     step, _, name = claim.number.partition(".")
     number = outcomes[step].numbers.get(name)
     return Finding(claim, number, "undecided" if number is None else judge(number, claim.expect.bounds))
 
 
-def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, Outcome], lacking: Iterable[str]) -> None:
-    """Refuse a claim about a number that its step gives at no scale; what this scale goes without is excused."""
+def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, Outcome], lacking: list[str]) -> None:
+    """Refuse a claim about a number that its step gives at no scale; `lacking` excuses what this scale lacks."""
     step, _, name = finding.claim.number.partition(".")
     outcome = outcomes[step]
     if finding.number is not None or outcome.left_out or name in outcome.without:
         return
-    if not any(_mentions(name, each) for each in lacking):
+    if not any(_mentions(name, missing) for missing in lacking):
         known = ", ".join(outcome.numbers)
         raise ConfigError(
             f"claim {finding.claim.says!r}: step {step} gives no number {name!r}; it gives {known}. The "
@@ -179,5 +166,5 @@ def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, Outcome], la
 
 
 def _mentions(number: str, name: str) -> bool:
-    """Whether a label, domain or task stands in the name of a number."""
+    """Tell whether a label, domain or task is part of the name of a number."""
     return re.search(rf"(?:^|[.-]){re.escape(name)}(?:$|[.@-])", number) is not None
