@@ -12,36 +12,33 @@ from rich.table import Table
 from gaintune.adapters import BASE
 from gaintune.cli.console import percent, table
 from gaintune.cli.options import refuse
-from gaintune.config import EvaluateConfig, Flag, Plan, Section
+from gaintune.config import EvaluateConfig, Flag, Section
 
 if TYPE_CHECKING:
-    from gaintune.evaluate.benchmarks import (
-        BenchmarkComparison,
-        BenchmarkConfig,
-        BenchmarkReport,
-        BenchmarkScore,
-        Suite,
-    )
-    from gaintune.progress import Progress
+    from gaintune.evaluate.benchmarks import BenchmarkComparison, BenchmarkConfig, BenchmarkReport, BenchmarkScore
 
 
 class BenchmarkSettings(Section):
     """Options for benchmarks, beside their names; None for what was not given."""
 
     fewshot: int | None = Field(
-        default=None,
-        description="Worked examples before each question; what lm-eval's task file says unless given.",
+        default=None, description="Worked examples before each question; lm-eval's task file says unless given."
     )
     fewshot_seed: int | None = Field(
-        default=None, description="Seed of the draw of worked examples; lm-eval's unless given."
+        default=None,
+        serialization_alias="seed",
+        description="Seed of the draw of worked examples; lm-eval's unless given.",
     )
     limit: int | None = Field(default=None, description="Rows of each benchmark, the first ones; all unless given.")
     benchmark_data: Annotated[list[str] | None, Flag(metavar="FOLDER|NAME=PATH")] = Field(
-        default=None, description="Local rows: a folder with a folder for each benchmark; repeatable."
+        default=None,
+        serialization_alias="data",
+        description="Local rows: a folder with a folder for each benchmark; repeatable.",
     )
     benchmark_source: str | None = Field(
         default=None,
-        description="Where rows are from: auto, hub or local; auto asks the Hub for what is not local.",
+        serialization_alias="source",
+        description="Source of rows: auto, hub or local; auto asks the Hub for what is not local.",
     )
     generated_tokens: int | None = Field(default=None, description="Longest generated answer, in tokens.")
     allow_code_execution: bool = Field(
@@ -49,70 +46,31 @@ class BenchmarkSettings(Section):
     )
 
     def config(self, uncertainty: EvaluateConfig, benchmarks: str | Sequence[str] | None) -> BenchmarkConfig | None:
-        """Return which benchmarks are asked for and how; None for none.
+        """Return which benchmarks to measure and how; None for none.
 
         Args:
-            uncertainty: the plan's batch size and what intervals rest on.
+            uncertainty: the plan's batch size and settings of intervals.
             benchmarks: their names.
 
         Raises:
             ConfigError: an option for benchmarks without any, or a wrong value.
         """
-        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
         if not benchmarks:
-            refuse("is for benchmarks: name some with --benchmarks", given)
+            refuse("is for benchmarks: name some with --benchmarks", self.model_dump(exclude_unset=True))
             return None
         from gaintune.evaluate.benchmarks import read_config
 
-        return read_config(
-            {
-                "tasks": benchmarks,
-                **{CONFIG_FIELDS.get(name, name): value for name, value in given.items()},
-                "batch_size": uncertainty.batch_size,
-                "bootstrap_samples": uncertainty.bootstrap_samples,
-                "confidence": uncertainty.confidence,
-                "bootstrap_seed": uncertainty.seed,
-            }
-        )
-
-
-CONFIG_FIELDS = {"fewshot_seed": "seed", "benchmark_data": "data", "benchmark_source": "source"}
-
-
-def suite_of(config: BenchmarkConfig) -> Suite:
-    """The tasks of a config with their rows, before a model is loaded."""
-    from gaintune.evaluate.benchmarks import load_suite
-
-    return load_suite(config)
-
-
-def measure(
-    plan: Plan,
-    adapters: Sequence[Path],
-    config: BenchmarkConfig,
-    suite: Suite,
-    *,
-    keep: bool,
-    allow_other_base: bool,
-    progress: Progress,
-) -> BenchmarkReport:
-    """Scores of the plan's base and of adapters on it, each in its own numbers; the cache keeps them if `keep`."""
-    from gaintune.evaluate.benchmarks import benchmark_adapters
-    from gaintune.storage import cache_dir
-
-    return benchmark_adapters(
-        plan.model,
-        adapters,
-        config,
-        cache=cache_dir() / "benchmarks" if keep else None,
-        suite=suite,
-        allow_other_base=allow_other_base,
-        progress=progress,
-    )
+        common = {
+            "batch_size": uncertainty.batch_size,
+            "bootstrap_samples": uncertainty.bootstrap_samples,
+            "confidence": uncertainty.confidence,
+            "bootstrap_seed": uncertainty.seed,
+        }
+        return read_config({"tasks": benchmarks, **self.model_dump(exclude_unset=True, by_alias=True), **common})
 
 
 def tables(report: BenchmarkReport) -> Iterator[Table | str]:
-    """The scores of what was asked for, and a line for each benchmark about its rows."""
+    """Draw the scores of the benchmarks, and yield a line about the rows of each."""
     rows = []
     about = {}
     names = _short(list(report.adapted))
@@ -120,27 +78,23 @@ def tables(report: BenchmarkReport) -> Iterator[Table | str]:
         compared = [one for one in report.comparisons if (one.task, one.metric) == (score.task, score.metric)]
         share = all(one.unit == "points" for one in compared) if compared else score.is_share
         rows.append([score.task, score.metric, BASE, _value(score, share), "—"])
-        rows += [["", "", names[each.label], _value(each.adapted, share), _difference(each)] for each in compared]
+        rows += [["", "", names[one.label], _value(one.adapted, share), _difference(one)] for one in compared]
         facts = score.facts
-        told = [
-            f"{score.rows:,} {facts.split} rows of {facts.source}",
-            f"{facts.fewshot} worked examples",
-            *facts.notes,
-        ]
-        about[score.task] = f"{score.task}: {'; '.join(told)}"
+        origin = f"{score.rows:,} {facts.split} rows of {facts.source}"
+        about[score.task] = "; ".join([f"{score.task}: {origin}", f"{facts.fewshot} worked examples", *facts.notes])
     heads = ["benchmark", "metric", "model", "score ± standard error", "against the base"]
     yield table("", heads, rows, numeric=(3, 4))
     yield from about.values()
 
 
 def _short(labels: Sequence[str]) -> dict[str, str]:
-    """Paths without the folders that all of them begin and end with, a single one by its last part; never `base`."""
+    """Shorten paths by the folders that all begin and end with, a single one to its last part; never to `base`."""
     parts = [list(Path(label).parts) for label in labels]
-    while len(parts) > 1 and all(len(each) > 1 and each[0] == parts[0][0] for each in parts):
-        parts = [each[1:] for each in parts]
-    while len(parts) > 1 and all(len(each) > 1 and each[-1] == parts[0][-1] for each in parts):
-        parts = [each[:-1] for each in parts]
-    names = ["/".join(each if len(parts) > 1 else each[-1:]) for each in parts]
+    for end in (0, -1):
+        while len(parts) > 1 and all(len(path) > 1 and path[end] == parts[0][end] for path in parts):
+            for path in parts:
+                path.pop(end)
+    names = ["/".join(path if len(parts) > 1 else path[-1:]) for path in parts]
     return dict(zip(labels, labels if BASE in names else names, strict=True))
 
 
@@ -150,11 +104,11 @@ def _value(score: BenchmarkScore, share: bool) -> str:
     return f"{factor * score.value:.2f}{error}{unit}"
 
 
-def _difference(each: BenchmarkComparison) -> str:
-    found = each.difference
-    if found is None:
+def _difference(comparison: BenchmarkComparison) -> str:
+    difference = comparison.difference
+    if difference is None:
         return "—"
-    if each.unit == "%":
-        return percent(found.value, found.low, found.high)
-    interval = "" if found.low is None or found.high is None else f" [{found.low:+.2f}, {found.high:+.2f}]"
-    return f"{found.value:+.2f}{interval}{' points' if each.unit == 'points' else ''}"
+    if comparison.unit == "%":
+        return percent(difference)
+    text = percent(difference, "+.2f", unit="")
+    return f"{text} points" if comparison.unit == "points" else text

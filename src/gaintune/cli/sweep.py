@@ -25,22 +25,17 @@ gaintune sweep grid.yaml --figure in_domain --target -20""",
 )
 def sweep(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid: methods, rates, orders, seeds and more.")],
-    run: Annotated[Path, run_option("Folder of the sweep; what is finished in it is kept.", None)] = Path("runs/sweep"),
-    engine: Annotated[
-        str, typer.Option(help="loky (processes of this machine), ray, dask, or sequential (in this process).")
-    ] = "loky",
+    run: Annotated[Path, run_option("Folder of the sweep; finished runs in it are kept.", None)] = Path("runs/sweep"),
+    engine: Annotated[str, typer.Option(help="loky (local processes), ray, dask, or sequential.")] = "loky",
     jobs: Annotated[int, typer.Option(help="Runs at a time; each gets its share of the cores.")] = 1,
-    address: Annotated[
-        str | None, typer.Option(help="Address of a Ray or Dask cluster; one is started here unless given.")
-    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray or Dask cluster; a local one starts unless given.")] = None,
     target: Annotated[
         float | None,
         typer.Option(help="In-domain change, in %, such as -20, to compare methods at; the strongest all reach."),
     ] = None,
-    figure: Annotated[str, typer.Option(help="Figure that is compared, a column of sweep.csv.")] = "backward_transfer",
+    figure: Annotated[str, typer.Option(help="Figure to compare, a column of sweep.csv.")] = "backward_transfer",
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the grid, such as seeds=[0,1]."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the grid, such as seeds=[0,1].")
     ] = None,
 ) -> None:
     """Run a grid of sequences, whatever of it is missing, and compare its methods over rates, seeds and orders.
@@ -49,58 +44,38 @@ def sweep(
     comparison.md and .json, and the trade-off as tradeoff.png and .svg. Keys of the grid are set as --set seeds=[0,1]
     or --set plan.train.epochs=2. Ends with exit code 1 if any run failed.
     """
-    from gaintune.workflows.sweep import check_engine
+    import gaintune.workflows.sweep as sweeps
 
-    chosen = check_engine(engine, jobs, address)  # before what takes seconds to load
+    engine = sweeps.check_engine(engine, jobs, address)  # before what takes seconds to load
     quiet_libraries()
     from gaintune.errors import DataError, SweepError
     from gaintune.progress import plural
-    from gaintune.workflows.sweep import (
-        check_comparison,
-        compare_sweep,
-        curve_sentence,
-        discard,
-        pair_sentence,
-        point_frame,
-        read_grid,
-        remarks,
-        run_sweep,
-        target_title,
-        write,
-    )
 
-    check_comparison(figure, target)
-    settled = read_grid(grid, set_ or ())
-    found = run_sweep(
-        settled,
-        run,
-        engine=chosen,
-        jobs=jobs,
-        address=address,
-        progress=progress_on(err),
-        prepare=quiet_libraries,
+    sweeps.check_comparison(figure, target)
+    checked, progress = sweeps.read_grid(grid, set_ or ()), progress_on(err)
+    done = sweeps.run_sweep(
+        checked, run, engine=engine, jobs=jobs, address=address, progress=progress, prepare=quiet_libraries
     )
-    discard(run)
+    sweeps.discard(run)
     written = "tables"
-    if found.finished:
+    if done.finished:
         try:
-            confidence = settled.plan.evaluate.confidence
-            comparison = compare_sweep(found, target=target, figure=figure, confidence=confidence)
+            confidence = checked.plan.evaluate.confidence
+            comparison = sweeps.compare_sweep(done, target=target, figure=figure, confidence=confidence)
         except DataError as error:
             say(f"methods are not compared: {error}")
         else:
-            write(comparison, run)
+            sweeps.write(comparison, run)
             written = "tables and comparison"
-            frame = point_frame(comparison.matched, comparison)
+            frame = sweeps.point_frame(comparison.matched, comparison)
             rows = [[str(name), *map(str, row)] for name, row in zip(frame.index, frame.values.tolist(), strict=True)]
-            out.print(table(target_title(comparison), ["method", *frame.columns], rows, numeric=range(1, 5)))
-            for pair in comparison.pairs:
-                say(pair_sentence(pair, comparison))
-            for curve in comparison.curves:
-                say(f"by curve, {curve_sentence(curve, comparison)}")
-            for remark in remarks(comparison):
-                say(remark)
-    say(f"{plural(len(found.finished), 'run')} finished, {len(found.failed)} failed; {written} {run}")
-    if found.failed:
-        told = "\n".join(f"  {row.folder}: {row.error}" for row in found.failed)
-        raise SweepError(f"{plural(len(found.failed), 'run')} failed; the same command tries them again:\n{told}")
+            heads = ["method", *frame.columns]
+            out.print(table(sweeps.target_title(comparison), heads, rows, numeric=range(1, 5)))
+            lines = [sweeps.pair_sentence(pair, comparison) for pair in comparison.pairs]
+            lines += [f"by curve, {sweeps.curve_sentence(curve, comparison)}" for curve in comparison.curves]
+            for line in (*lines, *sweeps.remarks(comparison)):
+                say(line)
+    say(f"{plural(len(done.finished), 'run')} finished, {len(done.failed)} failed; {written} {run}")
+    if done.failed:
+        failures = "\n".join(f"  {row.folder}: {row.error}" for row in done.failed)
+        raise SweepError(f"{plural(len(done.failed), 'run')} failed; the same command tries them again:\n{failures}")

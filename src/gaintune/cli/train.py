@@ -9,7 +9,7 @@ import typer
 
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
 from gaintune.cli.evaluate import print_classifier
-from gaintune.cli.options import Given, command, run_option
+from gaintune.cli.options import AllowOtherBase, Given, command, run_option
 from gaintune.config import Plan
 from gaintune.errors import DivergedError
 
@@ -17,10 +17,16 @@ commands = typer.Typer()
 
 DEMO_METHODS = ["gain-ffn", "lora"]
 DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on two cores
+FIGURES = {
+    "in_domain": "in-domain",
+    "backward_transfer": "earlier domains, against base",
+    "backward_transfer_since_learnt": "earlier domains, since trained",
+    "forward_interference": "not yet trained",
+}
 
 
 def _sequence(plan: Plan, run: Path) -> None:
-    """Run a plan, print its summary, write its report."""
+    """Run a plan, write its report and print its summary."""
     quiet_libraries()
     from gaintune.report import write_report
     from gaintune.storage import first_process
@@ -29,19 +35,14 @@ def _sequence(plan: Plan, run: Path) -> None:
     try:
         matrix = run_sequence(plan, run, progress=progress_on(err))
     except DivergedError as error:
-        if error.finished:  # what the others did is worth a report
+        if error.finished:  # the other methods deserve a report
             say(f"report  {write_report(run)}")
         raise
     if not first_process():
         return
-    figures = ("in_domain", "backward_transfer", "backward_transfer_since_learnt", "forward_interference")
-    rows = []
-    for method in matrix.methods:
-        found = [getattr(method.summary, name) for name in figures]
-        cells = [percent(each.value, each.low, each.high) if each else "—" for each in found]
-        rows.append([method.label, *cells])
-    heads = ["method", "in-domain", "earlier domains, against base", "earlier domains, since learnt", "not yet learnt"]
-    out.print(table("Change of perplexity, % (negative is better)", heads, rows, numeric=range(1, 5)))
+    rows = [[method.label, *(percent(getattr(method.summary, name)) for name in FIGURES)] for method in matrix.methods]
+    title = "Change of perplexity, % (negative is better)"
+    out.print(table(title, ["method", *FIGURES.values()], rows, numeric=range(1, 5)))
     say(f"report  {write_report(run)}\nnumbers {run / 'matrix.json'}")
 
 
@@ -77,10 +78,7 @@ gaintune sequence --plan plan.yaml --method lora:rank=16,lr=2e-4
 torchrun --nproc-per-node 2 -m gaintune sequence plan.yaml --run-dir out""",
 )
 def sequence(
-    plan: Plan,
-    run: Annotated[Path, run_option("Run directory; an unfinished run of the same plan is continued.")] = Path(
-        "runs/sequence"
-    ),
+    plan: Plan, run: Annotated[Path, run_option("Run directory; the same plan continues it.")] = Path("runs/sequence")
 ) -> None:
     """Adapt to domain after domain with each method, measure every domain after every stage, write the report."""
     _sequence(plan, run)
@@ -107,12 +105,9 @@ def adapt(
     ],
     start: Annotated[
         Path | None,
-        typer.Option(help="Adapter to carry on from, such as the previous domain's.", rich_help_panel="Start"),
+        typer.Option(help="Adapter to continue from, such as the previous domain's.", rich_help_panel="Start"),
     ] = None,
-    allow_other_base: Annotated[
-        bool,
-        typer.Option("--allow-other-base", help="Use --start even if its base was another.", rich_help_panel="Start"),
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Adapt to one domain with one method and save the adapter; with --task classify, a new head beside it."""
     quiet_libraries()
