@@ -60,13 +60,9 @@ class BenchmarkSettings(Section):
             return None
         from gaintune.evaluate.benchmarks import read_config
 
-        common = {
-            "batch_size": uncertainty.batch_size,
-            "bootstrap_samples": uncertainty.bootstrap_samples,
-            "confidence": uncertainty.confidence,
-            "bootstrap_seed": uncertainty.seed,
-        }
-        return read_config({"tasks": benchmarks, **self.model_dump(exclude_unset=True, by_alias=True), **common})
+        common = uncertainty.model_dump()
+        common["bootstrap_seed"] = common.pop("seed")
+        return read_config({**common, "tasks": benchmarks, **self.model_dump(exclude_unset=True, by_alias=True)})
 
 
 def tables(report: BenchmarkReport) -> Iterator[Table | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,10 @@ from gaintune.cli.console import quiet_libraries, say
 from gaintune.cli.options import AllowOtherBase, Given, command
 
 commands = typer.Typer()
+delivery = partial(command, commands, group="Delivery")
 
 
-@command(commands, "report", group="Delivery", examples="gaintune report runs/demo")
+@delivery("report", examples="gaintune report runs/demo")
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write the report of a run anew, from its stored losses: page, figures, CSV and Markdown."""
     from gaintune.report import write_report
@@ -31,10 +33,8 @@ class MergeSettings(BaseModel):
     force: bool = Field(default=False, description="write the model even above the tolerance")
 
 
-@command(
-    commands,
+@delivery(
     "merge",
-    group="Delivery",
     takes=("model", "data", "evaluate"),
     without=("data.watched", "data.train_tokens", "evaluate.seed"),
     helps={"model": "Base; the adapter's unless given.", "plan": "Plan whose base and texts are used."},

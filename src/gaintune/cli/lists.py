@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -12,9 +13,10 @@ from gaintune.cli.options import command, refuse
 from gaintune.config import Plan
 
 commands = typer.Typer()
+information = partial(command, commands, group="Information")
 
 
-@command(commands, "methods", group="Information", examples="gaintune methods\ngaintune methods --json")
+@information("methods", examples="gaintune methods\ngaintune methods --json")
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print the catalogue as JSON.")] = False) -> None:
     """List the methods, their default rates and options."""
     from gaintune.methods import METHODS
@@ -46,7 +48,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print the cata
     )
 
 
-@command(commands, "domains", group="Information", examples="gaintune domains")
+@information("domains", examples="gaintune domains")
 def domains() -> None:
     """List the domains known by name; any local file or folder is one too (name=path)."""
     from gaintune.data import CATALOGUE
@@ -55,7 +57,7 @@ def domains() -> None:
     out.print(table("", ["domain", "task", "what it is", "from", "licence"], rows))
 
 
-@command(commands, "assets", group="Information", examples="gaintune assets\ngaintune assets --fetch --optional")
+@information("assets", examples="gaintune assets\ngaintune assets --fetch --optional")
 def assets(
     fetch: Annotated[bool, typer.Option("--fetch", help="Download what is missing or damaged.")] = False,
     optional: Annotated[bool, typer.Option("--optional", help="With --fetch: also what few commands need.")] = False,
@@ -84,7 +86,7 @@ def assets(
 EXAMPLES = "gaintune config > plan.yaml\ngaintune config plan.yaml --set train.epochs=2"
 
 
-@command(commands, "config", group="Information", plan_argument=True, examples=EXAMPLES)
+@information("config", plan_argument=True, examples=EXAMPLES)
 def config(plan: Plan) -> None:
     """Print a complete plan with every default: save it, change it, run it. With a PLAN, check it and fill it in."""
     from gaintune.config import plan_yaml_documented

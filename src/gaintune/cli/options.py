@@ -368,11 +368,7 @@ def command(
     """Register a function as a command; the head of this file says how.
 
     Args:
-        app: the application, or the group of commands, that the command belongs to.
-        name: the command's name.
         group: the heading under which the application's help lists it.
-        takes: sections and keys of the plan whose marked fields become options.
-        without: keys that have no effect in this command.
         plan_argument: whether the plan file may be given by position, too.
         options: the model of the parameter `options`, where it is known only when the command is made.
         options_group: the heading of its options; those of another model stand under its parameter's name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from gaintune.config import Plan
 from gaintune.errors import DivergedError
 
 commands = typer.Typer()
+training = partial(command, commands, group="Training")
 
 DEMO_METHODS = ["gain-ffn", "lora"]
 DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on two cores
@@ -46,10 +48,8 @@ def _sequence(plan: Plan, run: Path) -> None:
     say(f"report  {write_report(run)}\nnumbers {run / 'matrix.json'}")
 
 
-@command(
-    commands,
+@training(
     "demo",
-    group="Training",
     takes=("data.domains", "methods"),
     without=("data.domains.*", "methods.*"),
     plan_argument=True,
@@ -65,10 +65,8 @@ def demo(given: Given, run: Annotated[Path, run_option("Run directory.")] = Path
     _sequence(given.plan(), run)
 
 
-@command(
-    commands,
+@training(
     "sequence",
-    group="Training",
     takes=("model", "data", "methods", "train", "evaluate"),
     plan_argument=True,
     examples="""\
@@ -84,10 +82,8 @@ def sequence(
     _sequence(plan, run)
 
 
-@command(
-    commands,
+@training(
     "adapt",
-    group="Training",
     takes=("model", "data", "methods", "train", "evaluate", "classify"),
     without=("data.watched",),
     plan_argument=True,

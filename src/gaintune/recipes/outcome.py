@@ -126,14 +126,7 @@ class Context:
             raise ConfigError(f"{self.origin}: unknown key {next(iter(settings))!r}")
 
     def refuse_owned(self, owned: Mapping[str, str]) -> None:
-        """Refuse values from the command line for keys that the step itself decides.
-
-        Args:
-            owned: by dotted key of the plan, the reason.
-
-        Raises:
-            ConfigError: it names the key.
-        """
+        """Refuse values from the command line for keys of a plan that the step decides; `owned` has the reasons."""
         for key, why in owned.items():
             section, _, leaf = key.partition(".")
             held = self.setup.overrides.get(section)

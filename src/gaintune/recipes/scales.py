@@ -98,20 +98,14 @@ class ScaleSetup:
         return build_plan(values, origin)
 
     @property
-    def benchmarks(self) -> list[Path] | None:
-        """Folders of local copies that may hold rows of benchmarks; None where there are no local copies."""
-        if self.data is None:
-            return None
-        folders = (self.data / "benchmarks", self.data / "instruct", self.data, self.data / "domains")
-        return [folder for folder in folders if folder.is_dir()]
-
-    def has_base(self, model: str | None) -> bool:
-        """Tell whether a step may have another of the paper's models as its base; scale small has only one base."""
-        return model is None or self.scale != "small"
+    def benchmarks(self) -> list[str]:
+        """Folders of local copies that may hold rows of benchmarks."""
+        folders = [self.data / name for name in ("benchmarks", "instruct", ".", "domains")] if self.data else []
+        return [str(folder) for folder in folders if folder.is_dir()]
 
     def base(self, model: str | None) -> str:
         """Return the base of a step: the recipe's, unless the step names another of the paper's models."""
-        if model is None or not self.has_base(model):
+        if model is None or self.scale == "small":
             return self.model
         if self.scale == "paper":
             return model
@@ -123,11 +117,12 @@ class ScaleSetup:
 
     def missing(self, domains: Sequence[Domain]) -> list[str]:
         """Return the names of the domains that have no text here."""
-        return [_name_of(domain) for domain in domains if self._domain(domain) is None]
+        lacking = [domain for domain in domains if self._domain(domain) is None]
+        return [domain if isinstance(domain, str) else str(domain["name"]) for domain in lacking]
 
     def why_not(self, settings: Mapping[str, Any]) -> str | None:
         """Say why a step cannot train or measure anything at this scale; None where it can."""
-        if not self.has_base(settings.get("base")):
+        if self.scale == "small" and settings.get("base") is not None:
             return f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
         domains = settings.get("domains", ())
         if self.scale == "small" and not self.domains(domains):
@@ -146,17 +141,12 @@ class ScaleSetup:
 
     def _domain(self, domain: Domain) -> dict[str, Any] | None:
         values = {"name": domain} if isinstance(domain, str) else dict(domain)
-        source = values.get("source") or self._source(_name_of(domain))
+        name = values["name"]
+        unknown = {"paper": name, "small": STAND_INS.get(name), "smoke": None}[self.scale]
+        source = values.get("source") or next(iter(self.local(name, TEXTS)), unknown)
         if source in CATALOGUE:  # it brings its own columns
             values = {key: value for key, value in values.items() if not key.endswith("_column")}
         return None if source is None else {**values, "source": str(source)}
-
-    def _source(self, name: str) -> str | Path | None:
-        if local := self.local(name, TEXTS):
-            return local[0]
-        if self.scale == "paper":
-            return name
-        return STAND_INS.get(name) if self.scale == "small" else None
 
     def local(self, name: str, folders: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
         """Return the local copies of a name, folder by folder: a folder or file of that name, or with a suffix."""
@@ -164,10 +154,6 @@ class ScaleSetup:
             return []
         paths = [self.data / folder / f"{name}{suffix}" for folder in folders for suffix in ("", *suffixes)]
         return [path for path in paths if path.exists()]
-
-
-def _name_of(domain: Domain) -> str:
-    return domain if isinstance(domain, str) else str(domain["name"])
 
 
 LISTS = ("methods", "domains", "watched", "texts", "tasks", "target", "ranks", "rates", "seeds", "components", "ask")

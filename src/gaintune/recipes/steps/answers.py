@@ -25,10 +25,10 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate import ChoiceFigure, compare_choices, difference
 from gaintune.recipes.outcome import Context, Outcome, PreparedStep
 from gaintune.recipes.scales import ScaleSetup
-from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, adapters_of, matrix_numbers, notes_on, train
+from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, adapters_of, matrix_numbers, notes_on, sums_of, train
 from gaintune.report import INK, NONE, RULE, figure_files, look, styled, summary_frame, with_interval
 from gaintune.results import Interval
-from gaintune.storage import Run, make_folder, sha256_file, write_bytes
+from gaintune.storage import Run, make_folder, write_bytes
 
 FOLDERS = ("questions", "benchmarks", ".", "domains", "glue")  # inside `--data`, where local copies may be
 SAME_ROWS = "A step is one set of rows: name another folder for others"
@@ -93,12 +93,11 @@ class QuestionPlan:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".questions-") as name:
             fresh = Path(name)
             counts = self._write(fresh, seed)
-            files = {file.relative_to(fresh).as_posix(): file for file in sorted(fresh.rglob("*.jsonl"))}
-            sums = {key: sha256_file(file) for key, file in files.items()}
+            sums = sums_of(fresh)
             Run(folder.parent).settle("questions.json", sums, SAME_ROWS)
-            for key, file in files.items():
+            for key in sums:
                 make_folder((folder / key).parent)
-                file.replace(folder / key)
+                (fresh / key).replace(folder / key)
         return counts
 
     def _write(self, folder: Path, seed: int) -> list[str]:

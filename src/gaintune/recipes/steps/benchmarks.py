@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,8 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
     if pick == "target" and not groups["target"]:
         why = "none of the target's benchmarks is to be had, so that none can be picked by them"
         return PreparedStep.left_out(*notes, f"left out: {why}")
-    without = {}
-    for key, own in (("target", target), ("kept", tasks)):
-        if own and not groups[key]:
-            without[key] = "none of its benchmarks is to be had"
+    named = {"target": target, "kept": tasks}
+    without = {key: "none of its benchmarks is to be had" for key in named if named[key] and not groups[key]}
 
     def measure(labels: Iterable[str], config: BenchmarkConfig, file: str) -> _Scores:
         folders = {label: adapters[label] for label in labels}
@@ -92,15 +91,13 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
             picked = _best(adapters, lambda label: choosing.mean(label, "target"))
             about += [f"{label}: {choosing.mean(label, 'target'):.1f} % of the target" for label in adapters]
         scores = measure(picked.values(), config, "benchmarks.json")
-        scores.rename({label: stem for stem, label in picked.items()})
         about += [f"{stem} is {label}, the best by {pick}" for stem, label in picked.items() if stem != label]
-        labels = list(picked)
-        lacking = {f"{label}.{name}": why for label in labels for name, why in missing.items()}
+        lacking = {f"{stem}.{name}": why for stem in picked for name, why in missing.items()}
         for key, why in without.items():
-            lacking |= {f"{label}.{key}": why for label in labels}
-            lacking |= {f"{one}-minus-{other}.{key}": "likewise" for one in labels for other in labels if one != other}
-        tables = {"Benchmarks, intervals over rows": scores.table(labels)}
-        return Outcome(scores.numbers(labels), tables, notes=(*about, *scores.about()), without=lacking)
+            lacking |= {f"{stem}.{key}": why for stem in picked}
+            lacking |= {f"{one}-minus-{other}.{key}": "likewise" for one, other in permutations(picked, 2)}
+        tables = {"Benchmarks, intervals over rows": scores.table(picked)}
+        return Outcome(scores.numbers(picked), tables, notes=(*about, *scores.about()), without=lacking)
 
     return PreparedStep(Outcome(notes=notes), run)
 
@@ -111,14 +108,11 @@ def benchmark_config(
     """Return what to measure (None for nothing), and the tasks that have no rows at this scale, with the reason."""
     given = {key: settings.pop(key) for key in SETTINGS if key in settings}
     context.refuse_unknown(settings)
-    setup, uncertainty = context.setup, plan.evaluate
-    common: dict[str, Any] = {
-        "batch_size": uncertainty.batch_size,
-        "bootstrap_samples": uncertainty.bootstrap_samples,
-        "confidence": uncertainty.confidence,
-        "bootstrap_seed": uncertainty.seed,
+    setup, common = context.setup, plan.evaluate.model_dump()
+    common |= {
+        "bootstrap_seed": common.pop("seed"),
         "allow_code_execution": context.allow_code_execution,
-        "data": [str(folder) for folder in setup.benchmarks or ()],
+        "data": setup.benchmarks,
         "source": "local" if setup.scale == "smoke" else "auto",
         **given,
     }
@@ -146,7 +140,7 @@ def _is_a_text(name: str, setup: ScaleSetup) -> bool:
         DataError: it cannot be read.
     """
     task = offline_task(name)
-    path = None if task is None else Places.of([str(folder) for folder in setup.benchmarks or ()]).find(task)
+    path = None if task is None else Places.of(setup.benchmarks).find(task)
     if path is None or path.parent.name in ROWS_ONLY:
         return False
     train, held_out = split_files(path, ROW_SUFFIXES)
@@ -165,21 +159,15 @@ class _Scores:
     """The scores that count, of the base and of each adapter."""
 
     def __init__(self, report: BenchmarkReport, groups: Mapping[str, Sequence[str]], config: BenchmarkConfig) -> None:
-        self._tasks = [task.name for task in config.tasks]
+        self._config, self._tasks = config, [task.name for task in config.tasks]
         present = {key: [name for name in group if name in self._tasks] for key, group in groups.items()}
         self._groups = {key: group for key, group in present.items() if group}
-        self._config = config
         self._scores = {label: self._counting(scores) for label, scores in report.adapted.items()}
         self._bases = {label: self._counting(base_of(report, label)) for label in report.adapted}
         self._scores["base"] = self._counting(report.base)
 
     def _counting(self, scores: Sequence[BenchmarkScore]) -> dict[str, BenchmarkScore]:
         return {task: counting_score(scores, task) for task in self._tasks}
-
-    def rename(self, names: Mapping[str, str]) -> None:
-        """Give adapters other names, beside their own."""
-        self._scores |= {new: self._scores[old] for old, new in names.items()}
-        self._bases |= {new: self._bases[old] for old, new in names.items()}
 
     def mean(self, label: str, group: str) -> float:
         """Return a model's mean score over a group's tasks, in %."""
@@ -190,43 +178,42 @@ class _Scores:
         other = self._bases[label] if against == "base" else self._scores[against]
         return mean_difference([(other[task], self._scores[label][task]) for task in tasks], self._config)
 
-    def numbers(self, labels: Sequence[str]) -> dict[str, Interval]:
-        """Return every number by the name that a claim uses."""
-        numbers = {
-            f"{label}.{task}": self.difference(label, "base", [task]) for label in labels for task in self._tasks
-        }
-        for label in ("base", *labels):
-            for task in self._tasks:
-                numbers[f"{label}.{task}.score"] = Interval(100.0 * self._scores[label][task].value, None, None)
+    def numbers(self, labels: Mapping[str, str]) -> dict[str, Interval]:
+        """Return every number by the name that a claim uses; `labels` are adapters by their names in numbers."""
+        numbers: dict[str, Interval] = {}
+        for name, label in labels.items():
+            numbers |= {f"{name}.{task}": self.difference(label, "base", [task]) for task in self._tasks}
+        for name, label in {"base": "base", **labels}.items():
+            for task, score in self._scores[label].items():
+                numbers[f"{name}.{task}.score"] = Interval(100.0 * score.value, None, None)
         for group, tasks in self._groups.items():
-            numbers |= {f"{label}.{group}": self.difference(label, "base", tasks) for label in labels}
-            for one in labels:
-                for other in labels:
-                    if one != other:
-                        numbers[f"{one}-minus-{other}.{group}"] = self.difference(one, other, tasks)
+            for name, label in labels.items():
+                numbers[f"{name}.{group}"] = self.difference(label, "base", tasks)
+            for one, other in permutations(labels, 2):
+                numbers[f"{one}-minus-{other}.{group}"] = self.difference(labels[one], labels[other], tasks)
         return numbers
 
-    def table(self, labels: Sequence[str]) -> pd.DataFrame:
+    def table(self, labels: Mapping[str, str]) -> pd.DataFrame:
         """Return a row for each task and mean: the base's score, and each adapter's difference to it."""
+
+        def row(score: float, tasks: Sequence[str]) -> list[str]:
+            differences = [with_interval(self.difference(label, "base", tasks)) for label in labels.values()]
+            return [f"{score:.1f}", *differences]
+
         rows: dict[str, list[str]] = {}
-        for task in self._tasks:
-            score = self._scores["base"][task]
-            head = f"{task} ({score.metric}, {score.rows:,} rows)"
-            rows[head] = [f"{100.0 * score.value:.1f}", *self._row(labels, [task])]
+        for task, score in self._scores["base"].items():
+            rows[f"{task} ({score.metric}, {score.rows:,} rows)"] = row(100.0 * score.value, [task])
         for group, tasks in self._groups.items():
             if len(tasks) > 1:
-                rows[f"Mean, {group}"] = [f"{self.mean('base', group):.1f}", *self._row(labels, tasks)]
-        heads = ["Base, %", *(f"{label}, points" for label in labels)]
+                rows[f"Mean, {group}"] = row(self.mean("base", group), tasks)
+        heads = ["Base, %", *(f"{name}, points" for name in labels)]
         return pd.DataFrame.from_dict(rows, orient="index", columns=heads) if rows else pd.DataFrame({NONE: []})
-
-    def _row(self, labels: Sequence[str], tasks: Sequence[str]) -> list[str]:
-        return [with_interval(self.difference(label, "base", tasks)) for label in labels]
 
     def about(self) -> list[str]:
         """Say where the rows of each task come from, and how the model was prompted."""
-        told = []
-        for task in self._tasks:
-            facts = self._scores["base"][task].facts
+        lines = []
+        for task, score in self._scores["base"].items():
+            facts = score.facts
             parts = [f"{facts.split} rows of {facts.source}", f"{facts.fewshot} worked examples", *facts.notes]
-            told.append(f"{task}: {'; '.join(parts)}")
-        return told
+            lines.append(f"{task}: {'; '.join(parts)}")
+        return lines

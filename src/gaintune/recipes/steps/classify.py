@@ -25,10 +25,10 @@ from gaintune.recipes import smoke
 from gaintune.recipes.outcome import Context, Outcome, PreparedStep
 from gaintune.recipes.scales import BUDGETS
 from gaintune.recipes.schema import laid_over
-from gaintune.recipes.steps.train import OWN_DOMAINS
+from gaintune.recipes.steps.train import OWN_DOMAINS, sums_of
 from gaintune.report import INK, MUTED, NONE, RULE, figure_files, look, styled
 from gaintune.results import Interval, bare, replicated
-from gaintune.storage import Run, damage, make_folder, read_stored, sha256_file, write_bytes, write_json, write_text
+from gaintune.storage import Run, damage, make_folder, read_stored, write_bytes, write_json, write_text
 from gaintune.workflows import adapt_classifier
 
 SECTIONS = ("model", "train", "evaluate", "classify")
@@ -134,7 +134,11 @@ class ClassificationStudy:
             raise ConfigError(f"{origin}: unknown key {unknown[0]!r}; known keys: {', '.join(KEYS)}")
         tasks = [{"name": task} if isinstance(task, str) else dict(task) for task in settings.get("tasks", ())]
         self._settings, self._context = settings, context
-        self._sources = {task["name"]: self._source(task["name"]) for task in tasks}
+        self._sources: dict[str, str | None] = {}
+        for name in (task["name"] for task in tasks):
+            hub = name if context.setup.scale == "paper" else None
+            local = context.setup.local(name, FOLDERS, ROW_SUFFIXES)
+            self._sources[name] = str(local[0]) if local else hub
         self.tasks = {task["name"]: task for task in tasks if self._sources[task["name"]] is not None}
         self.missing = [name for name, source in self._sources.items() if source is None]
         self.why_not = f"left out for want of rows with labels (give --data FOLDER): {', '.join(self.missing)}"
@@ -145,11 +149,6 @@ class ClassificationStudy:
                 raise ConfigError(f"{origin}: task {task['name']}: no method is called {unknown[0]!r}")
         if not self._methods or not settings.get("texts"):
             raise ConfigError(f"{origin}: give methods, and texts to measure what is kept")
-
-    def _source(self, task: str) -> str | None:
-        """Return a task's local copy, at scale paper else its name on the Hub; None for none."""
-        local = self._context.setup.local(task, FOLDERS, ROW_SUFFIXES)
-        return str(local[0]) if local else task if self._context.setup.scale == "paper" else None
 
     def runs(self) -> Iterator[ClassifierRun]:
         """Yield every classifier, task by task."""
@@ -162,9 +161,8 @@ class ClassificationStudy:
 
     def _plan(self, task: str, method: MethodConfig, rank: int | None, seed: int) -> Plan:
         own = self.tasks[task]
-        options = method.model_dump(exclude_none=True, exclude_defaults=True) | own.get("methods", {}).get(
-            method.label, {}
-        )
+        options = method.model_dump(exclude_none=True, exclude_defaults=True)
+        options |= own.get("methods", {}).get(method.label, {})
         values = self._common()
         for over in (self._settings, own):
             values = laid_over(values, {key: over[key] for key in SECTIONS if key in over})
@@ -199,7 +197,7 @@ class ClassificationStudy:
         """
         texts = [domain.source for domain in self.text_plan.data.domains]
         sources = {source for source in (*self._sources.values(), *texts) if source is not None}
-        sums = {source: _sums(Path(source)) for source in sorted(sources) if Path(source).exists()}
+        sums = {source: sums_of(Path(source)) for source in sorted(sources) if Path(source).exists()}
         make_folder(self._context.folder)
         Run(self._context.folder).settle("rows.json", sums, SAME_ROWS)
 
@@ -238,12 +236,6 @@ class ClassificationStudy:
                 kept[name] = mean_kept([(figure.perplexity, figure.change or 0.0) for figure in own])
             write_json(file, {name: asdict(value) for name, value in kept.items()})
         return kept
-
-
-def _sums(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a local copy, by its path inside."""
-    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
 
 
 @dataclass(frozen=True)

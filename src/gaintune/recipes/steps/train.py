@@ -12,7 +12,7 @@ from gaintune.errors import DivergedError
 from gaintune.recipes.outcome import Context, Outcome, PreparedStep
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
 from gaintune.results import Interval, Matrix, Summary, highest
-from gaintune.storage import read_stored, stage_folder
+from gaintune.storage import read_stored, sha256_file, stage_folder
 from gaintune.workflows import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
@@ -106,6 +106,12 @@ def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, dict[str,
 def notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
     """Say what diverged."""
     return tuple(f"{label} diverged, and claims about it are undecided: {why}" for label, why in diverged.items())
+
+
+def sums_of(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a local copy, by its path inside."""
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
 
 
 def adapters_of(folder: Path, matrix: Matrix) -> dict[str, Path]:
