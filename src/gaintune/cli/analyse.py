@@ -58,35 +58,30 @@ def _plan(analysis: Analysis, given: Given, adapters: Sequence[Path], options: A
     return given.on_domains_of(adapters).plan()
 
 
-def _run(
-    analysis: Analysis,
-    options: Any,
-    out_folder: Path,
-    adapters: Path | Sequence[Path] = (),
-    given: Given | None = None,
-    allow_other_base: bool = False,
-    benchmark: BenchmarkSettings | None = None,
-) -> None:
-    folders = [adapters] if isinstance(adapters, Path) else list(adapters)
-    plan = None if given is None else _plan(analysis, given, folders, options)
-    config = benchmark.config(plan.evaluate, [*options.target, *options.tasks]) if plan and benchmark else None
-    quiet_libraries()
-    subject = Subject(folders, plan, (), "", out_folder, config, allow_other_base)
-    result = analysis.run(subject, options, progress_on(err))
-    write_result(analysis.name, result, out_folder)
-    shown = result.headline
-    rows = [[cell if isinstance(cell, str) else percent(cell) for cell in row] for row in shown.rows]
-    out.print(table(shown.title, shown.heads, rows, range(shown.numeric, len(shown.heads))))
-    for remark in result.remarks:
-        say(remark)
-    say(f"tables and {'figure' if analysis.one_figure else 'figures'} {out_folder}")
-
-
 def add_command(app: typer.Typer, analysis: Analysis) -> None:
     """Register the command of an analysis."""
 
-    def run(**values: Any) -> None:
-        _run(analysis, **values)
+    def run(
+        options: Any,
+        out_folder: Path,
+        adapters: Path | Sequence[Path] = (),
+        given: Given | None = None,
+        allow_other_base: bool = False,
+        benchmark: BenchmarkSettings | None = None,
+    ) -> None:
+        folders = [adapters] if isinstance(adapters, Path) else list(adapters)
+        plan = None if given is None else _plan(analysis, given, folders, options)
+        config = benchmark.config(plan.evaluate, [*options.target, *options.tasks]) if plan and benchmark else None
+        quiet_libraries()
+        subject = Subject(folders, plan, (), "", out_folder, config, allow_other_base)
+        result = analysis.run(subject, options, progress_on(err))
+        write_result(analysis.name, result, out_folder)
+        shown = result.headline
+        rows = [[cell if isinstance(cell, str) else percent(cell) for cell in row] for row in shown.rows]
+        out.print(table(shown.title, shown.heads, rows, range(shown.numeric, len(shown.heads))))
+        for remark in result.remarks:
+            say(remark)
+        say(f"tables and {'figure' if analysis.one_figure else 'figures'} {out_folder}")
 
     run.__signature__ = Signature(_parameters(analysis))  # type: ignore[attr-defined]
     run.__name__, run.__doc__ = analysis.name, analysis.help

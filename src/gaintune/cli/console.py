@@ -104,14 +104,12 @@ def quiet_libraries() -> None:
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
-    datasets_logging.disable_progress_bar()
+    for library in (transformers_logging, datasets_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only quantized bases use
-    for library in ("peft", "torch", "transformers"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module="peft|torch|transformers")
 
 
 def progress_on(console: Console) -> progress.Progress:

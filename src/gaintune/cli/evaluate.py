@@ -56,12 +56,9 @@ def evaluate(
     given: Given,
     evaluation: EvaluationSettings,
     benchmark: BenchmarkSettings,
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id, local folder, .gguf file, 'demo', or a YAML plan.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Hub id, folder, .gguf file, 'demo', or a YAML plan.")] = None,
     adapter: Annotated[
-        list[Path] | None,
-        typer.Option(help="Adapter to measure against the base; repeatable.", rich_help_panel="Model"),
+        list[Path] | None, typer.Option(help="Adapter to compare with the base; repeatable.", rich_help_panel="Model")
     ] = None,
     allow_other_base: AllowOtherBase = False,
     benchmarks: Annotated[
@@ -88,8 +85,11 @@ def evaluate(
     given, adapters = _on_model(given, model), adapter or []
     _check_together(given, evaluation, benchmarks)
     known = given.file or evaluation.masked or evaluation.choices or "data.task" in given.options or benchmarks
-    if not known and adapters and _all_classifiers(adapters):
-        given = given.over({"data.task": "classify"})
+    if not known and adapters:
+        from gaintune.evaluate import is_classifier
+
+        if all(is_classifier(folder) for folder in adapters):
+            given = given.over({"data.task": "classify"})
     plan = given.plan()
     config = benchmark.config(plan.evaluate, benchmarks)
     if no_cache and not config:
@@ -141,12 +141,6 @@ def _check_together(given: Given, evaluation: EvaluationSettings, benchmarks: st
         refuse("is for domains: name some with --domain", of_texts)
 
 
-def _all_classifiers(adapters: Sequence[Path]) -> bool:
-    from gaintune.evaluate import is_classifier
-
-    return all(is_classifier(adapter) for adapter in adapters)
-
-
 def _measurement(plan: Plan, evaluation: EvaluationSettings) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return what measures, and what draws its figures."""
     from gaintune import evaluate as library
@@ -183,41 +177,29 @@ def _change(figure: Any) -> str:
     return percent(None if figure.change is None else Interval(figure.change, figure.low, figure.high))
 
 
-Columns = tuple[tuple[str, Callable[[Any], str]], ...]
-PERPLEXITY: Columns = (
-    ("perplexity", lambda figure: f"{figure.perplexity:.2f}"),
-    ("bits per byte", lambda figure: f"{figure.bits_per_byte:.3f}"),
-    ("change against the base", _change),
-)
-MASKED: Columns = (
-    ("masked-LM perplexity", lambda figure: f"{figure.perplexity:.3f}"),
-    ("masked tokens", lambda figure: f"{figure.masked:,}"),
-    ("change against the base", _change),
-)
+Columns = tuple[tuple[str, str | Callable[[Any], str]], ...]  # heading, and format or maker of its cells
+CHANGE = ("change against the base", _change)
+PERPLEXITY: Columns = (("perplexity", "{.perplexity:.2f}"), ("bits per byte", "{.bits_per_byte:.3f}"), CHANGE)
+MASKED: Columns = (("masked-LM perplexity", "{.perplexity:.3f}"), ("masked tokens", "{.masked:,}"), CHANGE)
+MAJORITY = ("always the most frequent", lambda scores: f"{100 * scores.majority:.1f} %")
 CHOICES: Columns = (
-    ("rows", lambda figure: f"{figure.rows:,}"),
+    ("rows", "{.rows:,}"),
     ("accuracy", lambda figure: _share(figure.accuracy)),
     ("against the base", lambda figure: _points(figure.change)),
     ("accuracy, per byte", lambda figure: _share(figure.accuracy_per_byte)),
     ("against the base", lambda figure: _points(figure.change_per_byte)),
-    ("always the most frequent", lambda figure: f"{100 * figure.majority:.1f} %"),
+    MAJORITY,
 )
 CLASSIFIER: Columns = (
-    ("rows", lambda scores: f"{scores.rows:,}"),
+    ("rows", "{.rows:,}"),
     ("accuracy", lambda scores: _share(scores.accuracy)),
-    ("always the most frequent", lambda scores: f"{100 * scores.majority:.1f} %"),
-    ("Matthews", lambda scores: f"{scores.matthews:.3f}"),
+    MAJORITY,
+    ("Matthews", "{.matthews:.3f}"),
     ("F1", lambda scores: "—" if scores.f1 is None else f"{scores.f1:.3f}"),
-    ("mean F1 of the classes", lambda scores: f"{scores.macro_f1:.3f}"),
+    ("mean F1 of the classes", "{.macro_f1:.3f}"),
 )
-CLASS: Columns = (
-    ("label", lambda row: row.label),
-    ("rows", lambda row: f"{row.rows:,}"),
-    ("predicted", lambda row: f"{row.predicted:,}"),
-    ("precision", lambda row: f"{row.precision:.3f}"),
-    ("recall", lambda row: f"{row.recall:.3f}"),
-    ("F1", lambda row: f"{row.f1:.3f}"),
-)
+COUNTS: Columns = (("label", "{.label}"), ("rows", "{.rows:,}"), ("predicted", "{.predicted:,}"))
+CLASS: Columns = (*COUNTS, ("precision", "{.precision:.3f}"), ("recall", "{.recall:.3f}"), ("F1", "{.f1:.3f}"))
 
 
 def _heads(columns: Columns) -> list[str]:
@@ -225,7 +207,7 @@ def _heads(columns: Columns) -> list[str]:
 
 
 def _cells(value: Any, columns: Columns) -> list[str]:
-    return [cell(value) for _, cell in columns]
+    return [cell.format(value) if isinstance(cell, str) else cell(value) for _, cell in columns]
 
 
 def _figures_table(figures: Sequence[Any], of: str, columns: Columns) -> list[Table]:

@@ -32,7 +32,6 @@ from pydantic.fields import FieldInfo
 
 from gaintune.cli.help import HelpfulCommand
 from gaintune.config import (
-    DataConfig,
     Flag,
     Plan,
     apply_overrides,
@@ -173,12 +172,7 @@ def _laid_over_entries(values: dict[str, Any], key: str, value: Any) -> dict[str
 def _with_own_tasks(data: Any, *, chosen: bool) -> Any:
     """Give domains of the catalogue their own task, text or instruct, where the plan has the other one.
 
-    Args:
-        data: the plan's data, not checked yet.
-        chosen: whether the command line gave the task, so that it must not be ignored silently.
-
-    Raises:
-        ConfigError: a task was chosen, and no domain has it.
+    A task that the command line gave (`chosen`) is not ignored silently: it is refused if no domain has it.
     """
     from gaintune.data import CATALOGUE
 
@@ -199,7 +193,7 @@ def _with_own_tasks(data: Any, *, chosen: bool) -> Any:
         for key, domains in given.items()
     }
     others = [each for each in changed.get("domains", ()) if task_of(each) != task]
-    if others and (chosen or task != DataConfig.model_fields["task"].default):
+    if others and (chosen or task != Plan().data.task):
         own = ", ".join(f"{domain.get('name')} ({domain['task']})" for domain in others)
         if task not in {task_of(each) for domains in changed.values() for each in domains}:
             raise ConfigError(

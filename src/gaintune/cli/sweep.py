@@ -30,8 +30,7 @@ def sweep(
     jobs: Annotated[int, typer.Option(help="Runs at a time; each gets its share of the cores.")] = 1,
     address: Annotated[str | None, typer.Option(help="Ray or Dask cluster; a local one starts unless given.")] = None,
     target: Annotated[
-        float | None,
-        typer.Option(help="In-domain change, in %, such as -20, to compare methods at; the strongest all reach."),
+        float | None, typer.Option(help="In-domain change in %, such as -20, to compare at; the strongest all reach.")
     ] = None,
     figure: Annotated[str, typer.Option(help="Figure to compare, a column of sweep.csv.")] = "backward_transfer",
     set_: Annotated[

@@ -100,8 +100,7 @@ def adapt(
         Path, typer.Option("--out", help="Folder for the adapter; must not exist.", rich_help_panel="Output")
     ],
     start: Annotated[
-        Path | None,
-        typer.Option(help="Adapter to continue from, such as the previous domain's.", rich_help_panel="Start"),
+        Path | None, typer.Option(help="Adapter to continue from, such as the last domain's.", rich_help_panel="Start")
     ] = None,
     allow_other_base: AllowOtherBase = False,
 ) -> None:

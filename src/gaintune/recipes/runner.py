@@ -83,8 +83,11 @@ def run_recipe(
         outcomes[step.name] = replace(outcome, notes=(*notes, *outcome.notes))
     result = RecipeResult(recipe, scale, folder, outcomes, tuple(_judge(claim, outcomes) for claim in recipe.claims))
     write_results(result, describe_environment(resolve_device("auto")))
-    lacking = [name for step in recipe.steps for name in _lacking(recipe, step, setup)]
-    lacking += [label for outcome in outcomes.values() for label in outcome.diverged]
+    lacking = [label for outcome in outcomes.values() for label in outcome.diverged]
+    for step in recipe.steps:
+        settings = recipe.settings(step, scale)
+        lacking += setup.missing([*settings.get("domains", ()), *settings.get("watched", ())])
+        lacking += [name for names in dropped(recipe, step, scale).values() for name in names]
     for finding in result.findings:
         _refuse_unknown_number(finding, outcomes, lacking)
     return result
@@ -110,11 +113,7 @@ def _prepare(recipe: Recipe, step: Step, context: Context) -> PreparedStep:
 
 
 def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution: bool) -> None:
-    """Refuse, before anything is trained, what would otherwise be refused only after it.
-
-    Raises:
-        GaintuneError: a step's settings are wrong, no step uses the values given, or no step can run at this scale.
-    """
+    """Refuse, before anything is trained, what would otherwise be refused only after it."""
     expected: dict[str, Outcome] = {}
     for step in recipe.steps:
         context = Context(step.name, folder / step.name, setup, expected, Silent(), allow_code_execution)
@@ -135,13 +134,6 @@ def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution
                 f"--set methods: the claim {claim.says!r} is about {about[0]!r}, which is none of them; keep its "
                 "label, or write a recipe of your own (`gaintune recipe show` has this one's steps)"
             )
-
-
-def _lacking(recipe: Recipe, step: Step, setup: ScaleSetup) -> list[str]:
-    """Return what a scale lacks of a step: domains without a text, and names that its settings leave out."""
-    settings = recipe.settings(step, setup.scale)
-    texts = setup.missing([*settings.get("domains", ()), *settings.get("watched", ())])
-    return [*texts, *(name for names in dropped(recipe, step, setup.scale).values() for name in names)]
 
 
 def _judge(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:

@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gaintune.storage import complete_folder, damage, write_text
 
@@ -33,21 +27,21 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 def base(folder: Path, seed: int = 0) -> Path:
     """Write a Llama of three layers, one for each third of the depth, unless it is there; return the folder."""
     ids = {"bos_token_id": 0, "eos_token_id": 0}
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=300, num_hidden_layers=3, num_key_value_heads=2, max_position_embeddings=512, **SIZES, **ids
     )
 
     def tokenizer() -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast(tokenizer_object=_byte_tokenizer([END]), eos_token=END, bos_token=END)
 
-    return _write_model(folder, seed, lambda: LlamaForCausalLM(config), tokenizer)
+    return _write_model(folder, seed, lambda: transformers.LlamaForCausalLM(config), tokenizer)
 
 
 def encoder(folder: Path, seed: int = 0) -> Path:
     """Write a RoBERTa with its masked-LM head, unless it is there; return the folder."""
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     sizes = {"vocab_size": len(SPECIAL) + 256, "num_hidden_layers": 2, **SIZES}
-    config = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, **sizes, **ids)
+    config = transformers.RobertaConfig(max_position_embeddings=514, type_vocab_size=1, **sizes, **ids)
 
     def tokenizer() -> PreTrainedTokenizerFast:
         made = _byte_tokenizer(SPECIAL)
@@ -55,7 +49,7 @@ def encoder(folder: Path, seed: int = 0) -> Path:
         names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL, strict=True))
         return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **names)
 
-    return _write_model(folder, seed, lambda: RobertaForMaskedLM(config), tokenizer)
+    return _write_model(folder, seed, lambda: transformers.RobertaForMaskedLM(config), tokenizer)
 
 
 def _byte_tokenizer(special: Sequence[str]) -> Tokenizer:
@@ -146,17 +140,12 @@ def _labelled_rows() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     options = {"A": "one", "B": "two", "C": "both", "D": "none"}
     medqa = [{"question": text, "options": options, "answer_idx": "ABCD"[label]} for text, label in _ruled(3, 12)]
     yield "questions/medqa", medqa
-    yield (
-        "questions/pubmedqa",
-        [
-            {
-                "question": "Does it help?",
-                "context": {"contexts": [text], "labels": ["RESULTS"]},
-                "final_decision": ("yes", "no", "maybe")[label],
-            }
-            for text, label in _ruled(3, 13)
-        ],
-    )
+    question, answers = "Does it help?", ("yes", "no", "maybe")
+    pubmedqa = [
+        {"question": question, "context": {"contexts": [text], "labels": ["RESULTS"]}, "final_decision": answers[n]}
+        for text, n in _ruled(3, 13)
+    ]
+    yield "questions/pubmedqa", pubmedqa
 
 
 def _ruled(labels: int, seed: int) -> Iterator[tuple[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gaintune.errors import ConfigError
 from gaintune.evaluate import ChoiceFigure, compare_choices, difference
 from gaintune.recipes.outcome import Context, Outcome, PreparedStep
 from gaintune.recipes.scales import ScaleSetup
-from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, adapters_of, matrix_numbers, notes_on, sums_of, train
+from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, sums_of, train
 from gaintune.report import INK, NONE, RULE, figure_files, look, styled, summary_frame, with_interval
 from gaintune.results import Interval
 from gaintune.storage import Run, make_folder, write_bytes
@@ -44,7 +44,11 @@ def answers(settings: dict[str, Any], context: Context) -> PreparedStep:
     Numbers: `LABEL.SET.accuracy` and `base.SET.accuracy` in %; `LABEL.SET`, points of accuracy against the base, and
     `A-minus-B.SET`, both paired row by row; `LABEL.in_domain`, % of perplexity of the answers trained on.
     """
-    questions = _read(settings, context)
+    learn, ask = settings.pop("learn", None), tuple(settings.pop("ask", ()))
+    if learn not in QUESTION_SETS or not ask or not set(ask) <= set(QUESTION_SETS):
+        known = ", ".join(QUESTION_SETS)
+        raise ConfigError(f"{context.origin}: `learn` names a set of questions, and `ask` some: {known}")
+    questions = QuestionPlan(learn, ask, {name: local_questions(context.setup, name) for name in (learn, *ask)})
     missing = [name for name, path in questions.paths.items() if path is None and context.setup.scale != "paper"]
     if missing:
         why = f"left out for want of questions with their answers (give --data FOLDER): {', '.join(missing)}"
@@ -52,28 +56,24 @@ def answers(settings: dict[str, Any], context: Context) -> PreparedStep:
     context.refuse_owned({**OWN_DOMAINS, "data.task": "answers are trained on as instructions"})
     rows = context.folder / "questions"
     data = {"task": "instruct", "template": "plain", "end_of_text": False, **settings.pop("data", {})}
-    domain = {"name": questions.learn, "source": str(rows / f"{questions.learn}-learnt")}
+    domain = {"name": learn, "source": str(rows / f"{learn}-learnt")}
     plan = context.setup.plan({**settings, "domains": [domain], "data": data}, origin=context.origin)
 
     def run() -> Outcome:
-        counts, folder = questions.settle(rows, plan.data.seed), context.folder / "run"
-        matrix, diverged = train(plan, folder, context)
-        adapters = adapters_of(folder, matrix)
-        labels = {BASE: BASE, **{str(path): key.partition("/")[0] for key, path in adapters.items()}}
-        sets = {name: rows / f"{name}.jsonl" for name in questions.ask}
-        figures = compare_choices(plan, list(adapters.values()), sets=sets, progress=context.progress)
+        counts = questions.settle(rows, plan.data.seed)
+        matrix, outcome = train(plan, context.folder / "run", context)
+        labels = {BASE: BASE, **{str(path): key.partition("/")[0] for key, path in outcome.adapters.items()}}
+        sets = {name: rows / f"{name}.jsonl" for name in ask}
+        figures = compare_choices(plan, list(outcome.adapters.values()), sets=sets, progress=context.progress)
         by_model = {(labels[figure.label], figure.domain): figure for figure in figures}
         _write_figure(by_model, context.folder)
-        numbers = {name: value for name, value in matrix_numbers(matrix).items() if name.endswith(".in_domain")}
-        return Outcome(
-            numbers={**numbers, **_numbers(by_model, plan)},
+        in_domain = {name: value for name, value in outcome.numbers.items() if name.endswith(".in_domain")}
+        return replace(
+            outcome,
+            numbers={**in_domain, **_numbers(by_model, plan)},
             tables={"Answers": _table(by_model), f"What was learnt: {MEASURE}": summary_frame(matrix)},
-            figures=(*sorted(context.folder.glob("*.png")), *sorted((folder / "figures").glob("*.png"))),
-            adapters=adapters,
-            plan=plan,
-            notes=(*counts, *notes_on(diverged)),
-            runs=(folder,),
-            diverged=diverged,
+            figures=(*sorted(context.folder.glob("*.png")), *outcome.figures),
+            notes=(*counts, *outcome.notes),
         )
 
     return PreparedStep(Outcome.expected(plan), run)
@@ -114,15 +114,6 @@ class QuestionPlan:
                 write_choice_rows(questions.asked, folder / f"{name}.jsonl")
                 counts.append(f"{name}: {len(questions.asked):,} rows of {questions.source} to ask")
         return counts
-
-
-def _read(settings: dict[str, Any], context: Context) -> QuestionPlan:
-    """Take `learn` and `ask` out of the settings; ConfigError for an unknown set."""
-    learn, ask = settings.pop("learn", None), tuple(settings.pop("ask", ()))
-    if learn not in QUESTION_SETS or not ask or not set(ask) <= set(QUESTION_SETS):
-        known = ", ".join(QUESTION_SETS)
-        raise ConfigError(f"{context.origin}: `learn` names a set of questions, and `ask` some: {known}")
-    return QuestionPlan(learn, ask, {name: local_questions(context.setup, name) for name in (learn, *ask)})
 
 
 def local_questions(setup: ScaleSetup, name: str) -> Path | None:

@@ -9,24 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import gaintune.evaluate.benchmarks as bench
 from gaintune.config import Plan
 from gaintune.data import ROW_SUFFIXES, read_table, split_files
 from gaintune.errors import AssetError, ConfigError, DataError, one_line
-from gaintune.evaluate.benchmarks import (
-    BenchmarkConfig,
-    BenchmarkReport,
-    BenchmarkScore,
-    BenchmarkTask,
-    Places,
-    as_task,
-    base_of,
-    benchmark_adapters,
-    counting_score,
-    load_suite,
-    mean_difference,
-    offline_task,
-    read_config,
-)
 from gaintune.recipes.outcome import Context, Outcome, PreparedStep, last_of_each
 from gaintune.recipes.scales import ScaleSetup, stem_of
 from gaintune.report import NONE, with_interval
@@ -63,7 +49,7 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
     notes = tuple(f"left out, {name}: {why}" for name, why in missing.items())
     if config is None:
         return PreparedStep.left_out(*notes)
-    names, wanted = [task.name for task in config.tasks], [as_task(task)["name"] for task in target]
+    names, wanted = [task.name for task in config.tasks], [bench.as_task(task)["name"] for task in target]
     groups = {"target": [name for name in names if name in wanted]}
     groups["kept"] = [name for name in names if name not in wanted]
     if pick == "target" and not groups["target"]:
@@ -72,10 +58,10 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
     named = {"target": target, "kept": tasks}
     without = {key: "none of its benchmarks is to be had" for key in named if named[key] and not groups[key]}
 
-    def measure(labels: Iterable[str], config: BenchmarkConfig, file: str) -> _Scores:
+    def measure(labels: Iterable[str], config: bench.BenchmarkConfig, file: str) -> _Scores:
         folders = {label: adapters[label] for label in labels}
         cache = cache_dir() / "benchmarks"
-        report = benchmark_adapters(plan.model, folders, config, cache=cache, progress=context.progress)
+        report = bench.benchmark_adapters(plan.model, folders, config, cache=cache, progress=context.progress)
         write_json(context.folder / file, report.to_dict())
         return _Scores(report, groups, config)
 
@@ -104,7 +90,7 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
 
 def benchmark_config(
     settings: dict[str, Any], tasks: Sequence[Any], plan: Plan, context: Context
-) -> tuple[BenchmarkConfig | None, dict[str, str]]:
+) -> tuple[bench.BenchmarkConfig | None, dict[str, str]]:
     """Return what to measure (None for nothing), and the tasks that have no rows at this scale, with the reason."""
     given = {key: settings.pop(key) for key in SETTINGS if key in settings}
     context.refuse_unknown(settings)
@@ -118,29 +104,25 @@ def benchmark_config(
     }
     kept: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    for task in (BenchmarkTask.model_validate(as_task(task)) for task in tasks):
+    for task in (bench.BenchmarkTask.model_validate(bench.as_task(task)) for task in tasks):
         if task.name in RUNS_CODE and not context.allow_code_execution and setup.scale != "paper":
             missing[task.name] = "it runs what the model writes: give --allow-code-execution"
             continue
         try:
-            load_suite(read_config({**common, "tasks": [task.model_dump()]}))
+            bench.load_suite(bench.read_config({**common, "tasks": [task.model_dump()]}))
         except (AssetError, DataError) as error:
             if setup.scale == "paper" or (isinstance(error, DataError) and not _is_a_text(task.name, setup)):
                 raise
             missing[task.name] = f"no rows ({one_line(error)[:160]})"
         else:
             kept.append(task.model_dump())
-    return (read_config({**common, "tasks": kept}) if kept else None), missing
+    return (bench.read_config({**common, "tasks": kept}) if kept else None), missing
 
 
 def _is_a_text(name: str, setup: ScaleSetup) -> bool:
-    """Tell whether the local copy of that name is a domain's text, which may share a benchmark's name.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    task = offline_task(name)
-    path = None if task is None else Places.of(setup.benchmarks).find(task)
+    """Tell whether the local copy of that name is a domain's text, which may share a benchmark's name."""
+    task = bench.offline_task(name)
+    path = None if task is None else bench.Places.of(setup.benchmarks).find(task)
     if path is None or path.parent.name in ROWS_ONLY:
         return False
     train, held_out = split_files(path, ROW_SUFFIXES)
@@ -158,16 +140,18 @@ def _best(labels: Iterable[str], merit: Callable[[str], float]) -> dict[str, str
 class _Scores:
     """The scores that count, of the base and of each adapter."""
 
-    def __init__(self, report: BenchmarkReport, groups: Mapping[str, Sequence[str]], config: BenchmarkConfig) -> None:
+    def __init__(
+        self, report: bench.BenchmarkReport, groups: Mapping[str, Sequence[str]], config: bench.BenchmarkConfig
+    ) -> None:
         self._config, self._tasks = config, [task.name for task in config.tasks]
         present = {key: [name for name in group if name in self._tasks] for key, group in groups.items()}
         self._groups = {key: group for key, group in present.items() if group}
         self._scores = {label: self._counting(scores) for label, scores in report.adapted.items()}
-        self._bases = {label: self._counting(base_of(report, label)) for label in report.adapted}
+        self._bases = {label: self._counting(bench.base_of(report, label)) for label in report.adapted}
         self._scores["base"] = self._counting(report.base)
 
-    def _counting(self, scores: Sequence[BenchmarkScore]) -> dict[str, BenchmarkScore]:
-        return {task: counting_score(scores, task) for task in self._tasks}
+    def _counting(self, scores: Sequence[bench.BenchmarkScore]) -> dict[str, bench.BenchmarkScore]:
+        return {task: bench.counting_score(scores, task) for task in self._tasks}
 
     def mean(self, label: str, group: str) -> float:
         """Return a model's mean score over a group's tasks, in %."""
@@ -176,7 +160,7 @@ class _Scores:
     def difference(self, label: str, against: str, tasks: Sequence[str]) -> Interval:
         """Return the mean over tasks of paired differences, in points of %; the base in the adapter's precision."""
         other = self._bases[label] if against == "base" else self._scores[against]
-        return mean_difference([(other[task], self._scores[label][task]) for task in tasks], self._config)
+        return bench.mean_difference([(other[task], self._scores[label][task]) for task in tasks], self._config)
 
     def numbers(self, labels: Mapping[str, str]) -> dict[str, Interval]:
         """Return every number by the name that a claim uses; `labels` are adapters by their names in numbers."""

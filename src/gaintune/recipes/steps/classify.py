@@ -190,11 +190,7 @@ class ClassificationStudy:
         return self._context.setup.plan({**own, **texts}, origin=self._context.origin)
 
     def settle_rows(self) -> None:
-        """Check that rows and texts are those that the folder began with: what is finished is not measured again.
-
-        Raises:
-            RunDirectoryError: a file has changed.
-        """
+        """Refuse rows and texts other than those that the folder began with: finished work is not measured again."""
         texts = [domain.source for domain in self.text_plan.data.domains]
         sources = {source for source in (*self._sources.values(), *texts) if source is not None}
         sums = {source: sums_of(Path(source)) for source in sorted(sources) if Path(source).exists()}
@@ -288,9 +284,10 @@ def numbers(rows: Rows, base: float, confidence: float) -> dict[str, Interval]:
 
 
 def _grouped(rows: Rows, field: str) -> dict[Any, list[ClassifierScores]]:
-    """Group rows by a field, in the order of its values' first rows."""
-    values = dict.fromkeys(getattr(row, field) for row in rows)
-    return {value: [row for row in rows if getattr(row, field) == value] for value in values}
+    groups: dict[Any, list[ClassifierScores]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, field), []).append(row)
+    return groups
 
 
 def tables(rows: Rows, base: float) -> dict[str, pd.DataFrame]:

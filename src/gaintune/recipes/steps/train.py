@@ -31,22 +31,13 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
     plan = context.setup.plan(settings, origin=context.origin)
 
     def run() -> Outcome:
-        matrix, diverged = train(plan, context.folder, context)
+        matrix, outcome = train(plan, context.folder, context)
         tables = {f"Summary: {MEASURE}": summary_frame(matrix)}
         for method in matrix.methods:
             tables[f"{method.label}, every domain after every stage, likewise"] = cell_frame(matrix, method).map(
                 lambda cell: NONE if cell is None else with_interval(cell)
             )
-        return Outcome(
-            numbers=matrix_numbers(matrix),
-            tables=tables,
-            figures=tuple(sorted((context.folder / "figures").glob("*.png"))),
-            adapters=adapters_of(context.folder, matrix),
-            plan=plan,
-            notes=(*context.setup.text_notes(settings), *notes_on(diverged)),
-            runs=(context.folder,),
-            diverged=diverged,
-        )
+        return replace(outcome, tables=tables, notes=(*context.setup.text_notes(settings), *outcome.notes))
 
     return PreparedStep(Outcome.expected(plan), run)
 
@@ -60,29 +51,35 @@ def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
     domains = setup.domains(settings.get("domains", ()))
 
     def run() -> Outcome:
-        numbers: dict[str, Interval] = {}
-        tables, figures, adapters, plan, diverged = {}, [], {}, None, {}
+        outcomes: dict[str, Outcome] = {}
+        tables = {}
         for domain in domains:
-            name, folder = domain["name"], context.folder / str(domain["name"])
+            name = str(domain["name"])
             watched = [*(other for other in domains if other["name"] != name), *settings.get("watched", [])]
             plan = setup.plan({**settings, "domains": [domain], "watched": watched}, origin=context.origin)
-            matrix, broken = train(plan, folder, context)
-            diverged |= {label: f"{name}: {why}" for label, why in broken.items()}
-            numbers |= {f"{name}.{number}": value for number, value in matrix_numbers(matrix).items()}
+            matrix, outcomes[name] = train(plan, context.folder / name, context)
             tables[f"{name} learnt by itself: {MEASURE}"] = summary_frame(matrix)
-            figures += sorted((folder / "figures").glob("*.png"))
-            adapters |= adapters_of(folder, matrix)
-        notes = (*setup.text_notes(settings), *notes_on(diverged))
-        runs = tuple(context.folder / str(domain["name"]) for domain in domains)
-        return Outcome(numbers, tables, tuple(figures), adapters, plan, notes, runs=runs, diverged=diverged, apart=True)
+        each = outcomes.items()
+        diverged = {label: f"{name}: {why}" for name, one in each for label, why in one.diverged.items()}
+        return Outcome(
+            numbers={f"{name}.{number}": value for name, one in each for number, value in one.numbers.items()},
+            tables=tables,
+            figures=tuple(figure for _, one in each for figure in one.figures),
+            adapters={key: folder for _, one in each for key, folder in one.adapters.items()},
+            plan=[one.plan for _, one in each][-1],
+            notes=(*setup.text_notes(settings), *_notes_on(diverged)),
+            runs=tuple(context.folder / name for name in outcomes),
+            diverged=diverged,
+            apart=True,
+        )
 
     plan = setup.plan(settings, origin=context.origin)
     runs = tuple(Path(domain.name) for domain in plan.data.domains)
     return PreparedStep(Outcome.expected(plan, apart=True, runs=runs), run)
 
 
-def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, dict[str, str]]:
-    """Run a sequence and write its report; return the matrix of the methods that finished, and why others diverged.
+def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, Outcome]:
+    """Run a sequence and write its report; return the matrix of the methods that finished, and the outcome.
 
     Raises:
         DivergedError: every method diverged, or one of several processes did.
@@ -100,11 +97,23 @@ def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, dict[str,
             comparisons=tuple(pair for pair in whole.comparisons if not {pair.label, pair.against} & set(diverged)),
         )
     write_report(folder)
-    return matrix, diverged
+    outcome = Outcome(
+        numbers=_numbers(matrix),
+        figures=tuple(sorted((folder / "figures").glob("*.png"))),
+        adapters={
+            f"{method.label}/{row.domain}": stage_folder(folder, method.label, index, row.domain) / "adapter"
+            for method in matrix.methods
+            for index, row in enumerate(method.stages)
+        },
+        plan=plan,
+        notes=_notes_on(diverged),
+        runs=(folder,),
+        diverged=diverged,
+    )
+    return matrix, outcome
 
 
-def notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
-    """Say what diverged."""
+def _notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{label} diverged, and claims about it are undecided: {why}" for label, why in diverged.items())
 
 
@@ -114,16 +123,7 @@ def sums_of(path: Path) -> dict[str, str]:
     return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
 
 
-def adapters_of(folder: Path, matrix: Matrix) -> dict[str, Path]:
-    """Return the adapter folders of a run, by `label/domain`."""
-    return {
-        f"{method.label}/{row.domain}": stage_folder(folder, method.label, index, row.domain) / "adapter"
-        for method in matrix.methods
-        for index, row in enumerate(method.stages)
-    }
-
-
-def matrix_numbers(matrix: Matrix) -> dict[str, Interval]:
+def _numbers(matrix: Matrix) -> dict[str, Interval]:
     """Return every number of a matrix under the name that a claim uses."""
     numbers: dict[str, Interval] = {}
     for method in matrix.methods:
