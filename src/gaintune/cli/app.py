@@ -27,7 +27,7 @@ gaintune evaluate demo --adapter adapters/notes --domain notes.jsonl""",
 )
 
 
-def _tell_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"gaintune {__version__}")
         raise typer.Exit
@@ -36,7 +36,7 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Adapt language models to domain after domain without making them forget, and measure what was kept."""
@@ -50,7 +50,7 @@ for group in (train, sweep, evaluate, deliver, analyse, recipe, lists):
 
 
 def main() -> None:
-    """Entry point: a person's mistake ends in one message and exit code 2, a failed run in exit code 1."""
+    """Run the application: a person's mistake ends in one message and exit code 2, a failed run in exit code 1."""
     show_warnings(err)
     try:
         app()

@@ -22,7 +22,7 @@ class BenchmarkSettings(Section):
     """Options for benchmarks, beside their names; None for what was not given."""
 
     fewshot: int | None = Field(
-        default=None, description="Worked examples before each question; lm-eval's task file says unless given."
+        default=None, description="Worked examples before each question; as lm-eval's task file has it unless given."
     )
     fewshot_seed: int | None = Field(
         default=None,

@@ -30,7 +30,7 @@ class MergeSettings(BaseModel):
     dtype: str = Field(default="auto", description="precision of the merged weights: auto, bf16, fp16 or fp32")
     max_shard_size: str = Field(default="5GB", description="largest size of a safetensors file")
     tolerance: float = Field(default=0.5, description="largest accepted change of perplexity, in %")
-    force: bool = Field(default=False, description="write the model even above the tolerance")
+    force: bool = Field(default=False, description="write the model even above the tolerance.")
 
 
 @delivery(

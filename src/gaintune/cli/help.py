@@ -14,9 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 
 def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
     """Write the arguments, then every group of options in the order in which its first option was declared."""
-    shown = [(each, record) for each in command.get_params(ctx) if (record := each.get_help_record(ctx))]
-    arguments = [record for each, record in shown if each.param_type_name == "argument"]
-    groups = _grouped((each, record) for each, record in shown if each.param_type_name != "argument")
+    shown = [(item, record) for item in command.get_params(ctx) if (record := item.get_help_record(ctx))]
+    arguments = [record for item, record in shown if item.param_type_name == "argument"]
+    groups = _grouped((item, record) for item, record in shown if item.param_type_name != "argument")
     rest = groups.pop("", [])
     named = {f"{group} options": rows for group, rows in groups.items()}
     for heading, rows in {"Arguments": arguments, **named, "Options": rest}.items():
@@ -27,8 +27,8 @@ def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
 
 def _grouped(entries: Iterable[tuple[Any, tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
     groups: dict[str, list[tuple[str, str]]] = {}
-    for each, row in entries:
-        groups.setdefault(getattr(each, "rich_help_panel", None) or "", []).append(row)
+    for item, row in entries:
+        groups.setdefault(getattr(item, "rich_help_panel", None) or "", []).append(row)
     return groups
 
 

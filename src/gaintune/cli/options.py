@@ -23,6 +23,7 @@ import logging
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -189,13 +190,13 @@ def _with_own_tasks(data: Any, *, chosen: bool) -> Any:
 
     given = {key: as_list(data[key]) for key in ("domains", "watched") if data.get(key)}
     changed = {
-        key: [each if task_of(each) == task else {**as_domain(each), "task": task_of(each)} for each in domains]
-        for key, domains in given.items()
+        key: [value if task_of(value) == task else {**as_domain(value), "task": task_of(value)} for value in values]
+        for key, values in given.items()
     }
-    others = [each for each in changed.get("domains", ()) if task_of(each) != task]
+    others = [value for value in changed.get("domains", ()) if task_of(value) != task]
     if others and (chosen or task != Plan().data.task):
         own = ", ".join(f"{domain.get('name')} ({domain['task']})" for domain in others)
-        if task not in {task_of(each) for domains in changed.values() for each in domains}:
+        if task not in {task_of(value) for values in changed.values() for value in values}:
             raise ConfigError(
                 f"task {task} has no effect, every domain has its own: {own}. Leave --task or data.task out, or give "
                 "files of your own (name=PATH)"
@@ -220,7 +221,7 @@ class FieldOption:
         return self.name.replace("-", "_")
 
     def declared(self, help_text: str | None = None) -> inspect.Parameter:
-        """Declare the option to Typer; None means that it was not given."""
+        """Make the parameter that Typer reads; None means that the option was not given."""
         kind, _ = _kind(self.info.annotation)
         names = f"--{self.name}"
         if kind is bool and ("." in self.keys[0] or self.info.default):  # what a plan file turns on can be turned off
@@ -297,7 +298,7 @@ def _parts(annotation: Any) -> list[Any]:
     if origin is Annotated:
         return _parts(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [part for each in get_args(annotation) for part in _parts(each)]
+        return [part for kind in get_args(annotation) for part in _parts(kind)]
     return [] if annotation is types.NoneType else [annotation]
 
 
@@ -342,7 +343,7 @@ def refuse(reason: str, options: Iterable[str]) -> None:
 
 
 def run_option(help_text: str, group: str | None = "Output") -> Any:
-    """Declare `--run`, and the name that `torchrun` hands on: it takes `--run` for an abbreviation of its own."""
+    """Make the option `--run`, with a second name: `torchrun` takes `--run` for an abbreviation of its own."""
     return typer.Option("--run", "--run-dir", help=help_text, rich_help_panel=group)
 
 
@@ -374,16 +375,18 @@ def command(
     def register(function: Callable[..., None]) -> Callable[..., None]:
         declared = inspect.signature(function, eval_str=True).parameters
         special = next((name for name in ("plan", "given") if name in declared), None)
-        models = {each.name: each.annotation for each in declared.values() if _is_model(each.annotation)}
+        models = {
+            parameter.name: parameter.annotation for parameter in declared.values() if _is_model(parameter.annotation)
+        }
         models |= {"options": options} if options else {}
         headings = {name: options_group if name == "options" else name.capitalize() for name in models}
         own = {name: model_options(model, headings[name]) for name, model in models.items()}
         fields = [option for option in plan_options(takes, without) if option.parameter not in declared]
-        plain = [each for each in declared.values() if each.name not in (special, *models)]
+        plain = [parameter for parameter in declared.values() if parameter.name not in (special, *models)]
 
         def run(**values: Any) -> None:
             values = {key: value for key, value in values.items() if value is not None and value != []}
-            passed = {each.name: values.get(each.name, each.default) for each in plain}
+            passed = {parameter.name: values.get(parameter.name, parameter.default) for parameter in plain}
             passed |= {name: _read_model(model, own[name], values) for name, model in models.items()}
             if special:
                 read = [
@@ -395,8 +398,8 @@ def command(
                 passed[special] = given if special == "given" else given.plan()
             function(**passed)
 
-        parameters = [_keyword(each.name, each.annotation, each.default) for each in plain]
-        parameters += [each.declared(helps.get(each.name)) for group in (*own.values(), fields) for each in group]
+        parameters = [_keyword(parameter.name, parameter.annotation, parameter.default) for parameter in plain]
+        parameters += [option.declared(helps.get(option.name)) for option in chain(*own.values(), fields)]
         if special and plan_argument:
             place = typer.Argument(metavar="PLAN.yaml", help=PLAN_HELP)
             parameters.append(_keyword("plan_place", Annotated[Path | None, place]))
@@ -409,7 +412,7 @@ def command(
         parameters.sort(key=_position)
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         app.command(name, cls=HelpfulCommand, rich_help_panel=group, epilog=examples or None)(run)
         return function
 

@@ -54,9 +54,9 @@ def show(name: Name) -> None:
 
 def _short(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(_short(each) for each in value)
+        return ", ".join(map(_short, value))
     if isinstance(value, dict):
-        return " ".join(f"{key}={_short(each)}" for key, each in value.items())
+        return " ".join(f"{key}={_short(inner)}" for key, inner in value.items())
     return str(value)
 
 
@@ -104,7 +104,7 @@ def run(
         allow_code_execution=allow_code_execution,
         progress=progress_on(err),
     )
-    rows = [[each.claim.says, each.verdict, shown(each.number), str(each.claim.expect)] for each in result.findings]
+    rows = [[one.claim.says, one.verdict, shown(one.number), str(one.claim.expect)] for one in result.findings]
     out.print(table(f"{entry.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
     if scale == "smoke":
         say(SMOKE)

@@ -112,11 +112,11 @@ def texts(folder: Path) -> Path:
 @functools.cache
 def _functions(module: str) -> tuple[tuple[str, str], ...]:
     """Return name and source of at most `DOCUMENTS` functions of a module, without duplicates."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(module)))):
-        if isinstance(node, ast.FunctionDef) and len(found) < DOCUMENTS:
-            found.setdefault(ast.unparse(node)[:LONGEST], node.name)
-    return tuple((name, text) for text, name in found.items())
+        if isinstance(node, ast.FunctionDef) and len(names) < DOCUMENTS:
+            names.setdefault(ast.unparse(node)[:LONGEST], node.name)
+    return tuple((name, text) for text, name in names.items())
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -164,13 +164,13 @@ def benchmark_rows() -> dict[str, list[dict[str, Any]]]:
     """Return questions by the benchmark's name, in a form that `gaintune.evaluate.benchmarks.rows` reads."""
     questions = [f"Question: What comes after {name}?\nAnswer:" for name in NAMES[:ROWS]]
     four_choices = [_choice(question, n, 4) for n, question in enumerate(questions)]
-    found = dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "mmlu"), four_choices)
-    found["commonsense_qa"] = [_choice(question, n, 5) for n, question in enumerate(questions)]
-    found["hellaswag"] = [_choice(f"{NAMES[n]}, and after that comes", n, 4) for n in range(ROWS)]
-    found["piqa"] = [_choice(f"Goal: count on from {NAMES[n]}\nAnswer:", n, 2) for n in range(ROWS)]
-    found["winogrande"] = [_choice(f"After {NAMES[n]} comes _ in order.", n, 2) for n in range(ROWS)]
-    found["sciq"] = [_choice(question, 3, 4) for question in questions]
-    found["boolq"] = [
+    rows = dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "mmlu"), four_choices)
+    rows["commonsense_qa"] = [_choice(question, n, 5) for n, question in enumerate(questions)]
+    rows["hellaswag"] = [_choice(f"{NAMES[n]}, and after that comes", n, 4) for n in range(ROWS)]
+    rows["piqa"] = [_choice(f"Goal: count on from {NAMES[n]}\nAnswer:", n, 2) for n in range(ROWS)]
+    rows["winogrande"] = [_choice(f"After {NAMES[n]} comes _ in order.", n, 2) for n in range(ROWS)]
+    rows["sciq"] = [_choice(question, 3, 4) for question in questions]
+    rows["boolq"] = [
         {
             "query": f"After {NAMES[n]} comes {NAMES[n + 1]}.\nQuestion: does {NAMES[n + n % 2]} come first?\nAnswer:",
             "choices": ["no", "yes"],
@@ -178,7 +178,7 @@ def benchmark_rows() -> dict[str, list[dict[str, Any]]]:
         }
         for n in range(ROWS)
     ]
-    found["medqa_4options"] = [
+    rows["medqa_4options"] = [
         {
             "question": f"What comes after {NAMES[n]}?",
             "options": dict(zip("ABCD", row["choices"], strict=True)),
@@ -186,16 +186,16 @@ def benchmark_rows() -> dict[str, list[dict[str, Any]]]:
         }
         for n, row in enumerate(four_choices)
     ]
-    found["lambada_openai"] = [{"text": f"{', '.join(NAMES[n : n + 3])}, {NAMES[n + 3]}"} for n in range(ROWS)]
-    found["gsm8k"] = [
+    rows["lambada_openai"] = [{"text": f"{', '.join(NAMES[n : n + 3])}, {NAMES[n + 3]}"} for n in range(ROWS)]
+    rows["gsm8k"] = [
         {"prompt": f"What is {n} and {n}?", "completion": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(24)
     ]
-    found["triviaqa"] = [
+    rows["triviaqa"] = [
         {"question": f"What comes after {NAMES[n]}?", "answer": {"value": NAMES[n + 1], "aliases": [NAMES[n + 1]]}}
         for n in range(ROWS)
     ]
-    found["nq_open"] = [{"question": f"what comes after {NAMES[n]}", "answer": [NAMES[n + 1]]} for n in range(ROWS)]
-    found["humaneval"] = [
+    rows["nq_open"] = [{"question": f"what comes after {NAMES[n]}", "answer": [NAMES[n + 1]]} for n in range(ROWS)]
+    rows["humaneval"] = [
         {
             "task_id": f"Tiny/{n}",
             "prompt": f'def add_{n}(x: int) -> int:\n    """Add {n}."""\n',
@@ -205,7 +205,7 @@ def benchmark_rows() -> dict[str, list[dict[str, Any]]]:
         }
         for n in range(24)
     ]
-    return found
+    return rows
 
 
 def _choice(query: str, number: int, choices: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def analyse(analysis: Analysis, settings: dict[str, Any], context: Context) -> P
     def run() -> Outcome:
         numbers: dict[str, Interval] = {}
         without: dict[str, str] = {}
-        tables, figures, told, results = {}, [], [*notes], {}
+        tables, figures, lines, results = {}, [], [*notes], {}
         for part, own in zip(parts, options, strict=True):
             adapters = [*part.adapters.values()]
             subject = Subject(adapters, plan, [*part.adapters], part.title, part.folder, benchmarks)
@@ -73,10 +73,11 @@ def analyse(analysis: Analysis, settings: dict[str, Any], context: Context) -> P
                 numbers |= {f"{prefix}{name}": value for name, value in result.numbers.items()}
                 without |= {f"{prefix}{name}": why for name, why in result.without.items()}
             tables |= result.shown
-            told += result.notes
+            lines += result.notes
             figures += sorted(part.folder.glob("*.png"))
         more, lacking = analysis.across(results)
-        return Outcome(numbers | dict(more), tables, tuple(figures), notes=tuple(told), without=without | dict(lacking))
+        numbers, without = numbers | dict(more), without | dict(lacking)
+        return Outcome(numbers, tables, tuple(figures), notes=tuple(lines), without=without)
 
     return PreparedStep(Outcome(plan=plan if analysis.texts == "named" else None), run)
 

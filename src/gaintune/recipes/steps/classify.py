@@ -262,7 +262,7 @@ def by_seed(rows: Rows, field: str) -> list[float]:
 
 def numbers(rows: Rows, base: float, confidence: float) -> dict[str, Interval]:
     """Return every number by the name that a claim uses; `base` is the perplexity of the untouched base."""
-    found = {"base.perplexity": bare(base)}
+    result = {"base.perplexity": bare(base)}
     labels = _grouped(rows, "label")
     groups = dict(labels)
     for label, own in labels.items():
@@ -271,16 +271,16 @@ def numbers(rows: Rows, base: float, confidence: float) -> dict[str, Interval]:
             groups |= {f"{label}-r{rank}": of_rank for rank, of_rank in ranks.items()}
     for name, own in groups.items():
         for figure, field in FIGURES.items():
-            found[f"{name}.{figure}"] = replicated(by_seed(own, field), confidence=confidence)
+            result[f"{name}.{figure}"] = replicated(by_seed(own, field), confidence=confidence)
         for task, of_task in _grouped(own, "task").items():
-            found[f"{name}.{task}.accuracy"] = replicated(by_seed(of_task, "accuracy"), confidence=confidence)
+            result[f"{name}.{task}.accuracy"] = replicated(by_seed(of_task, "accuracy"), confidence=confidence)
     for index, one in enumerate(labels):
         for other in list(labels)[:index]:
             for figure, field in FIGURES.items():
                 pairs = zip(by_seed(labels[one], field), by_seed(labels[other], field), strict=True)
                 differences = [first - second for first, second in pairs]
-                found[f"{one}-minus-{other}.{figure}"] = replicated(differences, confidence=confidence)
-    return found
+                result[f"{one}-minus-{other}.{figure}"] = replicated(differences, confidence=confidence)
+    return result
 
 
 def _grouped(rows: Rows, field: str) -> dict[Any, list[ClassifierScores]]:

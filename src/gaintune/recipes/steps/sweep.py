@@ -48,26 +48,27 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
                 f"{context.origin}: {plural(len(broken), 'run')} did not finish, such as {broken[0].run.id}: "
                 f"{broken[0].error}"
             )
-        found = sweeps.compare_sweep(table, target=target, figure=figure, confidence=plan.evaluate.confidence)
-        sweeps.write(found, context.folder)
-        numbers, without = numbers_of(found)
+        comparison = sweeps.compare_sweep(table, target=target, figure=figure, confidence=plan.evaluate.confidence)
+        sweeps.write(comparison, context.folder)
+        numbers, without = numbers_of(comparison)
         runs = runs_frame(table, figure)
         write_text(context.folder / "runs.md", markdown_table(runs, "Method"))
-        every_rate = f"Every rate: change of perplexity against the base, %, intervals over {found.over}"
-        notes = [*context.setup.text_notes(settings), *(sweeps.pair_sentence(pair, found) for pair in found.pairs)]
-        notes += [sweeps.curve_sentence(curve, found) for curve in found.curves]
+        every_rate = f"Every rate: change of perplexity against the base, %, intervals over {comparison.over}"
+        notes = [*context.setup.text_notes(settings)]
+        notes += [sweeps.pair_sentence(pair, comparison) for pair in comparison.pairs]
+        notes += [sweeps.curve_sentence(curve, comparison) for curve in comparison.curves]
         return Outcome(
             numbers=numbers,
             tables={
-                every_rate: sweeps.point_frame(found.points, found),
-                sweeps.target_title(found): sweeps.point_frame(found.matched, found),
+                every_rate: sweeps.point_frame(comparison.points, comparison),
+                sweeps.target_title(comparison): sweeps.point_frame(comparison.matched, comparison),
                 "Every run, likewise": runs,
             },
             figures=tuple(sorted(context.folder.glob("*.png"))),
             plan=plan,
-            notes=(*notes, *sweeps.remarks(found)),
+            notes=(*notes, *sweeps.remarks(comparison)),
             without=without,
-            diverged={_plain(lost.variant): f"at {lost.lr:g}: {lost.error}" for lost in found.missing},
+            diverged={_plain(lost.variant): f"at {lost.lr:g}: {lost.error}" for lost in comparison.missing},
         )
 
     return PreparedStep(Outcome(plan=Outcome.expected(plan).plan), run)

@@ -1,4 +1,4 @@
-"""Steps that train: a sequence of domains, and domains trained apart from each other."""
+"""Steps that train: a sequence of domains, and domains trained independently."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
             plan = setup.plan({**settings, "domains": [domain], "watched": watched}, origin=context.origin)
             matrix, outcomes[name] = train(plan, context.folder / name, context)
             tables[f"{name} learnt by itself: {MEASURE}"] = summary_frame(matrix)
-        each = outcomes.items()
-        diverged = {label: f"{name}: {why}" for name, one in each for label, why in one.diverged.items()}
+        by_name = outcomes.items()
+        diverged = {label: f"{name}: {why}" for name, outcome in by_name for label, why in outcome.diverged.items()}
         return Outcome(
-            numbers={f"{name}.{number}": value for name, one in each for number, value in one.numbers.items()},
+            numbers={f"{name}.{key}": value for name, outcome in by_name for key, value in outcome.numbers.items()},
             tables=tables,
-            figures=tuple(figure for _, one in each for figure in one.figures),
-            adapters={key: folder for _, one in each for key, folder in one.adapters.items()},
-            plan=[one.plan for _, one in each][-1],
+            figures=tuple(figure for outcome in outcomes.values() for figure in outcome.figures),
+            adapters={key: folder for outcome in outcomes.values() for key, folder in outcome.adapters.items()},
+            plan=[outcome.plan for outcome in outcomes.values()][-1],
             notes=(*setup.text_notes(settings), *_notes_on(diverged)),
             runs=tuple(context.folder / name for name in outcomes),
             diverged=diverged,
