@@ -10,7 +10,7 @@ from gaintune.errors import ConfigError, DataError
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
-from gaintune.recipes.outcome import Context, Outcome, last_of_each
+from gaintune.recipes.outcome import Context, StepOutcome
 from gaintune.recipes.scales import LISTS, ScaleSetup, budget_note, dropped, names_in, note_of, stem_of
 from gaintune.recipes.steps.benchmarks import BY_TARGET, benchmark_config
 from gaintune.recipes.steps.classify import MAX_REPORTED_PERPLEXITY, mean_kept
@@ -188,10 +188,10 @@ def test_a_local_copy_may_be_any_file_a_domain_may_be(tmp_path):
 
 def test_none_of_several_adapters_that_were_learnt_apart_is_the_last():
     adapters = {"gain/a": Path("a"), "gain/b": Path("b")}
-    assert last_of_each(Outcome(adapters=adapters)) == {"gain": Path("b")}
-    assert last_of_each(Outcome(adapters=adapters, apart=True), after="a") == {"gain": Path("a")}
+    assert StepOutcome(adapters=adapters).last_adapters() == {"gain": Path("b")}
+    assert StepOutcome(adapters=adapters, apart=True).last_adapters(after="a") == {"gain": Path("a")}
     with pytest.raises(ConfigError, match="`after` names one of a, b"):
-        last_of_each(Outcome(adapters=adapters, apart=True))
+        StepOutcome(adapters=adapters, apart=True).last_adapters()
 
 
 def test_an_infinite_perplexity_stands_as_the_greatest():

@@ -375,9 +375,8 @@ def command(
     def register(function: Callable[..., None]) -> Callable[..., None]:
         declared = inspect.signature(function, eval_str=True).parameters
         special = next((name for name in ("plan", "given") if name in declared), None)
-        models = {
-            parameter.name: parameter.annotation for parameter in declared.values() if _is_model(parameter.annotation)
-        }
+        kinds = {name: parameter.annotation for name, parameter in declared.items()}
+        models = {name: kind for name, kind in kinds.items() if _is_model(kind)}
         models |= {"options": options} if options else {}
         headings = {name: options_group if name == "options" else name.capitalize() for name in models}
         own = {name: model_options(model, headings[name]) for name, model in models.items()}
@@ -389,10 +388,8 @@ def command(
             passed = {parameter.name: values.get(parameter.name, parameter.default) for parameter in plain}
             passed |= {name: _read_model(model, own[name], values) for name, model in models.items()}
             if special:
-                read = [
-                    (option, option.read(values[option.parameter])) for option in fields if option.parameter in values
-                ]
-                laid = {key: value for option, value in read for key in option.keys}
+                chosen = [option for option in fields if option.parameter in values]
+                laid = {key: option.read(values[option.parameter]) for option in chosen for key in option.keys}
                 given = Given(values.get("plan"), laid, values.get("set_", ()))
                 given = given.on_file(values["plan_place"]) if "plan_place" in values else given
                 passed[special] = given if special == "given" else given.plan()

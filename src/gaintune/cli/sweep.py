@@ -26,11 +26,14 @@ gaintune sweep grid.yaml --figure in_domain --target -20""",
 def sweep(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid: methods, rates, orders, seeds and more.")],
     run: Annotated[Path, run_option("Folder of the sweep; finished runs in it are kept.", None)] = Path("runs/sweep"),
-    engine: Annotated[str, typer.Option(help="loky (local processes), ray, dask, or sequential.")] = "loky",
+    engine: Annotated[
+        str, typer.Option(help="loky (local processes), ray, dask, or sequential (one process).")
+    ] = "loky",
     jobs: Annotated[int, typer.Option(help="Runs at a time; each gets its share of the cores.")] = 1,
     address: Annotated[str | None, typer.Option(help="Ray or Dask cluster; a local one starts unless given.")] = None,
     target: Annotated[
-        float | None, typer.Option(help="In-domain change in %, such as -20, to compare at; the strongest all reach.")
+        float | None,
+        typer.Option(help="In-domain change, in %, to compare at; the strongest that all reach, unless given."),
     ] = None,
     figure: Annotated[str, typer.Option(help="Figure to compare, a column of sweep.csv.")] = "backward_transfer",
     set_: Annotated[

@@ -18,7 +18,7 @@ from gaintune.results import Interval
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What a step gave, or is expected to give.
 
     Attributes:
@@ -53,12 +53,32 @@ class Outcome:
         return tuple(dict.fromkeys(key.partition("/")[0] for key in self.adapters))
 
     @classmethod
-    def expected(cls, plan: Plan, **more: Any) -> Outcome:
-        """Expect an adapter of every method after every domain of a plan; ConfigError for a method that cannot be."""
+    def expected(cls, plan: Plan, **more: Any) -> StepOutcome:
+        """Expect an adapter of every method after every domain of a plan; ConfigError for an impossible method."""
         for method in plan.methods:
             check_method(method)
         keys = [f"{method.label}/{domain.name}" for method in plan.methods for domain in plan.data.domains]
         return cls(adapters=dict.fromkeys(keys, Path()), plan=plan, **{"runs": (Path(),), **more})
+
+    def last_adapters(self, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:
+        """Return by label each method's last adapter, or its adapter `after` a domain; `labels` picks some.
+
+        A label that diverged is passed over.
+
+        Raises:
+            ConfigError: there is no such label or domain, or domains were trained apart and `after` names none of them.
+        """
+        if self.apart and after is None:
+            domains = ", ".join(dict.fromkeys(key.partition("/")[2] for key in self.adapters))
+            raise ConfigError(f"domains were trained apart, so that none is the last: `after` names one of {domains}")
+        split = [(*key.split("/", 1), folder) for key, folder in self.adapters.items()]
+        last = {label: folder for label, domain, folder in split if after in (None, domain)}
+        if not last:
+            raise ConfigError(f"no adapter was trained on {after!r}; there are {', '.join(self.adapters) or 'none'}")
+        wanted = [label for label in labels or last if label not in self.diverged]
+        if unknown := [label for label in wanted if label not in last]:
+            raise ConfigError(f"no adapter is called {unknown[0]!r}; there are {', '.join(last)}")
+        return {label: last[label] for label in wanted}
 
 
 @dataclass(frozen=True)
@@ -70,13 +90,13 @@ class PreparedStep:
         run: does the step; None for a step that is left out.
     """
 
-    expected: Outcome
-    run: Callable[[], Outcome] | None = None
+    expected: StepOutcome
+    run: Callable[[], StepOutcome] | None = None
 
     @classmethod
     def left_out(cls, *notes: str) -> PreparedStep:
         """Leave the step out, and say why."""
-        return cls(Outcome(notes=notes, left_out=True))
+        return cls(StepOutcome(notes=notes, left_out=True))
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class Context:
     name: str
     folder: Path
     setup: ScaleSetup
-    earlier: Mapping[str, Outcome]
+    earlier: Mapping[str, StepOutcome]
     progress: Progress
     allow_code_execution: bool = False
 
@@ -105,7 +125,7 @@ class Context:
         """How errors name the step."""
         return f"step {self.name}"
 
-    def trained(self, settings: dict[str, Any]) -> tuple[Outcome, Plan]:
+    def trained(self, settings: dict[str, Any]) -> tuple[StepOutcome, Plan]:
         """Take `of` out of the settings, and return that earlier step's outcome and the plan behind its adapters.
 
         Raises:
@@ -138,24 +158,3 @@ class Context:
 
 StepKind = Callable[[dict[str, Any], Context], PreparedStep]
 """A kind of step: reads and checks the settings, which it may take apart, and returns what runs it."""
-
-
-def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:
-    """Return by label each method's last adapter, or its adapter `after` a domain; `labels` picks some.
-
-    A label that diverged is passed over.
-
-    Raises:
-        ConfigError: there is no such label or domain, or domains were trained apart and `after` names none of them.
-    """
-    if outcome.apart and after is None:
-        domains = ", ".join(dict.fromkeys(key.partition("/")[2] for key in outcome.adapters))
-        raise ConfigError(f"domains were trained apart, so that none is the last: `after` names one of {domains}")
-    split = [(*key.split("/", 1), folder) for key, folder in outcome.adapters.items()]
-    last = {label: folder for label, domain, folder in split if after in (None, domain)}
-    if not last:
-        raise ConfigError(f"no adapter was trained on {after!r}; there are {', '.join(outcome.adapters) or 'none'}")
-    wanted = [label for label in labels or last if label not in outcome.diverged]
-    if unknown := [label for label in wanted if label not in last]:
-        raise ConfigError(f"no adapter is called {unknown[0]!r}; there are {', '.join(last)}")
-    return {label: last[label] for label in wanted}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from gaintune.recipes.outcome import Outcome
+from gaintune.recipes.outcome import StepOutcome
 from gaintune.recipes.schema import Claim, Recipe, Scale
 from gaintune.report import NONE, markdown_table, number
 from gaintune.results import Interval, Verdict
@@ -39,7 +39,7 @@ class RecipeResult:
     recipe: Recipe
     scale: Scale
     folder: Path
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, StepOutcome]
     findings: tuple[Finding, ...]
 
     def number(self, name: str) -> Interval:

@@ -13,7 +13,7 @@ from typing import Any
 from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.recipes.outcome import Context, Outcome, PreparedStep
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.report import Finding, RecipeResult, write_results
 from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, recipe_named
@@ -73,7 +73,7 @@ def run_recipe(
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, StepOutcome] = {}
     for step in recipe.steps:
         context = Context(step.name, folder / step.name, setup, outcomes, progress or Silent(), allow_code_execution)
         prepared = _prepare(recipe, step, context)
@@ -114,7 +114,7 @@ def _prepare(recipe: Recipe, step: Step, context: Context) -> PreparedStep:
 
 def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution: bool) -> None:
     """Refuse, before anything is trained, what would otherwise be refused only after it."""
-    expected: dict[str, Outcome] = {}
+    expected: dict[str, StepOutcome] = {}
     for step in recipe.steps:
         context = Context(step.name, folder / step.name, setup, expected, Silent(), allow_code_execution)
         expected[step.name] = _prepare(recipe, step, context).expected
@@ -136,14 +136,14 @@ def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution
             )
 
 
-def _judge(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:
+def _judge(claim: Claim, outcomes: Mapping[str, StepOutcome]) -> Finding:
     """Decide a claim; a missing number leaves it undecided."""
     step, _, name = claim.number.partition(".")
     number = outcomes[step].numbers.get(name)
     return Finding(claim, number, "undecided" if number is None else judge(number, claim.expect.bounds))
 
 
-def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, Outcome], lacking: list[str]) -> None:
+def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, StepOutcome], lacking: list[str]) -> None:
     """Refuse a claim about a number that its step gives at no scale; `lacking` excuses what this scale lacks."""
     step, _, name = finding.claim.number.partition(".")
     outcome = outcomes[step]

@@ -1,4 +1,4 @@
-"""Steps that analyse trained adapters: one for each analysis, made from the analysis's own description.
+"""Steps that analyze trained adapters: one for each analysis, made from the analysis's own description.
 
 A step's settings are the analysis's options; `of`, the step whose adapters it takes; `label`, or `labels` and `after`,
 which of them; domains and sections of a plan, where it measures texts of its own; and settings of benchmarks, where it
@@ -17,7 +17,7 @@ from gaintune.analysis import ANALYSES, Analysis, Subject, write_result
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
 from gaintune.methods import METHODS
-from gaintune.recipes.outcome import Context, Outcome, PreparedStep, StepKind, last_of_each
+from gaintune.recipes.outcome import Context, PreparedStep, StepKind, StepOutcome
 from gaintune.recipes.steps.benchmarks import benchmark_config
 from gaintune.results import Interval
 
@@ -38,7 +38,7 @@ class _Part:
 def analyse(analysis: Analysis, settings: dict[str, Any], context: Context) -> PreparedStep:
     """Run an analysis on the adapters of an earlier step."""
     given = {name: settings.pop(name) for name in analysis.Options.model_fields if name in settings}
-    trained, plan = (Outcome(), None) if analysis.takes == "nothing" else context.trained(settings)
+    trained, plan = (StepOutcome(), None) if analysis.takes == "nothing" else context.trained(settings)
     parts = list(_parts(analysis, settings, trained, context))
     if plan is not None:
         _check_methods(analysis, plan, parts, context.origin)
@@ -60,7 +60,7 @@ def analyse(analysis: Analysis, settings: dict[str, Any], context: Context) -> P
     elif analysis.texts != "named":
         context.refuse_unknown(settings)
 
-    def run() -> Outcome:
+    def run() -> StepOutcome:
         numbers: dict[str, Interval] = {}
         without: dict[str, str] = {}
         tables, figures, lines, results = {}, [], [*notes], {}
@@ -77,12 +77,12 @@ def analyse(analysis: Analysis, settings: dict[str, Any], context: Context) -> P
             figures += sorted(part.folder.glob("*.png"))
         more, lacking = analysis.across(results)
         numbers, without = numbers | dict(more), without | dict(lacking)
-        return Outcome(numbers, tables, tuple(figures), notes=tuple(lines), without=without)
+        return StepOutcome(numbers, tables, tuple(figures), notes=tuple(lines), without=without)
 
-    return PreparedStep(Outcome(plan=plan if analysis.texts == "named" else None), run)
+    return PreparedStep(StepOutcome(plan=plan if analysis.texts == "named" else None), run)
 
 
-def _parts(analysis: Analysis, settings: dict[str, Any], trained: Outcome, context: Context) -> Iterator[_Part]:
+def _parts(analysis: Analysis, settings: dict[str, Any], trained: StepOutcome, context: Context) -> Iterator[_Part]:
     """Yield every run of the analysis that the step takes."""
     folder, origin = context.folder, context.origin
     if analysis.takes == "nothing":
@@ -92,7 +92,7 @@ def _parts(analysis: Analysis, settings: dict[str, Any], trained: Outcome, conte
             raise ConfigError(f"{origin}: the step it is `of` is no run of domains")
         yield _Part("", {str(run): run for run in trained.runs}, folder)
     elif analysis.together == "all":
-        yield _Part("", last_of_each(trained, settings.pop("labels", None), settings.pop("after", None)), folder)
+        yield _Part("", trained.last_adapters(settings.pop("labels", None), settings.pop("after", None)), folder)
     else:
         label = settings.pop("label", analysis.label) if analysis.label else None
         if label is not None and label not in trained.labels:

@@ -23,7 +23,7 @@ from gaintune.data import (
 )
 from gaintune.errors import ConfigError
 from gaintune.evaluate import ChoiceFigure, compare_choices, difference
-from gaintune.recipes.outcome import Context, Outcome, PreparedStep
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, sums_of, train
 from gaintune.report import INK, NONE, RULE, figure_files, look, styled, summary_frame, with_interval
@@ -59,7 +59,7 @@ def answers(settings: dict[str, Any], context: Context) -> PreparedStep:
     domain = {"name": learn, "source": str(rows / f"{learn}-learnt")}
     plan = context.setup.plan({**settings, "domains": [domain], "data": data}, origin=context.origin)
 
-    def run() -> Outcome:
+    def run() -> StepOutcome:
         counts = questions.settle(rows, plan.data.seed)
         matrix, outcome = train(plan, context.folder / "run", context)
         labels = {BASE: BASE, **{str(path): key.partition("/")[0] for key, path in outcome.adapters.items()}}
@@ -76,7 +76,7 @@ def answers(settings: dict[str, Any], context: Context) -> PreparedStep:
             notes=(*counts, *outcome.notes),
         )
 
-    return PreparedStep(Outcome.expected(plan), run)
+    return PreparedStep(StepOutcome.expected(plan), run)
 
 
 @dataclass(frozen=True)

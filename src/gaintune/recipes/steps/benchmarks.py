@@ -13,7 +13,7 @@ import gaintune.evaluate.benchmarks as bench
 from gaintune.config import Plan
 from gaintune.data import ROW_SUFFIXES, read_table, split_files
 from gaintune.errors import AssetError, ConfigError, DataError, one_line
-from gaintune.recipes.outcome import Context, Outcome, PreparedStep, last_of_each
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup, stem_of
 from gaintune.report import NONE, with_interval
 from gaintune.results import Interval
@@ -39,7 +39,7 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
     row. Scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
     """
     trained, plan = context.trained(settings)
-    adapters = last_of_each(trained, settings.pop("labels", None), settings.pop("after", None))
+    adapters = trained.last_adapters(settings.pop("labels", None), settings.pop("after", None))
     target, tasks, pick = settings.pop("target", []), settings.pop("tasks", []), settings.pop("pick", None)
     if pick not in (None, "in_domain", "target"):
         raise ConfigError(f"{context.origin}: pick {pick!r}: use in_domain, or target where target names benchmarks")
@@ -65,7 +65,7 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
         write_json(context.folder / file, report.to_dict())
         return _Scores(report, groups, config)
 
-    def run() -> Outcome:
+    def run() -> StepOutcome:
         about, picked = [*notes], {label: label for label in adapters}
         if pick == "in_domain":
             about.append(BY_TEXT)
@@ -83,9 +83,9 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
             lacking |= {f"{stem}.{key}": why for stem in picked}
             lacking |= {f"{one}-minus-{other}.{key}": "likewise" for one, other in permutations(picked, 2)}
         tables = {"Benchmarks, intervals over rows": scores.table(picked)}
-        return Outcome(scores.numbers(picked), tables, notes=(*about, *scores.about()), without=lacking)
+        return StepOutcome(scores.numbers(picked), tables, notes=(*about, *scores.about()), without=lacking)
 
-    return PreparedStep(Outcome(notes=notes), run)
+    return PreparedStep(StepOutcome(notes=notes), run)
 
 
 def benchmark_config(

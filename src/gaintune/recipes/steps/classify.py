@@ -22,7 +22,7 @@ from gaintune.evaluate import compare_adapters, compare_classifiers, compare_mas
 from gaintune.methods import check_method, get_method
 from gaintune.models import is_masked
 from gaintune.recipes import smoke
-from gaintune.recipes.outcome import Context, Outcome, PreparedStep
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import BUDGETS
 from gaintune.recipes.schema import laid_over
 from gaintune.recipes.steps.train import OWN_DOMAINS, sums_of
@@ -64,7 +64,7 @@ def classify(settings: dict[str, Any], context: Context) -> PreparedStep:
     adapters = {f"{run.variant}/{run.task}-seed-{run.seed}": study.folder(run) / "adapter" for run in runs}
     texts, plan = study.text_plan, runs[0].plan
 
-    def measure() -> Outcome:
+    def measure() -> StepOutcome:
         study.settle_rows()
         accuracies = [100 * study.accuracy(run) for run in runs]
         kept = {task: study.kept([run for run in runs if run.task == task]) for task in study.tasks}
@@ -76,7 +76,7 @@ def classify(settings: dict[str, Any], context: Context) -> PreparedStep:
         write(scores, base, context.folder)
         notes = [*context.setup.text_notes({"domains": settings["texts"]}), *([study.why_not] if study.missing else [])]
         missing = [f"{label}.{task}.accuracy" for label in _grouped(scores, "label") for task in study.missing]
-        return Outcome(
+        return StepOutcome(
             numbers=numbers(scores, base, plan.evaluate.confidence),
             tables=tables(scores, base),
             figures=tuple(sorted(context.folder.glob("*.png"))),
@@ -87,7 +87,7 @@ def classify(settings: dict[str, Any], context: Context) -> PreparedStep:
             without=dict.fromkeys(missing, "its task has no rows"),
         )
 
-    return PreparedStep(Outcome(adapters=adapters, plan=plan, apart=True), measure)
+    return PreparedStep(StepOutcome(adapters=adapters, plan=plan, apart=True), measure)
 
 
 @dataclass(frozen=True)

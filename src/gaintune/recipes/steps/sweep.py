@@ -9,7 +9,7 @@ import pandas as pd
 import gaintune.workflows.sweep as sweeps
 from gaintune.errors import SweepError
 from gaintune.progress import plural
-from gaintune.recipes.outcome import Context, Outcome, PreparedStep
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.report import markdown_table
 from gaintune.results import BACKWARD_TRANSFER, Interval, highest, lowest
 from gaintune.storage import write_text
@@ -39,7 +39,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
     common = {key: value for key, value in plan.model_dump(mode="json").items() if key != "methods"}
     grid = sweeps.read_grid({**axes, "methods": methods, "plan": common})
 
-    def run() -> Outcome:
+    def run() -> StepOutcome:
         table = sweeps.run_sweep(grid, context.folder, engine="sequential", progress=context.progress)
         sweeps.discard(context.folder)
         broken = [row for row in table.failed if not row.diverged] or (() if table.finished else table.failed)
@@ -57,7 +57,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
         notes = [*context.setup.text_notes(settings)]
         notes += [sweeps.pair_sentence(pair, comparison) for pair in comparison.pairs]
         notes += [sweeps.curve_sentence(curve, comparison) for curve in comparison.curves]
-        return Outcome(
+        return StepOutcome(
             numbers=numbers,
             tables={
                 every_rate: sweeps.point_frame(comparison.points, comparison),
@@ -71,7 +71,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
             diverged={_plain(lost.variant): f"at {lost.lr:g}: {lost.error}" for lost in comparison.missing},
         )
 
-    return PreparedStep(Outcome(plan=Outcome.expected(plan).plan), run)
+    return PreparedStep(StepOutcome(plan=StepOutcome.expected(plan).plan), run)
 
 
 def numbers_of(comparison: sweeps.SweepComparison) -> tuple[dict[str, Interval], dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gaintune.config import Plan
 from gaintune.errors import DivergedError
-from gaintune.recipes.outcome import Context, Outcome, PreparedStep
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
 from gaintune.results import Interval, Matrix, Summary, highest
 from gaintune.storage import read_stored, sha256_file, stage_folder
@@ -30,7 +30,7 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
         return PreparedStep.left_out(why)
     plan = context.setup.plan(settings, origin=context.origin)
 
-    def run() -> Outcome:
+    def run() -> StepOutcome:
         matrix, outcome = train(plan, context.folder, context)
         tables = {f"Summary: {MEASURE}": summary_frame(matrix)}
         for method in matrix.methods:
@@ -39,7 +39,7 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
             )
         return replace(outcome, tables=tables, notes=(*context.setup.text_notes(settings), *outcome.notes))
 
-    return PreparedStep(Outcome.expected(plan), run)
+    return PreparedStep(StepOutcome.expected(plan), run)
 
 
 def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
@@ -50,8 +50,8 @@ def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
     context.refuse_owned({**OWN_DOMAINS, "data.watched": OWN_DOMAINS["data.domains"]})
     domains = setup.domains(settings.get("domains", ()))
 
-    def run() -> Outcome:
-        outcomes: dict[str, Outcome] = {}
+    def run() -> StepOutcome:
+        outcomes: dict[str, StepOutcome] = {}
         tables = {}
         for domain in domains:
             name = str(domain["name"])
@@ -61,7 +61,7 @@ def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
             tables[f"{name} learnt by itself: {MEASURE}"] = summary_frame(matrix)
         by_name = outcomes.items()
         diverged = {label: f"{name}: {why}" for name, outcome in by_name for label, why in outcome.diverged.items()}
-        return Outcome(
+        return StepOutcome(
             numbers={f"{name}.{key}": value for name, outcome in by_name for key, value in outcome.numbers.items()},
             tables=tables,
             figures=tuple(figure for outcome in outcomes.values() for figure in outcome.figures),
@@ -75,10 +75,10 @@ def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
 
     plan = setup.plan(settings, origin=context.origin)
     runs = tuple(Path(domain.name) for domain in plan.data.domains)
-    return PreparedStep(Outcome.expected(plan, apart=True, runs=runs), run)
+    return PreparedStep(StepOutcome.expected(plan, apart=True, runs=runs), run)
 
 
-def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, Outcome]:
+def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, StepOutcome]:
     """Run a sequence and write its report; return the matrix of the methods that finished, and the outcome.
 
     Raises:
@@ -97,7 +97,7 @@ def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, Outcome]:
             comparisons=tuple(pair for pair in whole.comparisons if not {pair.label, pair.against} & set(diverged)),
         )
     write_report(folder)
-    outcome = Outcome(
+    outcome = StepOutcome(
         numbers=_numbers(matrix),
         figures=tuple(sorted((folder / "figures").glob("*.png"))),
         adapters={
