@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from gaintune.analysis import ANALYSES, Analysis, Subject, check_output, write_result
-from gaintune.cli.benchmarks import BenchmarkSettings
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
+from gaintune.cli.evaluate import BenchmarkSettings
 from gaintune.cli.options import PLAN_OF_TEXTS, AllowOtherBase, Given, command
 from gaintune.config import Plan
 

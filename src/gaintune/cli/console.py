@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -21,11 +22,11 @@ err = Console(stderr=True)
 LINES_EVERY = 15.0  # seconds between two lines of progress where there is no terminal to draw a bar on
 
 
+@dataclass(frozen=True)
 class Bars:
     """Progress on a terminal as a bar, and elsewhere (a log file) as a line now and then."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    console: Console
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
@@ -41,7 +42,7 @@ class Bars:
 
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[pace]}"), TimeRemainingColumn()]
-        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             row = bar.add_task(title, total=total, pace="")
 
             def advance(amount: int, **latest: float) -> None:
@@ -50,11 +51,11 @@ class Bars:
                 figures.update(latest)
                 bar.update(row, completed=round(done), pace=pace())
                 waited = time.perf_counter() - said > LINES_EVERY
-                if waited and round(done) < total and not self._console.is_terminal:
+                if waited and round(done) < total and not self.console.is_terminal:
                     said = time.perf_counter()
                     left = (said - start) / done * (total - done)
                     line = f"{title}: {done:,.0f}/{total:,.0f} {unit}, {pace()}, {left:.0f} s left"
-                    self._console.print(line, highlight=False)
+                    self.console.print(line, highlight=False)
 
             yield advance
         if time.perf_counter() - start > 2.0:
@@ -62,7 +63,7 @@ class Bars:
 
     def note(self, text: str) -> None:
         """Print a plain line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def say(text: str) -> None:

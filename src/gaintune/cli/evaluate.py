@@ -1,9 +1,9 @@
-"""The command that measures a model and adapters on it, and what commands print of a classifier."""
+"""The command that measures a model and adapters on it, its options, and the tables that it prints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,16 +12,17 @@ import typer
 from pydantic import Field
 from rich.table import Table
 
-from gaintune.cli.benchmarks import BenchmarkSettings, tables
+from gaintune.adapters import BASE
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
 from gaintune.cli.options import PLAN_OF_TEXTS, AllowOtherBase, Given, command, refuse
-from gaintune.config import Flag, Plan, Section, as_domain
+from gaintune.config import EvaluateConfig, Flag, Plan, Section, as_domain
 from gaintune.errors import ConfigError
 from gaintune.progress import plural
 from gaintune.results import Interval
 
 if TYPE_CHECKING:
     from gaintune.evaluate import Scores
+    from gaintune.evaluate.benchmarks import BenchmarkComparison, BenchmarkConfig, BenchmarkReport, BenchmarkScore
     from gaintune.workflows import ClassifierResult
 
 commands = typer.Typer()
@@ -30,12 +31,43 @@ commands = typer.Typer()
 class EvaluationSettings(Section):
     """Measures other than the perplexity of texts and the accuracy of classifiers."""
 
-    masked: bool = Field(
-        default=False, description="masked-LM perplexity of an encoder with its original head, on text."
-    )
+    masked: bool = Field(default=False, description="masked-LM perplexity of an encoder with its original head.")
     choices: Annotated[list[str], Flag(metavar="FILE|NAME=FILE")] = Field(
         default=[], description="questions with choices: accuracy by the likelihood of each choice; repeatable."
     )
+
+
+class BenchmarkSettings(Section):
+    """Options for benchmarks, beside their names; None for what was not given."""
+
+    fewshot: int | None = Field(default=None, description="worked examples before a question; lm-eval's unless given.")
+    fewshot_seed: int | None = Field(
+        default=None, serialization_alias="seed", description="seed that draws worked examples; lm-eval's unless given."
+    )
+    limit: int | None = Field(default=None, description="rows of each benchmark, the first ones; all unless given.")
+    benchmark_data: Annotated[list[str] | None, Flag(metavar="FOLDER|NAME=PATH")] = Field(
+        default=None, serialization_alias="data", description="local rows: a folder with one for each; repeatable."
+    )
+    benchmark_source: str | None = Field(
+        default=None, serialization_alias="source", description="auto (the Hub for what is not local), hub or local."
+    )
+    generated_tokens: int | None = Field(default=None, description="longest generated answer, in tokens.")
+    allow_code_execution: bool = Field(default=False, description="run programs that the model writes (humaneval).")
+
+    def config(self, uncertainty: EvaluateConfig, benchmarks: str | Sequence[str] | None) -> BenchmarkConfig | None:
+        """Return which benchmarks to measure and how; None for none.
+
+        Raises:
+            ConfigError: an option for benchmarks without any, or a wrong value.
+        """
+        if not benchmarks:
+            refuse("is for benchmarks: name some with --benchmarks", self.model_dump(exclude_unset=True))
+            return None
+        from gaintune.evaluate.benchmarks import read_config
+
+        common = uncertainty.model_dump()
+        common["bootstrap_seed"] = common.pop("seed")
+        return read_config({**common, "tasks": benchmarks, **self.model_dump(exclude_unset=True, by_alias=True)})
 
 
 @command(
@@ -110,7 +142,7 @@ def evaluate(
         values = [figure.to_dict() for figure in figures]
         typer.echo(json.dumps({"domains": values, "benchmarks": report.to_dict()} if report else values, indent=1))
         return
-    for drawn in [*(draw(figures) if figures else []), *(tables(report) if report else [])]:
+    for drawn in [*(draw(figures) if figures else []), *(benchmark_tables(report) if report else [])]:
         out.print(drawn, highlight=False, soft_wrap=isinstance(drawn, str))
 
 
@@ -238,3 +270,48 @@ def print_classifier(result: ClassifierResult) -> None:
         f"{result.trainable_parameters:,} parameters trained, the new head's among them, on {result.tokens:,} tokens "
         f"in {plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}"
     )
+
+
+def benchmark_tables(report: BenchmarkReport) -> Iterator[Table | str]:
+    """Draw the scores of the benchmarks, and yield a line about the rows of each."""
+    rows = []
+    about = {}
+    names = _short(list(report.adapted))
+    for score in (score for name in report.asked for score in report.base if score.task == name):
+        compared = [one for one in report.comparisons if (one.task, one.metric) == (score.task, score.metric)]
+        share = all(one.unit == "points" for one in compared) if compared else score.is_share
+        rows.append([score.task, score.metric, BASE, _value(score, share), "—"])
+        rows += [["", "", names[one.label], _value(one.adapted, share), _difference(one)] for one in compared]
+        facts = score.facts
+        origin = f"{score.rows:,} {facts.split} rows of {facts.source}"
+        about[score.task] = "; ".join([f"{score.task}: {origin}", f"{facts.fewshot} worked examples", *facts.notes])
+    heads = ["benchmark", "metric", "model", "score ± standard error", "against the base"]
+    yield table("", heads, rows, numeric=(3, 4))
+    yield from about.values()
+
+
+def _short(labels: Sequence[str]) -> dict[str, str]:
+    """Shorten paths by the folders that all begin and end with, a single one to its last part; never to `base`."""
+    parts = [list(Path(label).parts) for label in labels]
+    for end in (0, -1):
+        while len(parts) > 1 and all(len(path) > 1 and path[end] == parts[0][end] for path in parts):
+            for path in parts:
+                path.pop(end)
+    names = ["/".join(path if len(parts) > 1 else path[-1:]) for path in parts]
+    return dict(zip(labels, labels if BASE in names else names, strict=True))
+
+
+def _value(score: BenchmarkScore, share: bool) -> str:
+    factor, unit = (100.0, " %") if share else (1.0, "")
+    error = "" if score.stderr is None else f" ± {factor * score.stderr:.2f}"
+    return f"{factor * score.value:.2f}{error}{unit}"
+
+
+def _difference(comparison: BenchmarkComparison) -> str:
+    difference = comparison.difference
+    if difference is None:
+        return "—"
+    if comparison.unit == "%":
+        return percent(difference)
+    text = percent(difference, "+.2f", unit="")
+    return f"{text} points" if comparison.unit == "points" else text

@@ -244,21 +244,19 @@ class FieldOption:
 def plan_options(takes: Sequence[str], without: Sequence[str] = ()) -> list[FieldOption]:
     """List the options of marked fields under the keys of `takes`, without those under the keys of `without`."""
     options: dict[str, FieldOption] = {}
-    for section in takes:
-        for key, info, flag in _marked(Plan):
-            if not _under(key, section) or any(_under(key, left) for left in without):
-                continue
-            name = flag.name or key.rpartition(".")[2].replace("_", "-")
-            option = options.setdefault(name, FieldOption(info, flag, name, (key,), GROUPS[key.partition(".")[0]]))
-            if option.keys != (key,):
-                if not (flag.joint and option.flag.joint):
-                    raise TypeError(f"two fields make --{name}: {option.keys[0]} and {key}; name one in its Flag")
-                options[name] = replace(option, keys=(*option.keys, key))
+    for key, info, flag in _marked(Plan):
+        taken, left = (any(f"{key}.".startswith(f"{part}.") for part in parts) for parts in (takes, without))
+        if not taken or left:
+            continue
+        name = flag.name or key.rpartition(".")[2].replace("_", "-")
+        first = options.get(name)
+        if first is None:
+            options[name] = FieldOption(info, flag, name, (key,), GROUPS[key.partition(".")[0]])
+        elif flag.joint and first.flag.joint:
+            options[name] = replace(first, keys=(*first.keys, key))
+        else:
+            raise TypeError(f"two fields make --{name}: {first.keys[0]} and {key}; name one in its Flag")
     return list(options.values())
-
-
-def _under(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
 
 
 def _marked(model: type[BaseModel], prefix: str = "", seen: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any, Flag]]:

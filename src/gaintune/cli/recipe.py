@@ -74,9 +74,7 @@ def run(
     scale: Annotated[
         str, typer.Option(help="paper (its models, data and budgets), small (the demo model), smoke (random weights).")
     ] = "small",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of local copies under the papers' names; else Hub or embedded texts.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of local copies under the papers' names.")] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs that a model wrote (HumanEval), with limits.")
     ] = False,

@@ -1,4 +1,4 @@
-"""Commands that train: the demonstration, one adaptation, a sequence of domains."""
+"""Commands that train: the demonstration, a sequence of domains, one adaptation, a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries
 from gaintune.cli.evaluate import print_classifier
 from gaintune.cli.options import AllowOtherBase, Given, command, run_option
 from gaintune.config import Plan
-from gaintune.errors import DivergedError
+from gaintune.errors import DataError, DivergedError, SweepError
+from gaintune.progress import plural
 
 commands = typer.Typer()
 training = partial(command, commands, group="Training")
@@ -96,9 +97,7 @@ gaintune adapt plan.yaml --out adapters/notes --set train.clip=0.5""",
 )
 def adapt(
     plan: Plan,
-    out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder for the adapter; must not exist.", rich_help_panel="Output")
-    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="New folder for the adapter.", rich_help_panel="Output")],
     start: Annotated[
         Path | None, typer.Option(help="Adapter to continue from, such as the last domain's.", rich_help_panel="Start")
     ] = None,
@@ -106,7 +105,6 @@ def adapt(
 ) -> None:
     """Adapt to one domain with one method and save the adapter; with --task classify, a new head beside it."""
     quiet_libraries()
-    from gaintune.progress import plural
     from gaintune.results import change
     from gaintune.storage import first_process
     from gaintune.workflows import ClassifierResult
@@ -125,3 +123,67 @@ def adapt(
         f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens of blocks in "
         f"{plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}"
     )
+
+
+@training(
+    "sweep",
+    examples="""\
+gaintune sweep grid.yaml --run runs/sweep --jobs 2
+gaintune sweep grid.yaml --set seeds=[0,1] --set plan.train.epochs=2
+gaintune sweep grid.yaml --engine ray --address ray://head:10001 --jobs 8
+gaintune sweep grid.yaml --figure in_domain --target -20""",
+)
+def sweep(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid: methods, rates, orders, seeds and more.")],
+    run: Annotated[Path, run_option("Folder of the sweep; finished runs in it are kept.", None)] = Path("runs/sweep"),
+    engine: Annotated[
+        str, typer.Option(help="loky (processes here), ray, dask, or sequential (one process).")
+    ] = "loky",
+    jobs: Annotated[int, typer.Option(help="Runs at a time; each gets its share of the cores.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Ray or Dask cluster; a local one starts unless given.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="In-domain change, in %, to compare at; unless given, what all reach.")
+    ] = None,
+    figure: Annotated[str, typer.Option(help="Figure to compare, a column of sweep.csv.")] = "backward_transfer",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the grid, such as seeds=[0,1].")
+    ] = None,
+) -> None:
+    """Run a grid of sequences, whatever of it is missing, and compare its methods over rates, seeds and orders.
+
+    Writes sweep.csv (a row for each run) and cells.csv (a row for each domain measured), both as .parquet too,
+    comparison.md and .json, and the trade-off as tradeoff.png and .svg. Keys of the grid are set as --set seeds=[0,1]
+    or --set plan.train.epochs=2. Ends with exit code 1 if any run failed.
+    """
+    import gaintune.workflows.sweep as sweeps
+
+    engine = sweeps.check_engine(engine, jobs, address)  # before what takes seconds to load
+    quiet_libraries()
+    sweeps.check_comparison(figure, target)
+    checked, progress = sweeps.read_grid(grid, set_ or ()), progress_on(err)
+    done = sweeps.run_sweep(
+        checked, run, engine=engine, jobs=jobs, address=address, progress=progress, prepare=quiet_libraries
+    )
+    sweeps.discard(run)
+    written = "tables"
+    if done.finished:
+        try:
+            confidence = checked.plan.evaluate.confidence
+            comparison = sweeps.compare_sweep(done, target=target, figure=figure, confidence=confidence)
+        except DataError as error:
+            say(f"methods are not compared: {error}")
+        else:
+            sweeps.write(comparison, run)
+            written = "tables and comparison"
+            frame = sweeps.point_frame(comparison.matched, comparison)
+            rows = [list(map(str, row)) for row in frame.itertuples()]
+            heads = ["method", *frame.columns]
+            out.print(table(sweeps.target_title(comparison), heads, rows, numeric=range(1, 5)))
+            lines = [sweeps.pair_sentence(pair, comparison) for pair in comparison.pairs]
+            lines += [f"by curve, {sweeps.curve_sentence(curve, comparison)}" for curve in comparison.curves]
+            for line in (*lines, *sweeps.remarks(comparison)):
+                say(line)
+    say(f"{plural(len(done.finished), 'run')} finished, {len(done.failed)} failed; {written} {run}")
+    if done.failed:
+        failures = "\n".join(f"  {row.folder}: {row.error}" for row in done.failed)
+        raise SweepError(f"{plural(len(done.failed), 'run')} failed; the same command tries them again:\n{failures}")

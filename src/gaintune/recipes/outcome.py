@@ -104,13 +104,10 @@ class Context:
     """What a step may use, when it is prepared and when it is run.
 
     Attributes:
-        name: the step's name.
-        folder: where it writes; made by the step.
+        folder: where the step writes; made by the step.
         setup: base, texts and budgets.
         earlier: outcomes of the steps before, by name; while steps are only checked, the expected ones, which have
             neither numbers nor files.
-        progress: where to show progress.
-        allow_code_execution: whether generated programs may be run.
     """
 
     name: str

@@ -27,10 +27,7 @@ BUDGETS: dict[Scale, dict[str, dict[str, Any]]] = {
         "data": {"train_tokens": 200_000, "validation_tokens": 51_200, "block_size": 250},
         "train": {"batch_size": 4, "epochs": 5},
     },
-    "small": {
-        "data": {"train_tokens": 4_096, "validation_tokens": 1_024, "block_size": 256},
-        "train": {"batch_size": 2},
-    },
+    "small": {"data": {"train_tokens": 4096, "validation_tokens": 1024, "block_size": 256}, "train": {"batch_size": 2}},
     "smoke": {
         "data": {"train_tokens": 256, "validation_tokens": 128, "block_size": 32},
         "train": {"batch_size": 4, "epochs": 1},

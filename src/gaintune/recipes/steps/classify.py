@@ -53,7 +53,11 @@ def classify(settings: dict[str, Any], context: Context) -> PreparedStep:
     `LABEL.retention`, the change of perplexity in %; `LABEL.perplexity`; of several ranks also `LABEL-rRANK.accuracy`
     and so on; `A-minus-B.accuracy` and `.retention`, paired seed by seed, for every method A and those before it.
     """
-    owned = {"methods": "each task has its own", "train.seed": "its seeds are an axis", "data.task": "it learns labels"}
+    owned = {
+        "methods": "each task has its own",
+        "train.seed": "its seeds are an axis",
+        "data.task": "its rows have labels",
+    }
     context.refuse_owned({**OWN_DOMAINS, **owned})
     study = ClassificationStudy(settings, context)
     if not study.tasks:
@@ -255,9 +259,7 @@ WIDE = 2.0  # ratio of perplexities from which evenly spaced ticks would crowd o
 
 def by_seed(rows: Rows, field: str) -> list[float]:
     """Return a field's mean over tasks and ranks for every seed, in order."""
-    return [
-        mean(getattr(row, field) for row in rows if row.seed == seed) for seed in sorted({row.seed for row in rows})
-    ]
+    return [mean(getattr(row, field) for row in own) for _, own in sorted(_grouped(rows, "seed").items())]
 
 
 def numbers(rows: Rows, base: float, confidence: float) -> dict[str, Interval]:

@@ -16,7 +16,7 @@ from gaintune.storage import read_stored, sha256_file, stage_folder
 from gaintune.workflows import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
-OWN_DOMAINS = {"data.domains": "the recipe says what each run learns"}
+OWN_DOMAINS = {"data.domains": "the recipe says what each run trains on"}
 
 
 def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
@@ -34,9 +34,8 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
         matrix, outcome = train(plan, context.folder, context)
         tables = {f"Summary: {MEASURE}": summary_frame(matrix)}
         for method in matrix.methods:
-            tables[f"{method.label}, every domain after every stage, likewise"] = cell_frame(matrix, method).map(
-                lambda cell: NONE if cell is None else with_interval(cell)
-            )
+            cells = cell_frame(matrix, method).map(lambda cell: NONE if cell is None else with_interval(cell))
+            tables[f"{method.label}, every domain after every stage, likewise"] = cells
         return replace(outcome, tables=tables, notes=(*context.setup.text_notes(settings), *outcome.notes))
 
     return PreparedStep(StepOutcome.expected(plan), run)
