@@ -32,7 +32,7 @@ def _grouped(entries: Iterable[tuple[Any, tuple[str, str]]]) -> dict[str, list[t
     return groups
 
 
-def _write_examples(command: Any, ctx: Any, formatter: Any) -> None:
+def _write_examples(command: Any, formatter: Any) -> None:
     """Write the examples as they are: a line that can be copied must not be broken."""
     if command.epilog:
         lines = "".join(f"  {line}\n" for line in command.epilog.splitlines())
@@ -42,8 +42,11 @@ def _write_examples(command: Any, ctx: Any, formatter: Any) -> None:
 class HelpfulCommand(TyperCommand):
     """A command whose help has its options in named groups, and examples below."""
 
-    format_options = _write_parameters
-    format_epilog = _write_examples
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write_parameters(self, ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _write_examples(self, formatter)
 
 
 class HelpfulGroup(TyperGroup):
@@ -52,7 +55,7 @@ class HelpfulGroup(TyperGroup):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write options, examples and commands: programs read the names of commands to the end of the help."""
         _write_parameters(self, ctx, formatter)
-        _write_examples(self, ctx, formatter)
+        _write_examples(self, formatter)
         self.format_commands(ctx, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:

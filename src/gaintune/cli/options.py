@@ -148,7 +148,8 @@ def _laid(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
 def _laid_over_entries(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Lay an option over every method, or over every domain that is a local file rather than a known name."""
     place, _, name = key.partition(".*.")
-    held, default = values, Plan()
+    held: Any = values
+    default: Any = Plan()
     for part in place.split("."):
         held = held.get(part) if isinstance(held, dict) else None
         default = getattr(default, part)

@@ -21,12 +21,12 @@ from gaintune.storage import complete_folder, damage, write_text
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 END = "<end>"
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
 def base(folder: Path, seed: int = 0) -> Path:
     """Write a Llama of three layers, one for each third of the depth, unless it is there; return the folder."""
-    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
     config = transformers.LlamaConfig(
         vocab_size=300, num_hidden_layers=3, num_key_value_heads=2, max_position_embeddings=512, **SIZES, **ids
     )
@@ -39,7 +39,7 @@ def base(folder: Path, seed: int = 0) -> Path:
 
 def encoder(folder: Path, seed: int = 0) -> Path:
     """Write a RoBERTa with its masked-LM head, unless it is there; return the folder."""
-    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    ids: dict[str, Any] = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     sizes = {"vocab_size": len(SPECIAL) + 256, "num_hidden_layers": 2, **SIZES}
     config = transformers.RobertaConfig(max_position_embeddings=514, type_vocab_size=1, **sizes, **ids)
 
@@ -164,7 +164,7 @@ def benchmark_rows() -> dict[str, list[dict[str, Any]]]:
     """Return questions by the benchmark's name, in a form that `gaintune.evaluate.benchmarks.rows` reads."""
     questions = [f"Question: What comes after {name}?\nAnswer:" for name in NAMES[:ROWS]]
     four_choices = [_choice(question, n, 4) for n, question in enumerate(questions)]
-    rows = dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "mmlu"), four_choices)
+    rows: dict[str, Any] = dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "mmlu"), four_choices)
     rows["commonsense_qa"] = [_choice(question, n, 5) for n, question in enumerate(questions)]
     rows["hellaswag"] = [_choice(f"{NAMES[n]}, and after that comes", n, 4) for n in range(ROWS)]
     rows["piqa"] = [_choice(f"Goal: count on from {NAMES[n]}\nAnswer:", n, 2) for n in range(ROWS)]

@@ -136,7 +136,8 @@ class ClassificationStudy:
         origin = context.origin
         if unknown := [key for key in settings if key not in KEYS]:
             raise ConfigError(f"{origin}: unknown key {unknown[0]!r}; known keys: {', '.join(KEYS)}")
-        tasks = [{"name": task} if isinstance(task, str) else dict(task) for task in settings.get("tasks", ())]
+        named = settings.get("tasks", ())
+        tasks: list[dict[str, Any]] = [{"name": task} if isinstance(task, str) else dict(task) for task in named]
         self._settings, self._context = settings, context
         self._sources: dict[str, str | None] = {}
         for name in (task["name"] for task in tasks):
