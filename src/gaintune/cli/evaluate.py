@@ -46,10 +46,10 @@ class BenchmarkSettings(Section):
     )
     limit: int | None = Field(default=None, description="rows of each benchmark, the first ones; all unless given.")
     benchmark_data: Annotated[list[str] | None, Flag(metavar="FOLDER|NAME=PATH")] = Field(
-        default=None, serialization_alias="data", description="local rows: a folder with one for each; repeatable."
+        default=None, serialization_alias="data", description="local rows: a folder of benchmarks' folders; repeatable."
     )
     benchmark_source: str | None = Field(
-        default=None, serialization_alias="source", description="auto (the Hub for what is not local), hub or local."
+        default=None, serialization_alias="source", description="rows from: auto (local, else the Hub), hub or local."
     )
     generated_tokens: int | None = Field(default=None, description="longest generated answer, in tokens.")
     allow_code_execution: bool = Field(default=False, description="run programs that the model writes (humaneval).")
@@ -102,8 +102,7 @@ def evaluate(
         ),
     ] = None,
     no_cache: Annotated[
-        bool,
-        typer.Option("--no-cache", help="Measure benchmarks anew, and keep no scores.", rich_help_panel="Benchmark"),
+        bool, typer.Option("--no-cache", help="Measure anew, and keep no scores.", rich_help_panel="Benchmark")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")

@@ -114,8 +114,7 @@ class ScaleSetup:
 
     def missing(self, domains: Sequence[Domain]) -> list[str]:
         """Return the names of the domains that have no text here."""
-        lacking = [domain for domain in domains if self._domain(domain) is None]
-        return [domain if isinstance(domain, str) else str(domain["name"]) for domain in lacking]
+        return [d if isinstance(d, str) else str(d["name"]) for d in domains if self._domain(d) is None]
 
     def why_not(self, settings: Mapping[str, Any]) -> str | None:
         """Say why a step cannot train or measure anything at this scale; None where it can."""

@@ -24,10 +24,7 @@ from gaintune.results import Interval
 
 @dataclass(frozen=True)
 class _Part:
-    """One run of an analysis: its title, its adapters by their names in numbers, and its folder.
-
-    The names of its numbers are given once with each of `prefixes`.
-    """
+    """One run of an analysis: its title, its adapters by name, its folder, and the prefixes of its numbers' names."""
 
     title: str
     adapters: Mapping[str, Path]

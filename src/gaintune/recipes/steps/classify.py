@@ -179,9 +179,7 @@ class ClassificationStudy:
     def _common(self) -> dict[str, Any]:
         """Return the scale's values of any plan, and its base: an encoder of a smoke run."""
         setup = self._context.setup
-        base = setup.model
-        if setup.scale == "smoke":
-            base = str(smoke.encoder(Path(base).with_name("encoder")))
+        base = str(smoke.encoder(Path(setup.model).with_name("encoder"))) if setup.scale == "smoke" else setup.model
         budget = {key: value for key, value in BUDGETS[setup.scale].items() if key in ("model", "evaluate")}
         return laid_over(budget, {"model": {"name": base}})
 
