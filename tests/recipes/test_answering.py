@@ -10,8 +10,8 @@ from gaintune.evaluate import compare_choices
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, run_recipe
 from gaintune.recipes.outcome import Context
-from gaintune.recipes.steps.answers import answers
-from gaintune.recipes.world import World, questions
+from gaintune.recipes.scales import ScaleSetup
+from gaintune.recipes.steps.answers import answers, local_questions
 from support import STUDY_DATA
 
 DATA = STUDY_DATA
@@ -70,8 +70,8 @@ def test_a_wrong_set_is_refused_in_words(tmp_path):
 
 
 def test_without_rows_the_step_is_left_out_and_says_which(tmp_path):
-    context = Context("ask", tmp_path, World("small", "demo", None, {}), {}, Silent())
-    outcome = answers(dict(SETTINGS), context)
+    context = Context("ask", tmp_path, ScaleSetup("small", "demo", None, {}), {}, Silent())
+    outcome = answers(dict(SETTINGS), context).expected
     assert outcome.left_out
     assert outcome.notes[0].endswith("(give --data FOLDER): finphrase, sst2")
 
@@ -79,8 +79,8 @@ def test_without_rows_the_step_is_left_out_and_says_which(tmp_path):
 @pytest.mark.study_data
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the study datasets are not in {DATA}")
 def test_the_study_folder_holds_all_sets_but_pubmedqas_answers():
-    world = World("small", "demo", DATA, {})
-    assert questions(world, "finphrase") == DATA / "domains" / "finphrase"
-    assert questions(world, "sst2") == DATA / "domains" / "sst2"
-    assert questions(world, "medqa") == DATA / "benchmarks" / "medqa"
-    assert questions(world, "pubmedqa") is None
+    setup = ScaleSetup("small", "demo", DATA, {})
+    assert local_questions(setup, "finphrase") == DATA / "domains" / "finphrase"
+    assert local_questions(setup, "sst2") == DATA / "domains" / "sst2"
+    assert local_questions(setup, "medqa") == DATA / "benchmarks" / "medqa"
+    assert local_questions(setup, "pubmedqa") is None

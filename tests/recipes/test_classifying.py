@@ -12,9 +12,9 @@ from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, run_recipe
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes.outcome import Context
+from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps import classify as report
-from gaintune.recipes.steps.classify import DECODER, Measured, Study
-from gaintune.recipes.world import World
+from gaintune.recipes.steps.classify import DECODER, ClassificationStudy, ClassifierScores
 from support import STUDY_DATA
 
 DATA = STUDY_DATA
@@ -83,14 +83,14 @@ def test_a_decoder_is_measured_under_its_own_head_and_says_so(tmp_path):
     assert outcome.numbers["lora.perplexity"].value != outcome.numbers["base.perplexity"].value
 
 
-def measured() -> list[Measured]:
+def measured() -> list[ClassifierScores]:
     """Two methods, one with two ranks; two tasks, three seeds."""
     rows = []
     for seed in range(3):
         for task, level in (("cola", 80.0), ("mrpc", 90.0)):
             for rank in (4, 8):
-                rows.append(Measured(task, "lora", rank, seed, level + rank + seed, 10.0 + rank, 20.0 + seed))
-            rows.append(Measured(task, "full", None, seed, level + 2 * seed, 30.0, 50.0 + seed))
+                rows.append(ClassifierScores(task, "lora", rank, seed, level + rank + seed, 10.0 + rank, 20.0 + seed))
+            rows.append(ClassifierScores(task, "full", None, seed, level + 2 * seed, 30.0, 50.0 + seed))
     return rows
 
 
@@ -141,8 +141,8 @@ def test_a_wrong_step_is_refused_in_words(changes, message, tmp_path):
 
 
 def test_a_scale_without_rows_leaves_the_step_out(tmp_path):
-    world = World("small", "demo", None, {})
-    study = Study(recipe().steps[0].settings, Context("glue", tmp_path, world, {}, Silent()))
+    setup = ScaleSetup("small", "demo", None, {})
+    study = ClassificationStudy(recipe().steps[0].settings, Context("glue", tmp_path, setup, {}, Silent()))
     assert (study.tasks, study.missing) == ({}, ["sst2", "cola"])
 
 
@@ -150,8 +150,8 @@ def test_a_scale_without_rows_leaves_the_step_out(tmp_path):
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the study datasets are not in {DATA}")
 def test_the_small_scale_is_a_plan_over_the_study_rows(tmp_path):
     found = recipe_named("D2")
-    context = Context("glue", tmp_path, World("small", "demo", DATA, {}), {}, Silent())
-    cells = list(Study(found.settings(found.steps[0], "small"), context).cells())
-    assert len(cells) == 2 * 3 * 2
-    assert {cell.plan.data.domains[0].source for cell in cells} == {str(DATA / "glue" / n) for n in ("sst2", "cola")}
-    assert {cell.plan.train.seed for cell in cells} == {0, 1}
+    context = Context("glue", tmp_path, ScaleSetup("small", "demo", DATA, {}), {}, Silent())
+    runs = list(ClassificationStudy(found.settings(found.steps[0], "small"), context).runs())
+    assert len(runs) == 2 * 3 * 2
+    assert {run.plan.data.domains[0].source for run in runs} == {str(DATA / "glue" / n) for n in ("sst2", "cola")}
+    assert {run.plan.train.seed for run in runs} == {0, 1}

@@ -10,13 +10,10 @@ from gaintune.errors import ConfigError, DataError
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
-from gaintune.recipes.differences import LISTS, budget_note, dropped, names_in, note_of, stem_of
-from gaintune.recipes.outcome import Context, Outcome, last_of_each
-from gaintune.recipes.steps import benchmarks as benchmarking
-from gaintune.recipes.steps.benchmarks import asked_config
-from gaintune.recipes.steps.classify import HOPELESS, mean_kept
-from gaintune.recipes.steps.kinds import KINDS
-from gaintune.recipes.world import World
+from gaintune.recipes.outcome import Context, StepOutcome
+from gaintune.recipes.scales import LISTS, ScaleSetup, budget_note, dropped, names_in, note_of, stem_of
+from gaintune.recipes.steps.benchmarks import BY_TARGET, benchmark_config
+from gaintune.recipes.steps.classify import MAX_REPORTED_PERPLEXITY, mean_kept
 
 LEARNS = {"domains": ["pubmedqa"], "methods": ["gain", {"name": "lora", "lr": 0.01}]}
 
@@ -161,15 +158,15 @@ def test_of_rates_the_best_by_the_target_alone_is_asked_the_rest(tmp_path):
     assert set(chosen) == set(labels)
     assert len(asked) == 2 and "lora" in asked
     assert {"gain.kept", "gain.target", "lora-minus-gain.kept"} <= set(outcome.numbers)
-    assert benchmarking.BY_TARGET in outcome.notes
+    assert BY_TARGET in outcome.notes
 
 
 def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_none(tmp_path):
-    plan = World("small", "demo", None, {}).plan({"domains": ["pubmedqa"], "methods": ["gain"]}, origin="here")
+    plan = ScaleSetup("small", "demo", None, {}).plan({"domains": ["pubmedqa"], "methods": ["gain"]}, origin="here")
 
     def missing(data: Path) -> dict[str, str]:
-        context = Context("ask", tmp_path, World("small", "demo", data, {}), {}, Silent())
-        return asked_config({}, ["gsm8k"], plan, context)[1]
+        context = Context("ask", tmp_path, ScaleSetup("small", "demo", data, {}), {}, Silent())
+        return benchmark_config({}, ["gsm8k"], plan, context)[1]
 
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "gsm8k.jsonl").write_text('{"text": "two and two"}\n')
@@ -183,22 +180,22 @@ def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_none(tmp_path):
 def test_a_local_copy_may_be_any_file_a_domain_may_be(tmp_path):
     for name in ("pubmedqa.csv", "pg19.txt"):
         (tmp_path / name).write_text("text\nwords\n")
-    world = World("small", "demo", tmp_path, {})
-    assert [each["source"] for each in world.domains(["pubmedqa", "pg19", "medqa"])] == [
+    setup = ScaleSetup("small", "demo", tmp_path, {})
+    assert [each["source"] for each in setup.domains(["pubmedqa", "pg19", "medqa"])] == [
         str(tmp_path / "pubmedqa.csv"), str(tmp_path / "pg19.txt"), "code",
     ]  # fmt: skip
 
 
 def test_none_of_several_adapters_that_were_learnt_apart_is_the_last():
     adapters = {"gain/a": Path("a"), "gain/b": Path("b")}
-    assert last_of_each(Outcome(adapters=adapters)) == {"gain": Path("b")}
-    assert last_of_each(Outcome(adapters=adapters, apart=True), after="a") == {"gain": Path("a")}
+    assert StepOutcome(adapters=adapters).last_adapters() == {"gain": Path("b")}
+    assert StepOutcome(adapters=adapters, apart=True).last_adapters(after="a") == {"gain": Path("a")}
     with pytest.raises(ConfigError, match="`after` names one of a, b"):
-        last_of_each(Outcome(adapters=adapters, apart=True))
+        StepOutcome(adapters=adapters, apart=True).last_adapters()
 
 
 def test_an_infinite_perplexity_stands_as_the_greatest():
-    assert mean_kept([(float("inf"), float("inf")), (10.0, 0.0)]).perplexity == HOPELESS / 2
+    assert mean_kept([(float("inf"), float("inf")), (10.0, 0.0)]).perplexity == MAX_REPORTED_PERPLEXITY / 2
 
 
 def test_factors_are_told_over_all_stages_and_of_runs_apart(tmp_path):
@@ -233,7 +230,3 @@ def test_planes_are_set_against_each_other_where_there_are_two(tmp_path):
     lacks = {"gain.cosine", "lora-minus-gain.cosine", "gain-minus-lora.pubmedqa.range", "lora.pubmedqa.both"}
     assert lacks <= set(outcome.without)
     assert all("two adapters span a plane" in outcome.without[name] for name in lacks)
-
-
-def test_every_kind_can_be_checked():
-    assert all(callable(kind.run) and callable(kind.check) for kind in KINDS.values())

@@ -8,7 +8,7 @@ import pytest
 
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
-from gaintune.recipes.differences import LISTS, names_in, stem_of
+from gaintune.recipes.scales import LISTS, names_in, stem_of
 from gaintune.recipes.schema import Expectation, read_recipe
 
 AGAIN = ("G3", "G9", "G16", "G17", "D2", "D5")
