@@ -21,10 +21,9 @@ from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdow
 
 from gaintune.config import MethodConfig
 from gaintune.data import Examples
-from gaintune.evaluate import autocast
 from gaintune.methods import Lesson, Place, trainable_parameters
 from gaintune.methods.penalties import penalty_of
-from gaintune.models import NextTokenLoss
+from gaintune.models import NextTokenLoss, autocast
 from gaintune.tuners import parameter_groups
 
 RATE = 1e-4  # the time of a step does not depend on it

@@ -19,9 +19,8 @@ from collections.abc import Callable
 import torch
 from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdown, peak_gib, provenance, spread
 
-from gaintune.evaluate import autocast
 from gaintune.methods import trainable_parameters
-from gaintune.models import NextTokenLoss
+from gaintune.models import NextTokenLoss, autocast
 from gaintune.tuners import parameter_groups
 
 FLOOR = "frozen floor"

@@ -1,4 +1,4 @@
-"""The errors a person meets: what was wrong, where, and what to do next.
+"""The errors that a person sees: what was wrong, where, and what to do next.
 
 Every class also inherits the standard error a library user would expect to catch, and carries the exit
 code the command line ends with: 2 for an input to correct, 1 for a run that failed.
@@ -15,48 +15,42 @@ class GaintuneError(Exception):
     exit_code: int = 1
 
 
-class ConfigError(GaintuneError, ValueError):
+class InputError(GaintuneError, ValueError):
+    """Something that a person gave is wrong, and theirs to correct."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
     """A plan, key or option is wrong: correct the key that is named."""
 
-    exit_code = 2
 
-
-class DataError(GaintuneError, ValueError):
+class DataError(InputError):
     """A domain's files cannot be used as they are: correct the file and line that are named."""
-
-    exit_code = 2
 
 
 class AssetError(GaintuneError, OSError):
     """An embedded asset or a hub id cannot be fetched or fails its hash: check the network or give a local copy."""
 
 
-class BaseModelError(GaintuneError, ValueError):
+class BaseModelError(InputError):
     """The base model cannot be loaded or used as asked: correct the id, the folder or the dtype that is named."""
 
-    exit_code = 2
 
-
-class AdapterError(GaintuneError, ValueError):
+class AdapterError(InputError):
     """An adapter folder is incomplete, damaged or not an adapter."""
-
-    exit_code = 2
 
 
 class BaseMismatchError(AdapterError):
     """An adapter was trained on another base than the one it is loaded on."""
 
 
-class UnsupportedModuleError(GaintuneError, ValueError):
+class UnsupportedModuleError(InputError):
     """A tuner was pointed at a module it cannot adapt correctly."""
 
-    exit_code = 2
 
-
-class RunDirectoryError(GaintuneError, ValueError):
+class RunDirectoryError(InputError):
     """A run directory belongs to another plan, is in use, or is damaged."""
-
-    exit_code = 2
 
 
 class TrainingError(GaintuneError, RuntimeError):
@@ -86,5 +80,5 @@ class MergeError(GaintuneError, RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """What another library's error says, as one line to quote in a message of ours."""
+    """Return another library's error message on one line, to quote in ours."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""What long work tells whoever is watching: a title, how far, and the figures of the moment."""
+"""Progress of long work: a title, how far it is, and the figures of the moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Advance = Callable[..., None]
 
 
 def plural(count: int, word: str) -> str:
-    """A count with its noun."""
+    """Write a count with its noun."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
@@ -32,7 +32,7 @@ class Silent:
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
-        """A task nobody watches."""
+        """Open a task that nobody watches."""
         yield lambda amount, **figures: None
 
     def note(self, text: str) -> None:

@@ -14,7 +14,7 @@ from gaintune.analysis import ANALYSES, Analysis, Options, Result, write_result
 from gaintune.analysis.base import Headline
 from gaintune.cli.analyse import add_command
 from gaintune.errors import ConfigError
-from gaintune.recipes.steps.kinds import KINDS
+from gaintune.recipes.steps import KINDS
 from gaintune.results import Interval
 from support import cli, refused
 

@@ -11,9 +11,8 @@ from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 
 from gaintune.analysis import survey_gains, write_result
-from gaintune.analysis.gains.factors import read_factors
 from gaintune.analysis.gains.report import layer_table, markdown, result, stage_table, verdict
-from gaintune.analysis.gains.survey import describe, regime_of
+from gaintune.analysis.gains.survey import describe, read_factors, regime_of
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
 from gaintune.methods import StageData
 from gaintune.methods.rules import GainWarnings

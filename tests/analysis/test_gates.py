@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 
 from gaintune.analysis import Group, apart, record_gates, response_tokens, summarise
-from gaintune.analysis.gates.statistics import GateRecord, LayerGates, apart_table, compared, row_table
-from gaintune.analysis.gates.survey import all_tokens
+from gaintune.analysis.gates.report import apart_table, row_table
+from gaintune.analysis.gates.survey import GateRecord, LayerGates, all_tokens, compared
 from gaintune.analysis.positions import DEPTHS, ModulePosition, positions_of
 from gaintune.config import EvaluateConfig
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError

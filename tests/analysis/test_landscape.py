@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gaintune.adapters import load_adapter, read_record, save_adapter
-from gaintune.analysis import LandscapeOptions, Subject, directions, survey_landscape, write_result
-from gaintune.analysis.landscape.directions import Geometry, way_of
+from gaintune.analysis import LandscapeOptions, Subject, survey_landscape, write_result
+from gaintune.analysis.landscape.directions import Geometry, directions, way_of
 from gaintune.analysis.landscape.report import result
-from gaintune.analysis.landscape.statistics import Point, Surface, range_apart
+from gaintune.analysis.landscape.survey import Surface, range_apart
 from gaintune.config import EvaluateConfig, MethodConfig, build_plan
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, DivergedError
 from gaintune.evaluate import compare_adapters
@@ -174,17 +174,17 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     adapters = [place / "gain-ffn", place / "gain-ffn2"]
     found = survey_landscape(plan, adapters, LandscapeOptions(plane=True, line=[0.5, -0.25], grid=[0.5]))
     first, _ = found.lines
-    assert [point.place for point in first.points] == [(-0.25,), (0.0,), (0.5,), (1.0,)]
+    assert list(first.points) == [(-0.25,), (0.0,), (0.5,), (1.0,)]
     assert found.plane is not None and len(found.plane.points) == 9
     for domain in ("prose", "code"):
         for t in (0.0, 0.5, 1.0):
-            assert first.at(t).losses[domain] == found.plane.at(t, 0.0).losses[domain]
-        start, middle, end = (first.at(t).losses[domain].nats_per_token for t in (0, 0.5, 1))
+            assert first.points[t,][domain] == found.plane.points[t, 0.0][domain]
+        start, middle, end = (first.points[t,][domain].nats_per_token for t in (0, 0.5, 1))
         figures = first.figures(domain)
         assert figures.range.value == pytest.approx(max(start, middle, end) - min(start, middle, end))
         assert figures.barrier.value == pytest.approx(max(0.0, middle - (start + end) / 2))
         assert figures.at_adapted[0].value == pytest.approx(100 * (math.exp(end - start) - 1))
-        assert first.change(first.at(0.0), domain).value == 0.0
+        assert first.change((0.0,), domain).value == 0.0
         assert len(found.plane.figures(domain).at_adapted) == 3
         assert found.plane.figures(domain).barrier is None
         assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
@@ -194,14 +194,14 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
     small = LandscapeOptions(plane=True, line=[0], grid=[0])
     mixed = survey_landscape(plan, [place / "dora", place / "gain-ffn"], small)
     assert [line.way for line in mixed.lines] == ["weights", "gains"]
-    assert [line.numbers for line in mixed.lines] == ["float32", "bfloat16"]
-    assert mixed.plane is not None and (mixed.plane.way, mixed.plane.numbers) == ("weights", "float32")
+    assert [line.precision for line in mixed.lines] == ["float32", "bfloat16"]
+    assert mixed.plane is not None and (mixed.plane.way, mixed.plane.precision) == ("weights", "float32")
     for domain in ("prose", "code"):
-        assert mixed.lines[1].at(1.0).losses[domain] == first.at(1.0).losses[domain]
-        assert mixed.plane.at(1.0, 0.0).losses[domain] == mixed.lines[0].at(1.0).losses[domain]
+        assert mixed.lines[1].points[1.0,][domain] == first.points[1.0,][domain]
+        assert mixed.plane.points[1.0, 0.0][domain] == mixed.lines[0].points[1.0,][domain]
     apart = survey_landscape(plan, adapters, LandscapeOptions(line=[0], plane=True, grid=[0.5]))
     for domain in ("prose", "code"):  # at positions that only the plane has here
-        assert apart.plane.at(0.5, 0.0).losses[domain] == first.at(0.5).losses[domain]
+        assert apart.plane.points[0.5, 0.0][domain] == first.points[0.5,][domain]
     plane = LandscapeOptions(plane=True)
     refused(ConfigError, "spanned by two adapters, not by 1", survey_landscape, plan, adapters[:1], plane)
 
@@ -256,8 +256,8 @@ def test_steps_that_16_bits_round_away_are_reported_and_an_earlier_plane_is_remo
 def surface(places, nats):
     """What was seen at some places, nats a token on blocks of 100 tokens, `(places, blocks)`."""
     tokens = (100,) * nats.shape[1]
-    losses = [{"d": DomainLoss(tuple(100 * row), tokens, tokens)} for row in nats]
-    points = tuple(map(Point, places, losses))
+    losses = ({"d": DomainLoss(tuple(100 * row), tokens, tokens)} for row in nats)
+    points = dict(zip(places, losses, strict=True))
     labels = ("one", "other")[: len(places[0])]
     return Surface(labels, "gains", "float32", Geometry((1.0,), 1.0), points, EvaluateConfig(bootstrap_samples=400))
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from gaintune.analysis import LinearModelOptions, Subject, run_experiment, write_result
-from gaintune.analysis.linear_model.model import LinearModel, Losses
 from gaintune.analysis.linear_model.report import checks, figure, markdown, record, result, summary, table
-from gaintune.analysis.linear_model.survey import student
+from gaintune.analysis.linear_model.survey import LinearModel, Losses, student
 from gaintune.errors import ConfigError
 from support import refused
 

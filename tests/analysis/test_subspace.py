@@ -12,8 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
 from gaintune.analysis import Subject, SubspaceOptions, survey_subspace, write_result
 from gaintune.analysis.subspace.report import markdown, remarks, result
-from gaintune.analysis.subspace.statistics import compare_weights, share_outside
-from gaintune.analysis.subspace.survey import adapted_weights
+from gaintune.analysis.subspace.survey import adapted_weights, compare_weights, share_outside
 from gaintune.config import MethodConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.methods import attach
@@ -183,7 +182,7 @@ def test_a_lack_of_memory_is_not_blamed_on_the_adapter(narrow, tmp_path):
         __rmul__ = __mul__
 
     with pytest.raises(torch.OutOfMemoryError), adapted_weights(base, folder) as weights:
-        _, layer = weights._modules[O_PROJ]
+        _, layer = weights.modules[O_PROJ]
         layer.scaling["default"] = LackingMemory()
         list(weights)
 

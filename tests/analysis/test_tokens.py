@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from gaintune.adapters import load_adapter
 from gaintune.analysis import Subject, TokensOptions, survey_tokens, write_result
 from gaintune.analysis.tokens.report import cells, markdown, result
-from gaintune.analysis.tokens.statistics import BINS, range_of, summarise_changes
-from gaintune.analysis.tokens.survey import scored_tokens
+from gaintune.analysis.tokens.survey import BINS, range_of, scored_tokens, summarise_changes
 from gaintune.config import build_plan
 from gaintune.data import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError, DataError
@@ -118,7 +117,7 @@ def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
     assert saved["provenance"]["texts"]["prose"]["content_hash"]
     one = survey.changes["prose"]["full on prose"]
     assert saved["changes"]["prose"]["full on prose"]["mean"]["value"] == one.mean.value
-    assert cells(one)[0] in markdown(survey)
+    assert cells("full on prose", one)[1] in markdown(survey)
 
 
 def test_the_same_survey_gives_the_same_bytes(made, tmp_path):

@@ -7,8 +7,7 @@ from peft import get_peft_model
 
 from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
 from gaintune.analysis import TransferOptions, survey_transfer
-from gaintune.analysis.transfer.statistics import read_gain_vectors, sharing_of
-from gaintune.analysis.transfer.survey import Ablation, shared_component
+from gaintune.analysis.transfer.survey import Ablation, read_gain_vectors, shared_component, sharing_of
 from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import compare_adapters

@@ -111,7 +111,7 @@ def test_tokens_shows_mean_skew_and_coherence(trained, tmp_path, caplog):
     result = json.loads((tmp_path / "tokens.json").read_text())
     assert set(result["changes"]["prose"]) == {"gain-ffn on prose", "lora on prose"}
     assert result["changes"]["prose"]["lora on prose"]["tokens"] == 4 * 31
-    assert not [record for record in caplog.records if "learnt prose from other text" in record.message]
+    assert not [record for record in caplog.records if "trained on prose of other text" in record.message]
 
 
 def test_tokens_takes_the_trained_domains_and_texts_to_watch_as_other_surveys_do(trained, tmp_path):
@@ -132,7 +132,7 @@ def test_tokens_warns_of_text_that_an_adapter_may_have_seen(trained, tmp_path, c
     text = ["--domain", trained / "prose.jsonl", *SMALL[:2], "--validation-tokens", 64, "--block-size", 32]
     run("tokens", trained / "lora", *text, "--set", "data.train_tokens=256", "--out", tmp_path)
     (warning,) = [record.message for record in caplog.records if "other text" in record.message]
-    assert "learnt prose from other text, or cut to other sizes" in warning
+    assert "trained on prose of other text, or cut to other sizes" in warning
 
 
 def test_landscape_transfer_and_retention_write_their_files(trained, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.cli.benchmarks import _short, tables
+from gaintune.cli.evaluate import _short, benchmark_tables
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, BenchmarkReport, BenchmarkScore
 from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores
@@ -93,7 +93,7 @@ def test_every_difference_has_its_unit_and_a_score_the_same_one_in_every_row():
     base = (score("acc", 0.5, (0.0, 1.0)), score("length", 0.75, (0.5, 1.0)))
     mine = (score("acc", 1.0, (1.0, 1.0)), score("length", 2.5, (2.0, 3.0)))
     report = BenchmarkReport(("quiz",), base, {"mine": mine}, compare_scores(base, mine, "mine", config), {})
-    shown, *_ = tables(report)
+    shown, *_ = benchmark_tables(report)
     *_, scores, differences = (list(column.cells) for column in shown.columns)
     assert [str(each) for each in scores] == ["50.00 %", "100.00 %", "0.75", "2.50"]
     assert str(differences[1]).startswith("+50.00") and str(differences[1]).endswith(" points")

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from gaintune.config import DataConfig
-from gaintune.data import Examples, replayed_rows, with_replay
+from gaintune.data import IGNORED, Examples, replayed_rows, with_replay
+from gaintune.data.documents import Passage
 from gaintune.data.examples import TokenRow, pack
 from gaintune.errors import BaseModelError, ConfigError, DataError
-from gaintune.models import IGNORED
 from gaintune.workflows.merge import blocks_of
 from support import refused
 from support.files import write_rows
@@ -148,7 +148,11 @@ FILLER = 99
 def row(number: int, prompt: int, completion: int) -> TokenRow:
     """Tokens number*10, number*10 + 1, ...; every scored token stands for as many bytes as its place in the row."""
     count = prompt + completion
-    return TokenRow(np.arange(count) + 10 * number, np.arange(count) >= prompt, np.arange(count), number)
+    return TokenRow(np.arange(count) + 10 * number, np.arange(count) >= prompt, np.arange(count), Passage("", number))
+
+
+def numbers(result):
+    return [passage.document for passage in result.passages]
 
 
 def packed(rows, *, block_size=8, blocks=10, packing=True):
@@ -163,7 +167,7 @@ def test_rows_stay_whole_and_in_order_and_positions_start_anew():
     assert result.examples.position_ids is not None
     assert result.examples.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 1, 0, 1]]
     assert result.bytes == (2 + 1 + 2, 2 + 3 + 1)
-    assert (result.rows, result.padding, result.cut) == ((1, 2, 3, 4), 4, 0)
+    assert (numbers(result), result.padding, result.cut) == ([1, 2, 3, 4], 4, 0)
 
 
 def test_without_packing_a_row_has_a_block_of_its_own():
@@ -194,15 +198,15 @@ def test_a_row_longer_than_a_block_is_cut_counted_and_ends_with_its_last_scored_
     assert (result.cut, result.longest) == (1, 10)
     ids = np.arange(12)
     scored = np.isin(ids, [3, 10])
-    result = packed([TokenRow(ids, scored, ids, 0), row(2, 1, 2)])
+    result = packed([TokenRow(ids, scored, ids, Passage("", 0)), row(2, 1, 2)])
     assert result.examples.input_ids[0].tolist() == [0, 1, 2, 3, 20, 21, 22, FILLER]
 
 
 @pytest.mark.parametrize("prompt", [8, 9, 20])
 def test_a_prompt_that_fills_a_block_is_refused(prompt):
     result = packed([row(1, 1, 1), row(2, prompt, 3), row(3, 1, 1)])
-    assert [each.number for each in result.refused] == [2]
-    assert result.rows == (1, 3)
+    assert [each.passage.document for each in result.refused] == [2]
+    assert numbers(result) == [1, 3]
     assert not packed([row(2, 7, 3)]).refused, "one token of the completion is enough"
 
 

@@ -11,7 +11,6 @@ from gaintune.data import (
     holds_questions,
     hub,
     load_questions,
-    question_sets,
     read_choices,
     write_choice_rows,
 )
@@ -93,7 +92,7 @@ def test_texts_to_be_retained_are_read_in_the_hubs_schema(tmp_path, name, row):
     local = replace(CATALOGUE[name].load.args[0], path=str(tmp_path), configuration=None)
     documents = load_hub(local, name, characters=20)
     assert documents.train[0].text.strip().startswith("It was late.")
-    assert (documents.validation is None) == (name != "wikitext2")
+    assert (not documents.validation) == (name != "wikitext2")
 
 
 ASKED, SOLVED = "Two and two?", "2+2=<<2+2=4>>4\n#### 4"
@@ -112,7 +111,7 @@ def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplo
     write_rows(tmp_path / f"{source.train}.jsonl", (row, empty, row))
     local = replace(source, path=str(tmp_path), configuration=None)
     rows = load_hub(local, name, characters=1000)
-    assert rows.validation is None
+    assert not rows.validation
     assert [each.origin for each in rows.train] == [f"{tmp_path} {source.train}: row {number}" for number in (1, 3)]
     assert rows.train[1].row == 3
     asked, answered = rows.train[0].turns
@@ -138,7 +137,7 @@ def test_rows_are_loaded_split_by_split(tmp_path, streaming, caplog):
     documents = load_hub(source, "sst2", characters=5)
     read = ["one", "three"] if streaming else ["one", "three", "four"]
     assert [document.text for document in documents.train] == read
-    assert [document.text for document in documents.validation or ()] == ["held out"]
+    assert [document.text for document in documents.validation] == ["held out"]
     assert documents.train[1].origin == f"{tmp_path} train: text 3"
     assert "left out 1 empty text(s)" in caplog.text
 
@@ -183,29 +182,29 @@ ABSTRACT = "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswe
 def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, choices, answers):
     """Through the entry itself, with a folder in the data set's place."""
     found = QUESTION_SETS[name]
-    asked = [elsewhere(row) for row in HUB_ROWS[name]] if found.asked else HUB_ROWS[name]
+    asked = [elsewhere(row) for row in HUB_ROWS[name]] if found.validation else HUB_ROWS[name]
     write_rows(tmp_path / f"{found.train}.jsonl", asked)
-    write_rows(tmp_path / f"{found.asked or found.train}.jsonl", HUB_ROWS[name])
-    monkeypatch.setitem(question_sets.QUESTION_SETS, name, replace(found, path=str(tmp_path), configuration=None))
+    write_rows(tmp_path / f"{found.validation or found.train}.jsonl", HUB_ROWS[name])
+    monkeypatch.setitem(QUESTION_SETS, name, replace(found, path=str(tmp_path), configuration=None))
     questions = load_questions(name, None, learn=False, seed=0)
-    assert (questions.asked[0].prompt, questions.asked[0].choices) == (prompt, choices)
-    assert [row.answer for row in questions.asked] == answers
-    assert questions.asked[0].origin == f"{tmp_path} {found.asked or found.train}: row 1"
-    assert questions.learnt == ()
-    assert len(load_questions(name, None, learn=True, seed=0).learnt) == (1 if name == "pubmedqa" else len(answers))
+    assert (questions.validation[0].prompt, questions.validation[0].choices) == (prompt, choices)
+    assert [row.answer for row in questions.validation] == answers
+    assert questions.validation[0].origin == f"{tmp_path} {found.validation or found.train}: row 1"
+    assert questions.train == ()
+    assert len(load_questions(name, None, learn=True, seed=0).train) == (1 if name == "pubmedqa" else len(answers))
 
 
 def test_a_set_without_a_split_is_split_where_some_of_it_is_trained(tmp_path):
     rows = [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)]
     file = write_rows(tmp_path / "sst2.jsonl", rows)
     whole = load_questions("sst2", file, learn=False, seed=0)
-    assert (len(whole.learnt), len(whole.asked)) == (0, 200)
+    assert (len(whole.train), len(whole.validation)) == (0, 200)
     sides = load_questions("sst2", file, learn=True, seed=0)
-    assert 5 < len(sides.asked) < 40
-    assert not {row.prompt for row in sides.learnt} & {row.prompt for row in sides.asked}
-    assert len(sides.learnt) + len(sides.asked) == 200
+    assert 5 < len(sides.validation) < 40
+    assert not {row.prompt for row in sides.train} & {row.prompt for row in sides.validation}
+    assert len(sides.train) + len(sides.validation) == 200
     assert sides == load_questions("sst2", file, learn=True, seed=0)
-    assert sides.asked != load_questions("sst2", file, learn=True, seed=1).asked
+    assert sides.validation != load_questions("sst2", file, learn=True, seed=1).validation
 
 
 def test_a_folders_own_split_is_kept_and_labels_are_those_of_both_sides(tmp_path):
@@ -213,18 +212,20 @@ def test_a_folders_own_split_is_kept_and_labels_are_those_of_both_sides(tmp_path
     write_rows(tmp_path / "finphrase" / "train.jsonl", learned)
     write_rows(tmp_path / "finphrase" / "validation.jsonl", [{"text": "c", "label": "negative"}])
     questions = load_questions("finphrase", tmp_path / "finphrase", learn=True, seed=0)
-    assert [row.prompt for row in questions.learnt] == ["a\nSentiment:", "b\nSentiment:"]
-    assert [row.prompt for row in questions.asked] == ["c\nSentiment:"]
-    assert {row.choices for row in (*questions.learnt, *questions.asked)} == {(" negative", " neutral", " positive")}
+    assert [row.prompt for row in questions.train] == ["a\nSentiment:", "b\nSentiment:"]
+    assert [row.prompt for row in questions.validation] == ["c\nSentiment:"]
+    assert {row.choices for row in (*questions.train, *questions.validation)} == {
+        (" negative", " neutral", " positive")
+    }
 
 
 def test_rows_on_both_sides_of_a_split_are_measured_and_not_trained(tmp_path, caplog):
     write_rows(tmp_path / "sst2" / "train.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(5)])
     write_rows(tmp_path / "sst2" / "validation.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in (3, 4, 7)])
     questions = load_questions("sst2", tmp_path / "sst2", learn=True, seed=0)
-    assert [row.prompt for row in questions.learnt] == [f"film {n}\nSentiment:" for n in range(3)]
-    assert len(questions.asked) == 3
-    assert "2 rows to learn left out, which are asked too" in caplog.text
+    assert [row.prompt for row in questions.train] == [f"film {n}\nSentiment:" for n in range(3)]
+    assert len(questions.validation) == 3
+    assert "2 rows to train on left out, which are asked too" in caplog.text
     write_rows(tmp_path / "sst2" / "train.jsonl", [{"sentence": "film 7", "label": 1}])
     both = (load_questions, "sst2", tmp_path / "sst2")
     refused(DataError, "every row to learn is also asked", *both, learn=True, seed=0)

@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from gaintune.config import DataConfig, DomainConfig
 from gaintune.data import beginning_of_text, load_domain
+from gaintune.data.blocks import token_rows
+from gaintune.data.documents import Passage
 from gaintune.data.domains import load_exchanges
+from gaintune.data.encode import end_of_text
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer, read_exchanges
-from gaintune.data.instruct import _token_rows
 from gaintune.errors import ConfigError, DataError
 from support import refused, tiny_base, tiny_domains
 from support.files import write_rows as write_file
@@ -267,7 +269,7 @@ def test_a_folder_brings_its_own_split(tmp_path):
         rows_in(tmp_path / f"{side}.jsonl", {"prompt": f"{letter}?", "completion": letter})
     rows = read_exchanges(tmp_path)
     assert [row.question for row in rows.train] == ["a?"]
-    assert [row.question for row in rows.validation or ()] == ["b?"]
+    assert [row.question for row in rows.validation] == ["b?"]
 
 
 @pytest.mark.parametrize(("row", "says"), [
@@ -332,8 +334,8 @@ def trl_rows(rows: list[dict], tokenizer, folder) -> list[tuple[list[int], list[
 
 
 def our_rows(exchanges: list[Exchange], tokenizer) -> list[tuple[list[int], list[int]]]:
-    order, begin = iter(range(len(exchanges))), beginning_of_text(tokenizer)
-    rows = _token_rows(exchanges, order, "auto", tokenizer, begin, ends=True)
+    passages = (Passage(exchange.question, number) for number, exchange in enumerate(exchanges))
+    rows = token_rows(exchanges, passages, "auto", tokenizer, beginning_of_text(tokenizer), [end_of_text(tokenizer)])
     return [(row.ids.tolist(), row.scored.astype(int).tolist()) for row in rows]
 
 

@@ -14,12 +14,18 @@ import pytest
 
 from gaintune.config import DomainConfig
 from gaintune.data import neighbours, readers
-from gaintune.data.documents import Document, Documents, Stored, cut_passages
+from gaintune.data.documents import (
+    Document,
+    Documents,
+    Stored,
+    cut_passages,
+    drawn_order,
+    in_drawn_order,
+    split_documents,
+)
 from gaintune.data.domains import load_documents
 from gaintune.data.neighbours import CONTAINMENT, SHINGLE_WORDS, NeighbourIndex, normalise
-from gaintune.data.readers import SECTION_CHARACTERS, read_documents
-from gaintune.data.split import drawn_order, in_drawn_order, split_documents
-from gaintune.data.tables import add_texts
+from gaintune.data.readers import SECTION_CHARACTERS, add_texts, read_documents
 from gaintune.errors import DataError
 from support import refused
 from support.files import write_rows as write_file
@@ -35,7 +41,7 @@ def test_a_folder_is_read_whole_in_sorted_order(tmp_path, write_rows):
     write_rows("d/.hidden/0.jsonl", ["never"])
     documents = read_documents(tmp_path / "d")
     assert texts(documents.train) == ["one", "two", "three"]
-    assert documents.validation is None
+    assert not documents.validation
 
 
 @pytest.mark.parametrize("name", ["validation.jsonl", "valid-0.jsonl", "dev.jsonl", "test.jsonl", "validation/0.jsonl"])
@@ -61,7 +67,7 @@ def test_test_files_are_left_out_beside_validation_files_with_a_warning(tmp_path
 def test_names_that_only_begin_like_a_split_make_none(tmp_path, write_rows):
     write_rows("d/trainers.jsonl", ["one"])
     write_rows("d/values.jsonl", ["two"])
-    assert read_documents(tmp_path / "d").validation is None
+    assert not read_documents(tmp_path / "d").validation
 
 
 def test_each_text_file_of_a_folder_is_a_document(tmp_path):
@@ -171,7 +177,7 @@ def documents(texts):
 
 def sides(texts, seed=0):
     split = split_documents(documents(texts), seed)
-    return {d.text for d in split.train}, {d.text for d in split.validation or ()}
+    return {d.text for d in split.train}, {d.text for d in split.validation}
 
 
 def test_the_split_is_disjoint_complete_and_near_its_share():

@@ -19,7 +19,7 @@ NAMES = ("pubmedqa", "wikitext", "finphrase", "pg19", "medqa", "lambada", "sst2"
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_domain_keeps_its_own_split_and_fills_the_budget(name, tokenizer):
     source = read_documents(DOMAINS / name)
-    for side, documents in (("train", source.train), ("validation", source.validation or ())):
+    for side, documents in (("train", source.train), ("validation", source.validation)):
         lines = (DOMAINS / name / f"{side}.jsonl").read_text(encoding="utf-8").split("\n")
         assert [document.text for document in documents] == [json.loads(line)["text"] for line in lines if line]
     blocks = load(DOMAINS / name, tokenizer, train_tokens=12_288, validation_tokens=4096, block_size=256)

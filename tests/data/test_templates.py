@@ -10,9 +10,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from gaintune.data import beginning_of_text, encode_parts
-from gaintune.data.encode import encode_texts
+from gaintune.data.encode import Part, Rendered, encode_texts, render, undated
 from gaintune.data.exchanges import Exchange, Turn, question_and_answer
-from gaintune.data.instruct import Part, Rendered, render, undated
 from gaintune.errors import ConfigError, DataError
 from support import refused
 

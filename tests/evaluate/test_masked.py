@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from gaintune.adapters import AdapterRecord, save_adapter
 from gaintune.config import ModelConfig, build_plan
 from gaintune.data import load_domain, load_masked_blocks
-from gaintune.data.masked import mask_blocks
+from gaintune.data.blocks import mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
 from gaintune.evaluate import compare_adapters, compare_masked, lent, measure
-from gaintune.evaluate.masked import measure_masked
+from gaintune.evaluate.perplexity import measure_masked
 from gaintune.methods import attach
 from gaintune.models import is_masked, load_base, load_classifier, load_masked
 from gaintune.workflows import adapt

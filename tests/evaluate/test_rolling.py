@@ -21,7 +21,7 @@ pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'gai
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from gaintune.evaluate.benchmarks.model import AskedModel
+from gaintune.evaluate.benchmarks.model import LmEvalModel
 from gaintune.progress import Silent
 
 
@@ -55,7 +55,7 @@ def test_a_model_that_begins_its_texts(tmp_path):
 def test_lm_eval_is_given_gemmas_beginning_of_text(tmp_path):
     base = load_base(ModelConfig(name=str(tiny_gemma.folder(tmp_path)), dtype="fp32", device="cpu"))
     for tokenizer in (base.tokenizer, tiny_gemma.tokenizer()):
-        asked = AskedModel(base.model, tokenizer, batch_size=1, title="", progress=Silent())
+        asked = LmEvalModel(base.model, tokenizer, batch_size=1, title="", progress=Silent())
         context, answer = asked._encode_pair("a b", " c")
         assert context == [tiny_gemma.BEGIN, *tiny_gemma.tokenizer()("a b")["input_ids"]]
         assert answer == tiny_gemma.tokenizer()(" c")["input_ids"]

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
-from gaintune.data import Examples
+from gaintune.data import IGNORED, Examples
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.methods import StageData, StagePosition, attach, prepare_method
 from gaintune.methods.penalties import FISHER, STRENGTHS, fisher_information, penalty_of, strength_of
-from gaintune.models import IGNORED, NextTokenLoss
+from gaintune.models import NextTokenLoss
 from gaintune.storage import damage, read_json
 from gaintune.training import train_stage
 from gaintune.workflows import adapt, run_sequence
@@ -221,9 +221,9 @@ def test_a_single_adaptation_replays_the_domains_it_is_given(tiny, tmp_path):
     ours = (tmp_path / "second" / "adapter_model.safetensors").read_bytes()
     assert ours == (stages / "02-code" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert read_json(tmp_path / "second" / "gaintune.json")["domains"] == ["prose", "code"]
-    with pytest.raises(ConfigError, match=r"which .*first has learnt: give those.*\(--domain prose --domain code\)"):
+    with pytest.raises(ConfigError, match=r"which .*first was trained: give those.*\(--domain prose --domain code\)"):
         adapt(code, tmp_path / "third", start=tmp_path / "first")
     refused(ConfigError, "replay mixes in rows of earlier domains: give --start", adapt, code, tmp_path / "third")
     turned = {**both, "data": {**both["data"], "domains": both["data"]["domains"][::-1]}}
-    with pytest.raises(ConfigError, match="first has not learnt code; it has learnt prose"):
+    with pytest.raises(ConfigError, match="first was trained on prose, not on code"):
         adapt(turned, tmp_path / "third", start=tmp_path / "first")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gaintune.models import VISIBLE, take_device, visible_devices
-from gaintune.workflows.sweep.engine import Pool
+from gaintune.workflows.sweep.workers import Pool
 
 TAKE = """
 import json, sys

@@ -6,11 +6,11 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
-from gaintune.data import Examples
+from gaintune.data import IGNORED, Examples
 from gaintune.errors import ConfigError
 from gaintune.evaluate import measure
 from gaintune.methods import StagePosition, prepare_method
-from gaintune.models import IGNORED, NextTokenLoss, longest_row, require_isolation, require_rows
+from gaintune.models import NextTokenLoss, longest_row, require_isolation, require_rows
 from gaintune.training import train_stage
 from gaintune.tuners.gain import GainConfig
 from support import refused, tiny_base

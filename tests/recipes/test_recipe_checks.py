@@ -10,13 +10,11 @@ from gaintune.errors import ConfigError, DataError
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
-from gaintune.recipes.differences import LISTS, budget_note, dropped, names_in, note_of, stem_of
-from gaintune.recipes.outcome import Context, Outcome, last_of_each
-from gaintune.recipes.steps import benchmarks as benchmarking
-from gaintune.recipes.steps.benchmarks import asked_config
-from gaintune.recipes.steps.classify import HOPELESS, mean_kept
-from gaintune.recipes.steps.kinds import KINDS
-from gaintune.recipes.world import World
+from gaintune.recipes.outcome import Context, StepOutcome
+from gaintune.recipes.scales import LISTS, ScaleSetup, budget_note, dropped, names_in, note_of, stem_of
+from gaintune.recipes.steps import KINDS
+from gaintune.recipes.steps.benchmarks import BY_TARGET, benchmark_config
+from gaintune.recipes.steps.classify import MAX_REPORTED_PERPLEXITY, mean_kept
 from support import refused
 from support.files import write_rows
 from support.tiny_recipes import recipe
@@ -147,15 +145,15 @@ def test_the_rate_that_is_best_on_the_target_alone_is_measured_on_the_rest(tmp_p
     assert set(chosen) == set(labels)
     assert len(asked) == 2 and "lora" in asked
     assert {"gain.kept", "gain.target", "lora-minus-gain.kept"} <= set(outcome.numbers)
-    assert benchmarking.BY_TARGET in outcome.notes
+    assert BY_TARGET in outcome.notes
 
 
 def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_no_benchmark(tmp_path):
-    plan = World("small", "demo", None, {}).plan({"domains": ["pubmedqa"], "methods": ["gain"]}, origin="here")
+    plan = ScaleSetup("small", "demo", None, {}).plan({"domains": ["pubmedqa"], "methods": ["gain"]}, origin="here")
 
     def missing(data: Path) -> dict[str, str]:
-        context = Context("ask", tmp_path, World("small", "demo", data, {}), {}, Silent())
-        return asked_config({}, ["gsm8k"], plan, context)[1]
+        context = Context("ask", tmp_path, ScaleSetup("small", "demo", data, {}), {}, Silent())
+        return benchmark_config({}, ["gsm8k"], plan, context)[1]
 
     write_rows(tmp_path / "texts" / "gsm8k.jsonl", [{"text": "two and two"}])
     assert "no rows" in missing(tmp_path / "texts")["gsm8k"]
@@ -166,20 +164,20 @@ def test_broken_rows_are_refused_and_a_text_of_the_same_name_is_no_benchmark(tmp
 def test_a_local_copy_may_be_any_file_a_domain_may_be(tmp_path):
     for name in ("pubmedqa.csv", "pg19.txt"):
         (tmp_path / name).write_text("text\nwords\n")
-    world = World("small", "demo", tmp_path, {})
-    sources = [each["source"] for each in world.domains(["pubmedqa", "pg19", "medqa"])]
+    setup = ScaleSetup("small", "demo", tmp_path, {})
+    sources = [each["source"] for each in setup.domains(["pubmedqa", "pg19", "medqa"])]
     assert sources == [str(tmp_path / "pubmedqa.csv"), str(tmp_path / "pg19.txt"), "code"]
 
 
 def test_of_adapters_that_were_trained_apart_no_adapter_is_the_last():
     adapters = {"gain/a": Path("a"), "gain/b": Path("b")}
-    assert last_of_each(Outcome(adapters=adapters)) == {"gain": Path("b")}
-    assert last_of_each(Outcome(adapters=adapters, apart=True), after="a") == {"gain": Path("a")}
-    refused(ConfigError, "`after` names one of a, b", last_of_each, Outcome(adapters=adapters, apart=True))
+    assert StepOutcome(adapters=adapters).last_adapters() == {"gain": Path("b")}
+    assert StepOutcome(adapters=adapters, apart=True).last_adapters(after="a") == {"gain": Path("a")}
+    refused(ConfigError, "`after` names one of a, b", StepOutcome(adapters=adapters, apart=True).last_adapters)
 
 
 def test_an_infinite_perplexity_stands_as_the_greatest():
-    assert mean_kept([(float("inf"), float("inf")), (10.0, 0.0)]).perplexity == HOPELESS / 2
+    assert mean_kept([(float("inf"), float("inf")), (10.0, 0.0)]).perplexity == MAX_REPORTED_PERPLEXITY / 2
 
 
 def test_factors_have_numbers_over_all_stages_and_of_runs_apart(tmp_path):

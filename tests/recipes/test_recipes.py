@@ -17,7 +17,7 @@ from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.models import load_base
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
-from gaintune.recipes.differences import LISTS, names_in, stem_of
+from gaintune.recipes.scales import LISTS, names_in, stem_of
 from gaintune.recipes.schema import Expectation, read_recipe
 from support import drawing, refused
 from support.cli import run

@@ -14,11 +14,11 @@ from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, run_recipe
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes.outcome import Context
+from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps import classify as report
-from gaintune.recipes.steps.answers import answers
-from gaintune.recipes.steps.classify import DECODER, Measured, Study
+from gaintune.recipes.steps.answers import answers, local_questions
+from gaintune.recipes.steps.classify import DECODER, ClassificationStudy, ClassifierScores
 from gaintune.recipes.steps.sweep import numbers_of
-from gaintune.recipes.world import World, questions
 from gaintune.workflows.sweep import compare_sweep
 from support import STUDY_DATA, needs_study_data, refused, tiny_sweep
 from support.tiny_recipes import recipe
@@ -72,14 +72,14 @@ def test_a_decoder_is_measured_under_its_own_head_with_a_note(tmp_path):
     assert outcome.numbers["lora.perplexity"].value != outcome.numbers["base.perplexity"].value
 
 
-def measured() -> list[Measured]:
+def measured() -> list[ClassifierScores]:
     """Two methods, one with two ranks; two tasks, three seeds."""
     rows = []
     for seed in range(3):
         for task, level in (("cola", 80.0), ("mrpc", 90.0)):
             for rank in (4, 8):
-                rows.append(Measured(task, "lora", rank, seed, level + rank + seed, 10.0 + rank, 20.0 + seed))
-            rows.append(Measured(task, "full", None, seed, level + 2 * seed, 30.0, 50.0 + seed))
+                rows.append(ClassifierScores(task, "lora", rank, seed, level + rank + seed, 10.0 + rank, 20.0 + seed))
+            rows.append(ClassifierScores(task, "full", None, seed, level + 2 * seed, 30.0, 50.0 + seed))
     return rows
 
 
@@ -123,21 +123,19 @@ def test_a_wrong_step_of_classifiers_is_refused(changes, message, tmp_path):
 
 
 def test_classifiers_without_rows_are_left_out(tmp_path):
-    world = World("small", "demo", None, {})
-    study = Study(classifying().steps[0].settings, Context("glue", tmp_path, world, {}, Silent()))
+    setup = ScaleSetup("small", "demo", None, {})
+    study = ClassificationStudy(classifying().steps[0].settings, Context("glue", tmp_path, setup, {}, Silent()))
     assert (study.tasks, study.missing) == ({}, ["sst2", "cola"])
 
 
 @needs_study_data("glue")
 def test_the_small_scale_is_a_plan_over_the_study_rows(tmp_path):
     found = recipe_named("D2")
-    context = Context("glue", tmp_path, World("small", "demo", STUDY_DATA, {}), {}, Silent())
-    cells = list(Study(found.settings(found.steps[0], "small"), context).cells())
-    assert len(cells) == 2 * 3 * 2
-    assert {cell.plan.data.domains[0].source for cell in cells} == {
-        str(STUDY_DATA / "glue" / n) for n in ("sst2", "cola")
-    }
-    assert {cell.plan.train.seed for cell in cells} == {0, 1}
+    context = Context("glue", tmp_path, ScaleSetup("small", "demo", STUDY_DATA, {}), {}, Silent())
+    runs = list(ClassificationStudy(found.settings(found.steps[0], "small"), context).runs())
+    assert len(runs) == 2 * 3 * 2
+    assert {run.plan.data.domains[0].source for run in runs} == {str(STUDY_DATA / "glue" / n) for n in ("sst2", "cola")}
+    assert {run.plan.train.seed for run in runs} == {0, 1}
 
 
 ASKING = {
@@ -185,17 +183,19 @@ def test_answers_are_trained_and_measured_on_other_rows(tmp_path):
 def test_unknown_questions_are_refused_and_answers_without_rows_left_out_with_a_note_of_the_sets(tmp_path):
     unknown = r"`learn` names a set of questions.*: pubmedqa, finphrase, sst2, medqa"
     refused(ConfigError, unknown, run_recipe, answering(learn="riddles"), tmp_path / "run", scale="smoke")
-    context = Context("ask", tmp_path, World("small", "demo", None, {}), {}, Silent())
+    context = Context("ask", tmp_path, ScaleSetup("small", "demo", None, {}), {}, Silent())
     outcome = answers(dict(ASKING), context)
     assert outcome.left_out and outcome.notes[0].endswith("(give --data FOLDER): finphrase, sst2")
 
 
 @needs_study_data("domains")
 def test_the_study_folder_holds_all_sets_but_pubmedqas_answers():
-    world = World("small", "demo", STUDY_DATA, {})
+    setup = ScaleSetup("small", "demo", STUDY_DATA, {})
     folders = {"finphrase": "domains", "sst2": "domains", "medqa": "benchmarks"}
-    assert {name: questions(world, name) for name in folders} == {n: STUDY_DATA / f / n for n, f in folders.items()}
-    assert questions(world, "pubmedqa") is None
+    assert {name: local_questions(setup, name) for name in folders} == {
+        n: STUDY_DATA / f / n for n, f in folders.items()
+    }
+    assert local_questions(setup, "pubmedqa") is None
 
 
 def effect(in_domain, earlier):

@@ -132,7 +132,7 @@ def test_the_smallest_run_one_method_one_domain_no_environment(tmp_path):
     (run / "environment.json").unlink()
     write_report(run)
     page = read(run)
-    assert "What gain learnt and kept" in page.text and "After one stage, law has" in page.text
+    assert "What gain learned and kept" in page.text and "After one stage, law has" in page.text
     assert "Not recorded." in page.text and "Paired differences" not in page.text and "pip install" not in page.text
     assert "This run is not finished" not in page.text and "earlier domains have" not in page.text
     assert len(page.cells) == 1
@@ -147,7 +147,7 @@ def test_a_partial_run_is_called_one_and_shows_what_is_there(tmp_path):
     page = read(run)
     assert "gain: 2 of 3 stages; lora: 1 of 3 stages; ia3: 0 of 3 stages; full: 0 of 3 stages" in page.text
     assert len(page.cells) == (2 + 1) * 4 and "So far, after 1 stage:" in page.text
-    assert "No stage is finished yet." in page.text and "wiki (never learnt)" in page.text
+    assert "No stage is finished yet." in page.text and "wiki (never trained)" in page.text
 
 
 def test_a_run_with_exploded_losses_still_has_a_page(tmp_path):

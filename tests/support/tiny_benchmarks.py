@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from gaintune.evaluate.benchmarks import BenchmarkConfig, load_suite
-from gaintune.evaluate.benchmarks.model import AskedModel
+from gaintune.evaluate.benchmarks.model import LmEvalModel
 from gaintune.progress import Silent
 from support import tiny_base
 
@@ -123,7 +123,7 @@ def normalised(name: str, row: dict) -> dict:
 
 def said(model, name: str, config: BenchmarkConfig) -> list[str]:
     """What a model answers to each row, without spaces at the ends."""
-    asked = AskedModel(model, tiny_base.tokenizer(), batch_size=4, title=name, progress=Silent())
+    asked = LmEvalModel(model, tiny_base.tokenizer(), batch_size=4, title=name, progress=Silent())
     (task,) = (each.task for each in load_suite(config).tasks if each.name == name)
     task.build_all_requests()
     return [each.strip() for each in asked.generate_until(task.instances)]

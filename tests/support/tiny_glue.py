@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 
-from gaintune.data.labelled import GlueTask
+from gaintune.data.hub import HubSource
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ SCHEMAS = {
 }
 
 
-def write(folder: Path, name: str, train: int = 24, validation: int = 9) -> GlueTask:
+def write(folder: Path, name: str, train: int = 24, validation: int = 9) -> HubSource:
     """Write a task's files as a copy of its data set on the Hub, and return the task that reads them there."""
     schema = SCHEMAS[name]
     texts = {column: datasets.Value("string") for column in schema.columns}
@@ -48,4 +48,4 @@ def write(folder: Path, name: str, train: int = 24, validation: int = 9) -> Glue
     splits = "".join(f"  - split: {split}\n    path: {split}-*\n" for split in ("train", *schema.validations))
     card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n"
     (folder / name / "README.md").write_text(card)
-    return GlueTask(None, schema.labels, schema.validations[0], str(folder / name))
+    return HubSource(str(folder / name), validation=schema.validations[0], labels=schema.labels)

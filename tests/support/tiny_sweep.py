@@ -11,7 +11,7 @@ from gaintune.results import build_matrix
 from gaintune.storage import Run, read_json, write_json
 from gaintune.workflows.sweep import SweepTable
 from gaintune.workflows.sweep.grid import PlannedRun, plan_id
-from gaintune.workflows.sweep.table import SweepRow
+from gaintune.workflows.sweep.run import SweepRow
 from support import tiny_domains
 from support.synthetic_run import make_runs
 

@@ -101,7 +101,7 @@ def test_a_domain_that_training_made_worse_is_named_and_saved(plan, tmp_path, ca
     assert "got worse" not in caplog.text
     result = adapt({**plan, "train": {"lr": 1.0}}, tmp_path / "worse", start=tmp_path / "fine")
     assert result.after.perplexity > result.before.perplexity
-    assert "prose got worse by learning it" in caplog.text and "try a lower one (--lr, train.lr)" in caplog.text
+    assert "prose got worse in training" in caplog.text and "try a lower one (--lr, train.lr)" in caplog.text
     assert (tmp_path / "worse" / "model.safetensors").is_file()
 
 

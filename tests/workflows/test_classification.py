@@ -14,7 +14,7 @@ from gaintune.config import EvaluateConfig, ModelConfig, build_plan
 from gaintune.data import Padding, labelled, load_classification
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError, RunDirectoryError
 from gaintune.evaluate import compare_classifiers, predict, score
-from gaintune.evaluate.classifiers import row_logits
+from gaintune.evaluate.classification import row_logits
 from gaintune.models import base_fingerprint, load_classifier, load_tokenizer, reads_segments
 from gaintune.workflows import ClassifierResult, adapt, adapt_classifier, run_sequence
 from support import STUDY_DATA, refused, tiny_base, tiny_encoders, tiny_glue
@@ -162,7 +162,7 @@ def test_carrying_on_starts_where_the_classifier_stopped_and_wants_the_same_labe
     assert read_record(tmp_path / "second").domains == ("rule", "rule")
     others = [{"text": f"{'ab'[number % 2]} {number}", "label": "xy"[number % 2]} for number in range(40)]
     renamed = write_rows(tmp_path / "others.jsonl", others)
-    with pytest.raises(ConfigError, match=r"tells many-a, many-o apart, domain 'others' has the labels x, y"):
+    with pytest.raises(ConfigError, match=r"has the labels many-a, many-o, domain 'others' has the labels x, y"):
         adapt(tiny_encoders.plan(roberta, renamed), tmp_path / "third", start=tmp_path / "first")
     other = tiny_encoders.folder(tmp_path / "other", seed=5)
     with pytest.raises(BaseMismatchError):

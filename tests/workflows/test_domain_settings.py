@@ -14,9 +14,9 @@ from gaintune.workflows import adapt
 from support import tiny_base, tiny_domains, tiny_encoders
 from support.files import write_rows
 
-SEED = "learnt sums with data.seed 0, here it is 1: unless its source has a validation split of its own"
-TEMPLATE = "learnt sums with template alpaca, here it is magicoder. Give --template alpaca"
-END = "learnt sums with data.end_of_text true, here it is false. Give --set data.end_of_text=true"
+SEED = "was trained on sums with data.seed 0, here it is 1: unless its source has a validation split of its own"
+TEMPLATE = "was trained on sums with template alpaca, here it is magicoder. Give --template alpaca"
+END = "was trained on sums with data.end_of_text true, here it is false. Give --set data.end_of_text=true"
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_another_split_or_template_is_reported_with_the_option_to_give(measure, 
     caplog.clear()
     MEASURES[measure](folder, plan_of(folder), tmp_path / "same")
     MEASURES[measure](folder, plan_of(folder, name="others", seed=1, template="plain"), tmp_path / "other")
-    assert "learnt sums" not in caplog.text
+    assert "was trained on sums" not in caplog.text
     MEASURES[measure](folder, plan_of(folder, beginning_of_text="always"), tmp_path / "begun")
-    assert "learnt sums with data.beginning_of_text auto, here it is always" in caplog.text
+    assert "was trained on sums with data.beginning_of_text auto, here it is always" in caplog.text
 
 
 def test_another_split_is_reported_for_classifiers_too(tmp_path, caplog):
@@ -76,9 +76,9 @@ def test_another_split_is_reported_for_classifiers_too(tmp_path, caplog):
     adapt(values, tmp_path / "adapter")
     moved = build_plan({**values, "data": {**values["data"], "seed": 2}})
     compare_classifiers(moved, [tmp_path / "adapter"])
-    assert "learnt rule with data.seed 0, here it is 2" in caplog.text
+    assert "was trained on rule with data.seed 0, here it is 2" in caplog.text
     caplog.clear()
     prose = {**values["data"], "task": "text", "domains": [f"rule={tiny_domains.write(tmp_path)[0]}"], "seed": 2}
     sizes = {"train_tokens": 256, "validation_tokens": 256, "block_size": 64}
     compare_masked(build_plan({**values, "data": {**prose, **sizes}}), [tmp_path / "adapter"])
-    assert "learnt rule with data.seed 0, here it is 2" in caplog.text
+    assert "was trained on rule with data.seed 0, here it is 2" in caplog.text

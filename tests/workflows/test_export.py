@@ -11,6 +11,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from gaintune import models
 from gaintune.adapters import save_adapter
 from gaintune.adapters.absorption import count_rounding
 from gaintune.config import ModelConfig
@@ -18,7 +19,6 @@ from gaintune.errors import AdapterError, AssetError, BaseMismatchError, ConfigE
 from gaintune.models import fingerprint_folder, load_base
 from gaintune.results import DomainLoss
 from gaintune.tuners.disel import DiselConfig
-from gaintune.workflows import merge as export
 from gaintune.workflows import merge_adapter
 from gaintune.workflows.merge import Reading, blocks_of, distance
 from support import refused, tiny_base
@@ -126,14 +126,14 @@ def test_beyond_the_tolerance_nothing_is_left_unless_forced(tiny, tmp_path):
 
 def test_a_merge_that_went_wrong_is_noticed(tiny, adapter, tmp_path, monkeypatch):
     """The judge reads the files: weights damaged on their way to the disk do not pass."""
-    write = export.save_model
+    write = models.save_model
 
     def spoil(model, folder, **options):
         with torch.no_grad():
             model.get_submodule("model.layers.0.self_attn.o_proj").weight[:, :8].mul_(-3)
         write(model, folder, **options)
 
-    monkeypatch.setattr(export, "save_model", spoil)
+    monkeypatch.setattr(models, "save_model", spoil)
     refused(MergeError, "NOT within tolerance", merged, tiny, adapter, tmp_path / "out", tolerance=0.5)
 
 
@@ -214,7 +214,7 @@ def test_a_full_disk_loses_nothing(tiny, adapter, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_model", full)
+    monkeypatch.setattr(models, "save_model", full)
     refused(MergeError, "is full", merged, tiny, adapter, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Carrying an adapter on: what it was made with stays and is recorded, and what cannot be carried on is refused."""
+"""Carrying an adapter on: what it was made with stays and is recorded, and what cannot be continued is refused."""
 
 import json
 from dataclasses import asdict, fields
@@ -12,7 +12,7 @@ from gaintune.errors import ConfigError
 from gaintune.methods import METHODS, attach, kind_of, recognize
 from gaintune.storage import read_json
 from gaintune.workflows import adapt
-from gaintune.workflows.job import resumed_method
+from gaintune.workflows.adaptation import resumed_method
 from support import refused, tiny_base, tiny_domains, tiny_encoders
 from support.files import edit_json, write_rows
 
@@ -56,7 +56,7 @@ def test_three_in_a_row_keep_what_the_first_was_made_with(plan, tmp_path):
         record = read_json(start / "gaintune.json")["settings"]["method"]
         assert (record["rank"], record["gate_bias"], record["gate_lr_ratio"]) == (4, -2.0, ratio), number
         assert read_json(start / "adapter_config.json")["gate_lr_ratio"] == ratio, number
-    with pytest.raises(ConfigError, match=r"was made with rank 4, and cannot be carried on with 8: leave rank out"):
+    with pytest.raises(ConfigError, match=r"was made with rank 4, and cannot be continued with 8: leave rank out"):
         adapt({**plan, "methods": [{"name": "disel", "rank": 8}]}, tmp_path / "fifth", start=start)
     with pytest.raises(ConfigError, match=r"was made without choosing gate_rank"):
         adapt({**plan, "methods": [{"name": "disel", "gate_rank": 2}]}, tmp_path / "fifth", start=start)
@@ -158,7 +158,7 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     assert record is None
     assert (method.rank, method.alpha, method.gate_bias, method.gate_lr_ratio) == (3, 6, -1, 7)
     assert len(method.targets) == 14 and "model.layers.1.mlp.down_proj" in method.targets
-    with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be carried on"):
+    with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be continued"):
         resumed(folder, plan, "disel", targets="q_proj")
     refused(ConfigError, "was made with rank 3", resumed, folder, plan, "disel", rank=4)
     adalora = written_by_peft(tmp_path / "adalora", "adalora", rank=2)
@@ -168,8 +168,8 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
 @pytest.mark.parametrize(
     ("made_by", "method", "message"),
     [
-        ("gated-lora", {"name": "disel", "gate_lr_ratio": 2.0}, "DISEL relu adapter, .* 'disel' carries on DISEL sigm"),
-        ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' carries on LORA use_dora"),
+        ("gated-lora", {"name": "disel", "gate_lr_ratio": 2.0}, "DISEL relu adapter, .* 'disel' continues DISEL sigm"),
+        ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' continues LORA use_dora"),
     ],
 )
 def test_an_adapter_of_another_kind_is_not_carried_on(plan, tmp_path, made_by, method, message):
@@ -184,4 +184,4 @@ def test_another_text_under_the_name_of_a_replayed_domain_is_reported(plan, both
     assert "replay" not in caplog.text
     tiny_domains.edit(tmp_path / "prose.jsonl")
     adapt(replay, tmp_path / "other", start=tmp_path / "first")
-    assert f"replay: prose is not as {tmp_path / 'first'} learnt it: another text" in caplog.text
+    assert f"replay: prose is not the text that {tmp_path / 'first'} was trained on: another text" in caplog.text

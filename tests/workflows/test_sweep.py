@@ -19,9 +19,8 @@ from gaintune.results import DomainLoss
 from gaintune.storage import read_json
 from gaintune.workflows import run_sequence
 from gaintune.workflows.sweep import read_grid, run_sweep
-from gaintune.workflows.sweep.engine import Pool
 from gaintune.workflows.sweep.grid import planned_runs
-from gaintune.workflows.sweep.worker import Job, work
+from gaintune.workflows.sweep.workers import Job, Pool, work
 from support import killing, refused, tiny_sweep
 from support.files import contents
 
@@ -219,5 +218,5 @@ def test_threads_are_shared_out_and_ray_spreads_runs_over_shares_of_its_gpus(mon
     assert Pool("sequential", 8).threads(1) is None
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert Pool("dask", 64).threads(4) == 2
-    assert Pool("ray", 32).asked(2) == {"scheduling_strategy": "SPREAD"}
-    assert [Pool("ray", 32, gpus=2).asked(workers)["num_gpus"] for workers in (2, 3, 5)] == [1, 1 / 2, 1 / 3]
+    assert Pool("ray", 32).ray_options(2) == {"scheduling_strategy": "SPREAD"}
+    assert [Pool("ray", 32, gpus=2).ray_options(workers)["num_gpus"] for workers in (2, 3, 5)] == [1, 1 / 2, 1 / 3]

@@ -7,7 +7,7 @@ import joblib
 import pytest
 
 from gaintune.workflows.sweep import run_sweep
-from gaintune.workflows.sweep.engine import open_pool
+from gaintune.workflows.sweep.workers import open_pool
 from support import killing, tiny_sweep
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

@@ -1,6 +1,7 @@
-"""Adapters on disk and on a base: their record, saving and loading, lending for a while, absorbing into weights.
+"""Adapters on disk and on a base: record, saving and loading, attaching for a while, merging into weights.
 
-May import `models`, `results`, `data` and what lies below.
+`record` reads an adapter's folder without a model, `disk` loads it onto a base and saves it, `absorption` merges it.
+May import `models`, `results`, `data`, `methods` and what lies below; the packages above may import it.
 """
 
 import lazy_loader

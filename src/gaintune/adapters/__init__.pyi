@@ -1,13 +1,13 @@
 from .absorption import Rounding as Rounding
 from .absorption import absorb as absorb
 from .absorption import check_mergeable as check_mergeable
+from .disk import adapter_off as adapter_off
 from .disk import add_adapter as add_adapter
+from .disk import attached as attached
 from .disk import check_adapters as check_adapters
 from .disk import load_adapter as load_adapter
 from .disk import save_adapter as save_adapter
 from .disk import strip_adapters as strip_adapters
-from .lend import adapter_off as adapter_off
-from .lend import attached as attached
 from .record import BASE as BASE
 from .record import CONFIG as CONFIG
 from .record import WEIGHTS as WEIGHTS

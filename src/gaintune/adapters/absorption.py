@@ -1,9 +1,9 @@
-"""Put an adapter's changes into the fp32 weights of its base, and count what rounding to the final dtype takes."""
+"""Merging of an adapter into the fp32 weights of its base, and the loss of changes to rounding in the final dtype."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,10 @@ from gaintune.models import Base
 
 
 def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: bool = False) -> tuple[Any, Rounding]:
-    """Merge an adapter folder into `base`, which must hold fp32 weights and is used up; the result is in `dtype`.
+    """Merge an adapter folder into `base`, which must hold fp32 weights and is consumed; the result is in `dtype`.
 
     Raises:
-        AdapterError: damaged, of another base, or of a method whose effect is not a change of weights.
+        AdapterError: damaged, of another base, or of a method that does not change weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -36,16 +36,15 @@ def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: b
                 layer.merge(safe_merge=True)
                 after: Any = layer.get_base_layer().weight
                 rounding += count_rounding(before, after.detach(), dtype)
-                setattr(layer, "merge", _no_second_merge)  # noqa: B010  # the next call asks, and OSF would obey
-            merged = model.merge_and_unload(safe_merge=True)  # takes the adapter's layers out, and modules_to_save in
+                setattr(layer, "merge", _no_second_merge)  # noqa: B010  # OSF would merge again in the next call
+            merged = model.merge_and_unload(safe_merge=True)  # removes the adapter's layers, puts modules_to_save in
     except (ValueError, NotImplementedError, AttributeError) as error:
-        reason = one_line(error)[:300]
-        raise AdapterError(f"{adapter}: this adapter cannot be merged ({reason})") from error
+        raise AdapterError(f"{adapter}: this adapter cannot be merged ({one_line(error)[:300]})") from error
     return merged.to(dtype), rounding
 
 
 def _no_second_merge(*args: Any, **kwargs: Any) -> None:
-    """Stands in for a layer's merge once it is merged."""
+    """Replace the merge of a layer that is merged."""
 
 
 def check_mergeable(adapter: Path) -> None:
@@ -62,24 +61,24 @@ def check_mergeable(adapter: Path) -> None:
 
 
 def _absorb_full(base: Base, adapter: Path, dtype: torch.dtype, allow_other_base: bool) -> tuple[Any, Rounding]:
-    """Fully fine-tuned weights take the base's place; only weights are counted, for none of them is a gain."""
+    """Replace the base's weights by fully fine-tuned ones; none of their changes counts as a gain."""
     before = {name: weight.detach().clone() for name, weight in base.model.named_parameters()}
     model: Any = load_adapter(base, adapter, allow_other_base=allow_other_base)
-    changed = unmoved = 0
+    rounding = Rounding()
     for name, weight in model.named_parameters():
         counted = count_rounding(before.pop(name), weight.detach(), dtype)
-        changed, unmoved = changed + counted.changed, unmoved + counted.unmoved
-    return model.to(dtype), Rounding(changed, unmoved)
+        rounding += Rounding(counted.changed, counted.unmoved)
+    return model.to(dtype), rounding
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What is left of an adapter's changes to weights once they are rounded; sums over layers with `+`.
+    """Count of an adapter's changes to weights that rounding undoes; sums over layers with `+`.
 
-    `changed` weights differ from the base in fp32, `unmoved` of them are the base's again after rounding. `gains` are
-    the multiplicative ones among the changes (one number for an input column or an output row) that differ from 1;
-    `lost` are those that leave more than half of the weights they multiply unmoved; `error` sums, over the gains,
-    how far the gain that acts after rounding is from the one learnt, relative to its distance from 1.
+    `changed` weights differ from the base in fp32; `unmoved` of them equal the base's again after rounding. `gains` are
+    the multiplicative changes (one number for an input column or an output row) that differ from 1; `lost` are those
+    that leave more than half of the weights they multiply unmoved; `error` sums over the gains the distance of the
+    gain after rounding from the trained one, relative to the trained one's distance from 1.
     """
 
     changed: int = 0
@@ -89,17 +88,11 @@ class Rounding:
     error: float = 0.0
 
     def __add__(self, other: Rounding) -> Rounding:
-        return Rounding(
-            self.changed + other.changed,
-            self.unmoved + other.unmoved,
-            self.gains + other.gains,
-            self.lost + other.lost,
-            self.error + other.error,
-        )
+        return Rounding(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 def count_rounding(base: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> Rounding:
-    """Compare one weight before and after a merge in fp32, `(out, in)`, as it will be once rounded to `dtype`."""
+    """Compare a weight `(out, in)` in fp32 before and after a merge with both as rounded to `dtype`."""
     base, merged = base.float(), merged.float()
     base_rounded, merged_rounded = base.to(dtype).float(), merged.to(dtype).float()
     changed = merged != base
@@ -107,7 +100,7 @@ def count_rounding(base: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype)
     total = Rounding(int(changed.sum()), int(unmoved.sum()))
     if base.dim() != 2 or not total.changed:
         return total
-    for axis in (0, 1):  # along a column first (GAIN), then along a row (a gain on outputs, or GPT-2's layers)
+    for axis in (0, 1):  # columns first (GAIN), then rows (gains on outputs, or GPT-2's layers)
         gain = _gain(base, merged, axis)
         if not torch.allclose(merged, base * gain, rtol=1e-5, atol=1e-6 * base.abs().max().item()):
             continue
@@ -120,7 +113,7 @@ def count_rounding(base: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype)
 
 
 def _gain(base: torch.Tensor, merged: torch.Tensor, axis: int) -> torch.Tensor:
-    """The factor that takes each column or row of one matrix nearest to the other's; 1 where there is only zero."""
+    """Return the factors that bring each column or row of one matrix nearest to the other's; 1 for zeros."""
     norm = (base.double() ** 2).sum(dim=axis, keepdim=True)
     product = (base.double() * merged.double()).sum(dim=axis, keepdim=True)
     return torch.where(norm > 0, product / norm.clamp_min(1e-300), torch.ones_like(norm)).float()

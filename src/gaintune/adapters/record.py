@@ -1,4 +1,4 @@
-"""What an adapter's folder says of itself: its record, its settings, whether it is whole, and for which base."""
+"""The files of an adapter's folder: its record, its settings, whether it is whole, and for which base it is."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaintune.config import DataConfig, DomainConfig, MethodConfig, ModelConfig, Plan
+from gaintune.config import DataConfig, DomainConfig, ModelConfig, Plan
 from gaintune.errors import AdapterError, BaseMismatchError, ConfigError
 from gaintune.storage import files
 
 if TYPE_CHECKING:
-    from gaintune.methods import Method
+    from gaintune.data import ClassifyDomain, DomainBlocks
+    from gaintune.methods import Method, PreparedMethod
 
 logger = logging.getLogger(__name__)
 
 
+RECORD = "gaintune.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base"  # what the untouched base is called beside adapters
+
+
 @dataclass(frozen=True)
 class DomainSettings:
-    """What decided which of a domain's rows were held out, and how its rows became tokens; see `DataConfig`."""
+    """Settings that decide which of a domain's rows are held out and how rows become tokens; see `DataConfig`."""
 
     task: str
     seed: int
@@ -33,68 +40,45 @@ class DomainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `beginning_of_text` only where a plan chose it, so that records stay alike."""
-        values = asdict(self)
-        if self.beginning_of_text == "auto":
-            del values["beginning_of_text"]
-        return values
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("beginning_of_text", "auto")}
 
     @classmethod
     def of(cls, domain: DomainConfig, data: DataConfig) -> DomainSettings:
-        """What a plan says of one of its domains."""
+        """Collect what a plan says of one of its domains."""
         written = (data.template_of(domain), data.block_size, data.packing, data.end_of_text, data.beginning_of_text)
         return cls(data.task_of(domain), data.seed, *written)
 
 
 def warn_of_other_rows(adapter: Path, trained: Mapping[str, DomainSettings], data: DataConfig) -> None:
-    """Say which domains an adapter has learnt with another split or template than a plan has, and what to give.
+    """Warn where a plan splits or writes a domain in another way than in an adapter's training; say what to give.
 
-    Args:
-        adapter: its folder.
-        trained: its domains by name, as its record has them.
-        data: the plan's.
+    `trained` holds the settings of the adapter's domains by name, as its record has them.
     """
+    held_out = ": unless its source has a validation split of its own, text that was trained on counts as held out"
     for domain in data.domains:
         if domain.name not in trained:
             continue
-        before, here = trained[domain.name], DomainSettings.of(domain, data)
-        if before.seed != here.seed:
+        then, now = asdict(trained[domain.name]), asdict(DomainSettings.of(domain, data))
+        written = ("template", "end_of_text") if then["task"] == now["task"] == "instruct" else ()
+        for key in ("seed", "beginning_of_text", *written):
+            before, here = (str(values[key]).lower() for values in (then, now))
+            if before == here:
+                continue
+            option, give = f"data.{key}", f"--set data.{key}={before}"
+            if key == "template":
+                option, give = key, f"--template {before}, or the domain's own in a plan"
             logger.warning(
-                "%s learnt %s with data.seed %d, here it is %d: unless its source has a validation split of its own, "
-                "text that was trained on counts as held out. Give --set data.seed=%d",
-                adapter, domain.name, before.seed, here.seed, before.seed,
+                "%s was trained on %s with %s %s, here it is %s%s. Give %s",
+                adapter, domain.name, option, before, here, held_out * (key == "seed"), give,
             )  # fmt: skip
-        if before.beginning_of_text != here.beginning_of_text:
-            logger.warning(
-                "%s learnt %s with data.beginning_of_text %s, here it is %s. Give --set data.beginning_of_text=%s",
-                adapter, domain.name, before.beginning_of_text, here.beginning_of_text, before.beginning_of_text,
-            )  # fmt: skip
-        if not before.task == here.task == "instruct":
-            continue
-        if before.template != here.template:
-            logger.warning(
-                "%s learnt %s with template %s, here it is %s. Give --template %s, or the domain's own in a plan",
-                adapter, domain.name, before.template, here.template, before.template,
-            )  # fmt: skip
-        if before.end_of_text != here.end_of_text:
-            logger.warning(
-                "%s learnt %s with data.end_of_text %s, here it is %s. Give --set data.end_of_text=%s",
-                adapter, domain.name, *(str(each.end_of_text).lower() for each in (before, here, before)),
-            )  # fmt: skip
-
-
-RECORD = "gaintune.json"
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-BASE = "base"
-"""What the untouched base is called beside adapters."""
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What an adapter was trained on and how.
+    """Record of what an adapter was trained on and how.
 
     `base_name` is the base as the user named it; `content_hashes` has the hash of the text of each of `domains`, and
-    `data` how its rows were made; `settings` are those of the last domain, their `train.lr` the rate that was taken;
+    `data` how its rows were made; `settings` are those of the last domain, their `train.lr` the rate that was used;
     `labels` are the classes of a classifier, in the order of its logits, and empty for everything else.
     """
 
@@ -125,55 +109,40 @@ class AdapterRecord:
     def of_plan(
         cls,
         plan: Plan,
-        method: MethodConfig,
-        *,
-        lr: float,
+        method: PreparedMethod,
         fingerprint: str,
-        trained: Sequence[tuple[str, str]],
+        trained: Sequence[DomainBlocks | ClassifyDomain],
+        *,
         versions: dict[str, str],
+        settings: dict[str, Any],
         previous: AdapterRecord | None = None,
         labels: tuple[str, ...] = (),
-        settings: dict[str, Any] | None = None,
     ) -> AdapterRecord:
-        """The record of what a plan's method has made.
+        """Record what a plan's method trained on a base of a fingerprint.
 
-        Args:
-            plan: the plan.
-            method: the one of its methods.
-            lr: the learning rate that was taken, whoever gave it.
-            fingerprint: of the base.
-            trained: name and content hash of each domain, in the order they were learnt.
-            versions: of the packages.
-            previous: the record of the adapter that was carried on.
-            labels: a classifier's classes.
-            settings: more settings than those of training and method, by section.
+        `trained` are the domains in the order of training, `versions` those of the packages; `settings` are added to
+        those of training and method, by section. `previous` is the record of the adapter that training continued.
         """
+        had = previous or cls("", "", "", "", domains=())  # nothing came before a new adapter
         made = {domain.name: DomainSettings.of(domain, plan.data) for domain in plan.data.domains}
+        training = {**plan.train.model_dump(mode="json"), "lr": method.lr}
         return cls(
             base_name=plan.model.name,
             base_revision=plan.model.revision,
             base_fingerprint=fingerprint,
-            method=method.name,
-            label=method.label,
-            domains=(*(previous.domains if previous else ()), *(name for name, _ in trained)),
-            content_hashes={**(previous.content_hashes if previous else {}), **dict(trained)},
-            data={**(previous.data if previous else {}), **{name: made[name] for name, _ in trained}},
-            settings={
-                "train": {**plan.train.model_dump(mode="json"), "lr": lr},
-                "method": method.model_dump(mode="json"),
-                **(settings or {}),
-            },
+            method=method.config.name,
+            label=method.config.label,
+            domains=(*had.domains, *(domain.name for domain in trained)),
+            content_hashes={**had.content_hashes, **{domain.name: domain.content_hash for domain in trained}},
+            data={**had.data, **{domain.name: made[domain.name] for domain in trained}},
+            settings={"train": training, "method": method.config.model_dump(mode="json"), **settings},
             versions=versions,
             labels=labels,
         )
 
 
 def read_record(folder: Path) -> AdapterRecord | None:
-    """The record of an adapter; None for an adapter that PEFT wrote without us.
-
-    Raises:
-        AdapterError: not an adapter folder, or a damaged record.
-    """
+    """Read the record of an adapter, None if PEFT wrote it without us; AdapterError for another folder or damage."""
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     path = folder / RECORD
@@ -193,11 +162,7 @@ def read_record(folder: Path) -> AdapterRecord | None:
 
 
 def adapter_method(folder: Path) -> Method | None:
-    """Find an adapter's method in the catalogue, also where PEFT wrote it without us; None where it has none.
-
-    Raises:
-        AdapterError: not an adapter folder, or a damaged one.
-    """
+    """Find an adapter's method in the catalogue, also if PEFT wrote it without us; None if it is not there."""
     from gaintune.methods import METHODS, recognize
 
     record = read_record(folder)
@@ -207,7 +172,7 @@ def adapter_method(folder: Path) -> Method | None:
 
 
 def adapter_labels(folders: Sequence[Path]) -> list[str]:
-    """What adapters are called beside one another and the base: their folders; ConfigError for two of one name."""
+    """Label adapters by their folders, beside one another and the base; ConfigError for two of one name."""
     labels = [str(folder) for folder in folders]
     if BASE in labels:
         raise ConfigError(f"an adapter cannot be called {BASE!r}, as the base is: name it by its absolute path")
@@ -217,22 +182,22 @@ def adapter_labels(folders: Sequence[Path]) -> list[str]:
 
 
 def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
-    """The base an adapter names as its own; AdapterError if it names none."""
+    """Return the base that an adapter names as its own; AdapterError if it names none."""
     if record is not None:
         return ModelConfig(name=str(record.base_name), revision=record.base_revision)
     config = read_config(folder)
-    if not config.get("base_model_name_or_path"):
-        raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
-    return ModelConfig(name=str(config["base_model_name_or_path"]), revision=config.get("revision"))
+    if name := config.get("base_model_name_or_path"):
+        return ModelConfig(name=str(name), revision=config.get("revision"))
+    raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
 
 
 def adapter_weights(folder: Path) -> Path:
-    """The file whose SHA-256 stands for the whole adapter: the manifest where there is one, else the weights."""
+    """Return the file whose SHA-256 stands for the whole adapter: the manifest if there is one, else the weights."""
     return folder / files.MANIFEST if (folder / files.MANIFEST).is_file() else folder / WEIGHTS
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings PEFT keeps with an adapter; AdapterError if there are none or they are damaged."""
+    """Read the settings PEFT keeps with an adapter; AdapterError if there are none or they are damaged."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -244,16 +209,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base: bool = False) -> str | None:
-    """Check an adapter's folder before anything is put onto a base.
-
-    Args:
-        folder: the adapter.
-        base: name of the base it is meant for.
-        fingerprint: that base's identity.
-        allow_other_base: let it pass although it was trained on another base.
+    """Check an adapter's folder for the base of a name and fingerprint, before anything is attached to that base.
 
     Returns:
-        What there is to doubt, in words: it is of another base, or nobody knows of which. None for nothing.
+        A warning that the adapter is of another base (with `allow_other_base`), or that this cannot be checked;
+        None if it is of this base.
 
     Raises:
         AdapterError: not an adapter, incomplete or damaged.
@@ -263,10 +223,7 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
     check_whole(folder)
     if record is None:
         claimed = read_config(folder).get("base_model_name_or_path")
-        return (
-            f"{folder} has no {RECORD}: whether it was trained on this base cannot be checked (it names {claimed}, "
-            f"this is {base})"
-        )
+        return f"{folder} has no {RECORD}: its base cannot be checked (it names {claimed}, this is {base})"
     if record.base_fingerprint == fingerprint:
         return None
     message = (
@@ -274,15 +231,13 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
         f"this base is {base!r} (fingerprint {fingerprint[:12]})"
     )
     if not allow_other_base:
-        raise BaseMismatchError(
-            f"{message}. Load it on its own base, or, if you mean it, pass --allow-other-base "
-            "(Python: allow_other_base=True)"
-        )
-    return f"{message}; loading it all the same, as asked"
+        advice = "Load it on its own base, or, if you mean it, pass --allow-other-base (Python: allow_other_base=True)"
+        raise BaseMismatchError(f"{message}. {advice}")
+    return f"{message}; loading it anyway (allow_other_base)"
 
 
 def check_whole(folder: Path) -> None:
-    """An adapter of ours has a manifest; one without a record may have none."""
+    """Refuse an adapter that its manifest shows to be damaged; one that PEFT wrote without us may have no manifest."""
     ours = (folder / files.MANIFEST).is_file() or (folder / RECORD).is_file()
     if ours and (problem := files.damage(folder)):
         raise AdapterError(f"damaged adapter: {problem}; restore the folder from where it was saved")

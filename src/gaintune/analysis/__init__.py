@@ -1,8 +1,8 @@
 """Analyses: what can be learned from adapters and their models beyond one loss a domain.
 
-A folder each, all alike: `__init__.py` says what the analysis is, `survey.py` measures, `statistics.py` computes from
-plain arrays, `report.py` makes tables and figures. To add one: a folder and a line in `catalogue.py`; see `base.py`.
-The recipes and the command line may import this package.
+Every analysis is a folder: `__init__.py` describes it, `survey.py` measures and computes, `report.py` makes tables and
+figures. To add one: a folder, and its class in `catalogue.py`; see `base.py`. What they share is in `drawing.py`,
+`positions.py` and `provenance.py`. The recipes and the command line may import this package.
 """
 
 import lazy_loader

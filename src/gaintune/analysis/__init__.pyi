@@ -7,14 +7,13 @@ from .catalogue import ANALYSES as ANALYSES
 from .catalogue import check_output as check_output
 from .gains.survey import survey_gains as survey_gains
 from .gates import GatesOptions as GatesOptions
-from .gates.statistics import Group as Group
-from .gates.statistics import apart as apart
-from .gates.statistics import summarise as summarise
+from .gates.survey import Group as Group
+from .gates.survey import apart as apart
 from .gates.survey import record_gates as record_gates
 from .gates.survey import response_tokens as response_tokens
+from .gates.survey import summarise as summarise
 from .gates.survey import survey_gates as survey_gates
 from .landscape import LandscapeOptions as LandscapeOptions
-from .landscape.directions import directions as directions
 from .landscape.survey import survey_landscape as survey_landscape
 from .linear_model import LinearModelOptions as LinearModelOptions
 from .linear_model.survey import run_experiment as run_experiment

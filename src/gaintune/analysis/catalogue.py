@@ -1,7 +1,8 @@
-"""The analyses, by name. To add one: its folder (see `base.py`), and a line here."""
+"""The analyses, by name. To add one: its folder (see `base.py`), and its class in `CATALOGUE`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,30 +19,20 @@ from gaintune.analysis.transfer import TransferAnalysis
 from gaintune.errors import RunDirectoryError
 from gaintune.storage import canonical_json, strangers
 
-ANALYSES: dict[str, Analysis] = {
-    analysis.name: analysis
-    for analysis in (
-        GatesAnalysis(),
-        LinearModelAnalysis(),
-        GainsAnalysis(),
-        SubspaceAnalysis(),
-        TokensAnalysis(),
-        LandscapeAnalysis(),
-        TransferAnalysis(),
-        RetentionAnalysis(),
-    )
-}
+CATALOGUE = (
+    GatesAnalysis, LinearModelAnalysis, GainsAnalysis, SubspaceAnalysis, TokensAnalysis, LandscapeAnalysis,
+    TransferAnalysis, RetentionAnalysis,
+)  # fmt: skip
+ANALYSES: dict[str, Analysis] = {analysis.name: analysis() for analysis in CATALOGUE}
 
 
 def check_output(folder: Path, analysis: str) -> Path:
-    """Return a folder for tables of an analysis: a new one, or one that holds what analyses wrote and nothing else.
-
-    Raises:
-        RunDirectoryError: it is a file, or holds what no analysis wrote.
-    """
-    if folder.exists() and not folder.is_dir():
+    """Return a folder for an analysis's tables; RunDirectoryError if it is a file or holds what no analysis wrote."""
+    if not folder.exists():
+        return folder
+    if not folder.is_dir():
         raise RunDirectoryError(f"{folder} is a file; name a folder for tables and figures")
-    if folder.exists() and (stranger := next(strangers(folder, _written(folder, analysis)), None)) is not None:
+    if (stranger := next(strangers(folder, _written(folder, analysis)), None)) is not None:
         raise RunDirectoryError(
             f"{folder} is not empty, and no analysis wrote {stranger}; name another folder for tables and figures"
         )
@@ -49,16 +40,13 @@ def check_output(folder: Path, analysis: str) -> Path:
 
 
 def _written(folder: Path, analysis: str) -> Iterator[str]:
-    """Yield the names that the analyses whose record lies in a folder give to what they write."""
-    yield "measured/*.json"  # retention keeps losses there on its way
+    """Yield the file names of the analyses whose record lies in a folder."""
+    yield "measured/*.json"  # where retention stores losses, so that it can be resumed
     for name in {**ANALYSES, analysis: None}:
         record = folder / f"{name}.json"
-        try:
+        with contextlib.suppress(OSError, ValueError):
             text = record.read_text(encoding="utf-8")
-            ours = text == canonical_json(json.loads(text))
-        except (OSError, ValueError):
-            continue
-        if ours:
-            yield from (record.name, f"{name}.md")
-            for kind in ("csv", "png", "svg"):
-                yield from (f"{name}.{kind}", f"{name}-*.{kind}", f"{name.removesuffix('s')}-*.{kind}")
+            if text == canonical_json(json.loads(text)):
+                yield from (record.name, f"{name}.md")
+                for kind in ("csv", "png", "svg"):
+                    yield from (f"{name}.{kind}", f"{name}-*.{kind}", f"{name.removesuffix('s')}-*.{kind}")

@@ -1,4 +1,4 @@
-"""What the figures of all analyses share."""
+"""What the tables and figures of all analyses share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,44 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec
 
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gaintune.report import MUTED, NONE, RULE, look, styled
+from gaintune.report import MUTED, NONE, RULE, SHADE, look, markdown_table, styled
 from gaintune.results import Interval
 
 P = ParamSpec("P")
+
+
+def text_frame(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """Return rows of text as a frame: the first cell names the row, and heads begin with a capital."""
+    corner, *columns = [head[:1].upper() + head[1:] for head in heads]
+    names = pd.Index([row[0] for row in rows], name=corner)
+    return pd.DataFrame([row[1:] for row in rows], index=names, columns=columns, dtype=object)
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as a Markdown table."""
+    frame = text_frame(heads, rows)
+    return markdown_table(frame, str(frame.index.name))
+
+
+def with_ends(figure: Interval | None, form: str) -> str:
+    """Write a figure and its interval in a format such as `.4f`."""
+    if figure is None:
+        return NONE
+    interval = "" if figure.low is None or figure.high is None else f" [{figure.low:{form}}, {figure.high:{form}}]"
+    return f"{figure.value:{form}}{interval}"
+
+
+def ends(figures: Sequence[Interval]) -> tuple[list[float], list[float]]:
+    """Return the lower and the upper ends, or the values where there are none."""
+    lows = [figure.value if figure.low is None else figure.low for figure in figures]
+    return lows, [figure.value if figure.high is None else figure.high for figure in figures]
 
 
 def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -25,6 +54,13 @@ def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
         return styled(lambda: draw(*args, **kwargs))
 
     return under_style
+
+
+def line(index: int, *, marked: bool = True, **options: Any) -> dict[str, Any]:
+    """Return what matplotlib needs to draw the line of a method, an adapter or a domain, by its position."""
+    style = look(index)
+    marker = {"marker": style.marker} if marked else {}
+    return {"color": style.colour, "linestyle": style.dashes, **marker, **options}
 
 
 def ruled(axes: Axes, along: Literal["x", "y", "both"] = "y", which: Literal["major", "both"] = "major") -> None:
@@ -41,6 +77,18 @@ def framed_by_nothing(axes: Axes) -> None:
         spine.set_visible(False)
 
 
+def layer_cells(
+    axes: Axes, values: np.ndarray, rows: Sequence[str], layers: Sequence[int], every: int, **colors: Any
+) -> None:
+    """Draw a heatmap of `(rows, layers)`, NaN as a gap, with the number of every so many layers below."""
+    axes.set_facecolor(SHADE)
+    axes.pcolormesh(values, edgecolors="white", **colors)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_xticks(np.arange(len(layers))[::every] + 0.5, [str(layer) for layer in layers[::every]])
+    axes.invert_yaxis()
+    framed_by_nothing(axes)
+
+
 def color_bar(sheet: Figure, mapped: ScalarMappable, panels: Sequence[Axes], label: str, **options: Any) -> Any:
     """Add the scale of a heatmap beside its panels."""
     bar = sheet.colorbar(mapped, ax=list(panels), **options)
@@ -50,12 +98,9 @@ def color_bar(sheet: Figure, mapped: ScalarMappable, panels: Sequence[Axes], lab
     return bar
 
 
-def legend(sheet: Figure, labels: Sequence[str], most: int, *, marked: bool = False, **line: Any) -> None:
-    """Name the lines above the panels, at most so many in a row, in the looks of their order."""
-    handles = []
-    for label, style in zip(labels, map(look, range(len(labels))), strict=True):
-        marker: Any = style.marker if marked else None
-        handles.append(Line2D([], [], color=style.colour, linestyle=style.dashes, marker=marker, label=label, **line))
+def legend(sheet: Figure, labels: Sequence[str], most: int, *, marked: bool = False, **options: Any) -> None:
+    """Name the lines above the panels in their order, at most so many in a row."""
+    handles = [Line2D([], [], label=label, **line(at, marked=marked, **options)) for at, label in enumerate(labels)]
     columns = min(most, len(handles))
     sheet.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3)
 
@@ -63,24 +108,10 @@ def legend(sheet: Figure, labels: Sequence[str], most: int, *, marked: bool = Fa
 def panels(
     count: int, columns: int, size: Callable[[int, int], tuple[float, float]], **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Make a sheet with so many panels, its size by rows and columns; what is left of the last row is empty."""
+    """Make a sheet with so many panels, its size by rows and columns; the rest of the last row stays empty."""
     rows = -(-count // columns)
     sheet = Figure(figsize=size(rows, columns), layout="constrained")
     grid = list(sheet.subplots(rows, columns, squeeze=False, **shared).flat)
     for axes in grid[count:]:
         axes.set_axis_off()
     return sheet, grid[:count]
-
-
-def with_ends(figure: Interval | None, form: str) -> str:
-    """Write a figure and its interval in a format such as `.4f`."""
-    if figure is None:
-        return NONE
-    interval = "" if figure.low is None or figure.high is None else f" [{figure.low:{form}}, {figure.high:{form}}]"
-    return f"{figure.value:{form}}{interval}"
-
-
-def ends(figures: Sequence[Interval]) -> tuple[list[float], list[float]]:
-    """Return the lower and the upper ends, or the values where there are none."""
-    lows = [one.value if one.low is None else one.low for one in figures]
-    return lows, [one.value if one.high is None else one.high for one in figures]

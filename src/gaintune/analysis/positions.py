@@ -8,42 +8,36 @@ from typing import Literal
 
 from torch import nn
 
+PREFIX = "base_model.model."  # of a module's name in a PeftModel
 DEPTHS = ("early", "middle", "late")
 Block = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True)
 class ModulePosition:
-    """Where a gated layer sits in the model.
+    """Position of an adapted module in its model."""
 
-    Attributes:
-        name: module name, such as `model.layers.3.self_attn.q_proj` inside a PeftModel.
-        layer: index of its transformer layer, None outside of them (such as a vocabulary projection).
-        depth: `early`, `middle` or `late` third of the transformer layers; `outside` where `layer` is None.
-        projection: its own name, such as `q_proj`.
-        block: `attention` where some part of the name inside the layer says so, else `mlp`.
-    """
-
-    name: str
-    layer: int | None
-    depth: str
-    projection: str
-    block: Block
+    name: str  # of the module, such as `model.layers.3.self_attn.q_proj`
+    layer: int | None  # index of its transformer layer, None outside of them (such as a vocabulary projection)
+    depth: str  # `early`, `middle` or `late` third of the transformer layers; `outside` where `layer` is None
+    projection: str  # last part of its name, such as `q_proj`
+    block: Block  # `attention` where some part of the name inside the layer says so, else `mlp`
 
 
 def positions_of(model: nn.Module | None, names: Iterable[str]) -> dict[str, ModulePosition]:
-    """Read the positions of layers from their names: the first number in a name counts transformer layers.
+    """Read the positions of modules from their names: the first number in a name counts transformer layers.
 
-    A projection goes by the last part of its name, or, where several of a layer share that (BERT's `dense`), by all of
-    its name inside the layer. Without a model, as many transformer layers are taken to be there as the names count.
+    A projection is named by the last part of its name, or, where several in a layer share that (BERT's `dense`), by its
+    whole name inside the layer. Without a model, the names tell how many transformer layers there are.
     """
     split: dict[str, tuple[str, int | None, tuple[str, ...]]] = {}
     for name in names:
         parts = tuple(name.split("."))
         at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-        split[name] = (
-            (name, None, parts[-1:]) if at is None else (".".join(parts[:at]), int(parts[at]), parts[at + 1 :])
-        )
+        if at is None:
+            split[name] = (name, None, parts[-1:])
+        else:
+            split[name] = (".".join(parts[:at]), int(parts[at]), parts[at + 1 :])
     whole = {inside for _, layer, inside in split.values() if layer is not None}
     named = 1 + max((layer for _, layer, _ in split.values() if layer is not None), default=-1)
     shared = {inside[-1] for inside in whole if sum(other[-1] == inside[-1] for other in whole) > 1}

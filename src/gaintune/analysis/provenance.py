@@ -8,85 +8,75 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters import adapter_labels, adapter_weights, check_whole, read_config, read_record
+from gaintune.adapters import adapter_labels, adapter_method, adapter_weights, check_whole, read_config, read_record
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks
-from gaintune.errors import AdapterError
+from gaintune.errors import AdapterError, ConfigError
+from gaintune.methods import Method
 from gaintune.models import Base, resolve_device
 from gaintune.storage import describe_environment, sha256_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """One adapter's identity and making.
+    """Identity and making of an adapter."""
 
-    Attributes:
-        adapter: the folder, as it was named.
-        sha256: of its manifest, or of its weights where PEFT wrote it without us.
-        method: catalogue name; PEFT's type for an adapter without a record.
-        label: what the run called the method.
-        domains: what it has learnt, in order; empty where nobody wrote it down.
-        base: name of its base.
-        base_fingerprint: identity of its base; None where nobody wrote it down.
-        settings: training and method settings, by section.
-    """
-
-    adapter: str
-    sha256: str
-    method: str
-    label: str
-    domains: tuple[str, ...]
+    adapter: str  # its folder, as the user named it
+    sha256: str  # of its manifest, or of its weights where PEFT wrote it without us
+    method: str  # catalogue name; PEFT's type for an adapter without a record
+    label: str  # of the method in the run
+    domains: tuple[str, ...]  # it was trained on, in order; empty where they are not recorded
     base: str
-    base_fingerprint: str | None
-    settings: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "domains": list(self.domains)}
+    base_fingerprint: str | None  # None where it is not recorded
+    settings: dict[str, Any]  # of training and method, by section
 
 
 def origin_of(folder: Path) -> Origin:
-    """Read what an adapter's folder says of itself; AdapterError where it is damaged or no adapter."""
+    """Read an adapter's identity and making from its folder; AdapterError where it is damaged or no adapter."""
     record = read_record(folder)
     check_whole(folder)
     weights = adapter_weights(folder)
     if not weights.is_file():
         raise AdapterError(f"{weights} is missing; restore the folder from where it was saved")
-    digest = sha256_file(weights)
+    name, digest = str(folder), sha256_file(weights)
     if record is None:
         config = read_config(folder)
         kind = str(config.get("peft_type"))
-        return Origin(str(folder), digest, kind, kind, (), str(config.get("base_model_name_or_path")), None, {})
-    return Origin(
-        adapter=str(folder),
-        sha256=digest,
-        method=record.method,
-        label=record.label,
-        domains=tuple(record.domains),
-        base=record.base_name,
-        base_fingerprint=record.base_fingerprint,
-        settings=record.settings,
-    )
+        return Origin(name, digest, kind, kind, (), str(config.get("base_model_name_or_path")), None, {})
+    domains, base, fingerprint = tuple(record.domains), record.base_name, record.base_fingerprint
+    return Origin(name, digest, record.method, record.label, domains, base, fingerprint, record.settings)
+
+
+def method_with(ability: str, folder: Path, hint: str) -> Method:
+    """Return an adapter's method; AdapterError, with a hint, where it lacks an ability, such as `gates`."""
+    method = adapter_method(folder)
+    if method is None or not getattr(method, ability):
+        record = read_record(folder)
+        name = record.method if record is not None else read_config(folder).get("peft_type")
+        raise AdapterError(f"{folder}: an adapter of method {name} has no {hint}")
+    return method
 
 
 def table_labels(origins: Sequence[Origin]) -> list[str]:
-    """What tables call adapters: method and last domain, such as `gain-ffn on law`, or the folder.
+    """Return the names of adapters in tables: method and last domain, such as `gain-ffn on law`.
 
-    The folder's name where nobody wrote down what was learnt. Adapters that would have one name have in brackets where
-    their paths differ, such as `gain-ffn on law (first-run)`.
+    Without a record of domains it is the folder's name. To equal names, the part in which the paths differ is added, as
+    in `gain-ffn on law (first-run)`.
     """
-    labels = [f"{one.label} on {one.domains[-1]}" if one.domains else Path(one.adapter).name for one in origins]
-    told = list(labels)
+    labels = [f"{each.label} on {each.domains[-1]}" if each.domains else Path(each.adapter).name for each in origins]
+    unique = list(labels)
     for label in {each for each in labels if labels.count(each) > 1}:
-        places = [place for place, each in enumerate(labels) if each == label]
-        apart = _where_they_differ([Path(origins[place].adapter).parts for place in places])
-        for place, part in zip(places, apart, strict=True):
-            told[place] = f"{label} ({part})"
-    return told
+        equal = [index for index, each in enumerate(labels) if each == label]
+        parts = _where_they_differ([Path(origins[index].adapter).parts for index in equal])
+        for index, part in zip(equal, parts, strict=True):
+            unique[index] = f"{label} ({part})"
+    return unique
 
 
 def _where_they_differ(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """Paths without the parts that all begin and end with; whole where that leaves nothing of one."""
+    """Return paths without their common beginning and end; whole paths where that would leave one of them empty."""
     shortest = min(map(len, paths))
     start = next((at for at in range(shortest) if len({path[at] for path in paths}) > 1), shortest)
     end = next((at for at in range(shortest - start) if len({path[-1 - at] for path in paths}) > 1), shortest - start)
@@ -94,12 +84,9 @@ def _where_they_differ(paths: Sequence[tuple[str, ...]]) -> list[str]:
     return middles if all(middles) else [str(Path(*path)) for path in paths]
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Provenance:
-    """Everything that the numbers depend on; `adapters` by what they are called in tables."""
+    """Everything that a measurement's numbers depend on; `adapters` by their names in tables."""
 
     base: str
     base_revision: str | None
@@ -110,18 +97,17 @@ class Provenance:
     environment: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**vars(self), "adapters": {label: origin.to_dict() for label, origin in self.adapters.items()}}
+        """Return plain values for JSON."""
+        return asdict(self)
 
 
 def named_origins(folders: Sequence[Path]) -> dict[str, Origin]:
-    """Adapters by what tables call them (`table_labels`), from their files alone.
+    """Read the origins of adapters, by their names in tables (`table_labels`).
 
-    Raises:
-        AdapterError: a folder that is no adapter, or a damaged one.
-        ConfigError: an adapter named twice.
+    AdapterError for a folder that is no adapter or damaged, ConfigError for no folder or one named twice.
     """
-    adapter_labels(folders)
+    if not adapter_labels(folders):
+        raise ConfigError("name at least one adapter")
     origins = [origin_of(folder) for folder in folders]
     return dict(zip(table_labels(origins), origins, strict=True))
 
@@ -133,29 +119,23 @@ def provenance(
     adapters: Mapping[str, Origin],
     settings: Mapping[str, Any] | None = None,
 ) -> Provenance:
-    """Put together what a measurement depends on; its settings are the plan's unless given."""
+    """Collect what a measurement depends on; its settings are the plan's unless given."""
     if settings is None:
         settings = {name: getattr(plan, name).model_dump(mode="json") for name in ("model", "data", "evaluate")}
-    return Provenance(
-        base=base.name,
-        base_revision=base.revision,
-        base_fingerprint=base.fingerprint,
-        adapters=adapters,
-        texts={domain.name: domain.describe() for domain in domains},
-        settings=settings,
-        environment=describe_environment(resolve_device(plan.model.device)),
-    )
+    texts = {domain.name: domain.describe() for domain in domains}
+    environment = describe_environment(resolve_device(plan.model.device))
+    return Provenance(base.name, base.revision, base.fingerprint, adapters, texts, settings, environment)
 
 
 def warn_of_other_texts(adapters: Iterable[Path], domains: Sequence[DomainBlocks]) -> None:
-    """Say where a domain is not what an adapter learnt: of other text it may have seen what it is measured on."""
-    here = {domain.name: domain.content_hash for domain in domains}
+    """Warn where a domain is not what an adapter was trained on, which may hold the text that is measured here."""
+    hashes = {domain.name: domain.content_hash for domain in domains}
     for folder in adapters:
         record = read_record(folder)
-        for name, learnt in (record.content_hashes if record else {}).items():
-            if here.get(name, learnt) != learnt:
+        for name, trained in (record.content_hashes if record else {}).items():
+            if hashes.get(name, trained) != trained:
                 logger.warning(
-                    "%s learnt %s from other text, or cut to other sizes, than it is measured on here. Text and "
+                    "%s was trained on %s of other text, or cut to other sizes, than it is measured on here. Text and "
                     "data.seed alone decide what is held out: give the training's --train-tokens, --validation-tokens "
                     "and --block-size, or its plan, to see that they are the same",
                     folder, name,

@@ -1,4 +1,4 @@
-"""The commands of the analyses, each made from what its analysis says of itself."""
+"""The commands of the analyses, each made from the analysis's own description."""
 
 from __future__ import annotations
 
@@ -11,35 +11,31 @@ from typing import Annotated, Any
 import typer
 
 from gaintune.analysis import ANALYSES, Analysis, Subject, check_output, write_result
-from gaintune.cli.benchmarks import BenchmarkSettings
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
-from gaintune.cli.options import Given, command
+from gaintune.cli.evaluate import BenchmarkSettings
+from gaintune.cli.options import PLAN_OF_TEXTS, AllowOtherBase, Given, command
 from gaintune.config import Plan
-from gaintune.results import Interval
 
-TRAINED = "Domains are those that the adapters learnt last, unless --plan or --domain names some."
+TRAINED = "Domains are those that the adapters were trained on last, unless --plan or --domain names some."
 commands = typer.Typer()
 
 
 def _parameters(analysis: Analysis) -> list[Parameter]:
     """List what the command takes beside the options of the plan and of the analysis."""
-    word = "the figure" if analysis.one_figure else "figures"
-    folder = typer.Option(
+    out_folder = typer.Option(
         "--out",
         callback=lambda place: check_output(place, analysis.name),
-        help=f"Folder for tables and {word}.",
+        help="Folder for tables and figures.",
         rich_help_panel="Output",
     )
-    other = "Take adapters that were trained on another base."
-    several = {"runs": "RUN_OR_ADAPTER...", "adapter": "ADAPTER"}.get(analysis.takes, "ADAPTER...")
-    kind: Any = Path if analysis.takes == "adapter" else list[Path]
-    taken: dict[str, tuple[Any, Any]] = {"out_folder": (Annotated[Path, folder], Path("runs") / analysis.name)}
+    taken: dict[str, tuple[Any, Any]] = {"out_folder": (Annotated[Path, out_folder], Path("runs") / analysis.name)}
     if analysis.takes != "nothing":
-        argument = typer.Argument(metavar=several, help=analysis.argument)
+        metavar = {"runs": "RUN_OR_ADAPTER...", "adapter": "ADAPTER"}.get(analysis.takes, "ADAPTER...")
+        argument = typer.Argument(metavar=metavar, help=analysis.argument)
+        kind: Any = Path if analysis.takes == "adapter" else list[Path]
         taken["adapters"] = (Annotated[kind, argument], Parameter.empty)
     if analysis.loads_model:
-        switch = typer.Option("--allow-other-base", help=other, rich_help_panel="Model")
-        taken |= {"given": (Given, Parameter.empty), "allow_other_base": (Annotated[bool, switch], False)}
+        taken |= {"given": (Given, Parameter.empty), "allow_other_base": (AllowOtherBase, False)}
     if analysis.measures_benchmarks:
         taken["benchmark"] = (BenchmarkSettings, Parameter.empty)
     taken["options"] = (analysis.Options, Parameter.empty)
@@ -62,43 +58,30 @@ def _plan(analysis: Analysis, given: Given, adapters: Sequence[Path], options: A
     return given.on_domains_of(adapters).plan()
 
 
-def _run(
-    analysis: Analysis,
-    options: Any,
-    out_folder: Path,
-    adapters: Path | Sequence[Path] = (),
-    given: Given | None = None,
-    allow_other_base: bool = False,
-    benchmark: BenchmarkSettings | None = None,
-) -> None:
-    folders = [adapters] if isinstance(adapters, Path) else list(adapters)
-    plan = None if given is None else _plan(analysis, given, folders, options)
-    config = None
-    if plan and benchmark:
-        config = benchmark.config(plan.evaluate, [*options.target, *options.tasks])
-    quiet_libraries()
-    subject = Subject(folders, plan, (), "", out_folder, config, allow_other_base)
-    result = analysis.run(subject, options, progress_on(err))
-    write_result(analysis.name, result, out_folder)
-    shown = result.headline
-    rows = [[_cell(cell) for cell in row] for row in shown.rows]
-    out.print(table(shown.title, shown.heads, rows, range(shown.numeric, len(shown.heads))))
-    for remark in result.remarks:
-        say(remark)
-    say(f"tables and {'figure' if analysis.one_figure else 'figures'} {out_folder}")
-
-
-def _cell(cell: str | Interval | None) -> str:
-    if isinstance(cell, str):
-        return cell
-    return percent(None, None, None) if cell is None else percent(cell.value, cell.low, cell.high)
-
-
 def add_command(app: typer.Typer, analysis: Analysis) -> None:
     """Register the command of an analysis."""
 
-    def run(**values: Any) -> None:
-        _run(analysis, **values)
+    def run(
+        options: Any,
+        out_folder: Path,
+        adapters: Path | Sequence[Path] = (),
+        given: Given | None = None,
+        allow_other_base: bool = False,
+        benchmark: BenchmarkSettings | None = None,
+    ) -> None:
+        folders = [adapters] if isinstance(adapters, Path) else list(adapters)
+        plan = None if given is None else _plan(analysis, given, folders, options)
+        config = benchmark.config(plan.evaluate, [*options.target, *options.tasks]) if plan and benchmark else None
+        quiet_libraries()
+        subject = Subject(folders, plan, (), "", out_folder, config, allow_other_base)
+        result = analysis.run(subject, options, progress_on(err))
+        write_result(analysis.name, result, out_folder)
+        shown = result.headline
+        rows = [[cell if isinstance(cell, str) else percent(cell) for cell in row] for row in shown.rows]
+        out.print(table(shown.title, shown.heads, rows, range(shown.numeric, len(shown.heads))))
+        for remark in result.remarks:
+            say(remark)
+        say(f"tables and {'figure' if analysis.one_figure else 'figures'} {out_folder}")
 
     run.__signature__ = Signature(_parameters(analysis))  # type: ignore[attr-defined]
     run.__name__, run.__doc__ = analysis.name, analysis.help
@@ -113,10 +96,7 @@ def add_command(app: typer.Typer, analysis: Analysis) -> None:
         without=() if analysis.watches else ("data.watched",),
         options=analysis.Options,
         options_group="Analysis",
-        helps={
-            "model": "Base; the plan's or the one the first adapter names unless given.",
-            "plan": "Plan whose base, domains and data settings are used.",
-        },
+        helps={"model": "Base; the plan's or the first adapter's unless given.", "plan": PLAN_OF_TEXTS},
         examples=analysis.examples,
     )(run)
 

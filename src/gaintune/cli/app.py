@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from gaintune import __version__
-from gaintune.cli import analyse, deliver, evaluate, lists, recipe, sweep, train
+from gaintune.cli import analyse, deliver, evaluate, lists, recipe, train
 from gaintune.cli.console import err, show_warnings
 from gaintune.cli.help import HelpfulGroup
 from gaintune.errors import GaintuneError
@@ -27,7 +27,7 @@ gaintune evaluate demo --adapter adapters/notes --domain notes.jsonl""",
 )
 
 
-def _tell_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"gaintune {__version__}")
         raise typer.Exit
@@ -36,7 +36,7 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Adapt language models to domain after domain without making them forget, and measure what was kept."""
@@ -45,12 +45,12 @@ def _options(
 INTERRUPTED = 130
 CANNOT_WRITE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
-for group in (train, sweep, evaluate, deliver, analyse, recipe, lists):
+for group in (train, evaluate, deliver, analyse, recipe, lists):
     app.add_typer(group.commands)
 
 
 def main() -> None:
-    """Entry point: a person's mistake ends in one message and exit code 2, a failed run in exit code 1."""
+    """Run the application: a person's mistake ends in one message and exit code 2, a failed run in exit code 1."""
     show_warnings(err)
     try:
         app()

@@ -1,4 +1,4 @@
-"""What the command line draws: progress bars with tokens per second and time left, and tables."""
+"""What the command line draws: progress bars with speed and time left, tables, and lines of text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -14,25 +15,24 @@ from rich.table import Table
 
 from gaintune import progress
 from gaintune.progress import Advance
+from gaintune.results import Interval
 
 out = Console()
 err = Console(stderr=True)
-LINES_EVERY = 15.0
-"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
+LINES_EVERY = 15.0  # seconds between two lines of progress where there is no terminal to draw a bar on
 
 
+@dataclass(frozen=True)
 class Bars:
-    """Shows progress on a terminal as a bar, and elsewhere (a log file) as a line now and then."""
+    """Progress on a terminal as a bar, and elsewhere (a log file) as a line now and then."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    console: Console
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
-        """One bar, gone when its work is done; a line with its pace stays if it took over two seconds."""
-        start = time.perf_counter()
+        """Show a bar until the work is done; a line with its pace stays if it took over two seconds."""
+        start = said = time.perf_counter()
         done = 0
-        said = start
         figures: dict[str, float] = {}
 
         def pace() -> str:
@@ -40,15 +40,9 @@ class Bars:
             rate = done / max(time.perf_counter() - start, 1e-9)
             return f"{rate:,.{0 if rate >= 10 else 2}f} {unit}/s{shown}"
 
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[pace]}"), TimeRemainingColumn()]
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             row = bar.add_task(title, total=total, pace="")
 
             def advance(amount: int, **latest: float) -> None:
@@ -57,20 +51,19 @@ class Bars:
                 figures.update(latest)
                 bar.update(row, completed=round(done), pace=pace())
                 waited = time.perf_counter() - said > LINES_EVERY
-                if waited and round(done) < total and not self._console.is_terminal:
+                if waited and round(done) < total and not self.console.is_terminal:
                     said = time.perf_counter()
                     left = (said - start) / done * (total - done)
-                    self._console.print(
-                        f"{title}: {done:,.0f}/{total:,.0f} {unit}, {pace()}, {left:.0f} s left", highlight=False
-                    )
+                    line = f"{title}: {done:,.0f}/{total:,.0f} {unit}, {pace()}, {left:.0f} s left"
+                    self.console.print(line, highlight=False)
 
             yield advance
         if time.perf_counter() - start > 2.0:
             self.note(f"{title}: {done:,.0f} {unit} in {time.perf_counter() - start:.1f} s ({pace()})")
 
     def note(self, text: str) -> None:
-        """One plain line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print a plain line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
@@ -79,7 +72,7 @@ def say(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> Table:
-    """A table for the terminal; `numeric` columns are aligned to the right."""
+    """Draw a table for the terminal; `numeric` columns are aligned to the right."""
     drawn = Table(title=title or None, title_justify="left")
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
@@ -88,12 +81,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num
     return drawn
 
 
-def percent(value: float | None, low: float | None, high: float | None) -> str:
-    """A change with its interval, or a dash where there is none."""
+def percent(value: Interval | None, form: str = "+.1f", unit: str = " %", factor: float = 1.0) -> str:
+    """Format a number with its interval, all times `factor`; a dash for none."""
     if value is None:
         return "—"
-    interval = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"
-    return f"{value:+.1f} %{interval}"
+    low, high = value.low, value.high
+    ends = "" if low is None or high is None else f" [{factor * low:{form}}, {factor * high:{form}}]"
+    return f"{factor * value.value:{form}}{unit}{ends}"
 
 
 def show_warnings(console: Console) -> None:
@@ -111,18 +105,16 @@ def quiet_libraries() -> None:
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
-    datasets_logging.disable_progress_bar()
+    for library in (transformers_logging, datasets_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only quantized bases use
-    for library in ("peft", "torch", "transformers"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module="peft|torch|transformers")
 
 
 def progress_on(console: Console) -> progress.Progress:
-    """Bars; of several processes on one run, only the first draws."""
+    """Return bars; of several processes on one run, only the first draws."""
     from gaintune.storage import first_process
 
     return Bars(console) if first_process() else progress.Silent()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel, Field
 
 from gaintune.cli.console import quiet_libraries, say
-from gaintune.cli.options import Given, command
+from gaintune.cli.options import AllowOtherBase, Given, command
 
 commands = typer.Typer()
+delivery = partial(command, commands, group="Delivery")
 
 
-@command(commands, "report", group="Delivery", examples="gaintune report runs/demo")
+@delivery("report", examples="gaintune report runs/demo")
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write the report of a run anew, from its stored losses: page, figures, CSV and Markdown."""
     from gaintune.report import write_report
@@ -21,16 +24,20 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     say(f"report {write_report(run)}")
 
 
-@command(
-    commands,
+class MergeSettings(BaseModel):
+    """Options of the merged model."""
+
+    dtype: str = Field(default="auto", description="precision of the merged weights: auto, bf16, fp16 or fp32")
+    max_shard_size: str = Field(default="5GB", description="largest size of a safetensors file")
+    tolerance: float = Field(default=0.5, description="largest accepted change of perplexity, in %")
+    force: bool = Field(default=False, description="write the model even above the tolerance.")
+
+
+@delivery(
     "merge",
-    group="Delivery",
     takes=("model", "data", "evaluate"),
     without=("data.watched", "data.train_tokens", "evaluate.seed"),
-    helps={
-        "model": "Base; the one the adapter names unless given.",
-        "plan": "Plan whose base and texts are used.",
-    },
+    helps={"model": "Base; the adapter's unless given.", "plan": "Plan whose base and texts are used."},
     examples="""\
 gaintune merge adapters/notes merged --domain notes.jsonl
 gaintune merge adapters/notes merged --dtype bf16 --tolerance 0.2
@@ -38,29 +45,10 @@ gaintune merge adapters/gsm8k merged --domain gsm8k --task instruct""",
 )
 def merge(
     given: Given,
+    output: MergeSettings,
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model; must not exist.")],
-    dtype: Annotated[
-        str,
-        typer.Option(help="Numbers of the merged weights: auto, bf16, fp16 or fp32.", rich_help_panel="Output"),
-    ] = "auto",
-    max_shard_size: Annotated[
-        str, typer.Option(help="Largest size of one safetensors file.", rich_help_panel="Output")
-    ] = "5GB",
-    tolerance: Annotated[
-        float, typer.Option(help="Largest accepted change of perplexity, %.", rich_help_panel="Parity")
-    ] = 0.5,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write the model even above the tolerance.", rich_help_panel="Parity")
-    ] = False,
-    allow_other_base: Annotated[
-        bool,
-        typer.Option(
-            "--allow-other-base",
-            help="Merge into a base the adapter was not trained on.",
-            rich_help_panel="Model",
-        ),
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Absorb an adapter into its base and write a plain transformers folder with a certificate of parity.
 
@@ -83,11 +71,8 @@ def merge(
         blocks=text.validation,
         bytes_per_block=text.validation_bytes,
         model=plan.model,
-        dtype=dtype,
-        tolerance=tolerance,
-        force=force,
         allow_other_base=allow_other_base,
-        max_shard_size=max_shard_size,
         batch_size=plan.evaluate.batch_size,
+        **output.model_dump(),
     )
     say(f"{certificate.verdict}\nmodel {out_folder}")

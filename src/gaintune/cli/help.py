@@ -12,15 +12,40 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 
+def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
+    """Write the arguments, then every group of options in the order in which its first option was declared."""
+    shown = [(item, record) for item in command.get_params(ctx) if (record := item.get_help_record(ctx))]
+    arguments = [record for item, record in shown if item.param_type_name == "argument"]
+    groups = _grouped((item, record) for item, record in shown if item.param_type_name != "argument")
+    rest = groups.pop("", [])
+    named = {f"{group} options": rows for group, rows in groups.items()}
+    for heading, rows in {"Arguments": arguments, **named, "Options": rest}.items():
+        if rows:
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def _grouped(entries: Iterable[tuple[Any, tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for item, row in entries:
+        groups.setdefault(getattr(item, "rich_help_panel", None) or "", []).append(row)
+    return groups
+
+
+def _write_examples(command: Any, formatter: Any) -> None:
+    """Write the examples as they are: a line that can be copied must not be broken."""
+    if command.epilog:
+        lines = "".join(f"  {line}\n" for line in command.epilog.splitlines())
+        formatter.write(f"\nExamples:\n{lines}")
+
+
 class HelpfulCommand(TyperCommand):
     """A command whose help has its options in named groups, and examples below."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then every group of options in the order in which its first option was declared."""
         _write_parameters(self, ctx, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples as they are: a line that can be copied must not be broken."""
         _write_examples(self, formatter)
 
 
@@ -38,37 +63,9 @@ class HelpfulGroup(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write every group of commands, with a column of names that is the same width in all of them."""
-        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
-        width = max(len(name) for name, _ in commands)
-        limit = formatter.width - 6 - width
-        groups = _grouped(
-            (command, (name.ljust(width), command.get_short_help_str(limit))) for name, command in commands
-        )
-        for group, rows in groups.items():
+        names = self.list_commands(ctx)
+        width = max(map(len, names))
+        texts = {name: self.commands[name].get_short_help_str(formatter.width - 6 - width) for name in names}
+        for group, rows in _grouped((self.commands[n], (n.ljust(width), text)) for n, text in texts.items()).items():
             with formatter.section(f"{group} Commands" if group else "Commands"):
                 formatter.write_dl(rows)
-
-
-def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
-    shown = [(each, record) for each in command.get_params(ctx) if (record := each.get_help_record(ctx))]
-    arguments = [record for each, record in shown if each.param_type_name == "argument"]
-    groups = _grouped((each, record) for each, record in shown if each.param_type_name != "argument")
-    rest = groups.pop("", [])
-    named = {f"{group} options": rows for group, rows in groups.items()}
-    for heading, rows in {"Arguments": arguments, **named, "Options": rest}.items():
-        if rows:
-            with formatter.section(heading):
-                formatter.write_dl(rows)
-
-
-def _grouped(entries: Iterable[tuple[Any, tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for each, row in entries:
-        groups.setdefault(getattr(each, "rich_help_panel", None) or "", []).append(row)
-    return groups
-
-
-def _write_examples(command: Any, formatter: Any) -> None:
-    if command.epilog:
-        lines = "".join(f"  {line}\n" for line in command.epilog.splitlines())
-        formatter.write(f"\nExamples:\n{lines}")

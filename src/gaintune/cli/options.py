@@ -2,7 +2,6 @@
 
 To add an option for a field of the plan: mark the field with `Flag` in `config/plan.py`. It appears in every command
 that takes the field's section, in the section's group, with the field's description and default.
-import logging
 
 To add a command: write a function and register it.
 
@@ -24,6 +23,7 @@ import logging
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -33,7 +33,6 @@ from pydantic.fields import FieldInfo
 
 from gaintune.cli.help import HelpfulCommand
 from gaintune.config import (
-    DataConfig,
     Flag,
     Plan,
     apply_overrides,
@@ -56,6 +55,10 @@ GROUPS = {
 ORDER = ("Plan", *GROUPS.values())
 PLAN_HELP = "YAML plan; options are laid over it."
 SET_HELP = "Any other key of the plan, such as train.clip=0.5."
+PLAN_OF_TEXTS = "Plan whose base, domains and data settings are used."
+OTHER_BASE_HELP = "Take adapters that were trained on another base."
+
+AllowOtherBase = Annotated[bool, typer.Option("--allow-other-base", help=OTHER_BASE_HELP, rich_help_panel="Model")]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Given:
     Attributes:
         file: the plan file, if there is one.
         options: values by their keys in the plan, such as `train.lr`; `methods.*.replay` is that of every method.
-        assignments: what `--set` was given.
+        assignments: the values of `--set`.
     """
 
     file: Path | None = None
@@ -110,14 +113,10 @@ class Given:
             ConfigError: a mistake, named with its file and key, or with its option.
         """
         values: dict[str, Any] = read_values(self.file) if self.file else {}
-        for key, value in self.options.items():
-            if ".*." not in key:
-                if key == "methods":
-                    value = [parse_method(each) if isinstance(each, str) else each for each in value]
-                values = _laid(values, key, value)
-        for key, value in self.options.items():
-            if ".*." in key:
-                values = _laid_over_entries(values, key, value)
+        for key, value in sorted(self.options.items(), key=lambda item: ".*." in item[0]):
+            if key == "methods":
+                value = [parse_method(method) if isinstance(method, str) else method for method in value]
+            values = _laid_over_entries(values, key, value) if ".*." in key else _laid(values, key, value)
         values = apply_overrides(values, self.assignments)
         if {"data.domains", "data.watched"} & set(self.options):
             values = {**values, "data": _with_own_tasks(values["data"], chosen="data.task" in self.options)}
@@ -140,48 +139,42 @@ def parse_method(text: str) -> dict[str, Any]:
 
 def _laid(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     section, _, leaf = key.partition(".")
-    if not leaf:
-        return {**values, section: value}
-    held = values.get(section)
-    return {**values, section: {**(held if isinstance(held, dict) else {}), leaf: value}}
+    if leaf:
+        held = values.get(section)
+        value = {**(held if isinstance(held, dict) else {}), leaf: value}
+    return {**values, section: value}
 
 
-def _laid_over_entries(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Lay an option over every method, or over every domain that is a local file: all that no name stands for."""
-    place, _, field_name = key.partition(".*.")
+def _laid_over_entries(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Lay an option over every method, or over every domain that is a local file rather than a known name."""
+    place, _, name = key.partition(".*.")
     held: Any = values
     default: Any = Plan()
     for part in place.split("."):
         held = held.get(part) if isinstance(held, dict) else None
         default = getattr(default, part)
-    entries = as_list(held) or [each.name for each in default]
+    entries = as_list(held) or [entry.name for entry in default]
     if not isinstance(entries, list | tuple):
-        return dict(values)  # the plan's check says what is wrong with it
+        return values  # the plan's check says what is wrong with it
     if place == "methods":
-        entries = [{"name": each} if isinstance(each, str) else each for each in entries]
-        return _laid(
-            values, place, [{**each, field_name: value} if isinstance(each, dict) else each for each in entries]
-        )
-    entries = [as_domain(each) for each in entries]
-    from gaintune.data import CATALOGUE, GLUE
+        entries = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+        chosen = [isinstance(entry, dict) for entry in entries]
+    else:
+        from gaintune.data import CATALOGUE, GLUE
 
-    local = [isinstance(each, dict) and each.get("source") not in {*CATALOGUE, *GLUE} for each in entries]
-    if not any(local):
-        option = f"--{field_name.replace('_', '-')}"
-        raise ConfigError(f"{option} names a column of local files: give one with --domain, such as notes.csv")
-    entries = [{**each, field_name: value} if own else each for each, own in zip(entries, local, strict=True)]
-    return _laid(values, place, entries)
+        entries = [as_domain(entry) for entry in entries]
+        chosen = [isinstance(entry, dict) and entry.get("source") not in {*CATALOGUE, *GLUE} for entry in entries]
+        if not any(chosen):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} names a column of local files: give one with --domain, such as notes.csv")
+    laid = [{**entry, name: value} if own else entry for entry, own in zip(entries, chosen, strict=True)]
+    return _laid(values, place, laid)
 
 
 def _with_own_tasks(data: Any, *, chosen: bool) -> Any:
-    """Give domains of the catalogue their own task, text or instruct, where the plan's is the other one.
+    """Give domains of the catalogue their own task, text or instruct, where the plan has the other one.
 
-    Args:
-        data: the plan's data, not checked yet.
-        chosen: whether the task was given on the command line, so that it should not go unheeded.
-
-    Raises:
-        ConfigError: a task was chosen, and no domain has it.
+    A task that the command line gave (`chosen`) is not ignored silently: it is refused if no domain has it.
     """
     from gaintune.data import CATALOGUE
 
@@ -198,13 +191,13 @@ def _with_own_tasks(data: Any, *, chosen: bool) -> Any:
 
     given = {key: as_list(data[key]) for key in ("domains", "watched") if data.get(key)}
     changed = {
-        key: [each if task_of(each) == task else {**as_domain(each), "task": task_of(each)} for each in domains]
-        for key, domains in given.items()
+        key: [value if task_of(value) == task else {**as_domain(value), "task": task_of(value)} for value in values]
+        for key, values in given.items()
     }
-    others = [f"{each.get('name')} ({each['task']})" for each in changed.get("domains", ()) if task_of(each) != task]
-    if others and (chosen or task != DataConfig.model_fields["task"].default):
-        own = ", ".join(others)
-        if task not in {task_of(each) for domains in changed.values() for each in domains}:
+    others = [value for value in changed.get("domains", ()) if task_of(value) != task]
+    if others and (chosen or task != Plan().data.task):
+        own = ", ".join(f"{domain.get('name')} ({domain['task']})" for domain in others)
+        if task not in {task_of(value) for values in changed.values() for value in values}:
             raise ConfigError(
                 f"task {task} has no effect, every domain has its own: {own}. Leave --task or data.task out, or give "
                 "files of your own (name=PATH)"
@@ -229,23 +222,21 @@ class FieldOption:
         return self.name.replace("-", "_")
 
     def declared(self, help_text: str | None = None) -> inspect.Parameter:
-        """Declare the option to Typer; a value of None is that it was not given."""
-        kind = _kind(self.info.annotation)
-        names = [f"--{self.name}"]
+        """Make the parameter that Typer reads; None means that the option was not given."""
+        kind, _ = _kind(self.info.annotation)
+        names = f"--{self.name}"
         if kind is bool and ("." in self.keys[0] or self.info.default):  # what a plan file turns on can be turned off
-            names = [f"--{self.name}/--no-{self.name}"]
+            names += f"/--no-{self.name}"
         text = help_text or self.flag.help or _description(self.info)
-        settings: dict[str, Any] = {"help": text, "metavar": self.flag.metavar, "show_default": False}
-        option = typer.Option(*names, rich_help_panel=self.group, **settings)
-        typed = str if _holds_numbers(self.info.annotation) else kind
-        return _keyword(self.parameter, Annotated[typed | None, option], None)
+        settings: dict[str, Any] = {"help": text, "metavar": self.flag.metavar, "rich_help_panel": self.group}
+        return _keyword(self.parameter, Annotated[kind | None, typer.Option(names, show_default=False, **settings)])
 
     def read(self, value: Any) -> Any:
         """Return a given value as the field's model takes it: numbers with commas between them as a list."""
-        if not _holds_numbers(self.info.annotation):
+        if not _kind(self.info.annotation)[1]:
             return value
         try:
-            return [float(each) for each in value.split(",")]
+            return [float(number) for number in value.split(",")]
         except ValueError:
             message = f"--{self.name} {value}: write numbers with commas between them, such as 0,0.5,1"
             raise ConfigError(message) from None
@@ -253,34 +244,30 @@ class FieldOption:
 
 def plan_options(takes: Sequence[str], without: Sequence[str] = ()) -> list[FieldOption]:
     """List the options of marked fields under the keys of `takes`, without those under the keys of `without`."""
-    found: dict[str, FieldOption] = {}
-    for section in takes:
-        for key, info, flag in _marked(Plan):
-            if not _under(key, section) or any(_under(key, left) for left in without):
-                continue
-            name = flag.name or key.rpartition(".")[2].replace("_", "-")
-            if name in found and not (flag.joint and found[name].flag.joint):
-                raise TypeError(f"two fields make --{name}: {found[name].keys[0]} and {key}; name one in its Flag")
-            if name in found:
-                found[name] = replace(found[name], keys=(*found[name].keys, key))
-            else:
-                found[name] = FieldOption(info, flag, name, (key,), GROUPS[key.partition(".")[0]])
-    return list(found.values())
-
-
-def _under(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
+    options: dict[str, FieldOption] = {}
+    for key, info, flag in _marked(Plan):
+        taken, left = (any(f"{key}.".startswith(f"{part}.") for part in parts) for parts in (takes, without))
+        if not taken or left:
+            continue
+        name = flag.name or key.rpartition(".")[2].replace("_", "-")
+        first = options.get(name)
+        if first is None:
+            options[name] = FieldOption(info, flag, name, (key,), GROUPS[key.partition(".")[0]])
+        elif flag.joint and first.flag.joint:
+            options[name] = replace(first, keys=(*first.keys, key))
+        else:
+            raise TypeError(f"two fields make --{name}: {first.keys[0]} and {key}; name one in its Flag")
+    return list(options.values())
 
 
 def _marked(model: type[BaseModel], prefix: str = "", seen: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any, Flag]]:
     """Yield the key, field and mark of every marked field; `*` stands for every entry of a list.
 
-    A model that two lists of a section hold counts for the first of them, the domains that are learned.
+    A model that two lists of a section hold counts for the first of them, the domains that are trained on.
     """
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
-        flag = _flag(info)
-        if flag:
+        if flag := _flag(info):
             yield key, info, flag
         inner = section_of(info.annotation)
         if inner and inner not in seen:
@@ -289,73 +276,62 @@ def _marked(model: type[BaseModel], prefix: str = "", seen: tuple[Any, ...] = ()
 
 
 def _flag(info: FieldInfo) -> Flag | None:
-    return next((each for each in info.metadata if isinstance(each, Flag)), None)
+    return next((mark for mark in info.metadata if isinstance(mark, Flag)), None)
 
 
 def _description(info: FieldInfo) -> str:
-    """A field's own description and default, so that help and plan never disagree."""
+    """Return a field's own description and default, so that help and plan never disagree."""
     default = info.get_default(call_default_factory=True)
     text = info.description or ""
     text = text[:1].upper() + text[1:]
-    if default is None or default is False:
-        return text
     if isinstance(default, tuple | list):
         default = ",".join(map(str, default))
-    return f"{text}{'' if text.endswith('.') else '.'} [default: {default}]" if default != "" else text
+    if default is None or default is False or default == "":
+        return text
+    return f"{text}{'' if text.endswith('.') else '.'} [default: {default}]"
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The kinds that a field may be, other than None."""
+    """Return the kinds that a field may be, other than None."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _parts(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [part for each in get_args(annotation) for part in _parts(each)]
+        return [part for kind in get_args(annotation) for part in _parts(kind)]
     return [] if annotation is types.NoneType else [annotation]
 
 
-def _kind(annotation: Any) -> Any:
-    """What Typer parses: a number, a switch, a path, a list of text, else text that the field's model checks."""
+def _kind(annotation: Any) -> tuple[Any, bool]:
+    """Return what Typer parses, and whether that is text of numbers with commas between them."""
     (first, *others) = _parts(annotation)
     if others:
-        return str
+        return str, False
     if get_origin(first) in (tuple, list, Sequence):
-        return list[str]
-    return first if first in (int, float, bool, Path) else str
+        numbers = set(get_args(first)) <= {int, float, Ellipsis}
+        return str if numbers else list[str], numbers
+    return first if first in (int, float, bool, Path) else str, False
 
 
-def _holds_numbers(annotation: Any) -> bool:
-    (first, *others) = _parts(annotation)
-    numbers = {each for each in get_args(first) if each is not Ellipsis}
-    return not others and get_origin(first) in (tuple, list, Sequence) and numbers <= {int, float}
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def model_options(model: type[BaseModel], group: str | None = None) -> list[FieldOption]:
-    """List the options of a command's own pydantic model, one for each field; a `Flag` only words them otherwise."""
-    found = []
-    for name, info in model.model_fields.items():
-        flag = _flag(info) or Flag()
-        found.append(FieldOption(info, flag, flag.name or name.replace("_", "-"), (name,), group))
-    return found
+    """List the options of a command's own pydantic model, one for each field; a `Flag` only changes its words."""
+    marked = [(name, info, _flag(info) or Flag()) for name, info in model.model_fields.items()]
+    return [FieldOption(i, flag, flag.name or name.replace("_", "-"), (name,), group) for name, i, flag in marked]
 
 
 def _read_model(model: type[BaseModel], options: Iterable[FieldOption], values: Mapping[str, Any]) -> BaseModel:
-    named = {option.keys[0]: option for option in options}
-    given = {key: option.read(values[option.parameter]) for key, option in named.items() if option.parameter in values}
+    given = {option.keys[0]: option for option in options if option.parameter in values}
     try:
-        return model.model_validate(given)
+        return model.model_validate({key: option.read(values[option.parameter]) for key, option in given.items()})
     except ValidationError as error:
         lines = []
         for detail in error.errors():
-            option = named.get(str(detail["loc"][0])) if detail["loc"] else None
+            option = given.get(str(detail["loc"][0])) if detail["loc"] else None
             message = detail["msg"].removeprefix("Value error, ")
-            if option:
-                message = f"--{option.name} {values.get(option.parameter, '')}".rstrip() + f": {message}"
-            lines.append(message)
+            lines.append(f"--{option.name} {values[option.parameter]}: {message}" if option else message)
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -366,7 +342,7 @@ def refuse(reason: str, options: Iterable[str]) -> None:
 
 
 def run_option(help_text: str, group: str | None = "Output") -> Any:
-    """Declare `--run`, with the name that `torchrun` hands on: it takes `--run` for an abbreviation of its own."""
+    """Make the option `--run`, with a second name: `torchrun` takes `--run` for an abbreviation of its own."""
     return typer.Option("--run", "--run-dir", help=help_text, rich_help_panel=group)
 
 
@@ -386,11 +362,7 @@ def command(
     """Register a function as a command; the head of this file says how.
 
     Args:
-        app: the application, or the group of commands, that the command belongs to.
-        name: the command's name.
         group: the heading under which the application's help lists it.
-        takes: sections and keys of the plan whose marked fields become options.
-        without: keys that have no effect in this command.
         plan_argument: whether the plan file may be given by position, too.
         options: the model of the parameter `options`, where it is known only when the command is made.
         options_group: the heading of its options; those of another model stand under its parameter's name.
@@ -400,32 +372,43 @@ def command(
     helps = helps or {}
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        asked = inspect.signature(function, eval_str=True).parameters
-        special = [each for each in ("plan", "given") if each in asked]
-        models = {each.name: each.annotation for each in asked.values() if _is_model(each)}
+        declared = inspect.signature(function, eval_str=True).parameters
+        special = next((name for name in ("plan", "given") if name in declared), None)
+        kinds = {name: parameter.annotation for name, parameter in declared.items()}
+        models = {name: kind for name, kind in kinds.items() if _is_model(kind)}
         models |= {"options": options} if options else {}
         headings = {name: options_group if name == "options" else name.capitalize() for name in models}
         own = {name: model_options(model, headings[name]) for name, model in models.items()}
-        fields = [each for each in plan_options(takes, without) if each.parameter not in asked]
+        fields = [option for option in plan_options(takes, without) if option.parameter not in declared]
+        plain = [parameter for parameter in declared.values() if parameter.name not in (special, *models)]
 
         def run(**values: Any) -> None:
             values = {key: value for key, value in values.items() if value is not None and value != []}
-            passed = {key: values.get(key, asked[key].default) for key in asked if key not in (*special, *models)}
+            passed = {parameter.name: values.get(parameter.name, parameter.default) for parameter in plain}
             passed |= {name: _read_model(model, own[name], values) for name, model in models.items()}
             if special:
-                given = _given(values, fields)
-                passed[special[0]] = given if special[0] == "given" else given.plan()
+                chosen = [option for option in fields if option.parameter in values]
+                laid = {key: option.read(values[option.parameter]) for option in chosen for key in option.keys}
+                given = Given(values.get("plan"), laid, values.get("set_", ()))
+                given = given.on_file(values["plan_place"]) if "plan_place" in values else given
+                passed[special] = given if special == "given" else given.plan()
             function(**passed)
 
-        plain = [each for each in asked.values() if each.name not in (*special, *models)]
-        parameters = [_keyword(each.name, each.annotation, each.default) for each in plain]
-        parameters += [each.declared(helps.get(each.name)) for group in (*own.values(), fields) for each in group]
+        parameters = [_keyword(parameter.name, parameter.annotation, parameter.default) for parameter in plain]
+        parameters += [option.declared(helps.get(option.name)) for option in chain(*own.values(), fields)]
+        if special and plan_argument:
+            place = typer.Argument(metavar="PLAN.yaml", help=PLAN_HELP)
+            parameters.append(_keyword("plan_place", Annotated[Path | None, place]))
         if special:
-            parameters += _plan_parameters(plan_argument, helps.get("plan", PLAN_HELP))
+            text = helps.get("plan", PLAN_HELP)
+            file = typer.Option("--plan", metavar="PLAN.yaml", help=text, rich_help_panel="Plan")
+            keys = typer.Option("--set", metavar="SECTION.KEY=VALUE", help=SET_HELP, rich_help_panel="Plan")
+            parameters.append(_keyword("plan", Annotated[Path | None, file]))
+            parameters.append(_keyword("set_", Annotated[list[str] | None, keys]))
         parameters.sort(key=_position)
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         app.command(name, cls=HelpfulCommand, rich_help_panel=group, epilog=examples or None)(run)
         return function
 
@@ -433,31 +416,11 @@ def command(
 
 
 def _position(parameter: inspect.Parameter) -> int:
-    """Return where an option's group stands in the help: the plan's, then a command's own, then its output."""
+    """Return the place of an option's group in the help: the plan's, then a command's own, then its output."""
     marks = getattr(parameter.annotation, "__metadata__", (None,))
     group = getattr(marks[-1], "rich_help_panel", None)
     return ORDER.index(group) if group in ORDER else len(ORDER) + (group == "Output")
 
 
-def _is_model(parameter: inspect.Parameter) -> bool:
-    kind = parameter.annotation
+def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Plan
-
-
-def _plan_parameters(by_position: bool, help_text: str) -> list[inspect.Parameter]:
-    place = typer.Argument(metavar="PLAN.yaml", help=PLAN_HELP)
-    file = typer.Option("--plan", metavar="PLAN.yaml", help=help_text, rich_help_panel="Plan")
-    keys = typer.Option("--set", metavar="SECTION.KEY=VALUE", help=SET_HELP, rich_help_panel="Plan")
-    return [
-        *([_keyword("plan_place", Annotated[Path | None, place], None)] if by_position else []),
-        _keyword("plan", Annotated[Path | None, file], None),
-        _keyword("set_", Annotated[list[str] | None, keys], None),
-    ]
-
-
-def _given(values: Mapping[str, Any], fields: Iterable[FieldOption]) -> Given:
-    options = {
-        key: each.read(values[each.parameter]) for each in fields if each.parameter in values for key in each.keys
-    }
-    given = Given(values.get("plan"), options, values.get("set_", ()))
-    return given.on_file(values["plan_place"]) if "plan_place" in values else given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, ta
 from gaintune.cli.help import HelpfulGroup
 from gaintune.cli.options import command, refuse, run_option
 from gaintune.config import apply_overrides
-
-if TYPE_CHECKING:
-    from gaintune.recipes import Recipe
 
 commands = typer.Typer()
 recipe = typer.Typer(
@@ -24,12 +21,7 @@ recipe = typer.Typer(
 )
 commands.add_typer(recipe, name="recipe", rich_help_panel="Experiment")
 
-Name = Annotated[
-    str,
-    typer.Argument(
-        metavar="ID|FILE", help="Experiment, such as G2 (`gaintune recipe list` has all), or a recipe.yaml."
-    ),
-]
+Name = Annotated[str, typer.Argument(metavar="ID|FILE", help="Experiment of the list, such as G2, or a recipe.yaml.")]
 
 
 @command(recipe, "list", examples="gaintune recipe list")
@@ -37,7 +29,7 @@ def list_() -> None:
     """List the experiments: id, what it is, and where in the papers it stands."""
     from gaintune.recipes import recipes
 
-    rows = [[each.id, each.title, each.source] for each in recipes().values()]
+    rows = [[entry.id, entry.title, entry.source] for entry in recipes().values()]
     out.print(table("", ["id", "experiment", "source"], rows))
 
 
@@ -46,25 +38,25 @@ def show(name: Name) -> None:
     """Show one experiment: the question, its steps, and the claims it decides."""
     from gaintune.recipes import recipe_named
 
-    found = recipe_named(name)
-    say(f"{found.id}: {found.title}\n{found.source}\nmodel at scale paper: {found.model}\n\n{found.asks.strip()}\n")
-    for step in found.steps:
+    entry = recipe_named(name)
+    say(f"{entry.id}: {entry.title}\n{entry.source}\nmodel at scale paper: {entry.model}\n\n{entry.asks.strip()}\n")
+    for step in entry.steps:
         say(f"step {step.name} ({step.do})")
         for key, value in step.settings.items():
             say(f"    {key}: {_short(value)}")
-        for scale, over in found.scales.items():
+        for scale, over in entry.scales.items():
             for key, value in over.get(step.name, {}).items():
                 say(f"    at scale {scale}, {key}: {_short(value)}")
     say("")
-    for claim in found.claims:
+    for claim in entry.claims:
         say(f"claim: {claim.says}\n    {claim.number} {claim.expect}")
 
 
 def _short(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(_short(each) for each in value)
+        return ", ".join(map(_short, value))
     if isinstance(value, dict):
-        return " ".join(f"{key}={_short(each)}" for key, each in value.items())
+        return " ".join(f"{key}={_short(inner)}" for key, inner in value.items())
     return str(value)
 
 
@@ -78,26 +70,13 @@ gaintune recipe run mine.yaml --scale smoke""",
 )
 def run(
     name: Name,
-    folder: Annotated[
-        Path | None,
-        run_option("Folder; one that was begun is continued. [default: runs/id-scale]", None),
-    ] = None,
+    folder: Annotated[Path | None, run_option("Folder to begin or continue. [default: runs/id-scale]", None)] = None,
     scale: Annotated[
-        str,
-        typer.Option(
-            help="paper (the papers' models, data and budgets), small (the demo model), smoke (random weights)."
-        ),
+        str, typer.Option(help="paper (its models, data and budgets), small (the demo model), smoke (random weights).")
     ] = "small",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of local copies under the papers' names; else the Hub or embedded texts."),
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of local copies under the papers' names.")] = None,
     allow_code_execution: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-execution",
-            help="Run programs that a model wrote (HumanEval), in a process of their own with limits.",
-        ),
+        bool, typer.Option("--allow-code-execution", help="Run programs that a model wrote (HumanEval), with limits.")
     ] = False,
     set_: Annotated[
         list[str] | None,
@@ -109,25 +88,25 @@ def run(
 
     if scale == "smoke" and data is not None:
         refuse("has no effect at scale smoke, which makes its own texts: leave it out", ["data"])
-    found: Recipe = recipe_named(name)
+    entry = recipe_named(name)
     quiet_libraries()
     from gaintune.recipes import SMOKE, run_recipe, shown
 
-    place = folder or Path("runs") / f"{found.id.lower()}-{scale}"
+    folder = folder or Path("runs") / f"{entry.id.lower()}-{scale}"
     result = run_recipe(
-        found,
-        place,
+        entry,
+        folder,
         scale=scale,  # type: ignore[arg-type]  # checked there
         data=data,
         overrides=apply_overrides({}, set_ or ()),
         allow_code_execution=allow_code_execution,
         progress=progress_on(err),
     )
-    rows = [[each.claim.says, each.verdict, shown(each.number), str(each.claim.expect)] for each in result.findings]
-    out.print(table(f"{found.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
+    rows = [[one.claim.says, one.verdict, shown(one.number), str(one.claim.expect)] for one in result.findings]
+    out.print(table(f"{entry.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
     if scale == "smoke":
         say(SMOKE)
     for step, outcome in result.outcomes.items():
         for note in outcome.notes:
             say(f"{step}: {note}")
-    say(f"results {place / 'results.md'}")
+    say(f"results {folder / 'results.md'}")

@@ -1,7 +1,8 @@
-"""Commands that train: the demonstration, one adaptation, a sequence of domains."""
+"""Commands that train: the demonstration, a sequence of domains, one adaptation, a sweep."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,18 +10,26 @@ import typer
 
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
 from gaintune.cli.evaluate import print_classifier
-from gaintune.cli.options import Given, command, run_option
+from gaintune.cli.options import AllowOtherBase, Given, command, run_option
 from gaintune.config import Plan
-from gaintune.errors import DivergedError
+from gaintune.errors import DataError, DivergedError, SweepError
+from gaintune.progress import plural
 
 commands = typer.Typer()
+training = partial(command, commands, group="Training")
 
 DEMO_METHODS = ["gain-ffn", "lora"]
 DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on two cores
+FIGURES = {
+    "in_domain": "in-domain",
+    "backward_transfer": "earlier domains, against base",
+    "backward_transfer_since_learnt": "earlier domains, since trained",
+    "forward_interference": "not yet trained",
+}
 
 
 def _sequence(plan: Plan, run: Path) -> None:
-    """Run a plan, print its summary, write its report."""
+    """Run a plan, write its report and print its summary."""
     quiet_libraries()
     from gaintune.report import write_report
     from gaintune.storage import first_process
@@ -29,26 +38,19 @@ def _sequence(plan: Plan, run: Path) -> None:
     try:
         matrix = run_sequence(plan, run, progress=progress_on(err))
     except DivergedError as error:
-        if error.finished:  # what the others did is worth a report
+        if error.finished:  # the other methods deserve a report
             say(f"report  {write_report(run)}")
         raise
     if not first_process():
         return
-    figures = ("in_domain", "backward_transfer", "backward_transfer_since_learnt", "forward_interference")
-    rows = []
-    for method in matrix.methods:
-        found = [getattr(method.summary, name) for name in figures]
-        cells = [percent(each.value, each.low, each.high) if each else "—" for each in found]
-        rows.append([method.label, *cells])
-    heads = ["method", "in-domain", "earlier domains, against base", "earlier domains, since learnt", "not yet learnt"]
-    out.print(table("Change of perplexity, % (negative is better)", heads, rows, numeric=range(1, 5)))
+    rows = [[method.label, *(percent(getattr(method.summary, name)) for name in FIGURES)] for method in matrix.methods]
+    title = "Change of perplexity, % (negative is better)"
+    out.print(table(title, ["method", *FIGURES.values()], rows, numeric=range(1, 5)))
     say(f"report  {write_report(run)}\nnumbers {run / 'matrix.json'}")
 
 
-@command(
-    commands,
+@training(
     "demo",
-    group="Training",
     takes=("data.domains", "methods"),
     without=("data.domains.*", "methods.*"),
     plan_argument=True,
@@ -64,10 +66,8 @@ def demo(given: Given, run: Annotated[Path, run_option("Run directory.")] = Path
     _sequence(given.plan(), run)
 
 
-@command(
-    commands,
+@training(
     "sequence",
-    group="Training",
     takes=("model", "data", "methods", "train", "evaluate"),
     plan_argument=True,
     examples="""\
@@ -77,19 +77,14 @@ gaintune sequence --plan plan.yaml --method lora:rank=16,lr=2e-4
 torchrun --nproc-per-node 2 -m gaintune sequence plan.yaml --run-dir out""",
 )
 def sequence(
-    plan: Plan,
-    run: Annotated[Path, run_option("Run directory; an unfinished run of the same plan is continued.")] = Path(
-        "runs/sequence"
-    ),
+    plan: Plan, run: Annotated[Path, run_option("Run directory; the same plan continues it.")] = Path("runs/sequence")
 ) -> None:
     """Adapt to domain after domain with each method, measure every domain after every stage, write the report."""
     _sequence(plan, run)
 
 
-@command(
-    commands,
+@training(
     "adapt",
-    group="Training",
     takes=("model", "data", "methods", "train", "evaluate", "classify"),
     without=("data.watched",),
     plan_argument=True,
@@ -102,21 +97,14 @@ gaintune adapt plan.yaml --out adapters/notes --set train.clip=0.5""",
 )
 def adapt(
     plan: Plan,
-    out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder for the adapter; must not exist.", rich_help_panel="Output")
-    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="New folder for the adapter.", rich_help_panel="Output")],
     start: Annotated[
-        Path | None,
-        typer.Option(help="Adapter to carry on from, such as the previous domain's.", rich_help_panel="Start"),
+        Path | None, typer.Option(help="Adapter to continue from, such as the last domain's.", rich_help_panel="Start")
     ] = None,
-    allow_other_base: Annotated[
-        bool,
-        typer.Option("--allow-other-base", help="Use --start even if its base was another.", rich_help_panel="Start"),
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Adapt to one domain with one method and save the adapter; with --task classify, a new head beside it."""
     quiet_libraries()
-    from gaintune.progress import plural
     from gaintune.results import change
     from gaintune.storage import first_process
     from gaintune.workflows import ClassifierResult
@@ -135,3 +123,67 @@ def adapt(
         f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens of blocks in "
         f"{plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}"
     )
+
+
+@training(
+    "sweep",
+    examples="""\
+gaintune sweep grid.yaml --run runs/sweep --jobs 2
+gaintune sweep grid.yaml --set seeds=[0,1] --set plan.train.epochs=2
+gaintune sweep grid.yaml --engine ray --address ray://head:10001 --jobs 8
+gaintune sweep grid.yaml --figure in_domain --target -20""",
+)
+def sweep(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Grid: methods, rates, orders, seeds and more.")],
+    run: Annotated[Path, run_option("Folder of the sweep; finished runs in it are kept.", None)] = Path("runs/sweep"),
+    engine: Annotated[
+        str, typer.Option(help="loky (processes here), ray, dask, or sequential (one process).")
+    ] = "loky",
+    jobs: Annotated[int, typer.Option(help="Runs at a time; each gets its share of the cores.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Ray or Dask cluster; a local one starts unless given.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="In-domain change, in %, to compare at; unless given, what all reach.")
+    ] = None,
+    figure: Annotated[str, typer.Option(help="Figure to compare, a column of sweep.csv.")] = "backward_transfer",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the grid, such as seeds=[0,1].")
+    ] = None,
+) -> None:
+    """Run a grid of sequences, whatever of it is missing, and compare its methods over rates, seeds and orders.
+
+    Writes sweep.csv (a row for each run) and cells.csv (a row for each domain measured), both as .parquet too,
+    comparison.md and .json, and the trade-off as tradeoff.png and .svg. Keys of the grid are set as --set seeds=[0,1]
+    or --set plan.train.epochs=2. Ends with exit code 1 if any run failed.
+    """
+    import gaintune.workflows.sweep as sweeps
+
+    engine = sweeps.check_engine(engine, jobs, address)  # before what takes seconds to load
+    quiet_libraries()
+    sweeps.check_comparison(figure, target)
+    checked, progress = sweeps.read_grid(grid, set_ or ()), progress_on(err)
+    done = sweeps.run_sweep(
+        checked, run, engine=engine, jobs=jobs, address=address, progress=progress, prepare=quiet_libraries
+    )
+    sweeps.discard(run)
+    written = "tables"
+    if done.finished:
+        try:
+            confidence = checked.plan.evaluate.confidence
+            comparison = sweeps.compare_sweep(done, target=target, figure=figure, confidence=confidence)
+        except DataError as error:
+            say(f"methods are not compared: {error}")
+        else:
+            sweeps.write(comparison, run)
+            written = "tables and comparison"
+            frame = sweeps.point_frame(comparison.matched, comparison)
+            rows = [list(map(str, row)) for row in frame.itertuples()]
+            heads = ["method", *frame.columns]
+            out.print(table(sweeps.target_title(comparison), heads, rows, numeric=range(1, 5)))
+            lines = [sweeps.pair_sentence(pair, comparison) for pair in comparison.pairs]
+            lines += [f"by curve, {sweeps.curve_sentence(curve, comparison)}" for curve in comparison.curves]
+            for line in (*lines, *sweeps.remarks(comparison)):
+                say(line)
+    say(f"{plural(len(done.finished), 'run')} finished, {len(done.failed)} failed; {written} {run}")
+    if done.failed:
+        failures = "\n".join(f"  {row.folder}: {row.error}" for row in done.failed)
+        raise SweepError(f"{plural(len(done.failed), 'run')} failed; the same command tries them again:\n{failures}")

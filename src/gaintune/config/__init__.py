@@ -1,7 +1,7 @@
-"""A plan as data: its sections, how it is read, overridden and written, and how its mistakes are explained.
+"""The plan as data: its sections, how it is read, overridden and written, and how its mistakes are explained.
 
-Imports only `errors`. A new plan field is one field of a section in `plan.py`; marked
-with `Flag` it is a command-line option, too.
+May import `storage` and `errors`. One more setting is one field of a section in `plan.py`; marked with `Flag`, it is a
+command-line option, too.
 """
 
 import lazy_loader

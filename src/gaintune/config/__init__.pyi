@@ -1,5 +1,3 @@
-from .explanations import explain as explain
-from .explanations import section_of as section_of
 from .plan import CLASSIFIER_BASE as CLASSIFIER_BASE
 from .plan import NAME as NAME
 from .plan import BeginningOfText as BeginningOfText
@@ -19,7 +17,9 @@ from .plan import apply_overrides as apply_overrides
 from .plan import as_domain as as_domain
 from .plan import as_list as as_list
 from .plan import build_plan as build_plan
+from .plan import explain as explain
 from .plan import plan_yaml as plan_yaml
 from .plan import plan_yaml_documented as plan_yaml_documented
 from .plan import read_plan as read_plan
 from .plan import read_values as read_values
+from .plan import section_of as section_of

@@ -1,4 +1,4 @@
-"""The plan: every setting of a run as plain data, checked when it is read, with unknown keys refused."""
+"""The plan: every setting of a run as plain data, checked when it is read; every mistake is named with its key."""
 
 from __future__ import annotations
 
@@ -6,45 +6,62 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
-from gaintune.config.explanations import explain
 from gaintune.errors import ConfigError
+from gaintune.storage import as_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+OTHER_WORDS = {  # names that other libraries give to our keys
+    "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "report_to": "trackers",
+    "per_device_train_batch_size": "batch_size", "per_device_eval_batch_size": "batch_size", "r": "rank",
+    "gradient_accumulation_steps": "gradient_accumulation", "lr_scheduler_type": "schedule", "max_grad_norm": "clip",
+    "max_seq_length": "block_size", "model_name_or_path": "name", "torch_dtype": "dtype", "lora_alpha": "alpha",
+    "target_modules": "targets",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Mark of a field that is a command-line option, in every command that takes the field's section.
+    """Mark of a field that is an option of every command that takes the field's section.
 
     `lr: Annotated[float | None, Flag()] = Field(...)` makes `--lr`, with the field's description and default as help.
 
-    Attributes:
-        name: the option without its dashes, unless it is the field's name.
-        help: the whole help text, where the description and default do not serve.
-        metavar: what stands for the value in the help.
-        joint: one option sets all fields of a command that are marked with this name.
+    The option has the field's `name` unless another is given. `help` is the whole help text, where the description and
+    default do not serve; `metavar` stands for the value in it. A `joint` option sets all fields of a command that have
+    its name and are marked so.
     """
 
     name: str = ""
     help: str = ""
     metavar: str | None = None
     joint: bool = False
+
+
+def _plain(value: str, info: ValidationInfo) -> str:
+    """Refuse a name or label that could not be the name of a folder."""
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a usable {info.field_name}: use letters, digits, dot, dash and underscore")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_plain)]
 
 
 class Section(BaseModel):
@@ -54,15 +71,14 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Which base model, and in which numbers."""
+    """The base model and its precision."""
 
     name: Annotated[str, Flag("model")] = Field(
         default="demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
     )
     revision: str | None = Field(default=None, description="hub revision: a branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto",
-        description="numbers of the base; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32",
+        default="auto", description="precision; auto is bf16 on CUDA and on CPUs with AVX-512-BF16 or AMX, else fp32"
     )
     quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="load the base through bitsandbytes")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
@@ -72,32 +88,23 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """One adaptation: optimizer, schedule and bookkeeping."""
 
-    lr: Annotated[float | None, Flag()] = Field(
-        default=None, gt=0, description="peak learning rate of every method; a method's own lr wins"
-    )
+    lr: Annotated[float | None, Flag()] = Field(default=None, gt=0, description="peak learning rate; a method's wins")
     epochs: Annotated[int, Flag()] = Field(default=1, gt=0, description="passes over the training blocks")
     batch_size: Annotated[int, Flag()] = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
     gradient_accumulation: int = Field(default=1, gt=0, description="forward passes added up before an update")
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
-    warmup_ratio: float = Field(
-        default=0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0"
-    )
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of steps in which the rate rises from 0")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay; never applied to gains")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's two averages")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, about 30 % slower"
-    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations: less memory, 30 % slower")
     seed: Annotated[
         int,
         Flag(joint=True, help="Seed of training and resampling; the split has its own, data.seed. [default: 0]"),
     ] = Field(default=0, ge=0, description="seed of start values, order of blocks and dropout")
     checkpoint_steps: int = Field(default=50, gt=0, description="steps between checkpoints inside a stage")
     snapshot_steps: int | None = Field(
-        default=None,
-        gt=0,
-        description="steps between copies of the adapter that are kept beside it, for `gaintune retention`; none are "
-        "kept unless given",
+        default=None, gt=0, description="steps between kept copies of the adapter, for `gaintune retention`; else none"
     )
     trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb and the other Trainer trackers")
 
@@ -115,46 +122,27 @@ class ClassifyConfig(Section):
     """How labelled rows become a classifier; `validation_rows` also limits the questions of `evaluate --choices`."""
 
     max_length: int = Field(default=128, ge=4, description="longest row, in tokens; longer ones are cut, and counted")
-    train_rows: int | None = Field(
-        default=None, gt=0, description="training rows of a domain, drawn in an order the seed decides; all of them"
-    )
-    validation_rows: int | None = Field(
-        default=None, gt=0, description="validation rows of a domain, drawn likewise; all of them"
-    )
-    head_lr: float | None = Field(
-        default=None, gt=0, description="peak learning rate of the new head; the method's, but at most 0.001"
-    )
+    train_rows: int | None = Field(default=None, gt=0, description="training rows, drawn by the seed; else all")
+    validation_rows: int | None = Field(default=None, gt=0, description="validation rows, drawn by the seed; else all")
+    head_lr: float | None = Field(default=None, gt=0, description="new head's peak rate; the method's, at most 0.001")
 
 
 class MethodConfig(Section):
     """One way to adapt; None stands for the method's own default in the catalogue."""
 
     name: str = Field(description="catalogue name, see `gaintune methods`")
-    label: str = Field(
-        default="",
-        description="name in tables and folders; the method's name and what is added to it unless given",
-    )
+    label: Name = Field(default="", description="name in tables and folders; made of the method's name if not given")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate")
     rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method; the average one of adalora")
-    alpha: float | None = Field(
-        default=None, gt=0, description="scale of a low-rank method; the update is alpha / rank * BA"
-    )
+    alpha: float | None = Field(default=None, gt=0, description="low-rank methods: the update is alpha / rank * BA")
     targets: str | tuple[str, ...] | None = Field(
         default=None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
     )
     lr_ratio: float | None = Field(default=None, gt=0, description="lora+: rate of B as a multiple of the rate")
-    orthogonality: float | None = Field(
-        default=None, ge=0, description="adalora: weight of the term that keeps its directions orthogonal"
-    )
-    preserved: float | None = Field(
-        default=None, gt=0, lt=1, description="osf: share of every weight's singular directions that stays fixed"
-    )
-    gate_bias: float | None = Field(
-        default=None, description="disel: start of the gates' bias; they start near sigmoid of it"
-    )
-    gate_lr_ratio: float | None = Field(
-        default=None, gt=0, description="disel: rate of the gates as a multiple of the rate"
-    )
+    orthogonality: float | None = Field(default=None, ge=0, description="adalora: weight of the orthogonality term")
+    preserved: float | None = Field(default=None, gt=0, lt=1, description="osf: share of fixed singular directions")
+    gate_bias: float | None = Field(default=None, description="disel: gates' first bias; they start near its sigmoid")
+    gate_lr_ratio: float | None = Field(default=None, gt=0, description="disel: gates' rate as a multiple of the rate")
     gate_rank: int | None = Field(default=None, gt=0, description="disel: rank of the gates' matrix; full unless given")
     penalty: Annotated[Literal["l2", "ewc"] | None, Flag()] = Field(
         default=None,
@@ -165,10 +153,10 @@ class MethodConfig(Section):
         default=None, ge=0, description="strength of the pull: half of it times the squared distance; 0 is none"
     )
     ewc_rows: int | None = Field(
-        default=None, gt=0, description="ewc: rows of a domain that its Fisher information is estimated on; all of them"
+        default=None, gt=0, description="ewc: rows for a domain's Fisher information; else all"
     )
     replay: Annotated[float, Flag()] = Field(
-        default=0.0, ge=0, description="rows of earlier domains mixed into a domain's, as a ratio to its own rows"
+        default=0.0, ge=0, description="rows of earlier domains per row of its own"
     )
 
     @model_validator(mode="before")
@@ -182,13 +170,6 @@ class MethodConfig(Section):
             value = {**value, "label": _label(value)}
         return value
 
-    @field_validator("label")
-    @classmethod
-    def _plain_label(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is not a usable label: use letters, digits, dot, dash and underscore")
-        return value
-
     @model_validator(mode="after")
     def _whole_penalty(self) -> MethodConfig:
         if self.penalty is None and self.penalty_strength is not None:
@@ -199,13 +180,10 @@ class MethodConfig(Section):
 
 
 def _label(values: dict[str, Any]) -> str:
-    """The label of a method that was given none, such as lora-ewc: a method may stand beside itself with a penalty."""
-    parts = [str(values.get("name", "")).replace("+", "-plus")]
-    if values.get("penalty"):
-        parts.append(str(values["penalty"]))
-    if str(values.get("replay") or 0) not in {"0", "0.0"}:
-        parts.append("replay")
-    return "-".join(parts)
+    """Return the default label of a method, such as lora-ewc: a method may stand beside itself with a penalty."""
+    replay = "" if str(values.get("replay") or 0) in {"0", "0.0"} else "replay"
+    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay)
+    return "-".join(filter(None, parts))
 
 
 DEMO_DOMAINS = ("medical", "law", "scripture", "manual", "code")
@@ -216,30 +194,17 @@ BeginningOfText = Literal["auto", "always", "never"]
 
 
 class DomainConfig(Section):
-    """One domain: a catalogue name, or a local file or folder under a name of your choosing."""
+    """One domain: a catalogue name, or a local file or folder with a name of your choice."""
 
-    name: str = Field(description="label in tables and folders: letters, digits, dot, dash and underscore")
+    name: Name = Field(description="label in tables and folders: letters, digits, dot, dash and underscore")
     source: str = Field(description="catalogue name, or path of a .jsonl/.json/.csv/.parquet/.txt/.md file or folder")
     text_column: Annotated[
         str | None, Flag(help="Column that holds the text of every domain that is a local file or folder.")
     ] = Field(default=None, description="column that holds the text; found by itself when there is one")
-    task: Task | None = Field(
-        default=None, description="what is learnt from this domain's rows; the plan's unless given"
-    )
-    template: Template | None = Field(
-        default=None, description="how this domain's prompts and completions are written; the plan's unless given"
-    )
-    prompt_column: str | None = Field(default=None, description="instruct: column of the prompt; 'prompt' unless given")
-    completion_column: str | None = Field(
-        default=None, description="instruct: column of the completion; 'completion' unless given"
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} is not a usable name: use letters, digits, dot, dash and underscore")
-        return value
+    task: Task | None = Field(default=None, description="what is learned from these rows; the plan's unless given")
+    template: Template | None = Field(default=None, description="instruct: its own template; the plan's unless given")
+    prompt_column: str | None = Field(default=None, description="instruct: prompt's column, else 'prompt'")
+    completion_column: str | None = Field(default=None, description="instruct: completion's column, else 'completion'")
 
 
 def as_list(value: Any) -> Any:
@@ -267,17 +232,17 @@ class DataConfig(Section):
         Flag("domain", help="Domain: catalogue name, path, or name=path; repeat in order."),
     ] = Field(
         default=tuple(DomainConfig(name=name, source=name) for name in DEMO_DOMAINS),
-        description="domains in the order they are learnt",
+        description="domains in the order they are learned",
         min_length=1,
     )
     watched: Annotated[
         tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...],
         BeforeValidator(as_list),
-        Flag("watch", help="Domain that is measured beside the others and never learnt; repeatable."),
-    ] = Field(default=(), description="sequence: domains that are measured beside the others and never learnt")
+        Flag("watch", help="Domain that is measured beside the others and never learned; repeatable."),
+    ] = Field(default=(), description="sequence: domains that are measured beside the others and never learned")
     task: Annotated[Task, Flag()] = Field(
         default="text",
-        description="what is learnt from the rows: text (every token), instruct (the completion of a prompt), "
+        description="what is learned from the rows: text (every token), instruct (the completion of a prompt), "
         "or classify (a label)",
     )
     template: Annotated[Template, Flag()] = Field(
@@ -286,8 +251,7 @@ class DataConfig(Section):
         "chat (the model's own chat template); auto is chat for messages and plain for prompt and completion",
     )
     packing: bool = Field(
-        default=True,
-        description="instruct: several rows in a block, none attending to another; false pads every row to a block",
+        default=True, description="instruct: several rows in a block, none attending to another; false pads every row"
     )
     end_of_text: bool = Field(
         default=True,
@@ -300,15 +264,9 @@ class DataConfig(Section):
         "token: always, never, or (auto) where the model was trained with one, such as Llama, Mistral and Gemma. It "
         "is one of the block's tokens and is not scored. One that a chat template writes itself stays",
     )
-    train_tokens: Annotated[int, Flag()] = Field(
-        default=8192, gt=0, description="training budget of a domain, in tokens"
-    )
-    validation_tokens: Annotated[int, Flag()] = Field(
-        default=4096, gt=0, description="validation budget of a domain, in tokens"
-    )
-    block_size: Annotated[int, Flag()] = Field(
-        default=256, ge=8, description="length of a packed block, in tokens, a beginning-of-text token among them"
-    )
+    train_tokens: Annotated[int, Flag()] = Field(default=8192, gt=0, description="training tokens of a domain, at most")
+    validation_tokens: Annotated[int, Flag()] = Field(default=4096, gt=0, description="validation tokens, at most")
+    block_size: Annotated[int, Flag()] = Field(default=256, ge=8, description="length of a packed block in tokens")
     seed: int = Field(default=0, ge=0, description="seed of the split by document and of the order of documents")
 
     @model_validator(mode="after")
@@ -332,30 +290,27 @@ class DataConfig(Section):
                 raise ValueError(f"domains: {domain.name}: {given[0]} is for task instruct")
         for field in () if "instruct" in tasks.values() else ("template", "packing", "end_of_text"):
             if getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(
-                    f"{field} is for task instruct, and no domain has it: set data.task=instruct (--task instruct)"
-                )
+                advice = "set data.task=instruct (--task instruct)"
+                raise ValueError(f"{field} is for task instruct, and no domain has it: {advice}")
         return self
 
     @model_serializer(mode="wrap")
     def _without_beginning(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave `beginning_of_text` out at its default: the files of a plan are those of versions without the key."""
-        values: dict[str, Any] = handler(self)
-        if self.beginning_of_text == "auto":
-            values.pop("beginning_of_text", None)
-        return values
+        left_out = {"beginning_of_text"} if self.beginning_of_text == "auto" else set()
+        return {key: value for key, value in handler(self).items() if key not in left_out}
 
     @property
     def measured(self) -> tuple[DomainConfig, ...]:
-        """The domains that are learnt, in their order, and those that are only watched."""
+        """The domains that are trained on, in their order, and those that are only watched."""
         return (*self.domains, *self.watched)
 
     def task_of(self, domain: DomainConfig) -> Task:
-        """What is learnt from a domain's rows: its own task, else the plan's."""
+        """Return what a domain's rows are for: its own task, else the plan's."""
         return domain.task or self.task
 
     def template_of(self, domain: DomainConfig) -> Template:
-        """How a domain's prompts and completions are written: its own template, else the plan's."""
+        """Return how a domain's prompts and completions are written: its own template, else the plan's."""
         return domain.template or self.template
 
 
@@ -369,9 +324,7 @@ class Plan(Section):
         BeforeValidator(as_list),
         Flag("method", help="Method, such as gain-ffn or lora:rank=16,lr=2e-4,label=lora16; repeatable."),
     ] = Field(
-        default=(MethodConfig(name="gain-ffn", label="gain-ffn"),),
-        min_length=1,
-        description="each starts from the same base",
+        default=(MethodConfig(name="gain-ffn", label="gain-ffn"),), min_length=1, description="all start from one base"
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
@@ -379,13 +332,13 @@ class Plan(Section):
 
     @property
     def classifies(self) -> bool:
-        """Whether labels are learnt from the domains' rows."""
+        """Whether the plan trains a classifier."""
         return self.data.task_of(self.data.domains[0]) == "classify"
 
     @model_validator(mode="before")
     @classmethod
     def _base_of_a_classifier(cls, values: Any) -> Any:
-        """The base is an encoder where labels are learnt and the plan names none."""
+        """Take an encoder as the base of a classifier where the plan names none."""
         if not isinstance(values, Mapping) or not _says_classify(values.get("data")):
             return values
         model = values.get("model") or {}
@@ -412,22 +365,55 @@ class Plan(Section):
 
 
 def _says_classify(data: Any) -> bool:
-    """Whether a plan's data, checked or not, says that labels are learnt."""
+    """Tell whether a plan's data, checked or not, are a classifier's."""
     if isinstance(data, DataConfig):
         return data.task_of(data.domains[0]) == "classify"
     if not isinstance(data, Mapping):
         return False
     domains = as_list(data.get("domains"))
-    each = domains if isinstance(domains, list | tuple) else ()
-    return data.get("task") == "classify" or any(isinstance(d, Mapping) and d.get("task") == "classify" for d in each)
+    sections = [data, *(domains if isinstance(domains, list | tuple) else ())]
+    return any(isinstance(section, Mapping) and section.get("task") == "classify" for section in sections)
+
+
+def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> ConfigError:
+    """Say every mistake on a line, with its key and the nearest known one; `plan` is the class of the whole plan."""
+    lines, details = [], error.errors()
+    for detail in details:
+        if any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details):
+            continue  # a list called too short only because one of its entries is wrong
+        key = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            unknown, known = str(detail["loc"][-1]), list(_section(plan, detail["loc"]).model_fields)
+            ours = OTHER_WORDS.get(unknown)
+            meant = [ours] if ours in known else get_close_matches(unknown, known, n=1)
+            advice = f"did you mean {meant[0]!r}?" if meant else f"known keys: {', '.join(known)}"
+            lines.append(f"{origin}: unknown key {key!r}; {advice}")
+            continue
+        value = detail["input"]
+        got = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and key else ""
+        message = detail["msg"].removeprefix("Value error, ")
+        lines.append(": ".join(part for part in (origin, key, f"{message}{got}") if part))
+    return ConfigError("\n".join(lines))
+
+
+def _section(plan: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
+    """Return the part of a plan to which the last key of a location would belong."""
+    section = plan
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part))
+        section = section if field is None else section_of(field.annotation) or section
+    return section
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the part of a plan that a field holds, itself or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
 def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
-    """Check nested values into a plan.
-
-    Raises:
-        ConfigError: an unknown key or a value of the wrong kind, named with its place in `origin`.
-    """
+    """Check nested values into a plan; ConfigError names an unknown key or wrong value, with its place in `origin`."""
     try:
         return Plan.model_validate(values)
     except ValidationError as error:
@@ -435,7 +421,7 @@ def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once in its mapping, as YAML's own rules say: of two, PyYAML drops one."""
+    """YAML that refuses a key twice in a mapping, as YAML's own rules do: PyYAML drops one of them."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuse a repeated key before merges (`<<`) are resolved: what they bring may be given again."""
@@ -472,12 +458,10 @@ def read_values(path: Path, kind: str = "plan") -> dict[str, Any]:
 
 
 def read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
-    """A plan from a plan, nested values, or a YAML file; raises as `build_plan` does."""
+    """Return the plan of nested values or a YAML file, or a plan as it is; raises as `build_plan` does."""
     if isinstance(plan, Plan):
         return plan
-    if isinstance(plan, Mapping):
-        return build_plan(dict(plan))
-    return build_plan(read_values(Path(plan)), origin=str(plan))
+    return build_plan(dict(plan)) if isinstance(plan, Mapping) else build_plan(read_values(Path(plan)), str(plan))
 
 
 def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -506,23 +490,20 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
 
 
 def plan_yaml(plan: Plan) -> str:
-    """The whole plan as YAML that `build_plan` reads back to an equal plan."""
-    return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the whole plan as YAML that `build_plan` reads back to an equal plan."""
+    return as_yaml(plan.model_dump(mode="json"))
 
 
 def plan_yaml_documented(plan: Plan) -> str:
-    """The whole plan as YAML with every key's description beside it; reads back to an equal plan."""
+    """Return the whole plan as YAML with every key's description above it; reads back to an equal plan."""
     lines = []
     for name, info in Plan.model_fields.items():
-        value = getattr(plan, name)
-        if isinstance(value, Section):
-            lines.append(f"{name}:")
-            values = value.model_dump(mode="json")
-            for key, field in type(value).model_fields.items():
-                shown = values.get(key, field.default)  # a dump may leave a newer key out at its default
-                dumped = yaml.safe_dump({key: shown}, sort_keys=False).rstrip("\n")
-                lines.extend(f"  {line}" for line in (f"# {field.description}", *dumped.split("\n")))
-        else:
-            dumped = yaml.safe_dump({name: plan.model_dump(mode="json")[name]}, sort_keys=False).rstrip("\n")
-            lines.extend((f"# {info.description}; see `gaintune methods`", dumped))
+        value, dumped = getattr(plan, name), plan.model_dump(mode="json")[name]
+        if not isinstance(value, Section):
+            lines.extend((f"# {info.description}; see `gaintune methods`", *as_yaml({name: dumped}).splitlines()))
+            continue
+        lines.append(f"{name}:")
+        for key, field in type(value).model_fields.items():
+            shown = dumped.get(key, field.default)  # a dump may leave a newer key out at its default
+            lines.extend(f"  {line}" for line in (f"# {field.description}", *as_yaml({key: shown}).splitlines()))
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """From a domain's name to rows of tokens: where text comes from, how it is split, encoded and packed.
 
-May import `config`, `storage` and what lies below. A new domain is one entry in `domains.py`; a set with labels one in
-`labelled.py`; a set of questions one in `question_sets.py`.
+May import `config`, `storage` and what lies below. One more domain is one entry in `domains.py`; a set with labels is
+one in `labelled.py`; a set of questions is one in `questions.py`.
 """
 
 import lazy_loader

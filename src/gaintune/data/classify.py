@@ -1,4 +1,4 @@
-"""From a domain of labelled rows to token rows for a classifier: labels, budget in rows, truncation that is counted."""
+"""From a domain of labelled rows to rows of tokens for a classifier: budget in rows, truncation that is counted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gaintune.config import ClassifyConfig, DomainConfig
-from gaintune.data.labelled import LabelledText, LabelledTexts, load_labelled
+from gaintune.data.documents import Documents, drawn_order
+from gaintune.data.labelled import LabelledText, load_labelled
 from gaintune.data.neighbours import normalise
-from gaintune.data.split import drawn_order
 from gaintune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -26,13 +26,12 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class LabelledExamples:
-    """Rows of tokens, each of its own length, with the number of their label.
+    """Rows of tokens, of different lengths, with the number of their label.
 
     Attributes:
         input_ids: token ids of each row, int64 `(length,)`.
         labels: int64 `(rows,)`, counted in the order of `ClassifyDomain.labels`.
-        segments: 0 for tokens of the first text and 1 for those of the second, as `input_ids`; None for models that
-            are not told.
+        segments: 0 for tokens of the first text, 1 for the second, as `input_ids`; None for models that do not take it.
         truncated: rows of which the end was cut away.
     """
 
@@ -43,14 +42,14 @@ class LabelledExamples:
 
     @property
     def tokens(self) -> int:
-        """All tokens, padding not counted."""
+        """Number of tokens without padding."""
         return sum(len(row) for row in self.input_ids)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, row: int) -> Batch:
-        """One row: `input_ids` and `token_type_ids` `(length,)`, `labels` a scalar."""
+        """Return one row: `input_ids` and `token_type_ids` `(length,)`, `labels` a scalar."""
         picked = {"input_ids": self.input_ids[row], "labels": self.labels[row]}
         if self.segments is not None:
             picked["token_type_ids"] = self.segments[row]
@@ -59,12 +58,12 @@ class LabelledExamples:
 
 @dataclass(frozen=True)
 class Padding:
-    """Puts rows into a batch: padded on the right to the longest of them, and masked there."""
+    """Collator that pads rows on the right to the longest of a batch, and masks the padding."""
 
     token: int
 
     def __call__(self, rows: list[Batch]) -> Batch:
-        """`input_ids`, `attention_mask` and `token_type_ids`, `(rows, longest)`; `labels` `(rows,)`."""
+        """Return `input_ids`, `attention_mask` and `token_type_ids`, `(rows, longest)`, and `labels` `(rows,)`."""
         ids = [row["input_ids"] for row in rows]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.token),
@@ -76,18 +75,18 @@ class Padding:
         return batch
 
     def batches(self, examples: LabelledExamples, size: int) -> Iterator[Batch]:
-        """All rows in order, `size` at a time."""
+        """Yield all rows in order, `size` at a time."""
         for start in range(0, len(examples), size):
-            yield self([examples[row] for row in range(start, min(start + size, len(examples)))])
+            yield self([examples[row] for row in range(len(examples))[start : start + size]])
 
 
 @dataclass(frozen=True)
 class ClassifyDomain:
-    """A domain of labelled rows ready to train on and to be measured.
+    """A domain of labelled rows ready to train on and to measure.
 
-    `labels` are the label names found in the training rows, sorted (numbers by value). `content_hash` is the SHA-256
-    of the tokens, the labels and the settings that made them. `repeated` counts validation rows whose text also stands
-    in a training row that is used, case, spacing and punctuation aside.
+    `labels` are the names in the training rows, sorted (numbers by value). `content_hash` is the SHA-256 of the tokens,
+    the labels and the settings that made them. `repeated` counts validation rows whose text is also that of a training
+    row, case, spacing and punctuation aside.
     """
 
     name: str
@@ -98,7 +97,7 @@ class ClassifyDomain:
     repeated: int
 
     def describe(self) -> dict[str, str | int | list[str]]:
-        """What a record keeps of the rows: their content hash, and how many there were."""
+        """Return what a record keeps of the rows: their content hash, and how many there were."""
         return {
             "content_hash": self.content_hash,
             "labels": list(self.labels),
@@ -108,30 +107,6 @@ class ClassifyDomain:
             "validation_truncated": self.validation.truncated,
             "repeated": self.repeated,
         }
-
-
-def label_names(texts: LabelledTexts) -> tuple[str, ...]:
-    """The labels of the training rows in order: by value where all are whole numbers, else by name.
-
-    Raises:
-        DataError: only one label, or a validation row with a label that no training row has, by its file and line.
-    """
-    found = {row.label for row in texts.train}
-    if len(found) < 2:
-        first = texts.train[0]
-        raise DataError(
-            f"{first.origin}: this and every other training row has the label {first.label!r}; "
-            "a classifier needs two different labels at least"
-        )
-    numbers = all(label.isdecimal() for label in found)
-    names = tuple(sorted(found, key=int) if numbers else sorted(found))
-    for row in texts.validation:
-        if row.label not in found:
-            raise DataError(
-                f"{row.origin}: no training row has the label {row.label!r} (they have {', '.join(names)}); "
-                "correct it, or give training rows of that label"
-            )
-    return names
 
 
 def load_classification(
@@ -144,23 +119,17 @@ def load_classification(
 ) -> ClassifyDomain:
     """Load a domain of labelled rows within its limits.
 
-    Rows are drawn in an order the seed decides. A pair is joined as the tokenizer joins pairs, or by a line end where
+    A pair is joined as the tokenizer joins pairs, or by a line end where
     it has no separator of its own (decoders). Longer rows are cut to `settings.max_length` tokens, of a pair from the
-    longer text, and counted.
-
-    Args:
-        domain: where the rows are.
-        settings: limits.
-        tokenizer: the base's.
-        seed: seed of the split and of the order of rows.
-        segments: keep which of a pair's texts a token belongs to, for models that ask for it (BERT).
+    longer text, and counted. `seed` decides the split and the order of rows. With `segments` every token knows which of
+    a pair's texts it belongs to, for models that ask for it (BERT).
 
     Raises:
-        DataError: see `gaintune.data.labelled.load_labelled` and `label_names`.
+        DataError: as of `gaintune.data.labelled.load_labelled`; only one label, or one that no training row has.
         AssetError: a download failed.
     """
     texts = load_labelled(domain, seed)
-    labels = label_names(texts)
+    labels = _label_names(texts)
     train = _draw(texts.train, settings.train_rows, seed, "train", domain.name)
     validation = _draw(texts.validation, settings.validation_rows, seed, "validation", domain.name)
     if len({row.label for row in train}) < 2:
@@ -172,49 +141,56 @@ def load_classification(
     repeated = sum(normalise(row.whole) in trained_on for row in validation)
     if repeated:
         logger.warning("domain %s: %d validation row(s) also stand in the training rows", domain.name, repeated)
-    sides = {
-        side: encode_rows(rows, labels, tokenizer, settings.max_length, segments=segments)
-        for side, rows in (("training", train), ("validation", validation))
-    }
-    for side, examples in sides.items():
+    sides: dict[str, LabelledExamples] = {}
+    for side, rows in (("training", train), ("validation", validation)):
+        examples = _encode(rows, labels, tokenizer, settings.max_length, segments)
+        sides[side] = examples
         if examples.truncated:
             logger.warning(
                 "domain %s: %d of %d %s rows are longer than classify.max_length (%d tokens) and were cut",
                 domain.name, examples.truncated, len(examples), side, settings.max_length,
             )  # fmt: skip
-    return ClassifyDomain(
-        name=domain.name,
-        labels=labels,
-        train=sides["training"],
-        validation=sides["validation"],
-        content_hash=_content_hash(settings, seed, labels, sides.values()),
-        repeated=repeated,
-    )
+    digest = _content_hash(settings, seed, labels, sides.values())
+    return ClassifyDomain(domain.name, labels, sides["training"], sides["validation"], digest, repeated)
+
+
+def _label_names(texts: Documents[LabelledText]) -> tuple[str, ...]:
+    """Return the labels of the training rows in order: by value where all are whole numbers, else by name."""
+    found = {row.label for row in texts.train}
+    if len(found) < 2:
+        first = texts.train[0]
+        raise DataError(
+            f"{first.origin}: this and every other training row has the label {first.label!r}; "
+            "a classifier needs two different labels at least"
+        )
+    names = tuple(sorted(found, key=int if all(label.isdecimal() for label in found) else None))
+    for row in texts.validation:
+        if row.label not in found:
+            raise DataError(
+                f"{row.origin}: no training row has the label {row.label!r} (they have {', '.join(names)}); "
+                "correct it, or give training rows of that label"
+            )
+    return names
 
 
 def _draw(rows: Sequence[LabelledText], limit: int | None, seed: int, side: str, name: str) -> tuple[LabelledText, ...]:
-    """The first rows of an order that the seed decides; all of them where there is no limit."""
+    """Draw rows in an order that the seed decides; all of them where there is no limit."""
     if limit is not None and limit > len(rows):
         logger.warning("domain %s: %d %s rows, fewer than the %d asked for", name, len(rows), side, limit)
     return tuple(rows[index] for index in drawn_order(len(rows), seed, side)[:limit])
 
 
-def encode_rows(
-    rows: Sequence[LabelledText],
-    labels: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    segments: bool = False,
+def _encode(
+    rows: Sequence[LabelledText], labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int, segments: bool
 ) -> LabelledExamples:
-    """Tokenise rows with the tokenizer's special tokens, cut to `max_length` tokens; arguments as above."""
+    """Tokenize rows with the tokenizer's special tokens, cut to `limit` tokens."""
     first: list[str] = [row.text_a for row in rows]
     second = [row.text_b for row in rows if row.text_b is not None] or None
     if second is not None and tokenizer.sep_token_id is None:
         first, second = [f"{a}\n{b}" for a, b in zip(first, second, strict=True)], None
     options: dict[str, Any] = {"return_token_type_ids": segments, "return_attention_mask": False, "verbose": False}
     whole = tokenizer(first, second, **options)
-    cut = tokenizer(first, second, truncation=True, max_length=max_length, **options)
+    cut = tokenizer(first, second, truncation=True, max_length=limit, **options)
     for row, ids in zip(rows, cut["input_ids"], strict=True):
         if not ids:
             raise DataError(f"{row.origin}: the tokenizer makes no token of this text; correct or delete the row")
@@ -222,7 +198,7 @@ def encode_rows(
         input_ids=tuple(torch.tensor(ids) for ids in cut["input_ids"]),
         labels=torch.tensor([labels.index(row.label) for row in rows]),
         segments=tuple(torch.tensor(ids) for ids in cut["token_type_ids"]) if segments else None,
-        truncated=sum(len(ids) > max_length for ids in whole["input_ids"]),
+        truncated=sum(len(ids) > limit for ids in whole["input_ids"]),
     )
 
 

@@ -1,22 +1,31 @@
-"""What every source hands on: documents that know where they came from, in one split or two."""
+"""Documents that know where they came from: kept in their files, split, cut into passages, and drawn by a seed."""
 
 from __future__ import annotations
 
+import hashlib
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from gaintune.data.neighbours import normalise
+from gaintune.errors import DataError
+from gaintune.progress import plural
+
 T = TypeVar("T")
 
-PLACE = 4
-"""Numbers that say where an item of a file stands: the file's number, its first byte, the byte after it, its line."""
-HELD = -1
-"""Number of the file of items that are kept in memory; the second number of their place is their own."""
+PLACE = 4  # numbers that locate an item: its file's number, its first byte, the byte after it, its line
+HELD = -1  # file number of items in memory, whose own number stands in place of the first byte
 READ_AT_ONCE = 2**16  # bytes: items that follow one another share a read, and a lone one costs little more
+VALIDATION_SHARE = 0.1
+# A passage fills about two blocks: prose and code take four characters a token.
+PASSAGE_CHARACTERS_PER_BLOCK_TOKEN = 8
+PASSAGES_AT_ONCE = 256  # read ahead of what is drawn: little beside the pass over all documents
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Document:
 
 
 class Stored(Sequence[T]):
-    """Documents (or rows) of files, of which only the places are kept: an item is read when it is needed.
+    """Documents (or rows) that stay in their files: an item is read when it is needed.
 
     Items of formats whose rows have no place of their own (.json, .csv, .parquet) are kept in memory.
     """
@@ -91,9 +100,7 @@ class Stored(Sequence[T]):
         return len(self._places) // PLACE
 
     def __getitem__(self, number: Any) -> Any:
-        """Read one item by its number, or a slice of them."""
-        if isinstance(number, slice):
-            return tuple(self.read(range(*number.indices(len(self)))))
+        """Read one item by its number."""
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         return next(self.read([number % len(self)]))
@@ -104,15 +111,15 @@ class Stored(Sequence[T]):
 
 @dataclass(frozen=True)
 class Documents(Generic[T]):
-    """The documents (or rows) of one domain; `validation` is None where the source does not bring its own split."""
+    """The documents (or rows) of one domain; `validation` is empty where the source does not bring its own split."""
 
     train: Sequence[T]
-    validation: Sequence[T] | None = None
+    validation: Sequence[T] = ()
     source: str = ""
 
 
 def read_some(items: Sequence[T], numbers: Iterable[int]) -> Iterator[T]:
-    """Take items by their numbers, one after the other, out of a file or out of memory."""
+    """Read items by their numbers, one after the other, from a file or from memory."""
     return items.read(numbers) if isinstance(items, Stored) else map(items.__getitem__, numbers)
 
 
@@ -158,10 +165,91 @@ def cut_chunks(chunks: Iterable[str], size: int) -> Iterator[tuple[str, int, str
 
 
 def _cut(text: str, start: int, limit: int) -> int:
-    """The best place to cut before `limit`: after the last strongest break in the second half of the piece."""
+    """Return where to cut before `limit`: after the last strongest break in its second half."""
     middle = (start + limit) // 2
     for mark in _BREAKS:
-        found = text.rfind(mark, middle, limit)
-        if found >= 0:
-            return found + len(mark)
+        position = text.rfind(mark, middle, limit)
+        if position >= 0:
+            return position + len(mark)
     return limit
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document, a piece of a long one, or a row's question; `document` is the number of its document in its split."""
+
+    text: str
+    document: int
+
+
+def _draws(seed: int, purpose: str, keys: Iterable[object]) -> np.ndarray:
+    """Draw for every key a number below 2**64 that depends on it, the seed and the purpose alone, on every machine."""
+    begin = hashlib.sha256(f"{seed}\x1f{purpose}\x1f".encode())
+
+    def draw(key: object) -> int:
+        digest = begin.copy()
+        digest.update(str(key).encode())
+        return int.from_bytes(digest.digest()[:8], "big")
+
+    return np.fromiter(map(draw, keys), np.uint64)
+
+
+def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] = attrgetter("text")) -> Documents[T]:
+    """Split documents by a hash of the seed and their text; a source's own split is left as it is.
+
+    `VALIDATION_SHARE` of the different texts go to validation, at least one. Texts that differ by case, spacing or
+    punctuation alone are on the same side. A document keeps its side when others are added. `key` is the text of a
+    document, or of a row the part that must not be on both sides. Every document is read once, whichever will be drawn.
+    A DataError says that there is only one text, so that one side would be empty, or which document is broken.
+    """
+    if documents.validation:
+        for side in (documents.train, documents.validation):
+            deque(side, maxlen=0)
+        return documents
+    texts = map(key, documents.train)  # maps let a long text go before the next one is read
+    draws = _draws(seed, "split", map(normalise, texts))
+    if len(draws) < 2 or draws.min() == draws.max():
+        same = ", all with the same text" if len(draws) > 1 else ""
+        raise DataError(
+            f"{documents.source}: {plural(len(draws), 'document')}{same}, and at least 2 different ones are needed, "
+            f"to train on and to validate with; give more, or a folder with train and validation files"
+        )
+    threshold = max(int(VALIDATION_SHARE * 2**64), int(draws.min()) + 1)
+    threshold = min(threshold, int(draws.max()))  # where all are below it, leave something to train on
+    held_out = draws < np.uint64(threshold)
+    return Documents(_chosen(documents.train, ~held_out), _chosen(documents.train, held_out), documents.source)
+
+
+def _chosen(documents: Sequence[T], mask: np.ndarray) -> Sequence[T]:
+    numbers = np.flatnonzero(mask)
+    return documents.chosen(numbers) if isinstance(documents, Stored) else tuple(read_some(documents, numbers))
+
+
+def in_drawn_order(documents: Sequence[Document], seed: int, side: str, block_size: int) -> Iterator[Passage]:
+    """Yield passages of all documents in an order that the seed decides.
+
+    A document longer than about two blocks is cut into passages that are drawn one by one, so that a small budget
+    samples many documents rather than the beginning of one.
+    """
+    size = PASSAGE_CHARACTERS_PER_BLOCK_TOKEN * block_size
+    counts = np.ones(len(documents), np.int64)
+    long = documents.beyond(size) if isinstance(documents, Stored) else np.arange(len(documents))
+    for number, document in zip(long, read_some(documents, long), strict=True):
+        counts[number] = sum(1 for _ in cut_passages(document.text, size))
+    firsts = np.cumsum(counts) - counts  # number of each document's first passage
+    order = drawn_order(int(counts.sum()), seed, side)
+    for start in range(0, len(order), PASSAGES_AT_ONCE):
+        batch = order[start : start + PASSAGES_AT_ONCE]
+        owners = np.searchsorted(firsts, batch, side="right") - 1
+        read = np.unique(owners)  # a long document is read and cut once for all of its passages in the batch
+        wanted = set(batch.tolist())
+        texts: dict[int, str] = {}
+        for number, document in zip(read, read_some(documents, read), strict=True):
+            passages = enumerate(cut_passages(document.text, size), int(firsts[number]))
+            texts |= {index: text for index, (_, text) in passages if index in wanted}
+        yield from (Passage(texts[index], int(owner)) for index, owner in zip(batch.tolist(), owners, strict=True))
+
+
+def drawn_order(count: int, seed: int, side: str) -> np.ndarray:
+    """Return the numbers below `count` in an order that the seed decides for each side (such as "train")."""
+    return np.argsort(_draws(seed, side, range(count)), kind="stable")

@@ -1,4 +1,7 @@
-"""The catalogue of domains, and the way from a plan's domain to its documents or rows."""
+"""The catalogue of domains, and the way from a plan's domain to its documents or rows.
+
+One more domain is one entry of `_ENTRIES`.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from gaintune.config import DataConfig, DomainConfig, Task
-from gaintune.data import domains as embedded
 from gaintune.data import hub
 from gaintune.data.documents import Document, Documents
 from gaintune.data.exchanges import Exchange, read_exchanges
 from gaintune.data.readers import local_path, read_documents
 from gaintune.errors import AssetError, DataError
-from gaintune.storage import assets
+from gaintune.storage import ASSETS, fetch
 
 NOTE_KINDS = {
-    "includes": "Includes",
-    "excludes1": "Excludes1",
-    "excludes2": "Excludes2",
-    "codeFirst": "Code first",
-    "codeAlso": "Code also",
-    "useAdditionalCode": "Use additional code",
-    "notes": "Note",
-}
+    "includes": "Includes", "excludes1": "Excludes1", "excludes2": "Excludes2", "codeFirst": "Code first",
+    "codeAlso": "Code also", "useAdditionalCode": "Use additional code", "notes": "Note",
+}  # fmt: skip
 HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~\-^])\1{2,}\n)")  # a line underlined with one repeated mark
 UNREPRESENTATIVE_MODULES = {"antigravity", "this"}  # a joke and a ciphered poem
 
 
 def _main_file(name: str) -> Path:
-    return assets.fetch(name) / assets.ASSETS[name].members[0]
+    return fetch(name) / ASSETS[name].members[0]
 
 
 def medical() -> tuple[Document, ...]:
-    """ICD-10-CM: one document a category (three characters), its notes, and its codes in the order of the list."""
+    """Read ICD-10-CM: one document a category (three characters), its notes, and its codes in the order of the list."""
     root = ElementTree.parse(_main_file("medical")).getroot()
     return tuple(
         Document("\n".join(_category_lines(category)), f"ICD-10-CM {category.findtext('name')}")
@@ -63,20 +60,18 @@ def _category_lines(code: ElementTree.Element) -> Iterator[str]:
 
 
 def law() -> tuple[Document, ...]:
-    """The Constitution of India: one document an article, under its number and title."""
-    articles = json.loads(_main_file("law").read_text(encoding="utf-8"))
+    """Read the Constitution of India: one document an article, under its number and title."""
     documents = []
-    for article in articles:
+    for article in json.loads(_main_file("law").read_text(encoding="utf-8")):
         lines = (line.strip() for line in article["description"].replace("\xa0", " ").splitlines())
-        title = article["title"].strip()
-        number = article["article"]
+        title, number = article["title"].strip(), article["article"]
         heading = title if number == 0 else f"Article {number}. {title}"
         documents.append(Document("\n".join([heading, *filter(None, lines)]), f"constitution, article {number}"))
     return tuple(documents)
 
 
 def scripture() -> tuple[Document, ...]:
-    """The King James Bible: one document a chapter.
+    """Read the King James Bible: one document a chapter.
 
     The file is a Python module, read as text and never run: its first triple-quoted string is the Bible, and the
     mapping after it says at which character each verse starts, by book * 1,000,000 + chapter * 1,000 + verse.
@@ -99,7 +94,7 @@ def scripture() -> tuple[Document, ...]:
 
 
 def manual() -> tuple[Document, ...]:
-    """Python's language reference as `help()` shows it: one document a section; differs between Python versions."""
+    """Read Python's language reference, which `help()` shows: one document a section; Python versions differ."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -117,7 +112,7 @@ def manual() -> tuple[Document, ...]:
 
 
 def code() -> tuple[Document, ...]:
-    """The standard library's single-file modules: one document a module; differs between Python versions."""
+    """Read the standard library's single-file modules: one document a module; Python versions differ."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [library / f"{name}.py" for name in sorted(sys.stdlib_module_names - UNREPRESENTATIVE_MODULES)]
     documents = []
@@ -133,8 +128,6 @@ def code() -> tuple[Document, ...]:
     return tuple(documents)
 
 
-__all__ = ["CATALOGUE", "CatalogueEntry", "Document", "Documents", "load_documents", "load_exchanges"]
-
 # More characters than tokens of prose or code ever need: how far a streamed source is read for a budget in tokens.
 CHARACTERS_PER_TOKEN = 8
 LEAST_STREAMED_CHARACTERS = 2_000_000
@@ -142,9 +135,10 @@ LEAST_STREAMED_CHARACTERS = 2_000_000
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A domain by name; `load` takes the characters that are needed of each split (None: all there is).
+    """A domain by name.
 
-    What it loads are documents where `task` is text, and exchanges where it is instruct.
+    `load` takes the number of characters needed of each split (None: all there is) and returns documents where `task`
+    is text, and exchanges where it is instruct.
     """
 
     name: str
@@ -155,159 +149,79 @@ class CatalogueEntry:
     task: Task = "text"
 
 
-def _embedded(name: str, description: str, licence: str, read: Callable[[], tuple[Document, ...]]) -> CatalogueEntry:
-    asset = assets.ASSETS.get(name)
-    source = f"{asset.package} {asset.version}" if asset else "standard library"
+def _embedded(name: str, description: str, read: Callable[[], tuple[Document, ...]]) -> CatalogueEntry:
+    asset = ASSETS.get(name)
+    licence, source = (asset.licence, f"{asset.package} {asset.version}") if asset else ("PSF-2.0", "standard library")
     return CatalogueEntry(name, description, licence, source, lambda _: Documents(read(), source=name))
 
 
-def _hub(name: str, description: str, licence: str, source: hub.HubSource[Any], task: Task = "text") -> CatalogueEntry:
+def _hub(name: str, description: str, licence: str, source: hub.HubSource, task: Task = "text") -> CatalogueEntry:
     return CatalogueEntry(name, description, licence, source.path, partial(hub.load_hub, source, name), task)
 
 
-def _licence(name: str) -> str:
-    return assets.ASSETS[name].licence
-
-
-CATALOGUE: dict[str, CatalogueEntry] = {
-    entry.name: entry
-    for entry in (
-        _embedded("medical", "ICD-10-CM: diseases, codes and coding notes", _licence("medical"), embedded.medical),
-        _embedded("law", "the Constitution of India", _licence("law"), embedded.law),
-        _embedded("scripture", "the King James Bible", _licence("scripture"), embedded.scripture),
-        _embedded("manual", "Python's language reference, from help()", "PSF-2.0", embedded.manual),
-        _embedded("code", "the standard library's modules", "PSF-2.0", embedded.code),
-        _hub(
-            "pubmedqa",
-            "PubMedQA: abstracts of medical papers, without the labelled (test) ones",
-            "MIT",
-            hub.HubSource("qiaojin/PubMedQA", hub.pubmedqa_contexts, configuration="pqa_unlabeled"),
-        ),
-        _hub(
-            "wikitext",
-            "WikiText-103: Wikipedia articles",
-            "CC BY-SA 3.0",
-            hub.HubSource(
-                "Salesforce/wikitext",
-                hub.wikitext_articles,
-                validation="validation",
-                configuration="wikitext-103-raw-v1",
-                streaming=True,
-            ),
-        ),
-        _hub(
-            "finphrase",
-            "Financial PhraseBank, 50 % agreement: financial news (a Parquet copy of takala/financial_phrasebank)",
-            "CC BY-NC-SA 3.0",
-            hub.HubSource("atrost/financial_phrasebank", hub.column("sentence"), train="train+validation+test"),
-        ),
-        _hub(
-            "pg19",
-            "PG-19: novels and other books from before 1919",
-            "Apache-2.0; the books are in the public domain",
-            hub.HubSource("emozilla/pg19", hub.novels, validation="validation", streaming=True),
-        ),
-        _hub(
-            "medqa",
-            "MedQA: questions of the US medical licensing examination, with options and answer",
-            "MIT",
-            hub.HubSource("GBaker/MedQA-USMLE-4-options", hub.exam_questions),
-        ),
-        _hub(
-            "lambada",
-            "LAMBADA: passages of novels (the public test file: report no LAMBADA score after training on it)",
-            "CC BY 4.0",
-            hub.HubSource("EleutherAI/lambada_openai", hub.column("text"), train="test", configuration="default"),
-        ),
-        _hub(
-            "sst2",
-            "SST-2: phrases of film reviews, in lower case",
-            "not stated (Stanford Sentiment Treebank)",
-            hub.HubSource("stanfordnlp/sst2", hub.column("sentence"), validation="validation"),
-        ),
-        _hub(
-            "hellaswag",
-            "HellaSwag: everyday activities with their right ending",
-            "MIT",
-            hub.HubSource("Rowan/hellaswag", hub.gold_endings, validation="validation"),
-        ),
-        _hub(
-            "wikitext2",
-            "WikiText-2: Wikipedia articles, a small part of WikiText-103's",
-            "CC BY-SA 3.0",
-            hub.HubSource(
-                "Salesforce/wikitext",
-                hub.wikitext_articles,
-                validation="validation",
-                configuration="wikitext-2-raw-v1",
-            ),
-        ),
-        _hub(
-            "bookcorpusopen",
-            "BookCorpusOpen: novels that their authors give away",
-            "not stated",
-            hub.HubSource("lucadiliello/bookcorpusopen", hub.novels, streaming=True),
-        ),
-        _hub(
-            "cc-news",
-            "CC-News: English news articles of 2017 to 2019",
-            "not stated",
-            hub.HubSource("vblagoje/cc_news", hub.column("text"), streaming=True),
-        ),
-        _hub(
-            "gsm8k",
-            "GSM8K: grade-school mathematics with worked answers (the training split; the test split is left alone)",
-            "MIT",
-            hub.HubSource("openai/gsm8k", hub.answers("question", "answer"), configuration="main"),
-            task="instruct",
-        ),
-        _hub(
-            "gsm8k-test",
-            "GSM8K measured on its test split, for what learnt mathematics from elsewhere",
-            "MIT",
-            hub.HubSource("openai/gsm8k", hub.answers("question", "answer"), validation="test", configuration="main"),
-            task="instruct",
-        ),
-        _hub(
-            "metamathqa",
-            "MetaMathQA: mathematics questions rewritten from GSM8K and MATH, with worked answers",
-            "MIT",
-            hub.HubSource("meta-math/MetaMathQA", hub.answers("query", "response"), streaming=True),
-            task="instruct",
-        ),
-        _hub(
-            "magicoder",
-            "Magicoder Evol-Instruct: programming tasks with answers",
-            "Apache-2.0",
-            hub.HubSource(
-                "ise-uiuc/Magicoder-Evol-Instruct-110K", hub.answers("instruction", "response"), streaming=True
-            ),
-            task="instruct",
-        ),
-        _hub(
-            "humaneval",
-            "HumanEval: Python functions to complete (a benchmark: look at it, do not learn it)",
-            "MIT",
-            hub.HubSource("openai/openai_humaneval", hub.answers("prompt", "canonical_solution"), train="test"),
-            task="instruct",
-        ),
-    )
-}
+# fmt: off
+_ENTRIES = (
+    _embedded("medical", "ICD-10-CM: diseases, codes and coding notes", medical),
+    _embedded("law", "the Constitution of India", law),
+    _embedded("scripture", "the King James Bible", scripture),
+    _embedded("manual", "Python's language reference, from help()", manual),
+    _embedded("code", "the standard library's modules", code),
+    _hub("pubmedqa", "PubMedQA: abstracts of medical papers, without the labelled (test) ones", "MIT",
+         hub.HubSource("qiaojin/PubMedQA", hub.pubmedqa_contexts, configuration="pqa_unlabeled")),
+    _hub("wikitext", "WikiText-103: Wikipedia articles", "CC BY-SA 3.0",
+         hub.HubSource("Salesforce/wikitext", hub.wikitext_articles, validation="validation",
+                       configuration="wikitext-103-raw-v1", streaming=True)),
+    _hub("finphrase",
+         "Financial PhraseBank, 50 % agreement: financial news (a Parquet copy of takala/financial_phrasebank)",
+         "CC BY-NC-SA 3.0",
+         hub.HubSource("atrost/financial_phrasebank", hub.column("sentence"), train="train+validation+test")),
+    _hub("pg19", "PG-19: novels and other books from before 1919", "Apache-2.0; the books are in the public domain",
+         hub.HubSource("emozilla/pg19", hub.novels, validation="validation", streaming=True)),
+    _hub("medqa", "MedQA: questions of the US medical licensing examination, with options and answer", "MIT",
+         hub.HubSource("GBaker/MedQA-USMLE-4-options", hub.exam_questions)),
+    _hub("lambada", "LAMBADA: passages of novels (the public test file: report no LAMBADA score after training on it)",
+         "CC BY 4.0",
+         hub.HubSource("EleutherAI/lambada_openai", hub.column("text"), train="test", configuration="default")),
+    _hub("sst2", "SST-2: phrases of film reviews, in lower case", "not stated (Stanford Sentiment Treebank)",
+         hub.HubSource("stanfordnlp/sst2", hub.column("sentence"), validation="validation")),
+    _hub("hellaswag", "HellaSwag: everyday activities with their right ending", "MIT",
+         hub.HubSource("Rowan/hellaswag", hub.gold_endings, validation="validation")),
+    _hub("wikitext2", "WikiText-2: Wikipedia articles, a small part of WikiText-103's", "CC BY-SA 3.0",
+         hub.HubSource("Salesforce/wikitext", hub.wikitext_articles, validation="validation",
+                       configuration="wikitext-2-raw-v1")),
+    _hub("bookcorpusopen", "BookCorpusOpen: novels that their authors give away", "not stated",
+         hub.HubSource("lucadiliello/bookcorpusopen", hub.novels, streaming=True)),
+    _hub("cc-news", "CC-News: English news articles of 2017 to 2019", "not stated",
+         hub.HubSource("vblagoje/cc_news", hub.column("text"), streaming=True)),
+    _hub("gsm8k",
+         "GSM8K: grade-school mathematics with worked answers (the training split; the test split is left alone)",
+         "MIT", hub.HubSource("openai/gsm8k", hub.answers("question", "answer"), configuration="main"), "instruct"),
+    _hub("gsm8k-test", "GSM8K measured on its test split, for what learned mathematics from elsewhere", "MIT",
+         hub.HubSource("openai/gsm8k", hub.answers("question", "answer"), validation="test", configuration="main"),
+         "instruct"),
+    _hub("metamathqa", "MetaMathQA: mathematics questions rewritten from GSM8K and MATH, with worked answers", "MIT",
+         hub.HubSource("meta-math/MetaMathQA", hub.answers("query", "response"), streaming=True), "instruct"),
+    _hub("magicoder", "Magicoder Evol-Instruct: programming tasks with answers", "Apache-2.0",
+         hub.HubSource("ise-uiuc/Magicoder-Evol-Instruct-110K", hub.answers("instruction", "response"), streaming=True),
+         "instruct"),
+    _hub("humaneval", "HumanEval: Python functions to complete (a benchmark: look at it, do not learn it)", "MIT",
+         hub.HubSource("openai/openai_humaneval", hub.answers("prompt", "canonical_solution"), train="test"),
+         "instruct"),
+)
+# fmt: on
+CATALOGUE = {entry.name: entry for entry in _ENTRIES}
 
 
 def characters_needed(data: DataConfig) -> int:
-    """How much text of each split is enough for a plan's budgets."""
+    """Return how many characters of each split are enough for a plan's budgets."""
     return max(CHARACTERS_PER_TOKEN * max(data.train_tokens, data.validation_tokens), LEAST_STREAMED_CHARACTERS)
 
 
 def load_documents(domain: DomainConfig, *, characters: int | None = None) -> Documents[Document]:
     """Load the documents of a domain of text: a catalogue name first, else a local file or folder.
 
-    `characters` is how much text the caller needs of each split; only sources that are streamed heed it.
-
-    Raises:
-        DataError: no such domain or file, or a mistake in a file, with its line.
-        AssetError: a download failed.
+    `characters` is how much text is needed of each split, for sources that are streamed. A DataError names an unknown
+    domain or file, or a mistake in a file with its line; an AssetError a failed download.
     """
     entry = _entry(domain, "text")
     if entry is None:
@@ -318,7 +232,7 @@ def load_documents(domain: DomainConfig, *, characters: int | None = None) -> Do
 
 
 def load_exchanges(domain: DomainConfig, *, characters: int | None = None) -> Documents[Exchange]:
-    """Load the rows of a domain of instructions; arguments and errors as of `load_documents`."""
+    """Load the rows of a domain of instructions; arguments and errors are those of `load_documents`."""
     entry = _entry(domain, "instruct")
     if domain.text_column is not None:
         raise DataError(
@@ -327,15 +241,13 @@ def load_exchanges(domain: DomainConfig, *, characters: int | None = None) -> Do
     if entry is None:
         return read_exchanges(_path(domain), domain.prompt_column, domain.completion_column)
     if domain.prompt_column is not None or domain.completion_column is not None:
-        raise DataError(
-            f"domain {domain.name!r}: prompt_column and completion_column are for local files; {entry.name!r} brings "
-            f"its own"
-        )
+        given = "prompt_column and completion_column are for local files"
+        raise DataError(f"domain {domain.name!r}: {given}; {entry.name!r} brings its own")
     return entry.load(characters)
 
 
 def _entry(domain: DomainConfig, task: Task) -> CatalogueEntry | None:
-    """The catalogue's entry of a domain's name, None for a path; refuses one that is for another task."""
+    """Return the catalogue's entry for a domain's source, None for a path; refuse an entry for another task."""
     entry = CATALOGUE.get(domain.source)
     if entry is not None and entry.task != task:
         raise DataError(
@@ -346,8 +258,7 @@ def _entry(domain: DomainConfig, task: Task) -> CatalogueEntry | None:
 
 
 def _path(domain: DomainConfig) -> Path:
-    path = local_path(domain.source)
-    if path is not None:
+    if (path := local_path(domain.source)) is not None:
         return path
     raise DataError(
         f"domain {domain.name!r}: {domain.source} is no file, folder or catalogue name; {advice_on(domain.source)}; a "
@@ -356,6 +267,6 @@ def _path(domain: DomainConfig) -> Path:
 
 
 def advice_on(name: str) -> str:
-    """What somebody may have meant by a name that the catalogue has not."""
+    """Say what somebody may have meant by a name that is not in the catalogue."""
     near = get_close_matches(name, CATALOGUE, n=1)
     return f"did you mean {near[0]!r}?" if near else f"the catalogue holds {', '.join(CATALOGUE)}"

@@ -1,14 +1,18 @@
-"""Rows of tokens a model is trained or measured on, with what is scored of them and where their texts begin."""
+"""Rows of tokens a model is trained or measured on: what is scored, where texts begin, packing and replay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from gaintune.models import IGNORED
+from gaintune.data.documents import Passage, drawn_order
+
+IGNORED = -100  # label of a token that is not scored, as transformers and torch's cross-entropy know it
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,9 @@ class Examples:
 
     Attributes:
         input_ids: token ids, int64 `(rows, length)`.
-        labels: the same ids, and -100 where a token is not scored, int64 `(rows, length)`. The first token of a row
-            is never scored, whatever stands there.
-        position_ids: position of each token in its own text, int64 `(rows, length)`: where it starts anew at 0, another
+        labels: the same ids, and -100 where a token is not scored, int64 `(rows, length)`; the first token of a row is
+            never scored, whatever its label.
+        position_ids: position of each token in its own text, int64 `(rows, length)`; where it starts anew at 0, another
             text begins, and neither attends to the other. None where a row is one stream of text.
     """
 
@@ -33,45 +37,44 @@ class Examples:
 
     @classmethod
     def of_blocks(cls, blocks: torch.Tensor) -> Examples:
-        """Packed blocks `(blocks, block_size)` of running text, every token scored but the first of a block."""
+        """Take blocks `(blocks, block_size)` of running text, every token scored but the first of a block."""
         return cls(blocks, blocks)
 
     @property
     def tokens(self) -> int:
-        """All tokens, scored or not."""
+        """Number of tokens, scored or not."""
         return self.input_ids.numel()
 
     @property
     def scored(self) -> tuple[int, ...]:
-        """Scored tokens of each row."""
+        """Number of scored tokens of each row."""
         return tuple((self.labels[:, 1:] != IGNORED).sum(dim=1).tolist())
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def __getitem__(self, rows: int | slice | torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of one row or of several, as the losses of `gaintune.models.loss` take them."""
+        """Return the tensors of one row or of several, as the losses of `gaintune.models.loss` take them."""
         picked = {"input_ids": self.input_ids[rows], "labels": self.labels[rows]}
         if self.position_ids is not None:
             picked["position_ids"] = self.position_ids[rows]
         return picked
 
     def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows in order, `size` at a time."""
+        """Yield all rows in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
 
 @dataclass(frozen=True)
 class DomainBlocks:
-    """A domain ready to train on and to be measured.
+    """A domain ready to train on and to measure.
 
     `train` and `validation` are blocks, `(blocks, block_size)`. `validation_bytes` are the UTF-8 bytes of the scored
-    tokens of each validation block, end-of-text and other special tokens counting none. `content_hash` is the SHA-256
-    of the tokens and of the settings that made them. Documents (of instruction data, rows) are counted where some of
-    their text is in a block; `removed_near_duplicates` counts those that were drawn for validation and found in one
-    that is trained on. `beginning` is the beginning-of-text token that starts every block of running text, None for
-    none; rows of instructions bring their own.
+    tokens of each validation block, special tokens counting none. `content_hash` is the SHA-256 of the tokens and of
+    the settings that made them. Documents (of instruction data, rows) count if some of their text is in a block;
+    `removed_near_duplicates` are those drawn for validation and found in one that is trained on. `beginning` is the
+    beginning-of-text token that starts every block of running text, if any; rows of instructions bring their own.
     """
 
     name: str
@@ -86,7 +89,7 @@ class DomainBlocks:
 
     @property
     def settings(self) -> dict[str, dict[str, int]]:
-        """What was decided for this domain and no plan says, by section; nothing where there is nothing to say."""
+        """What was decided for this domain and no plan says, by section of the plan; empty where nothing was."""
         return {} if self.beginning is None else {"data": {"beginning_of_text": self.beginning}}
 
     def describe(self) -> dict[str, str | int]:
@@ -104,64 +107,66 @@ class DomainBlocks:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Tokens of one row, which are scored (never the first), and their UTF-8 bytes; `number` tells which row it is."""
+    """Tokens of one row, which of them are scored (never the first), their UTF-8 bytes, and what they were made of."""
 
     ids: np.ndarray
     scored: np.ndarray
     bytes: np.ndarray
-    number: int
+    passage: Passage
 
     @property
     def prompt(self) -> int:
-        """Tokens before the first that is scored."""
+        """Number of tokens before the first that is scored."""
         return int(np.argmax(self.scored)) if self.scored.any() else len(self.ids)
 
     def cut(self, length: int) -> TokenRow:
-        """Its first `length` tokens, and of those none after the last that is scored."""
+        """Keep the first `length` tokens, and of those none after the last that is scored."""
         kept = int(np.flatnonzero(self.scored[:length])[-1]) + 1
         return replace(self, ids=self.ids[:kept], scored=self.scored[:kept], bytes=self.bytes[:kept])
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Blocks of rows.
+    """Blocks of text or of rows, and what was found in packing them.
 
     Attributes:
-        examples: the blocks, `(blocks, block_size)`; `position_ids` start anew at each row and where padding begins.
+        examples: the blocks, `(blocks, block_size)`; of several rows in a block, `position_ids` start anew at each row
+            and where padding begins.
         bytes: UTF-8 bytes of the scored tokens of each block.
-        rows: numbers of the rows in the blocks, in order.
-        cut: rows that were longer than a block.
-        longest: tokens of the longest row before cutting, 0 where there is none.
+        passages: what is in the blocks, in order.
+        available: tokens of text that were there, with the beginning-of-text tokens.
+        beginning: the beginning-of-text token of every block, None for none.
+        cut: rows that were longer than a block; `longest` is the number of tokens of the longest before cutting.
         refused: rows whose prompt alone fills a block, so that nothing of them could be scored.
         padding: tokens of padding.
     """
 
     examples: Examples
     bytes: tuple[int, ...]
-    rows: tuple[int, ...]
-    cut: int
-    longest: int
-    refused: tuple[TokenRow, ...]
-    padding: int
+    passages: tuple[Passage, ...]
+    available: int = 0
+    beginning: int | None = None
+    cut: int = 0
+    longest: int = 0
+    refused: tuple[TokenRow, ...] = ()
+    padding: int = 0
+
+    @property
+    def documents(self) -> int:
+        """How many documents (or rows) have some of their text in a block."""
+        return len({passage.document for passage in self.passages})
 
 
 def pack(rows: Iterable[TokenRow], *, block_size: int, blocks: int, filler: int, packing: bool) -> Packed:
     """Put rows into at most `blocks` blocks, in order; a row that the open block has no room for begins the next.
 
-    A row is never spread over two blocks. One that is longer than a block is cut to it. With `packing` off each row
-    has a block of its own and no position ids: padding comes after it, where a causal model cannot see it.
-
-    Args:
-        rows: drawn one by one, until the blocks are full.
-        block_size: tokens of a block.
-        blocks: how many there may be.
-        filler: token id of the padding, which is never scored.
-        packing: several rows in a block, or one.
+    Rows are drawn one by one until the blocks are full. A row is never spread over two blocks, and a longer one is cut.
+    Without `packing` a row has a block of its own and no position ids: padding, of the token `filler`, comes after it,
+    where a causal model cannot see it.
     """
     filled: list[list[TokenRow]] = []
     refused: list[TokenRow] = []
-    cut = longest = 0
-    room = 0
+    cut = longest = room = 0
     for row in rows:
         if row.prompt >= min(block_size, len(row.ids)):
             refused.append(row)
@@ -177,28 +182,70 @@ def pack(rows: Iterable[TokenRow], *, block_size: int, blocks: int, filler: int,
         cut += fitting is not row
         longest = max(longest, len(row.ids))
     ids = np.full((len(filled), block_size), filler, np.int64)
-    labels = np.full_like(ids, IGNORED)
-    positions = np.zeros_like(ids)
-    bytes_of_blocks = []
+    labels, positions = np.full_like(ids, IGNORED), np.zeros_like(ids)
     for block, held in enumerate(filled):
-        start = total = 0
+        start = 0
         for row in held:
             piece = slice(start, start + len(row.ids))
             ids[block, piece] = row.ids
             labels[block, piece] = np.where(row.scored, row.ids, IGNORED)
             positions[block, piece] = np.arange(len(row.ids))
-            total += int(row.bytes[row.scored].sum())
             start = piece.stop
         positions[block, start:] = np.arange(block_size - start)
-        bytes_of_blocks.append(total)
+    position_ids = torch.from_numpy(positions) if packing else None
     return Packed(
-        examples=Examples(
-            torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions) if packing else None
-        ),
-        bytes=tuple(bytes_of_blocks),
-        rows=tuple(row.number for held in filled for row in held),
+        examples=Examples(torch.from_numpy(ids), torch.from_numpy(labels), position_ids),
+        bytes=tuple(sum(int(row.bytes[row.scored].sum()) for row in held) for held in filled),
+        passages=tuple(row.passage for held in filled for row in held),
         cut=cut,
         longest=longest,
         refused=tuple(refused),
         padding=ids.size - sum(len(row.ids) for held in filled for row in held),
     )
+
+
+def replayed_rows(new: int, ratio: float) -> int:
+    """Return how many rows are replayed beside so many new ones: `ratio * new`, halves rounded up."""
+    return int((Decimal(str(ratio)) * new).to_integral_value(ROUND_HALF_UP))
+
+
+def with_replay(new: Examples, earlier: Sequence[Examples], ratio: float, seed: int) -> Examples:
+    """Return all rows of a new domain and, after them, rows of the earlier ones; training shuffles them together.
+
+    The earlier domains share the replayed rows evenly, the earliest having one more where it does not come out even. A
+    domain's rows are drawn without repetition; one with fewer rows than its share is gone through again. Every epoch
+    sees the same rows. `ratio` is the number of replayed rows for each new row. Rows shorter than the longest are
+    filled up with tokens that are not scored. Where nothing is replayed, `new` itself is returned.
+    """
+    count = replayed_rows(len(new), ratio)
+    if not earlier or count == 0:
+        return new
+    share, more = divmod(count, len(earlier))
+    parts = [new]
+    for number, domain in enumerate(earlier):
+        wanted = share + (number < more)
+        order = drawn_order(len(domain), seed, f"replay {number} in {len(earlier)}")
+        rows = np.resize(order, wanted)  # gone through again where there are too few
+        parts.append(Examples(**domain[torch.from_numpy(rows)]))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
+    """Put all rows under each other, of the longest length; with positions where any part has them."""
+    length = max(part.input_ids.shape[1] for part in parts)
+    positions = None
+    if any(part.position_ids is not None for part in parts):
+        positions = torch.cat([_positions(part, length) for part in parts])
+    return Examples(
+        torch.cat([F.pad(part.input_ids, (0, length - part.input_ids.shape[1])) for part in parts]),
+        torch.cat([F.pad(part.labels, (0, length - part.labels.shape[1]), value=IGNORED) for part in parts]),
+        positions,
+    )
+
+
+def _positions(part: Examples, length: int) -> torch.Tensor:
+    """Return positions of a part's rows: running where a row is one stream of text; its filling is a text by itself."""
+    rows, own = part.input_ids.shape
+    positions = torch.arange(own).repeat(rows, 1) if part.position_ids is None else part.position_ids
+    filling = torch.arange(length - own, dtype=positions.dtype).repeat(rows, 1)
+    return torch.cat([positions, filling], dim=1)

@@ -1,4 +1,4 @@
-"""Near-duplicates: how much of one text is found, word for word, in a text that is trained on."""
+"""Near-duplicates: how much of a text is found, word for word, in a text that is trained on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ COMMON_DOCUMENTS = 3
 # Chinese and Japanese do not put spaces between words: there a character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
+# Translates bytes of UTF-8 so that words alone are left: of ASCII, all that is in no word becomes a space.
 _SPACED = bytes(code if code > 0x7F or _WORD.match(chr(code)) else ord(" ") for code in range(256))
-"""What each byte of UTF-8 becomes where words alone are kept: of ASCII, all that is in no word is a space."""
 _BLANK = re.compile(r"\s")
 NORMALISED_AT_ONCE = 2**20  # characters
-SPARSE = 16  # with one more byte in so many characters, words are found faster one by one
+SPARSE = 16  # with more than one extra byte in so many characters, words are found faster one by one
 
 
 def normalise(text: str) -> str:
-    """Text as its words alone, in lower case: what differs by case, spacing or punctuation is the same text."""
+    """Reduce a text to its words in lower case, so that case, spacing and punctuation make no difference."""
     if len(text) <= NORMALISED_AT_ONCE:
         return _words(text) or text.strip()
     return " ".join(filter(None, map(_words, _between_words(text)))) or text.strip()
 
 
 def _between_words(text: str) -> Iterator[str]:
-    """Cut a long text at blank space: its words as separate strings take ten times its memory."""
+    """Cut a long text at blank space, because its words as separate strings take ten times its memory."""
     start = 0
     while blank := _BLANK.search(text, start + NORMALISED_AT_ONCE):
         yield text[start : blank.start()]
@@ -50,22 +50,22 @@ def _words(text: str) -> str:
 
 @cache
 def _spaced(character: str) -> str:
-    """Spell one character as it stands between letters: as part of a word, as a word by itself, or as a space."""
+    """Spell one character between letters: as part of a word, as a word by itself, or as a space."""
     return " ".join(_WORD.findall(f"a{character}a"))[1:-1]
 
 
 class NeighbourIndex:
-    """Answers whether a text is a near-duplicate of one of the documents it was built from.
+    """Index of documents, which holds a text if it is a near-duplicate of one of them.
 
-    A text is one if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalised) occur
+    It is if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalised) occur
     in the same document; a text too short for a shingle, if a document or piece equals it after normalisation.
 
     With `common`, shingles in more than that share of the documents (and in more than `COMMON_DOCUMENTS` of them) do
     not count: they are what the documents have in common, such as an instruction that begins every prompt. A text that
-    holds nothing else is a near-duplicate of one that it equals after normalisation.
+    holds nothing else is a near-duplicate of a document that it equals after normalisation.
     """
 
-    def __init__(self, pieces: Iterable[tuple[int, str]], *, common: float | None = None) -> None:
+    def __init__(self, pieces: Iterable[tuple[int, str]], common: float | None = None) -> None:
         """Index pieces of text, each with the number of the document it belongs to."""
         self._vocabulary: dict[str, int] = {}
         self._short: set[str] = set()
@@ -94,16 +94,16 @@ class NeighbourIndex:
         first = np.searchsorted(self._hashes, shingles, side="left")
         last = np.searchsorted(self._hashes, shingles, side="right")
         needed = CONTAINMENT * len(shingles)
-        found = last > first
-        if found.sum() < needed:  # not even all documents together hold enough of it
+        held = last > first
+        if held.sum() < needed:  # not even all documents together hold enough of it
             return False
-        ranges = zip(first[found], last[found], strict=True)
+        ranges = zip(first[held], last[held], strict=True)
         owners = np.concatenate([self._owners[start:end] for start, end in ranges])
         _, counts = np.unique(owners, return_counts=True)
         return bool(counts.max() >= needed)
 
     def _shingles(self, text: str) -> np.ndarray:
-        """Distinct 64-bit hashes of a text's shingles; words are numbered as they are met, so equal words agree."""
+        """Return the distinct 64-bit hashes of a text's shingles; equal words have equal numbers."""
         vocabulary = self._vocabulary
         numbers = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in normalise(text).split()]
         words = _mix(np.array(numbers, np.uint64))
@@ -117,7 +117,7 @@ class NeighbourIndex:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64 bits that spreads every bit."""
+    """Mix bits as SplitMix64's finalizer does (Steele, Lea and Flood 2014): a bijection on 64 bits."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

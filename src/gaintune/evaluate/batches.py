@@ -1,22 +1,25 @@
-"""The one loop over batches that every measurement of a model runs in."""
+"""The loop over batches that every measurement of a model runs in."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import nn
 
+from gaintune.models import autocast
 from gaintune.progress import Progress, Silent
 
 Batch = TypeVar("Batch")
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return mixed precision in `dtype`, or a context that does nothing where `dtype` is None."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+class LoopOptions(TypedDict, total=False):
+    """Options of `run_batches` that measurements hand on."""
+
+    mixed_precision: torch.dtype | None
+    title: str
+    progress: Progress | None
 
 
 def run_batches(
@@ -27,30 +30,25 @@ def run_batches(
     total: int,
     unit: str = "tokens",
     mixed_precision: torch.dtype | None = None,
-    title: str,
+    title: str = "measuring",
     progress: Progress | None = None,
 ) -> None:
-    """Call `step` on every batch, in evaluation and inference mode; the model is left in the mode it was in.
+    """Call `step` on every batch in evaluation and inference mode, and restore the model's mode.
 
     Args:
         model: the model that `step` measures.
-        batches: what `step` takes, one after the other.
-        step: measures one batch, and returns how many of `unit` it held.
+        batches: the arguments of `step`.
+        step: measures a batch, and returns how many of `unit` it held.
         total: how many of `unit` all batches hold.
         unit: what the progress bar counts.
         mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own precision.
-        title: what a progress bar says.
-        progress: where to show it.
+        title: title of the progress bar, if there is a `progress` to show it.
     """
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
+    bar = (progress or Silent()).task(title, total, unit)
     try:
-        with (
-            torch.inference_mode(),
-            autocast(device, mixed_precision),
-            (progress or Silent()).task(title, total, unit) as advance,
-        ):
+        with torch.inference_mode(), autocast(next(model.parameters()).device, mixed_precision), bar as advance:
             for batch in batches:
                 advance(step(batch))
     finally:

@@ -1,18 +1,22 @@
-"""Perplexity over rows of tokens, through the same loss that training uses."""
+"""Losses and perplexity of running text and of masked tokens, through the same loss that training uses."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from gaintune.data import DomainBlocks, Examples
-from gaintune.errors import BaseModelError, DivergedError
-from gaintune.evaluate.batches import run_batches
+from gaintune.data import IGNORED, DomainBlocks, Examples, MaskedBlocks
+from gaintune.errors import BaseModelError, DivergedError, TrainingError
+from gaintune.evaluate.batches import LoopOptions, run_batches
 from gaintune.models import NextTokenLoss, require_rows
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss
@@ -32,13 +36,12 @@ def measure(
     """Measure a model's loss on rows of tokens; the first token of a row is never scored.
 
     Args:
-        model: a causal language model, with or without an adapter; left in the mode it was in.
+        model: a causal language model, with or without an adapter; its mode is restored.
         examples: the rows.
         bytes_per_row: UTF-8 bytes of the scored tokens of each row.
         batch_size: rows in a forward pass.
-        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
-        title: what a progress bar says.
-        progress: where to show it.
+        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own precision.
+        title, progress: title of the progress bar, and where to show it.
 
     Returns:
         Summed loss in nats, scored tokens and bytes, for every row.
@@ -48,130 +51,128 @@ def measure(
         ConfigError: rows are longer than the model takes, or hold several texts that it does not keep apart.
     """
     sums: list[float] = []
-    _each_batch(
-        model,
-        examples,
-        lambda losses: sums.extend(losses.double().sum(dim=1).tolist()),
-        batch_size=batch_size,
-        mixed_precision=mixed_precision,
-        title=title,
-        progress=progress,
-    )
-    if not all(torch.isfinite(torch.tensor(sums))):
-        raise _broken(title)
+    options: LoopOptions = {"mixed_precision": mixed_precision, "title": title, "progress": progress}
+
+    def take(losses: torch.Tensor) -> None:
+        sums.extend(losses.double().sum(dim=1).tolist())
+
+    _each_batch(model, examples, batch_size, take, options)
     return DomainLoss(nll=tuple(sums), tokens=examples.scored, bytes=tuple(bytes_per_row))
 
 
 def measure_domain(
-    model: nn.Module,
-    domain: DomainBlocks,
-    *,
-    batch_size: int,
-    mixed_precision: torch.dtype | None = None,
-    title: str,
-    base: str | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, domain: DomainBlocks, *, batch_size: int, base: str | None = None, **options: Unpack[LoopOptions]
 ) -> DomainLoss:
     """Measure a model's loss on a domain's validation rows, as `measure` does.
 
     Args:
-        model, batch_size, mixed_precision, title, progress: as in `measure`.
-        domain: the domain.
-        base: name of the base, where the model is nothing else; None where something was learnt.
+        base: name of the base, if the model is the untouched base; None if something was trained.
 
     Raises:
-        BaseModelError: the loss of some row is not finite, and `base` says that no training can have done it.
+        BaseModelError: the loss of some row is not finite, and `base` says that no training can have caused it.
         DivergedError, ConfigError: as in `measure`.
     """
     try:
-        return measure(
-            model,
-            domain.validation,
-            domain.validation_bytes,
-            batch_size=batch_size,
-            mixed_precision=mixed_precision,
-            title=title,
-            progress=progress,
-        )
+        return measure(model, domain.validation, domain.validation_bytes, batch_size=batch_size, **options)
     except DivergedError:
         if base is None:
             raise
-        numbers = str(mixed_precision or next(model.parameters()).dtype).removeprefix("torch.")
+        precision = str(options.get("mixed_precision") or next(model.parameters()).dtype).removeprefix("torch.")
         raise BaseModelError(
-            f"{base}: the base's own loss on {domain.name} is not finite in {numbers}: its weights are broken, or "
+            f"{base}: the base's own loss on {domain.name} is not finite in {precision}: its weights are broken, or "
             "these numbers too small for it (model.dtype, model.quantization)"
         ) from None
 
 
 def measure_tokens(
-    model: nn.Module,
-    examples: Examples,
-    *,
-    batch_size: int = 4,
-    mixed_precision: torch.dtype | None = None,
-    title: str = "measuring",
-    progress: Progress | None = None,
+    model: nn.Module, examples: Examples, *, batch_size: int = 4, **options: Unpack[LoopOptions]
 ) -> torch.Tensor:
-    """The loss of every token but the first of each row, `(rows, length - 1)` in nats, fp32 on the CPU.
+    """Measure the loss of every token but the first of each row, `(rows, length - 1)` in nats, fp32 on the CPU.
 
     Tokens that are not scored have 0. Arguments and errors are those of `measure`.
     """
-    kept: list[torch.Tensor] = []
-    _each_batch(
-        model,
-        examples,
-        lambda losses: kept.append(losses.float().cpu()),
-        batch_size=batch_size,
-        mixed_precision=mixed_precision,
-        title=title,
-        progress=progress,
-    )
-    losses = torch.cat(kept)
-    if not bool(losses.isfinite().all()):
-        raise _broken(title)
-    return losses
+    parts: list[torch.Tensor] = []
+    _each_batch(model, examples, batch_size, lambda losses: parts.append(losses.float().cpu()), options)
+    return torch.cat(parts)
 
 
 def _each_batch(
-    model: nn.Module,
-    examples: Examples,
-    take: Callable[[torch.Tensor], None],
-    *,
-    batch_size: int,
-    mixed_precision: torch.dtype | None,
-    title: str,
-    progress: Progress | None,
+    model: nn.Module, examples: Examples, batch_size: int, take: Callable[[torch.Tensor], None], options: LoopOptions
 ) -> None:
-    """Hand over the losses of one batch after the other, `(rows, length - 1)`, in inference mode."""
+    """Hand the losses of each batch, `(rows, length - 1)`, to `take`."""
     device = next(model.parameters()).device
     require_rows(model, examples.input_ids.shape[1], packed=examples.position_ids is not None)
     loss = NextTokenLoss(model)
 
     def step(batch: dict[str, torch.Tensor]) -> int:
-        take(loss.per_token(model, {name: tensor.to(device) for name, tensor in batch.items()}))
+        losses = loss.per_token(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        if not bool(losses.isfinite().all()):
+            raise DivergedError(
+                f"{options.get('title', 'measuring')}: the loss is not finite, so the model is broken. If it was just "
+                "trained, lower the learning rate and run it anew; if it is a base, its weights are broken, or its "
+                "numbers too small for it (model.dtype)"
+            )
+        take(losses)
         return batch["input_ids"].numel()
 
-    run_batches(
-        model,
-        examples.batches(batch_size),
-        step,
-        total=examples.tokens,
-        mixed_precision=mixed_precision,
-        title=title,
-        progress=progress,
-    )
+    run_batches(model, examples.batches(batch_size), step, total=examples.tokens, **options)
 
 
-def _broken(title: str) -> DivergedError:
-    return DivergedError(
-        f"{title}: the loss is not finite, so the model is broken. If it was just trained, lower the learning rate and "
-        "run it anew; if it is a base, its weights are broken, or its numbers too small for it (model.dtype)"
-    )
+def measure_masked(
+    model: nn.Module, blocks: MaskedBlocks, *, batch_size: int = 4, **options: Unpack[LoopOptions]
+) -> DomainLoss:
+    """Measure the loss of the masked tokens of every block; logits are made for those alone.
+
+    Raises:
+        TrainingError: the loss of some block is not finite; the model is broken.
+    """
+    device = next(model.parameters()).device
+    sums: list[float] = []
+
+    def step(start: int) -> int:
+        ids, labels = (rows[start : start + batch_size].to(device) for rows in (blocks.input_ids, blocks.labels))
+        sums.extend(_block_losses(model, ids, labels).tolist())
+        return ids.numel()
+
+    starts = range(0, len(blocks.input_ids), batch_size)
+    run_batches(model, starts, step, total=blocks.input_ids.numel(), **options)
+    if not all(map(math.isfinite, sums)):
+        raise TrainingError(f"{options.get('title', 'measuring')}: the loss is not finite, so the model is broken")
+    return DomainLoss(tuple(sums), blocks.scored)
+
+
+def _block_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum the loss of each block's masked tokens, float64 `(blocks,)`."""
+    scored = labels != IGNORED
+    with _only(model, scored):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    losses = F.cross_entropy(logits.float(), labels[scored], reduction="none").double()
+    sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    return sums.index_add(0, scored.nonzero()[:, 0], losses)
+
+
+@contextlib.contextmanager
+def _only(model: Any, scored: torch.Tensor) -> Iterator[None]:
+    """Hand the head the hidden states of the scored tokens alone, as one row `(1, scored, d_model)`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def pick(module: nn.Module, inputs: Any, output: Any) -> Any:
+        hidden = output[0][scored].unsqueeze(0)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+    handle = base.base_model.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
 class BaseLosses:
-    """A folder of losses by what decides them: base, numbers, device, batch size and the tokens that are scored."""
+    """A folder of a base's losses by what decides them: base, precision, device, batch size and scored tokens."""
 
     folder: Path
 
@@ -185,15 +186,10 @@ class BaseLosses:
         device: str,
         batch_size: int,
     ) -> DomainLoss:
-        """A domain's losses from the folder, else from `measure`; whoever asks meanwhile waits for the first.
+        """Read a domain's losses from the folder, else from `measure`; other processes wait for the first.
 
-        Args:
-            domain: the domain; its name does not matter.
-            measure: measures its validation rows.
-            fingerprint: of the base.
-            numbers: what the base computes with, as `Precision.name`.
-            device: kind of device, such as `cuda`: another one rounds otherwise.
-            batch_size: rows in a forward pass, for the same reason.
+        The domain's name does not matter. `numbers` are the base's `Precision.name`; the kind of `device`, such as
+        `cuda`, and the batch size matter because they change the rounding.
         """
         facts = [fingerprint, numbers, device, batch_size, _rows_hash(domain.validation), domain.validation_bytes]
         key = hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:32]

@@ -70,7 +70,7 @@ def fisher_information(
 
 
 def _share() -> tuple[int, int]:
-    """Number of this process and of all, of those that work on one run."""
+    """Return the number of this process and of all processes of the run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

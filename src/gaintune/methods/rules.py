@@ -273,7 +273,7 @@ class GainWarnings(TrainingRule):
 
 
 def _trained_layers(model: nn.Module) -> dict[str, tuple[GainLayer, torch.Tensor]]:
-    """The layers whose gains train, each with these gains minus 1, by the name of their module in the base."""
+    """Return the layers whose gains train, each with these gains minus 1, by the name of their module in the base."""
     from gaintune.tuners.gain import GainLayer
 
     return {

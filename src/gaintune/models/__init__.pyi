@@ -25,7 +25,6 @@ from .heads import load_classifier as load_classifier
 from .heads import load_masked as load_masked
 from .heads import longest_input as longest_input
 from .heads import reads_segments as reads_segments
-from .loss import IGNORED as IGNORED
 from .loss import NextTokenLoss as NextTokenLoss
 from .loss import Objective as Objective
 from .loss import autocast as autocast

@@ -131,7 +131,7 @@ def sample_positions(elements: int, run: int) -> np.ndarray:
 
 
 def _as_bf16(values: np.ndarray, kind: str) -> np.ndarray:
-    """The 16 bits of each value rounded to bf16, to the nearest and halves to even."""
+    """Return the 16 bits of each value rounded to bf16, to the nearest and halves to even."""
     if kind == "BF16":
         return values
     with np.errstate(over="ignore"):

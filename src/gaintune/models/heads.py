@@ -184,7 +184,7 @@ def _kind(architecture: PreTrainedConfig) -> str:
 
 
 def _head_of(model: PreTrainedModel, missing: Sequence[str], checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The modules outside the backbone, and a pooler inside it that the folder lacks; nothing else may be new."""
+    """List the modules outside the backbone, and a pooler inside it that the folder lacks; nothing else may be new."""
     backbone = model.base_model_prefix
     head = [
         name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
@@ -219,7 +219,7 @@ def _float_input(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> int:
-    """The token that fills rows up; a decoder's head finds the last token of a row by it."""
+    """Choose the token that fills rows up; a decoder's head finds the last token of a row by it."""
     config: Any = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
     for token in (config.pad_token_id, tokenizer.pad_token_id, config.eos_token_id, tokenizer.eos_token_id):

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 256
-IGNORED = -100
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -76,7 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 piece = slice(start, start + CHUNK_TOKENS)
                 chunk, target = hidden[piece].to(dtype), targets[piece]
                 logits = _logits(chunk, matrix, offset, softcap)
-                scored = target != IGNORED
+                scored = target >= 0
                 index = target.clamp_min(0).unsqueeze(1)
                 grad = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
                 total -= grad.gather(1, index).squeeze(1).masked_fill(~scored, 0.0).sum()
@@ -145,12 +144,12 @@ def token_losses(
         offset = None if bias is None else bias.to(dtype)
         for chunk, target in zip(hidden.to(dtype).split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
             logits = _logits(chunk, matrix, offset, softcap).float()
-            losses.append(F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none"))
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
     return torch.cat(losses)
 
 
 def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model sees of a batch."""
+    """Return what the model reads of a batch."""
     return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
 
@@ -186,13 +185,13 @@ class NextTokenLoss:
         targets = batch["labels"][:, 1:].reshape(-1)
         if not self.chunked:
             logits = model(**_inputs(batch), use_cache=False).logits[:, :-1].flatten(0, 1)
-            return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+            return F.cross_entropy(logits.float(), targets, reduction="sum")
         hidden = self._hidden(model, batch)[:, :-1].flatten(0, 1)
         return chunked_cross_entropy(hidden, self._head.weight, targets, self._head_bias, self._softcap)
 
     def scored(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Count the scored tokens of a batch."""
-        return (batch["labels"][:, 1:] != IGNORED).sum()
+        return (batch["labels"][:, 1:] >= 0).sum()
 
     def per_token(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss of every token but the first, `(batch, tokens - 1)` in nats, 0 where not scored."""
@@ -203,7 +202,7 @@ class NextTokenLoss:
                 losses = token_losses(hidden, self._head.weight, targets, self._head_bias, self._softcap)
             else:
                 logits = model(**_inputs(batch), use_cache=False).logits[:, :-1].flatten(0, 1)
-                losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+                losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return losses.view(len(batch["labels"]), -1)
 
     def at(

@@ -1,6 +1,6 @@
-from .catalogue import recipe_named as recipe_named
-from .catalogue import recipes as recipes
+from .runner import SMOKE as SMOKE
 from .runner import run_recipe as run_recipe
+from .runner import shown as shown
 from .schema import Recipe as Recipe
-from .writing import SMOKE as SMOKE
-from .writing import shown as shown
+from .schema import recipe_named as recipe_named
+from .schema import recipes as recipes

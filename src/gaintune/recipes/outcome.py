@@ -1,38 +1,38 @@
-"""What a step of a recipe gives: numbers with intervals, tables, figures, and the adapters it trained."""
+"""What a step of a recipe works with and what it gives: numbers with intervals, tables, figures, adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
+from gaintune.methods import check_method
 from gaintune.progress import Progress
-from gaintune.recipes.schema import Claim, Recipe, Scale
-from gaintune.recipes.world import World
-from gaintune.results import Interval, Verdict
+from gaintune.recipes.scales import ScaleSetup
+from gaintune.results import Interval
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one step gave.
+class StepOutcome:
+    """What a step gave, or is expected to give.
 
     Attributes:
         numbers: what claims may name, without the step's own name in front; an interval without ends is a bare value.
         tables: by title; the paper's table among them.
         figures: PNG files.
-        adapters: folders, by `label/domain`: what a method was after it learnt that domain.
+        adapters: folders, by `label/domain`: a method's adapter after that domain.
         plan: the plan behind the adapters; None where there is none.
         notes: what a reader must know, such as a domain that was left out.
-        left_out: whether this scale has not what the step needs; its claims stay undecided.
-        without: numbers that could not be had, each with the reason; claims about them stay undecided.
+        left_out: whether this scale lacks what the step needs; its claims stay undecided.
+        without: missing numbers, each with the reason; claims about them stay undecided.
         runs: run directories behind the adapters.
-        diverged: methods that diverged, of a sweep at some rate, each with what was not finite; claims may lack them.
-        apart: whether adapters of one label were learnt apart from each other, so that none of them is the last.
+        diverged: methods that diverged (in a sweep: at some rate), each with the value that was not finite.
+        apart: whether adapters of one label were trained independently, so that none of them is the last.
     """
 
     numbers: Mapping[str, Interval] = field(default_factory=dict)
@@ -49,28 +49,71 @@ class Outcome:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the adapters are called, each once."""
+        """The labels of the adapters, once each."""
         return tuple(dict.fromkeys(key.partition("/")[0] for key in self.adapters))
+
+    @classmethod
+    def expected(cls, plan: Plan, **more: Any) -> StepOutcome:
+        """Expect an adapter of every method after every domain of a plan; ConfigError for an impossible method."""
+        for method in plan.methods:
+            check_method(method)
+        keys = [f"{method.label}/{domain.name}" for method in plan.methods for domain in plan.data.domains]
+        return cls(adapters=dict.fromkeys(keys, Path()), plan=plan, **{"runs": (Path(),), **more})
+
+    def last_adapters(self, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:
+        """Return by label each method's last adapter, or its adapter `after` a domain; `labels` picks some.
+
+        A label that diverged is passed over.
+
+        Raises:
+            ConfigError: there is no such label or domain, or domains were trained apart and `after` names none of them.
+        """
+        if self.apart and after is None:
+            domains = ", ".join(dict.fromkeys(key.partition("/")[2] for key in self.adapters))
+            raise ConfigError(f"domains were trained apart, so that none is the last: `after` names one of {domains}")
+        split = [(*key.split("/", 1), folder) for key, folder in self.adapters.items()]
+        last = {label: folder for label, domain, folder in split if after in (None, domain)}
+        if not last:
+            raise ConfigError(f"no adapter was trained on {after!r}; there are {', '.join(self.adapters) or 'none'}")
+        wanted = [label for label in labels or last if label not in self.diverged]
+        if unknown := [label for label in wanted if label not in last]:
+            raise ConfigError(f"no adapter is called {unknown[0]!r}; there are {', '.join(last)}")
+        return {label: last[label] for label in wanted}
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step whose settings have been read and accepted.
+
+    Attributes:
+        expected: the outcome as far as it is known beforehand: keys of adapters, plan, whether it is left out.
+        run: does the step; None for a step that is left out.
+    """
+
+    expected: StepOutcome
+    run: Callable[[], StepOutcome] | None = None
+
+    @classmethod
+    def left_out(cls, *notes: str) -> PreparedStep:
+        """Leave the step out, and say why."""
+        return cls(StepOutcome(notes=notes, left_out=True))
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a step may use, when it is checked and when it is run.
+    """What a step may use, when it is prepared and when it is run.
 
     Attributes:
-        name: the step's name.
-        folder: where it writes; made by the step.
-        world: base, texts and budgets.
-        earlier: outcomes of the steps before, by name; while steps are checked, what these will be, with neither
-            numbers nor files.
-        progress: where to show progress.
-        allow_code_execution: whether generated programs may be run.
+        folder: where the step writes; made by the step.
+        setup: base, texts and budgets.
+        earlier: outcomes of the steps before, by name; while steps are only checked, the expected ones, which have
+            neither numbers nor files.
     """
 
     name: str
     folder: Path
-    world: World
-    earlier: Mapping[str, Outcome]
+    setup: ScaleSetup
+    earlier: Mapping[str, StepOutcome]
     progress: Progress
     allow_code_execution: bool = False
 
@@ -79,112 +122,36 @@ class Context:
         """How errors name the step."""
         return f"step {self.name}"
 
-    def of(self, settings: dict[str, Any]) -> Outcome:
-        """Take `of`, the name of an earlier step, out of the settings and give that step's outcome.
+    def trained(self, settings: dict[str, Any]) -> tuple[StepOutcome, Plan]:
+        """Take `of` out of the settings, and return that earlier step's outcome and the plan behind its adapters.
 
         Raises:
-            ConfigError: there is none, or no step of that name came before.
+            ConfigError: there is no `of`, no earlier step of that name, or it leaves no adapters.
         """
         name = settings.pop("of", None)
         if name not in self.earlier:
             known = ", ".join(self.earlier) or "none"
             raise ConfigError(f"{self.origin}: `of` names the step it works on, got {name!r}; steps before it: {known}")
-        return self.earlier[name]
-
-    def trained(self, settings: dict[str, Any]) -> tuple[Outcome, Plan]:
-        """The step `of`, as `of` takes it, and the plan behind its adapters; ConfigError where it leaves none."""
-        outcome = self.of(settings)
+        outcome = self.earlier[name]
         if outcome.plan is None or not outcome.adapters:
             raise ConfigError(f"{self.origin}: the step it is `of` leaves no adapters")
         return outcome, outcome.plan
 
     def refuse_unknown(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings that no one took."""
+        """Refuse settings that are left after the step took its own."""
         if settings:
             raise ConfigError(f"{self.origin}: unknown key {next(iter(settings))!r}")
 
-
-class Work(Protocol):
-    """Runs or checks a step with its settings, which it may take apart."""
-
-    def __call__(self, settings: dict[str, Any], context: Context) -> Outcome: ...
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of step.
-
-    Attributes:
-        run: does it.
-        check: refuses what `run` would refuse, as far as that can be known before anything is trained, and gives the
-            outcome that is to be expected: its adapters' keys, its plan, whether it is left out.
-    """
-
-    run: Work
-    check: Work
+    def refuse_owned(self, owned: Mapping[str, str]) -> None:
+        """Refuse values from the command line for keys of a plan that the step decides; `owned` has the reasons."""
+        for key, why in owned.items():
+            section, _, leaf = key.partition(".")
+            held = self.setup.overrides.get(section)
+            if leaf:
+                held = held.get(leaf) if isinstance(held, Mapping) else None
+            if held is not None:
+                raise ConfigError(f"--set {key}: {self.origin} decides it itself ({why}); leave it out")
 
 
-def last_of_each(outcome: Outcome, labels: Sequence[str] | None = None, after: str | None = None) -> dict[str, Path]:
-    """Of each method the adapter it ended with, or the one it had `after` a domain, by label; `labels` picks some.
-
-    A label that diverged is passed over.
-
-    Raises:
-        ConfigError: no such label, none that learnt the domain, or domains learnt apart of which `after` names none.
-    """
-    if outcome.apart and after is None:
-        domains = dict.fromkeys(key.partition("/")[2] for key in outcome.adapters)
-        raise ConfigError(
-            f"domains were learnt apart, so that none is the last: `after` names one of {', '.join(domains)}"
-        )
-    found: dict[str, Path] = {}
-    for key, folder in outcome.adapters.items():
-        label, _, domain = key.partition("/")
-        if after in (None, domain):
-            found[label] = folder
-    if not found:
-        raise ConfigError(f"no adapter learnt {after!r}; there are {', '.join(outcome.adapters) or 'none'}")
-    wanted = [label for label in labels or found if label not in outcome.diverged]
-    for label in wanted:
-        if label not in found:
-            raise ConfigError(f"no adapter is called {label!r}; there are {', '.join(found)}")
-    return {label: found[label] for label in wanted}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What became of a claim: its number here (None where its step was left out), and the verdict."""
-
-    claim: Claim
-    number: Interval | None
-    verdict: Verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "says": self.claim.says,
-            "number": self.claim.number,
-            "expected": str(self.claim.expect),
-            "found": None if self.number is None else asdict(self.number),
-            "verdict": self.verdict,
-        }
-
-
-@dataclass(frozen=True)
-class RecipeResult:
-    """Everything a recipe gave, and where it lies."""
-
-    recipe: Recipe
-    scale: Scale
-    folder: Path
-    outcomes: Mapping[str, Outcome]
-    findings: tuple[Finding, ...]
-
-    def number(self, name: str) -> Interval:
-        """A number by its full name, such as run.gain-ffn.backward_transfer; KeyError where there is none."""
-        return numbers_of(self.outcomes)[name]
-
-
-def numbers_of(outcomes: Mapping[str, Outcome]) -> dict[str, Interval]:
-    """All numbers of all steps by their full names."""
-    return {f"{step}.{name}": value for step, one in outcomes.items() for name, value in one.numbers.items()}
+StepKind = Callable[[dict[str, Any], Context], PreparedStep]
+"""A kind of step: reads and checks the settings, which it may take apart, and returns what runs it."""

@@ -1,29 +1,62 @@
-"""Runs a recipe: step after step in one folder, then the paper's table, the numbers, and a verdict on every claim."""
+"""Runs a recipe: step after step in one folder, then a verdict on every claim.
+
+It leaves results.md to read, results.csv and results.json to compute with, and figures/ beside them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.recipes.catalogue import recipe_named
-from gaintune.recipes.differences import budget_note, dropped, names_in, note_of
-from gaintune.recipes.outcome import Context, Finding, Outcome, RecipeResult
-from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step
-from gaintune.recipes.steps.kinds import KINDS
-from gaintune.recipes.world import World, world_of
-from gaintune.recipes.writing import write_results
-from gaintune.results import judge
-from gaintune.storage import Run, describe_environment, make_folder
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
+from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
+from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, recipe_named
+from gaintune.recipes.steps import KINDS
+from gaintune.report import NONE, markdown_table, number
+from gaintune.results import Interval, Verdict, judge
+from gaintune.storage import Run, describe_environment, make_folder, write_json, write_text
 
 RECORD = "recipe.json"
+SMOKE = (
+    "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "
+    "that everything runs, and nothing else."
+)
+COLUMNS = ["step", "number", "value", "low", "high"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim with its number here (None where its step was left out) and the verdict."""
+
+    claim: Claim
+    number: Interval | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """Everything a recipe gave, and the folder that holds it."""
+
+    recipe: Recipe
+    scale: Scale
+    folder: Path
+    outcomes: Mapping[str, StepOutcome]
+    findings: tuple[Finding, ...]
+
+    def number(self, name: str) -> Interval:
+        """Return a number by its full name, such as run.gain-ffn.backward_transfer; KeyError where there is none."""
+        step, _, rest = name.partition(".")
+        return self.outcomes[step].numbers[rest]
 
 
 def run_recipe(
@@ -50,72 +83,85 @@ def run_recipe(
     Raises:
         GaintuneError: bad input, a folder of another run, or a step that had to stop.
     """
-    chosen = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     if scale not in SCALES:
         raise ConfigError(f"--scale {scale}: use {', '.join(SCALES)}")
-    for step in chosen.steps:
-        if step.do not in KINDS:
-            raise ConfigError(
-                f"recipe {chosen.id}: step {step.name}: unknown kind {step.do!r}; known: {', '.join(KINDS)}"
-            )
-    folder = Path(folder)
-    place = None if data is None else Path(data)
-    asked = {
-        "recipe": chosen.model_dump(mode="json"),
+    for step in (step for step in recipe.steps if step.do not in KINDS):
+        known = ", ".join(KINDS)
+        raise ConfigError(f"recipe {recipe.id}: step {step.name}: unknown kind {step.do!r}; known: {known}")
+    folder, data, overrides = Path(folder), None if data is None else Path(data), dict(overrides or {})
+    identity = {
+        "recipe": recipe.model_dump(mode="json"),
         "scale": scale,
-        "data": None if place is None else str(place.resolve()),
-        "overrides": dict(overrides or {}),
+        "data": None if data is None else str(data.resolve()),
+        "overrides": overrides,
     }
-    began = _take(folder, asked)
+    new = _take(folder, identity)
     try:
-        world = world_of(scale, chosen.model, place, overrides or {}, folder / "world")
-        _check(chosen, folder, world, allow_code_execution)
+        setup = ScaleSetup.make(scale, recipe.model, data, overrides, folder / "world")
+        _check(recipe, folder, setup, allow_code_execution)
     except GaintuneError:
-        if began:
-            _leave(folder)
+        if new:  # a corrected recipe may begin there
+            (folder / RECORD).unlink()
+            shutil.rmtree(folder / "world", ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
-    outcomes: dict[str, Outcome] = {}
-    for step in chosen.steps:
-        context = Context(step.name, folder / step.name, world, outcomes, progress or Silent(), allow_code_execution)
-        settings = chosen.settings(step, scale)
-        outcome = _waiting_for(settings, outcomes) or KINDS[step.do].run(settings, context)
-        notes = note_of(chosen, step, scale)
-        notes += budget_note(chosen, step, scale, outcome.plan) if outcome.plan else ()
+    outcomes: dict[str, StepOutcome] = {}
+    for step in recipe.steps:
+        context = Context(step.name, folder / step.name, setup, outcomes, progress or Silent(), allow_code_execution)
+        prepared = _prepare(recipe, step, context)
+        outcome = prepared.run() if prepared.run else prepared.expected
+        notes = note_of(recipe, step, scale)
+        notes += budget_note(recipe, step, scale, outcome.plan) if outcome.plan else ()
         outcomes[step.name] = replace(outcome, notes=(*notes, *outcome.notes))
-    lacking = {name for step in chosen.steps for name in _lacking(chosen, step, world)}
-    lacking |= {label for outcome in outcomes.values() for label in outcome.diverged}
-    findings = tuple(_judged(claim, outcomes) for claim in chosen.claims)
-    result = RecipeResult(chosen, scale, folder, outcomes, findings)
-    write_results(result, describe_environment(resolve_device("auto")))
-    for finding in findings:
+    result = RecipeResult(recipe, scale, folder, outcomes, tuple(_judge(claim, outcomes) for claim in recipe.claims))
+    _write_results(result, describe_environment(resolve_device("auto")))
+    lacking = [label for outcome in outcomes.values() for label in outcome.diverged]
+    for step in recipe.steps:
+        settings = recipe.settings(step, scale)
+        lacking += setup.missing([*settings.get("domains", ()), *settings.get("watched", ())])
+        lacking += [name for names in dropped(recipe, step, scale).values() for name in names]
+    for finding in result.findings:
         _refuse_unknown_number(finding, outcomes, lacking)
     return result
 
 
-def _check(recipe: Recipe, folder: Path, world: World, allow_code_execution: bool) -> None:
-    """Refuse before anything is trained what could only be refused after it.
+def _take(folder: Path, identity: dict[str, Any]) -> bool:
+    """Make the folder, or check that the same recipe began it; return whether it is new."""
+    new = not (folder / RECORD).exists()
+    if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
+    make_folder(folder)
+    Run(folder).settle(RECORD, identity, "A folder is one recipe at one scale on one set of texts: name another one")
+    return new
 
-    Raises:
-        GaintuneError: a step's settings, or values that no step uses; or the scale has not what any step needs.
-    """
-    expected: dict[str, Outcome] = {}
+
+def _prepare(recipe: Recipe, step: Step, context: Context) -> PreparedStep:
+    """Read a step's settings; a step that works on one that was left out is left out itself."""
+    settings = recipe.settings(step, context.setup.scale)
+    other = context.earlier.get(str(settings.get("of")))
+    if other is not None and other.left_out:
+        return PreparedStep.left_out(f"left out: it works on step {settings['of']}, which is left out")
+    return KINDS[step.do](settings, context)
+
+
+def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution: bool) -> None:
+    """Refuse, before anything is trained, what would otherwise be refused only after it."""
+    expected: dict[str, StepOutcome] = {}
     for step in recipe.steps:
-        context = Context(step.name, folder / step.name, world, expected, Silent(), allow_code_execution)
-        settings = recipe.settings(step, world.scale)
-        expected[step.name] = _waiting_for(settings, expected) or KINDS[step.do].check(settings, context)
+        context = Context(step.name, folder / step.name, setup, expected, Silent(), allow_code_execution)
+        expected[step.name] = _prepare(recipe, step, context).expected
     if all(outcome.left_out for outcome in expected.values()):
-        told = "; ".join(f"step {step}: {note}" for step, one in expected.items() for note in one.notes)
-        raise ConfigError(f"recipe {recipe.id}: nothing of it can be run at scale {world.scale} ({told})")
-    if world.overrides and all(outcome.plan is None for outcome in expected.values()):
+        why = "; ".join(f"step {step}: {note}" for step, outcome in expected.items() for note in outcome.notes)
+        raise ConfigError(f"recipe {recipe.id}: no step of it can run at scale {setup.scale} ({why})")
+    plans = [outcome.plan for outcome in expected.values() if outcome.plan]
+    if setup.overrides and not plans:
         raise ConfigError(f"recipe {recipe.id}: no step of it has a plan, so --set changes nothing; leave it out")
-    if "methods" in world.overrides:
-        _check_replaced_methods(recipe, world.scale, expected)
-
-
-def _check_replaced_methods(recipe: Recipe, scale: Scale, expected: Mapping[str, Outcome]) -> None:
-    """Refuse methods from the command line where a claim is about one that they are not."""
-    own = {label for step in recipe.steps for label in names_in(recipe.settings(step, scale), "methods")}
-    gone = own - {method.label for one in expected.values() if one.plan for method in one.plan.methods}
+    if "methods" not in setup.overrides:
+        return
+    gone = {label for step in recipe.steps for label in names_in(recipe.settings(step, setup.scale), "methods")}
+    gone -= {method.label for plan in plans for method in plan.methods}
     for claim in recipe.claims:
         if about := [label for label in gone if _mentions(claim.number, label)]:
             raise ConfigError(
@@ -124,53 +170,20 @@ def _check_replaced_methods(recipe: Recipe, scale: Scale, expected: Mapping[str,
             )
 
 
-def _waiting_for(settings: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> Outcome | None:
-    """The outcome of a step that works on one that was left out; None for any other."""
-    name = str(settings.get("of"))
-    if name not in outcomes or not outcomes[name].left_out:
-        return None
-    return Outcome(notes=(f"left out: it works on step {name}, which is left out",), left_out=True)
-
-
-def _take(folder: Path, asked: dict[str, Any]) -> bool:
-    """Make the folder, or see that it was begun with the same recipe; whether it is begun only now."""
-    if folder.exists() and not (folder.is_dir() and ((folder / RECORD).exists() or not any(folder.iterdir()))):
-        raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
-    began = not (folder / RECORD).exists()
-    make_folder(folder)
-    Run(folder).settle(RECORD, asked, "A folder is one recipe at one scale on one set of texts: name another one")
-    return began
-
-
-def _leave(folder: Path) -> None:
-    """Remove what taking a folder made, so that a corrected recipe may begin there."""
-    (folder / RECORD).unlink()
-    shutil.rmtree(folder / "world", ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _lacking(recipe: Recipe, step: Step, world: World) -> list[str]:
-    """What a scale has not of a step: domains without a text, and names that its settings leave out."""
-    settings = recipe.settings(step, world.scale)
-    texts = world.missing([*settings.get("domains", ()), *settings.get("watched", ())])
-    return [*texts, *(name for names in dropped(recipe, step, world.scale).values() for name in names)]
-
-
-def _judged(claim: Claim, outcomes: Mapping[str, Outcome]) -> Finding:
-    """The verdict on a claim; a number that is not there decides nothing."""
+def _judge(claim: Claim, outcomes: Mapping[str, StepOutcome]) -> Finding:
+    """Decide a claim; a missing number leaves it undecided."""
     step, _, name = claim.number.partition(".")
     number = outcomes[step].numbers.get(name)
     return Finding(claim, number, "undecided" if number is None else judge(number, claim.expect.bounds))
 
 
-def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, Outcome], lacking: Iterable[str]) -> None:
-    """Refuse a claim about a number that its step gives at no scale; what this scale goes without is excused."""
+def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, StepOutcome], lacking: list[str]) -> None:
+    """Refuse a claim about a number that its step gives at no scale; `lacking` excuses what this scale lacks."""
     step, _, name = finding.claim.number.partition(".")
     outcome = outcomes[step]
     if finding.number is not None or outcome.left_out or name in outcome.without:
         return
-    if not any(_mentions(name, each) for each in lacking):
+    if not any(_mentions(name, missing) for missing in lacking):
         known = ", ".join(outcome.numbers)
         raise ConfigError(
             f"claim {finding.claim.says!r}: step {step} gives no number {name!r}; it gives {known}. The "
@@ -179,5 +192,88 @@ def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, Outcome], la
 
 
 def _mentions(number: str, name: str) -> bool:
-    """Whether a label, domain or task stands in the name of a number."""
+    """Tell whether a label, domain or task is part of the name of a number."""
     return re.search(rf"(?:^|[.-]){re.escape(name)}(?:$|[.@-])", number) is not None
+
+
+def _write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None:
+    """Write results.md, results.csv (every number), results.json, environment.json, and figures/."""
+    folder = result.folder
+    make_folder(folder / "figures")
+    for step, outcome in result.outcomes.items():
+        for figure in outcome.figures:
+            shutil.copyfile(figure, folder / "figures" / _figure_name(result, step, figure))
+    numbers = [(step, *item) for step, outcome in result.outcomes.items() for item in outcome.numbers.items()]
+    frame = pd.DataFrame([(step, name, n.value, n.low, n.high) for step, name, n in numbers], columns=COLUMNS)
+    write_text(folder / "results.csv", frame.to_csv(index=False, lineterminator="\n"))
+    claims = [
+        {
+            "says": finding.claim.says,
+            "number": finding.claim.number,
+            "expected": str(finding.claim.expect),
+            "found": None if finding.number is None else asdict(finding.number),
+            "verdict": finding.verdict,
+        }
+        for finding in result.findings
+    ]
+    record = {
+        "recipe": result.recipe.id,
+        "scale": result.scale,
+        "numbers": {f"{step}.{name}": [n.value, n.low, n.high] for step, name, n in numbers},
+        "claims": claims,
+        "notes": {step: list(outcome.notes) for step, outcome in result.outcomes.items()},
+        "without": {
+            f"{step}.{name}": why for step, one in result.outcomes.items() for name, why in one.without.items()
+        },
+    }
+    write_json(folder / "results.json", record)
+    write_json(folder / "environment.json", dict(environment))
+    write_text(folder / "results.md", "\n".join(_page(result)))
+
+
+def _figure_name(result: RecipeResult, step: str, figure: Path) -> str:
+    """Return a file name that no figure of another step has."""
+    part = figure.parent.relative_to(result.folder / step).as_posix().replace("figures", "").strip("/.")
+    return "-".join(filter(None, (step, part.replace("/", "-"), figure.name)))
+
+
+def _page(result: RecipeResult) -> Iterator[str]:
+    """Yield the lines of the page: the question, a verdict on every claim, and each step's notes and tables."""
+    recipe = result.recipe
+    yield from (f"# {recipe.id}: {recipe.title}", "", f"{recipe.source}; scale {result.scale}.", "")
+    yield from (recipe.asks.strip(), "")
+    if result.scale == "smoke":
+        yield from (SMOKE, "")
+    if result.findings:
+        rows = {
+            finding.claim.says: [finding.verdict, shown(finding.number), finding.claim.expected, finding.claim.number]
+            for finding in result.findings
+        }
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Verdict here", "Found", "Claimed", "Number"])
+        yield from (markdown_table(frame, "Claim"), "")
+        yield from (
+            "What is found is in the unit of the step's tables, its interval over what they say; what is counted and "
+            "not sampled is its own interval. A number without an interval decides nothing.",
+            "",
+        )
+    for step, outcome in result.outcomes.items():
+        yield from (f"## {step}", "")
+        notes = [*outcome.notes, *(f"no number {name}: {why}" for name, why in outcome.without.items())]
+        yield from (f"- {note}" for note in notes)
+        yield from [""] if notes else []
+        for title, table in outcome.tables.items():
+            yield from (f"{title}:", "", markdown_table(table, ""), "")
+        for figure in outcome.figures:
+            yield from (f"![{figure.stem}](figures/{_figure_name(result, step, figure)})", "")
+
+
+def shown(value: Interval | None) -> str:
+    """Format a number with its interval, the bare number, or a dash for none."""
+    if value is None:
+        return NONE
+    ends = f" [{_digits(value.low)}, {_digits(value.high)}]" if value.low is not None and value.high is not None else ""
+    return _digits(value.value) + ends
+
+
+def _digits(value: float) -> str:
+    return f"{'−' if value < 0 else ''}{number(abs(value))}" if abs(value) >= 1 else f"{value:.3g}".replace("-", "−")

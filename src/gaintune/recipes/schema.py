@@ -1,21 +1,23 @@
-"""What a recipe is: an experiment as data, checked when it is read, with unknown keys refused."""
+"""Recipes: an experiment as data, checked when it is read; the papers' own are the files of `experiments/`."""
 
 from __future__ import annotations
 
 import math
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from gaintune.config import NAME, Section, as_list, explain, read_values
+from gaintune.errors import ConfigError
 
 Scale = Literal["smoke", "small", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
 
 
 class Expectation(Section):
-    """What a claim says of its number: a bound, or both."""
+    """Bounds that a claim sets to a number: a lower one, an upper one, or both."""
 
     above: float | None = Field(default=None, description="the number is greater")
     below: float | None = Field(default=None, description="the number is smaller")
@@ -30,30 +32,35 @@ class Expectation(Section):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The open interval that the number is said to lie in."""
+        """The ends of the open interval."""
         return (-math.inf if self.above is None else self.above, math.inf if self.below is None else self.below)
 
     def __str__(self) -> str:
-        parts = [f"above {self.above:g}"] if self.above is not None else []
-        return " and ".join([*parts, *([f"below {self.below:g}"] if self.below is not None else [])])
+        ends = {"above": self.above, "below": self.below}
+        return " and ".join(f"{side} {end:g}" for side, end in ends.items() if end is not None)
 
 
 class Claim(Section):
-    """What a paper says, and the number that decides it."""
+    """A statement of a paper, and the number that decides it."""
 
     says: str = Field(description="the claim in one sentence")
     number: str = Field(description="name of a number that a step gives, such as run.gain-ffn.backward_transfer")
     expect: Expectation = Field(description="where the number lies if the claim is true")
     bound: Literal["paper", "ours"] = Field(
-        default="paper", description="whose the bound is: the paper's words give it, or it was chosen for them"
+        default="paper", description="who set the bound: the paper's own words, or gaintune for lack of a number there"
     )
+
+    @property
+    def expected(self) -> str:
+        """The bounds, and whether they are ours."""
+        return f"{self.expect}{', a bound of ours' if self.bound == 'ours' else ''}"
 
 
 class Step(Section):
-    """One stage of a recipe; what `settings` may hold depends on what it does."""
+    """One stage of a recipe; its kind decides what `settings` may hold."""
 
-    name: str = Field(description="name of its folder, and the beginning of the names of its numbers")
-    do: str = Field(description="what it does: one of the kinds in `recipes.kinds`")
+    name: str = Field(description="name of its folder, and first part of the names of its numbers")
+    do: str = Field(description="kind of step: a key of `recipes.steps.KINDS`")
     settings: dict[str, Any] = Field(default_factory=dict, description="of that kind")
 
     @model_validator(mode="after")
@@ -67,7 +74,7 @@ class Recipe(Section):
     """One experiment of a paper."""
 
     id: str = Field(description="its name in the list, such as G2")
-    title: str = Field(description="what it is, in a few words")
+    title: str = Field(description="the experiment in a few words")
     source: str = Field(description="paper, and table, figure or section")
     asks: str = Field(description="the question, and how the steps answer it")
     model: str = Field(description="the paper's model, a Hub id: the base at scale paper")
@@ -75,7 +82,7 @@ class Recipe(Section):
     scales: dict[Scale, dict[str, dict[str, Any]]] = Field(
         default_factory=dict, description="settings laid over a step's at a scale, by the step's name"
     )
-    claims: tuple[Claim, ...] = Field(default=(), description="what is decided at the end")
+    claims: tuple[Claim, ...] = Field(default=(), description="statements to decide at the end")
 
     @model_validator(mode="after")
     def _known_names(self) -> Recipe:
@@ -92,12 +99,12 @@ class Recipe(Section):
         return self
 
     def settings(self, step: Step, scale: Scale) -> dict[str, Any]:
-        """A step's settings at a scale."""
+        """Return a step's settings at a scale."""
         return laid_over(step.settings, self.scales.get(scale, {}).get(step.name, {}))
 
 
 def laid_over(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested values with others laid over them, key by key; lists are replaced whole."""
+    """Lay nested values over others, key by key; lists are replaced whole."""
     result = dict(values)
     for key, value in over.items():
         held = result.get(key)
@@ -106,7 +113,7 @@ def laid_over(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from its YAML file.
+    """Read a recipe from its YAML file.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong.
@@ -115,3 +122,25 @@ def read_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(read_values(path, "recipe"))
     except ValidationError as error:
         raise explain(error, str(path), Recipe) from None
+
+
+def recipes() -> dict[str, Recipe]:
+    """Return the papers' recipes by id, in the order G1 to G19, D1 to D5."""
+    folder = Path(str(files("gaintune.recipes") / "experiments"))
+    by_id = {recipe.id: recipe for recipe in map(read_recipe, folder.glob("*.yaml"))}
+    return {id_: by_id[id_] for id_ in sorted(by_id, key=lambda id_: (id_[0] != "G", int(id_[1:])))}
+
+
+def recipe_named(name: str) -> Recipe:
+    """Return a recipe by its id, in capitals or not, or read one from a YAML file.
+
+    Raises:
+        ConfigError: there is none of that id, or the file cannot be read as a recipe.
+    """
+    if Path(name).suffix in (".yaml", ".yml"):
+        return read_recipe(Path(name))
+    known = recipes()
+    if name.upper() not in known:
+        there = ", ".join(known)
+        raise ConfigError(f"no recipe {name!r}; there are {there} (`gaintune recipe list`), or name a .yaml file")
+    return known[name.upper()]

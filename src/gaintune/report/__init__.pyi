@@ -6,11 +6,10 @@ from .canvas import SHADE as SHADE
 from .canvas import figure_files as figure_files
 from .canvas import styled as styled
 from .page import write_report as write_report
-from .palette import LARGEST_LIMIT as LARGEST_LIMIT
-from .palette import SMALLEST_LIMIT as SMALLEST_LIMIT
 from .palette import Look as Look
 from .palette import diverging as diverging
 from .palette import ink_on as ink_on
+from .palette import limit_for as limit_for
 from .palette import look as look
 from .tables import cell_frame as cell_frame
 from .tables import markdown_table as markdown_table

@@ -1,4 +1,4 @@
-"""What every figure shares: its style, its bytes on disk, and its form inside the page."""
+"""Style of every figure, its bytes on disk, and its form inside the page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def styled(draw: Callable[[], Figure]) -> Figure:
 
 
 def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any) -> bytes:
-    """A figure as the bytes of a PNG or SVG file, without dates or program names in it."""
+    """Return a figure as the bytes of a PNG or SVG file, without dates or program names in it."""
     if kind == "svg":
         options["metadata"] = {"Date": None, "Creator": None, "Format": None, "Type": None}
     buffer = io.BytesIO()
@@ -53,27 +53,27 @@ def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any)
 
 
 def figure_files(name: str, figure: Figure) -> dict[str, bytes]:
-    """A figure as files by name: PNG (144 dots an inch, on white), and SVG with its letters as shapes."""
+    """Return a figure as files by name: PNG (144 dots an inch, on white), and SVG with its letters as shapes."""
     paper = {"facecolor": "white", "bbox_inches": "tight", "pad_inches": 0.12}
     png = render(figure, "png", dpi=144, metadata={"Software": None}, **paper)
-    figure.set_layout_engine("none")  # keep the places found for the PNG
+    figure.set_layout_engine("none")  # keep the PNG's layout
     return {f"{name}.png": png, f"{name}.svg": render(figure, "svg", **paper)}
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element for the page: the page's own font and colours, light or dark, and ids of its own.
+    """Return a figure as an SVG element for the page, in the page's own font and colors, with ids of its own.
 
     It is hidden from screen readers: the caller puts a label around it, and the numbers stand in a table.
     """
     text = render(figure, "svg", fonttype="none", transparent=True).decode("utf-8")
     text = text[text.index("<svg") :]
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade", PAGE: "--page"}
     themed |= {one.colour: f"--series-{index}" for index, one in enumerate(LOOKS)}
-    for colour, variable in themed.items():
-        text = text.replace(colour, f"var({variable})")
+    for color, variable in themed.items():
+        text = text.replace(color, f"var({variable})")
     text = re.sub(r"font: ((?:[\w-]+ )*)([\d.]+)px [^;\"]+", r"font: \1\2px var(--font)", text)
     text = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="([\d.]+)pt"', r"<svg \1", text, count=1)
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -1,4 +1,4 @@
-"""Colours that survive colour blindness and a dark page: the diverging scale, and the look of each method."""
+"""Colors that survive color blindness and a dark page: the diverging scale, and the look of each method."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_hex, to_rgb
 from gaintune.results import Matrix
 
 BINS = 12  # shades on each side of zero on the page
-# % at full colour: noise must not look dramatic, nor one outlier hide the rest
+# % at full color: noise must not look dramatic, nor one outlier hide the rest
 SMALLEST_LIMIT, LARGEST_LIMIT = 5.0, 30.0
 
 
 @dataclass(frozen=True)
 class Look:
-    """Line of one method: colour, dashes and marker all differ, so none of them is needed alone."""
+    """Line of one method: color, dashes and marker all differ, so none of them is needed alone."""
 
     colour: str
     dark_colour: str
@@ -25,7 +25,7 @@ class Look:
     marker: str
 
 
-# Okabe and Ito's colours, the light ones darkened to be read on white
+# Okabe and Ito's colors, the light ones darkened to be read on white
 LOOKS = (
     Look("#0072b2", "#56b4e9", (0, ()), "o"),
     Look("#d55e00", "#ff8c42", (0, (5, 1.6)), "s"),
@@ -37,55 +37,52 @@ LOOKS = (
 
 
 def look(index: int) -> Look:
-    """The look of the method at a place in the plan."""
+    """Return the look of a method by its index in the plan."""
     return LOOKS[index % len(LOOKS)]
 
 
 def diverging() -> Colormap:
-    """Blue is better than the base (below zero), red is worse, white is no change; without the darkest ends."""
+    """Make the scale: blue is better than the base (below zero), red worse, white no change; without darkest ends."""
     full = colormaps["RdBu_r"]
     return LinearSegmentedColormap.from_list("gaintune", [full(0.1 + 0.8 * step / 32) for step in range(33)])
 
 
-def _dark() -> Colormap:
-    return LinearSegmentedColormap.from_list("gaintune-dark", ["#2f7fc1", "#2b4a66", "#2a2d33", "#66392f", "#c24a3a"])
-
-
 def largest_change(matrix: Matrix) -> float:
-    """The largest change in % in any cell, either way."""
+    """Return the largest change in % in any cell, either way."""
     changes = [abs(cell.change) for method in matrix.methods for row in method.stages for cell in row.cells.values()]
     return max(changes, default=0.0)
 
 
 def limit_of(matrix: Matrix) -> float:
-    """The change in % at which the colour is full, shared by all methods: a multiple of 5 between 5 and 30."""
-    return min(max(5.0 * math.ceil(largest_change(matrix) / 5.0), SMALLEST_LIMIT), LARGEST_LIMIT)
+    """Return the change in % at which the color is full, shared by all methods."""
+    return limit_for(largest_change(matrix))
+
+
+def limit_for(largest: float) -> float:
+    """Return the change in % at which the color is full, given the largest change: a multiple of 5 from 5 to 30."""
+    return min(max(5.0 * math.ceil(largest / 5.0), SMALLEST_LIMIT), LARGEST_LIMIT)
 
 
 def bin_of(change: float, limit: float) -> int:
-    """The shade of a change on the page, -BINS to BINS."""
+    """Return the shade of a change on the page, -BINS to BINS."""
     return round(BINS * max(-1.0, min(1.0, change / limit)))
 
 
-def ink_on(colour: str) -> str:
-    """Black or white, whichever has the higher contrast on a colour (WCAG's relative luminance)."""
-    channels = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(colour)]
+def ink_on(color: str) -> str:
+    """Return black or white, whichever has the higher contrast on a color (WCAG's relative luminance)."""
+    channels = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(color)]
     luminance = 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
     return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#111111"
 
 
-def _shades(colours: Colormap) -> list[tuple[int, str]]:
-    return [(step, to_hex(colours(0.5 + 0.5 * step / BINS))) for step in range(-BINS, BINS + 1)]
-
-
 def css() -> tuple[str, str]:
-    """Style rules of the shades and of the methods' colours: for light pages, and for dark ones."""
-    sides = []
-    for colours, dark in ((diverging(), False), (_dark(), True)):
-        rules = [f".shade-{step}{{background-color:{hexed};color:{ink_on(hexed)}}}" for step, hexed in _shades(colours)]
-        series = "".join(
-            f"--series-{index}:{one.dark_colour if dark else one.colour};" for index, one in enumerate(LOOKS)
-        )
-        scale = ",".join(hexed for _, hexed in _shades(colours))
-        sides.append("\n".join([f":root{{{series}--scale:linear-gradient(90deg,{scale})}}", *rules]))
-    return sides[0], sides[1]
+    """Write style rules of the shades and of the methods' colors: for light pages, and for dark ones."""
+    dark = LinearSegmentedColormap.from_list("gaintune-dark", ["#2f7fc1", "#2b4a66", "#2a2d33", "#66392f", "#c24a3a"])
+    return _rules(diverging(), [one.colour for one in LOOKS]), _rules(dark, [one.dark_colour for one in LOOKS])
+
+
+def _rules(scale: Colormap, series: list[str]) -> str:
+    shades = {step: to_hex(scale(0.5 + 0.5 * step / BINS)) for step in range(-BINS, BINS + 1)}
+    colors = "".join(f"--series-{index}:{color};" for index, color in enumerate(series))
+    rules = [f".shade-{step}{{background-color:{shade};color:{ink_on(shade)}}}" for step, shade in shades.items()]
+    return "\n".join([f":root{{{colors}--scale:linear-gradient(90deg,{','.join(shades.values())})}}", *rules])

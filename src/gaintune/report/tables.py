@@ -1,9 +1,10 @@
-"""The numbers of a matrix as tables: tidy CSV, Markdown, and HTML through pandas Styler (everything escaped)."""
+"""Write a matrix as tables: tidy CSV, Markdown, and HTML through pandas Styler (everything escaped)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import pandas as pd
@@ -13,41 +14,24 @@ from pandas.io.formats.style import Styler
 from gaintune.progress import plural
 from gaintune.report.palette import bin_of, limit_of
 from gaintune.report.words import FIGURES, NONE, number, signed, with_interval
-from gaintune.results import Interval, Matrix, MethodMatrix
+from gaintune.results import Interval, Matrix, MethodMatrix, Summary
 
 
 def tidy(matrix: Matrix) -> pd.DataFrame:
-    """One row for each cell of each method."""
-    rows = [
-        {
-            "method": method.label,
-            "stage": index + 1,
-            "learnt": row.domain,
-            "domain": domain,
-            "place": method.place(index, domain),
-            "base_perplexity": method.base[domain].perplexity,
-            "perplexity": cell.perplexity,
-            "bits_per_byte": cell.bits_per_byte,
-            "change_percent": cell.change,
-            "low_percent": cell.low,
-            "high_percent": cell.high,
-        }
-        for method in matrix.methods
-        for index, row in enumerate(method.stages)
-        for domain in matrix.domains
-        if (cell := row.cells.get(domain)) is not None
-    ]
+    """Make a row for each cell of each method; changes in % of the base's perplexity."""
     columns = ["method", "stage", "learnt", "domain", "place", "base_perplexity", "perplexity", "bits_per_byte"]
+    rows = []
+    for method in matrix.methods:
+        for stage, row in enumerate(method.stages, start=1):
+            for domain in matrix.domains:
+                if cell := row.cells.get(domain):
+                    names = (method.label, stage, row.domain, domain, method.place(stage - 1, domain))
+                    rows.append((*names, method.base[domain].perplexity, *astuple(cell)))
     return pd.DataFrame(rows, columns=[*columns, "change_percent", "low_percent", "high_percent"])
 
 
-def to_csv(matrix: Matrix) -> str:
-    """The tidy table as CSV text; changes in % of the base's perplexity."""
-    return tidy(matrix).to_csv(index=False, lineterminator="\n")
-
-
 def setting(value: Any) -> str:
-    """A setting or count of a method as it reads in a table."""
+    """Write a setting or count of a method."""
     if value is None or value == "":
         return NONE
     if isinstance(value, bool):
@@ -58,84 +42,65 @@ def setting(value: Any) -> str:
 
 
 def summary_frame(matrix: Matrix) -> pd.DataFrame:
-    """One row for each method: what it is, and its figures with intervals, in %."""
-    return pd.DataFrame(
-        [
-            [
-                setting(method.info.get("trainable_parameters")),
-                setting(method.info.get("lr")),
-                *(with_interval(getattr(method.summary, name)) for name in FIGURES),
-            ]
-            for method in matrix.methods
-        ],
-        index=[method.label for method in matrix.methods],
-        columns=["Trained parameters", "LR", *(heading for heading, _ in FIGURES.values())],
-        dtype=object,
-    )
+    """Make a row for each method: what it is, and its figures with intervals, in %."""
+    heads = ["Trained parameters", "LR", *(heading for heading, _ in FIGURES.values())]
+    rows = {}
+    for method in matrix.methods:
+        settings = [setting(method.info.get(name)) for name in ("trainable_parameters", "lr")]
+        rows[method.label] = [*settings, *_figures(method.summary)]
+    return _frame(heads, rows)
 
 
 def comparison_frame(matrix: Matrix) -> pd.DataFrame:
-    """One row for each method but the first: paired differences to the first, in points of %."""
-    return pd.DataFrame(
-        [
-            [str(one.stages), *(with_interval(getattr(one.summary, name)) for name in FIGURES)]
-            for one in matrix.comparisons
-        ],
-        index=[f"{one.label} minus {one.against}" for one in matrix.comparisons],
-        columns=["Stages", *(heading for heading, _ in FIGURES.values())],
-        dtype=object,
-    )
+    """Make a row for each method but the first: paired differences to the first, in points of %."""
+    heads = ["Stages", *(heading for heading, _ in FIGURES.values())]
+    rows = {f"{one.label} minus {one.against}": [str(one.stages), *_figures(one.summary)] for one in matrix.comparisons}
+    return _frame(heads, rows)
 
 
 def stage_frame(method: MethodMatrix) -> pd.DataFrame:
-    """One row for each finished stage: in-domain, and means over earlier and later domains, in %."""
-    return pd.DataFrame(
-        [
-            [with_interval(row.in_domain), with_interval(row.earlier), with_interval(row.later)]
-            for row in method.per_stage
-        ],
-        index=[f"{index + 1} {row.domain}" for index, row in enumerate(method.per_stage)],
-        columns=["In-domain", "Mean of earlier domains", "Mean of domains not yet learnt"],
-        dtype=object,
-    )
+    """Make a row for each finished stage: in-domain, and means over earlier and later domains, in %."""
+    heads = ["In-domain", "Mean of earlier domains", "Mean of domains not yet trained"]
+    rows = {
+        f"{stage} {row.domain}": list(map(with_interval, (row.in_domain, row.earlier, row.later)))
+        for stage, row in enumerate(method.per_stage, start=1)
+    }
+    return _frame(heads, rows)
+
+
+def _figures(summary: Summary) -> list[str]:
+    return [with_interval(getattr(summary, name)) for name in FIGURES]
+
+
+def _frame(heads: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    return pd.DataFrame([*rows.values()], index=[*rows], columns=[*heads], dtype=object)
 
 
 def cell_frame(matrix: Matrix, method: MethodMatrix) -> pd.DataFrame:
-    """Stages by domains; each entry an `Interval` in %, or None where nothing was measured."""
-    return pd.DataFrame(
-        [[row.cells[name].interval if name in row.cells else None for name in matrix.domains] for row in method.stages],
-        index=[f"{index + 1} {row.domain}" for index, row in enumerate(method.stages)],
-        columns=list(matrix.domains),
-        dtype=object,
-    )
+    """Make a table of stages by domains; each entry an `Interval` in %, or None where nothing was measured."""
+    rows = {
+        f"{stage} {row.domain}": [row.cells[name].interval if name in row.cells else None for name in matrix.domains]
+        for stage, row in enumerate(method.stages, start=1)
+    }
+    return _frame(matrix.domains, rows)
 
 
 def base_frames(matrix: Matrix) -> list[tuple[list[str], pd.DataFrame]]:
-    """Perplexity of the base on each domain, with the methods it is the base of; bases that agree are shown once."""
-    groups: list[tuple[list[str], pd.DataFrame]] = []
+    """Make tables of the base on each domain, with the methods it is the base of; bases that agree are shown once."""
+    heads = ["Perplexity", "Bits per byte", "Scored tokens", "Blocks"]
+    groups: dict[str, tuple[list[str], pd.DataFrame]] = {}
     for method in matrix.methods:
-        names = [name for name in matrix.domains if name in method.base]
-        figures = [method.base[name] for name in names]
-        frame = pd.DataFrame(
-            [
-                [number(one.perplexity), f"{one.bits_per_byte:.3f}", f"{one.tokens:,}", f"{one.blocks:,}"]
-                for one in figures
-            ],
-            index=names,
-            columns=["Perplexity", "Bits per byte", "Scored tokens", "Blocks"],
-            dtype=object,
-        )
-        for labels, known in groups:
-            if known.equals(frame):
-                labels.append(method.label)
-                break
-        else:
-            groups.append(([method.label], frame))
-    return groups
+        rows = {}
+        for name in matrix.domains:
+            if one := method.base.get(name):
+                rows[name] = [number(one.perplexity), f"{one.bits_per_byte:.3f}", f"{one.tokens:,}", f"{one.blocks:,}"]
+        frame = _frame(heads, rows)
+        groups.setdefault(frame.to_csv(), ([], frame))[0].append(method.label)
+    return list(groups.values())
 
 
 def markdown_table(frame: pd.DataFrame, corner: str) -> str:
-    """A table of text as Markdown, numbers to the right; `corner` heads the column of row names."""
+    """Write a table of text as Markdown, numbers to the right; `corner` heads the column of row names."""
 
     def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
@@ -145,7 +110,7 @@ def markdown_table(frame: pd.DataFrame, corner: str) -> str:
 
 
 def to_markdown(matrix: Matrix) -> str:
-    """Summary, paired differences, a matrix for each method and the base, as Markdown."""
+    """Write summary, paired differences, a matrix for each method and the base as Markdown."""
     confidence = f"{100 * matrix.settings.confidence:g} %"
     parts = [
         "Change of validation perplexity against the base in %, lower is better, "
@@ -157,16 +122,11 @@ def to_markdown(matrix: Matrix) -> str:
     for method in matrix.methods:
         if not method.stages:
             continue
-        frame = cell_frame(matrix, method)
-        for index, row in enumerate(method.stages):
-            for name in matrix.domains:
-                cell = row.cells.get(name)
-                text = NONE if cell is None else signed(cell.change)
-                frame.loc[frame.index[index], name] = f"**{text}**" if name == row.domain else text
-        heading = (
-            f"{method.label}: a row for each stage, a column for each domain measured then; just learnt in bold.\n"
-        )
-        parts += [heading, markdown_table(frame, "After stage")]
+        frame = cell_frame(matrix, method).map(_change)
+        for name, row in zip(frame.index, method.stages, strict=True):
+            frame.loc[name, row.domain] = f"**{frame.loc[name, row.domain]}**"
+        caption = "a row for each stage, a column for each domain measured then; just trained in bold."
+        parts += [f"{method.label}: {caption}\n", markdown_table(frame, "After stage")]
     for labels, frame in base_frames(matrix):
         of = f" ({', '.join(labels)})" if len(labels) < len(matrix.methods) else ""
         parts += [f"The untouched base{of}:\n", markdown_table(frame, "Domain")]
@@ -175,8 +135,12 @@ def to_markdown(matrix: Matrix) -> str:
     return "\n".join(parts)
 
 
+def _change(figure: object) -> str:
+    return signed(figure.value) if isinstance(figure, Interval) else NONE
+
+
 def _html(styler: Styler) -> str:
-    """Styler's table without its ids, which repeat, and style block, with scopes on headings.
+    """Return Styler's table without its ids, which repeat, and style block, with scopes on headings.
 
     Entries are escaped before, so the quotes in these patterns can only be Styler's own.
     """
@@ -186,36 +150,28 @@ def _html(styler: Styler) -> str:
     return html.replace('<th class="row_heading', '<th scope="row" class="row_heading')
 
 
-def to_html(frame: pd.DataFrame, caption: str, css: str = "numbers") -> str:
-    """A table of text as HTML; values and names are escaped."""
+def to_html(frame: pd.DataFrame, caption: str) -> str:
+    """Write a table of text as HTML; values and names are escaped."""
     styler = frame.style.format(escape="html").format_index(escape="html").format_index(escape="html", axis=1)
-    styler = styler.set_table_attributes(f'class="{css}"').set_caption(str(escape(caption)))
-    return _html(styler)
+    return _html(styler.set_table_attributes('class="numbers"').set_caption(str(escape(caption))))
 
 
 def heatmap_html(matrix: Matrix, method: MethodMatrix) -> str:
-    """The matrix of one method as a table whose cells carry colour classes; see `palette.css`."""
-    frame = cell_frame(matrix, method)
-    limit = limit_of(matrix)
-    classes = frame.copy()
-    for index, row in enumerate(method.stages):
-        for name in matrix.domains:
-            cell = row.cells.get(name)
-            shade = "missing" if cell is None else f"shade-{bin_of(cell.change, limit)}"
-            classes.loc[frame.index[index], name] = f"{shade} {method.place(index, name)}"
-
-    def text(value: object) -> str:
-        return signed(value.value) if isinstance(value, Interval) else NONE
-
-    styler = frame.style.format(text).format_index(escape="html").format_index(escape="html", axis=1)
-    styler = styler.set_td_classes(classes)
+    """Write the matrix of one method as a table whose cells carry color classes; see `palette.css`."""
+    frame, limit = cell_frame(matrix, method), limit_of(matrix)
+    shades = {}
+    for stage, row in enumerate(method.stages):
+        bins = {name: f"shade-{bin_of(cell.change, limit)}" for name, cell in row.cells.items()}
+        classes = [f"{bins.get(name, 'missing')} {method.place(stage, name)}" for name in matrix.domains]
+        shades[frame.index[stage]] = classes
+    styler = frame.style.format(_change).format_index(escape="html").format_index(escape="html", axis=1)
     crowded = len(matrix.domains) > 6 or max(map(len, matrix.domains), default=0) > 10
-    styler = styler.set_table_attributes(f'class="matrix{" crowded" if crowded else ""}"')
-    return _html(styler)
+    styler = styler.set_td_classes(_frame(matrix.domains, shades))
+    return _html(styler.set_table_attributes(f'class="matrix{" crowded" if crowded else ""}"'))
 
 
 def budget(matrix: Matrix) -> str:
-    """How much text stands behind the figures."""
+    """Say how much text stands behind the figures."""
     blocks = {figures.blocks for method in matrix.methods for figures in method.base.values()}
     if not blocks:
         return "nothing measured yet"

@@ -1,63 +1,40 @@
 """The matrix of a run: what every domain gained or lost after every stage, with paired bootstrap intervals.
 
-Pure functions over losses that were already measured (`losses`), giving the numbers of matrix.json (`records`).
 Perplexity is exp(nats / scored token); a change is 100 * (after / base - 1) in % of perplexity, so negative is better.
-The mathematics of resampling is in `bootstrap`, that of intervals over few blocks in `averages`.
+The losses were measured before, so no function here needs a model.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from gaintune.config import EvaluateConfig
 from gaintune.errors import DataError
-from gaintune.results.averages import sum_interval, sum_intervals
-from gaintune.results.bootstrap import (
-    FloatArray,
-    percent,
-    replicate_means,
-    stage_figures,
-    stretched,
-    summary_figures,
-    unbiased,
-)
-from gaintune.results.losses import DomainLoss, MethodRun, Stage, change
+from gaintune.results.bootstrap import FloatArray, replicate_means, stage_figures, stretched, summary_figures, unbiased
+from gaintune.results.changes import Change, mean_change, sum_intervals
 from gaintune.results.records import (
     BaseFigures,
     Cell,
     Comparison,
-    Interval,
+    DomainLoss,
     Matrix,
     MatrixRow,
     MethodMatrix,
+    MethodRun,
     Settings,
+    Stage,
     StageSummary,
     Summary,
 )
+from gaintune.storage import Run, read_stored
 
-__all__ = [
-    "BaseFigures",
-    "Cell",
-    "Comparison",
-    "DomainLoss",
-    "Interval",
-    "Matrix",
-    "MatrixRow",
-    "MethodMatrix",
-    "MethodRun",
-    "Settings",
-    "Stage",
-    "StageSummary",
-    "Summary",
-    "SummaryParts",
-    "build_matrix",
-    "change",
-    "summary_parts",
-]
+logger = logging.getLogger(__name__)
 
 
 def build_matrix(
@@ -66,15 +43,15 @@ def build_matrix(
     """Compute every number of matrix.json.
 
     A partial run gives what is there: stages may be missing, and the last one may lack domains, which keeps it out of
-    the summaries. Domains that are evaluated but never learnt count as not yet learnt at every stage.
+    the summaries. Domains that are evaluated but never trained count as later domains at every stage.
 
     Args:
-        runs: one for each method; the first is the one that the others are compared with.
+        runs: the methods; the others are compared with the first.
         evaluate: number of resamples, confidence and seed.
-        planned: the domains to be learnt, in order; the longest run's stages when not given.
+        planned: the domains to train on, in order; the longest run's stages when not given.
 
     Raises:
-        DataError: no run, labels or stages that repeat, or one domain measured on different blocks.
+        DataError: no run, labels or stages that repeat, or a domain measured on different blocks.
     """
     _check_names(runs)
     longest = max(runs, key=lambda run: len(run.stages))
@@ -83,13 +60,11 @@ def build_matrix(
     _check_blocks(runs, domains)
     nats = _replicates(runs, domains, evaluate)
     finished = [_finished_stages(run, planned) for run in runs]
-    columns = [[column for column, name in enumerate(domains) if name in run.base] for run in runs]
     methods = tuple(
-        _method(run, cells, domains, kept, count, evaluate.confidence)
-        for run, cells, kept, count in zip(runs, nats, columns, finished, strict=True)
+        _method(run, cells, domains, count, evaluate) for run, cells, count in zip(runs, nats, finished, strict=True)
     )
-    comparisons = tuple(
-        _compare(runs, nats, domains, columns, other, min(finished[0], finished[other]), evaluate.confidence)
+    comparisons = (
+        _compare((runs[0], runs[other]), (nats[0], nats[other]), domains, min(finished[0], finished[other]), evaluate)
         for other in range(1, len(runs))
     )
     settings = Settings(evaluate.bootstrap_samples, evaluate.confidence, evaluate.seed)
@@ -102,76 +77,68 @@ def _check_names(runs: Sequence[MethodRun]) -> None:
     if not runs or len(set(labels)) != len(labels):
         raise DataError(f"a matrix needs methods with different labels, got {labels}")
     for run in runs:
-        learnt = [stage.domain for stage in run.stages]
-        if len(set(learnt)) != len(learnt):
-            raise DataError(f"{run.label}: a domain is learnt twice in {', '.join(learnt)}")
+        trained = [stage.domain for stage in run.stages]
+        if len(set(trained)) != len(trained):
+            raise DataError(f"{run.label}: a domain is trained twice in {', '.join(trained)}")
 
 
 def _order(runs: Sequence[MethodRun], planned: Sequence[str]) -> tuple[str, ...]:
-    """Planned domains first, then what else was learnt, then what was only evaluated; each once."""
-    learnt = [stage.domain for run in runs for stage in run.stages]
-    measured = [name for run in runs for name in run.base]
-    return tuple(dict.fromkeys([*planned, *learnt, *measured]))
+    """Order planned domains first, then others that were trained, then those only evaluated; each once."""
+    trained = [stage.domain for run in runs for stage in run.stages]
+    return tuple(dict.fromkeys([*planned, *trained, *(name for run in runs for name in run.base)]))
 
 
 def _check_blocks(runs: Sequence[MethodRun], domains: Sequence[str]) -> None:
-    """Pairing needs the same blocks everywhere."""
+    """Refuse a domain that was measured on different blocks: pairing needs the same blocks everywhere."""
     for domain in domains:
-        seen: DomainLoss | None = None
+        first: DomainLoss | None = None
         for run in runs:
-            for where, losses in [("base", run.base), *((f"stage {one.domain}", one.losses) for one in run.stages)]:
+            after = [(f"stage {stage.domain}", stage.losses) for stage in run.stages]
+            for where, losses in [("base", run.base), *after]:
                 loss = losses.get(domain)
-                seen = seen or loss
-                if loss and seen and (loss.tokens, loss.bytes) != (seen.tokens, seen.bytes):
+                first = first or loss
+                if loss and first and (loss.tokens, loss.bytes) != (first.tokens, first.bytes):
                     raise DataError(
                         f"{domain}: {run.label}, {where} was measured on other blocks ({len(loss.tokens)} blocks, "
-                        f"{sum(loss.tokens)} tokens) than the first ({len(seen.tokens)}, {sum(seen.tokens)})"
+                        f"{sum(loss.tokens)} tokens) than the first ({len(first.tokens)}, {sum(first.tokens)})"
                     )
 
 
+def _measured(run: MethodRun, domains: Sequence[str]) -> list[str]:
+    """Return the domains that the base was measured on: the columns of a method."""
+    return [domain for domain in domains if domain in run.base]
+
+
 def _replicates(runs: Sequence[MethodRun], domains: Sequence[str], evaluate: EvaluateConfig) -> list[FloatArray]:
-    """For each method the nats lost or gained against its base, `(1 + samples, stages, domains)`; NaN where missing."""
-    samples = evaluate.bootstrap_samples
-    result = [np.full((1 + samples, len(run.stages), len(domains)), np.nan) for run in runs]
-    for column, domain in enumerate(domains):
-        places, rows, tokens = [], [], ()
+    """Return each method's nats against its base, `(1 + samples, stages, measured domains)`; NaN where missing."""
+    samples, seed = evaluate.bootstrap_samples, evaluate.seed
+    columns = [_measured(run, domains) for run in runs]
+    result = [np.full((1 + samples, len(run.stages), len(own)), np.nan) for run, own in zip(runs, columns, strict=True)]
+    for domain in domains:
+        cells, rows, tokens = [], [], ()
         for method, run in enumerate(runs):
             base = run.base.get(domain)
             for index, stage in enumerate(run.stages):
                 after = stage.losses.get(domain)
                 if base is not None and after is not None:
-                    places.append((method, index))
+                    cells.append((method, index, columns[method].index(domain)))
                     rows.append(np.subtract(after.nll, base.nll))  # identical losses are exactly 0 in every replicate
                     tokens = base.tokens
         if rows:
-            means = replicate_means(
-                np.array(rows),
-                np.array(tokens),
-                samples=samples,
-                seed=evaluate.seed,
-                domain=domain,
-            )
-            for row, (method, index) in enumerate(places):
+            means = replicate_means(np.array(rows), np.array(tokens), samples=samples, seed=seed, domain=domain)
+            for row, (method, index, column) in enumerate(cells):
                 result[method][:, index, column] = unbiased(means[:, row], len(tokens))
     return result
 
 
 def _finished_stages(run: MethodRun, planned: Sequence[str]) -> int:
-    """Stages from the first on after which every domain of the base was evaluated."""
+    """Count the stages from the first on after which every domain of the base was evaluated."""
     if not set(planned) <= set(run.base):
         return 0
     for count, stage in enumerate(run.stages):
         if stage.domain not in run.base or not set(run.base) <= set(stage.losses):
             return count
     return len(run.stages)
-
-
-def _figures(
-    nats: FloatArray, domains: Sequence[str], columns: list[int], learnt: Sequence[str]
-) -> dict[str, FloatArray | None]:
-    """Summary figures after the stages in `learnt`, over the columns that have a base."""
-    kept = [domains[column] for column in columns]
-    return summary_figures(nats[:, : len(learnt)][:, :, columns], [kept.index(domain) for domain in learnt])
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +148,8 @@ class SummaryParts:
     Attributes:
         domains: what was measured, by name, so that runs of other orders have the same columns.
         blocks: how many blocks each has, `(domains,)`.
-        figures: `(1 + samples, domains)` in %, 0 the sample; `averages.reach` says how far an interval of them
-            reaches. None where a figure has no cell.
+        figures: `(1 + samples, domains)` in %, 0 the sample; `changes.reach` says how far an interval of them reaches.
+            None where a figure has no cell.
     """
 
     domains: tuple[str, ...]
@@ -191,7 +158,7 @@ class SummaryParts:
 
 
 def summary_parts(run: MethodRun, evaluate: EvaluateConfig, planned: Sequence[str]) -> SummaryParts:
-    """The summary figures of a finished run by domain.
+    """Return the summary figures of a finished run by domain.
 
     Resample b takes the same blocks of a domain in every run with the same settings and texts, so that differences and
     means of several runs can be taken resample by resample.
@@ -199,85 +166,99 @@ def summary_parts(run: MethodRun, evaluate: EvaluateConfig, planned: Sequence[st
     Raises:
         DataError: the run is not finished.
     """
-    domains = _order([run], planned)
     if _finished_stages(run, planned) < len(planned):
         raise DataError(f"{run.label}: not every planned stage is finished and measured")
-    by_name = sorted(run.base)
-    columns = [domains.index(name) for name in by_name]
-    figures = _figures(_replicates([run], domains, evaluate)[0], domains, columns, planned)
-    return SummaryParts(tuple(by_name), _blocks([run], by_name), figures)
+    domains = sorted(run.base)
+    (nats,) = _replicates([run], domains, evaluate)
+    figures = summary_figures(nats[:, : len(planned)], [domains.index(domain) for domain in planned])
+    return SummaryParts(tuple(domains), tuple(_blocks(run, domains)), figures)
 
 
-def _blocks(runs: Sequence[MethodRun], domains: Sequence[str]) -> tuple[int, ...]:
-    """How many blocks each domain has."""
-    return tuple(next(len(run.base[name].tokens) for run in runs if name in run.base) for name in domains)
+def _blocks(run: MethodRun, domains: Sequence[str]) -> list[int]:
+    return [len(run.base[name].tokens) for name in domains]
 
 
 def _compare(
-    runs: Sequence[MethodRun],
-    nats: Sequence[FloatArray],
+    runs: tuple[MethodRun, MethodRun],
+    nats: tuple[FloatArray, FloatArray],
     domains: Sequence[str],
-    columns: Sequence[list[int]],
-    other: int,
     stages: int,
-    confidence: float,
+    evaluate: EvaluateConfig,
 ) -> Comparison | None:
-    """Paired difference of a method to the first one after `stages`; None unless both took the same way there."""
-    learnt = [stage.domain for stage in runs[0].stages[:stages]]
-    if not stages or learnt != [stage.domain for stage in runs[other].stages[:stages]] or columns[0] != columns[other]:
+    """Return the paired difference of the second method to the first; None unless both trained in the same order."""
+    first, second = ([stage.domain for stage in run.stages[:stages]] for run in runs)
+    columns = _measured(runs[0], domains)
+    if not stages or first != second or columns != _measured(runs[1], domains):
         return None
+    trained = [columns.index(domain) for domain in first]
 
     def differences(factor: float) -> dict[str, FloatArray | None]:
-        first, second = (_figures(stretched(nats[which], factor), domains, columns[0], learnt) for which in (0, other))
+        subtracted, figures = (summary_figures(stretched(cells, factor)[:, :stages], trained) for cells in nats)
         return {
-            name: None if parts is None or (less := first[name]) is None else parts - less
-            for name, parts in second.items()
+            name: None if parts is None or (less := subtracted[name]) is None else parts - less
+            for name, parts in figures.items()
         }
 
-    blocks = _blocks(runs, [domains[column] for column in columns[0]])
-    return Comparison(
-        runs[other].label, runs[0].label, stages, Summary(**sum_intervals(differences, blocks, confidence))
-    )
+    intervals = sum_intervals(differences, _blocks(runs[0], columns), evaluate.confidence)
+    return Comparison(runs[1].label, runs[0].label, stages, Summary(**intervals))
 
 
-def _cell(loss: DomainLoss, nats: FloatArray, confidence: float) -> Cell:
-    """One domain after one stage; `nats` are `(1 + samples, 1)`."""
-    found = sum_interval(lambda factor: percent(stretched(nats, factor)), [len(loss.tokens)], confidence)
-    return Cell(loss.perplexity, loss.bits_per_byte, found.value, found.low, found.high)
+def _cell(loss: DomainLoss, change: Change, evaluate: EvaluateConfig) -> Cell:
+    interval = mean_change([change], evaluate)
+    return Cell(loss.perplexity, loss.bits_per_byte, interval.value, interval.low, interval.high)
 
 
 def _method(
-    run: MethodRun, nats: FloatArray, domains: Sequence[str], columns: list[int], finished: int, confidence: float
+    run: MethodRun, nats: FloatArray, domains: Sequence[str], finished: int, evaluate: EvaluateConfig
 ) -> MethodMatrix:
     base = {
-        name: BaseFigures(
-            loss.perplexity, loss.bits_per_byte, sum(loss.tokens), sum(loss.bytes or ()), len(loss.tokens)
-        )
+        name: BaseFigures(loss.perplexity, loss.bits_per_byte, sum(loss.tokens), sum(loss.bytes or ()), len(loss.nll))
         for name, loss in run.base.items()
     }
-    kept = [domains[column] for column in columns]
-    blocks = _blocks([run], kept)
+    columns = _measured(run, domains)
+    blocks = _blocks(run, columns)
     rows = []
     for index, stage in enumerate(run.stages):
         cells = {
-            domains[column]: _cell(stage.losses[domains[column]], nats[:, index, [column]], confidence)
-            for column in columns
-            if domains[column] in stage.losses
+            name: _cell(stage.losses[name], Change(name, blocks[column], nats[:, index, column]), evaluate)
+            for column, name in enumerate(columns)
+            if name in stage.losses
         }
         rows.append(MatrixRow(stage.domain, cells, index < finished))
-    learnt = [stage.domain for stage in run.stages[:finished]]
-    places = [kept.index(domain) for domain in learnt]
-
-    def summary(factor: float) -> dict[str, FloatArray | None]:
-        return _figures(stretched(nats, factor), domains, columns, learnt)
+    names = [stage.domain for stage in run.stages[:finished]]
+    trained = [columns.index(name) for name in names]
+    intervals = functools.partial(sum_intervals, blocks=blocks, confidence=evaluate.confidence)
+    summary = Summary(**intervals(lambda factor: summary_figures(stretched(nats, factor)[:, :finished], trained)))
 
     def at_stage(index: int, factor: float) -> dict[str, FloatArray | None]:
-        return stage_figures(stretched(nats[:, index, columns], factor), places, index)
+        return stage_figures(stretched(nats[:, index], factor), trained, index)
 
-    per_stage = tuple(
-        StageSummary(domain, **sum_intervals(functools.partial(at_stage, index), blocks, confidence))
-        for index, domain in enumerate(learnt)
+    per_stage = (
+        StageSummary(name, **intervals(functools.partial(at_stage, stage))) for stage, name in enumerate(names)
     )
-    return MethodMatrix(
-        run.label, dict(run.info), base, tuple(rows), Summary(**sum_intervals(summary, blocks, confidence)), per_stage
-    )
+    return MethodMatrix(run.label, dict(run.info), base, tuple(rows), summary, tuple(per_stage))
+
+
+def recomputed(folder: Path, matrix: Matrix, settings: EvaluateConfig) -> Matrix:
+    """Compute a run's matrix anew by today's statistics, from the stored losses of every block.
+
+    Returns the given matrix, with a warning, where a file of losses is missing, as when only matrix.json was kept.
+    `settings` are the resamples, confidence and seed of the run's plan.
+    """
+    run = Run(folder)
+    try:
+        return build_matrix([_stored_run(run, method) for method in matrix.methods], settings, planned=matrix.planned)
+    except FileNotFoundError as missing:
+        logger.warning("%s is not there: intervals stay as in %s", missing.filename, run.matrix)
+        return matrix
+
+
+def _stored_run(run: Run, method: MethodMatrix) -> MethodRun:
+    """Read every loss behind a method's matrix."""
+    read = functools.partial(read_stored, parse=DomainLoss.from_dict)
+    base = {name: read(run.base(str(method.info.get("numbers")), name)) for name in method.base}
+    stages = []
+    for index, row in enumerate(method.stages):
+        folder = run.stage(method.label, index, row.domain) / "evaluations"
+        stages.append(Stage(row.domain, {name: read(folder / f"{name}.json") for name in row.cells}))
+    return MethodRun(method.label, base, tuple(stages), dict(method.info))

@@ -1,14 +1,89 @@
-"""What matrix.json holds: the reported numbers as frozen data, written and read back without loss."""
+"""Losses as they were measured, and what matrix.json reports of them: frozen data, written and read without loss."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from gaintune.errors import RunDirectoryError
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from gaintune.errors import DataError, RunDirectoryError
+from gaintune.results.bootstrap import LARGEST_EXPONENT, percent
 
 FORMAT = 1
 Place = Literal["learning", "earlier", "later"]
+
+
+@dataclass(frozen=True)
+class DomainLoss:
+    """Loss of a model on a domain, block by block: sums of nats, scored tokens, UTF-8 bytes of those tokens.
+
+    Masked language models score single tokens of a text and have no bytes.
+    """
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+    bytes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        counts = [len(values) for values in (self.nll, self.tokens, self.bytes) if values is not None]
+        if not self.nll or len(set(counts)) > 1:
+            raise DataError(f"losses of {counts} blocks: need one of each")
+        if not all(map(math.isfinite, self.nll)):
+            raise DataError("a block has a loss that is not finite: the model or the block is damaged")
+        if min(self.tokens) < 1 or (self.bytes is not None and (min(self.bytes) < 0 or sum(self.bytes) < 1)):
+            raise DataError("every block needs at least one scored token, and the domain at least one byte")
+
+    @property
+    def nats_per_token(self) -> float:
+        return math.fsum(self.nll) / sum(self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats_per_token, LARGEST_EXPONENT))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Loss in bits for each UTF-8 byte, comparable between tokenizers, unlike perplexity."""
+        if self.bytes is None:
+            raise DataError("losses of masked tokens have no bytes: bits per byte are for running text")
+        return math.fsum(self.nll) / math.log(2.0) / sum(self.bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"nll": list(self.nll), "tokens": list(self.tokens), "bytes": list(self.bytes or ())}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> DomainLoss:
+        try:
+            nll, tokens, sizes = value["nll"], value["tokens"], value["bytes"]
+            return cls(tuple(map(float, nll)), tuple(map(int, tokens)), tuple(map(int, sizes)))
+        except (KeyError, TypeError) as error:
+            raise RunDirectoryError(f"not the losses of a domain ({error!r})") from error
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Losses after the training on one domain; domains not evaluated yet are left out."""
+
+    domain: str
+    losses: dict[str, DomainLoss]
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """Losses of a method: of the untouched base through the same code, then stage after stage."""
+
+    label: str
+    base: dict[str, DomainLoss]
+    stages: tuple[Stage, ...] = ()
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def change(base: DomainLoss, after: DomainLoss) -> float:
+    """Return the change of perplexity in %: 100 * (after / base - 1); exactly 0 for the base itself."""
+    return float(percent(np.asarray(after.nats_per_token - base.nats_per_token)))
 
 
 @dataclass(frozen=True)
@@ -43,7 +118,7 @@ class BaseFigures:
 
 @dataclass(frozen=True)
 class Cell:
-    """One domain after one stage; `change`, `low` and `high` in % of the base's perplexity."""
+    """A domain after a stage; `change`, `low` and `high` in % of the base's perplexity."""
 
     perplexity: float
     bits_per_byte: float
@@ -58,7 +133,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """All domains after one stage; not `finished` while some are not evaluated, and then in no summary."""
+    """All domains after a stage; not `finished`, and in no summary, while some are not evaluated."""
 
     domain: str
     cells: dict[str, Cell]
@@ -67,7 +142,7 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """The sequence in five figures, in %; None where there is nothing to average, such as earlier domains of one."""
+    """The sequence in five figures, in %; None where there is nothing to average, such as no earlier domain."""
 
     in_domain: Interval | None = None
     backward_transfer: Interval | None = None
@@ -78,7 +153,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """Right after one stage: the domain just learnt, and the means over earlier and later domains, in %."""
+    """Right after a stage: the domain just trained, and the means over earlier and later domains, in %."""
 
     domain: str
     in_domain: Interval | None
@@ -98,9 +173,9 @@ class MethodMatrix:
     per_stage: tuple[StageSummary, ...]
 
     def place(self, stage: int, domain: str) -> Place:
-        """Where a cell lies: on the diagonal ('learning'), below it ('earlier') or above it ('later')."""
-        learnt = [row.domain for row in self.stages[: stage + 1]]
-        return "learning" if domain == learnt[-1] else "earlier" if domain in learnt else "later"
+        """Return where a cell lies: on the diagonal ('learning'), below it ('earlier') or above it ('later')."""
+        trained = [row.domain for row in self.stages[: stage + 1]]
+        return "learning" if domain == trained[-1] else "earlier" if domain in trained else "later"
 
 
 @dataclass(frozen=True)
@@ -115,13 +190,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the intervals were made."""
+    """Settings of the bootstrap behind the intervals."""
 
     bootstrap_samples: int
     confidence: float
     seed: int
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Matrix:
     """All numbers of matrix.json; `partial` while a method has not finished every planned stage."""
@@ -135,7 +211,7 @@ class Matrix:
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `runs.write_json`."""
+        """Return plain values for `storage.write_json`."""
         return asdict(self)
 
     @classmethod
@@ -145,44 +221,16 @@ class Matrix:
         Raises:
             RunDirectoryError: the value is not a matrix, or of another format.
         """
-        found = value.get("format") if isinstance(value, dict) else None
-        if found != FORMAT:
-            raise RunDirectoryError(f"not a matrix of format {FORMAT} (found {found!r})")
+        format_ = value.get("format") if isinstance(value, dict) else None
+        if format_ != FORMAT:
+            raise RunDirectoryError(f"not a matrix of format {FORMAT} (found {format_!r})")
         try:
-            return cls(
-                domains=tuple(value["domains"]),
-                planned=tuple(value["planned"]),
-                methods=tuple(_read_method(method) for method in value["methods"]),
-                comparisons=tuple(
-                    Comparison(one["label"], one["against"], one["stages"], _read_summary(one["summary"]))
-                    for one in value["comparisons"]
-                ),
-                settings=Settings(**value["settings"]),
-                partial=value["partial"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RunDirectoryError(f"a matrix with a part missing or wrong ({error!r})") from error
-
-
-def _read_interval(value: dict[str, Any] | None) -> Interval | None:
-    return None if value is None else Interval(**value)
-
-
-def _read_summary(value: dict[str, Any]) -> Summary:
-    return Summary(**{name: _read_interval(figure) for name, figure in value.items()})
-
-
-def _read_method(value: dict[str, Any]) -> MethodMatrix:
-    rows = tuple(
-        MatrixRow(row["domain"], {name: Cell(**cell) for name, cell in row["cells"].items()}, row["finished"])
-        for row in value["stages"]
-    )
-    per_stage = (
-        StageSummary(row["domain"], *(_read_interval(row[name]) for name in ("in_domain", "earlier", "later")))
-        for row in value["per_stage"]
-    )
-    base = {name: BaseFigures(**figures) for name, figures in value["base"].items()}
-    if unknown := sorted({name for row in rows for name in row.cells} - set(base)):
-        raise KeyError(f"the base on {unknown[0]}")
-    summary = _read_summary(value["summary"])
-    return MethodMatrix(value["label"], dict(value["info"]), base, rows, summary, tuple(per_stage))
+            matrix = TypeAdapter(cls).validate_python(value)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            where = ".".join(map(str, wrong["loc"]))
+            raise RunDirectoryError(f"a matrix with a part missing or wrong ({where}: {wrong['msg']})") from error
+        for method in matrix.methods:
+            if unknown := sorted({name for row in method.stages for name in row.cells} - set(method.base)):
+                raise RunDirectoryError(f"a matrix with a part missing or wrong (the base on {unknown[0]})")
+        return matrix

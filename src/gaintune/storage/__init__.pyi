@@ -2,9 +2,9 @@ from .assets import ASSETS as ASSETS
 from .assets import cache_dir as cache_dir
 from .assets import fetch as fetch
 from .assets import status as status
-from .diff import differences as differences
 from .environment import describe_environment as describe_environment
 from .files import MANIFEST as MANIFEST
+from .files import as_yaml as as_yaml
 from .files import canonical_json as canonical_json
 from .files import complete_folder as complete_folder
 from .files import damage as damage
@@ -24,10 +24,10 @@ from .ownership import discard_whole as discard_whole
 from .ownership import strangers as strangers
 from .run import Run as Run
 from .run import close_run as close_run
+from .run import differences as differences
 from .run import first_process as first_process
 from .run import locked as locked
 from .run import open_run as open_run
 from .run import process_count as process_count
 from .run import read_stored as read_stored
-from .run import stage_folder as stage_folder
 from .run import take_folder as take_folder

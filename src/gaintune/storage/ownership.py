@@ -1,7 +1,7 @@
-"""What this program may delete or write over: folders it began, and in them the files under its own names.
+"""What this program may delete or replace: folders it began, and in them the files with its own names.
 
-A folder that is begun gets a marker, `run.json`, which says of which kind it is. A folder without one is taken only if
-it is empty, or if everything in it is what an earlier version wrote. Links are never followed and never ours.
+A new folder gets a marker, `run.json`, which names its kind. A folder without a marker is taken only if it is empty, or
+if an earlier version wrote everything in it. Links are never followed and never ours.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from gaintune.errors import RunDirectoryError
 MARKER = "run.json"
 LOCK = ".lock"
 MANIFEST = "manifest.json"
-UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{12}")  # on its way to its name when a process was killed
+UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{12}")  # not yet renamed when a process was killed
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of folder that this program begins and continues.
 
-    Attributes:
-        name: in the marker.
-        noun: in messages.
-        begun: what every folder of this kind holds that an earlier version began, which wrote no marker.
-        names: what such a folder may hold: paths with wildcards, `**` at the end for everything below.
+    `name` is in the marker and `noun` in messages. `names` are what such a folder may hold: paths with wildcards, with
+    `**` at the end for everything below. `begun` is what it always holds, also if an earlier version began it without a
+    marker.
     """
 
     name: str
@@ -43,7 +41,7 @@ class Kind:
 
     @property
     def marker(self) -> dict[str, Any]:
-        """What the marker says."""
+        """The content of the marker."""
         return {"format": 1, "kind": self.name, "program": "gaintune"}
 
 
@@ -51,26 +49,15 @@ CHECKPOINTS = "checkpoints/checkpoint-[0-9]*/**"
 SNAPSHOTS = "snapshots/step-[0-9]*/**"
 TAKING = (LOCK, MARKER, "plan.yaml", "environment.json", "inputs.json", "events.jsonl")
 SEQUENCE = Kind(
-    "sequence",
-    "run",
-    ("plan.yaml", "environment.json"),
-    (
+    "sequence", "run", ("plan.yaml", "environment.json"), (
         *TAKING, "matrix.json", "matrix.csv", "matrix.md", "report.html", "figures/*.png", "figures/*.svg",
         "base/*/*.json", "stages/*/*/training.json", "stages/*/*/metrics.json", "stages/*/*/evaluations/*.json",
         "stages/*/*/adapter/**", "stages/*/*/tensorboard/**", f"stages/*/*/{CHECKPOINTS}", f"stages/*/*/{SNAPSHOTS}",
     ),
 )  # fmt: skip
-ADAPTATION = Kind(
-    "adaptation",
-    "unfinished adaptation",
-    ("plan.yaml", "environment.json"),
-    (*TAKING, CHECKPOINTS, SNAPSHOTS),
-)
+ADAPTATION = Kind("adaptation", "unfinished adaptation", SEQUENCE.begun, (*TAKING, CHECKPOINTS, SNAPSHOTS))
 SWEEP = Kind(
-    "sweep",
-    "sweep",
-    ("grid.yaml", "outcomes"),
-    (
+    "sweep", "sweep", ("grid.yaml", "outcomes"), (
         LOCK, MARKER, "grid.yaml", "sweep.csv", "sweep.parquet", "cells.csv", "cells.parquet", "comparison.md",
         "comparison.json", "tradeoff.png", "tradeoff.svg", "runs.md", "outcomes/*.json", "base/*.json", "base/.*.lock",
         *(f"runs/{'[0-9a-f]' * 16}/{name}" for name in SEQUENCE.names),
@@ -82,10 +69,10 @@ KINDS = (SEQUENCE, ADAPTATION, SWEEP)
 def kind_of(folder: Path) -> Kind | None:
     """Return the kind of folder that a marker says this is; None without a marker of ours."""
     try:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return next((kind for kind in KINDS if kind.marker == found), None)
+    return next((kind for kind in KINDS if kind.marker == marker), None)
 
 
 def check_folder(folder: Path, kind: Kind) -> None:
@@ -103,13 +90,11 @@ def check_folder(folder: Path, kind: Kind) -> None:
         raise RunDirectoryError(f"{folder} is a {marked.noun}, not a {kind.noun}: name another folder")
     if marked is not None or not _holds_more_than_a_lock(folder):
         return
-    for name in kind.begun:
-        if not (folder / name).exists():
-            raise RunDirectoryError(
-                f"{folder} is not empty and has no {name}, so it is not a {kind.noun}; name another folder"
-            )
-    stranger = MARKER if (folder / MARKER).exists() else next(strangers(folder, kind.names), None)
-    if stranger is not None:
+    if missing := [name for name in kind.begun if not (folder / name).exists()]:
+        raise RunDirectoryError(
+            f"{folder} is not empty and has no {missing[0]}, so it is not a {kind.noun}; name another folder"
+        )
+    if stranger := MARKER if (folder / MARKER).exists() else next(strangers(folder, kind.names), None):
         raise RunDirectoryError(
             f"{folder} is not a {kind.noun}: it holds {stranger}, which no {kind.noun} wrote; name another folder"
         )
@@ -133,19 +118,16 @@ def check_replaceable(folder: Path, *, ours: bool = False) -> None:
             f"{folder} is there already, and no {MANIFEST} says that it was written by this program; delete it if it "
             "is no longer wanted"
         )
-    stranger = None if listed is None else next(strangers(folder, listed), None)
-    if stranger is not None:
+    if stranger := None if listed is None else next(strangers(folder, listed), None):
         raise RunDirectoryError(
             f"{folder} would be replaced, but holds {stranger}, which its {MANIFEST} does not list: move it elsewhere"
         )
 
 
 def discard_whole(folder: Path, *, ours: bool = False) -> None:
-    """Delete a folder that was written whole, if it is there; an empty one too. Raises as `check_replaceable` does.
+    """Delete a folder that was written whole, or is empty, if it is there; raises as `check_replaceable` does.
 
-    Args:
-        folder: the folder.
-        ours: it lies where only this program writes, such as its cache, and goes even if its manifest is broken.
+    Where only this program writes (`ours`), such as in its cache, a folder with a broken manifest is deleted, too.
     """
     check_replaceable(folder, ours=ours)
     if folder.exists():
@@ -157,10 +139,10 @@ def discard_whole(folder: Path, *, ours: bool = False) -> None:
 def discard(folder: Path, names: Iterable[str], *, last: str = "") -> None:
     """Delete what has one of the names in a folder, and folders in it that are empty then; all else stays.
 
-    The file `last`, by which a folder is known for ours, goes after the others: a stop in between leaves it so.
+    The file `last`, which marks the folder as ours, is deleted after the others, so that a stop in between leaves it.
     """
     own = [Path(entry.path) for entry, _, matches in _entries(folder, names) if matches]
-    own.reverse()  # those below before those above
+    own.reverse()  # lower entries before upper ones
     own.sort(key=lambda path: path == folder / last)
     for path in own:
         if not path.is_dir():
@@ -177,14 +159,14 @@ def strangers(folder: Path, names: Iterable[str]) -> Iterator[str]:
 def _entries(folder: Path, names: Iterable[str]) -> Iterator[tuple[os.DirEntry[str], str, bool]]:
     """Walk a folder level by level: each entry, its path in the folder, and whether it has one of the names.
 
-    Only folders that have one are walked into.
+    Only folders with a matching name are entered.
     """
     split = [name.split("/") for name in names]
     waiting: deque[tuple[str, tuple[str, ...]]] = deque([(str(folder), ())])
     while waiting:
-        place, above = waiting.popleft()
-        with os.scandir(place) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        path, above = waiting.popleft()
+        with os.scandir(path) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
         for entry in entries:
             parts = (*above, entry.name)
             matches = any(_matches(entry, parts, name) for name in split)
@@ -194,26 +176,31 @@ def _entries(folder: Path, names: Iterable[str]) -> Iterator[tuple[os.DirEntry[s
 
 
 def _matches(entry: os.DirEntry[str], parts: tuple[str, ...], name: list[str]) -> bool:
-    """Whether an entry has this name, or is a folder on the way to it; a link never."""
+    """Tell whether an entry has this name, or is a folder on the way to it; a link never is."""
     deep, whole = name[-1] == "**", len(parts) >= len(name)
     if len(parts) > len(name) and not deep:
         return False
-    plain = (found[1] if (found := UNFINISHED.fullmatch(part)) else part for part in parts)
-    if not all(map(fnmatchcase, plain, name)):
+    if not all(map(fnmatchcase, map(_finished, parts), name)):
         return False
     if whole and entry.is_file(follow_symlinks=False):
         return True
     return (deep or not whole) and entry.is_dir(follow_symlinks=False)
 
 
+def _finished(name: str) -> str:
+    """Return the name that an entry was to get, if it is not finished."""
+    return unfinished[1] if (unfinished := UNFINISHED.fullmatch(name)) else name
+
+
 def _holds_more_than_a_lock(folder: Path) -> bool:
-    """Whether a folder is more than what a process leaves that is killed between taking it and marking it."""
-    for entry in folder.iterdir():
-        begun = (found := UNFINISHED.fullmatch(entry.name)) is not None and found[1] == MARKER
-        empty = entry.name == LOCK and not entry.is_symlink() and entry.is_file() and entry.stat().st_size == 0
-        if not begun and not empty:
-            return True
-    return False
+    """Tell whether a folder holds more than a process leaves that is killed between taking it and marking it."""
+
+    def is_of_taking(entry: Path) -> bool:
+        if entry.name == LOCK:
+            return not entry.is_symlink() and entry.is_file() and entry.stat().st_size == 0
+        return entry.name != MARKER and _finished(entry.name) == MARKER
+
+    return not all(map(is_of_taking, folder.iterdir()))
 
 
 def _listed(folder: Path) -> list[str] | None:

@@ -1,6 +1,7 @@
-"""One adaptation on `transformers.Trainer`: its loop, its checkpoints and the snapshots kept on the way.
+"""One adaptation on `transformers.Trainer`: its loop, its checkpoints and the snapshots kept during training.
 
-May import `methods`, `adapters`, `data`, `models` and what lies below.
+May import `methods`, `adapters`, `data`, `models` and what lies below; `workflows`, `analysis` and the packages above
+may import it. A method or penalty acts on updates through a `TrainingRule` of `methods`, not through code here.
 """
 
 import lazy_loader

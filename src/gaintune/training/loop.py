@@ -1,4 +1,4 @@
-"""One adaptation on `transformers.Trainer`: our loss and parameter groups, its loop, checkpoints and trackers."""
+"""One adaptation on `transformers.Trainer`: loss, parameter groups, checkpoints, trackers and snapshots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,18 +21,23 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
+from gaintune.adapters import AdapterRecord, save_adapter
 from gaintune.config import TrainConfig
-from gaintune.errors import ConfigError, DivergedError, TrainingError, one_line
+from gaintune.errors import AdapterError, ConfigError, DivergedError, TrainingError, one_line
 from gaintune.methods import PreparedMethod, Rows, StageData, StagePosition, TrainingRule, rules_of
 from gaintune.models import NextTokenLoss, Objective, require_rows
 from gaintune.progress import Advance, Progress, Silent
-from gaintune.storage import damage, first_process, write_manifest
-from gaintune.training.snapshots import KeepSnapshots, Snapshots
+from gaintune.storage import check_replaceable, damage, discard_whole, first_process, write_manifest
 from gaintune.tuners import AdapterOptimizerMixin
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+STEP = re.compile(r"step-(\d+)")
 
 
 def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> float:
-    """Share of the peak rate at update `step` (from 0). The warm-up's first update already moves: 1 / (warmup + 1)."""
+    """Return the share of the peak rate at update `step` (from 0); warm-up begins at 1 / (warmup + 1)."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if not cosine:
@@ -41,7 +46,7 @@ def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> floa
 
 
 class RowTrainer(AdapterOptimizerMixin, Trainer):
-    """`Trainer` with our loss and groups, update rules before clipping, and a stop before a non-finite update."""
+    """`Trainer` with an `Objective`, parameter groups, rules before clipping, and a stop before a non-finite update."""
 
     def __init__(
         self,
@@ -56,7 +61,7 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
         self._plan = plan
         self._rules = rules
         self.rate_multipliers = rate_multipliers
-        self._minimised: Objective = objective or NextTokenLoss(self.accelerator.unwrap_model(self.model))
+        self._objective: Objective = objective or NextTokenLoss(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the loss is a sum divided by the items of the whole update
 
     def compute_loss(
@@ -66,18 +71,17 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        total = self._minimised.sum(model, inputs)
+        total = self._objective.sum(model, inputs)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             total = total * self.accelerator.num_processes
-        scored = self._minimised.scored(inputs) if num_items_in_batch is None else num_items_in_batch
-        loss = total / scored
+        loss = total / (self._objective.scored(inputs) if num_items_in_batch is None else num_items_in_batch)
         self._require_finite(loss, "loss")
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         if not batch_samples:
             return None
-        items = torch.stack([self._minimised.scored(batch) for batch in batch_samples]).sum().to(device)
+        items = torch.stack([self._objective.scored(batch) for batch in batch_samples]).sum().to(device)
         if not self.args.average_tokens_across_devices:
             return items
         return cast(torch.Tensor, self.accelerator.gather(items)).sum()
@@ -131,40 +135,96 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
             write_manifest(folder)
 
 
-class Watch(TrainerCallback):
-    """Tells a progress bar of every update."""
+@dataclass(eq=False)
+class StageCallback(TrainerCallback):
+    """Progress after each log, rules after each update, and snapshots where the process writes them."""
 
-    def __init__(self, advance: Advance, tokens_per_step: float) -> None:
-        self._advance = advance
-        self._tokens = tokens_per_step
+    model: nn.Module
+    rules: Sequence[TrainingRule]
+    snapshots: Snapshots | None
+    advance: Advance
+    tokens_per_step: float
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for entry in self.snapshots.folder.glob("step-*") if self.snapshots else ():
+            if _step(entry) > state.global_step:  # a copy of a later update, which is computed again
+                discard_whole(entry)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for rule in self.rules:
+            rule.after_update(self.model, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept, step, steps = self.snapshots, state.global_step, state.max_steps
+        if kept and (step % kept.every == 0 or step == steps):
+            settings = {**kept.record.settings, "snapshot": {"step": step, "steps": steps}}
+            save_adapter(self.model, kept.folder / f"step-{step:06d}", replace(kept.record, settings=settings))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self._advance(self._tokens, loss=logs["loss"])
+            self.advance(self.tokens_per_step, loss=logs["loss"])
 
 
-class AfterUpdate(TrainerCallback):
-    """Calls the rules once the weights have moved."""
+@dataclass(frozen=True)
+class Snapshots:
+    """Schedule of copies of an adapter during training: `every` so many updates, and after the last one.
 
-    def __init__(self, model: nn.Module, rules: Sequence[TrainingRule]) -> None:
-        self._model = model
-        self._rules = rules
+    They are `folder/step-000050` and so on. A copy has the finished adapter's `record`, and says in
+    `settings["snapshot"]` after how many updates it was made.
+    """
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for rule in self._rules:
-            rule.after_update(self._model, state.global_step)
+    folder: Path
+    every: int
+    record: AdapterRecord
 
 
-logger = logging.getLogger(__name__)
+def check_snapshots(unfinished: Path, finished: Path) -> None:
+    """Refuse to put copies of one adapter beside those of another, or beside anything else.
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+    The copies are in `unfinished` during training, and move to `finished` just before their adapter is written. Raises
+    ConfigError, AdapterError or RunDirectoryError where `finished` holds what no run of this adapter wrote.
+    """
+    if finished.exists() and (unfinished.exists() or not unfinished.parent.exists()):
+        raise ConfigError(f"{finished} exists already, from an adapter that is gone; delete it, or name another folder")
+    for entry in finished.glob("*"):  # from a run that stopped after the move, which takes them back when it continues
+        _step(entry)
+        check_replaceable(entry)
+
+
+def snapshots_of(adapter: str | Path) -> dict[int, Path]:
+    """Find the copies kept of an adapter, by the number of updates after which each was made.
+
+    `adapter` is its folder (of `gaintune adapt`, or of a stage of a run), or the folder of the copies. AdapterError if
+    there is no such folder, or if no copies were kept.
+    """
+    adapter = Path(adapter)
+    if not adapter.is_dir():
+        raise AdapterError(f"{adapter}: no such adapter folder")
+    folders = [adapter, adapter.with_name(f"{adapter.name}.snapshots")]
+    if adapter.name == "adapter":
+        folders.append(adapter.with_name("snapshots"))
+    for folder in folders:
+        if copies := {_step(entry): entry for entry in folder.glob("step-*") if entry.is_dir()}:
+            return dict(sorted(copies.items()))
+    raise AdapterError(
+        f"{adapter}: no snapshots of it were kept; adapt with --set train.snapshot_steps=N, and it keeps one every N "
+        f"updates in {folders[-1].name}"
+    )
+
+
+def _step(entry: Path) -> int:
+    """Read the number of updates from a copy's name, such as 50 from step-000050."""
+    name = STEP.fullmatch(entry.name)
+    if name is None:
+        raise AdapterError(f"{entry}: not a snapshot's name, such as step-000050; move it elsewhere")
+    return int(name[1])
 
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """What one adaptation did: updates, tokens seen, loss of every update (nats per token), and its pace this time.
+    """Outcome of one adaptation: updates, tokens seen, loss of every update (nats per token), and pace.
 
-    `rules` are those that have something to keep with the adapter.
+    `seconds` and `tokens_per_second` are of this process; `rules` may have something to keep with the adapter.
     """
 
     steps: int
@@ -175,33 +235,29 @@ class TrainedStage:
     rules: tuple[TrainingRule, ...] = ()
 
     def keep(self, folder: Path) -> None:
-        """Write what the next adaptation needs; given to `save_adapter`."""
+        """Write what the next adaptation needs; passed to `save_adapter`."""
         for rule in self.rules:
             rule.keep(folder)
 
 
 def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
-    """How many updates an adaptation on so many rows takes."""
+    """Count the updates of an adaptation on so many rows."""
     return math.ceil(rows / (plan.batch_size * plan.gradient_accumulation * processes)) * plan.epochs
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the latest whole checkpoint in a folder; the others are deleted, and one warning says why.
+    """Return the latest complete checkpoint in a folder; delete damaged ones, with one warning that says why.
 
     Of several processes on one run, the first warns and deletes.
     """
-    found = sorted(
-        (int(name[1]), entry)
-        for entry in folder.glob("*")
-        if (name := CHECKPOINT.fullmatch(entry.name)) and entry.is_dir()
-    )
-    problems = {checkpoint: damage(checkpoint) for _, checkpoint in found}
+    names = ((CHECKPOINT.fullmatch(entry.name), entry) for entry in folder.glob("*") if entry.is_dir())
+    problems = {entry: damage(entry) for _, entry in sorted((int(name[1]), entry) for name, entry in names if name)}
     newest = next((checkpoint for checkpoint in reversed(problems) if problems[checkpoint] is None), None)
     broken = {checkpoint: problem for checkpoint, problem in problems.items() if problem is not None}
     if broken and first_process():
-        goes_on = f"training continues from {newest.name}" if newest else "training starts again"
-        logger.warning("%s; it is deleted, and %s", "; ".join(broken.values()), goes_on)
-        for checkpoint in broken:  # left there, it would count as one of the newest two, which are kept
+        next_step = f"training continues from {newest.name}" if newest else "training starts again"
+        logger.warning("%s; it is deleted, and %s", "; ".join(broken.values()), next_step)
+        for checkpoint in broken:  # else it would count as one of the newest two, which are kept
             shutil.rmtree(checkpoint)
     return newest
 
@@ -223,23 +279,21 @@ def train_stage(
     title: str = "training",
     progress: Progress | None = None,
 ) -> TrainedStage:
-    """Train what requires a gradient by a method's rates, rules and penalty, from a checkpoint if there is one.
+    """Train the parameters that require a gradient, from the newest checkpoint if there is one.
 
     Args:
         model: a model that `attach` made or `load_adapter` opened for training.
-        method: its method.
-        rows: what to train on, replayed rows among them; `Examples` for a causal language model.
+        method: its method, which gives rates, rules and penalty.
+        rows: training rows, with replayed rows among them; `Examples` for a causal language model.
         plan: optimizer, schedule, batch and seed (of the order of rows and of dropout).
-        position: where this adaptation stands among those before and after it.
+        position: position of this adaptation in its sequence.
         checkpoints: folder for checkpoints inside this adaptation.
-        own_rows: the domain's own rows, which EWC's information is about; `rows` unless given.
-        objective: the loss; next-token loss of a causal language model unless given.
-        collate: rows to a batch; rows of one length are stacked unless given.
+        own_rows: the domain's own rows, from which EWC computes its information; default: `rows`.
+        objective: the loss; default: next-token loss of a causal language model.
+        collate: function from rows to a batch; default: stack rows of one length.
         head_rates: factors on the rate for the parts of a new head, beside the method's own.
-        snapshots: which copies of the adapter to keep on the way; none unless given.
-        logs: folder for TensorBoard's logs; beside the checkpoints unless given.
-        title: what a progress bar says.
-        progress: where to show it.
+        snapshots: which copies of the adapter to keep during training.
+        logs: folder for TensorBoard's logs; default: beside the checkpoints.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, before it reaches the weights.
@@ -252,16 +306,13 @@ def train_stage(
     require_rows(model, len(first["input_ids"]), packed="position_ids" in first)
     if plan.gradient_checkpointing:
         base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
-        if hasattr(base, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+        new_name = hasattr(base, "activation_checkpointing_enable")  # from transformers 5.20 on
+        enable = base.activation_checkpointing_enable if new_name else base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     shown, mixed = progress or Silent(), method.precision.mixed
     rules = rules_of(method, position, seed=plan.seed)
     device = next(model.parameters()).device
-    arguments = _arguments(plan, lr=method.lr, folder=checkpoints, device=device, mixed_precision=mixed)
-    trackers = _trackers(plan.trackers, logs or checkpoints.parent / "tensorboard")
-    kept = [KeepSnapshots(model, snapshots)] if snapshots else []
+    arguments = _arguments(plan, method.lr, checkpoints, device, mixed)
     trainer = RowTrainer(
         plan=plan,
         objective=objective,
@@ -271,7 +322,7 @@ def train_stage(
         args=arguments,
         train_dataset=cast(Dataset, rows),
         data_collator=collate,
-        callbacks=[*trackers, AfterUpdate(model, rules), *kept],
+        callbacks=_trackers(plan.trackers, logs or checkpoints.parent / "tensorboard"),
     )
     trainer.remove_callback(PrinterCallback)
     steps = count_updates(len(rows), plan, arguments.world_size)
@@ -283,7 +334,8 @@ def train_stage(
         if resume:
             rule.load(resume)
     with shown.task(title, max(total - done, 0), "tokens") as advance:
-        trainer.add_callback(Watch(advance, total / steps))
+        kept = snapshots if first_process() else None
+        trainer.add_callback(StageCallback(model, rules, kept, advance, total / steps))
         start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -295,11 +347,10 @@ def train_stage(
         except RuntimeError as error:
             if "without overflow" not in str(error):  # torch's words where a step does not fit into the weights' dtype
                 raise
-            raise DivergedError(
-                f"the learning rate, {method.lr:g}, is too large for the weights' numbers; lower it"
-            ) from None
+            message = f"the learning rate, {method.lr:g}, is too large for the weights' numbers; lower it"
+            raise DivergedError(message) from None
         seconds = time.perf_counter() - start
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward stays under autocast otherwise
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward stays under autocast
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     if rules:
         loss = objective or NextTokenLoss(model)
@@ -311,31 +362,26 @@ def train_stage(
 
 
 def _trackers(names: Sequence[str], logs: Path) -> list[TrainerCallback]:
-    """Callbacks of the trackers named; TensorBoard writes into `logs`."""
+    """Return the named trackers' callbacks; TensorBoard writes into `logs`."""
     callbacks: list[TrainerCallback] = []
     for name in names:
         try:
             (callback,) = get_reporting_integration_callbacks([name])
+            options = {}
             if name == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                callbacks.append(callback(tb_writer=SummaryWriter(str(logs))))
-            else:
-                callbacks.append(callback())
+                options["tb_writer"] = SummaryWriter(str(logs))
+            callbacks.append(callback(**options))
         except (ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"train.trackers: {name!r} cannot be used ({one_line(error)})") from None
     return callbacks
 
 
 def _arguments(
-    plan: TrainConfig,
-    *,
-    lr: float,
-    folder: Path,
-    device: torch.device,
-    mixed_precision: torch.dtype | None,
+    plan: TrainConfig, lr: float, folder: Path, device: torch.device, mixed_precision: torch.dtype | None
 ) -> TrainingArguments:
-    """The plan in the words of `transformers`."""
+    """Translate a plan into `transformers` settings."""
     settings: Mapping[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": plan.batch_size,
@@ -354,7 +400,7 @@ def _arguments(
         "save_strategy": "steps",
         "save_steps": plan.checkpoint_steps,
         "save_total_limit": 2,
-        "report_to": "none",  # trackers are handed over as callbacks
+        "report_to": "none",  # trackers are passed as callbacks
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "use_cpu": device.type == "cpu",
@@ -366,5 +412,5 @@ def _arguments(
     if arguments.device.type == "cuda":
         if arguments.world_size == 1 and device != arguments.device:
             raise ConfigError(f"training runs on the first visible device: set CUDA_VISIBLE_DEVICES, not {device}")
-        arguments._n_gpu = 1  # several devices are for `accelerate launch`; never replicas in threads
+        arguments._n_gpu = 1  # no replicas in threads; `accelerate launch` uses several devices
     return arguments

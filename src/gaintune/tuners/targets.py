@@ -76,7 +76,7 @@ def _refuse_nested(matched: dict[str, nn.Module]) -> None:
 
 
 def _refuse_shared(matched: dict[str, nn.Module], model: nn.Module) -> None:
-    """A module that hangs in two places is replaced in the first only."""
+    """Refuse a module that hangs in two places: PEFT replaces it in the first only."""
     names = {id(module): name for name, module in matched.items()}
     places: dict[int, set[tuple[int, str]]] = {}
     for parent in model.modules():

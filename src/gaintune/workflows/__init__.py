@@ -1,6 +1,7 @@
-"""What a user starts: adapt, classify, run a sequence, merge; `sweep` runs many sequences.
+"""Work that a user starts: adapt to text or labels, run a sequence, merge; `sweep` runs many sequences.
 
-May import everything but `recipes` and `cli`.
+A workflow is one function that takes a plan and a folder; a new one is a module here, a name in `__init__.pyi` and a
+command in `cli`. May import everything but `analysis`, `recipes` and `cli`, which may import it.
 """
 
 import lazy_loader

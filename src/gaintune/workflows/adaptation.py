@@ -1,38 +1,79 @@
-"""One adaptation from start to finish: base, domain, method, training, a look at the result, the adapter on disk."""
+"""One adaptation from start to finish: base, domain, method, training, measurement, and the adapter on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import os
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar, cast
 
-import torch
+from peft import PeftModel
+from torch import nn
 
-from gaintune.config import Plan, read_plan
-from gaintune.data import load_domain, with_replay
-from gaintune.evaluate import measure_domain
-from gaintune.models import load_base
-from gaintune.progress import Progress
+from gaintune import adapters, methods
+from gaintune.config import MethodConfig, Plan, read_plan
+from gaintune.data import ClassifyDomain, DomainBlocks, Padding, load_classification, load_domain, with_replay
+from gaintune.errors import ConfigError
+from gaintune.evaluate import LabelLoss, Scores, measure_domain, predict, score
+from gaintune.models import Base, load_base, load_classifier, load_tokenizer, reads_segments, resolve_device
+from gaintune.progress import Progress, Silent, plural
 from gaintune.results import DomainLoss, change
-from gaintune.workflows.classification import ClassifierResult, adapt_classifier
-from gaintune.workflows.job import AdaptationJob, Result, warn_of_other_text
+from gaintune.storage import ADAPTATION, Run, close_run, describe_environment, open_run, sha256_file
+from gaintune.training import Snapshots, check_snapshots, train_stage
+from gaintune.workflows.sequence import describe_inputs
 
 logger = logging.getLogger(__name__)
+
+HIGHEST_HEAD_LR = 1e-3  # of a new head without a rate in the plan: gains bear ten times what a random matrix does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Outcome of one adaptation: the adapter's folder, how many numbers were trained, and `steps`, the updates.
+
+    `tokens` are the training tokens seen, those of blocks with prompts and padding; times are of this process.
+    """
+
+    adapter: Path
+    trainable_parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptResult(Result):
-    """What one adaptation to text or instructions did; see `Result`.
+    """Outcome of one adaptation to text or instructions; see `Result`.
 
     Attributes:
-        before: loss of the model it started from, on the domain's validation text.
+        before: loss of the model that training started from, on the domain's validation text.
         after: loss of the adapted model on the same text.
     """
 
     before: DomainLoss
     after: DomainLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierResult(Result):
+    """Outcome of one adaptation to labelled rows; see `Result`. The numbers trained include the head's.
+
+    Attributes:
+        labels: name of each class, in the order of the logits.
+        scores: how well the domain's validation rows are classified. (The base has no score: its head is random.
+            `scores.majority` is the score of always giving the most frequent label.)
+    """
+
+    labels: tuple[str, ...]
+    scores: Scores
+
+
+R = TypeVar("R", bound=Result)
 
 
 def adapt(
@@ -45,60 +86,321 @@ def adapt(
 ) -> AdaptResult | ClassifierResult:
     """Adapt the plan's base to its domain with its one method, and save the adapter.
 
-    Where the plan's task is classify, this is `gaintune.workflows.classification.adapt_classifier`.
-
-    A plan of one domain; with replay, of the earlier domains whose rows are mixed in, and the new one last. Stopped and
-    started again with the same plan, it continues from its last checkpoint, kept in `OUT.unfinished`.
+    A plan has one domain; with replay, also the earlier domains whose rows are mixed in, and the new one last. Where
+    its task is classify, rows have labels, and a new head trains beside the adapter. The base stays frozen unless the
+    method trains it. Stopped and started again with the same plan, the training continues from its last checkpoint,
+    kept in `OUT.unfinished`.
 
     Args:
         plan: a `Plan`, nested values such as `{"data": {"domains": ["law"]}, "methods": ["gain-ffn"]}`, or a YAML file.
+            The base of a classifier is FacebookAI/roberta-base unless the plan names one.
         out: folder for the adapter; must not exist.
-        start: an adapter to carry on from, such as the previous domain's; a new one unless given.
-        allow_other_base: carry on even if `start` was trained on another base.
-        progress: where to show progress; nowhere unless given.
+        start: an adapter to continue, such as the previous domain's, or a classifier of the same labels; default: a new
+            adapter (and head).
+        allow_other_base: continue even if `start` was trained on another base.
+        progress: progress display.
 
     Raises:
         GaintuneError: bad input, or training that had to stop; see each subclass.
     """
-    settled = read_plan(plan)
-    if settled.classifies:
-        return adapt_classifier(settled, out, start=start, allow_other_base=allow_other_base, progress=progress)
-    job = AdaptationJob.of_plan(settled, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
+    plan = read_plan(plan)
+    job = AdaptationJob.of_plan(plan, Path(out), start=start, allow_other_base=allow_other_base, progress=progress)
     with job.run() as run:
-        base = load_base(settled.model, dtype=job.method.precision.load)
-        *earlier, domain = [load_domain(each, settled.data, base.tokenizer) for each in settled.data.domains]
-        warn_of_other_text(job.start, job.previous, earlier)
-        job.check_inputs(run, base.fingerprint, [*earlier, domain])
-
-        def look(model: torch.nn.Module, when: str, base: str | None = None) -> DomainLoss:
-            return measure_domain(
-                model,
-                domain,
-                batch_size=settled.evaluate.batch_size,
-                mixed_precision=job.method.precision.mixed,
-                title=f"measuring {domain.name} {when}",
-                base=base,
-                progress=job.progress,
-            )
-
-        model = job.model(base)
-        before = look(model, "before", base=None if job.start else settled.model.name)
-        replay, seed = job.method.config.replay, settled.train.seed
-        rows = with_replay(domain.train, [each.train for each in earlier], replay, seed)
-        record = job.record(base, domain, settings=domain.settings)
-        trained = job.train(run, model, rows, domain, record, own_rows=domain.train)
-        after = look(model, "after")
-        if run.writes:
-            _warn_of_worse(domain.name, before, after, job.method.lr)
-        job.save(run, model, trained, record)
-    return job.result(AdaptResult, model, trained, before=before, after=after)
+        return _adapt_to_labels(job, run) if plan.classifies else _adapt_to_text(job, run)
 
 
-def _warn_of_worse(domain: str, before: DomainLoss, after: DomainLoss, lr: float) -> None:
-    """Say it where a domain was unlearnt; the adapter is saved all the same, for whoever wants to look at it."""
-    if after.nats_per_token > before.nats_per_token:
+def adapt_classifier(
+    plan: Plan | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    allow_other_base: bool = False,
+    progress: Progress | None = None,
+) -> ClassifierResult:
+    """Adapt the plan's base to its one domain of labelled rows, and save adapter and head.
+
+    It is `adapt` for a plan whose task is classify, such as `{"data": {"task": "classify", "domains": ["mrpc"]}}`, with
+    the same arguments. A plan of another task is a ConfigError.
+    """
+    plan = read_plan(plan)
+    if not plan.classifies:
+        raise ConfigError("adapt_classifier trains on labels: set data.task=classify")
+    result = adapt(plan, out, start=start, allow_other_base=allow_other_base, progress=progress)
+    return cast(ClassifierResult, result)
+
+
+def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
+    plan = job.plan
+    base = load_base(plan.model, dtype=job.method.precision.load)
+    *earlier, domain = [load_domain(config, plan.data, base.tokenizer) for config in plan.data.domains]
+    for other in earlier:  # budgets and cut are in the hash too, and may well have changed: no error
+        if job.previous is not None and other.content_hash != job.previous.content_hashes.get(other.name):
+            logger.warning(
+                "replay: %s is not the text that %s was trained on: another text, or other budgets, blocks or seed "
+                "(data.*). Its rows are replayed as they are now",
+                other.name, job.start,
+            )  # fmt: skip
+    job.check_inputs(run, base.fingerprint, [*earlier, domain])
+
+    def measure(when: str, name: str | None = None) -> DomainLoss:
+        return measure_domain(model, domain, title=f"measuring {domain.name} {when}", base=name, **job.measuring)
+
+    model = job.model(base)
+    before = measure("before", None if job.start else plan.model.name)
+    rows = with_replay(domain.train, [other.train for other in earlier], job.method.config.replay, plan.train.seed)
+    result = job.train(
+        run, AdaptResult, model, base, domain, rows,
+        lambda: {"before": before, "after": measure("after")},
+        settings=domain.settings, own_rows=domain.train,
+    )  # fmt: skip
+    after = result.after
+    if run.writes and after.nats_per_token > before.nats_per_token:
         logger.warning(
-            "%s got worse by learning it: its validation perplexity went from %.2f to %.2f (%+.1f %%). The learning "
-            "rate, %g, may be too high: try a lower one (--lr, train.lr). The adapter is saved all the same",
-            domain, before.perplexity, after.perplexity, change(before, after), lr,
+            "%s got worse in training: its validation perplexity went from %.2f to %.2f (%+.1f %%). The learning rate, "
+            "%g, may be too high: try a lower one (--lr, train.lr). The adapter is saved all the same",
+            domain.name, before.perplexity, after.perplexity, change(before, after), job.method.lr,
         )  # fmt: skip
+    return result
+
+
+def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
+    plan, rate = job.plan, job.method.lr
+    tokenizer, segments = load_tokenizer(plan.model), reads_segments(plan.model)
+    domain = load_classification(plan.data.domains[0], plan.classify, tokenizer, seed=plan.data.seed, segments=segments)
+    if job.previous is not None and job.previous.labels != domain.labels:
+        raise ConfigError(
+            f"{job.start} has the labels {', '.join(job.previous.labels)}, domain {domain.name!r} has the labels "
+            f"{', '.join(domain.labels)}"
+        )
+    base = load_classifier(plan.model, domain.labels, seed=plan.train.seed, dtype=job.method.precision.load)
+    base.check_length(plan.classify.max_length)
+    job.check_inputs(run, base.fingerprint, [domain])
+    model = job.model(base, task_type="SEQ_CLS", head=base.head)
+    head_lr = plan.classify.head_lr or min(rate, HIGHEST_HEAD_LR)
+    padding = Padding(base.padding)
+
+    def measure() -> dict[str, Any]:
+        predictions = predict(model, domain, padding, title=f"measuring {domain.name} after", **job.measuring)
+        return {"labels": domain.labels, "scores": score(predictions, plan.evaluate)}
+
+    return job.train(
+        run, ClassifierResult, model, base, domain, domain.train, measure,
+        labels=domain.labels,
+        settings={"classify": {**plan.classify.model_dump(mode="json"), "head_lr": head_lr}},
+        objective=LabelLoss(model), collate=padding, head_rates={f"{name}.": head_lr / rate for name in base.head},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdaptationJob:
+    """One adaptation with a plan's one method, which `of_plan` checks as far as possible without loading.
+
+    `method` has the options of `start`, the adapter to continue; `previous` is its record, None also if PEFT wrote it.
+    """
+
+    plan: Plan
+    method: methods.PreparedMethod
+    out: Path
+    start: Path | None
+    previous: adapters.AdapterRecord | None
+    environment: dict[str, Any]
+    allow_other_base: bool
+    progress: Progress
+
+    @classmethod
+    def of_plan(
+        cls, plan: Plan, out: Path, *, start: str | Path | None, allow_other_base: bool, progress: Progress | None
+    ) -> Self:
+        """Check everything that files and settings alone show to be wrong; ConfigError or AdapterError."""
+        _require_one_of_each(plan)
+        config, previous = plan.methods[0], None
+        if plan.classifies and config.replay:
+            raise ConfigError("replay is for text and instructions; a classifier has one domain's rows, leave it out")
+        if os.path.lexists(out):  # also a link to nothing
+            raise ConfigError(f"{out} exists already; name another folder, or delete it if it is no longer wanted")
+        methods.check_method(config)
+        if start is not None:
+            start = Path(start)
+            previous, config = resumed_method(start, plan, allow_other_base=allow_other_base)
+            if plan.classifies and not (previous and previous.labels):
+                raise ConfigError(f"{start} is no classifier of ours; leave start out for a new adapter and head")
+        _check_replay(plan, start, previous)
+        method = methods.prepare_method(config, plan.model, plan.train)
+        methods.rules_of(method, methods.StagePosition(previous=start), seed=plan.train.seed)  # for its errors
+        environment = describe_environment(resolve_device(plan.model.device))
+        job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
+        check_snapshots(*job._copies)
+        return job
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[Run]:
+        """Open the directory of unfinished work; it is gone if the block ends well, or failed before any training."""
+        plan, cpu = self.plan.model_dump(mode="json"), resolve_device(self.plan.model.device).type == "cpu"
+        with open_run(self._unfinished, plan, self.environment, kind=ADAPTATION, cpu=cpu, fleeting=True) as run:
+            yield run
+            run.wait()
+        if run.writes:
+            close_run(self._unfinished, ADAPTATION)
+
+    def check_inputs(self, run: Run, fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> None:
+        """Refuse to continue where base, texts or start differ from those that the run began with."""
+        start = None if self.start is None else sha256_file(adapters.adapter_weights(self.start))
+        inputs = {**describe_inputs(fingerprint, domains), "start": start}
+        run.settle("inputs.json", inputs, f"To begin anew, delete {self._unfinished}")
+
+    def model(self, base: Base, **new: Any) -> nn.Module:
+        """Return the base ready to train, with the adapter to continue or a new one; `new` goes to `attach`."""
+        if self.start is None:
+            return methods.attach(base.model, self.method.config, seed=self.plan.train.seed, **new)
+        model = adapters.load_adapter(base, self.start, trainable=True, allow_other_base=self.allow_other_base)
+        for option, key in self.method.entry.options.items():
+            value = getattr(self.method.config, option)
+            if option in methods.TRAINING_OPTIONS and key and value is not None:  # other trainers read it from there
+                setattr(cast(PeftModel, model).peft_config["default"], key, value)
+        return model
+
+    def train(
+        self,
+        run: Run,
+        kind: type[R],
+        model: nn.Module,
+        base: Base,
+        domain: DomainBlocks | ClassifyDomain,
+        rows: methods.Rows,
+        measure: Callable[[], dict[str, Any]],
+        *,
+        settings: dict[str, Any],
+        labels: tuple[str, ...] = (),
+        **more: Any,
+    ) -> R:
+        """Train on a domain's rows, measure, save the adapter and its copies, and return a result of a kind.
+
+        `measure` returns that kind's own fields; `settings` and `labels` go into the adapter's record, `more` to
+        `train_stage`.
+        """
+        record = adapters.AdapterRecord.of_plan(
+            self.plan,
+            self.method,
+            base.fingerprint,
+            [domain],
+            versions=self.environment["packages"],
+            settings=settings,
+            previous=self.previous,
+            labels=labels,
+        )
+        every, (unfinished, finished) = self.plan.train.snapshot_steps, self._copies
+        if run.writes and finished.exists():  # a run stopped before its adapter was written
+            finished.replace(unfinished)
+        trained = train_stage(
+            model,
+            self.method,
+            rows,
+            self.plan.train,
+            methods.StagePosition(previous=self.start),
+            checkpoints=self._unfinished / "checkpoints",
+            snapshots=Snapshots(unfinished, every, record) if every else None,
+            logs=self.out.with_name(f"{self.out.name}.tensorboard"),
+            title=f"{self.method.config.label}: learning {domain.name}",
+            progress=self.progress,
+            **more,
+        )
+        measured = measure()
+        if run.writes:
+            if unfinished.exists():
+                unfinished.replace(finished)
+            adapters.save_adapter(model, self.out, record, keep=trained.keep)
+        numbers = {name: getattr(trained, name) for name in ("steps", "tokens", "seconds", "tokens_per_second")}
+        parameters = methods.trainable_parameters(model)
+        return kind(adapter=self.out, trainable_parameters=parameters, **numbers, **measured)
+
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """Options for measuring a model."""
+        mixed, batch_size = self.method.precision.mixed, self.plan.evaluate.batch_size
+        return {"batch_size": batch_size, "mixed_precision": mixed, "progress": self.progress}
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.unfinished")
+
+    @property
+    def _copies(self) -> tuple[Path, Path]:
+        """Folders of the adapter's copies: among the unfinished work, and beside the finished adapter."""
+        return self._unfinished / "snapshots", self.out.with_name(f"{self.out.name}.snapshots")
+
+
+def _require_one_of_each(plan: Plan) -> None:
+    """Refuse a plan of several methods, of several domains without replay, or with watched domains."""
+    if plan.data.watched:
+        watched = ", ".join(domain.name for domain in plan.data.watched)
+        raise ConfigError(f"data.watched: adapt measures only its own domain; leave {watched} out")
+    names = {
+        "domain": [domain.name for domain in plan.data.domains],
+        "method": [method.label for method in plan.methods],
+    }
+    several = [what for what in names if len(names[what]) > 1 and not (what == "domain" and plan.methods[0].replay)]
+    if several:
+        held = " and ".join(f"{plural(len(names[what]), what)} ({', '.join(names[what])})" for what in names)
+        options = " and ".join(f"--{what}" for what in several)
+        raise ConfigError(
+            f"adapt takes one domain and one method, and the plan has {held}: choose one with {options}; "
+            "`gaintune sequence` takes several"
+        )
+
+
+def resumed_method(
+    start: Path, plan: Plan, *, allow_other_base: bool = False
+) -> tuple[adapters.AdapterRecord | None, MethodConfig]:
+    """Read the record of the adapter that a plan continues (None for a foreign one) and complete the plan's method.
+
+    Options that the plan leaves out are the adapter's own; only those of training alone may change. Rate, penalty and
+    replay are the plan's. Nothing is loaded. Warns where the plan splits or writes a domain in another way than before.
+
+    Raises:
+        AdapterError, BaseMismatchError: not an adapter folder, a damaged one, or one of another base.
+        ConfigError: another method made it, or with other options than the plan gives.
+    """
+    record, method, anew = adapters.read_record(start), plan.methods[0], "leave --start out to begin anew"
+    if record is None:
+        config, entry = adapters.read_config(start), methods.check_method(method)
+        if methods.kind_of(config) != entry.kind:
+            raise ConfigError(
+                f"{start} is a {methods.kind_of(config)} adapter, and method {method.name!r} continues "
+                f"{entry.kind or 'full weights'}: choose its own method with --method, or {anew}"
+            )
+        had = methods.stored_options(entry, config)
+    elif record.method != method.name:
+        raise ConfigError(
+            f"{start} was made by method {record.method!r}, and {method.name!r} cannot continue it: use --method "
+            f"{record.method}, or {anew}"
+        )
+    else:
+        had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
+    for option in (option for option in methods.OPTIONS if option not in methods.TRAINING_OPTIONS):
+        given, held = getattr(method, option), getattr(had, option)
+        if given is not None and given != held:
+            made = f"without choosing {option}" if held is None else f"with {option} {reprlib.repr(held)}"
+            raise ConfigError(
+                f"{start} was made {made}, and cannot be continued with {given!r}: leave {option} out, or {anew}"
+            )
+    adapters.check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
+    kept = {option: getattr(had, option) for option in methods.OPTIONS if getattr(method, option) is None}
+    return record, method.model_copy(update=kept)
+
+
+def _check_replay(plan: Plan, start: Path | None, previous: adapters.AdapterRecord | None) -> None:
+    """Refuse replay without the earlier domains' texts, and of domains that the adapter was not trained on."""
+    if not plan.methods[0].replay:
+        return
+    earlier = [domain.name for domain in plan.data.domains[:-1]]
+    trained = previous.domains if previous else ()
+    if not earlier or start is None:
+        named = " ".join(f"--domain {name}" for name in [*(trained or ("earlier",)), plan.data.domains[-1].name])
+        given, wanted = ("", "--start, and those") if start is None else (f", on which {start} was trained", "those")
+        raise ConfigError(
+            f"replay mixes in rows of earlier domains{given}: give {wanted} before the new one ({named}); or leave "
+            "replay out"
+        )
+    unknown = [name for name in earlier if previous is not None and name not in trained]
+    if unknown:
+        raise ConfigError(f"replay: {start} was trained on {', '.join(trained)}, not on {', '.join(unknown)}")

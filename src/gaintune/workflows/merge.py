@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: a plain transformers folder, with a certificate of how near it is to the adapter."""
+"""Merging of an adapter into its base: a plain transformers folder, and a certificate of how near it is."""
 
 from __future__ import annotations
 
@@ -17,95 +17,51 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaintune.adapters import (
-    Rounding,
-    absorb,
-    adapter_weights,
-    check_mergeable,
-    claimed_base,
-    load_adapter,
-    read_record,
-)
+from gaintune import adapters, models
 from gaintune.config import ModelConfig
-from gaintune.data import Examples, beginning_of_text
+from gaintune.data import IGNORED, Examples, beginning_of_text
 from gaintune.errors import ConfigError, GaintuneError, MergeError, TrainingError
 from gaintune.evaluate import measure
-from gaintune.models import (
-    DTYPE_NAMES,
-    DTYPES,
-    IGNORED,
-    Checkpoint,
-    fingerprint_folder,
-    load_base,
-    load_model,
-    load_tokenizer,
-    locate,
-    longest_row,
-    read_architecture,
-    resolve_device,
-    resolve_dtype,
-    save_model,
-)
 from gaintune.progress import plural
 from gaintune.results import DomainLoss
 from gaintune.storage import files
 
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 0.5  # % of perplexity
 BLOCK_TOKENS = 256  # of texts to judge a merge on, or as many as the base takes
 LOGIT_POSITIONS = 512  # positions whose logits are compared: 100 MB for a vocabulary of 50,000
 LOGIT_BLOCKS = 8  # blocks they lie in, each of which is computed once more
+PACKAGES = ("gaintune", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model makes of some blocks: its losses, and its logits `(positions, vocabulary)` at some positions."""
+    """Results of a model on some blocks: its losses, and its logits `(positions, vocabulary)` at some positions."""
 
     loss: DomainLoss
     logits: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Distance:
-    """Absolute differences between two models' logits, and the share of positions with the same first choice."""
-
-    largest: float
-    mean: float
-    same_choice: float
-
-
-def take_reading(model: nn.Module, examples: Examples, bytes_per_row: Sequence[int], batch_size: int) -> Reading:
-    """Measure the loss on all rows, and keep the logits of evenly spread positions."""
-    loss = measure(model, examples, bytes_per_row, batch_size=batch_size, title="comparing")
-    device = next(model.parameters()).device
-    count, length = examples.input_ids.shape
-    chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()
-    positions = torch.linspace(0, length - 1, min(length, LOGIT_POSITIONS // len(chosen))).long()
-    kept = []
-    with torch.inference_mode():
-        for number in chosen.split(1):
-            inputs = {name: tensor.to(device) for name, tensor in examples[number].items() if name != "labels"}
-            logits = model(**inputs, use_cache=False).logits
-            kept.append(logits[0, positions.to(device)].float().cpu())
-    return Reading(loss, torch.cat(kept))
-
-
-def distance(first: Reading, second: Reading) -> Distance:
-    """Compare two readings of the same blocks."""
+def distance(first: Reading, second: Reading) -> dict[str, Any]:
+    """Compare two readings' logits: absolute differences, and the share of positions with the same first choice."""
     apart = (first.logits - second.logits).abs()
     same = first.logits.argmax(dim=1) == second.logits.argmax(dim=1)
-    return Distance(apart.max().item(), apart.double().mean().item(), same.double().mean().item())
-
-
-JSON = "certificate.json"
-PAGE = "certificate.md"
+    return {
+        "largest_logit_difference": apart.max().item(),
+        "mean_logit_difference": apart.double().mean().item(),
+        "same_first_choice": same.double().mean().item(),
+    }
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Numbers of one merge. Perplexities are per token on the same blocks; changes and tolerance are in %.
+    """Certificate of one merge. Perplexities are per token on the same blocks; changes and tolerance are in %.
 
     `share_unmoved` is the share of the weights the adapter changes that rounding puts back to the base's value, and
     `gains_lost` the share of gains that leave more than half of their weights unmoved (None where the adapter is not
-    a gain); `gain_error` is how far gains act from what was learnt, relative to their distance from 1, on average.
+    a gain); `gain_error` is the mean distance of gains from their trained values, relative to these values' distance
+    from 1.
     """
 
     adapter: str
@@ -143,55 +99,37 @@ class Certificate:
             return f"The merged model is within tolerance of its adapter: {drift}."
         return f"The merged model is NOT within tolerance: {drift}{'; written because it was forced' * self.forced}."
 
-
-def write_certificate(certificate: Certificate, folder: Path) -> None:
-    """Write the numbers as JSON, and the same as a page to read."""
-    files.write_json(folder / JSON, asdict(certificate))
-    files.write_text(folder / PAGE, page(certificate))
-
-
-def page(certificate: Certificate) -> str:
-    """The certificate as Markdown."""
-    c = certificate
-    rows = [
-        ("adapter", f"{c.adapter} ({c.method}, SHA-256 {c.adapter_sha256[:16]}...)"),
-        ("base", f"{c.base} (fingerprint {c.base_fingerprint[:16]}...)"),
-        (
-            "merged model",
-            f"{c.dtype} (fingerprint {c.merged_fingerprint[:16]}...), absorbed in fp32, then rounded once",
-        ),
-        ("compared with", c.reference),
-        ("merged model computed in", c.computed_in),
-        ("text", f"{plural(c.blocks, 'block')} of {c.block_size} tokens"),
-        ("perplexity, adapter", f"{c.adapter_perplexity:.4f}"),
-        ("perplexity, merged", f"{c.merged_perplexity:.4f} ({c.perplexity_change:+.3f} %)"),
-        ("tolerance", f"{c.tolerance:g} %"),
-        ("logits, largest difference", f"{c.largest_logit_difference:.4g}"),
-        ("logits, mean difference", f"{c.mean_logit_difference:.4g}"),
-        ("same first choice", f"{100 * c.same_first_choice:.2f} % of positions"),
-        ("weights the adapter changes", f"{c.weights_changed:,}"),
-        (f"of these unmoved in {c.dtype}", f"{100 * c.share_unmoved:.2f} %"),
-    ]
-    if c.gains_lost is not None and c.gain_error is not None:
-        rows += [
-            ("gains that differ from 1", f"{c.gains:,}"),
-            (f"gains lost in {c.dtype}", f"{100 * c.gains_lost:.2f} % (more than half of their weights unmoved)"),
-            ("mean error of a gain", f"{100 * c.gain_error:.2f} % of its distance from 1"),
-        ]
-    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in sorted(c.versions.items()))))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"# Merge certificate\n\n{c.verdict}\n\n| what | value |\n|---|---|\n{table}\n"
-
-
-logger = logging.getLogger(__name__)
-
-TOLERANCE = 0.5  # % of perplexity
-PACKAGES = ("gaintune", "torch", "transformers", "peft")
+    def page(self) -> str:
+        """Write the certificate as Markdown."""
+        merged = f"fingerprint {self.merged_fingerprint[:16]}...), absorbed in fp32, then rounded once"
+        rows = {
+            "adapter": f"{self.adapter} ({self.method}, SHA-256 {self.adapter_sha256[:16]}...)",
+            "base": f"{self.base} (fingerprint {self.base_fingerprint[:16]}...)",
+            "merged model": f"{self.dtype} ({merged}",
+            "compared with": self.reference,
+            "merged model computed in": self.computed_in,
+            "text": f"{plural(self.blocks, 'block')} of {self.block_size} tokens",
+            "perplexity, adapter": f"{self.adapter_perplexity:.4f}",
+            "perplexity, merged": f"{self.merged_perplexity:.4f} ({self.perplexity_change:+.3f} %)",
+            "tolerance": f"{self.tolerance:g} %",
+            "logits, largest difference": f"{self.largest_logit_difference:.4g}",
+            "logits, mean difference": f"{self.mean_logit_difference:.4g}",
+            "same first choice": f"{100 * self.same_first_choice:.2f} % of positions",
+            "weights the adapter changes": f"{self.weights_changed:,}",
+            f"of these unmoved in {self.dtype}": f"{100 * self.share_unmoved:.2f} %",
+        }
+        if self.gains_lost is not None and self.gain_error is not None:
+            lost = f"{100 * self.gains_lost:.2f} % (more than half of their weights unmoved)"
+            rows |= {"gains that differ from 1": f"{self.gains:,}", f"gains lost in {self.dtype}": lost}
+            rows["mean error of a gain"] = f"{100 * self.gain_error:.2f} % of its distance from 1"
+        rows["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        return f"# Merge certificate\n\n{self.verdict}\n\n| what | value |\n|---|---|\n{table}\n"
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that has been checked and can begin: the files, the numbers, and the text it is judged on."""
+    """Everything a checked merge needs before it begins: files, precision, and the text it is judged on."""
 
     adapter: Path
     out: Path
@@ -206,6 +144,26 @@ class MergePlan:
     allow_other_base: bool
     max_shard_size: str
     batch_size: int
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The written dtype, or fp32, which holds every fp16 weight, on a CPU, where fp16 computes ten times slower."""
+        return torch.float32 if self.dtype == torch.float16 and self.device.type == "cpu" else self.dtype
+
+    def read(self, model: nn.Module) -> Reading:
+        """Measure the loss on all blocks, and keep the logits of evenly spread positions."""
+        loss = measure(model, self.blocks, self.bytes_per_block, batch_size=self.batch_size, title="comparing")
+        device = next(model.parameters()).device
+        count, length = self.blocks.input_ids.shape
+        chosen = torch.linspace(0, count - 1, min(count, LOGIT_BLOCKS)).long()
+        positions = torch.linspace(0, length - 1, min(length, LOGIT_POSITIONS // len(chosen))).long()
+        kept = []
+        with torch.inference_mode():
+            for block in chosen.split(1):
+                inputs = {name: tensor.to(device) for name, tensor in self.blocks[block].items() if name != "labels"}
+                logits = model(**inputs, use_cache=False).logits
+                kept.append(logits[0, positions.to(device)].float().cpu())
+        return Reading(loss, torch.cat(kept))
 
 
 def merge_adapter(
@@ -225,19 +183,19 @@ def merge_adapter(
 ) -> Certificate:
     """Absorb an adapter into its base in fp32, write the result in `dtype`, and compare it with the adapter.
 
-    The folder is read back from disk without PEFT before it is judged. The adapter it is compared with sits on the
-    base as `model` loads it (dtype, quantization, device), which is how people serve it.
+    The written folder is read back from disk without PEFT, and compared with the adapter on the base as `model` loads
+    it (dtype, quantization, device), which is how people serve it.
 
     Args:
         adapter: folder of a mergeable adapter, or of fully fine-tuned weights.
-        out: folder to write; must not exist, or be empty. It appears only when it is whole.
-        blocks: what to compare on: token ids `(blocks, block_size)` of the base's tokenizer, all scored but the first
-            of a block, or `Examples` that say themselves what is scored; or give `texts`.
+        out: folder to write; must not exist, or be empty. It appears only when it is complete.
+        blocks: token ids `(blocks, block_size)` of the base's tokenizer to compare on, all scored but the first of a
+            block, or `Examples`, which define what is scored; or give `texts`.
         texts: plain text to compare on, instead of `blocks`.
-        model: the base, or its name alone; default: the one the adapter names.
-        dtype: numbers of the written model: bf16, fp16, fp32, or auto for the dtype the base is loaded in.
+        model: the base, or its name alone; default: the base that the adapter names.
+        dtype: dtype of the written model: bf16, fp16, fp32, or auto for the dtype the base is loaded in.
         tolerance: largest change of perplexity, in %.
-        force: write the model although it is beyond the tolerance; the certificate says so.
+        force: write the model even beyond the tolerance; the certificate says so.
         allow_other_base: merge into another base than the adapter was trained on.
         bytes_per_block: UTF-8 bytes of the scored tokens of each block; counted from the tokens by default.
 
@@ -245,55 +203,43 @@ def merge_adapter(
         MergeError: beyond the tolerance, or the disk is full; nothing is left at `out`.
         AdapterError: damaged, of another base, or of a method that cannot be merged.
         ConfigError: `out` is in use, an unknown dtype, or no text.
-        RunDirectoryError: the folder that is to hold `out` cannot be made.
+        RunDirectoryError: the parent folder of `out` cannot be made.
     """
     adapter, out = Path(adapter), Path(out)
     check_out(out)
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"dtype {dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
+    if dtype not in ("auto", *models.DTYPES):
+        raise ConfigError(f"dtype {dtype!r} is unknown: use auto, {', '.join(models.DTYPES)}")
     if not re.fullmatch(r"[1-9][0-9]*\s*[KMG]i?B", max_shard_size):
         raise ConfigError(f"max_shard_size {max_shard_size!r} is not a size: write 500MB or 5GB")
     if not 0 < tolerance < math.inf:
         raise ConfigError(f"tolerance is {tolerance} %, it must be a number above 0")
-    record = read_record(adapter)
+    record = adapters.read_record(adapter)
     if record is not None and record.labels:
         raise ConfigError(
             f"{adapter} is a classifier: merging is for language models. Encoder, adapter and head are served as "
             "they are, with PEFT"
         )
-    check_mergeable(adapter)
-    model = ModelConfig(name=model) if isinstance(model, str) else model or claimed_base(adapter, record)
+    adapters.check_mergeable(adapter)
+    model = ModelConfig(name=model) if isinstance(model, str) else model or adapters.claimed_base(adapter, record)
     files.make_folder(out.absolute().parent)
-    blocks, counted = _judging_text(blocks, texts, bytes_per_block, model)
-    device = resolve_device(model.device)
+    blocks, counted = _judging_text(blocks, texts or (), bytes_per_block, model)
+    device = models.resolve_device(model.device)
     plan = MergePlan(
-        adapter=adapter,
-        out=out,
-        model=model,
-        method=record.method if record else "adapter of unknown origin",
-        device=device,
-        dtype=resolve_dtype(model.dtype, device) if dtype == "auto" else DTYPES[dtype],
-        blocks=blocks,
-        bytes_per_block=counted,
-        tolerance=tolerance,
-        force=force,
-        allow_other_base=allow_other_base,
-        max_shard_size=max_shard_size,
-        batch_size=batch_size,
-    )
+        adapter, out, model, record.method if record else "adapter of unknown origin",
+        device, models.resolve_dtype(model.dtype, device) if dtype == "auto" else models.DTYPES[dtype], blocks, counted,
+        tolerance, force, allow_other_base, max_shard_size, batch_size,
+    )  # fmt: skip
     try:
-        return apply_merge(plan)
+        return _apply(plan)
     except Exception as error:  # safetensors reports a full disk through a class of its own
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full and not isinstance(error, GaintuneError):
-            raise MergeError(
-                f"the disk that holds {out.absolute().parent} is full; nothing is left at {out}"
-            ) from error
+            raise MergeError(f"the disk of {out.absolute().parent} is full; nothing is left at {out}") from error
         raise
 
 
 def check_out(out: Path) -> None:
-    """Refuse to write a model where something is; ConfigError."""
+    """Refuse a path for a model that exists and is not an empty folder; ConfigError."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(
             f"{out} exists and is not empty, or is a link: name another folder, or delete it if it is no longer wanted"
@@ -301,19 +247,16 @@ def check_out(out: Path) -> None:
 
 
 def _judging_text(
-    blocks: torch.Tensor | Examples | None,
-    texts: Sequence[str] | None,
-    counted: Sequence[int] | None,
-    model: ModelConfig,
+    blocks: torch.Tensor | Examples | None, texts: Sequence[str], counted: Sequence[int] | None, model: ModelConfig
 ) -> tuple[Examples, tuple[int, ...]]:
-    """The blocks to compare on, and the UTF-8 bytes of the scored tokens of each."""
+    """Return the blocks to compare on, and the UTF-8 bytes of the scored tokens of each block."""
     if blocks is None and not texts:
         raise ConfigError("a merge is judged on text: give blocks of token ids, or texts")
-    tokenizer: Any = load_tokenizer(model) if blocks is None or counted is None else None
+    tokenizer: Any = models.load_tokenizer(model) if blocks is None or counted is None else None
     ids = blocks.input_ids if isinstance(blocks, Examples) else blocks
     if ids is None:
-        longest = longest_row(read_architecture(locate(model), model))
-        ids = blocks_of(texts or (), tokenizer, min(BLOCK_TOKENS, longest or BLOCK_TOKENS))
+        longest = models.longest_row(models.read_architecture(models.locate(model), model))
+        ids = blocks_of(texts, tokenizer, min(BLOCK_TOKENS, longest or BLOCK_TOKENS))
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise ConfigError(f"blocks of shape {tuple(ids.shape)}: (blocks, block_size) of 2 tokens or more are needed")
     examples = blocks if isinstance(blocks, Examples) else Examples.of_blocks(ids)
@@ -336,29 +279,36 @@ def blocks_of(texts: Sequence[str], tokenizer: Any, block_size: int = BLOCK_TOKE
     return torch.cat([begin.expand(len(rows), -1), rows], dim=1)
 
 
-def apply_merge(plan: MergePlan) -> Certificate:
-    """Carry a merge out: read the adapter, absorb it, write, read back, judge; raises as `merge_adapter` does."""
-    reference = load_base(plan.model)
-    adapted = load_adapter(reference, plan.adapter, allow_other_base=plan.allow_other_base)
-    before = take_reading(adapted, plan.blocks, plan.bytes_per_block, plan.batch_size)
-    served = DTYPE_NAMES.get(reference.model.dtype, str(reference.model.dtype))
+def _apply(plan: MergePlan) -> Certificate:
+    """Read the adapter, absorb it, write the model, read it back and judge it; raises as `merge_adapter` does."""
+    reference = models.load_base(plan.model)
+    before = plan.read(adapters.load_adapter(reference, plan.adapter, allow_other_base=plan.allow_other_base))
+    served = models.DTYPE_NAMES.get(reference.model.dtype, str(reference.model.dtype))
     numbers = f"{plan.model.quantization} with {served}" if plan.model.quantization else served
     described = f"the adapter on {reference.name} in {numbers}, on {plan.device.type}"
-    del reference, adapted
+    del reference
     gc.collect()
 
-    base = load_base(plan.model.model_copy(update={"device": "cpu", "quantization": None}), dtype=torch.float32)
-    merged, rounding = absorb(base, plan.adapter, plan.dtype, allow_other_base=plan.allow_other_base)
+    base = models.load_base(plan.model.model_copy(update={"device": "cpu", "quantization": None}), dtype=torch.float32)
+    merged, rounding = adapters.absorb(base, plan.adapter, plan.dtype, allow_other_base=plan.allow_other_base)
     _check_space(merged, plan)
     with files.complete_folder(plan.out) as temporary:
-        save_model(merged, temporary, max_shard_size=plan.max_shard_size)
+        models.save_model(merged, temporary, max_shard_size=plan.max_shard_size)
         base.tokenizer.save_pretrained(temporary)
-        name, fingerprint = base.name, base.fingerprint
+        facts = {"reference": described, "base": base.name, "base_fingerprint": base.fingerprint}
         del merged, base
         gc.collect()
-        after = _read_back(plan, temporary)
-        certificate = _certify(plan, before, after, rounding, described, name, fingerprint, temporary)
-        write_certificate(certificate, temporary)
+        checkpoint, trust = models.Checkpoint(str(plan.out), temporary), plan.model.trust_remote_code
+        try:  # load the folder as anyone would, without PEFT
+            after = plan.read(models.load_model(checkpoint, plan.computed_in, plan.device, trust_remote_code=trust))
+        except TrainingError:
+            raise MergeError(
+                f"in {models.DTYPE_NAMES[plan.dtype]} the merged model's loss is not finite: its numbers leave the "
+                f"range of that dtype. Choose bf16 or fp32; nothing is left at {plan.out}"
+            ) from None
+        certificate = _certify(plan, before, after, rounding, temporary, **facts)
+        files.write_json(temporary / "certificate.json", asdict(certificate))
+        files.write_text(temporary / "certificate.md", certificate.page())
         if not certificate.within_tolerance and not plan.force:
             raise MergeError(
                 f"{certificate.verdict} {100 * certificate.share_unmoved:.0f} % of the weights the adapter changes do "
@@ -371,61 +321,27 @@ def apply_merge(plan: MergePlan) -> Certificate:
 
 
 def _check_space(model: Any, plan: MergePlan) -> None:
+    """Refuse to begin where the disk has too little room."""
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters()) + 2**26
     parent = plan.out.absolute().parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise MergeError(
-            f"the merged model needs {needed / 1e9:.2f} GB, the disk that holds {parent} has {free / 1e9:.2f} GB left; "
-            "nothing was written"
-        )
-
-
-def _read_back(plan: MergePlan, folder: Path) -> Reading:
-    """Load the written folder as anyone would, without PEFT, and read the same blocks with it."""
-    written = load_model(
-        Checkpoint(str(plan.out), folder),
-        _computing(plan),
-        plan.device,
-        trust_remote_code=plan.model.trust_remote_code,
-    )
-    try:
-        return take_reading(written, plan.blocks, plan.bytes_per_block, plan.batch_size)
-    except TrainingError:
-        raise MergeError(
-            f"in {DTYPE_NAMES[plan.dtype]} the merged model's loss is not finite: its numbers leave that dtype's "
-            f"range. Choose bf16 or fp32; nothing is left at {plan.out}"
-        ) from None
-
-
-def _computing(plan: MergePlan) -> torch.dtype:
-    """The written numbers; but fp32, which holds every fp16 weight, on a CPU, where fp16 computes ten times slower."""
-    return torch.float32 if plan.dtype == torch.float16 and plan.device.type == "cpu" else plan.dtype
+        room = f"{needed / 1e9:.2f} GB, the disk of {parent} has {free / 1e9:.2f} GB left"
+        raise MergeError(f"the merged model needs {room}; nothing was written")
 
 
 def _certify(
-    plan: MergePlan,
-    before: Reading,
-    after: Reading,
-    rounding: Rounding,
-    reference: str,
-    base: str,
-    fingerprint: str,
-    folder: Path,
+    plan: MergePlan, before: Reading, after: Reading, rounding: adapters.Rounding, folder: Path, **facts: Any
 ) -> Certificate:
-    apart = distance(before, after)
     change = 100 * (after.loss.perplexity / before.loss.perplexity - 1)
     count, size = plan.blocks.input_ids.shape
     return Certificate(
         adapter=str(plan.adapter),
-        adapter_sha256=files.sha256_file(adapter_weights(plan.adapter)),
+        adapter_sha256=files.sha256_file(adapters.adapter_weights(plan.adapter)),
         method=plan.method,
-        base=base,
-        base_fingerprint=fingerprint,
-        merged_fingerprint=fingerprint_folder(folder, trust_remote_code=plan.model.trust_remote_code),
-        dtype=DTYPE_NAMES[plan.dtype],
-        reference=reference,
-        computed_in=f"{DTYPE_NAMES[_computing(plan)]}, on {plan.device.type}",
+        merged_fingerprint=models.fingerprint_folder(folder, trust_remote_code=plan.model.trust_remote_code),
+        dtype=models.DTYPE_NAMES[plan.dtype],
+        computed_in=f"{models.DTYPE_NAMES[plan.computed_in]}, on {plan.device.type}",
         blocks=count,
         block_size=size,
         adapter_perplexity=before.loss.perplexity,
@@ -434,13 +350,12 @@ def _certify(
         tolerance=plan.tolerance,
         within_tolerance=abs(change) <= plan.tolerance,
         forced=plan.force,
-        largest_logit_difference=apart.largest,
-        mean_logit_difference=apart.mean,
-        same_first_choice=apart.same_choice,
         weights_changed=rounding.changed,
         share_unmoved=rounding.unmoved / max(1, rounding.changed),
         gains=rounding.gains,
         gains_lost=rounding.lost / rounding.gains if rounding.gains else None,
         gain_error=rounding.error / rounding.gains if rounding.gains else None,
         versions={name: version(name) for name in PACKAGES},
+        **facts,
+        **distance(before, after),
     )

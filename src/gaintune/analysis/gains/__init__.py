@@ -13,7 +13,7 @@ class GainsAnalysis(Analysis):
 
     name = "gains"
     help = (
-        "Read what gains learnt, stage by stage: smallest, largest, share within [0.95, 1.05], sign flips, regime.\n\n"
+        "Read trained gains, stage by stage: smallest, largest, share within [0.95, 1.05], sign flips, regime.\n\n"
         "Loads no model. Writes gains.csv, gains-layers.csv, gains.md, gains.json and two figures as PNG and SVG."
     )
     examples = "gaintune gains runs/demo adapters/law --out runs/gains"

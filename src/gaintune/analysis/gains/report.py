@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,242 +11,157 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result
-from gaintune.analysis.drawing import color_bar, drawn, framed_by_nothing, ruled
-from gaintune.analysis.gains.survey import NEAR, FactorFigures, FactorSequence, FactorSurvey, StageFactors
-from gaintune.report import INK, RULE, SHADE, diverging, look, markdown_table
+from gaintune.analysis.drawing import color_bar, drawn, layer_cells, line, ruled, text_frame, text_table
+from gaintune.analysis.gains.survey import NEAR, FactorSequence, FactorSurvey, StageFactors
+from gaintune.report import INK, RULE, diverging
 from gaintune.results import Interval, exact
 from gaintune.storage import describe_environment
 
-EVERY = "all"
 TIGHT = f"within [{NEAR[0]:g}, {NEAR[1]:g}]"
-LARGEST_DISTANCE = 1.0  # a factor this far from 1 has the full colour
+HEADS = ("after stage", "smallest", "largest", TIGHT, "at or below 0", "factors")
+LARGEST_DISTANCE = 1.0  # a factor this far from 1 has the full color
+LONGEST_LABEL = 26  # letters of a sequence's label in a heatmap's title
+TITLES = {"smallest": "smallest", "largest": "largest", "near": f"share {TIGHT}"}  # of a heatmap's panels
+
+
+def _stages(survey: FactorSurvey) -> Iterator[tuple[dict[str, Any], StageFactors]]:
+    """Yield every stage with the columns that name it in tables."""
+    for sequence in survey.sequences:
+        for stage in sequence.stages:
+            yield {"sequence": sequence.label, "stage": stage.index + 1, "domain": stage.domain}, stage
 
 
 def stage_table(survey: FactorSurvey) -> pd.DataFrame:
-    """One row for each sequence, stage and projection, "all" included; `near` is a share, stages count from 1."""
+    """Return a row for each sequence, stage and projection, and "all"; `near` is a share, stages count from 1."""
     return pd.DataFrame(
         [
-            {
-                "sequence": sequence.label,
-                "stage": stage.index + 1,
-                "domain": stage.domain,
-                "projection": projection or EVERY,
-                **asdict(stage.of(projection)),
-            }
-            for sequence in survey.sequences
-            for stage in sequence.stages
+            {**named, "projection": projection or "all", **asdict(stage.of(projection))}
+            for named, stage in _stages(survey)
             for projection in (None, *stage.projections)
         ]
     )
 
 
 def layer_table(survey: FactorSurvey) -> pd.DataFrame:
-    """One row for each sequence, stage and module."""
-    return pd.DataFrame(
-        [
-            {
-                "sequence": sequence.label,
-                "stage": stage.index + 1,
-                "domain": stage.domain,
-                "layer": layer.position.layer,
-                "projection": layer.position.projection,
-                **asdict(layer.figures),
-                "module": layer.position.name,
-            }
-            for sequence in survey.sequences
-            for stage in sequence.stages
-            for layer in stage.layers
-        ]
-    )
+    """Return a row for each sequence, stage and module."""
+    rows = []
+    for named, stage in _stages(survey):
+        for layer in stage.layers:
+            at = layer.position
+            position = {"layer": at.layer, "projection": at.projection}
+            rows.append({**named, **position, **asdict(layer.figures), "module": at.name})
+    return pd.DataFrame(rows)
 
 
 def stage_cells(stage: StageFactors) -> list[str]:
-    """Smallest and largest factor, share within [0.95, 1.05], how many are at or below 0, and how many there are."""
+    """Return a stage's figures as text, for `HEADS`."""
     one = stage.figures
-    return [
-        f"{one.smallest:.3f}", f"{one.largest:.3f}", f"{100 * one.near:.1f} %", f"{one.flipped:,}", f"{one.count:,}"
-    ]  # fmt: skip
+    ends, near = [f"{one.smallest:.3f}", f"{one.largest:.3f}"], f"{100 * one.near:.1f} %"
+    return [stage.name, *ends, near, f"{one.flipped:,}", f"{one.count:,}"]
 
 
 def markdown(survey: FactorSurvey) -> str:
-    """The table of appendix J for every sequence, with its regime."""
+    """Return the table of appendix J for every sequence, with its regime."""
     parts = []
     for sequence in survey.sequences:
-        rows, names = [], []
-        for stage in sequence.stages:
-            names.append(f"{stage.index + 1} {stage.domain}")
-            rows.append(stage_cells(stage))
-        heads = ["Smallest", "Largest", TIGHT.capitalize(), "At or below 0", "Factors"]
-        frame = pd.DataFrame(rows, index=names, columns=heads, dtype=object)
-        parts.append(f"{sequence.label}: {verdict(sequence)}.\n\n{markdown_table(frame, 'After stage')}")
+        stages = text_table(HEADS, [stage_cells(stage) for stage in sequence.stages])
+        parts.append(f"{sequence.label}: {verdict(sequence)}.\n\n{stages}")
     if survey.left_out:
         parts.append(f"Without factors, and left out: {', '.join(survey.left_out)}.\n")
     return "\n".join(parts)
 
 
 def verdict(sequence: FactorSequence) -> str:
-    """The regime in words, with what it rests on."""
+    """Describe the regime, with what it rests on."""
     done, planned = len(sequence.stages), sequence.planned
     seen = f"{done} of {planned} stages" if done < planned else "one stage" if planned == 1 else f"all {planned} stages"
-    flips = [(stage.index + 1, stage.domain) for stage in sequence.stages if stage.figures.flipped]
     regime = sequence.regime or "regime unknown, as not every stage before was looked at"
-    if not flips:
+    stage = next((stage for stage in sequence.stages if stage.figures.flipped), None)
+    if stage is None:
         return f"{regime}, every factor is positive after {seen}"
-    stage, domain = flips[0]
     first = "first" if sequence.regime else "seen"
-    return f"{regime}, factors at or below 0, {first} after stage {stage} ({domain}), {seen} looked at"
+    return f"{regime}, factors at or below 0, {first} after stage {stage.index + 1} ({stage.domain}), {seen} looked at"
 
 
 def record_values(survey: FactorSurvey) -> dict[str, Any]:
-    """Everything as plain values for JSON."""
-    return {
-        "near": list(NEAR),
-        "left_out": list(survey.left_out),
-        "sequences": [
-            {
-                "label": sequence.label,
-                "planned": sequence.planned,
-                "regime": sequence.regime,
-                "stages": [
-                    {
-                        "stage": stage.index + 1,
-                        "domain": stage.domain,
-                        "figures": asdict(stage.figures),
-                        "projections": {name: asdict(stage.of(name)) for name in stage.projections},
-                        "layers": [{**asdict(each.position), **asdict(each.figures)} for each in stage.layers],
-                    }
-                    for stage in sequence.stages
-                ],
-            }
-            for sequence in survey.sequences
-        ],
-    }
+    """Return everything as plain values for JSON."""
 
+    def plain(stage: StageFactors) -> dict[str, Any]:
+        return {
+            "stage": stage.index + 1,
+            "domain": stage.domain,
+            "figures": asdict(stage.figures),
+            "projections": {name: asdict(stage.of(name)) for name in stage.projections},
+            "layers": [{**asdict(each.position), **asdict(each.figures)} for each in stage.layers],
+        }
 
-def _provenance(survey: FactorSurvey) -> dict[str, Any]:
-    origins = [stage.origin for sequence in survey.sequences for stage in sequence.stages]
-    environment = describe_environment(torch.device("cpu"))
-    return {"adapters": [each.to_dict() for each in origins], "environment": environment}
-
-
-def _grid(sequence: FactorSequence, projection: str, figure: Callable[[FactorFigures], float]) -> np.ndarray:
-    """One figure of every layer's factors, `(stages, layers)`, NaN where a layer has none."""
-    numbers = _layers(sequence)
-    values = np.full((len(sequence.stages), len(numbers)), np.nan)
-    for row, stage in enumerate(sequence.stages):
-        for each in stage.layers:
-            if each.position.layer is not None and each.position.projection == projection:
-                values[row, numbers.index(each.position.layer)] = figure(each.figures)
-    return values
-
-
-def _layers(sequence: FactorSequence) -> list[int]:
-    layers = [each.position.layer for stage in sequence.stages for each in stage.layers]
-    return sorted({layer for layer in layers if layer is not None})
-
-
-PANELS: tuple[tuple[str, Callable[[FactorFigures], float], bool], ...] = (
-    ("smallest", lambda figures: figures.smallest, False),
-    ("largest", lambda figures: figures.largest, False),
-    (f"share {TIGHT}", lambda figures: figures.near, True),
-)
-"""Title, figure, and whether it is a share."""
+    sequences = [
+        {"label": each.label, "planned": each.planned, "regime": each.regime, "stages": [*map(plain, each.stages)]}
+        for each in survey.sequences
+    ]
+    return {"near": list(NEAR), "left_out": list(survey.left_out), "sequences": sequences}
 
 
 @drawn
-def heatmap(survey: FactorSurvey) -> Figure:
-    """Layers across and stages down: smallest factor, largest factor and share near 1, a row for each projection.
+def heatmap(table: pd.DataFrame) -> Figure:
+    """Draw smallest factor, largest factor and share near 1: layers across, stages down, a row for each projection.
 
-    A dot marks the layers with a factor at or below 0.
+    A dot marks the layers with a factor at or below 0. The table has the rows of `layer_table` inside layers.
     """
-    shown = [(each, name) for each in survey.sequences if _layers(each) for name in _projections(each)]
-    heights = [0.75 + 0.2 * len(sequence.stages) for sequence, _ in shown]
-    width = max(len(_layers(sequence)) for sequence, _ in shown)
-    longest = max(len(_first_title(sequence, name)) for sequence, name in shown)
+    shown = []
+    for label, sequence in table.groupby("sequence", sort=False):
+        stages, layers = sequence.drop_duplicates("stage"), sorted(set(sequence["layer"].astype(int)))
+        name = str(label)
+        name = name if len(name) <= LONGEST_LABEL else f"…{name[1 - LONGEST_LABEL :]}"  # a folder's end tells most
+        for projection, own in sequence.groupby("projection", sort=False):
+            shown.append((f"{name}, {projection}: smallest", stages, layers, own))
+    heights = [0.75 + 0.2 * len(stages) for _, stages, _, _ in shown]
+    width, longest = max(len(layers) for _, _, layers, _ in shown), max(len(title) for title, *_ in shown)
     size = (3 * max(2.9, 1.3 + 0.09 * width, 0.9 + 0.08 * longest), 0.9 + sum(heights))
     sheet = Figure(figsize=size, layout="constrained")
     grid = sheet.subplots(len(shown), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
-    distance = Normalize(1 - LARGEST_DISTANCE, 1 + LARGEST_DISTANCE, clip=True)
-    share = Normalize(0, 1)
-    for row, (sequence, projection) in enumerate(shown):
-        for column, (title, figure, is_share) in enumerate(PANELS):
-            colours, scale = (colormaps["viridis"], share) if is_share else (diverging(), distance)
-            axes = grid[row, column]
-            _panel(axes, sequence, _grid(sequence, projection, figure), colours, scale, named=column == 0)
-            if column == 0:
-                _mark_flips(axes, sequence, projection)
-            axes.set_title(_first_title(sequence, projection) if column == 0 else title, loc="left")
+    factors = ScalarMappable(Normalize(1 - LARGEST_DISTANCE, 1 + LARGEST_DISTANCE, clip=True), diverging())
+    shares = ScalarMappable(Normalize(0, 1), colormaps["viridis"])
+    for row, (title, stages, layers, own) in zip(grid, shown, strict=True):
+        names = [f"{number} {domain}" for number, domain in zip(stages["stage"], stages["domain"], strict=True)]
+        every = 1 if len(layers) <= 8 else 5
+        cells = own.pivot_table(index="stage", columns="layer", aggfunc="last").reindex(stages["stage"])
+        for axes, (figure, other) in zip(row, TITLES.items(), strict=True):
+            first, scale = figure == "smallest", shares if figure == "near" else factors
+            values = cells[figure].reindex(columns=layers).to_numpy(float)
+            style = {"cmap": scale.cmap, "norm": scale.norm, "linewidth": 0.4}
+            layer_cells(axes, values, names if first else [""] * len(names), layers, every, **style)
+            axes.tick_params(axis="y", labelcolor=INK)
+            if first:
+                flipped = np.argwhere(cells["flipped"].reindex(columns=layers).to_numpy(float) > 0) + 0.5
+                axes.plot(flipped[:, 1], flipped[:, 0], linestyle="none", marker=".", markersize=4, color="white")
+            axes.set_title(title if first else other, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("transformer layer")
-    for columns, colours, scale, label in (
-        (
-            slice(0, 2),
-            diverging(),
-            distance,
-            "factor (1 leaves the feature as it was; a dot marks a layer with one at or below 0)",
-        ),
-        (slice(2, 3), colormaps["viridis"], share, f"share {TIGHT}"),
-    ):
-        color_bar(
-            sheet, ScalarMappable(scale, colours), list(grid[:, columns].flat), label, orientation="horizontal",
-            fraction=0.05, aspect=30, pad=0.02, extend="both" if scale is distance else "neither",
-        )  # fmt: skip
+    across: dict[str, Any] = {"orientation": "horizontal", "fraction": 0.05, "aspect": 30, "pad": 0.02}
+    label = "factor (1 leaves the feature as it was; a dot marks a layer with one at or below 0)"
+    color_bar(sheet, factors, list(grid[:, :2].flat), label, extend="both", **across)
+    color_bar(sheet, shares, list(grid[:, 2].flat), f"share {TIGHT}", extend="neither", **across)
     return sheet
-
-
-def _short(label: str, longest: int = 26) -> str:
-    """The end of a long name, such as a folder's: the beginning tells folders apart least."""
-    return label if len(label) <= longest else f"…{label[1 - longest :]}"
-
-
-def _projections(sequence: FactorSequence) -> list[str]:
-    found = [each.position for stage in sequence.stages for each in stage.layers if each.position.layer is not None]
-    return list(dict.fromkeys(each.projection for each in found))
-
-
-def _panel(
-    axes: Axes, sequence: FactorSequence, values: np.ndarray, colours: Colormap, scale: Normalize, *, named: bool
-) -> None:
-    """One heatmap of `(stages, layers)`."""
-    axes.set_facecolor(SHADE)
-    axes.pcolormesh(values, cmap=colours, norm=scale, edgecolors="white", linewidth=0.4)
-    numbers, stages = _layers(sequence), sequence.stages
-    every = 1 if len(numbers) <= 8 else 5
-    axes.set_xticks(np.arange(len(numbers))[::every] + 0.5, [str(number) for number in numbers[::every]])
-    names = [f"{stage.index + 1} {stage.domain}" for stage in stages] if named else [""] * len(stages)
-    axes.set_yticks(np.arange(len(stages)) + 0.5, names, color=INK)
-    axes.invert_yaxis()
-    framed_by_nothing(axes)
-
-
-def _first_title(sequence: FactorSequence, projection: str) -> str:
-    return f"{_short(sequence.label)}, {projection}: {PANELS[0][0]}"
-
-
-def _mark_flips(axes: Axes, sequence: FactorSequence, projection: str) -> None:
-    flipped = np.argwhere(_grid(sequence, projection, lambda figures: figures.flipped) > 0) + 0.5
-    axes.plot(flipped[:, 1], flipped[:, 0], linestyle="none", marker=".", markersize=4, color="white")
 
 
 @drawn
 def trajectory(survey: FactorSurvey) -> Figure:
-    """Smallest and largest factor, and the share near 1, after every stage: a line for each sequence."""
+    """Draw smallest and largest factor, and the share near 1, after every stage: a line for each sequence."""
     sheet = Figure(figsize=(8.6, 3.2), layout="constrained")
     left, right = sheet.subplots(1, 2)
     for index, sequence in enumerate(survey.sequences):
-        style, stages = look(index), [stage.index + 1 for stage in sequence.stages]
-        line = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker, "markersize": 4}
-        figures = [stage.figures for stage in sequence.stages]
-        left.plot(stages, [one.smallest for one in figures], linewidth=1.5, label=sequence.label, **line)
-        left.plot(stages, [one.largest for one in figures], linewidth=1.5, **line)
-        right.plot(stages, [100 * one.near for one in figures], linewidth=1.5, **line)
+        stages, figures = [stage.index + 1 for stage in sequence.stages], [stage.figures for stage in sequence.stages]
+        style = line(index, markersize=4, linewidth=1.5)
+        left.plot(stages, [one.smallest for one in figures], label=sequence.label, **style)
+        left.plot(stages, [one.largest for one in figures], **style)
+        right.plot(stages, [100 * one.near for one in figures], **style)
     left.axhline(1, color=RULE, linewidth=0.9, zorder=0)
     left.axhline(0, color=INK, linewidth=0.9, zorder=0)
     low, high = left.get_ylim()
@@ -257,7 +172,7 @@ def trajectory(survey: FactorSurvey) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("after stage")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlim(0.7, max(stage.index + 1.3 for sequence in survey.sequences for stage in sequence.stages))
+        axes.set_xlim(0.7, max(stage.index + 1.3 for _, stage in _stages(survey)))
         ruled(axes)
     sheet.legend(loc="outside upper center", ncols=min(4, len(survey.sequences)), frameon=False, handlelength=3)
     return sheet
@@ -281,48 +196,46 @@ def near_apart(survey: FactorSurvey) -> tuple[dict[str, Interval], dict[str, str
 
 
 def result(survey: FactorSurvey, *_: Any) -> Result:
-    """Put the survey together.
+    """Make the result.
 
     Numbers, counted and not sampled: `LABEL.smallest`, `.largest`, `.near` (share within [0.95, 1.05], in %) and
     `.flipped` after the last domain, `LABEL.after-DOMAIN.…` after each, `LABEL.smallest_ever` and `.flipped_ever` over
-    all stages; `A-minus-B.near` after the last. Of several runs all begin with `RUN.`.
+    all stages; `A-minus-B.near` after the last. With several runs every name begins with `RUN.`.
     """
-    numbers: dict[str, Interval] = {}
+    numbers, without = near_apart(survey)
     rows, shown = [], {}
     notes = [f"left out, a method without factors: {label}" for label in survey.left_out]
-    heads = ["Smallest", "Largest", "Within [0.95, 1.05]", "At or below 0"]
     for sequence in survey.sequences:
         label = sequence.label.replace(": ", ".")  # of several runs the run stands in front
+        page = []
+        for stage in sequence.stages:
+            one, cells = stage.figures, stage_cells(stage)
+            own = {"smallest": one.smallest, "largest": one.largest, "near": 100 * one.near, "flipped": one.flipped}
+            for front in (f"{label}.after-{stage.domain}", label):  # the last stage's numbers stay
+                numbers |= {f"{front}.{name}": exact(value) for name, value in own.items()}
+            rows.append([sequence.label, *cells])
+            page.append([f"+{stage.domain}", *cells[1:5]])
         stages = [stage.figures for stage in sequence.stages]
         numbers[f"{label}.smallest_ever"] = exact(min(stage.smallest for stage in stages))
         numbers[f"{label}.flipped_ever"] = exact(max(stage.flipped for stage in stages))
-        cells = {}
-        for stage, one in zip(sequence.stages, stages, strict=True):
-            own = {"smallest": one.smallest, "largest": one.largest, "near": 100 * one.near, "flipped": one.flipped}
-            numbers |= {f"{label}.after-{stage.domain}.{name}": exact(value) for name, value in own.items()}
-            numbers |= {f"{label}.{name}": exact(value) for name, value in own.items()}  # the last stage stays
-            rows.append([sequence.label, f"{stage.index + 1} {stage.domain}", *stage_cells(stage)])
-            cells[f"+{stage.domain}"] = [*stage_cells(stage)[:3], str(one.flipped)]
-        shown[f"Factors of {label}"] = pd.DataFrame.from_dict(cells, orient="index", columns=heads)
+        shown[f"Factors of {label}"] = text_frame(HEADS[:5], page)
         notes.append(f"{label}: {verdict(sequence)}")
-    differences, without = near_apart(survey)
     remarks = [f"{sequence.label}: {verdict(sequence)}" for sequence in survey.sequences]
     if survey.left_out:
         remarks.append(f"without factors, left out: {', '.join(survey.left_out)}")
-    figures = {"gains-trajectory": trajectory(survey)}
-    if any(_layers(sequence) for sequence in survey.sequences):
-        figures["gains-heatmap"] = heatmap(survey)
+    figures, by_layer = {"gains-trajectory": trajectory(survey)}, layer_table(survey)
+    if not (inside := by_layer.dropna(subset="layer")).empty:
+        figures["gains-heatmap"] = heatmap(inside)
+    adapters = [asdict(stage.origin) for _, stage in _stages(survey)]
     return Result(
-        headline=Headline(
-            ["method", "after stage", "smallest", "largest", TIGHT, "at or below 0", "factors"], rows, numeric=2
-        ),
+        headline=Headline(["method", *HEADS], rows, numeric=2),
         remarks=remarks,
-        tables={"gains": stage_table(survey), "gains-layers": layer_table(survey)},
+        tables={"gains": stage_table(survey), "gains-layers": by_layer},
         markdown=markdown(survey),
         record=record_values(survey),
-        provenance=_provenance(survey),
+        provenance={"adapters": adapters, "environment": describe_environment(torch.device("cpu"))},
         figures=figures,
-        numbers=numbers | differences,
+        numbers=numbers,
         without=without,
         shown=shown,
         notes=notes,

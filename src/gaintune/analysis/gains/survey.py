@@ -1,28 +1,69 @@
-"""What gains learnt: their range and how many stay near 1, by layer and stage, sign flips, and the regime they make.
+"""What the factors of GAIN and (IA)3 adapters are after every stage: range, share near 1, sign flips and regime.
 
 GAIN paper, appendix C (table 5: range and share within [0.95, 1.05]) and appendix J (table 9: the same after domain
-upon domain, at several rates; table 10: the regimes).
+upon domain, at several rates; table 10: the regimes). Factors are read from the adapters' files; no model is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 
-from gaintune.analysis.gains.factors import adapters_of_run, has_factors, read_factors
-from gaintune.analysis.positions import ModulePosition, positions_of
-from gaintune.analysis.provenance import Origin, origin_of, table_labels
-from gaintune.errors import AdapterError, ConfigError
+from gaintune.adapters import WEIGHTS, adapter_method, check_whole
+from gaintune.analysis.positions import PREFIX, ModulePosition, positions_of
+from gaintune.analysis.provenance import Origin, method_with, origin_of, table_labels
+from gaintune.config import build_plan, read_values
+from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
+from gaintune.methods import Method
+from gaintune.storage import Run
 
 NEAR = (0.95, 1.05)
 """Factors in this interval, ends included, count as near 1 (the paper's "tight")."""
 Regime = Literal["stable", "mildly unstable", "unstable"]
 TOLERANCE = 1e-6  # the v of a gain of 1.05 is 0.0500000007 in fp32; the ends belong to the interval all the same
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors by which an adapter multiplies features, float64 `(features,)`, by module name in the base.
+
+    The features are a module's input for GAIN, and its input or output for (IA)3.
+    """
+
+    method: Method
+    values: Mapping[str, np.ndarray]
+
+
+def read_factors(folder: Path) -> Factors:
+    """Read the factors of a GAIN or (IA)3 adapter, `1 + v` for GAIN.
+
+    Raises:
+        AdapterError: not an adapter, damaged, of a method without factors, or a factor that is not finite.
+    """
+    method = method_with("factors", folder, "gains; give one of method gain, gain-ffn or ia3")
+    check_whole(folder)
+    assert method.factors is not None
+    parameter, start = method.factors
+    path, values = folder / WEIGHTS, {}
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (a safetensors file, not a mapping)
+                module, _, last = name.rpartition(".")
+                if last == parameter:
+                    values[module.removeprefix(PREFIX)] = start + tensors.get_tensor(name).to(torch.float64).flatten()
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: not a safetensors file, or cut short ({error})") from None
+    broken = [name for name, factors in values.items() if not bool(torch.isfinite(factors).all())]
+    if broken or not values:
+        raise AdapterError(f"{path}: {f'gains of {broken[0]} are not finite' if broken else 'no gains in it'}")
+    return Factors(method, {name: factors.numpy() for name, factors in values.items()})
 
 
 @dataclass(frozen=True)
@@ -42,24 +83,18 @@ class FactorFigures:
 
 
 def describe(factors: np.ndarray) -> FactorFigures:
-    """The figures of factors `(features,)`; ValueError for none at all."""
+    """Compute the figures of factors `(features,)`; ValueError if there are none."""
     if not factors.size:
         raise ValueError("no factor to describe")
     near = (factors >= NEAR[0] - TOLERANCE) & (factors <= NEAR[1] + TOLERANCE)
-    return FactorFigures(
-        count=factors.size,
-        smallest=float(factors.min()),
-        largest=float(factors.max()),
-        mean=float(factors.mean()),
-        deviation=float(factors.std()),
-        near=float(near.mean()),
-        flipped=int((factors <= 0).sum()),
-    )
+    smallest, largest, mean, deviation = map(float, (factors.min(), factors.max(), factors.mean(), factors.std()))
+    share, flipped = float(near.mean()), int((factors <= 0).sum())
+    return FactorFigures(factors.size, smallest, largest, mean, deviation, share, flipped)
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """The factors of one module, float64 `(features,)`, and where it sits in the model."""
+    """Factors of one module, float64 `(features,)`, and where it sits in the model."""
 
     position: ModulePosition
     values: np.ndarray
@@ -71,32 +106,37 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class StageFactors:
-    """The factors after one stage; `index` counts stages from 0, `domain` is what was learnt last."""
+    """Factors after one stage; `index` counts stages from 0, `domain` is the one trained last."""
 
     index: int
     domain: str
     origin: Origin
     layers: tuple[LayerFactors, ...]
 
+    @property
+    def name(self) -> str:
+        """Number, counted from 1, and domain."""
+        return f"{self.index + 1} {self.domain}"
+
     @cached_property
     def figures(self) -> FactorFigures:
-        """All layers together, every factor of equal weight."""
+        """Figures of all layers together, every factor of equal weight."""
         return self.of()
 
     def of(self, projection: str | None = None) -> FactorFigures:
-        """All layers' modules of one projection, or of all of them, together."""
+        """Compute the figures of all layers' modules of one projection, or of all projections."""
         chosen = [each.values for each in self.layers if projection in (None, each.position.projection)]
         return describe(np.concatenate(chosen))
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        """The projections that have factors, in the order of the model."""
+        """Projections that have factors, in the order of the model."""
         return tuple(dict.fromkeys(each.position.projection for each in self.layers))
 
 
 @dataclass(frozen=True)
 class FactorSequence:
-    """One method's factors, stage after stage; of a single adapter the stage of its last domain is all there is."""
+    """Factors of one method, stage after stage; of a single adapter only the stage of its last domain is known."""
 
     label: str
     stages: tuple[StageFactors, ...]
@@ -104,8 +144,8 @@ class FactorSequence:
 
     @property
     def regime(self) -> Regime | None:
-        """See `regime_of`; None where a sign may have flipped in an earlier stage that was not looked at."""
-        seen = [place for place, stage in enumerate(self.stages) if stage.figures.flipped] or [len(self.stages) - 1]
+        """Regime by `regime_of`; None where a sign may have flipped in an earlier stage whose adapter was not given."""
+        seen = [at for at, stage in enumerate(self.stages) if stage.figures.flipped] or [len(self.stages) - 1]
         if self.stages[seen[0]].index > seen[0]:
             return None
         return regime_of([stage.figures.flipped for stage in self.stages], self.planned)
@@ -113,22 +153,20 @@ class FactorSequence:
 
 @dataclass(frozen=True)
 class FactorSurvey:
-    """Everything read: sequences of factors, and the labels of a run's methods that have none."""
+    """Sequences of factors, and the labels of a run's methods that have none."""
 
     sequences: tuple[FactorSequence, ...]
     left_out: tuple[str, ...]
 
 
 def regime_of(flipped: Sequence[int], planned: int) -> Regime:
-    """The regime of a sequence from its sign flips, after the words of appendix J.
+    """Name the regime of a sequence from its sign flips, after the words of appendix J.
 
     The paper names as stable where every factor stays positive, as mild instability where some go negative late (after
     domain 5 of 8), and as unstable where they do early (after domain 2). It gives no bound between the last two: here
     it is half of the planned stages without a flip.
 
-    Args:
-        flipped: how many factors are at or below 0 after each stage so far.
-        planned: stages the sequence is to have.
+    `flipped` counts the factors at or below 0 after each stage so far; the sequence will have `planned` stages.
     """
     clean = next((index for index, count in enumerate(flipped) if count), None)
     if clean is None:
@@ -139,27 +177,24 @@ def regime_of(flipped: Sequence[int], planned: int) -> Regime:
 def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
     """Read the factors of runs and adapters; no model is loaded.
 
-    Args:
-        paths: run directories (every method with factors is a sequence, its adapters the stages) and adapter folders
-            of GAIN or (IA)3 (each the last stage of a sequence, after those of runs).
+    Every method of a run with factors is a sequence, and its adapters are the stages. An adapter folder of GAIN or
+    (IA)3 is the last stage of a sequence; these come after those of runs.
 
     Raises:
         AdapterError: a damaged adapter, one without factors, or a run without any.
-        RunDirectoryError: neither a run directory nor an adapter folder.
+        RunDirectoryError: a run without an adapter.
         ConfigError: a path named twice, or none.
     """
     names = [str(path) for path in paths]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"name run directories or adapters, each once (given: {', '.join(names) or 'none'})")
-    sequences: list[FactorSequence] = []
-    left_out: list[str] = []
-    alone: list[FactorSequence] = []
+    sequences, left_out, alone = [], [], []
     for path in paths:
         if not path.is_dir():
             raise AdapterError(f"{path}: no such folder; name a run directory or an adapter folder")
         if (path / "plan.yaml").is_file():
-            found, without = _of_run(path, prefix=f"{path.name}: " if len(paths) > 1 else "")
-            sequences += found
+            of_run, without = _of_run(path, prefix=f"{path.name}: " if len(paths) > 1 else "")
+            sequences += of_run
             left_out += without
         else:
             origin = origin_of(path)
@@ -177,29 +212,31 @@ def survey_gains(paths: Sequence[Path]) -> FactorSurvey:
 
 
 def _of_run(run: Path, prefix: str) -> tuple[list[FactorSequence], list[str]]:
-    """The sequences of a run, and the labels of its methods without factors."""
-    adapters = adapters_of_run(run)
-    labels = dict.fromkeys(each.label for each in adapters.adapters)
-    sequences, left_out = [], []
-    for label in labels:
-        own = [each for each in adapters.adapters if each.label == label]
-        if all(has_factors(each.adapter) for each in own):
-            stages = tuple(_stage(each.index, each.domain, each.adapter) for each in own)
-            sequences.append(FactorSequence(f"{prefix}{label}", stages, adapters.planned))
-        else:
-            left_out.append(f"{prefix}{label}")
+    """Read the sequences of a run, and the labels of its methods without factors."""
+    plan = build_plan(read_values(run / "plan.yaml"), origin=str(run / "plan.yaml"))
+    sequences, left_out, domains = [], [], plan.data.domains
+    for label in (method.label for method in plan.methods):
+        folders = [Run(run).stage(label, index, domain.name) / "adapter" for index, domain in enumerate(domains)]
+        trained = [index for index, folder in enumerate(folders) if folder.is_dir()]
+        methods = [adapter_method(folders[index]) for index in trained]
+        if not all(method is not None and method.factors is not None for method in methods):
+            left_out.append(label)
+        elif trained:
+            stages = tuple(_stage(index, domains[index].name, folders[index]) for index in trained)
+            sequences.append(FactorSequence(f"{prefix}{label}", stages, len(domains)))
+    if not sequences and not left_out:
+        raise RunDirectoryError(f"{run} has no adapter yet: run `gaintune sequence` on it until a stage is trained")
     if not sequences:
-        raise AdapterError(f"{run}: none of its methods has gains ({', '.join(labels)}); gain, gain-ffn and ia3 have")
-    return sequences, left_out
+        raise AdapterError(f"{run}: none of its methods has gains ({', '.join(left_out)}); gain, gain-ffn and ia3 have")
+    return sequences, [f"{prefix}{label}" for label in left_out]
 
 
 def _stage(index: int, domain: str, adapter: Path) -> StageFactors:
-    factors = read_factors(adapter)
-    positions = positions_of(None, factors.values)
-    # attention first in each layer, as in the model; safetensors keeps names in alphabetical order
-    order = sorted(
-        factors.values,
-        key=lambda name: (positions[name].layer is None, positions[name].layer or 0, positions[name].block, name),
-    )
-    layers = tuple(LayerFactors(positions[name], factors.values[name]) for name in order)
-    return StageFactors(index, domain, origin_of(adapter), layers)
+    """Read a stage's factors, attention before MLP in each layer; a safetensors file orders names alphabetically."""
+    values = read_factors(adapter).values
+
+    def order(position: ModulePosition) -> tuple[bool, int, str, str]:
+        return position.layer is None, position.layer or 0, position.block, position.name
+
+    positions = sorted(positions_of(None, values).values(), key=order)
+    return StageFactors(index, domain, origin_of(adapter), tuple(LayerFactors(at, values[at.name]) for at in positions))

@@ -9,12 +9,22 @@ from pydantic import Field, model_validator
 
 from gaintune.analysis.base import Analysis, Options
 from gaintune.config import as_domain
+from gaintune.errors import ConfigError
 
 Tokens = Literal["auto", "response", "all"]
+CLOSED, OPEN = 0.05, 0.5
+"""A gate below `CLOSED` lets hardly anything of its part through; one above `OPEN` most of it. Both are bin edges."""
+EDGES_EVERY = 20  # a number of bins has both edges if it is a multiple of this
+
+
+def check_bins(bins: int) -> None:
+    """Refuse a number of bins of which 0.05 or 0.5 would not be an edge."""
+    if bins < EDGES_EVERY or bins % EDGES_EVERY:
+        raise ConfigError(f"bins is {bins}: give a multiple of {EDGES_EVERY}, so that {CLOSED} and {OPEN} are edges")
 
 
 class GatesOptions(Options):
-    """Which tokens' gates count, and how finely."""
+    """Choice of the tokens whose gates count, and of the histograms' bins."""
 
     instruct: tuple[str, ...] = Field(
         default=(),
@@ -29,8 +39,6 @@ class GatesOptions(Options):
 
     @model_validator(mode="after")
     def _usable(self) -> GatesOptions:
-        from gaintune.analysis.gates.statistics import check_bins
-
         check_bins(self.bins)
         return self
 

@@ -1,10 +1,17 @@
-"""An adapter's gates over the validation rows of several domains, recorded during forward passes."""
+"""An adapter's gates over the validation rows of several domains: recorded, summarized and compared.
+
+Modules of one adapter are no sample of anything, so nothing is resampled over them: they are a fixed set. Intervals say
+what other text would have given, and are a bootstrap over rows. Rows of two domains are two samples, each resampled by
+itself; two parts of the model are paired, since they saw the same rows.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,34 +19,50 @@ import numpy as np
 import torch
 from torch import nn
 
-from gaintune.adapters import adapter_method, check_adapters, load_adapter, read_config, read_record
-from gaintune.analysis.gates import GatesOptions, Tokens
-from gaintune.analysis.gates.statistics import BINS, GateRecord, LayerGates, check_bins
-from gaintune.analysis.positions import ModulePosition, positions_of
-from gaintune.config import DataConfig, DomainConfig, Plan
-from gaintune.data import Examples, load_domain
+from gaintune.adapters import check_adapters, load_adapter
+from gaintune.analysis.gates import CLOSED, OPEN, GatesOptions, check_bins
+from gaintune.analysis.positions import DEPTHS, ModulePosition, positions_of
+from gaintune.analysis.provenance import method_with
+from gaintune.config import EvaluateConfig, Plan
+from gaintune.data import IGNORED, load_domain
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.evaluate import run_batches
-from gaintune.models import IGNORED, load_base, require_rows
+from gaintune.models import load_base, require_rows
 from gaintune.progress import Progress
+from gaintune.results import FloatArray, Interval, replicate_means, stretched, sum_interval, unbiased
 from gaintune.storage import describe_environment
 from gaintune.tuners.disel.layer import disel_layers
 
 Counted = Literal["response", "all"]
+Batch = Mapping[str, torch.Tensor]
+ALL = "all"
+BLOCKS = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """Gates of one layer on one domain."""
+
+    position: ModulePosition
+    tokens: int  # that counted
+    histogram: np.ndarray  # gate values by rank part and equal bins of [0, 1], the last closed, int64 `(rank, bins)`
+    total: np.ndarray  # sum of the values of each part, float64 `(rank,)`
+    squares: np.ndarray  # sum of their squares, float64 `(rank,)`
+    row_values: np.ndarray  # how many gate values each text row counted, int64 `(rows,)`
+    row_totals: np.ndarray  # sum of those values, float64 `(rows,)`
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """Everything recorded of one adapter: for each domain its layers, in the order of the model."""
+
+    adapter: str
+    domains: Mapping[str, tuple[LayerGates, ...]]
 
 
 @dataclass(frozen=True)
 class GateSurvey:
-    """A record with what it was made of.
-
-    Attributes:
-        record: the gates.
-        counted: for each domain, which tokens were counted (`response` or `all`).
-        adapter: the adapter's folder.
-        base_fingerprint: of the base it was put on.
-        plan: base, domains and budgets.
-        environment: as `describe_environment` has it.
-    """
+    """A record with what it was made from; `counted` names the tokens that count in each domain."""
 
     record: GateRecord
     counted: Mapping[str, Counted]
@@ -47,13 +70,6 @@ class GateSurvey:
     base_fingerprint: str
     plan: Plan
     environment: Mapping[str, Any]
-
-
-def counted_tokens(tokens: Tokens, data: DataConfig, domain: DomainConfig) -> Counted:
-    """Which tokens of a domain count; by itself as in the paper: responses of instruction data, all of plain text."""
-    if tokens != "auto":
-        return tokens
-    return "response" if data.task_of(domain) == "instruct" else "all"
 
 
 def survey_gates(
@@ -66,67 +82,45 @@ def survey_gates(
 ) -> GateSurvey:
     """Load an adapter onto the plan's base, and record its gates on the validation rows of the plan's domains.
 
+    As in the paper, responses count in instruction data, and all tokens in texts, unless the options say otherwise.
+
     Raises:
         AdapterError: not a DISeL adapter, or a damaged one.
         BaseMismatchError: an adapter of another base.
         DataError: a domain's text is missing or broken.
     """
     chosen = options or GatesOptions()
-    _check_gated(adapter)
+    method_with("gates", adapter, "gates; give one of method disel (gaintune adapt --method disel)")
     check_adapters([adapter], plan.model, plan.data, allow_other_base=allow_other_base)
     base = load_base(plan.model)
     model = load_adapter(base, adapter, allow_other_base=allow_other_base)
-    domains = [(domain, load_domain(domain, plan.data, base.tokenizer)) for domain in plan.data.domains]
-    counted: dict[str, Counted] = {
-        domain.name: counted_tokens(chosen.tokens, plan.data, domain) for domain in plan.data.domains
-    }
+    domains = [(domain, load_domain(domain, plan.data, base.tokenizer).validation) for domain in plan.data.domains]
+    forward, device = _without_head(model), next(model.parameters()).device
+    counted: dict[str, Counted] = {}
     with record_gates(model, bins=chosen.bins) as recorder:
-        for domain, rows in domains:
-            size, choice = plan.evaluate.batch_size, counted[domain.name]
-            record_examples(model, recorder, domain.name, rows.validation, choice, batch_size=size, progress=progress)
-    environment = describe_environment(next(model.parameters()).device)
-    return GateSurvey(recorder.result(), counted, adapter, base.fingerprint, plan, environment)
+        for domain, examples in domains:
+            automatic: Counted = "response" if plan.data.task_of(domain) == "instruct" else "all"
+            counted[domain.name] = automatic if chosen.tokens == "auto" else chosen.tokens
+            step = partial(_step, forward, recorder, domain.name, counted[domain.name], device)
+            batches, title = examples.batches(plan.evaluate.batch_size), f"gates on {domain.name}"
+            require_rows(model, examples.input_ids.shape[1], packed=examples.position_ids is not None)
+            run_batches(model, batches, step, total=examples.tokens, title=title, progress=progress)
+    return GateSurvey(recorder.result(), counted, adapter, base.fingerprint, plan, describe_environment(device))
 
 
-def record_examples(
-    model: nn.Module,
-    recorder: GateRecorder,
-    domain: str,
-    examples: Examples,
-    counted: Counted,
-    *,
-    batch_size: int = 4,
-    progress: Progress | None = None,
-) -> None:
-    """Run rows through a causal language model with a DISeL adapter, its gates being recorded; no loss is computed."""
-    forward: Any = _without_head(model)
-    device = next(model.parameters()).device
-    require_rows(model, examples.input_ids.shape[1], packed=examples.position_ids is not None)
-    mask_of = response_tokens if counted == "response" else all_tokens
-
-    def step(batch: dict[str, torch.Tensor]) -> int:
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids") if key in batch}
-        with recorder.counting(domain, mask_of(batch).to(device)):
-            forward(**inputs, use_cache=False)
-        return batch["input_ids"].numel()
-
-    batches, title = examples.batches(batch_size), f"gates on {domain}"
-    run_batches(model, batches, step, total=examples.tokens, title=title, progress=progress)
-
-
-def _check_gated(adapter: Path) -> None:
-    """One clear line, before a model is loaded, for an adapter that has no gates."""
-    method, record = adapter_method(adapter), read_record(adapter)
-    if method is None or not method.gates:
-        name = record.method if record is not None else read_config(adapter).get("peft_type")
-        raise AdapterError(
-            f"{adapter}: an adapter of method {name} has no gates; give one of method disel "
-            "(gaintune adapt --method disel)"
-        )
+def _step(
+    forward: nn.Module, recorder: GateRecorder, domain: str, counted: Counted, device: torch.device, batch: Batch
+) -> int:
+    """Run a batch of rows through a causal language model whose gates are recorded; no loss is computed."""
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids") if key in batch}
+    mask = response_tokens(batch) if counted == "response" else all_tokens(batch)
+    with recorder.counting(domain, mask.to(device)):
+        forward(**inputs, use_cache=False)
+    return batch["input_ids"].numel()
 
 
 def _without_head(model: Any) -> nn.Module:
-    """The part of a language model before its vocabulary projection, unless that is adapted as well."""
+    """Return a language model without its vocabulary projection, unless that is adapted as well."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone: nn.Module = whole.base_model
     inside = {id(module) for module in backbone.modules()}
@@ -144,7 +138,7 @@ class _Tokens(NamedTuple):
 
 
 class _Accumulator:
-    """The running histogram, moments and row sums of one layer on one domain, on the layer's own device."""
+    """Running histogram, moments and row sums of one layer on one domain, on the layer's own device."""
 
     def __init__(self, rank: int, bins: int, device: torch.device) -> None:
         self.bins = bins
@@ -174,7 +168,7 @@ class _Accumulator:
         self.rows[tokens.first] = (passes + 1, sums + before)
 
     def layer(self, position: ModulePosition, row_tokens: np.ndarray) -> LayerGates:
-        """What was counted, given how many tokens of each row of the domain count, `(rows,)`."""
+        """Return what was counted, given how many tokens of each row of the domain count, `(rows,)`."""
         moments = self.moments.cpu().numpy()
         if not np.isfinite(moments).all():
             raise TrainingError(f"{position.name}: gate values are not finite, so the model or its adapter is broken")
@@ -188,24 +182,23 @@ class _Accumulator:
 
 
 class GateRecorder:
-    """Counts gate values while a `counting` block is open; made by `record_gates`."""
+    """Counter of gate values while a `counting` block is open; made by `record_gates`."""
 
     def __init__(self, model: nn.Module, adapter: str, bins: int) -> None:
         self.adapter = adapter
         self._bins = bins
-        self._layers = {name: layer for name, layer in disel_layers(model) if adapter in layer.lora_G}
+        self._layers: dict[str, Any] = {name: layer for name, layer in disel_layers(model) if adapter in layer.lora_G}
         self._positions = positions_of(model, self._layers)
         self._counts: dict[str, dict[str, _Accumulator]] = {}
         self._row_tokens: dict[str, list[int]] = {}
         self._tokens: _Tokens | None = None
-        self._observers: list[tuple[Any, Callable[[str, torch.Tensor], None]]] = []
 
     @contextlib.contextmanager
     def counting(self, domain: str, mask: torch.Tensor) -> Iterator[None]:
         """Count the gates of the forward passes inside, each over one batch of the shape of `mask`.
 
         Args:
-            domain: under which name; several blocks of one name add up.
+            domain: name to count under; several blocks of one name add up.
             mask: which tokens count, bool `(batch, tokens)`: a gate counts if the token at its own position counts (the
                 token the gate reads, not the one predicted from there). See `response_tokens`, `all_tokens`.
 
@@ -226,22 +219,12 @@ class GateRecorder:
             self._tokens = None
 
     def result(self) -> GateRecord:
-        """What was counted so far.
-
-        Raises:
-            TrainingError: a gate was not finite.
-        """
-        return GateRecord(
-            self.adapter,
-            {
-                domain: tuple(
-                    counts[name].layer(position, np.array(self._row_tokens[domain], np.int64))
-                    for name, position in self._positions.items()
-                    if name in counts
-                )
-                for domain, counts in self._counts.items()
-            },
-        )
+        """Return what was counted so far; TrainingError where a gate was not finite."""
+        domains = {}
+        for domain, counts in self._counts.items():
+            tokens, positions = np.array(self._row_tokens[domain], np.int64), self._positions.items()
+            domains[domain] = tuple(counts[name].layer(at, tokens) for name, at in positions if name in counts)
+        return GateRecord(self.adapter, domains)
 
     @property
     def stored_values(self) -> int:
@@ -250,38 +233,24 @@ class GateRecorder:
         fixed = sum(each.histogram.numel() + each.moments.numel() + each.offsets.numel() for each in accumulators)
         return fixed + sum(len(sums) for each in accumulators for _, sums in each.rows.values())
 
-    def _attach(self) -> None:
-        for name, layer in self._layers.items():
-            observer = self._observer(name)
-            layer.gate_observers.append(observer)
-            self._observers.append((layer, observer))
-
-    def _detach(self) -> None:
-        for layer, observer in self._observers:
-            layer.gate_observers.remove(observer)
-        self._observers.clear()
-
-    def _observer(self, name: str) -> Callable[[str, torch.Tensor], None]:
-        def observe(adapter: str, gates: torch.Tensor) -> None:
-            tokens = self._tokens
-            if tokens is None or adapter != self.adapter:
-                return
-            values = gates.detach().reshape(-1, gates.shape[-1])
-            if len(values) != tokens.total:
-                raise UnsupportedModuleError(
-                    f"{name}: gates of {len(values)} tokens, but the mask has {tokens.total}: a layer that sees only "
-                    "some of the tokens, or a batch with several adapters, cannot be recorded"
-                )
-            counts = self._counts[tokens.domain]
-            if name not in counts:
-                counts[name] = _Accumulator(values.shape[1], self._bins, values.device)
-            counts[name].add(values, tokens)
-
-        return observe
+    def _observe(self, layer: str, adapter: str, gates: torch.Tensor) -> None:
+        tokens = self._tokens
+        if tokens is None or adapter != self.adapter:
+            return
+        values = gates.detach().reshape(-1, gates.shape[-1])
+        if len(values) != tokens.total:
+            raise UnsupportedModuleError(
+                f"{layer}: gates of {len(values)} tokens, but the mask has {tokens.total}: a layer that sees only some "
+                "of the tokens, or a batch with several adapters, cannot be recorded"
+            )
+        counts = self._counts[tokens.domain]
+        if layer not in counts:
+            counts[layer] = _Accumulator(values.shape[1], self._bins, values.device)
+        counts[layer].add(values, tokens)
 
 
 @contextlib.contextmanager
-def record_gates(model: nn.Module, *, adapter: str | None = None, bins: int = BINS) -> Iterator[GateRecorder]:
+def record_gates(model: nn.Module, *, adapter: str | None = None, bins: int = 100) -> Iterator[GateRecorder]:
     """Record the gates of a DISeL model; outputs are untouched, and nothing is left in the model afterwards.
 
         with record_gates(model) as recorder, torch.inference_mode():
@@ -292,7 +261,7 @@ def record_gates(model: nn.Module, *, adapter: str | None = None, bins: int = BI
 
     Args:
         model: a PeftModel, or any module that holds DISeL layers.
-        adapter: whose gates; the only one there is unless given.
+        adapter: whose gates; may be left out where only one has gates.
         bins: bins of [0, 1] in a histogram, a multiple of 20.
 
     Raises:
@@ -301,33 +270,162 @@ def record_gates(model: nn.Module, *, adapter: str | None = None, bins: int = BI
     """
     check_bins(bins)
     recorder = GateRecorder(model, _adapter_of(model, adapter), bins)
-    recorder._attach()
+    attached = [(layer, partial(recorder._observe, name)) for name, layer in recorder._layers.items()]
+    for layer, observer in attached:
+        layer.gate_observers.append(observer)
     try:
         yield recorder
     finally:
-        recorder._detach()
+        for layer, observer in attached:
+            layer.gate_observers.remove(observer)
 
 
 def _adapter_of(model: nn.Module, adapter: str | None) -> str:
-    """The adapter to record, once it is known to have sigmoid gates."""
+    """Return the adapter to record, which has sigmoid gates."""
     layers = [layer for _, layer in disel_layers(model)]
     if not layers:
         raise AdapterError("this model has no gates: only a DISeL adapter has them (gaintune adapt --method disel)")
     names = sorted({name for layer in layers for name in layer.lora_G})
     if not names or (adapter is not None and adapter not in names):
-        asked = f"adapter {adapter!r} has" if adapter is not None else "this model has"
-        raise AdapterError(f"{asked} no sigmoid gates; adapters with such gates: {', '.join(names) or 'none'}")
+        subject = f"adapter {adapter!r} has" if adapter is not None else "this model has"
+        raise AdapterError(f"{subject} no sigmoid gates; adapters with such gates: {', '.join(names) or 'none'}")
     if adapter is None and len(names) > 1:
         raise AdapterError(f"several adapters have gates ({', '.join(names)}): say which one to record")
     return names[0] if adapter is None else adapter
 
 
-def response_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of the response, `(batch, tokens)`: those the loss scores, whose label is not -100; never padding."""
+def response_tokens(batch: Batch) -> torch.Tensor:
+    """Return the mask of the response, `(batch, tokens)`: tokens the loss scores, whose label is not -100."""
     return batch["labels"] != IGNORED
 
 
-def all_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All tokens but padding, `(batch, tokens)`: a row's tokens up to the last that is scored, since a text ends so."""
+def all_tokens(batch: Batch) -> torch.Tensor:
+    """Return the mask of all tokens but padding, `(batch, tokens)`: a row ends with its last scored token."""
     scored = response_tokens(batch)
     return scored.flip(1).cummax(1).values.flip(1)
+
+
+@dataclass(frozen=True)
+class GateSummary:
+    """Figures of some gate values: how many, mean, standard deviation, and the shares below 0.05 and from 0.5 up."""
+
+    values: int
+    mean: float
+    deviation: float
+    closed: float
+    open: float
+    histogram: np.ndarray
+
+
+def summarise(layers: Iterable[LayerGates], part: int | None = None) -> GateSummary:
+    """Summarize the gate values of several layers, of all rank parts or one; ValueError if nothing was counted.
+
+    Every value has equal weight.
+    """
+    chosen = slice(None) if part is None else slice(part, part + 1)
+    histogram, total, squares = np.zeros(1, np.int64), 0.0, 0.0
+    for each in layers:
+        histogram = histogram + each.histogram[chosen].sum(axis=0)
+        total += float(each.total[chosen].sum())
+        squares += float(each.squares[chosen].sum())
+    values = int(histogram.sum())
+    if not values:
+        raise ValueError("no gate value was counted")
+    mean = total / values
+    bins = len(histogram)
+    closed, opened = histogram[: round(CLOSED * bins)].sum(), histogram[round(OPEN * bins) :].sum()
+    deviation = float(np.sqrt(max(squares / values - mean**2, 0.0)))
+    return GateSummary(values, mean, deviation, float(closed / values), float(opened / values), histogram)
+
+
+def select(layers: Sequence[LayerGates], depth: str = ALL, part: str = ALL) -> list[LayerGates]:
+    """Return the layers of a depth third, and of a block or projection; "all" selects every one."""
+    return [
+        each
+        for each in layers
+        if depth in (ALL, each.position.depth) and part in (ALL, each.position.block, each.position.projection)
+    ]
+
+
+def projections_of(layers: Sequence[LayerGates]) -> list[str]:
+    """Return the projections of layers, in the order of the model."""
+    return list(dict.fromkeys(each.position.projection for each in layers))
+
+
+class Group(NamedTuple):
+    """Gates of a domain: of one depth third or all, and of one block, one projection or all."""
+
+    domain: str
+    depth: str = ALL
+    part: str = ALL
+
+
+def apart(record: GateRecord, one: Group, other: Group, settings: EvaluateConfig) -> Interval:
+    """Return the mean gate of one group less that of another; every gate value of a group has equal weight.
+
+    Percentile bootstrap over rows of text: over each domain's own, or, within a domain, over the same rows for both.
+    Widened for few rows, with the degrees of freedom of both domains' rows together (`sum_interval`).
+
+    The difference lies between -1 and 1, and has no ends where a domain has one row, which cannot be resampled.
+
+    Raises:
+        ConfigError: a group without a gate in the record.
+    """
+    return compared(record, settings, [(one, other)])[one, other]
+
+
+def compared(
+    record: GateRecord, settings: EvaluateConfig, pairs: Iterable[tuple[Group, Group]] | None = None
+) -> dict[tuple[Group, Group], Interval]:
+    """Compare pairs of groups as `apart` does, or all `comparisons`; a domain's rows are drawn once for all groups."""
+    chosen = list(comparisons(record) if pairs is None else pairs)
+    groups = list(dict.fromkeys(itertools.chain.from_iterable(chosen)))
+    means: dict[Group, FloatArray] = {}
+    rows: dict[str, int] = {}
+    samples, seed = settings.bootstrap_samples, settings.seed
+    for domain in dict.fromkeys(group.domain for group in groups):
+        own = [group for group in groups if group.domain == domain]
+        totals, values = row_sums(record, own)
+        counted = values.any(axis=0)  # a row without a response has no token that counts
+        rows[domain] = int(counted.sum())
+        sums, ones = np.concatenate([totals, values])[:, counted], np.ones(rows[domain], np.int64)
+        total, weight = np.split(replicate_means(sums, ones, samples=samples, seed=seed, domain=domain), 2, axis=1)
+        ratios = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+        means |= dict(zip(own, unbiased(ratios, rows[domain]).T, strict=True))
+    differences = {}
+    for one, other in chosen:
+        first, second = means[one], -means[other]
+        parts = np.stack([first, second], axis=1) if one.domain != other.domain else (first + second)[:, None]
+        sizes = [rows[name] for name in dict.fromkeys((one.domain, other.domain))]
+        differences[one, other] = sum_interval(partial(stretched, parts), sizes, settings.confidence)
+    return differences
+
+
+def row_sums(record: GateRecord, groups: Sequence[Group]) -> tuple[FloatArray, FloatArray]:
+    """Return the sums of the gate values of each row, and how many there are, `(groups, rows)` each."""
+    totals, values = [], []
+    for group in groups:
+        chosen = select(record.domains.get(group.domain, ()), group.depth, group.part)
+        if not sum(int(each.row_values.sum()) for each in chosen):
+            raise ConfigError(f"no gate was counted of {', '.join(group)}; domains: {', '.join(record.domains)}")
+        totals.append(np.sum([each.row_totals for each in chosen], axis=0))
+        values.append(np.sum([each.row_values for each in chosen], axis=0))
+    return np.array(totals, np.float64), np.array(values, np.float64)
+
+
+def comparisons(record: GateRecord) -> Iterator[tuple[Group, Group]]:
+    """Yield the pairs of groups to compare, in both directions.
+
+    They are every two domains, by depth and block and by projection; and within a domain MLP and attention, and every
+    two projections.
+    """
+    for one, other in itertools.permutations(record.domains, 2):
+        first, second = record.domains[one], record.domains[other]
+        cells = [*itertools.product((ALL, *DEPTHS), (ALL, *BLOCKS)), *((ALL, part) for part in projections_of(first))]
+        for cell in cells:
+            if select(first, *cell) and select(second, *cell):
+                yield Group(one, *cell), Group(other, *cell)
+    for domain, layers in record.domains.items():
+        for parts in ([block for block in BLOCKS if select(layers, part=block)], projections_of(layers)):
+            for one, other in itertools.permutations(parts, 2):
+                yield Group(domain, part=one), Group(domain, part=other)

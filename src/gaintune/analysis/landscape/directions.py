@@ -1,4 +1,4 @@
-"""Moving a model from its pretrained weights toward adapted ones, beyond them, and back bit for bit.
+"""Move a model from its pretrained weights toward adapted ones, beyond them, and back bit for bit.
 
 `W(t) = W + sum_i t_i D_i`, where `D_i` is what adapter i changes of the pretrained weights W: the coordinates of the
 GAIN paper's loss landscapes (arXiv 2604.04516, appendix E).
@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,14 +21,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import (
-    absorb,
-    adapter_method,
-    add_adapter,
-    load_adapter,
-    read_config,
-    strip_adapters,
-)
+from gaintune.adapters import absorb, adapter_method, add_adapter, attached, read_config
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models import Base
 from gaintune.tuners.gain.layer import GainLayer
@@ -47,12 +40,12 @@ WAYS: dict[Way, str] = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the directions lie in the space of the pretrained weights.
+    """Lengths and angles of the directions in the space of the pretrained weights.
 
     Attributes:
         lengths: Frobenius norm of each direction over all weights it changes.
         base_length: Frobenius norm of the pretrained weights that any of them changes.
-        cosine: of the angle between two directions; None for one. Of gated updates it is that of B A, every gate open.
+        cosine: of the angle between two directions; None for one. For gated updates, of B A with every gate open.
         parameter_cosine: of the angle between the vectors v of two GAIN adapters, whatever the weights they multiply.
     """
 
@@ -62,39 +55,20 @@ class Geometry:
     parameter_cosine: float | None = None
 
 
-class Directions(Protocol):
-    """A model that can be moved along the directions of one or two adapters."""
-
-    model: nn.Module
-
-    def move(self, place: Sequence[float]) -> None:
-        """Put the model at `W + sum_i place_i D_i`: zeros are the pretrained model, a single 1 an adapted one."""
-        ...
-
-    def geometry(self) -> Geometry:
-        """Lengths and angles of the directions, computed in fp64."""
-        ...
-
-    def close(self) -> None:
-        """Leave the base as it was."""
-        ...
-
-
 def way_of(adapters: Sequence[Path]) -> Way:
-    """How a model is moved toward these adapters: through their parameters where all are of one kind that allows it.
+    """Return how a model moves toward adapters: through their parameters where all are of one kind that allows it.
 
     Raises:
         AdapterError: a folder that is no adapter.
         ConfigError: a DISeL adapter beside one of another method: they share no space to move in.
     """
-    ways: dict[Path, Way] = {folder: _own_way(folder) for folder in adapters}
-    if len(set(ways.values())) == 1:
-        return next(iter(ways.values()))
-    gated = [str(folder) for folder, way in ways.items() if way == "gated"]
-    if gated:
+    ways: list[Way] = [_own_way(folder) for folder in adapters]
+    if len(set(ways)) == 1:
+        return ways[0]
+    if "gated" in ways:
         raise ConfigError(
-            f"{gated[0]} has gates, so its update is no change of weights, and spans no plane with an adapter of "
-            "another method: give two adapters of one method"
+            f"{adapters[ways.index('gated')]} has gates, so its update is no change of weights, and spans no plane "
+            "with an adapter of another method: give two adapters of one method"
         )
     return "weights"
 
@@ -122,113 +96,100 @@ def _is_plain(config: Any) -> bool:
 def directions(base: Base, adapters: Sequence[str | Path], *, allow_other_base: bool = False) -> Iterator[Directions]:
     """Open one or two adapters' directions on a base; afterwards `base.model` is what it was, bit for bit.
 
-    Args:
-        base: the pretrained model; in fp32 where `way_of` says weights.
-        adapters: one or two adapter folders.
-        allow_other_base: take adapters that were trained on another base.
+    Yields a `model` with `move(position)`, which puts it at `W + sum_i position_i D_i` (zeros are the pretrained model,
+    a single 1 an adapted one), and with `geometry()`, in fp64. The base has to be in fp32 where `way_of` says weights.
 
     Raises:
         AdapterError, BaseMismatchError: damaged, of another base, or of a method whose effect is no change of weights.
-        ConfigError: adapters that cannot be set side by side, or a base in too few bits.
+        ConfigError: adapters that share no space to move in, or a base in too few bits.
     """
     folders = [Path(folder) for folder in adapters]
     way = way_of(folders)
     flags = {name: parameter.requires_grad for name, parameter in base.model.named_parameters()}
-    kinds: dict[Way, Callable[[Base, Sequence[Path], bool], Directions]] = {
-        "gains": _Gains, "scale": _Scales, "gated": _Scales, "weights": _Weights
-    }  # fmt: skip
     try:
-        opened = kinds[way](base, folders, allow_other_base)
-        try:
-            yield opened
-        finally:
-            opened.close()
+        if way == "weights":  # merged into copies of the base, so nothing is attached to it
+            weights = _Weights(base, folders, allow_other_base)
+            try:
+                yield weights
+            finally:
+                weights.move([0.0] * len(folders))
+        else:
+            with attached(base, folders[0], allow_other_base=allow_other_base) as (model, _):
+                assert isinstance(model, PeftModel), "a full model is moved by its weights"
+                for number, folder in enumerate(folders[1:], start=2):
+                    add_adapter(model, base, folder, f"number{number}", allow_other_base=allow_other_base)
+                yield _Gains(model) if way == "gains" else _Scales(model)
     finally:
         for name, parameter in base.model.named_parameters():
             parameter.requires_grad_(flags[name])
 
 
-class _Attached:
-    """Adapters side by side on a base."""
-
-    def __init__(self, base: Base, adapters: Sequence[Path], allow_other_base: bool) -> None:
-        self._base = base
-        first = load_adapter(base, adapters[0], allow_other_base=allow_other_base)
-        assert isinstance(first, PeftModel), "a full model is moved by its weights"
-        self.model: nn.Module = first
-        self._names = ["default"]
-        try:
-            for number, folder in enumerate(adapters[1:], start=2):
-                add_adapter(first, base, folder, f"number{number}", allow_other_base=allow_other_base)
-                self._names.append(f"number{number}")
-        except Exception:
-            self.close()
-            raise
-        tuner: Any = first.base_model
-        tuner.set_adapter(self._names)
-        first.requires_grad_(False)
-
-    def close(self) -> None:
-        strip_adapters(self._base.model)
-
-
-class _Gains(_Attached):
+class _Gains:
     """`W diag(1 + sum_i t_i v_i)`: one adapter of a layer carries the sum, the others rest at a gain of 1."""
 
-    def __init__(self, base: Base, adapters: Sequence[Path], allow_other_base: bool) -> None:
-        super().__init__(base, adapters, allow_other_base)
-        self._layers = [layer for layer in self.model.modules() if isinstance(layer, GainLayer)]
-        self._learnt = [
-            {name: layer.gain_v[name].detach().clone() for name in self._names if name in layer.gain_v}
-            for layer in self._layers
-        ]
+    def __init__(self, model: PeftModel) -> None:
+        self.model: nn.Module = model
+        self._names = _activate_all(model)
+        self._vectors = {
+            layer: {name: layer.gain_v[name].detach().clone() for name in self._names if name in layer.gain_v}
+            for layer in model.modules()
+            if isinstance(layer, GainLayer)
+        }
 
-    def move(self, place: Sequence[float]) -> None:
-        at = dict(zip(self._names, place, strict=True))
+    def move(self, position: Sequence[float]) -> None:
+        at = dict(zip(self._names, position, strict=True))
         with torch.no_grad():
-            for layer, learnt in zip(self._layers, self._learnt, strict=True):
-                total = sum(at[name] * v for name, v in learnt.items())
-                for number, name in enumerate(learnt):
-                    layer.gain_v[name].copy_(torch.as_tensor(total) if number == 0 else torch.zeros_like(learnt[name]))
+            for layer, vectors in self._vectors.items():
+                total = sum(at[name] * v for name, v in vectors.items())
+                for number, name in enumerate(vectors):
+                    layer.gain_v[name].copy_(torch.as_tensor(total) if number == 0 else torch.zeros_like(vectors[name]))
 
     def geometry(self) -> Geometry:
         count = len(self._names)
         weights, vectors, base = _Gram(count), _Gram(count), 0.0
-        for layer, learnt in zip(self._layers, self._learnt, strict=True):
+        for layer, own in self._vectors.items():
             weight = layer.get_base_weight().double()
             # GPT-2's layers keep their weight as (in, out)
             columns = weight.square().sum(dim=1 if isinstance(layer.get_base_layer(), Conv1D) else 0)
             base += float(columns.sum())
-            v = {self._names.index(name): tensor.double() for name, tensor in learnt.items()}
+            v = {self._names.index(name): tensor.double() for name, tensor in own.items()}
             vectors.add(v)
             weights.add({number: tensor * columns.sqrt() for number, tensor in v.items()})
         return Geometry(weights.lengths(), math.sqrt(base), weights.cosine(), vectors.cosine())
 
 
-class _Scales(_Attached):
+class _Scales:
     """`(alpha / r) B A`, or with gates `(alpha / r) B diag(g(x)) A`, times t: a factor on each layer's scale."""
 
-    def __init__(self, base: Base, adapters: Sequence[Path], allow_other_base: bool) -> None:
-        super().__init__(base, adapters, allow_other_base)
-        self._layers = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
-        self._scales = [dict(layer.scaling) for layer in self._layers]
+    def __init__(self, model: PeftModel) -> None:
+        self.model: nn.Module = model
+        self._names = _activate_all(model)
+        self._scales = {layer: dict(layer.scaling) for layer in model.modules() if isinstance(layer, LoraLayer)}
 
-    def move(self, place: Sequence[float]) -> None:
-        at = dict(zip(self._names, place, strict=True))
-        for layer, scales in zip(self._layers, self._scales, strict=True):
-            for name, scale in scales.items():
-                layer.scaling[name] = at[name] * scale
+    def move(self, position: Sequence[float]) -> None:
+        at = dict(zip(self._names, position, strict=True))
+        for layer, scales in self._scales.items():
+            layer.scaling.update({name: at[name] * scale for name, scale in scales.items()})
 
     def geometry(self) -> Geometry:
         gram, base = _Gram(len(self._names)), 0.0
-        for layer, scales in zip(self._layers, self._scales, strict=True):
-            kind: Any = type(layer)  # its update is with all gates open, which a gated layer itself refuses to give
+        for layer, scales in self._scales.items():
+            kind: Any = type(layer)  # gives the update with all gates open, which a gated layer itself refuses
             now = dict(layer.scaling)
             layer.scaling.update(scales)
             gram.add({self._names.index(name): kind.get_delta_weight(layer, name).double() for name in scales})
             layer.scaling.update(now)
             base += float(dequantize_module_weight(layer.get_base_layer()).double().square().sum())
         return Geometry(gram.lengths(), math.sqrt(base), gram.cosine())
+
+
+def _activate_all(model: PeftModel) -> list[str]:
+    """Put all adapters of a model to work, frozen, and return their names."""
+    names = list(model.peft_config)
+    tuner: Any = model.base_model
+    tuner.set_adapter(names)
+    model.requires_grad_(False)
+    return names
 
 
 class _Weights:
@@ -255,9 +216,9 @@ class _Weights:
         touched = {name for delta in self._deltas for name in delta}
         self._weights = {name: (weight, weight.data) for name, weight in own.items() if name in touched}
 
-    def move(self, place: Sequence[float]) -> None:
+    def move(self, position: Sequence[float]) -> None:
         for name, (weight, zero) in self._weights.items():
-            steps = [(t, delta[name]) for t, delta in zip(place, self._deltas, strict=True) if name in delta and t]
+            steps = [(t, delta[name]) for t, delta in zip(position, self._deltas, strict=True) if name in delta and t]
             moved = zero.clone() if steps else zero
             for t, delta in steps:
                 moved.add_(delta, alpha=t)
@@ -270,9 +231,8 @@ class _Weights:
         base = sum(float(zero.double().square().sum()) for _, zero in self._weights.values())
         return Geometry(gram.lengths(), math.sqrt(base), gram.cosine())
 
-    def close(self) -> None:
-        for weight, zero in self._weights.values():
-            weight.data = zero
+
+Directions = _Gains | _Scales | _Weights
 
 
 class _Gram:
@@ -290,7 +250,7 @@ class _Gram:
         return tuple(self._sums.diagonal().sqrt().tolist())
 
     def cosine(self) -> float | None:
-        """Between two directions of any length; None otherwise."""
+        """Return the cosine of two directions; None for one, or where one has no length."""
         lengths = self.lengths()
         if len(lengths) != 2 or 0.0 in lengths:
             return None

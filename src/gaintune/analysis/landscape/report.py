@@ -1,9 +1,10 @@
-"""Loss landscapes as tables and figures: curves from pretrained to adapted, and heatmaps of planes."""
+"""Show loss landscapes as tables and figures: curves from pretrained to adapted, and heatmaps of planes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,15 @@ from matplotlib.figure import Figure
 from gaintune.analysis.base import Headline, Numbers, Result, Subject
 from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, panels, ruled, with_ends
 from gaintune.analysis.landscape.directions import WAYS
-from gaintune.analysis.landscape.statistics import DomainFigures, Surface, range_apart
-from gaintune.analysis.landscape.survey import Landscape
+from gaintune.analysis.landscape.survey import DomainFigures, Landscape, Surface, range_apart
 from gaintune.report import (
     INK,
-    LARGEST_LIMIT,
     MUTED,
     NONE,
     RULE,
-    SMALLEST_LIMIT,
     diverging,
     ink_on,
+    limit_for,
     look,
     markdown_table,
     signed,
@@ -37,58 +36,37 @@ from gaintune.results import Interval, exact
 TICKS = [(1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)]
 
 
-def surfaces(found: Landscape) -> Iterator[tuple[str, Surface]]:
-    """Every line, then the plane, each with its kind."""
-    yield from (("line", line) for line in found.lines)
-    if found.plane is not None:
-        yield "plane", found.plane
-
-
-def table(found: Landscape) -> pd.DataFrame:
-    """One row for each place and domain; `x` is the first adapter's coordinate, `y` the second's (planes only)."""
+def table(landscape: Landscape) -> pd.DataFrame:
+    """Make a row for each position and domain; of a line, `y` is empty."""
     rows = []
-    for kind, surface in surfaces(found):
-        for point in surface.points:
-            place = {"x": point.place[0], "y": point.place[1] if len(point.place) > 1 else None}
-            for domain, loss in point.losses.items():
-                change = surface.change(point, domain)
-                measured = {"nats_per_token": loss.nats_per_token, "perplexity": loss.perplexity}
-                interval = {"change": change.value, "low": change.low, "high": change.high}
-                named = {"kind": kind, "adapters": " and ".join(surface.labels), "domain": domain}
-                rows.append({**named, **place, **measured, **interval})
-    return pd.DataFrame(rows)
+    for surface in landscape.surfaces:
+        kind, adapters = "line" if len(surface.labels) == 1 else "plane", " and ".join(surface.labels)
+        for position, losses in surface.points.items():
+            x, y = (*position, None)[:2]
+            for domain, loss in losses.items():
+                figures = [loss.nats_per_token, loss.perplexity, *astuple(surface.change(position, domain))]
+                rows.append([kind, adapters, domain, x, y, *figures])
+    columns = ["kind", "adapters", "domain", "x", "y", "nats_per_token", "perplexity", "change", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def markdown(found: Landscape) -> str:
-    """What each line and plane says of each domain, and the geometry of the directions."""
+def markdown(landscape: Landscape) -> str:
+    """Write what each line and plane says of each domain, and the geometry of the directions."""
+    heads = ["Lowest at", "Lowest", "Range, nats"]
+    rows = [
+        [line.labels[0], domain, *_cells(line.figures(domain))] for line in landscape.lines for domain in line.domains
+    ]
+    columns = ["Adapter", "Domain", "At the adapted model", *heads, "Barrier, nats"]
     parts = [
         "Loss between the pretrained model (0) and adapted ones (1). Changes of perplexity in %, paired by blocks, "
-        "with intervals that are a bootstrap over blocks, widened for few blocks."
+        "with intervals that are a bootstrap over blocks, widened for few blocks.",
+        markdown_table(pd.DataFrame(rows, columns=columns).set_index("Adapter"), "Adapter"),
     ]
-    frame = pd.DataFrame(
-        [
-            [domain, with_interval(one.at_adapted[0]), f"{one.best[0]:g}", *_spread(one, barrier=True)]
-            for line in found.lines
-            for domain, one in ((domain, line.figures(domain)) for domain in line.domains)
-        ],
-        index=[line.labels[0] for line in found.lines for _ in line.domains],
-        columns=["Domain", "At the adapted model", "Lowest at", "Lowest", "Range, nats", "Barrier, nats"],
-        dtype=object,
-    )
-    parts.append(markdown_table(frame, "Adapter"))
-    if found.plane is not None:
-        figures = {domain: found.plane.figures(domain) for domain in found.plane.domains}
-        plane = pd.DataFrame(
-            [
-                [*map(with_interval, one.at_adapted), ", ".join(f"{t:g}" for t in one.best), *_spread(one)]
-                for one in figures.values()
-            ],
-            index=list(figures),
-            columns=[*found.plane.labels, "Both", "Lowest at", "Lowest", "Range, nats"],
-            dtype=object,
-        )
-        parts += [f"The plane of {' and '.join(found.plane.labels)}:", markdown_table(plane, "Domain")]
-    parts.append("\n".join(f"- {sentence}" for _, surface in surfaces(found) for sentence in geometry(surface)))
+    if plane := landscape.plane:
+        rows = [_cells(plane.figures(domain))[:-1] for domain in plane.domains]
+        frame = pd.DataFrame(rows, index=list(plane.domains), columns=[*plane.labels, "Both", *heads])
+        parts += [f"The plane of {' and '.join(plane.labels)}:", markdown_table(frame, "Domain")]
+    parts.append("\n".join(f"- {geometry(surface)}" for surface in landscape.surfaces))
     note = (
         "Lowest: the best change between 0 and 1, and where. Range: highest less lowest loss a token there. Barrier: "
         "how far the loss rises above the straight line between its ends."
@@ -96,44 +74,44 @@ def markdown(found: Landscape) -> str:
     return "\n\n".join(part.rstrip("\n") for part in [*parts, note]) + "\n"
 
 
-def _spread(one: DomainFigures, *, barrier: bool = False) -> list[str]:
-    cells = [with_interval(one.best_change), in_nats(one.range)]
-    return [*cells, in_nats(one.barrier)] if barrier else cells
+def _cells(figures: DomainFigures) -> list[str]:
+    at = ", ".join(f"{t:g}" for t in figures.best)
+    spread = with_interval(figures.best_change), _in_nats(figures.range), _in_nats(figures.barrier)
+    return [*map(with_interval, figures.at_adapted), at, *spread]
 
 
-def in_nats(figure: Interval | None) -> str:
-    """A range or a barrier with its interval."""
+def _in_nats(figure: Interval | None) -> str:
     return with_ends(figure, ".4f")
 
 
-def geometry(surface: Surface) -> list[str]:
-    """How the model was moved, and how the directions lie, in words."""
+def geometry(surface: Surface) -> str:
+    """Say how the model was moved, and how the directions lie."""
     shape, names = surface.geometry, " and ".join(surface.labels)
     if len(surface.labels) == 1:
         relative = 100 * shape.lengths[0] / shape.base_length
-        return [
-            f"{names}: {WAYS[surface.way]}. In {surface.numbers}. The direction is {shape.lengths[0]:.4g} long, "
+        return (
+            f"{names}: {WAYS[surface.way]}. In {surface.precision}. The direction is {shape.lengths[0]:.4g} long, "
             f"{relative:.3g} % of the weights it changes."
-        ]
+        )
     gates = ", every gate open" if surface.way == "gated" else ""
     cosine = "undefined: one has no length" if shape.cosine is None else f"{shape.cosine:+.4f}"
     own = "" if shape.parameter_cosine is None else f"; between the vectors v themselves {shape.parameter_cosine:+.4f}"
-    return [f"{names}: cosine of the directions in the space of the weights{gates} {cosine}{own}."]
+    return f"{names}: cosine of the directions in the space of the weights{gates} {cosine}{own}."
 
 
-def _curve(axes: Axes, found: Landscape, domain: str) -> None:
-    """Perplexity of one domain along every line, with its paired interval around the change."""
-    for index, line in enumerate(found.lines):
-        style, t = look(index), [point.place[0] for point in line.points]
-        changes = [line.change(point, domain) for point in line.points]
-        base = line.at(0.0).losses[domain].perplexity
-        columns = ([one.value for one in changes], *ends(changes))
+def _curve(axes: Axes, landscape: Landscape, domain: str) -> None:
+    """Draw the perplexity of one domain along every line, with its paired interval around the change."""
+    for index, line in enumerate(landscape.lines):
+        style, t = look(index), [t for (t,) in line.points]
+        changes = [line.change(position, domain) for position in line.points]
+        base = line.origin[domain].perplexity
+        columns = ([change.value for change in changes], *ends(changes))
         values, lows, highs = ([base * (1 + value / 100) for value in column] for column in columns)
         axes.fill_between(t, lows, highs, color=style.colour, alpha=0.16, linewidth=0)
         axes.plot(t, values, color=style.colour, linestyle=style.dashes, linewidth=1.6)
         axes.plot([1.0], [values[t.index(1.0)]], style.marker, color=style.colour, markersize=5, clip_on=False)
-    for place in (0.0, 1.0):
-        axes.axvline(place, color=RULE, linewidth=0.9, zorder=0)
+    for end in (0.0, 1.0):
+        axes.axvline(end, color=RULE, linewidth=0.9, zorder=0)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_yticks(ticks := _ticks(low, high), [f"{tick:g}" for tick in ticks])
@@ -144,7 +122,7 @@ def _curve(axes: Axes, found: Landscape, domain: str) -> None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """A few round perplexities between two: multiples on a wide range, an even grid on a narrow one."""
+    """Choose a few round perplexities between two: multiples on a wide range, an even grid on a narrow one."""
     if high / low < 3:
         step = 10.0 ** np.floor(np.log10((high - low) / 5))
         step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
@@ -154,40 +132,42 @@ def _ticks(low: float, high: float) -> list[float]:
     return next((ticks for ticks in choices if len(ticks) <= 7), choices[-1])
 
 
-def _columns(domains: Sequence[str]) -> int:
-    return 2 if len(domains) == 4 else min(len(domains), 3)
+def _domain_panels(
+    domains: Sequence[str], width: tuple[float, float], height: tuple[float, float], **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """Make a panel for each domain; width and height of the sheet are a margin and the size of a panel."""
+    columns = 2 if len(domains) == 4 else min(len(domains), 3)
+    return panels(
+        len(domains), columns, lambda rows, _: (width[0] + width[1] * columns, height[0] + height[1] * rows), **shared
+    )
 
 
 @drawn
-def line_figure(found: Landscape) -> Figure:
-    """Perplexity along the lines, a panel for each domain (GAIN paper, Figure 3)."""
-    domains = found.lines[0].domains
-    sheet, grid = panels(
-        len(domains), _columns(domains), lambda rows, columns: (1.0 + 2.9 * columns, 0.9 + 2.4 * rows), sharex=True
-    )
+def line_figure(landscape: Landscape) -> Figure:
+    """Draw perplexity along the lines, a panel for each domain (GAIN paper, Figure 3)."""
+    domains = landscape.lines[0].domains
+    sheet, grid = _domain_panels(domains, (1.0, 2.9), (0.9, 2.4), sharex=True)
     for domain, axes in zip(domains, grid, strict=True):
-        _curve(axes, found, domain)
+        _curve(axes, landscape, domain)
     grid[0].set_xticks([0, 0.5, 1], ["0\npretrained", "0.5", "1\nadapted"])
     for axes in grid:
         axes.tick_params(labelbottom=True)
-    legend(sheet, [line.labels[0] for line in found.lines], 2, marked=True)
+    legend(sheet, [line.labels[0] for line in landscape.lines], 2, marked=True)
     sheet.supylabel("perplexity (log scale)", fontsize=9, color=MUTED)
     return sheet
 
 
-def _plate(axes: Axes, plane: Surface, domain: str, colours: Colormap, scale: Normalize) -> None:
-    """Change of one domain over the plane, a cell for every place, with its number."""
-    steps = sorted({point.place[0] for point in plane.points})
-    values = np.array([[plane.change(plane.at(x, y), domain).value for x in steps] for y in steps])
-    axes.pcolormesh(values, cmap=colours, norm=scale, edgecolors="white", linewidth=0.8)
-    for row, y in enumerate(steps):
-        for column, x in enumerate(steps):
-            value = float(values[row, column])
-            named = (x, y) in {(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)}
-            axes.text(
-                column + 0.5, row + 0.5, signed(value), ha="center", va="center", fontsize=6.5,
-                color=ink_on(to_hex(colours(scale(value)))), fontweight="bold" if named else "normal",
-            )  # fmt: skip
+def _heatmap(axes: Axes, plane: Surface, domain: str, colors: Colormap, scale: Normalize) -> None:
+    """Draw the change of one domain over the plane, a cell with its number for every position."""
+    steps = sorted({x for x, _ in plane.points})
+    values = np.array([[plane.change((x, y), domain).value for x in steps] for y in steps])
+    axes.pcolormesh(values, cmap=colors, norm=scale, edgecolors="white", linewidth=0.8)
+    for (row, column), value in np.ndenumerate(values):
+        named = (steps[column], steps[row]) in {(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)}
+        axes.text(
+            column + 0.5, row + 0.5, signed(float(value)), ha="center", va="center", fontsize=6.5,
+            color=ink_on(to_hex(colors(scale(float(value))))), fontweight="bold" if named else "normal",
+        )  # fmt: skip
     labels = [f"{step:g}".replace("-", "−") for step in steps]
     axes.set_xticks(np.arange(len(steps)) + 0.5, labels)
     axes.set_yticks(np.arange(len(steps)) + 0.5, labels)
@@ -198,18 +178,15 @@ def _plate(axes: Axes, plane: Surface, domain: str, colours: Colormap, scale: No
 
 @drawn
 def plane_figure(plane: Surface) -> Figure:
-    """Change of perplexity over the plane, a panel for each domain, one colour scale (GAIN paper, Figure 4)."""
-    domains, steps = plane.domains, len({point.place[0] for point in plane.points})
-    side = max(0.44 * steps, 2.2) + 0.4
-    sheet, grid = panels(
-        len(domains), _columns(domains), lambda rows, columns: (1.6 + side * columns, 0.6 + side * rows)
-    )
-    largest = max(abs(plane.change(point, domain).value) for point in plane.points for domain in domains)
-    limit = min(max(5.0 * np.ceil(largest / 5.0), SMALLEST_LIMIT), LARGEST_LIMIT)
-    scale, colours = Normalize(-limit, limit, clip=True), diverging()
-    for domain, axes in zip(domains, grid, strict=True):
-        _plate(axes, plane, domain, colours, scale)
-    mapped = ScalarMappable(Normalize(-limit, limit), colours)
+    """Draw the change of perplexity over the plane, a panel for each domain, on one scale (GAIN paper, Figure 4)."""
+    side = max(0.44 * len({x for x, _ in plane.points}), 2.2) + 0.4
+    sheet, grid = _domain_panels(plane.domains, (1.6, side), (0.6, side))
+    largest = max(abs(plane.change(position, domain).value) for position in plane.points for domain in plane.domains)
+    limit = limit_for(largest)
+    scale, colors = Normalize(-limit, limit, clip=True), diverging()
+    for domain, axes in zip(plane.domains, grid, strict=True):
+        _heatmap(axes, plane, domain, colors, scale)
+    mapped = ScalarMappable(Normalize(-limit, limit), colors)
     extend = "both" if largest > limit else "neither"
     color_bar(sheet, mapped, sheet.axes, "change of perplexity, %", shrink=0.8, extend=extend)
     sheet.supxlabel(f"toward {plane.labels[0]}", fontsize=9, color=INK)
@@ -217,91 +194,79 @@ def plane_figure(plane: Surface) -> Figure:
     return sheet
 
 
-NO_LENGTH = "a direction has no length"
-
-
-def plane_numbers(found: Mapping[str, Landscape]) -> Numbers:
-    """Return the numbers of every label's plane and of every two, and those that are not to be had, with the reasons.
+def plane_numbers(landscapes: Mapping[str, Landscape]) -> Numbers:
+    """Return the numbers of every label's plane and of every two, and the missing ones, each with the reason.
 
     Numbers: `LABEL.cosine` of the two directions, `LABEL.DOMAIN.both` and `LABEL.DOMAIN.range`; of two labels
     `A-minus-B.cosine`, of the cosines without their signs, and `A-minus-B.DOMAIN.range`.
     """
-    numbers: dict[str, Interval] = {}
+    numbers: dict[str, Interval | None] = {}
     without: dict[str, str] = {}
-    domains = next(iter(found.values())).lines[0].domains
-    ranges = [f"{domain}.range" for domain in domains]
-    planes = {
-        label: one.plane or f"two adapters span a plane, and {label} has {len(one.lines)}"
-        for label, one in found.items()
-    }
+    domains = next(iter(landscapes.values())).lines[0].domains
+    names = ["cosine", *(f"{domain}.range" for domain in domains)]
+    planes = {label: each.plane for label, each in landscapes.items() if each.plane is not None}
+    lines = {label: len(each.lines) for label, each in landscapes.items() if each.plane is None}
+    lacking = {label: f"two adapters span a plane, and {label} has {count}" for label, count in lines.items()}
+    for label, why in lacking.items():
+        without |= {f"{label}.{name}": why for name in (*names, *(f"{domain}.both" for domain in domains))}
     for label, plane in planes.items():
-        if isinstance(plane, str):
-            without |= {f"{label}.{name}": plane for name in ("cosine", *ranges, *(f"{each}.both" for each in domains))}
-            continue
-        if plane.geometry.cosine is None:
-            without[f"{label}.cosine"] = NO_LENGTH
-        else:
-            numbers[f"{label}.cosine"] = exact(plane.geometry.cosine)
+        cosine = plane.geometry.cosine
+        numbers[f"{label}.cosine"] = None if cosine is None else exact(cosine)
         for domain in domains:
-            figure = plane.figures(domain)
-            numbers |= {f"{label}.{domain}.both": figure.at_adapted[2], f"{label}.{domain}.range": figure.range}
-    for (one, first), (other, second) in itertools.permutations(planes.items(), 2):
-        name = f"{one}-minus-{other}"
-        if isinstance(first, str) or isinstance(second, str):
-            why = first if isinstance(first, str) else str(second)
-            without |= {f"{name}.{figure}": why for figure in ("cosine", *ranges)}
+            figures = plane.figures(domain)
+            numbers |= {f"{label}.{domain}.both": figures.at_adapted[2], f"{label}.{domain}.range": figures.range}
+    for first, second in itertools.permutations(landscapes, 2):
+        pair = f"{first}-minus-{second}"
+        if why := lacking.get(first) or lacking.get(second):
+            without |= {f"{pair}.{name}": why for name in names}
             continue
-        here, there = first.geometry.cosine, second.geometry.cosine
-        if here is None or there is None:
-            without[f"{name}.cosine"] = NO_LENGTH
-        else:
-            numbers[f"{name}.cosine"] = exact(abs(here) - abs(there))
-        numbers |= {f"{name}.{domain}.range": range_apart(first, second, domain) for domain in domains}
-    return numbers, without
+        one, other = planes[first].geometry.cosine, planes[second].geometry.cosine
+        numbers[f"{pair}.cosine"] = None if one is None or other is None else exact(abs(one) - abs(other))
+        for domain in domains:
+            numbers[f"{pair}.{domain}.range"] = range_apart(planes[first], planes[second], domain)
+    without |= {name: "a direction has no length" for name, figure in numbers.items() if figure is None}
+    return {name: figure for name, figure in numbers.items() if figure is not None}, without
 
 
-def result(found: Landscape, subject: Subject, *_: Any) -> Result:
+def result(landscape: Landscape, subject: Subject, *_: Any) -> Result:
     """Put the survey together.
 
-    Numbers: `DOMAIN.at-LEARNT`, change of perplexity in % at the adapter of LEARNT, and `LEARNT.barrier`, nats.
+    Numbers: `DOMAIN.at-TRAINED`, change of perplexity in % at the adapter of TRAINED, and `TRAINED.barrier`, nats.
     """
     numbers: dict[str, Interval] = {}
     rows, shown = [], {}
-    for line, learnt in zip(found.lines, subject.names or [line.labels[0] for line in found.lines], strict=True):
+    plane, names = landscape.plane, subject.names or [line.labels[0] for line in landscape.lines]
+    for line, trained in zip(landscape.lines, names, strict=True):
         for domain in line.domains:
-            figure = line.figures(domain)
-            at, lowest = figure.at_adapted[0], f"{figure.best[0]:g}"
-            spread = [in_nats(figure.range), in_nats(figure.barrier)]
-            numbers[f"{domain}.at-{learnt}"] = at
-            if domain == learnt and figure.barrier is not None:
-                numbers[f"{learnt}.barrier"] = figure.barrier
+            figures = line.figures(domain)
+            at, lowest = figures.at_adapted[0], f"{figures.best[0]:g}"
+            spread = [_in_nats(figures.range), _in_nats(figures.barrier)]
+            numbers[f"{domain}.at-{trained}"] = at
+            if domain == trained and figures.barrier is not None:
+                numbers[f"{trained}.barrier"] = figures.barrier
             rows.append([line.labels[0], domain, at, lowest, *spread])
-            shown[f"{learnt}, {domain}"] = [with_interval(at), lowest, *spread]
+            shown[f"{trained}, {domain}"] = [with_interval(at), lowest, *spread]
     remarks = []
-    if found.plane is not None:
-        for domain in found.plane.domains:
-            figure = found.plane.figures(domain)
-            cells = [with_interval(figure.at_adapted[2]), NONE, in_nats(figure.range), NONE]
+    if plane is not None:
+        for domain in plane.domains:
+            figures = plane.figures(domain)
+            cells = [with_interval(figures.at_adapted[2]), NONE, _in_nats(figures.range), NONE]
             shown[f"both (range of the plane), {domain}"] = cells
-        cosine = found.plane.geometry.cosine
+        cosine = plane.geometry.cosine
         remarks = [f"cosine of the two directions {'undefined' if cosine is None else format(cosine, '+.4f')}"]
-    heads = ["At the adapted model, %", "Lowest at", "Range, nats", "Barrier, nats"]
-    about = f"{subject.title}: learnt, measured; intervals over validation blocks"
+    heads = ["lowest at", "range, nats", "barrier, nats"]
+    about = f"{subject.title}: trained, measured; intervals over validation blocks"
+    columns = ["At the adapted model, %", *map(str.capitalize, heads)]
     return Result(
-        headline=Headline(
-            ["adapter", "domain", "at the adapted model", "lowest at", "range, nats", "barrier, nats"], rows, numeric=2
-        ),
+        headline=Headline(["adapter", "domain", "at the adapted model", *heads], rows, numeric=2),
         remarks=remarks,
-        tables={"landscape": table(found)},
-        markdown=markdown(found),
-        record=found.to_dict(),
-        provenance=found.provenance.to_dict(),
-        figures={
-            "landscape-lines": line_figure(found),
-            "landscape-plane": None if found.plane is None else plane_figure(found.plane),
-        },
+        tables={"landscape": table(landscape)},
+        markdown=markdown(landscape),
+        record=landscape.to_dict(),
+        provenance=landscape.provenance.to_dict(),
+        figures={"landscape-lines": line_figure(landscape), "landscape-plane": plane and plane_figure(plane)},
         numbers=numbers,
-        shown={about: pd.DataFrame.from_dict(shown, orient="index", columns=heads)},
-        notes=[f"{subject.title}: {sentence}" for _, surface in surfaces(found) for sentence in geometry(surface)],
-        survey=found,
+        shown={about: pd.DataFrame.from_dict(shown, orient="index", columns=columns)},
+        notes=[f"{subject.title}: {geometry(surface)}" for surface in landscape.surfaces],
+        survey=landscape,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from gaintune.analysis.base import Analysis, Options, Subject
 from gaintune.progress import Progress
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class LinearModelOptions(Options):
@@ -19,21 +21,14 @@ class LinearModelOptions(Options):
 
     dimension: int = Field(default=32, ge=1, description="size of inputs and outputs")
     rank: int = Field(default=4, ge=1, description="rank of dW, and of what is trained")
-    separation: float = Field(
-        default=3.0, gt=0, allow_inf_nan=False, description="distance between the means, in standard deviations"
-    )
+    separation: Positive = Field(default=3.0, description="distance between the means, in standard deviations")
     steps: int = Field(default=1500, ge=1, description="training steps of every method, Adam with a cosine schedule")
     seeds: int = Field(default=5, ge=1, description="how many seeds, from 0: each draws maps, start values and samples")
     batch_size: int = Field(default=256, ge=1, description="samples in a step, drawn anew each time")
-    lr: float = Field(
-        default=0.01,
-        gt=0,
-        allow_inf_nan=False,
-        description="learning rate at the start; gates learn at --gate-lr-ratio times it",
+    lr: Positive = Field(
+        default=0.01, description="learning rate at the start; gates learn at --gate-lr-ratio times it"
     )
-    gate_lr_ratio: float = Field(
-        default=2.0, gt=0, allow_inf_nan=False, description="learning rate of gates over that of A and B"
-    )
+    gate_lr_ratio: Positive = Field(default=2.0, description="learning rate of gates over that of A and B")
 
     @model_validator(mode="after")
     def _rank_within_dimension(self) -> LinearModelOptions:

@@ -24,12 +24,10 @@ class RetentionOptions(Options):
     """Which snapshots and benchmarks are measured."""
 
     tasks: Annotated[
-        Benchmarks,
-        Flag("benchmarks", "Benchmarks whose mean is retention, such as arc_easy,piqa.", metavar="NAMES"),
+        Benchmarks, Flag("benchmarks", "Benchmarks whose mean is retention, such as arc_easy,piqa.", metavar="NAMES")
     ] = Field(default=(), description="benchmarks whose mean is retention")
     target: Annotated[
-        Benchmarks,
-        Flag("target-benchmarks", "Benchmarks that measure the target, such as gsm8k:8.", metavar="NAMES"),
+        Benchmarks, Flag("target-benchmarks", "Benchmarks that measure the target, such as gsm8k:8.", metavar="NAMES")
     ] = Field(default=(), description="benchmarks that measure the target")
     every: int = Field(default=1, ge=1, description="measure every so many-th snapshot, and always the last")
 
@@ -56,12 +54,12 @@ class RetentionAnalysis(Analysis):
         from gaintune.storage import cache_dir
 
         config = subject.benchmarks
-        there = [] if config is None else [task.name for task in config.tasks]
+        measured = [] if config is None else [task.name for task in config.tasks]
         return self.part("survey").survey_retention(
             subject.base_plan,
             subject.adapters,
             benchmarks=config,
-            target_tasks=[name for name in (as_task(each)["name"] for each in options.target) if name in there],
+            target_tasks=[name for name in (as_task(each)["name"] for each in options.target) if name in measured],
             every=options.every,
             cache=None if subject.folder is None else subject.folder / "measured",
             benchmark_cache=cache_dir() / "benchmarks",

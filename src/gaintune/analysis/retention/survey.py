@@ -1,8 +1,8 @@
-"""What an adaptation gains and what it loses while it is trained: every kept snapshot on target, texts and benchmarks.
+"""Measure every kept snapshot of an adaptation on its target, on other texts and on benchmarks.
 
 The DISeL paper (arXiv 2605.19028, section 6, Figures 6 to 9, and appendix III.6): "we track retention at every saved
 checkpoint", retention being "the unweighted mean accuracy across the benchmarks", beside the accuracy on the target
-task; the adapter "is not merged". Here perplexity is measured too, of the target and of texts that were never learnt:
+task; the adapter "is not merged". Here perplexity is measured too, of the target and of texts that were not trained on:
 it needs no benchmark and moves long before an accuracy does.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -40,7 +39,7 @@ from gaintune.evaluate.benchmarks import (
 )
 from gaintune.methods import Precision, measuring_precision
 from gaintune.models import Base, load_base
-from gaintune.progress import Progress, Silent
+from gaintune.progress import Progress
 from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change
 from gaintune.storage import canonical_json, read_stored, sha256_file, write_json
 from gaintune.training import snapshots_of
@@ -78,13 +77,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class SnapshotScores:
-    """One snapshot of an adaptation.
-
-    Attributes:
-        step: updates before it; 0 is the pretrained model.
-        losses: by domain.
-        scores: of benchmarks; None where none were asked.
-    """
+    """Losses by domain and benchmarks, if any, after so many updates; step 0 is the pretrained model."""
 
     step: int
     losses: Mapping[str, DomainLoss]
@@ -93,33 +86,24 @@ class SnapshotScores:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One adaptation over time.
+    """One adaptation over time, trained and measured in one precision, such as bfloat16.
 
-    Attributes:
-        label: what it is called.
-        method: its method.
-        numbers: what it was trained and is measured in, such as bfloat16.
-        base: the pretrained model's losses in the same numbers, by domain.
-        snapshots: its snapshots in order; the pretrained model first, where that is what it started from.
+    `base` has the pretrained model's losses in the same precision, by domain. The snapshots are in order; the first is
+    the pretrained model, where the adaptation started from it.
     """
 
     label: str
     method: str
-    numbers: str
+    precision: str
     base: Mapping[str, DomainLoss]
     snapshots: tuple[SnapshotScores, ...]
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Adaptations over time against one base.
+    """Adaptations over time against one base, which is measured in its own precision.
 
-    Attributes:
-        target: the domains that were learnt.
-        texts: the domains that were not.
-        base: the pretrained model's losses in its own numbers, and its scores where benchmarks were asked.
-        trajectories: one for each adaptation.
-        settings: what intervals are made with.
+    `target` are the domains that were trained on, `texts` the others.
     """
 
     target: tuple[str, ...]
@@ -135,29 +119,25 @@ class Retention:
         changes: dict[tuple[str, int, str], Change] = {}
         for trajectory in self.trajectories:
             for domain, base in trajectory.base.items():
-                losses = [snapshot.losses[domain] for snapshot in trajectory.snapshots]
-                found = changes_of(base, losses, domain, self.settings)
-                for snapshot, change in zip(trajectory.snapshots, found, strict=True):
-                    changes[trajectory.label, snapshot.step, domain] = change
+                losses = {(trajectory.label, each.step, domain): each.losses[domain] for each in trajectory.snapshots}
+                moved = changes_of(base, [*losses.values()], domain, self.settings)
+                changes |= dict(zip(losses, moved, strict=True))
         return changes
 
+    def _of(self, trajectory: Trajectory, snapshot: SnapshotScores, domains: Sequence[str]) -> list[Change]:
+        return [self._changes[trajectory.label, snapshot.step, domain] for domain in domains]
+
     def change(self, trajectory: Trajectory, snapshot: SnapshotScores, domains: Sequence[str]) -> Interval | None:
-        """Mean change of the perplexity of some domains against the pretrained model in %; None for no domain."""
-        if not domains:
-            return None
-        return mean_change(
-            [self._changes[trajectory.label, snapshot.step, domain] for domain in domains], self.settings
-        )
+        """Return the mean change of perplexity of domains against the pretrained model in %; None for no domain."""
+        return mean_change(self._of(trajectory, snapshot, domains), self.settings) if domains else None
 
     def apart(self, one: Trajectory, other: Trajectory, domains: Sequence[str]) -> Interval:
-        """The same at the last snapshots of two adaptations: one minus the other in points of %, paired by blocks."""
-        first, second = (
-            [self._changes[each.label, each.snapshots[-1].step, domain] for domain in domains] for each in (one, other)
-        )
+        """Return the change at one's last snapshot minus the other's in points of %, paired by blocks."""
+        first, second = (self._of(each, each.snapshots[-1], domains) for each in (one, other))
         return mean_change(first, self.settings, less=second)
 
     def best(self, trajectory: Trajectory) -> SnapshotScores:
-        """The snapshot at which the target is best: by its benchmarks where there are any, else by its perplexity."""
+        """Return the snapshot whose target is best: by its benchmarks where there are any, else by its perplexity."""
 
         def merit(snapshot: SnapshotScores) -> float:
             if snapshot.scores is not None and snapshot.scores.target is not None:
@@ -169,24 +149,22 @@ class Retention:
         return max(trajectory.snapshots, key=merit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
 
         def plain(figure: Interval | Scores | None) -> dict[str, Any] | None:
             return None if figure is None else asdict(figure)
 
-        def told(trajectory: Trajectory, snapshot: SnapshotScores) -> dict[str, Any]:
+        def measured(trajectory: Trajectory, snapshot: SnapshotScores) -> dict[str, Any]:
+            change = partial(self.change, trajectory, snapshot)
+            domains = {}
+            for domain, loss in snapshot.losses.items():
+                figures = {"perplexity": loss.perplexity, "bits_per_byte": loss.bits_per_byte}
+                domains[domain] = {**figures, "change": plain(change([domain]))}
             return {
                 "step": snapshot.step,
-                "target": plain(self.change(trajectory, snapshot, self.target)),
-                "texts": plain(self.change(trajectory, snapshot, self.texts)),
-                "domains": {
-                    domain: {
-                        "perplexity": loss.perplexity,
-                        "bits_per_byte": loss.bits_per_byte,
-                        "change": plain(self.change(trajectory, snapshot, [domain])),
-                    }
-                    for domain, loss in snapshot.losses.items()
-                },
+                "target": plain(change(self.target)),
+                "texts": plain(change(self.texts)),
+                "domains": domains,
                 "benchmarks": plain(snapshot.scores),
             }
 
@@ -201,9 +179,9 @@ class Retention:
                 {
                     "label": trajectory.label,
                     "method": trajectory.method,
-                    "numbers": trajectory.numbers,
+                    "numbers": trajectory.precision,
                     "best_step": self.best(trajectory).step,
-                    "moments": [told(trajectory, snapshot) for snapshot in trajectory.snapshots],
+                    "moments": [measured(trajectory, snapshot) for snapshot in trajectory.snapshots],
                 }
                 for trajectory in self.trajectories
             ],
@@ -225,16 +203,14 @@ def survey_retention(
     """Measure every kept snapshot (`train.snapshot_steps`) of some adaptations on the plan's domains and on benchmarks.
 
     Args:
-        plan: base; `data.domains` are the target, `data.watched` the texts whose retention is asked; give the data
+        plan: base; `data.domains` are the target, `data.watched` the texts whose retention is measured; give the data
             settings that the adaptations were trained with.
         adapters: adapters with snapshots, or folders of snapshots; see `snapshots_of`.
         benchmarks: a `BenchmarkConfig`, or its values; None for no benchmarks.
         target_tasks: those of its tasks that measure the target, such as gsm8k; all others measure retention.
         every: take every so many-th snapshot of an adaptation, and always the last.
         cache: folder that keeps losses, so that a stopped survey continues; none are kept unless given.
-        benchmark_cache: folder that keeps scores of benchmarks, as in `run_benchmarks`; likewise.
-        allow_other_base: take adapters that were trained on another base.
-        progress: where to show progress; nowhere unless given.
+        benchmark_cache: folder that keeps scores of benchmarks, as in `run_benchmarks`.
 
     Raises:
         AdapterError, BaseMismatchError: no snapshots, or a damaged one, or one of another base.
@@ -243,69 +219,68 @@ def survey_retention(
     """
     if every < 1:
         raise ConfigError(f"every is {every}: take every snapshot (1), every second one (2), and so on")
-    config = None if benchmarks is None else checked_config(benchmarks, target_tasks)
+    config = benchmarks if isinstance(benchmarks, BenchmarkConfig | None) else read_config(dict(benchmarks))
+    tasks = [] if config is None else [task.name for task in config.tasks]
+    if config is not None and (unknown := [task for task in target_tasks if task not in tasks]):
+        raise ConfigError(f"target {unknown[0]} is none of the benchmarks ({', '.join(tasks)}): add it to them")
     taken = taken_snapshots([Path(folder) for folder in adapters], every)
-    folders = [folder for copies in taken.values() for folder in copies.values()]
+    folders = [folder for snapshots in taken.values() for folder in snapshots.values()]
     check_adapters(folders, plan.model, allow_other_base=allow_other_base)
     suite = None if config is None else load_suite(config)  # before hours of measuring
-    shown = progress or Silent()
     base = load_base(plan.model)
     domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
-    warn_of_other_texts([next(iter(copies.values())) for copies in taken.values()], domains)
-    last = {label: list(copies.values())[-1] for label, copies in taken.items()}
-    told = provenance(plan, base, domains, {label: origin_of(folder) for label, folder in last.items()})
-    looking = SnapshotLosses(plan, base, domains, cache, allow_other_base, shown)
-    first = SnapshotScores(0, looking.at(None, measuring_precision(plan.model), "base"))
+    warn_of_other_texts([next(iter(snapshots.values())) for snapshots in taken.values()], domains)
+    origins = {label: origin_of([*snapshots.values()][-1]) for label, snapshots in taken.items()}
+    made_from = provenance(plan, base, domains, origins)
+    losses = SnapshotLosses(plan, base, domains, cache, allow_other_base, progress)
+    first = SnapshotScores(0, losses.at(None, measuring_precision(plan.model), "base"))
     trajectories = []
-    for label, copies in taken.items():
-        origin = told.adapters[label]
-        numbers = measuring_precision(plan.model, origin.method)
-        before = looking.at(None, numbers, "base")
+    for label, origin in origins.items():
+        precision = measuring_precision(plan.model, origin.method)
+        before = losses.at(None, precision, "base")
         snapshots = [
-            SnapshotScores(step, looking.at(folder, numbers, f"{label}, step {step}"))
-            for step, folder in copies.items()
+            SnapshotScores(step, losses.at(folder, precision, f"{label}, step {step}"))
+            for step, folder in taken[label].items()
         ]
-        start = [SnapshotScores(0, before)] if len(origin.domains) == 1 else []  # else it began with an adapter
-        trajectories.append(Trajectory(label, origin.method, numbers.name, before, (*start, *snapshots)))
-    del looking, base  # benchmarks load bases of their own
+        if len(origin.domains) == 1:  # else it began with an adapter
+            snapshots.insert(0, SnapshotScores(0, before))
+        trajectories.append(Trajectory(label, origin.method, precision.name, before, tuple(snapshots)))
+    del losses, base  # benchmarks load bases of their own
     if config is not None:
         report = benchmark_adapters(
             plan.model,
-            {f"{label}, step {step}": folder for label, copies in taken.items() for step, folder in copies.items()},
+            {f"{label}, step {step}": folder for label, each in taken.items() for step, folder in each.items()},
             config,
             cache=benchmark_cache,
             suite=suite,
             allow_other_base=allow_other_base,
-            progress=shown,
+            progress=progress,
         )
-        tasks = [task.name for task in config.tasks]
         score = partial(scores_of, tasks=tasks, target=target_tasks, config=config)
         first = replace(first, scores=score(report.base, report.base))
-        trajectories = [_with_scores(one, report, score) for one in trajectories]
-    target = tuple(domain.name for domain in plan.data.domains)
-    texts = tuple(domain.name for domain in plan.data.watched)
-    return Retention(target, texts, first, tuple(trajectories), plan.evaluate, told)
+        trajectories = [_with_scores(trajectory, report, score) for trajectory in trajectories]
+    target, texts = (tuple(domain.name for domain in part) for part in (plan.data.domains, plan.data.watched))
+    return Retention(target, texts, first, tuple(trajectories), plan.evaluate, made_from)
 
 
 def taken_snapshots(adapters: Sequence[Path], every: int) -> dict[str, dict[int, Path]]:
-    """The snapshots to measure, by label and step: labels of the methods, or folders where those are not enough."""
+    """Return the snapshots to measure, by label and step: labels of the methods, or folders where two share a label."""
     names = [str(folder) for folder in adapters]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"name adapters with snapshots, each once (given: {', '.join(names) or 'none'})")
-    copies = [snapshots_of(folder) for folder in adapters]
-    labels = [origin_of(next(iter(each.values()))).label for each in copies]
-    seen = Counter(labels)
-    chosen = {}
-    for name, label, each in zip(names, labels, copies, strict=True):
+    snapshots = [snapshots_of(folder) for folder in adapters]
+    labels = [origin_of(next(iter(each.values()))).label for each in snapshots]
+    taken = {}
+    for name, label, each in zip(names, labels, snapshots, strict=True):
         steps = [*list(each)[every - 1 :: every], list(each)[-1]]
-        chosen[label if seen[label] == 1 else name] = {step: each[step] for step in dict.fromkeys(steps)}
-    return chosen
+        taken[label if labels.count(label) == 1 else name] = {step: each[step] for step in dict.fromkeys(steps)}
+    return taken
 
 
 class SnapshotLosses:
     """Measures a base and adapters on it, one after another; what is in the cache is not measured again.
 
-    What a method made is measured in the numbers it was trained in: weights trained whole are fp32, and lose small
+    What a method made is measured in the precision it was trained in: weights trained whole are fp32, and lose small
     steps in the base's bf16.
     """
 
@@ -316,97 +291,76 @@ class SnapshotLosses:
         domains: Sequence[DomainBlocks],
         cache: Path | None,
         allow_other_base: bool,
-        progress: Progress,
+        progress: Progress | None,
     ) -> None:
-        self._plan = plan
+        self._plan, self._domains, self._cache = plan, domains, cache
         self._bases = {measuring_precision(plan.model): base}
-        self._domains = domains
-        self._cache = cache
-        self._allow_other_base = allow_other_base
-        self._progress = progress
+        self._attached = partial(attached, allow_other_base=allow_other_base)
+        self._measure = partial(measure_domain, batch_size=plan.evaluate.batch_size, progress=progress)
         self._facts = [base.fingerprint, base.model.device.type, plan.evaluate.batch_size]
 
-    def at(self, adapter: Path | None, numbers: Precision, title: str) -> dict[str, DomainLoss]:
-        """Losses by domain of the base with an adapter, or without one, in some numbers."""
-        files = {domain.name: self._file(adapter, numbers, domain) for domain in self._domains}
-        if all(file is not None and file.exists() for file in files.values()):
-            return {name: read_stored(file, DomainLoss.from_dict) for name, file in files.items() if file is not None}
+    def at(self, adapter: Path | None, precision: Precision, title: str) -> dict[str, DomainLoss]:
+        """Return losses by domain of the base with an adapter, or without one, in a precision."""
+        files = self._files(adapter, precision)
+        if files and all(file.exists() for file in files.values()):
+            return {name: read_stored(file, DomainLoss.from_dict) for name, file in files.items()}
+        if precision not in self._bases:
+            self._bases[precision] = load_base(self._plan.model, dtype=precision.load)
         with contextlib.ExitStack() as stack:
-            base = self._in(numbers)
+            base = self._bases[precision]
             model: nn.Module = base.model
             if adapter is not None:
-                lent = attached(base, adapter, allow_other_base=self._allow_other_base)
-                model, _ = stack.enter_context(lent)
+                model, _ = stack.enter_context(self._attached(base, adapter))
+            name = None if adapter else self._plan.model.name
+            measure = partial(self._measure, mixed_precision=precision.mixed, base=name)
             losses = {
-                domain.name: measure_domain(
-                    model,
-                    domain,
-                    batch_size=self._plan.evaluate.batch_size,
-                    mixed_precision=numbers.mixed,
-                    title=f"{title}: measuring {domain.name}",
-                    base=self._plan.model.name if adapter is None else None,
-                    progress=self._progress,
-                )
+                domain.name: measure(model, domain, title=f"{title}: measuring {domain.name}")
                 for domain in self._domains
             }
         gc.collect()
         for name, file in files.items():
-            if file is not None:
-                write_json(file, losses[name].to_dict())
+            write_json(file, losses[name].to_dict())
         return losses
 
-    def _in(self, numbers: Precision) -> Base:
-        """The base in some numbers; those that it is needed in stay."""
-        if numbers not in self._bases:
-            self._bases[numbers] = load_base(self._plan.model, dtype=numbers.load)
-        return self._bases[numbers]
-
-    def _file(self, adapter: Path | None, numbers: Precision, domain: DomainBlocks) -> Path | None:
+    def _files(self, adapter: Path | None, precision: Precision) -> dict[str, Path]:
+        """Return where losses are kept, by domain; empty where none are."""
         if self._cache is None:
-            return None
-        which = None if adapter is None else sha256_file(adapter_weights(adapter))
-        key = canonical_json([*self._facts, numbers.name, which, domain.content_hash])
-        return self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+            return {}
+        digest = None if adapter is None else sha256_file(adapter_weights(adapter))
+        files = {}
+        for domain in self._domains:
+            key = canonical_json([*self._facts, precision.name, digest, domain.content_hash])
+            files[domain.name] = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        return files
 
 
 def scores_of(
     base: Sequence[BenchmarkScore], model: Sequence[BenchmarkScore], tasks: Sequence[str], target: Sequence[str],
     config: BenchmarkConfig,
 ) -> Scores:  # fmt: skip
-    """Put together one model's scores of some tasks, `target` among them, beside the base's."""
+    """Put together a model's scores of tasks, `target` among them, beside the base's."""
     pairs = {task: (counting_score(base, task), counting_score(model, task)) for task in tasks}
-    kept = [task for task in tasks if task not in target]
-    told = []
+    scores = {}
     for task, (_, score) in pairs.items():
         error = None if score.stderr is None else 100.0 * score.stderr
-        told.append(TaskScore(task, score.metric, 100.0 * score.value, error, score.rows))
-    values = {each.task: each.value for each in told}
-    return Scores(
-        tasks=tuple(told),
-        target=float(np.mean([values[task] for task in target])) if target else None,
-        target_change=mean_difference([pairs[task] for task in target], config) if target else None,
-        retention=float(np.mean([values[task] for task in kept])) if kept else None,
-        retention_change=mean_difference([pairs[task] for task in kept], config) if kept else None,
-    )
+        scores[task] = TaskScore(task, score.metric, 100.0 * score.value, error, score.rows)
+
+    def mean(names: Sequence[str]) -> tuple[float | None, Interval | None]:
+        if not names:
+            return None, None
+        value = float(np.mean([scores[task].value for task in names]))
+        return value, mean_difference([pairs[task] for task in names], config)
+
+    kept = [task for task in tasks if task not in target]
+    return Scores(tuple(scores.values()), *mean(target), *mean(kept))
 
 
-def checked_config(benchmarks: BenchmarkConfig | Mapping[str, Any], target: Sequence[str]) -> BenchmarkConfig:
-    """What is asked, with the target's tasks among it; ConfigError otherwise."""
-    config = benchmarks if isinstance(benchmarks, BenchmarkConfig) else read_config(dict(benchmarks))
-    tasks = [task.name for task in config.tasks]
-    unknown = [task for task in target if task not in tasks]
-    if unknown:
-        raise ConfigError(f"target {unknown[0]} is none of the benchmarks ({', '.join(tasks)}): add it to them")
-    return config
-
-
-def _with_scores(one: Trajectory, report: BenchmarkReport, score: Callable[..., Scores]) -> Trajectory:
-    """Add to every snapshot its scores, against the base in the same numbers."""
-    names = {at.step: f"{one.label}, step {at.step}" for at in one.snapshots}
-    base = base_of(report, names[one.snapshots[-1].step])
-    return replace(
-        one,
-        snapshots=tuple(
-            replace(at, scores=score(base, report.adapted[names[at.step]] if at.step else base)) for at in one.snapshots
-        ),
-    )
+def _with_scores(trajectory: Trajectory, report: BenchmarkReport, score: Callable[..., Scores]) -> Trajectory:
+    """Add to every snapshot its scores, against the base in the same precision."""
+    names = {snapshot.step: f"{trajectory.label}, step {snapshot.step}" for snapshot in trajectory.snapshots}
+    base = base_of(report, names[trajectory.snapshots[-1].step])
+    scored = [
+        replace(each, scores=score(base, report.adapted[names[each.step]] if each.step else base))
+        for each in trajectory.snapshots
+    ]
+    return replace(trajectory, snapshots=tuple(scored))

@@ -10,9 +10,9 @@ from gaintune.analysis.base import Analysis, Options
 
 
 class SubspaceOptions(Options):
-    """What is counted: `top` and `epsilon` as in the published code of arXiv 2410.21228."""
+    """Settings of the comparison; `top` and `epsilon` are as in the published code of arXiv 2410.21228."""
 
-    top: int = Field(default=10, ge=1, description="leading singular vectors of each adapted weight that are looked at")
+    top: int = Field(default=10, ge=1, description="leading singular vectors of each adapted weight to compare")
     epsilon: float = Field(
         default=0.5,
         gt=0,
@@ -37,7 +37,7 @@ class SubspaceOptions(Options):
     )
 
     def counted(self) -> dict[str, Any]:
-        """Return plain values of what is counted, without the gates' value."""
+        """Return plain values of all options but the gates' value."""
         return self.model_dump(exclude={"gate"})
 
 

@@ -1,6 +1,10 @@
-"""Adapters on one base, each of their weights compared with the pretrained one, module by module.
+"""How adapters' updates lie to the pretrained weights: energy outside the column space, and intruder dimensions.
 
-Weights are float64 and `(out, in)`; what is computed of each pair stands in `statistics`.
+GAIN paper, proposition 1: the range of `W diag(s)` lies in the range of `W`. LoRA's update `BA` may leave it, but only
+where there is an outside: a weight whose rank equals its number of outputs (every trained square or wide projection)
+reaches all of the output, so that no update of any kind can leave its column space. Intruder dimensions are counted as
+by Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228, definition 1 and
+algorithm 1). All weights here are `(out_features, in_features)`, float64, and `y = W x`.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,19 +24,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import (
-    WEIGHTS,
-    adapter_method,
-    attached,
-    check_adapters,
-    check_mergeable,
-    read_record,
-)
-from gaintune.analysis.gains.factors import PREFIX
-from gaintune.analysis.positions import ModulePosition, positions_of
-from gaintune.analysis.provenance import Origin, Provenance, named_origins, provenance
+from gaintune.adapters import WEIGHTS, adapter_method, attached, check_adapters, check_mergeable, read_record
+from gaintune.analysis.positions import PREFIX, ModulePosition, positions_of
+from gaintune.analysis.provenance import Provenance, named_origins, provenance
 from gaintune.analysis.subspace import SubspaceOptions
-from gaintune.analysis.subspace.statistics import SubspaceFigures, compare_weights
 from gaintune.config import Plan
 from gaintune.errors import AdapterError, ConfigError, one_line
 from gaintune.models import Base, load_base
@@ -45,6 +40,98 @@ NAMED = 8  # modules that a warning names; of more it says how many
 
 
 @dataclass(frozen=True)
+class SubspaceFigures:
+    """Comparison of one weight before and after adaptation.
+
+    Energy is the squared Frobenius norm. Shares are of the update's energy, and None where the update is zero. They are
+    measured as what is left of the update after its projection is subtracted; without an outside they are rounding.
+    """
+
+    outputs: int  # rows of the weight
+    inputs: int  # its columns
+    rank: int  # numerical rank of the pretrained weight
+    tolerance: float  # singular values up to this share of the largest count as zero
+    weight_energy: float  # of the pretrained weight
+    update_energy: float  # of adapted minus pretrained
+    outside: float | None  # share outside the pretrained column space; no outside where `outputs == rank`
+    outside_rows: float | None  # share outside the row space, which GAIN may leave; no outside where `inputs == rank`
+    leading_rank: int  # how many leading directions hold the options' share of the weight's energy
+    outside_leading: float | None  # share outside the span of those left singular vectors
+    singular_values: tuple[float, ...]  # of the adapted weight, its largest first, `(top,)`
+    similarities: tuple[float, ...]  # of each of their left vectors, largest |cosine| to a pretrained one, `(top,)`
+    epsilon: float  # similarity below which a vector is an intruder
+
+    @property
+    def has_outside(self) -> bool:
+        """Whether there is anything outside the pretrained column space."""
+        return self.rank < self.outputs
+
+    @property
+    def has_outside_rows(self) -> bool:
+        """Whether there is anything outside the pretrained row space."""
+        return self.rank < self.inputs
+
+    @property
+    def intruders(self) -> int:
+        """Number of leading singular vectors that are intruder dimensions."""
+        return sum(similarity < self.epsilon for similarity in self.similarities)
+
+
+def compare_weights(
+    pretrained: torch.Tensor, adapted: torch.Tensor, options: SubspaceOptions | None = None
+) -> SubspaceFigures:
+    """Compare an adapted weight with the pretrained one, in float64 on the device they are on.
+
+    ConfigError unless both are finite matrices of one shape, and the pretrained one is not zero.
+    """
+    chosen = options or SubspaceOptions()
+    before, after = pretrained.detach().double(), adapted.detach().double()
+    if before.dim() != 2 or before.shape != after.shape:
+        shapes = f"{tuple(before.shape)} and {tuple(after.shape)}"
+        raise ConfigError(f"weights of shape {shapes}: two matrices of one shape are needed")
+    if not (before.isfinite().all() and after.isfinite().all()) or not before.any():
+        raise ConfigError("a weight is not finite, or the pretrained one is zero everywhere")
+    left, values, right = torch.linalg.svd(before, full_matrices=False)
+    smallest = max(before.shape) * torch.finfo(torch.float32).eps
+    tolerance = smallest if chosen.tolerance is None else chosen.tolerance
+    rank = int((values > tolerance * values[0]).sum())
+    held = values.square().cumsum(0) / values.square().sum()
+    leading = min(int((held < chosen.leading - 1e-12).sum()) + 1, rank)
+    update = after - before
+    new_left, new_values, _ = torch.linalg.svd(after, full_matrices=False)
+    top = min(chosen.top, len(new_values))
+    similarities = (new_left[:, :top].T @ left).abs().amax(dim=1)
+    return SubspaceFigures(
+        outputs=before.shape[0],
+        inputs=before.shape[1],
+        rank=rank,
+        tolerance=tolerance,
+        weight_energy=float(before.square().sum()),
+        update_energy=float(update.square().sum()),
+        outside=share_outside(update, left[:, :rank]),
+        outside_rows=share_outside(update.T, right[:rank].T),
+        leading_rank=leading,
+        outside_leading=share_outside(update, left[:, :leading]),
+        singular_values=tuple(new_values[:top].tolist()),
+        similarities=tuple(similarities.tolist()),
+        epsilon=chosen.epsilon,
+    )
+
+
+def share_outside(update: torch.Tensor, basis: torch.Tensor) -> float | None:
+    """Return the share of an update's energy outside the span of orthonormal columns; None for an update of zeros.
+
+    The update is `(features, n)`, the basis `(features, rank)`. The part outside is computed as a rest, because 1 minus
+    the part inside could not be smaller than the rounding of 1.
+    """
+    energy = float(update.square().sum())
+    if energy == 0:
+        return None
+    rest = update - basis @ (basis.T @ update)
+    return float(rest.square().sum()) / energy
+
+
+@dataclass(frozen=True)
 class ModuleSubspace:
     """One adapted module: where it sits, and its figures."""
 
@@ -54,26 +141,20 @@ class ModuleSubspace:
 
 @dataclass(frozen=True)
 class AdapterSubspace:
-    """One adapter on its base.
+    """One adapter on its base; `gate` is the value at which every gate was held, None for methods without gates.
 
-    Attributes:
-        label: what tables call it: see `table_labels`.
-        origin: what the folder says of itself.
-        scales_inputs: whether it multiplies the weight's columns, as GAIN does, so that the column space is kept by
-            construction; other methods may keep it too.
-        gate: the value at which every gate was held, None for methods without gates.
-        modules: in the order of the model.
+    `scales_inputs` says whether it multiplies the weight's columns, as GAIN does, so that the column space is kept by
+    construction; other methods may keep it too.
     """
 
     label: str
-    origin: Origin
     scales_inputs: bool
     gate: float | None
     modules: tuple[ModuleSubspace, ...]
 
     @property
     def with_outside(self) -> int:
-        """In how many modules there is anything outside the pretrained column space."""
+        """Number of modules with anything outside the pretrained column space."""
         return sum(each.figures.has_outside for each in self.modules)
 
     @property
@@ -94,26 +175,26 @@ class AdapterSubspace:
 
     @property
     def looked_at(self) -> int:
-        """Singular vectors looked at in all modules."""
+        """Number of singular vectors compared in all modules."""
         return sum(len(each.figures.similarities) for each in self.modules)
 
     def intruders(self, epsilon: float | None = None) -> int:
-        """Intruder dimensions in all modules, at another similarity than the survey's where one is given."""
+        """Count the intruder dimensions in all modules, at the survey's similarity unless another is given."""
         if epsilon is None:
             return sum(each.figures.intruders for each in self.modules)
         return sum(similarity < epsilon for each in self.modules for similarity in each.figures.similarities)
 
 
 def share_of(parts: Sequence[tuple[SubspaceFigures, float | None]]) -> float | None:
-    """Shares put together by the energy of their updates."""
-    energy = sum(figures.update_energy for figures, share in parts if share is not None)
-    outside = sum(share * figures.update_energy for figures, share in parts if share is not None)
-    return outside / energy if energy else None
+    """Average shares, weighted by the energy of their updates; None without any energy."""
+    known = [(figures.update_energy, share) for figures, share in parts if share is not None]
+    energy = sum(weight for weight, _ in known)
+    return sum(share * weight for weight, share in known) / energy if energy else None
 
 
 @dataclass(frozen=True)
 class SubspaceSurvey:
-    """Adapters on one base, and what was counted."""
+    """Adapters on one base, with the options of the comparison."""
 
     options: SubspaceOptions
     adapters: tuple[AdapterSubspace, ...]
@@ -130,20 +211,14 @@ def survey_subspace(
 ) -> SubspaceSurvey:
     """Compare every weight that adapters change with the pretrained one.
 
-    Args:
-        plan: names the base; loaded in fp32, unquantized, on its device, where the singular values are computed too.
-        adapters: folders of adapters whose adapted weight can be formed, or of fully fine-tuned weights.
-        options: what is counted, and the constant value of every gate of DISeL and Gated LoRA adapters, which are
-            refused without it; others have none, and go without.
-        allow_other_base: take adapters that were trained on another base.
-        progress: where to show progress.
+    The plan's base is loaded in fp32, unquantized, on its device, where the singular values are computed too. It takes
+    adapters whose adapted weight can be formed, and fully fine-tuned weights; DISeL and Gated LoRA adapters only if the
+    options give the constant value of every gate, which other adapters ignore.
 
     Raises:
         AdapterError, BaseMismatchError: a damaged adapter, one of another base, or one without an adapted weight.
-        ConfigError: no adapter, or one named twice.
+        ConfigError: no adapter, one named twice, or a gate's value for adapters without gates.
     """
-    if not adapters:
-        raise ConfigError("name at least one adapter")
     origins = named_origins(adapters)
     chosen, shown = options or SubspaceOptions(), progress or Silent()
     gate = chosen.gate
@@ -151,53 +226,35 @@ def survey_subspace(
     if gate is not None and not any(gates):
         raise ConfigError(f"none of these adapters has gates ({', '.join(origins)}): leave the gate's value out")
     check_adapters(adapters, plan.model, allow_other_base=allow_other_base)
-    found = []
+    surveyed = []
     base = load_base(plan.model.model_copy(update={"quantization": None}), dtype=torch.float32)
-    for (label, origin), adapter, held in zip(origins.items(), adapters, gates, strict=True):
+    for label, adapter, held in zip(origins, adapters, gates, strict=True):
         modules = []
         with (
             adapted_weights(base, adapter, gate=held, allow_other_base=allow_other_base) as weights,
-            shown.task(f"{label}: singular vectors", len(weights), "modules") as advance,
+            shown.task(f"{label}: singular vectors", len(weights.modules), "modules") as advance,
         ):
-            positions = positions_of(base.model, weights.names)
-            for pair in weights:
-                modules.append(
-                    ModuleSubspace(positions[pair.name], compare_weights(pair.pretrained, pair.adapted, chosen))
-                )
+            positions = positions_of(base.model, weights.modules)
+            for name, pretrained, adapted in weights:
+                modules.append(ModuleSubspace(positions[name], compare_weights(pretrained, adapted, chosen)))
                 advance(1)
         method = adapter_method(adapter)
         scales = method is not None and method.line == "gains"
-        found.append(AdapterSubspace(label, origin, scales, held, tuple(modules)))
+        surveyed.append(AdapterSubspace(label, scales, held, tuple(modules)))
     settings = {"subspace": chosen.counted(), "gate": gate, "model": plan.model.model_dump(mode="json")}
-    return SubspaceSurvey(chosen, tuple(found), provenance(plan, base, (), origins, settings))
-
-
-@dataclass(frozen=True)
-class WeightPair:
-    """One linear module: its weight in the base and with the adapter, float64 `(out_features, in_features)`."""
-
-    name: str
-    pretrained: torch.Tensor
-    adapted: torch.Tensor
+    return SubspaceSurvey(chosen, tuple(surveyed), provenance(plan, base, (), origins, settings))
 
 
 def check_weights(adapter: Path, gate: float | None = None) -> bool:
-    """Refuse, before any model is loaded, an adapter that has no one adapted weight.
+    """Say whether an adapter has gates; refuse one without a single adapted weight, before any model is loaded.
 
-    Returns:
-        Whether it has gates, so that `gate` is for it.
-
-    Raises:
-        AdapterError: its effect is no change of weights, it has gates and `gate` is None, or it is a classifier.
-        ConfigError: `gate` is not in (0, 1].
+    AdapterError if its effect is no change of weights, it has gates and `gate` is None, or it is a classifier.
     """
     record = read_record(adapter)
     if record is not None and record.labels:
         raise AdapterError(f"{adapter} is a classifier: give an adapter of a language model")
     method = adapter_method(adapter)
     gated = method is not None and method.gates
-    if gate is not None and not 0 < gate <= 1:
-        raise ConfigError(f"gate is {gate}: a gate is above 0 and at most 1")
     if gated and gate is None:
         raise AdapterError(
             f"{adapter}: its gates open and shut token by token, so there is no one adapted weight. Give the value at "
@@ -208,52 +265,53 @@ def check_weights(adapter: Path, gate: float | None = None) -> bool:
     return gated
 
 
+class WeightPair(NamedTuple):
+    """A linear module's name, and its weight in the base and with the adapter, float64 `(out, in)`."""
+
+    name: str
+    pretrained: torch.Tensor
+    adapted: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AdaptedWeights:
     """Every linear weight that an adapter changes, before and after: iterate over it once.
 
-    The adapter is put into one weight at a time, in float64, as its method's own merging prescribes (products of
-    low-rank factors are fp32, as in a merged model). See `adapted_weights`.
+    The adapter is merged into one weight at a time, in float64, as its method prescribes (products of low-rank factors
+    are fp32, as in a merged model). `modules` has a module's weight in the base, and the module with the adapter or the
+    fully fine-tuned weight, by name and in the order of the model.
     """
 
-    def __init__(
-        self, adapter: Path, modules: Mapping[str, tuple[torch.Tensor, Any]], gate: float | None, full: bool
-    ) -> None:
-        """By each module's name: its weight in the base, and the module with the adapter, or with the full weights."""
-        self._adapter, self._modules, self._gate, self._full = adapter, modules, gate, full
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the modules in the base, in its order."""
-        return tuple(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
+    adapter: Path
+    modules: Mapping[str, tuple[torch.Tensor, Any]]
+    gate: float | None
+    full: bool
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[WeightPair]:
-        """A pair for each module, in the order of the model."""
-        for name, (weight, module) in self._modules.items():
-            adapted = module.weight.detach().double() if self._full else self._merged(module, name)
+        """Yield a pair for each module, in the order of the model."""
+        for name, (weight, module) in self.modules.items():
+            adapted = module.weight.detach().double() if self.full else self._merged(module, name)
             yield WeightPair(name, _oriented(module, weight.double()), _oriented(module, adapted))
 
     def _merged(self, layer: Any, name: str) -> torch.Tensor:
-        """A layer's weight with its adapter in it, float64, in the layout of the base's own weight."""
+        """Return a layer's weight with its adapter in it, float64, in the layout of the base's own weight."""
         base = layer.get_base_layer()
         original = base.weight
         base.weight = nn.Parameter(original.detach().double(), requires_grad=False)
         try:
-            if self._gate is not None:
-                return _held_open(layer, base.weight.detach(), self._gate)
+            if self.gate is not None:
+                return _with_gates_held(layer, base.weight.detach(), self.gate)
             layer.merge(safe_merge=True)
             return base.weight.detach()
         except (ValueError, NotImplementedError) as error:  # no other RuntimeError: no memory is not about the adapter
             reason = one_line(error)[:300]
-            raise AdapterError(f"{self._adapter}: {name} cannot be put together ({reason})") from error
+            raise AdapterError(f"{self.adapter}: {name} cannot be merged ({reason})") from error
         finally:
             base.weight = original
             layer.merged_adapters = []
             if isinstance(layer, GainLayer):
-                layer._original = None  # a merged layer of gains keeps what it replaced
+                layer._original = None  # a merged layer of gains keeps the weight it replaced
 
 
 @contextlib.contextmanager
@@ -262,13 +320,9 @@ def adapted_weights(
 ) -> Iterator[AdaptedWeights]:
     """Put an adapter onto its base for a while, and give every linear weight before and after.
 
-    Embeddings, norms, biases and modules trained whole beside an adapter are left out with a warning.
-
-    Args:
-        base: the untouched base, loaded in fp32; afterwards it is again what it was.
-        adapter: folder of an adapter, or of fully fine-tuned weights.
-        gate: for DISeL and Gated LoRA, the constant value of every gate, in (0, 1]; None for all others.
-        allow_other_base: as in `load_adapter`.
+    The base is in fp32, and afterwards untouched again. `gate` is the constant value of every gate of DISeL and Gated
+    LoRA, in (0, 1]; None for all others. Embeddings, norms, biases and modules trained whole beside an adapter are left
+    out with a warning.
 
     Raises:
         AdapterError, BaseMismatchError, ConfigError: as `check_weights` and `load_adapter`; or nothing to compare.
@@ -277,69 +331,42 @@ def adapted_weights(
         raise ConfigError(f"{adapter} has no gates: leave the gate's value out")
     record = read_record(adapter)
     full = record is not None and record.whole
-    before = _linear_weights(base.model, None if full else _tensor_names(adapter))
-    rest = _other_parameters(base.model) if full else {}
+    tensors: set[str] = set()
+    if (adapter / WEIGHTS).is_file():  # without it loading gives the better message
+        with safe_open(adapter / WEIGHTS, framework="pt") as file:
+            tensors = set(file.keys())
+    linear = {name: each.weight for name, each in base.model.named_modules() if isinstance(each, nn.Linear | Conv1D)}
+    # copies, because PiSSA and OSF subtract their start from the base's own weight as they are loaded
+    before = {
+        name: weight.detach().clone()
+        for name, weight in linear.items()
+        if full or any(tensor.startswith(f"{PREFIX}{name}.") for tensor in tensors)
+    }
+    own = {id(weight) for weight in linear.values()}  # a tied embedding is its linear head's weight
+    rest = {name: each.detach().clone() for name, each in base.model.named_parameters() if full and id(each) not in own}
     with attached(base, adapter, allow_other_base=allow_other_base) as (model, _):
-        modules = dict(model.named_modules())
+        modules = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
         pairs = {
-            name: (weight, modules[name if full else PREFIX + name])
+            name: (weight, modules[name])
             for name, weight in before.items()
-            if full or isinstance(modules[PREFIX + name], BaseTunerLayer)
+            if full or isinstance(modules[name], BaseTunerLayer)
         }
         if not pairs:
             raise AdapterError(f"{adapter} changes no linear weight of {base.name!r}")
         if full:
-            _warn(adapter, [name for name, was in rest.items() if not torch.equal(was, model.get_parameter(name))])
+            left_out = [name for name, old in rest.items() if not torch.equal(old, model.get_parameter(name))]
         else:
-            _warn(adapter, _adapted_elsewhere(modules, set(pairs)))
+            kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+            left_out = [name for name, module in modules.items() if isinstance(module, kinds) and name not in pairs]
+        if left_out:
+            more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+            named = f"{', '.join(left_out[:NAMED])}{more}"
+            logger.warning("%s also changes what is no linear module's weight, which is left out: %s", adapter, named)
         yield AdaptedWeights(adapter, pairs, gate, full)
 
 
-def _linear_weights(model: nn.Module, tensors: set[str] | None) -> dict[str, torch.Tensor]:
-    """Copies of the weights of the linear modules that saved tensors belong to, or of all where `tensors` is None.
-
-    Copies, because PiSSA and OSF take their start out of the base's own weight as they are loaded.
-    """
-    return {
-        name: module.weight.detach().clone()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and (tensors is None or any(tensor.startswith(f"{PREFIX}{name}.") for tensor in tensors))
-    }
-
-
-def _tensor_names(adapter: Path) -> set[str]:
-    if not (adapter / WEIGHTS).is_file():
-        return set()  # loading says it better
-    with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
-        return set(tensors.keys())
-
-
-def _other_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters that are no linear module's weight; a tied embedding is its linear head's weight."""
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
-    return {name: each.detach().clone() for name, each in model.named_parameters() if id(each) not in linear}
-
-
-def _adapted_elsewhere(modules: Mapping[str, nn.Module], compared: set[str]) -> list[str]:
-    return [
-        name.removeprefix(PREFIX)
-        for name, module in modules.items()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and name.removeprefix(PREFIX) not in compared
-    ]
-
-
-def _warn(adapter: Path, left_out: Sequence[str]) -> None:
-    if left_out:
-        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
-        logger.warning(
-            "%s also changes what is no linear module's weight, and that is left out: %s%s",
-            adapter, ", ".join(left_out[:NAMED]), more,
-        )  # fmt: skip
-
-
-def _held_open(layer: LoraLayer, weight: torch.Tensor, gate: float) -> torch.Tensor:
-    """`W + gate * alpha / r * B A`: a gated layer with every gate at one value."""
+def _with_gates_held(layer: LoraLayer, weight: torch.Tensor, gate: float) -> torch.Tensor:
+    """Return `W + gate * alpha / r * B A`: a gated layer with every gate at one value."""
     (name,) = layer.active_adapters
     down: Any = layer.lora_A[name]
     up: Any = layer.lora_B[name]
@@ -348,6 +375,6 @@ def _held_open(layer: LoraLayer, weight: torch.Tensor, gate: float) -> torch.Ten
 
 
 def _oriented(module: Any, weight: torch.Tensor) -> torch.Tensor:
-    """As `(out, in)`: Conv1D stores `(in, out)`."""
+    """Return a weight as `(out, in)`: Conv1D stores `(in, out)`."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return weight.T if isinstance(base, Conv1D) else weight

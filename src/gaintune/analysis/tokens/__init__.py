@@ -5,10 +5,19 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from gaintune.analysis.base import Analysis, Options
+from gaintune.errors import ConfigError
+
+
+def check_histogram(bins: int, limit: float | None) -> None:
+    """Refuse an even number of bins, of which none would be centered on zero, and an empty or endless range."""
+    if bins < 3 or bins % 2 == 0:
+        raise ConfigError(f"bins is {bins}: give an odd number from 3 up, so that one bin is centered on zero")
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ConfigError(f"limit is {limit}: the histogram's range in nats must be above 0")
 
 
 class TokensOptions(Options):
-    """The histogram of the changes."""
+    """Bins and range of the histograms of changes."""
 
     bins: int = Field(default=101, description="bins of a histogram, an odd number")
     limit: float | None = Field(
@@ -18,8 +27,6 @@ class TokensOptions(Options):
 
     @model_validator(mode="after")
     def _usable(self) -> TokensOptions:
-        from gaintune.analysis.tokens.statistics import check_histogram
-
         check_histogram(self.bins, self.limit)
         return self
 

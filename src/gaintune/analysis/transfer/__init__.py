@@ -12,7 +12,7 @@ from gaintune.analysis.base import Analysis, Options
 from gaintune.config import Flag, as_list
 
 Component = Literal["mean", "principal", "held-out"]
-"""What adapters share: their mean vector; what each has along their first principal direction (not centred); or the
+"""What adapters share: their mean vector; what each has along their first principal direction (not centered); or the
 mean of all adapters but the one that was trained on the domain being measured, so that nothing of that domain is in it.
 """
 

@@ -1,15 +1,19 @@
-"""Why transfer is positive: take from separately learnt gains what they share, or leave it alone, and measure again.
+"""Take from separately trained gains what they share, or leave it alone, and measure transfer again.
 
-The GAIN paper (arXiv 2604.04516, section 5.1): "After training on each domain, we decompose the scaling update into its
-shared and domain-specific components. Removing the shared component halves positive transfer. Keeping only the shared
-component retains" a part of it. Transfer here is the mean change of perplexity of domains by adapters that did not
-learn them; what is shared is one of `Component`.
+The GAIN paper (arXiv 2604.04516, section 5.1, "Why does positive transfer occur?") trains one adapter a domain, each
+from the pretrained model, finds that "cross-domain correlations are near zero" and that a part "of the variance is
+shared across all domains. In this shared component, all five domains agree on which dimensions to suppress and which to
+amplify". It gives no formula for that part, so `Sharing` has what the sentence may mean, each by name. "After training
+on each domain, we decompose the scaling update into its shared and domain-specific components. Removing the shared
+component halves positive transfer. Keeping only the shared component retains" a part of it. Transfer here is the mean
+change of perplexity of domains by adapters that were not trained on them; what is shared is one of `Component`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,25 +24,17 @@ import torch
 from torch import nn
 
 from gaintune.adapters import attached, check_adapters, read_record
-from gaintune.analysis.gains.factors import PREFIX
+from gaintune.analysis.gains.survey import read_factors
+from gaintune.analysis.positions import PREFIX
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
 from gaintune.analysis.transfer import Component, TransferOptions
-from gaintune.analysis.transfer.statistics import (
-    FloatArray,
-    GainVectors,
-    Sharing,
-    mean_without,
-    principal_direction,
-    read_gain_vectors,
-    sharing_of,
-)
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import DomainBlocks, load_domain
-from gaintune.errors import ConfigError
+from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import measure_domain
 from gaintune.models import load_base
-from gaintune.progress import Progress, Silent
-from gaintune.results import Change, DomainLoss, Interval, changes_of, mean_change, share_of_change
+from gaintune.progress import Progress
+from gaintune.results import Change, DomainLoss, FloatArray, Interval, changes_of, mean_change, share_of_change
 
 Part = Literal["whole", "shared", "own"]
 """What of an adapter's v is left: all of it, the shared component alone, or all but the shared component."""
@@ -46,36 +42,141 @@ PARTS: tuple[Part, ...] = get_args(Part)
 Key = tuple[Part, str, str]
 
 
-def shared_component(vectors: GainVectors, component: Component, learnt: str, measured: str) -> FloatArray:
-    """What the adapter that learnt one domain shares with the others, `(features,)`, for measuring another domain.
+@dataclass(frozen=True)
+class GainVectors:
+    """What adapters add to a gain of 1: v, float64 `(adapters, features)`, 0 for the pretrained model.
 
-    Only `held-out` depends on the measured domain; only `principal` on the learnt one.
+    `modules` has the name and the number of features of each module, in the order of the vectors.
+    """
+
+    labels: tuple[str, ...]
+    modules: tuple[tuple[str, int], ...]
+    values: FloatArray
+
+
+def read_gain_vectors(adapters: Mapping[str, Path]) -> GainVectors:
+    """Read v of several GAIN or GAIN-FFN adapters, labeled, from their folders alone.
+
+    Raises:
+        AdapterError: damaged, or of another method.
+        ConfigError: fewer than two adapters, or adapters with gains in different modules.
+    """
+    if len(adapters) < 2:
+        raise ConfigError(f"what adapters share takes two or more of them, and {len(adapters)} was given")
+    rows, modules = [], ()
+    for folder in adapters.values():
+        factors = read_factors(folder)
+        if factors.method.line != "gains":
+            raise AdapterError(f"{folder}: factors of (IA)3; give adapters of method gain or gain-ffn")
+        own = tuple((name, len(factors.values[name])) for name in sorted(factors.values))
+        if rows and own != modules:
+            odd = sorted({*own} ^ {*modules})[0][0]
+            raise ConfigError(f"{folder}: its gains are in other modules than {next(iter(adapters))}'s, such as {odd}")
+        modules = own
+        rows.append(np.concatenate([factors.values[name] - 1.0 for name, _ in own]))
+    return GainVectors(tuple(adapters), modules, np.stack(rows))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What N vectors v have in common. "Energy" is a sum of squares: variance around the pretrained model, v = 0.
+
+    Attributes:
+        labels: what the adapters are called.
+        correlations: Pearson correlation of each two vectors over features, `(N, N)`.
+        cosines: cosine of each two, `(N, N)`.
+        mean_share: energy of N copies of the mean vector over that of all vectors, `N |mean|^2 / sum_i |v_i|^2`. Of N
+            vectors with nothing in common it is 1 / N (`chance_share`).
+        common_share: the same without what is there by chance, `(N * mean_share - 1) / (N - 1)`: the mean product of
+            two different vectors over the mean square of one; 0 for vectors with nothing in common, 1 for equal ones.
+        principal_share: energy along the first principal direction (not centered) over that of all vectors.
+        explained: for each adapter, the share of its energy along the mean vector (of which it is a part).
+        explained_by_others: for each adapter, the share of its energy along the mean of the other adapters.
+        agreeing: share of the features in which all signs agree; `2 / 2^N` by chance.
+        agreeing_energy: share of all energy in those features.
+    """
+
+    labels: tuple[str, ...]
+    correlations: FloatArray
+    cosines: FloatArray
+    mean_share: float
+    common_share: float
+    principal_share: float
+    explained: tuple[float, ...]
+    explained_by_others: tuple[float, ...]
+    agreeing: float
+    agreeing_energy: float
+
+    @property
+    def chance_share(self) -> float:
+        """The `mean_share` of as many vectors with nothing in common."""
+        return 1.0 / len(self.labels)
+
+    @property
+    def pairs(self) -> list[float]:
+        """The correlations of different adapters, each once."""
+        return self.correlations[np.triu_indices(len(self.labels), 1)].tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        arrays = {name: getattr(self, name).tolist() for name in ("correlations", "cosines")}
+        return {**asdict(self), **arrays, "chance_share": self.chance_share}
+
+
+def sharing_of(vectors: GainVectors) -> Sharing:
+    """Compute what the vectors have in common; ConfigError where one of them is zero or constant."""
+    v = vectors.values
+    count = len(v)
+    still = next((label for label, row in zip(vectors.labels, v, strict=True) if np.ptp(row) == 0.0), None)
+    if still is not None:
+        raise ConfigError(f"the gains of {still} are all alike: they hold nothing that could be shared")
+    gram = v @ v.T
+    energy, mean = float(np.trace(gram)), v.mean(axis=0)
+    mean_share = count * float(mean @ mean) / energy
+    agree = np.abs(np.sign(v).sum(axis=0)) == count
+    return Sharing(
+        labels=vectors.labels,
+        correlations=np.atleast_2d(np.corrcoef(v)),
+        cosines=gram / np.sqrt(np.outer(np.diag(gram), np.diag(gram))),
+        mean_share=mean_share,
+        common_share=(count * mean_share - 1.0) / (count - 1.0),
+        principal_share=float(np.linalg.eigvalsh(gram)[-1]) / energy,
+        explained=tuple(_along(row, mean) for row in v),
+        explained_by_others=tuple(_along(row, count * mean - row) for row in v),
+        agreeing=float(agree.mean()),
+        agreeing_energy=float(np.square(v[:, agree]).sum()) / energy,
+    )
+
+
+def _along(vector: FloatArray, direction: FloatArray) -> float:
+    """Return the share of a vector's energy along a direction; 0 where there is no direction."""
+    length = float(direction @ direction)
+    return 0.0 if length == 0.0 else float(vector @ direction) ** 2 / (length * float(vector @ vector))
+
+
+def shared_component(vectors: GainVectors, component: Component, trained: str, measured: str) -> FloatArray:
+    """Return what the adapter of one domain shares with the others, `(features,)`, for measuring another domain.
+
+    Only `held-out` depends on the measured domain; only `principal` on the adapter's own.
     """
     v = vectors.values
-    if component == "mean":
-        return v.mean(axis=0)
-    if component == "principal":
-        direction = principal_direction(v)
-        return float(v[vectors.labels.index(learnt)] @ direction) * direction
-    own = [vectors.labels.index(measured)] if measured in vectors.labels else []
-    return mean_without(v, own)
+    if component == "principal":  # the direction along which all have the most energy, not centered
+        direction = np.linalg.eigh(v @ v.T)[1][:, -1] @ v
+        direction /= np.linalg.norm(direction)
+        return float(v[vectors.labels.index(trained)] @ direction) * direction
+    held_out = component == "held-out" and measured in vectors.labels
+    return np.delete(v, vectors.labels.index(measured) if held_out else [], axis=0).mean(axis=0)
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Losses of every adapter on every domain, whole and in its two parts.
+    """Losses of every adapter on every domain, by part, trained domain and measured domain, and the base's by domain.
 
-    Attributes:
-        component: what is taken for shared.
-        learnt: the domains of the adapters.
-        watched: domains that were measured and that no adapter learnt.
-        base: losses of the pretrained model by domain.
-        losses: losses by part, learnt domain and measured domain.
-        settings: what intervals are made with.
+    `watched` are domains that no adapter was trained on.
     """
 
     component: Component
-    learnt: tuple[str, ...]
+    trained: tuple[str, ...]
     watched: tuple[str, ...]
     base: Mapping[str, DomainLoss]
     losses: Mapping[Key, DomainLoss]
@@ -87,87 +188,64 @@ class Ablation:
         changes: dict[Key, Change] = {}
         for domain, base in self.base.items():
             keys = [key for key in self.losses if key[2] == domain]
-            found = changes_of(base, [self.losses[key] for key in keys], domain, self.settings)
-            changes |= dict(zip(keys, found, strict=True))
+            moved = changes_of(base, [self.losses[key] for key in keys], domain, self.settings)
+            changes |= dict(zip(keys, moved, strict=True))
         return changes
 
-    def _of(self, part: Part, pairs: Sequence[tuple[str, str]]) -> list[Change]:
-        return [self._changes[part, learnt, measured] for learnt, measured in pairs]
+    def _across(self, part: Part) -> list[Change]:
+        return [self._changes[part, *pair] for pair in itertools.permutations(self.trained, 2)]
 
-    def _mean(self, part: Part, pairs: Sequence[tuple[str, str]]) -> Interval:
-        return mean_change(self._of(part, pairs), self.settings)
-
-    @property
-    def _across(self) -> list[tuple[str, str]]:
-        return [(one, other) for one in self.learnt for other in self.learnt if one != other]
-
-    def change(self, part: Part, learnt: str, measured: str) -> Interval:
-        """Change of perplexity of one domain by (a part of) the adapter that learnt another, in %."""
-        return self._mean(part, [(learnt, measured)])
+    def change(self, part: Part, trained: str, measured: str) -> Interval:
+        """Return the change of perplexity of one domain by (a part of) the adapter of another, in %."""
+        return mean_change([self._changes[part, trained, measured]], self.settings)
 
     def transfer(self, part: Part) -> Interval:
-        """Mean change over all pairs of different learnt domains, in %; negative is positive transfer."""
-        return self._mean(part, self._across)
+        """Return the mean change over all pairs of different trained domains, in %; negative is positive transfer."""
+        return mean_change(self._across(part), self.settings)
 
     def in_domain(self, part: Part) -> Interval:
-        """Mean change of the domains by their own adapters, in %."""
-        return self._mean(part, [(name, name) for name in self.learnt])
+        """Return the mean change of the domains by their own adapters, in %."""
+        return mean_change([self._changes[part, name, name] for name in self.trained], self.settings)
 
     def unseen(self, part: Part) -> Interval | None:
-        """Mean change of the domains that no adapter learnt, in %; None where there is none."""
-        pairs = [(one, other) for one in self.learnt for other in self.watched]
-        return self._mean(part, pairs) if pairs else None
+        """Return the mean change of the domains that no adapter was trained on, in %; None where there is none."""
+        changes = [self._changes[part, *pair] for pair in itertools.product(self.trained, self.watched)]
+        return mean_change(changes, self.settings) if changes else None
 
     def left(self, part: Part) -> Interval | None:
-        """What a part keeps of the transfer of the whole, in %; None where the whole's own interval holds zero."""
+        """Return what a part keeps of the whole's transfer, in %; None where the whole's own interval holds zero."""
         if not self.transfer("whole").sign:
             return None
-        return share_of_change(self._of(part, self._across), self._of("whole", self._across), self.settings)
+        return share_of_change(self._across(part), self._across("whole"), self.settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-
-        def plain(interval: Interval | None) -> dict[str, Any] | None:
-            return None if interval is None else asdict(interval)
-
+        """Return plain values for JSON."""
+        figures = {
+            "transfer": self.transfer, "left_of_transfer": self.left, "in_domain": self.in_domain, "unseen": self.unseen
+        }  # fmt: skip
+        parts = {part: {name: figure(part) for name, figure in figures.items()} for part in PARTS}
         return {
             "component": self.component,
-            "parts": {
-                part: {
-                    "transfer": plain(self.transfer(part)),
-                    "left_of_transfer": plain(self.left(part)),
-                    "in_domain": plain(self.in_domain(part)),
-                    "unseen": plain(self.unseen(part)),
-                }
-                for part in PARTS
-            },
+            "parts": {part: {name: each and asdict(each) for name, each in own.items()} for part, own in parts.items()},
             "cells": [
-                {
-                    "part": part,
-                    "learnt": learnt,
-                    "measured": measured,
-                    "perplexity": loss.perplexity,
-                    "change": plain(self.change(part, learnt, measured)),
-                }
-                for (part, learnt, measured), loss in self.losses.items()
+                dict(zip(("part", "learnt", "measured"), key, strict=True))
+                | {"perplexity": loss.perplexity, "change": asdict(self.change(*key))}
+                for key, loss in self.losses.items()
             ],
         }
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What gains share, and what that does for transfer; one ablation for each component asked for."""
+    """What gains share, and what that does for transfer; an ablation for each component."""
 
     sharing: Sharing
     ablations: tuple[Ablation, ...]
     provenance: Provenance
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "sharing": self.sharing.to_dict(),
-            "ablations": [each.to_dict() for each in self.ablations],
-        }
+        """Return plain values for JSON."""
+        return {"sharing": self.sharing.to_dict(), "ablations": [ablation.to_dict() for ablation in self.ablations]}
 
 
 def survey_transfer(
@@ -181,96 +259,84 @@ def survey_transfer(
     """Compare separately trained GAIN adapters, and measure every domain with each of them whole and in parts.
 
     Args:
-        plan: base, domains and how uncertainty is measured. Its domains are those that the adapters learnt, in any
-            order; others, and watched ones, are measured as unseen.
+        plan: base, domains and how uncertainty is measured. Its domains are those of the adapters, in any order;
+            others, and watched ones, are measured as unseen.
         adapters: adapters of method gain or gain-ffn, each trained from the pretrained model on one domain.
         options: what is taken for shared.
-        allow_other_base: take adapters that were trained on another base.
-        progress: where to show progress; nowhere unless given.
 
     Raises:
         AdapterError, BaseMismatchError: damaged, of another method, or of another base.
-        ConfigError: fewer than two adapters, one that learnt several domains or one that the plan lacks, or a component
-            that so few adapters do not have.
+        ConfigError: fewer than two adapters, one trained on several domains or on one that the plan lacks, or a
+            component that so few adapters do not have.
         DataError: a domain's text is missing or broken.
     """
-    learnt = _by_domain([Path(folder) for folder in adapters], [domain.name for domain in plan.data.measured])
+    folders = _by_domain([Path(folder) for folder in adapters], [domain.name for domain in plan.data.measured])
     components = (options or TransferOptions()).components
-    _check_components(components, len(learnt))
-    vectors = read_gain_vectors(learnt)
+    _check_components(components, len(folders))
+    vectors = read_gain_vectors(folders)
     sharing = sharing_of(vectors)
-    check_adapters(list(learnt.values()), plan.model, allow_other_base=allow_other_base)
+    check_adapters(list(folders.values()), plan.model, allow_other_base=allow_other_base)
     base = load_base(plan.model)
     domains = [load_domain(domain, plan.data, base.tokenizer) for domain in plan.data.measured]
-    warn_of_other_texts(learnt.values(), domains)
-    told = provenance(plan, base, domains, {name: origin_of(folder) for name, folder in learnt.items()})
-    watched = tuple(domain.name for domain in domains if domain.name not in learnt)
-    rows = dict(zip(learnt, vectors.values, strict=True))
-    with attached(base, next(iter(learnt.values())), allow_other_base=allow_other_base) as (model, _):
-        measure = _Measure(plan, model, vectors, progress or Silent())
-        nothing = np.zeros(vectors.values.shape[1])
-        before = {domain.name: measure("base", nothing, domain) for domain in domains}
+    warn_of_other_texts(folders.values(), domains)
+    made_from = provenance(plan, base, domains, {name: origin_of(folder) for name, folder in folders.items()})
+    watched = tuple(domain.name for domain in domains if domain.name not in folders)
+    pairs = [(name, v, domain) for name, v in zip(folders, vectors.values, strict=True) for domain in domains]
+    with attached(base, next(iter(folders.values())), allow_other_base=allow_other_base) as (model, _):
+        measure = _measurer(plan, model, vectors, progress)
+        before = {domain.name: measure("base", np.zeros(vectors.values.shape[1]), domain) for domain in domains}
         whole: dict[Key, DomainLoss] = {
-            ("whole", name, domain.name): measure(f"{name}, whole", v, domain)
-            for name, v in rows.items()
-            for domain in domains
+            ("whole", name, domain.name): measure(f"{name}, whole", v, domain) for name, v, domain in pairs
         }
         ablations = []
         for component in components:
             losses = dict(whole)
-            for name, v in rows.items():
-                for domain in domains:
-                    shared = shared_component(vectors, component, name, domain.name)
-                    losses["shared", name, domain.name] = measure(f"{name}, shared ({component})", shared, domain)
-                    losses["own", name, domain.name] = measure(f"{name}, own ({component})", v - shared, domain)
-            ablations.append(Ablation(component, tuple(learnt), watched, before, losses, plan.evaluate))
-    return Transfer(sharing, tuple(ablations), told)
+            for name, v, domain in pairs:
+                shared = shared_component(vectors, component, name, domain.name)
+                losses["shared", name, domain.name] = measure(f"{name}, shared ({component})", shared, domain)
+                losses["own", name, domain.name] = measure(f"{name}, own ({component})", v - shared, domain)
+            ablations.append(Ablation(component, tuple(folders), watched, before, losses, plan.evaluate))
+    return Transfer(sharing, tuple(ablations), made_from)
 
 
-class _Measure:
-    """Measures domains under gains of any values; the same on one domain, such as what all adapters share, once."""
+def _measurer(
+    plan: Plan, model: nn.Module, vectors: GainVectors, progress: Progress | None
+) -> Callable[[str, FloatArray, DomainBlocks], DomainLoss]:
+    """Return a function that measures a domain with every gain at `1 + v`; equal gains on one domain only once."""
+    gains = [cast(Any, model.get_submodule(PREFIX + name)).gain_v["default"] for name, _ in vectors.modules]
+    ends = np.cumsum([features for _, features in vectors.modules])[:-1]
+    known: dict[tuple[str, bytes], DomainLoss] = {}
 
-    def __init__(self, plan: Plan, model: nn.Module, vectors: GainVectors, progress: Progress) -> None:
-        layers = {name.removeprefix(PREFIX): each for name, each in model.named_modules() if name.startswith(PREFIX)}
-        self._gains: list[torch.Tensor] = [cast(Any, layers[name]).gain_v["default"] for name, _ in vectors.modules]
-        self._plan, self._model, self._progress = plan, model, progress
-        self._known: dict[tuple[str, bytes], DomainLoss] = {}
-
-    def __call__(self, title: str, v: FloatArray, domain: DomainBlocks) -> DomainLoss:
-        """Measure a domain with every gain at `1 + v`, `(features,)`; zeros are the pretrained model, bit for bit."""
+    def measure(title: str, v: FloatArray, domain: DomainBlocks) -> DomainLoss:
         key = (domain.name, hashlib.sha256(v.astype(np.float32).tobytes()).digest())
-        if key not in self._known:
-            ends = np.cumsum([len(gain) for gain in self._gains])[:-1]
+        if key not in known:
             with torch.no_grad():
-                for gain, part in zip(self._gains, np.split(v, ends), strict=True):
+                for gain, part in zip(gains, np.split(v, ends), strict=True):
                     gain.copy_(torch.from_numpy(part))
-            self._known[key] = measure_domain(
-                self._model,
-                domain,
-                batch_size=self._plan.evaluate.batch_size,
-                title=f"{title}: measuring {domain.name}",
-                base=None if v.any() else self._plan.model.name,
-                progress=self._progress,
-            )
-        return self._known[key]
+            title, base = f"{title}: measuring {domain.name}", None if v.any() else plan.model.name
+            size = plan.evaluate.batch_size
+            known[key] = measure_domain(model, domain, batch_size=size, title=title, base=base, progress=progress)
+        return known[key]
+
+    return measure
 
 
 def _by_domain(adapters: Sequence[Path], measured: Sequence[str]) -> dict[str, Path]:
-    """Adapters by the one domain each has learnt; ConfigError where that is not one, or not one of the plan's."""
-    found: dict[str, Path] = {}
+    """Return adapters by the one domain of each; ConfigError where that is not one, or not one of the plan's."""
+    folders: dict[str, Path] = {}
     for folder in adapters:
         record = read_record(folder)
-        learnt = () if record is None else tuple(dict.fromkeys(record.domains))
-        if len(learnt) != 1:
-            said = f"has learnt {', '.join(learnt)}" if learnt else "does not say what it has learnt"
-            raise ConfigError(f"{folder} {said}: give adapters that were each trained from the base on one domain")
-        (name,) = learnt
-        if name in found:
-            raise ConfigError(f"{folder} has learnt {name}, and so has {found[name]}: give one adapter a domain")
+        trained = () if record is None else tuple(dict.fromkeys(record.domains))
+        if len(trained) != 1:
+            says = f"was trained on {', '.join(trained)}" if trained else "does not say what it was trained on"
+            raise ConfigError(f"{folder} {says}: give adapters that were each trained from the base on one domain")
+        (name,) = trained
+        if name in folders:
+            raise ConfigError(f"{folder} was trained on {name}, and so was {folders[name]}: give one adapter a domain")
         if name not in measured:
-            raise ConfigError(f"{folder} has learnt {name}, which is not measured; add it with --domain")
-        found[name] = folder
-    return found
+            raise ConfigError(f"{folder} was trained on {name}, which is not measured; add it with --domain")
+        folders[name] = folder
+    return folders
 
 
 def _check_components(components: Sequence[Component], count: int) -> None:

@@ -1,6 +1,6 @@
 """lm-eval's benchmarks over a base and adapters on it: tasks, rows without the hub, stored scores, paired changes.
 
-A new embedded set of rows is one entry in `rows/catalogue.py`.
+A new benchmark that runs without the hub is an entry of `TASKS` in `rows.py`; any other task of lm-eval needs none.
 """
 
 import lazy_loader

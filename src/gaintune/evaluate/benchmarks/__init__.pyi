@@ -7,10 +7,12 @@ from .records import BenchmarkReport as BenchmarkReport
 from .records import BenchmarkScore as BenchmarkScore
 from .records import counting_score as counting_score
 from .records import mean_difference as mean_difference
-from .rows.catalogue import offline_task as offline_task
-from .rows.sources import Places as Places
+from .rows import Places as Places
+from .rows import offline_task as offline_task
 from .run import base_of as base_of
 from .run import benchmark_adapters as benchmark_adapters
+from .run import compare_benchmarks as compare_benchmarks
+from .run import measure_benchmarks as measure_benchmarks
 from .run import run_benchmarks as run_benchmarks
 from .tasks import Suite as Suite
 from .tasks import load_suite as load_suite

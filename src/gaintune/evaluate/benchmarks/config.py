@@ -1,4 +1,4 @@
-"""Which benchmarks are measured and how: plain data, checked when it is read."""
+"""The benchmarks to measure and their settings: plain data, checked when it is read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from gaintune.config import Section, explain
-
-LM_EVAL_SEED = 1234  # lm-eval's own, so that worked examples are those of its command line
 
 
 class BenchmarkTask(Section):
@@ -31,11 +29,11 @@ def as_task(value: Any) -> Any:
 
 def as_tasks(value: Any) -> Any:
     """Accept 'arc_easy,piqa' for the list of both."""
-    return [each for each in value.split(",") if each.strip()] if isinstance(value, str) else value
+    return [name for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class BenchmarkConfig(Section):
-    """What is asked of a model, with which data, and how uncertainty is measured."""
+    """Benchmarks to run, their data, and how uncertainty is measured."""
 
     tasks: Annotated[tuple[Annotated[BenchmarkTask, BeforeValidator(as_task)], ...], BeforeValidator(as_tasks)] = Field(
         min_length=1, description="benchmarks by lm-eval's names"
@@ -45,7 +43,9 @@ class BenchmarkConfig(Section):
     )
     limit: int | None = Field(default=None, gt=0, description="rows of each task, the first ones; all unless given")
     batch_size: int = Field(default=8, gt=0, description="prompts in a forward pass")
-    seed: int = Field(default=LM_EVAL_SEED, ge=0, description="seed of the draw of worked examples, and of sampling")
+    seed: int = Field(  # lm-eval's default, so that worked examples are those of its command line
+        default=1234, ge=0, description="seed of the draw of worked examples, and of sampling"
+    )
     source: Literal["auto", "hub", "local"] = Field(
         default="auto",
         description="where rows are from: auto is `data` where it has the task, else the Hub, else, where the Hub is "
@@ -69,7 +69,7 @@ class BenchmarkConfig(Section):
     @field_validator("data", mode="before")
     @classmethod
     def _texts(cls, value: Any) -> Any:
-        return [str(each) for each in ([value] if isinstance(value, str) else value)]
+        return [str(entry) for entry in ([value] if isinstance(value, str) else value)]
 
     @model_validator(mode="after")
     def _each_once(self) -> BenchmarkConfig:
@@ -80,7 +80,7 @@ class BenchmarkConfig(Section):
 
 
 def read_config(values: Mapping[str, Any]) -> BenchmarkConfig:
-    """A config from plain values; ConfigError names what is wrong in them."""
+    """Read a config from plain values; ConfigError names what is wrong in them."""
     try:
         return BenchmarkConfig.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""lm-eval's model class over a model that is loaded already, and one task asked of it."""
+"""lm-eval's model class over a model that is loaded already, and its answers to a task."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,30 +21,28 @@ from transformers import PreTrainedTokenizerBase
 
 from gaintune.errors import ConfigError, DataError, TrainingError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.evaluate.benchmarks.quiet import quiet
-from gaintune.evaluate.benchmarks.records import Aggregation, BenchmarkScore
-from gaintune.evaluate.benchmarks.tasks import AskedTask
+from gaintune.evaluate.benchmarks.records import BenchmarkScore, metrics_of
+from gaintune.evaluate.benchmarks.tasks import LoadedTask, quiet
 from gaintune.models import begin_texts
-from gaintune.progress import Advance, Progress, Silent
+from gaintune.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
 
-_HFLM = cast(Any, HFLM)  # the decorator that registers it hides what it is from type checkers
+_HFLM = cast(Any, HFLM)  # the decorator that registers it hides its type from type checkers
 
 
-class AskedModel(_HFLM):
-    """A loaded causal language model as lm-eval asks it; progress is counted in requests.
+class LmEvalModel(_HFLM):
+    """A loaded causal language model for lm-eval; progress is counted in requests.
 
     Log-probabilities are taken in fp32 whatever the model computes in: in bf16 many choices would tie.
 
     Args:
         model: the model, with or without an adapter.
-        tokenizer: its tokenizer; a copy is used, since lm-eval adds a padding token. Whether prompts begin with the
-            beginning-of-text token is its own doing, but for Gemma, which always needs one (`begin_texts`).
+        tokenizer: its tokenizer; a copy is used, since lm-eval adds a padding token. It decides whether prompts begin
+            with the beginning-of-text token, except for Gemma, which always needs one (`begin_texts`).
         batch_size: prompts in a forward pass.
-        title: what a progress bar says.
-        progress: where to show it.
-        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own numbers.
+        title, progress: title of the progress bar, and where to show it.
+        mixed_precision: autocast dtype of a model kept in fp32, or None for the model's own precision.
     """
 
     def __init__(
@@ -70,14 +69,14 @@ class AskedModel(_HFLM):
         self._progress = progress
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-likelihood of continuations, as lm-eval defines it."""
-        with self._shown(len(requests)):
+        """Return the log-likelihood of continuations, as lm-eval defines it."""
+        with self._counted(len(requests)):
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        """Generated answers, as lm-eval defines them."""
+        """Generate answers, as lm-eval defines them."""
         self._check_room([request.args for request in requests])
-        with self._shown(len(requests)):
+        with self._counted(len(requests)):
             return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
@@ -86,10 +85,10 @@ class AskedModel(_HFLM):
             raise DataError(f"{self._title}: an answer is longer than the {longest} tokens that the model reads")
         cut = sum(len(context) + len(continuation) > longest + 1 for _, context, continuation in requests)
         self._warn_of_cut(cut, len(requests))
-        found = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        if not all(math.isfinite(likelihood) for likelihood, _ in found):
+        answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        if not all(math.isfinite(likelihood) for likelihood, _ in answers):
             raise TrainingError(f"{self._title}: a likelihood is not finite, so the model is broken")
-        return found
+        return answers
 
     def _check_room(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Refuse answers longer than the model reads; warn of prompts that lose their beginning for them."""
@@ -106,46 +105,34 @@ class AskedModel(_HFLM):
 
     def _warn_of_cut(self, cut: int, count: int) -> None:
         if cut:
-            logger.warning(
-                "%s: %d of %d prompts are longer than the model's %d tokens and lost their beginning",
-                self._title, cut, count, self.max_length,
-            )  # fmt: skip
+            message = "%s: %d of %d prompts are longer than the model's %d tokens and lost their beginning"
+            logger.warning(message, self._title, cut, count, self.max_length)
 
     @contextlib.contextmanager
-    def _shown(self, requests: int) -> Iterator[None]:
-        """A bar that advances with every answer, which lm-eval hands to its cache hook."""
-        kept = self.cache_hook
+    def _counted(self, requests: int) -> Iterator[None]:
+        """Show a bar that advances with every answer, which lm-eval hands to its cache hook."""
+        original = self.cache_hook
         with self._progress.task(self._title, requests, "requests") as advance:
-            self.cache_hook = _Count(advance)
+            self.cache_hook = SimpleNamespace(add_partial=lambda *_: advance(1))
             try:
                 yield
             finally:
-                self.cache_hook = kept
+                self.cache_hook = original
 
 
-class _Count:
-    """Takes the place of lm-eval's cache of answers, to count them."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self._advance(1)
-
-
-def ask(
+def score_task(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    asked: AskedTask,
+    task: LoadedTask,
     config: BenchmarkConfig,
     *,
     label: str = "model",
     mixed_precision: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[BenchmarkScore, ...]:
-    """Every metric of one task of one model; the model is left in the mode it was in, random generators likewise.
+    """Measure every metric of a task; the model's mode and the random generators are restored.
 
-    `mixed_precision` is the autocast dtype of a model kept in fp32; None for the model's own numbers.
+    `mixed_precision` is the autocast dtype of a model kept in fp32; None for the model's own precision.
 
     Raises:
         TrainingError: a likelihood is not finite; the model is broken.
@@ -153,65 +140,56 @@ def ask(
     """
     training = model.training
     try:
-        with quiet(), seeded(config.seed):
-            asked.task.set_fewshot_seed(config.seed)
-            title = f"{label}: {asked.name}"
-            shown = progress or Silent()
-            options: dict[str, Any] = {"title": title, "progress": shown, "mixed_precision": mixed_precision}
-            wrapped = AskedModel(model, tokenizer, batch_size=config.batch_size, **options)
-            found: Any = evaluate(
-                lm=wrapped,
-                task_dict={"tasks": {asked.name: asked.task}},
+        with quiet(), _seeded(config.seed):
+            task.task.set_fewshot_seed(config.seed)
+            results: Any = evaluate(
+                lm=LmEvalModel(
+                    model,
+                    tokenizer,
+                    batch_size=config.batch_size,
+                    title=f"{label}: {task.name}",
+                    progress=progress or Silent(),
+                    mixed_precision=mixed_precision,
+                ),
+                task_dict={"tasks": {task.name: task.task}},
                 limit=config.limit,
                 bootstrap_iters=0,  # its standard errors that need resampling print, and fork
-                confirm_run_unsafe_code=True,  # refused when the task was loaded, unless the user said so
+                confirm_run_unsafe_code=True,  # refused when the task was loaded, unless the user allowed it
             )
     finally:
         model.train(training)
-    return tuple(_scores(asked, found))
+    return tuple(_scores(task, results))
 
 
-def _scores(asked: AskedTask, found: dict[str, Any]) -> Iterator[BenchmarkScore]:
-    task: Any = asked.task  # what these two return is annotated as None
-    aggregations: dict[str, Callable[..., float]] = task.aggregation()
-    better: dict[str, bool] = task.higher_is_better()
-    samples = found["samples"][asked.name]
-    for key, value in found["results"][asked.name].items():
-        metric, separator, kept = key.partition(",")
-        if not separator or metric.endswith("_stderr"):
-            continue
-        rows = [sample for sample in samples if sample["filter"] == kept]
-        values = [sample[metric] for sample in sorted(rows, key=lambda sample: sample["doc_id"])]
-        aggregation = _kind(aggregations.get(metric, mean))
-        items = () if aggregation == "other" else tuple(float(each) for each in values)
+def _scores(task: LoadedTask, results: dict[str, Any]) -> Iterator[BenchmarkScore]:
+    definition: Any = task.task  # what these two return is annotated as None
+    aggregations: dict[str, Callable[..., float]] = definition.aggregation()
+    better: dict[str, bool] = definition.higher_is_better()
+    samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
+    for key, metric, kept, value in metrics_of(results["results"][task.name]):
+        values = [sample[metric] for sample in samples if sample["filter"] == kept]
+        function = aggregations.get(metric, mean)
+        aggregation = "mean" if function is mean else "perplexity" if function is perplexity else "other"
+        items = () if aggregation == "other" else tuple(map(float, values))
+        stderr = None if len(items) < 2 else float(mean_stderr(items))
+        if stderr is not None and aggregation == "perplexity":
+            stderr *= value  # the limit of lm-eval's bootstrap
         yield BenchmarkScore(
-            task=asked.name,
+            task=task.name,
             metric=metric if kept == "none" else key,
-            value=float(value),
-            stderr=_stderr(aggregation, float(value), items),
+            value=value,
+            stderr=stderr,
             items=items,
             rows=len(values),
             aggregation=aggregation,
             higher_is_better=better.get(metric),
-            facts=asked.facts,
+            facts=task.facts,
         )
 
 
-def _kind(aggregation: Callable[..., float]) -> Aggregation:
-    return "mean" if aggregation is mean else "perplexity" if aggregation is perplexity else "other"
-
-
-def _stderr(aggregation: Aggregation, value: float, items: Sequence[float]) -> float | None:
-    """lm-eval's standard error of a mean; of a perplexity that of the mean times the value, its bootstrap's limit."""
-    if len(items) < 2 or aggregation == "other":
-        return None
-    error = float(mean_stderr(items))
-    return error if aggregation == "mean" else value * error
-
-
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's generators, and give them back as they were."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's generators, and restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

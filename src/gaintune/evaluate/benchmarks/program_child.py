@@ -1,7 +1,7 @@
-"""Started by `codegen` as a process of its own: takes its limits, runs one program, proves that it came to the end.
+"""The process that `programs` starts: it takes its limits, runs a program, and proves that this came to its end.
 
-Standard input holds the task, its length before it, and behind it the proof, which stays unread until the program has
-ended: while it runs no variable of this process has it.
+Standard input holds the length of the task, the task, and the proof, which stays unread until the program has ended:
+while it runs, no variable of this process has the proof.
 """
 
 import json
@@ -15,7 +15,7 @@ READY = b"ready"
 
 
 def limit(seconds: float, memory: int, user: tuple[int, int] | None) -> None:
-    """Bound this process: user, address space, processor time, files, children, and wall-clock time from now on."""
+    """Limit this process: user, address space, processor time, files, children, and wall-clock time from now on."""
     if user is not None:
         os.setgroups([])
         os.setresgid(user[1], user[1], user[1])
@@ -23,7 +23,7 @@ def limit(seconds: float, memory: int, user: tuple[int, int] | None) -> None:
     whole = int(seconds) + 1
     for what, most, beyond in (
         ("RLIMIT_AS", memory, 0),
-        ("RLIMIT_CPU", whole, 1),  # at the first of the two it is told that its time is up, at the second it is killed
+        ("RLIMIT_CPU", whole, 1),  # SIGXCPU at the first of the two, SIGKILL at the second
         ("RLIMIT_FSIZE", FILE_BYTES, 0),
         ("RLIMIT_CORE", 0, 0),
         ("RLIMIT_NPROC", 0, 0),
@@ -31,21 +31,21 @@ def limit(seconds: float, memory: int, user: tuple[int, int] | None) -> None:
         if hasattr(resource, what):
             number = getattr(resource, what)
             _, hard = resource.getrlimit(number)
-            ends = [each if hard == resource.RLIM_INFINITY else min(each, hard) for each in (most, most + beyond)]
+            ends = [end if hard == resource.RLIM_INFINITY else min(end, hard) for end in (most, most + beyond)]
             resource.setrlimit(number, (ends[0], ends[1]))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def read(file: int, size: int) -> bytes:
-    """So many bytes and no more, so that what follows them stays where it is."""
-    found = b""
-    while len(found) < size:
-        more = os.read(file, size - len(found))
+    """Read exactly so many bytes, so that those after them stay unread."""
+    content = b""
+    while len(content) < size:
+        more = os.read(file, size - len(content))
         if not more:
-            raise EOFError(f"{len(found)} of {size} bytes")
-        found += more
-    return found
+            raise EOFError(f"{len(content)} of {size} bytes")
+        content += more
+    return content
 
 
 def main() -> None:

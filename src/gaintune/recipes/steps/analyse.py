@@ -1,8 +1,8 @@
-"""Steps that look into what others trained: one for each analysis, made from what the analysis says of itself.
+"""Steps that analyze trained adapters: one for each analysis, made from the analysis's own description.
 
-A step's settings are the analysis's options; `of`, the step whose adapters it looks at; `label`, or `labels` and
-`after`, which of them; domains and sections of a plan, where it measures texts of its own; and settings of benchmarks,
-where it measures those. Each analysis's `report.result` says which numbers it gives.
+A step's settings are the analysis's options; `of`, the step whose adapters it takes; `label`, or `labels` and `after`,
+which of them; domains and sections of a plan, where it measures texts of its own; and settings of benchmarks, where it
+measures those. Each analysis's `report.result` gives the numbers.
 """
 
 from __future__ import annotations
@@ -13,68 +13,73 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaintune.analysis import ANALYSES, Analysis, Options, Subject, write_result
+from gaintune.analysis import ANALYSES, Analysis, Subject, write_result
 from gaintune.config import Plan
 from gaintune.errors import ConfigError
-from gaintune.evaluate.benchmarks import BenchmarkConfig
 from gaintune.methods import METHODS
-from gaintune.recipes.outcome import Context, Kind, Outcome, last_of_each
-from gaintune.recipes.steps.benchmarks import asked_config
-from gaintune.recipes.steps.train import left_out, nothing_to_learn
+from gaintune.recipes.outcome import Context, PreparedStep, StepKind, StepOutcome
+from gaintune.recipes.steps.benchmarks import benchmark_config
 from gaintune.results import Interval
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One run of an analysis: what titles call it, its adapters by what numbers call them, and where it writes.
-
-    `fronts` stand before the names of its numbers, each in its turn.
-    """
+    """One run of an analysis: its title, its adapters by name, its folder, and the prefixes of its numbers' names."""
 
     title: str
     adapters: Mapping[str, Path]
     folder: Path
-    fronts: tuple[str, ...] = ("",)
+    prefixes: tuple[str, ...] = ("",)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What a step is to do: parts with their options, on what plan; none where it is left out."""
-
-    parts: tuple[tuple[_Part, Options], ...] = ()
-    plan: Plan | None = None
-    benchmarks: BenchmarkConfig | None = None
-    notes: tuple[str, ...] = ()
-
-
-def _read(analysis: Analysis, settings: dict[str, Any], context: Context) -> _Work:
-    """Read a step's settings, before or after what it works on is there; ConfigError for what is wrong in them."""
+def analyse(analysis: Analysis, settings: dict[str, Any], context: Context) -> PreparedStep:
+    """Run an analysis on the adapters of an earlier step."""
     given = {name: settings.pop(name) for name in analysis.Options.model_fields if name in settings}
-    trained, plan = (Outcome(), None) if analysis.takes == "nothing" else context.trained(settings)
-    parts = tuple(_parts(analysis, settings, trained, context))
+    trained, plan = (StepOutcome(), None) if analysis.takes == "nothing" else context.trained(settings)
+    parts = list(_parts(analysis, settings, trained, context))
     if plan is not None:
         _check_methods(analysis, plan, parts, context.origin)
     options = [
         analysis.Options.read({**analysis.recipe_defaults([*part.adapters.values()]), **given}, context.origin)
         for part in parts
     ]
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if analysis.texts == "named":
         settings["domains"] = [*analysis.domains(settings.get("domains", ()), options[0])]
-        if why := nothing_to_learn(settings, context):
-            return _Work(notes=(why,))
-        plan, notes = context.world.plan(settings, origin=context.origin), left_out(settings, context)
+        if why := context.setup.why_not(settings):
+            return PreparedStep.left_out(why)
+        plan, notes = context.setup.plan(settings, origin=context.origin), [*context.setup.text_notes(settings)]
     benchmarks = None
     if analysis.measures_benchmarks and plan is not None:
-        asked: Any = options[0]
-        benchmarks, missing = asked_config(settings, [*asked.target, *asked.tasks], plan, context)
-        notes += tuple(f"left out, {name}: {why}" for name, why in missing.items())
+        first: Any = options[0]
+        benchmarks, missing = benchmark_config(settings, [*first.target, *first.tasks], plan, context)
+        notes += [f"left out, {name}: {why}" for name, why in missing.items()]
     elif analysis.texts != "named":
         context.refuse_unknown(settings)
-    return _Work(tuple(zip(parts, options, strict=True)), plan, benchmarks, notes)
+
+    def run() -> StepOutcome:
+        numbers: dict[str, Interval] = {}
+        without: dict[str, str] = {}
+        tables, figures, lines, results = {}, [], [*notes], {}
+        for part, own in zip(parts, options, strict=True):
+            adapters = [*part.adapters.values()]
+            subject = Subject(adapters, plan, [*part.adapters], part.title, part.folder, benchmarks)
+            result = results[part.title] = analysis.run(subject, own, context.progress)
+            write_result(analysis.name, result, part.folder)
+            for prefix in part.prefixes:
+                numbers |= {f"{prefix}{name}": value for name, value in result.numbers.items()}
+                without |= {f"{prefix}{name}": why for name, why in result.without.items()}
+            tables |= result.shown
+            lines += result.notes
+            figures += sorted(part.folder.glob("*.png"))
+        more, lacking = analysis.across(results)
+        numbers, without = numbers | dict(more), without | dict(lacking)
+        return StepOutcome(numbers, tables, tuple(figures), notes=tuple(lines), without=without)
+
+    return PreparedStep(StepOutcome(plan=plan if analysis.texts == "named" else None), run)
 
 
-def _parts(analysis: Analysis, settings: dict[str, Any], trained: Outcome, context: Context) -> Iterator[_Part]:
+def _parts(analysis: Analysis, settings: dict[str, Any], trained: StepOutcome, context: Context) -> Iterator[_Part]:
     """Yield every run of the analysis that the step takes."""
     folder, origin = context.folder, context.origin
     if analysis.takes == "nothing":
@@ -84,7 +89,7 @@ def _parts(analysis: Analysis, settings: dict[str, Any], trained: Outcome, conte
             raise ConfigError(f"{origin}: the step it is `of` is no run of domains")
         yield _Part("", {str(run): run for run in trained.runs}, folder)
     elif analysis.together == "all":
-        yield _Part("", last_of_each(trained, settings.pop("labels", None), settings.pop("after", None)), folder)
+        yield _Part("", trained.last_adapters(settings.pop("labels", None), settings.pop("after", None)), folder)
     else:
         label = settings.pop("label", analysis.label) if analysis.label else None
         if label is not None and label not in trained.labels:
@@ -102,8 +107,8 @@ def _parts(analysis: Analysis, settings: dict[str, Any], trained: Outcome, conte
                     yield _Part(f"{own}/{domain}", {own: adapter}, folder / f"{own}-{domain}", after + last)
 
 
-def _check_methods(analysis: Analysis, plan: Plan, parts: tuple[_Part, ...], origin: str) -> None:
-    """Refuse a step `of` one whose methods have nothing of what the analysis looks at."""
+def _check_methods(analysis: Analysis, plan: Plan, parts: list[_Part], origin: str) -> None:
+    """Refuse a step `of` another whose methods lack what the analysis examines."""
     if analysis.takes == "snapshots" and plan.train.snapshot_steps is None:
         raise ConfigError(f"{origin}: the step it is `of` keeps no snapshots; give it train.snapshot_steps")
     if not analysis.needs:
@@ -117,38 +122,4 @@ def _check_methods(analysis: Analysis, plan: Plan, parts: tuple[_Part, ...], ori
             raise ConfigError(f"{origin}: {label} has no {analysis.needs}; name one of method {named}")
 
 
-def _run(analysis: Analysis, settings: dict[str, Any], context: Context) -> Outcome:
-    work = _read(analysis, settings, context)
-    numbers: dict[str, Interval] = {}
-    without: dict[str, str] = {}
-    tables, figures, notes, results = {}, [], [*work.notes], {}
-    for part, options in work.parts:
-        adapters = [*part.adapters.values()]
-        subject = Subject(adapters, work.plan, [*part.adapters], part.title, part.folder, work.benchmarks)
-        result = results[part.title] = analysis.run(subject, options, context.progress)
-        write_result(analysis.name, result, part.folder)
-        for front in part.fronts:
-            numbers |= {f"{front}{name}": value for name, value in result.numbers.items()}
-            without |= {f"{front}{name}": why for name, why in result.without.items()}
-        tables |= result.shown
-        notes += result.notes
-        figures += sorted(part.folder.glob("*.png"))
-    more, lacking = analysis.across(results) if results else ({}, {})
-    return Outcome(
-        {**numbers, **more},
-        tables,
-        tuple(figures),
-        notes=tuple(notes),
-        left_out=not work.parts,
-        without={**without, **lacking},
-    )
-
-
-def _check(analysis: Analysis, settings: dict[str, Any], context: Context) -> Outcome:
-    work = _read(analysis, settings, context)
-    if not work.parts:
-        return Outcome(notes=work.notes, left_out=True)
-    return Outcome(plan=work.plan if analysis.texts == "named" else None)
-
-
-STEPS = {name: Kind(partial(_run, analysis), partial(_check, analysis)) for name, analysis in ANALYSES.items()}
+KINDS: dict[str, StepKind] = {name: partial(analyse, analysis) for name, analysis in ANALYSES.items()}

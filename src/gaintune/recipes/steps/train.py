@@ -1,4 +1,4 @@
-"""Steps that train: a sequence of domains, and domains learnt apart from each other."""
+"""Steps that train: a sequence of domains, and domains trained independently."""
 
 from __future__ import annotations
 
@@ -9,150 +9,137 @@ from typing import Any
 
 from gaintune.config import Plan
 from gaintune.errors import DivergedError
-from gaintune.recipes.outcome import Context, Outcome
-from gaintune.recipes.world import STAND_INS
+from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
 from gaintune.results import Interval, Matrix, Summary, highest
-from gaintune.storage import read_stored, stage_folder
+from gaintune.storage import Run, read_stored, sha256_file
 from gaintune.workflows import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
+OWN_DOMAINS = {"data.domains": "the recipe says what each run trains on"}
 
 
-def sequence(settings: dict[str, Any], context: Context) -> Outcome:
-    """Domain after domain with each method: `gaintune sequence`.
+def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
+    """Train on domain after domain with each method: `gaintune sequence`.
 
     Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.worst_below`, the worst
-    domain learnt before, at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`;
+    earlier domain at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`;
     `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
     """
-    if why := nothing_to_learn(settings, context):
-        return Outcome(notes=(why,), left_out=True)
-    plan = context.world.plan(settings, origin=context.origin)
-    matrix, diverged = learn(plan, context.folder, context)
-    tables = {f"Summary: {MEASURE}": summary_frame(matrix)}
-    for method in matrix.methods:
-        tables[f"{method.label}, every domain after every stage, likewise"] = cell_frame(matrix, method).map(
-            lambda cell: NONE if cell is None else with_interval(cell)
+    if why := context.setup.why_not(settings):
+        return PreparedStep.left_out(why)
+    plan = context.setup.plan(settings, origin=context.origin)
+
+    def run() -> StepOutcome:
+        matrix, outcome = train(plan, context.folder, context)
+        tables = {f"Summary: {MEASURE}": summary_frame(matrix)}
+        for method in matrix.methods:
+            cells = cell_frame(matrix, method).map(lambda cell: NONE if cell is None else with_interval(cell))
+            tables[f"{method.label}, every domain after every stage, likewise"] = cells
+        return replace(outcome, tables=tables, notes=(*context.setup.text_notes(settings), *outcome.notes))
+
+    return PreparedStep(StepOutcome.expected(plan), run)
+
+
+def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
+    """Train on each domain from the base, and measure every domain afterwards; numbers as `DOMAIN.LABEL.…`."""
+    setup = context.setup
+    if why := setup.why_not(settings):
+        return PreparedStep.left_out(why)
+    context.refuse_owned({**OWN_DOMAINS, "data.watched": OWN_DOMAINS["data.domains"]})
+    domains = setup.domains(settings.get("domains", ()))
+
+    def run() -> StepOutcome:
+        outcomes: dict[str, StepOutcome] = {}
+        tables = {}
+        for domain in domains:
+            name = str(domain["name"])
+            watched = [*(other for other in domains if other["name"] != name), *settings.get("watched", [])]
+            plan = setup.plan({**settings, "domains": [domain], "watched": watched}, origin=context.origin)
+            matrix, outcomes[name] = train(plan, context.folder / name, context)
+            tables[f"{name} learnt by itself: {MEASURE}"] = summary_frame(matrix)
+        by_name = outcomes.items()
+        diverged = {label: f"{name}: {why}" for name, outcome in by_name for label, why in outcome.diverged.items()}
+        return StepOutcome(
+            numbers={f"{name}.{key}": value for name, outcome in by_name for key, value in outcome.numbers.items()},
+            tables=tables,
+            figures=tuple(figure for outcome in outcomes.values() for figure in outcome.figures),
+            adapters={key: folder for outcome in outcomes.values() for key, folder in outcome.adapters.items()},
+            plan=[outcome.plan for outcome in outcomes.values()][-1],
+            notes=(*setup.text_notes(settings), *_notes_on(diverged)),
+            runs=tuple(context.folder / name for name in outcomes),
+            diverged=diverged,
+            apart=True,
         )
-    return Outcome(
-        numbers=matrix_numbers(matrix),
-        tables=tables,
-        figures=tuple(sorted((context.folder / "figures").glob("*.png"))),
-        adapters=adapters_of(context.folder, matrix),
-        plan=plan,
-        notes=(*left_out(settings, context), *notes_on(diverged)),
-        runs=(context.folder,),
-        diverged=diverged,
-    )
+
+    plan = setup.plan(settings, origin=context.origin)
+    runs = tuple(Path(domain.name) for domain in plan.data.domains)
+    return PreparedStep(StepOutcome.expected(plan, apart=True, runs=runs), run)
 
 
-def separately(settings: dict[str, Any], context: Context) -> Outcome:
-    """Each domain learnt from the base by itself, every domain measured afterwards; numbers as `DOMAIN.LABEL.…`."""
-    if why := nothing_to_learn(settings, context):
-        return Outcome(notes=(why,), left_out=True)
-    asked = settings.pop("domains", [])
-    numbers: dict[str, Interval] = {}
-    tables, figures, adapters = {}, [], {}
-    plan, runs, diverged = None, [], {}
-    for domain in context.world.domains(asked):
-        others = [other for other in context.world.domains(asked) if other["name"] != domain["name"]]
-        watched = [*others, *settings.get("watched", [])]
-        plan = context.world.plan({**settings, "domains": [domain], "watched": watched}, origin=context.origin)
-        run = context.folder / str(domain["name"])
-        matrix, broken = learn(plan, run, context)
-        diverged |= {label: f"{domain['name']}: {why}" for label, why in broken.items()}
-        numbers |= {f"{domain['name']}.{name}": value for name, value in matrix_numbers(matrix).items()}
-        tables[f"{domain['name']} learnt by itself: {MEASURE}"] = summary_frame(matrix)
-        figures += sorted((run / "figures").glob("*.png"))
-        adapters |= adapters_of(run, matrix)
-        runs.append(run)
-    notes = (*left_out({"domains": asked, **settings}, context), *notes_on(diverged))
-    return Outcome(
-        numbers, tables, tuple(figures), adapters, plan, notes, runs=tuple(runs), diverged=diverged, apart=True
-    )
-
-
-def learn(plan: Plan, run: Path, context: Context) -> tuple[Matrix, dict[str, str]]:
-    """A sequence with its report: the matrix of the methods that finished, and those that diverged with the reason.
+def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, StepOutcome]:
+    """Run a sequence and write its report; return the matrix of the methods that finished, and the outcome.
 
     Raises:
         DivergedError: every method diverged, or one of several processes did.
     """
     try:
-        matrix, diverged = run_sequence(plan, run, progress=context.progress), {}
+        matrix, diverged = run_sequence(plan, folder, progress=context.progress), {}
     except DivergedError as error:
         if not error.finished:
             raise
         diverged = error.methods
-        found = read_stored(run / "matrix.json", Matrix.from_dict)
+        whole = read_stored(folder / "matrix.json", Matrix.from_dict)
         matrix = replace(
-            found,
-            methods=tuple(method for method in found.methods if method.label not in diverged),
-            comparisons=tuple(each for each in found.comparisons if not {each.label, each.against} & set(diverged)),
+            whole,
+            methods=tuple(method for method in whole.methods if method.label not in diverged),
+            comparisons=tuple(pair for pair in whole.comparisons if not {pair.label, pair.against} & set(diverged)),
         )
-    write_report(run)
-    return matrix, diverged
+    write_report(folder)
+    outcome = StepOutcome(
+        numbers=_numbers(matrix),
+        figures=tuple(sorted((folder / "figures").glob("*.png"))),
+        adapters={
+            f"{method.label}/{row.domain}": Run(folder).stage(method.label, index, row.domain) / "adapter"
+            for method in matrix.methods
+            for index, row in enumerate(method.stages)
+        },
+        plan=plan,
+        notes=_notes_on(diverged),
+        runs=(folder,),
+        diverged=diverged,
+    )
+    return matrix, outcome
 
 
-def notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
-    """Say what diverged."""
+def _notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{label} diverged, and claims about it are undecided: {why}" for label, why in diverged.items())
 
 
-def nothing_to_learn(settings: Mapping[str, Any], context: Context) -> str | None:
-    """Why this scale has not what a step learns; None where it has."""
-    if not context.world.has_base(settings.get("base")):
-        return f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
-    if context.world.scale == "small" and not context.world.domains(settings.get("domains", ())):
-        names = ", ".join(context.world.missing(settings.get("domains", ())))
-        return f"left out: there is no text for {names}; give --data FOLDER with a local copy"
-    return None
+def sums_of(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a local copy, by its path inside."""
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
 
 
-def left_out(settings: Mapping[str, Any], context: Context) -> tuple[str, ...]:
-    """Say which of the paper's domains have no text here."""
-    names = [*settings.get("domains", ()), *settings.get("watched", ())]
-    missing = context.world.missing(names)
-    stand_ins = [
-        f"{each['name']} is {each['source']}"
-        for each in context.world.domains(names)
-        if context.world.scale == "small" and each["source"] == STAND_INS.get(each["name"])
-    ]
-    notes = [f"left out for want of a text (give --data FOLDER): {', '.join(missing)}"] if missing else []
-    return (*notes, *([f"embedded texts stand in: {', '.join(stand_ins)}"] if stand_ins else []))
-
-
-def adapters_of(run: Path, matrix: Matrix) -> dict[str, Path]:
-    """The adapter folders of a run, by `label/domain`."""
-    return {
-        f"{method.label}/{row.domain}": stage_folder(run, method.label, index, row.domain) / "adapter"
-        for method in matrix.methods
-        for index, row in enumerate(method.stages)
-    }
-
-
-def matrix_numbers(matrix: Matrix) -> dict[str, Interval]:
-    """Every number of a matrix under the name that a claim uses."""
-    found: dict[str, Interval] = {}
+def _numbers(matrix: Matrix) -> dict[str, Interval]:
+    """Return every number of a matrix under the name that a claim uses."""
+    numbers: dict[str, Interval] = {}
     for method in matrix.methods:
-        found |= _summary(method.label, method.summary)
-        for row in method.stages:
-            found |= {f"{method.label}.after-{row.domain}.{name}": cell.interval for name, cell in row.cells.items()}
-        below = [
-            row.cells[earlier.domain].interval
-            for number, row in enumerate(method.stages)
-            for earlier in method.stages[:number]
-        ]
+        label, stages = method.label, method.stages
+        numbers |= _summary_numbers(label, method.summary)
+        for row in stages:
+            numbers |= {f"{label}.after-{row.domain}.{name}": cell.interval for name, cell in row.cells.items()}
+        below = [row.cells[earlier.domain].interval for n, row in enumerate(stages) for earlier in stages[:n]]
         if below:
-            found[f"{method.label}.worst_below"] = highest(below)
-        if method.stages:
-            found |= {f"{method.label}.{name}": cell.interval for name, cell in method.stages[-1].cells.items()}
+            numbers[f"{label}.worst_below"] = highest(below)
+        if stages:
+            numbers |= {f"{label}.{name}": cell.interval for name, cell in stages[-1].cells.items()}
     for comparison in matrix.comparisons:
-        found |= _summary(f"{comparison.label}-minus-{comparison.against}", comparison.summary)
-    return found
+        numbers |= _summary_numbers(f"{comparison.label}-minus-{comparison.against}", comparison.summary)
+    return numbers
 
 
-def _summary(label: str, summary: Summary) -> dict[str, Interval]:
+def _summary_numbers(label: str, summary: Summary) -> dict[str, Interval]:
     figures = ((name, getattr(summary, name)) for name in FIGURES)
     return {f"{label}.{name}": interval for name, interval in figures if interval is not None}

@@ -143,7 +143,7 @@ class DiselModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """Called by PEFT as it loads a file; keys are without the adapter's name. PEFT only warns of missing ones."""
+        """Require the gates of a file that PEFT loads: PEFT only warns of missing ones. Keys lack the name here."""
         if config.gate_kind == "sigmoid":
             require_gates(state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

@@ -194,7 +194,7 @@ class GainModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Called by PeftModel around `forward` and `generate`: hands `adapter_names`, one a row, to every layer."""
+        """Hand `adapter_names`, one a row, to every layer; PeftModel calls it around `forward` and `generate`."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield

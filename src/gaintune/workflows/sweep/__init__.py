@@ -1,6 +1,7 @@
 """A grid of sequences on one machine or a cluster, its table, and methods compared at equal adaptation.
 
-Engines are joblib's: processes here, Ray and Dask by name.
+`grid` plans the runs, `workers` does them, `run` collects their table, `compare` and `report` compare methods. Engines
+are joblib's: processes here, Ray and Dask by name; a new engine is a name and a way to connect in `workers`.
 """
 
 import lazy_loader

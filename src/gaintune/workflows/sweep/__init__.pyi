@@ -1,10 +1,9 @@
+from .compare import SweepComparison as SweepComparison
 from .compare import check_comparison as check_comparison
 from .compare import compare_sweep as compare_sweep
 from .compare import unbroken as unbroken
-from .engine import check_engine as check_engine
 from .grid import Grid as Grid
 from .grid import read_grid as read_grid
-from .records import SweepComparison as SweepComparison
 from .report import curve_sentence as curve_sentence
 from .report import discard as discard
 from .report import heading as heading
@@ -13,5 +12,6 @@ from .report import point_frame as point_frame
 from .report import remarks as remarks
 from .report import target_title as target_title
 from .report import write as write
+from .run import SweepTable as SweepTable
 from .run import run_sweep as run_sweep
-from .table import SweepTable as SweepTable
+from .workers import check_engine as check_engine

@@ -1,4 +1,4 @@
-"""The grid of a sweep: methods, rates, orders, seeds, ranks and budgets as plain data, and the runs it stands for."""
+"""The grid of a sweep: methods, rates, orders, seeds, ranks and budgets as plain data, and the runs it plans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ Rates = Annotated[tuple[Rate, ...], BeforeValidator(lambda value: [value] if isi
 
 
 class Grid(Section):
-    """What is run: every method at every one of its rates and ranks, in every order, with every seed and budget."""
+    """Plan of many runs: every method at each of its rates and ranks, in every order, with every seed and budget."""
 
     plan: Plan = Field(default_factory=lambda: Plan(), description="what all runs have in common")
     methods: Annotated[tuple[MethodConfig, ...], BeforeValidator(as_list)] = Field(
@@ -72,22 +72,18 @@ class Grid(Section):
                 raise ValueError(f"{name}: a value stands there twice in {', '.join(map(str, values))}")
         if self.plan.classifies:
             raise ValueError("plan: a sweep runs sequences, and these measure perplexity, which a classifier has not")
-        self._check_orders()
-        return self
-
-    def _check_orders(self) -> None:
         names = [domain.name for domain in self.plan.data.domains]
         if isinstance(self.orders, int):
             if not 1 <= self.orders <= math.factorial(len(names)):
                 raise ValueError(f"orders: {len(names)} domains have {math.factorial(len(names)):,}, not {self.orders}")
-            return
+            return self
         if not self.orders or len(set(self.orders)) != len(self.orders):
             raise ValueError("orders: give at least one, and each only once")
         for order in self.orders:
             if sorted(order) != sorted(names):
-                raise ValueError(
-                    f"orders: {', '.join(order)} is not an order of the plan's domains ({', '.join(names)})"
-                )
+                listed = f"{', '.join(order)} is not an order of the plan's domains ({', '.join(names)})"
+                raise ValueError(f"orders: {listed}")
+        return self
 
     @property
     def every_method(self) -> tuple[MethodConfig, ...]:
@@ -96,25 +92,24 @@ class Grid(Section):
 
     @property
     def every_order(self) -> tuple[tuple[str, ...], ...]:
-        """The orders of the domains, the random ones drawn; the same seed and more orders begin with the same ones."""
+        """The orders of the domains, random ones included; a seed with more orders begins with the same orders."""
         if not isinstance(self.orders, int):
             return self.orders
         own = tuple(domain.name for domain in self.plan.data.domains)
-        found = {own: None}
-        generator = random.Random(self.order_seed)
-        while len(found) < self.orders:
-            found[tuple(generator.sample(own, len(own)))] = None
-        return tuple(found)
+        orders, generator = {own: None}, random.Random(self.order_seed)
+        while len(orders) < self.orders:
+            orders[tuple(generator.sample(own, len(own)))] = None
+        return tuple(orders)
 
     def rates_of(self, method: MethodConfig) -> tuple[float, ...]:
-        """The rates a method is run at."""
+        """Return the rates a method is run at."""
         given = self.rates.get(method.label, ()) if isinstance(self.rates, dict) else self.rates
         if method.lr is not None or not given:
             return (prepare_method(method, self.plan.model, self.plan.train).lr,)
         return given
 
     def ranks_of(self, method: MethodConfig) -> tuple[int | None, ...]:
-        """The ranks a method is run at; (None,) where it has none or its default is meant."""
+        """Return the ranks a method is run at; (None,) where it has none or its default is meant."""
         if not self.ranks or method.rank is not None or "rank" not in check_method(method).options:
             return (method.rank,)
         return self.ranks
@@ -122,19 +117,11 @@ class Grid(Section):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a grid: where it lies in the grid, and the plan it follows.
+    """One run of a grid: its settings, and the whole plan.
 
-    Attributes:
-        id: hash of the plan: the same settings have the same id in any grid.
-        label: of the method.
-        method: name of the method.
-        rank: its rank; None where it has none or its default is meant.
-        lr: peak learning rate.
-        order: which of the grid's orders, from 0.
-        domains: the domains in that order.
-        seed: of training.
-        budget: tokens each domain is learnt from.
-        plan: the whole plan.
+    `id` is a hash of the plan: the same settings have the same id in any grid. `label` and `method` are the method's,
+    `rank` is None where it has none or its default is meant, `order` counts the grid's orders from 0, and `budget` is
+    the number of training tokens of a domain.
     """
 
     id: str
@@ -150,20 +137,19 @@ class PlannedRun:
 
 
 def plan_id(plan: Plan) -> str:
-    """16 hexadecimal digits for a plan. Keys at their default do not count, so a new option leaves old plans theirs.
+    """Return 16 hexadecimal digits for a plan. Keys at their default do not count, so a new option changes no old id.
 
-    All others do, also those that only decide intervals or where a run is tracked: its files tell of them.
+    All others count, also keys that only decide intervals or trackers, since a run's files depend on them.
     """
     values = plan.model_dump(mode="json", exclude_defaults=True)
-    values = {name: value for name, value in values.items() if value}  # a section at its defaults is empty, or left out
+    values = {name: value for name, value in values.items() if value}  # a section at its defaults is empty, or absent
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_grid(grid: Grid | Mapping[str, Any] | str | Path, assignments: Sequence[str] = ()) -> Grid:
-    """A grid from a grid, nested values, or a YAML file, with `--set` assignments laid over the latter two.
+    """Read a grid from nested values or a YAML file and apply `--set` assignments; a `Grid` stays as it is.
 
-    Raises:
-        ConfigError: an unknown key or a value of the wrong kind, named with its place.
+    A ConfigError names an unknown key or a value of the wrong kind with its position.
     """
     if isinstance(grid, Grid):
         return grid
@@ -175,26 +161,18 @@ def read_grid(grid: Grid | Mapping[str, Any] | str | Path, assignments: Sequence
 
 
 def grid_yaml(grid: Grid) -> str:
-    """A grid with all its settings, defaults as well, as YAML that `read_grid` reads back to the same runs."""
+    """Write a grid with all its settings and defaults as YAML, which `read_grid` reads back to the same runs."""
     values = grid.model_dump(mode="json")
-    del values["plan"]["methods"]  # the grid has them, and only one of the two may
+    del values["plan"]["methods"]  # the grid has them, and only one of the two may have them
     values["methods"] = [method.model_dump(mode="json") for method in grid.every_method]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def planned_runs(grid: Grid) -> tuple[PlannedRun, ...]:
-    """Every run of a grid, each once, in an order that begins with one seed of every method.
+    """Plan every run of a grid, without duplicates, in an order that begins with one seed of every method.
 
-    Raises:
-        ConfigError: a method that does not exist, has no such option, or cannot work on the plan's base.
+    ConfigError for a method that does not exist, has no such option, or cannot work on the plan's base.
     """
-    runs: dict[str, PlannedRun] = {}
-    for run in _every_run(grid):
-        runs.setdefault(run.id, run)
-    return tuple(runs.values())
-
-
-def _every_run(grid: Grid) -> Iterator[PlannedRun]:
     plan = grid.plan
     domains = {domain.name: domain for domain in plan.data.domains}
     for method in grid.every_method:
@@ -208,14 +186,15 @@ def _every_run(grid: Grid) -> Iterator[PlannedRun]:
     repeated = itertools.product(
         grid.budgets or (plan.data.train_tokens,), grid.seeds or (plan.train.seed,), enumerate(grid.every_order)
     )
-    for (budget, seed, (place, order)), (method, lr) in itertools.product(repeated, variants):
+    runs: dict[str, PlannedRun] = {}
+    for (budget, seed, (index, order)), (method, lr) in itertools.product(repeated, variants):
         values = plan.model_dump()
         values["data"] |= {"domains": [domains[name] for name in order], "train_tokens": budget}
         values["train"] |= {"seed": seed, "lr": None}
         try:
-            settled = Plan.model_validate({**values, "methods": [method]})
+            own = Plan.model_validate({**values, "methods": [method]})
         except ValidationError as error:  # such as a budget of less than one block
             raise explain(error, "grid", Plan) from None
-        yield PlannedRun(
-            plan_id(settled), method.label, method.name, method.rank, lr, place, order, seed, budget, settled
-        )
+        run = PlannedRun(plan_id(own), method.label, method.name, method.rank, lr, index, order, seed, budget, own)
+        runs.setdefault(run.id, run)
+    return tuple(runs.values())

@@ -1,41 +1,154 @@
-"""A grid of independent runs over workers: restartable, and none of them stops the others by failing."""
+"""A grid of independent runs over workers, and their table: restartable, and no failed run stops the others."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from gaintune import storage
 from gaintune.config import read_plan
-from gaintune.data import load_domain
 from gaintune.errors import RunDirectoryError, SweepError
-from gaintune.models import base_fingerprint, load_tokenizer, resolve_device
+from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
-from gaintune.results import Matrix
-from gaintune.storage import (
-    SWEEP,
-    canonical_json,
-    differences,
-    read_json,
-    read_stored,
-    take_folder,
-    write_text,
-)
-from gaintune.workflows.sequence import describe_inputs
-from gaintune.workflows.sweep.engine import Engine, Pool, WorkersLostError, check_engine, open_pool
+from gaintune.report import tidy
+from gaintune.results import FIGURES, DomainLoss, Matrix, MethodRun, Stage
+from gaintune.workflows.sequence import load_inputs
+from gaintune.workflows.sweep import workers
 from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
-from gaintune.workflows.sweep.table import SweepRow, SweepTable
-from gaintune.workflows.sweep.worker import BEGUN, FAILED, FINISHED, GRACE, KILLED, PUT_OFF, Job, state, tell, work
+from gaintune.workflows.sweep.workers import Engine, Job, Pool
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.5
-"""Seconds between two looks at what the workers have written."""
+POLL = 0.5  # seconds between two readings of what the workers have written
+FACTS = ("numbers", "device")  # of a finished run
+INTEGERS = ("rank", "trainable_parameters")  # with gaps, where a method has no rank or a run is not finished
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One run of a grid: `matrix` has its numbers if it is finished, else `error` says why it is not.
+
+    `diverged` says that it cannot be finished with its settings: a loss or a gradient was not finite.
+    """
+
+    run: PlannedRun
+    folder: Path
+    matrix: Matrix | None
+    error: str | None
+    diverged: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings in the grid, as columns."""
+        values = {**vars(self.run), "domains": " ".join(self.run.domains), "train_tokens": self.run.budget}
+        return {name: value for name, value in values.items() if name not in ("plan", "budget")}
+
+    @property
+    def numbers(self) -> str | None:
+        """What a finished run computed with, as `Precision.name`; None for an unfinished run."""
+        return None if self.matrix is None else self.matrix.methods[0].info["numbers"]
+
+    @property
+    def device(self) -> str | None:
+        """The name of the device that a finished run was begun on; None for an unfinished run."""
+        if self.matrix is None:
+            return None
+        return storage.read_stored(self.folder / "environment.json", lambda environment: environment["device"])
+
+    def figures(self) -> dict[str, Any]:
+        """Return the summary in %, each figure with the ends of its interval over blocks; {} for an unfinished run."""
+        if self.matrix is None:
+            return {}
+        (method,) = self.matrix.methods
+        parameters = method.info.get("trainable_parameters")
+        values: dict[str, Any] = {"numbers": self.numbers, "device": self.device, "trainable_parameters": parameters}
+        for name in FIGURES:
+            interval = getattr(method.summary, name)
+            for column, end in ((name, "value"), (f"{name}_low", "low"), (f"{name}_high", "high")):
+                values[column] = None if interval is None else getattr(interval, end)
+        return values
+
+    def losses(self) -> MethodRun:
+        """Read what was measured in a finished run, block by block."""
+        assert self.matrix is not None
+        (method,) = self.matrix.methods
+        run = storage.Run(self.folder)
+
+        def read(folder: Path) -> dict[str, DomainLoss]:
+            return {name: storage.read_stored(folder / f"{name}.json", DomainLoss.from_dict) for name in method.base}
+
+        base = read(run.base(method.info["numbers"], self.matrix.domains[0]).parent)
+        stages = tuple(
+            Stage(stage.domain, read(run.stage(method.label, index, stage.domain) / "evaluations"))
+            for index, stage in enumerate(method.stages)
+        )
+        return MethodRun(method.label, base, stages, dict(method.info))
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """Every run of a grid."""
+
+    rows: tuple[SweepRow, ...]
+
+    @property
+    def finished(self) -> tuple[SweepRow, ...]:
+        """The runs that have numbers."""
+        return tuple(row for row in self.rows if row.matrix is not None)
+
+    @property
+    def failed(self) -> tuple[SweepRow, ...]:
+        """The runs that have none."""
+        return tuple(row for row in self.rows if row.matrix is None)
+
+    def frame(self) -> pd.DataFrame:
+        """Make a row for each run: its settings, `finished` or `failed`, its figures, its error."""
+        measured = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
+        rows = [
+            {
+                **row.settings,
+                "status": "failed" if row.matrix is None else "finished",
+                **{**dict.fromkeys((*FACTS, "trainable_parameters", *measured)), **row.figures()},
+                "error": row.error,
+            }
+            for row in self.rows
+        ]
+        return _typed(pd.DataFrame(rows), measured).astype(dict.fromkeys((*FACTS, "error"), "string"))
+
+    def cells(self) -> pd.DataFrame:
+        """Make a row for each domain measured after each stage of each finished run; changes in % of the base."""
+        frames = [tidy(row.matrix).drop(columns="method").assign(**row.settings) for row in self.finished if row.matrix]
+        if not frames:
+            return pd.DataFrame()
+        frame = pd.concat(frames, ignore_index=True)
+        first = list(self.finished[0].settings)
+        names = [str(name) for name in frame.columns]
+        percents = [name for name in names if name.endswith("_percent")]
+        return _typed(frame[[*first, *(name for name in names if name not in first)]], percents)
+
+    def write(self, folder: Path) -> None:
+        """Write sweep.csv and cells.csv, and both as Parquet."""
+        for name, frame in (("sweep", self.frame()), ("cells", self.cells())):
+            storage.write_text(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+            buffer = io.BytesIO()
+            frame.to_parquet(buffer, index=False)
+            storage.write_bytes(folder / f"{name}.parquet", buffer.getvalue())
+
+
+def _typed(frame: pd.DataFrame, numbers: list[str]) -> pd.DataFrame:
+    """Give columns the same types whatever is missing, so that tables of several sweeps can be put together."""
+    whole = {name: "Int64" for name in INTEGERS if name in frame}
+    return frame.astype({**whole, **{name: "float64" for name in numbers if name in frame}})
 
 
 def run_sweep(
@@ -50,61 +163,74 @@ def run_sweep(
 ) -> SweepTable:
     """Run what is missing of a grid, each run a sequence in a directory of its own, and write the table of all.
 
-    A run that fails is told of in the table and tried again by the next call, like one that was stopped; the others go
-    on. A worker that is killed takes down what runs beside it on some engines: all that is put off to the end and done
-    there one run at a time, where a worker killed again is that run's failure.
+    A failed run is a row of the table; the others go on, and the next call tries it again, like a stopped run. On some
+    engines a killed worker ends the runs beside it: these are put off to the end and done one at a time. A run that
+    kills a worker again fails.
 
     Args:
         grid: a `Grid`, nested values, or the path of a YAML grid.
-        folder: of the sweep; runs of a smaller grid in it are kept and used. All workers must see it.
+        folder: folder of the sweep; runs of a smaller grid in it are kept and used. All workers must see it.
         engine: `loky` (processes of this machine), `ray`, `dask`, or `sequential` (in this process).
-        jobs: runs at a time; each has the cores' share of threads.
-        address: of a Ray or Dask cluster; see `gaintune.workflows.sweep.engine.open_pool`.
-        progress: where to show progress; nowhere unless given.
+        jobs: runs at a time; each has its share of the cores' threads.
+        address: address of a Ray or Dask cluster; default: the cluster this process is connected to, else the one that
+            RAY_ADDRESS or DASK_SCHEDULER_ADDRESS names, else one of this machine's processes.
+        progress: progress display.
         prepare: called by every worker before a run, such as to quiet libraries; must be importable.
 
     Returns:
-        A row for each run of the grid, as in sweep.csv; `failed` are the rows of those that did not finish.
+        A row for each run of the grid, as in sweep.csv; `failed` are the rows of unfinished runs.
 
     Raises:
         ConfigError: a grid, engine or method that cannot be used, before anything is run.
-        DataError: texts that cannot be used, likewise.
+        DataError: texts that cannot be used, before anything is run.
         RunDirectoryError: the folder holds runs over other texts or another base, something else, or is in use.
         SweepError: the engine's workers cannot work at all.
     """
-    chosen = check_engine(engine, jobs, address)
-    settled, shown, path = read_grid(grid), progress or Silent(), Path(folder).absolute()
-    runs = planned_runs(settled)
-    with take_folder(path, SWEEP):
+    chosen = workers.check_engine(engine, jobs, address)
+    grid, shown, path = read_grid(grid), progress or Silent(), Path(folder).absolute()
+    runs = planned_runs(grid)
+    with storage.take_folder(path, storage.SWEEP):
         missing = [run for run in runs if _matrix(path, run) is None]
         _check_plans(path, runs)
         shown.note(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished")
         if missing:
             _check_inputs(path, runs, missing)
-        write_text(path / "grid.yaml", grid_yaml(settled))
+        storage.write_text(path / "grid.yaml", grid_yaml(grid))
         if missing:
-            with open_pool(chosen, min(jobs, len(missing)), address, cuda=_on_cuda(runs[0])) as pool:
-                _run_all(path, missing, pool, min(jobs, len(missing)), shown, prepare)
+            jobs, device = min(jobs, len(missing)), grid.plan.model.device
+            kind = resolve_device(device).type
+            cuda = True if kind == "cuda" else None if device == "auto" else False  # None: if the workers have it
+            with workers.open_pool(chosen, jobs, address, cuda=cuda) as pool:
+                common = (path, Path.cwd(), pool.threads(jobs), prepare, kind, pool.devices)
+                _run_all(pool, [Job(run.id, run.plan, *common) for run in missing], jobs, shown)
         table = SweepTable(tuple(_row(path, run) for run in runs))
         table.write(path)
     return table
 
 
 def _matrix(folder: Path, run: PlannedRun) -> Matrix | None:
-    """The numbers of a run if it is finished."""
+    """Read the numbers of a run if it is finished."""
     file = folder / "runs" / run.id / "matrix.json"
-    if not file.exists():
-        return None
-    matrix = read_stored(file, Matrix.from_dict)
-    return None if matrix.partial else matrix
+    matrix = storage.read_stored(file, Matrix.from_dict) if file.exists() else None
+    return None if matrix is None or matrix.partial else matrix
+
+
+def _row(folder: Path, run: PlannedRun) -> SweepRow:
+    """Read what is on disk of a run."""
+    own, matrix = folder / "runs" / run.id, _matrix(folder, run)
+    if matrix is not None:
+        return SweepRow(run, own, matrix, None)
+    outcome = workers.read_outcome(folder / "outcomes" / f"{run.id}.json") or {"error": "not run yet"}
+    error = outcome.get("error", "stopped before it was finished")
+    return SweepRow(run, own, None, error, outcome.get("diverged", False))
 
 
 def _check_plans(folder: Path, runs: Sequence[PlannedRun]) -> None:
-    """Refuse runs of another plan under the same id: those of a version in which something had another default."""
+    """Refuse runs of another plan under the same id: those of a version with another default for some key."""
     for run in runs:
         file = folder / "runs" / run.id / "plan.yaml"
         if file.exists() and (
-            changed := differences(run.plan.model_dump(mode="json"), read_plan(file).model_dump(mode="json"))
+            changed := storage.differences(run.plan.model_dump(mode="json"), read_plan(file).model_dump(mode="json"))
         ):
             raise RunDirectoryError(
                 f"{file} says otherwise: {'; '.join(changed)}. A default has changed since that run: set it as it was, "
@@ -113,68 +239,47 @@ def _check_plans(folder: Path, runs: Sequence[PlannedRun]) -> None:
 
 
 def _check_inputs(folder: Path, runs: Sequence[PlannedRun], missing: Sequence[PlannedRun]) -> None:
-    """Read base and texts once, so that mistakes show before the workers start; refuse to mix them with others."""
+    """Read base and texts once, to show mistakes before the workers start; refuse to mix them with others."""
     described: dict[int, dict[str, Any]] = {}
     wanted = {run.id for run in missing}
     for run in runs:
         file = folder / "runs" / run.id / "inputs.json"
         if run.budget not in described and (run.id in wanted or file.exists()):
-            tokenizer = load_tokenizer(run.plan.model)
-            domains = [load_domain(domain, run.plan.data, tokenizer) for domain in run.plan.data.measured]
-            values = describe_inputs(base_fingerprint(run.plan.model), domains)
-            described[run.budget] = json.loads(canonical_json(values))
-        if file.exists() and (changed := differences(described[run.budget], read_json(file))):
+            described[run.budget] = json.loads(storage.canonical_json(load_inputs(run.plan)[1]))
+        if file.exists() and (changed := storage.differences(described[run.budget], storage.read_json(file))):
             raise RunDirectoryError(
                 f"{file} says otherwise: {'; '.join(changed)}. A sweep is one base and one set of texts: name another "
                 "folder for others"
             )
 
 
-def _on_cuda(run: PlannedRun) -> bool | None:
-    """Whether a grid's runs, which have one base, compute on CUDA; None where they do if their worker has it."""
-    device = run.plan.model.device
-    return True if resolve_device(device).type == "cuda" else None if device == "auto" else False
-
-
-def _run_all(
-    folder: Path,
-    missing: Sequence[PlannedRun],
-    pool: Pool,
-    jobs: int,
-    shown: Progress,
-    prepare: Callable[[], None] | None,
-) -> None:
-    """Do what is missing; what was under way when workers were lost comes last, one at a time."""
-    todo = [
-        Job(run.id, run.plan, folder, Path.cwd(), pool.threads(jobs), prepare,
-            kind=resolve_device(run.plan.model.device).type, devices=pool.devices)
-        for run in missing
-    ]  # fmt: skip
+def _run_all(pool: Pool, todo: Sequence[Job], jobs: int, shown: Progress) -> None:
+    """Do jobs; runs that were under way when workers died come last, one at a time."""
     for job in todo:
         job.outcome.unlink(missing_ok=True)
-    with _watched(list(todo), shown):
+    with _watched(todo, shown):
         lost = _work_through(pool, todo, jobs)
         while lost:
             for job in lost:
-                tell(job, PUT_OFF)
+                job.report(workers.PUT_OFF)
             for job in _work_through(pool, lost, 1, until_lost=True):
-                tell(job, FAILED, error=KILLED)
-            lost = [job for job in lost if state(job) == PUT_OFF]
+                job.report(workers.FAILED, error=workers.KILLED)
+            lost = [job for job in lost if job.state == workers.PUT_OFF]
 
 
 def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost: bool = False) -> list[Job]:
-    """Do jobs; those that were under way when a worker was lost come back, the others go on, or stop `until_lost`."""
+    """Do jobs and return those under way when a worker died; the others go on, or stop there with `until_lost`."""
     lost: list[Job] = []
     todo = list(jobs)
     while todo:
-        broken, asked = None, len(todo)
+        broken, before = None, len(todo)
         try:
-            pool.run(work, todo, at_a_time)
-        except WorkersLostError as error:
+            pool.run(workers.work, todo, at_a_time)
+        except workers.WorkersLostError as error:
             broken = error
-        under_way = [job for job in todo if state(job) == BEGUN]
+        under_way = [job for job in todo if job.state == workers.BEGUN]
         lost += under_way
-        todo = [job for job in todo if state(job) in (None, PUT_OFF)]
+        todo = _unbegun(todo)
         if under_way:
             logger.warning(
                 "a worker was lost (%s); its runs are done again when the others are over, one at a time: %s",
@@ -183,7 +288,7 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
             if until_lost:
                 break
         elif broken is not None:
-            if len(todo) == asked:
+            if len(todo) == before:
                 raise SweepError(f"the {pool.engine} workers cannot work ({broken})") from broken
         elif todo and (unseen := _unseen(todo)):
             raise SweepError(
@@ -194,45 +299,37 @@ def _work_through(pool: Pool, jobs: Sequence[Job], at_a_time: int, *, until_lost
     return lost
 
 
-def _unseen(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs whose outcome does not appear: a network file system may take a while to show what another node wrote."""
-    end = time.monotonic() + GRACE
-    while (unseen := [job for job in jobs if state(job) in (None, PUT_OFF)]) and time.monotonic() < end:
-        time.sleep(LOOK_EVERY)
-    return unseen
+def _unbegun(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if job.state in (None, workers.PUT_OFF)]
+
+
+def _unseen(jobs: Sequence[Job]) -> Sequence[Job]:
+    """Wait for outcomes, since a network file system may show another node's files late; return jobs without any."""
+    end = time.monotonic() + workers.GRACE
+    while (jobs := _unbegun(jobs)) and time.monotonic() < end:
+        time.sleep(POLL)
+    return jobs
 
 
 @contextlib.contextmanager
 def _watched(jobs: Sequence[Job], shown: Progress) -> Iterator[None]:
-    """Show how many runs are over, as their outcomes appear on disk: no engine tells it in a better way."""
+    """Show how many runs are over, as their outcomes appear on disk: no engine reports it in a better way."""
     done = threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         with shown.task("sweep", len(jobs), "runs") as advance:
             left, last = list(jobs), False
             while left and not last:
-                last = done.wait(LOOK_EVERY)
-                still = [job for job in left if state(job) not in (FINISHED, FAILED)]
+                last = done.wait(POLL)
+                still = [job for job in left if job.state not in (workers.FINISHED, workers.FAILED)]
                 if len(still) < len(left):
                     advance(len(left) - len(still))
                 left = still
 
-    watcher = threading.Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
     finally:
         done.set()
         watcher.join()
-
-
-def _row(folder: Path, run: PlannedRun) -> SweepRow:
-    """What is on disk of a run."""
-    matrix = _matrix(folder, run)
-    outcome = folder / "outcomes" / f"{run.id}.json"
-    place = folder / "runs" / run.id
-    if matrix is not None:
-        return SweepRow(run, place, matrix, None)
-    told: dict[str, Any] = read_stored(outcome, dict) if outcome.exists() else {"error": "not run yet"}
-    error = told.get("error", "stopped before it was finished")
-    return SweepRow(run, place, None, error, told.get("diverged", False))
