@@ -71,7 +71,7 @@ FULL = "full, fp32 under autocast"
 
 
 def demo_base(dtype: torch.dtype | None = None) -> Base:
-    """The embedded model; in the machine's own numbers unless a dtype is given."""
+    """Load the embedded model, in the machine's own numbers unless a dtype is given."""
     return load_base(build_plan({}).model, dtype=dtype)
 
 
@@ -98,7 +98,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
