@@ -163,7 +163,7 @@ def _label_names(texts: Documents[LabelledText]) -> tuple[str, ...]:
             f"{first.origin}: this and every other training row has the label {first.label!r}; "
             "a classifier needs two different labels at least"
         )
-    names = tuple(sorted(found, key=int if all(label.isdecimal() for label in found) else None))
+    names = tuple(sorted(found, key=int if all(label.isdecimal() for label in found) else str))
     for row in texts.validation:
         if row.label not in found:
             raise DataError(

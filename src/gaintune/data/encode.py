@@ -141,7 +141,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> It
     tokens: right in sum, approximate for a single token.
     """
     # without a warning of long texts: blocks are cut later
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     batch = tokenizer(list(texts), return_offsets_mapping=bool(tokenizer.is_fast), **options)
     for index, text in enumerate(texts):
         ids = np.asarray(batch["input_ids"][index], np.int64)

@@ -57,8 +57,8 @@ def read_documents(path: Path, text_column: str | None = None) -> Documents[Docu
 
 def read_rows(path: Path) -> Documents[Row]:
     """Read all rows of a file, or of every file of a folder, on their sides; raises as `read_documents` does."""
-    sides = ([row for file in files for row in read_table(file)] for files in split_files(path, ROW_SUFFIXES))
-    return Documents(*sides, source=str(path))
+    sides = [[row for file in files for row in read_table(file)] for files in split_files(path, ROW_SUFFIXES)]
+    return Documents(sides[0], sides[1], str(path))
 
 
 def local_path(source: str) -> Path | None:
