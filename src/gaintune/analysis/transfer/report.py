@@ -108,7 +108,7 @@ def _dots(axes: Axes, transfer: Transfer) -> None:
     """Draw transfer of the whole adapters and of their parts, with intervals; in-domain as hollow marks."""
     labels = []
     rows: list[tuple[str, Part, Ablation]] = [("", "whole", transfer.ablations[0])]
-    rows += [(ablation.component, part, ablation) for ablation in transfer.ablations for part in PARTS[1:]]
+    rows.extend((ablation.component, part, ablation) for ablation in transfer.ablations for part in PARTS[1:])
     for height, (component, part, ablation) in enumerate(rows):
         style = look(PARTS.index(part))
         _dot(axes, height - 0.12, ablation.transfer(part), style, filled=True)
