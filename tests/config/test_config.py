@@ -89,11 +89,11 @@ def test_a_plan_survives_yaml(write):
 
 
 def test_broken_yaml_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
-    file = tmp_path / "plan.yaml"
+    file, twice = tmp_path / "plan.yaml", "stands there twice, first on line"
     for text, read, message in (
         ("train:\n  lr: 0.01\n bad indent\n", read_values, "3: not valid YAML"),
-        ("train:\n  lr: 1\n  n: 1\n  lr: 2\n", read_values, "4: .*'lr' stands there twice, first on line 2; keep one"),
-        ("data: {task: text}\ntrain: {}\ndata: {}\n", read_plan, "3: .*'data' stands there twice, first on line 1"),
+        ("train:\n  lr: 1\n  seed: 1\n  lr: 2\n", read_values, f"4: .*key 'lr' {twice} 2; keep one"),
+        ("data: {task: text}\ntrain: {}\ndata: {seed: 1}\n", read_plan, f"3: .*'data' {twice} 1"),
     ):
         file.write_text(text)
         refused(ConfigError, rf"plan\.yaml:{message}", read, file)

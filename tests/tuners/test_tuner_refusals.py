@@ -84,6 +84,7 @@ def with_lora():
 
 ATTENTION = partial(beside, nn.MultiheadAttention(8, 2))
 NEVER_CALLED = "out_proj.*never calls the module"
+HELD = r"already carries an adapter of another method \(peft\.tuners\.lora"
 NOT_LINEAR = [nn.Embedding(4, 8), nn.Conv1d(8, 8, 1), nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8))]
 NOT_LINEAR += [nn.Bilinear(8, 8, 8), nn.Conv2d(8, 8, 1)]
 WHY_NOT = "(not a linear layer|which DISeL does not adapt)"
@@ -94,9 +95,9 @@ REFUSED = {  # a model, the modules to adapt, and the reason why neither method 
     "its projection among all linear layers": (ATTENTION, "all-linear", NEVER_CALLED),
     "mamba's output projection": (lambda: causal_lm(MambaConfig(**MAMBA)), ["out_proj"], "Mamba"),
     "a module in two places": (shared, ["o_proj"], "used in 2 places"),
-    "a layer of another method": (with_lora, ["o_proj"], r"already carries .* another method \(peft\.tuners\.lora"),
+    "a layer of another method": (with_lora, ["o_proj"], HELD),
 } | {
-    type(module).__name__: (partial(beside, module), ["first", "target"], f"is a {type(module).__name__}, {WHY_NOT}")
+    (name := type(module).__name__): (partial(beside, module), ["first", "target"], f"target is a {name}, {WHY_NOT}")
     for module in NOT_LINEAR
 }
 
@@ -122,6 +123,7 @@ def custom(config):
 
 FAST_PATH = (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), GainConfig(target_modules=["linear2"]))
 NESTED = (lambda: nn.ModuleDict({"outer": Outer()}), GainConfig(target_modules=["outer", "inner"]))
+NO_DEFAULT = (llama, GainConfig(ffn=True, exclude_modules=["down_proj"]))
 TIED = (lambda: llama(tie_word_embeddings=True), DiselConfig(target_modules=["lm_head"], ensure_weight_tying=True))
 
 
@@ -130,7 +132,7 @@ TIED = (lambda: llama(tie_word_embeddings=True), DiselConfig(target_modules=["lm
     [
         (*FAST_PATH, "fast path", UnsupportedModuleError),
         (*NESTED, "outer.inner lies inside outer", UnsupportedModuleError),
-        (llama, GainConfig(ffn=True, exclude_modules=["down_proj"]), "No feed-forward down-", UnsupportedModuleError),
+        (*NO_DEFAULT, "No feed-forward down-projections found", UnsupportedModuleError),
         (*TIED, "embed_tokens is a Embedding", UnsupportedModuleError),
         (llama, custom(DiselConfig(target_modules=["o_proj"])), "Custom LoRA layers", UnsupportedModuleError),
         (llama, changed(DiselConfig(), bias="all"), "past the gates", ConfigError),

@@ -165,10 +165,13 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     assert resumed(adalora, plan, "adalora")[1].rank == 2
 
 
+GATE_RATE = {"name": "disel", "gate_lr_ratio": 2.0}
+
+
 @pytest.mark.parametrize(
     ("made_by", "method", "message"),
     [
-        ("gated-lora", {"name": "disel", "gate_lr_ratio": 2.0}, "DISEL relu adapter, .* 'disel' continues DISEL sigm"),
+        ("gated-lora", GATE_RATE, "is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"),
         ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' continues LORA use_dora"),
     ],
 )
