@@ -202,11 +202,13 @@ def result(survey: FactorSurvey, *_: Any) -> Result:
     `.flipped` after the last domain, `LABEL.after-DOMAIN.…` after each, `LABEL.smallest_ever` and `.flipped_ever` over
     all stages; `A-minus-B.near` after the last. With several runs every name begins with `RUN.`.
     """
-    numbers, without = near_apart(survey)
+    numbers: dict[str, Interval] = {}
     rows, shown = [], {}
     notes = [f"left out, a method without factors: {label}" for label in survey.left_out]
     for sequence in survey.sequences:
         label = sequence.label.replace(": ", ".")  # of several runs the run stands in front
+        numbers[f"{label}.smallest_ever"] = exact(min(stage.figures.smallest for stage in sequence.stages))
+        numbers[f"{label}.flipped_ever"] = exact(max(stage.figures.flipped for stage in sequence.stages))
         page = []
         for stage in sequence.stages:
             one, cells = stage.figures, stage_cells(stage)
@@ -215,11 +217,9 @@ def result(survey: FactorSurvey, *_: Any) -> Result:
                 numbers |= {f"{front}.{name}": exact(value) for name, value in own.items()}
             rows.append([sequence.label, *cells])
             page.append([f"+{stage.domain}", *cells[1:5]])
-        stages = [stage.figures for stage in sequence.stages]
-        numbers[f"{label}.smallest_ever"] = exact(min(stage.smallest for stage in stages))
-        numbers[f"{label}.flipped_ever"] = exact(max(stage.flipped for stage in stages))
         shown[f"Factors of {label}"] = text_frame(HEADS[:5], page)
         notes.append(f"{label}: {verdict(sequence)}")
+    differences, without = near_apart(survey)
     remarks = [f"{sequence.label}: {verdict(sequence)}" for sequence in survey.sequences]
     if survey.left_out:
         remarks.append(f"without factors, left out: {', '.join(survey.left_out)}")
@@ -235,7 +235,7 @@ def result(survey: FactorSurvey, *_: Any) -> Result:
         record=record_values(survey),
         provenance={"adapters": adapters, "environment": describe_environment(torch.device("cpu"))},
         figures=figures,
-        numbers=numbers,
+        numbers=numbers | differences,
         without=without,
         shown=shown,
         notes=notes,
