@@ -252,8 +252,8 @@ def _page(result: RecipeResult) -> Iterator[str]:
         frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Verdict here", "Found", "Claimed", "Number"])
         yield from (markdown_table(frame, "Claim"), "")
         yield from (
-            "What is found is in the unit of the step's tables, its interval over what they say; what is counted and "
-            "not sampled is its own interval. A number without an interval decides nothing.",
+            "Figures are in the unit of the step's tables. Counted figures are their own interval. A figure without an "
+            "interval decides nothing.",
             "",
         )
     for step, outcome in result.outcomes.items():
