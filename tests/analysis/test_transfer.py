@@ -88,7 +88,7 @@ def test_components_equal_their_definitions(place):
     vectors = read_gain_vectors({name: folder / name for name in NAMES})
     assert np.allclose(shared_component(vectors, "mean", "prose", "code"), v.mean(0))
     held_out = shared_component(vectors, "held-out", "prose", "code")
-    assert np.allclose(held_out, (v[0] + v[2]) / 2), "nothing of what learnt the measured domain"
+    assert np.allclose(held_out, (v[0] + v[2]) / 2), "nothing of the adapter trained on the measured domain"
     assert np.allclose(shared_component(vectors, "held-out", "prose", "unseen"), v.mean(0))
     _, _, right = np.linalg.svd(v)
     assert np.allclose(shared_component(vectors, "principal", "code", "prose"), (v[1] @ right[0]) * right[0])
@@ -152,10 +152,10 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
     narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
     still = write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))
     for adapters, message in (
-        ([prose, several], r"several has learnt prose, code: give adapters that were each trained"),
-        ([prose, elsewhere], "has learnt elsewhere, which is not measured"),
+        ([prose, several], r"several was trained on prose, code: give adapters that were each trained"),
+        ([prose, elsewhere], "was trained on elsewhere, which is not measured"),
         ([prose], "takes two or more"),
-        ([prose, narrow], "in other places"),
+        ([prose, narrow], "in other modules"),
         ([prose, still], "code are all alike"),
     ):
         refused(ConfigError, message, survey_transfer, plan, adapters)

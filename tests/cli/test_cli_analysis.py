@@ -117,7 +117,7 @@ def test_tokens_shows_mean_skew_and_coherence(trained, tmp_path, caplog):
 def test_tokens_takes_the_trained_domains_and_texts_to_watch_as_other_surveys_do(trained, tmp_path):
     help_text = words_of("tokens")
     assert all(option in help_text for option in ("--plan", "--watch", "--train-tokens", "--text-column"))
-    assert "those that the adapters learnt last, unless" in help_text
+    assert "those that the adapters were trained on last, unless" in help_text
     out, plan = tmp_path / "out", tmp_path / "plan.yaml"
     refused(DataError, "prose", run, "tokens", trained / "lora", *SMALL, "--out", out)  # the name stands for no text
     plan.write_text(

@@ -11,8 +11,9 @@ from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, BenchmarkReport, BenchmarkScore
 from gaintune.evaluate.benchmarks.records import TaskFacts, compare_scores
 from gaintune.evaluate.benchmarks.run import with_group_difference
-from support import refused, tiny_base, tiny_benchmarks, tiny_domains
+from support import refused, tiny_base, tiny_domains
 from support.cli import QUICK, run
+from support.files import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def work(tmp_path_factory) -> Path:
         {"query": f"Question: what comes after {n}?\nAnswer:", "choices": [str(n + 1), str(n), "many"], "gold": 0}
         for n in range(8)
     ]
-    tiny_benchmarks.write(folder / "rows" / "arc_easy.jsonl", rows)
+    write_rows(folder / "rows" / "arc_easy.jsonl", rows)
     return folder
 
 

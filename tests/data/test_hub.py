@@ -228,12 +228,12 @@ def test_rows_on_both_sides_of_a_split_are_measured_and_not_trained(tmp_path, ca
     assert "2 rows to train on left out, which are asked too" in caplog.text
     write_rows(tmp_path / "sst2" / "train.jsonl", [{"sentence": "film 7", "label": 1}])
     both = (load_questions, "sst2", tmp_path / "sst2")
-    refused(DataError, "every row to learn is also asked", *both, learn=True, seed=0)
+    refused(DataError, "every row to train on is also asked", *both, learn=True, seed=0)
 
 
 @pytest.mark.parametrize("name", list(HUB_ROWS))
 def test_questions_that_are_written_are_read_back(tmp_path, name):
-    rows = load_questions(name, write_rows(tmp_path / "rows.jsonl", HUB_ROWS[name]), learn=False, seed=0).asked
+    rows = load_questions(name, write_rows(tmp_path / "rows.jsonl", HUB_ROWS[name]), learn=False, seed=0).validation
     write_choice_rows(rows, tmp_path / "written.jsonl")
     again = read_choices(name, tmp_path / "written.jsonl")
     assert [replace(row, origin="") for row in again] == [replace(row, origin="") for row in rows]

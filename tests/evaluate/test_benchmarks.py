@@ -30,6 +30,7 @@ from gaintune.models import load_base
 from gaintune.results import Interval
 from support import refused, tiny_base, tiny_benchmarks
 from support.benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config_of, edit, logits
+from support.files import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def tiny(tmp_path_factory):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name in NAMES:
-        tiny_benchmarks.write(folder / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
+        write_rows(folder / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
     return folder
 
 
@@ -85,7 +86,7 @@ def test_other_rows_under_the_same_name_and_damaged_scores_are_measured_anew(tin
     cache = tmp_path / "cache"
     run_benchmarks(base_of(tiny), {}, config_of(data), cache=cache)
     for name in NAMES:
-        tiny_benchmarks.write(tmp_path / "other" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS, seed=5))
+        write_rows(tmp_path / "other" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS, seed=5))
     assert len(measured(base_of(tiny), {}, config_of(tmp_path / "other"), cache=cache)[1]) == len(NAMES)
     for file in cache.glob("*.json"):
         file.write_text(file.read_text()[:40])

@@ -102,7 +102,7 @@ def test_a_space_is_put_between_prompt_and_choice_where_there_is_none(tmp_path):
 
 
 def test_the_answers_alone_are_scored_without_the_end_of_text(tmp_path):
-    """One token of an exam's row is learnt, its letter after the space: a classification loss over the vocabulary."""
+    """One token of an exam's row is trained, its letter after the space: a classification loss over the vocabulary."""
     asked = [EXAM, {**EXAM, "question": "What?", "answer_idx": "A"}] * 20
     rows = [{**row, "question": f"{row['question']} {number}"} for number, row in enumerate(asked)]
     write_instruction_rows(read_choices("medqa", written(tmp_path, rows)), tmp_path / "train.jsonl")

@@ -15,6 +15,7 @@ from gaintune.evaluate.benchmarks.records import find_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.storage import ASSETS
 from support import STUDY_DATA, needs_study_data, refused, tiny_base, tiny_benchmarks
+from support.files import write_rows
 
 SOCIAL = ("econometrics", "high_school_geography", "high_school_government_and_politics")
 SOCIAL += ("high_school_macroeconomics", "high_school_microeconomics", "high_school_psychology", "human_sexuality")
@@ -37,19 +38,19 @@ def model():
 
 def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
     rows = tiny_benchmarks.hub_rows("arc_easy", 6)
-    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "validation.jsonl", rows[:2])
-    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "train.jsonl", rows[2:])
+    write_rows(tmp_path / "splits" / "arc_easy" / "validation.jsonl", rows[:2])
+    write_rows(tmp_path / "splits" / "arc_easy" / "train.jsonl", rows[2:])
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"], fewshot=2))
     assert (asked.facts.split, len(asked.task.eval_docs)) == ("validation", 2)
     assert asked.facts.notes == ("rows of the validation split; lm-eval's own is test",)
-    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "test.jsonl", rows[:3])
+    write_rows(tmp_path / "splits" / "arc_easy" / "test.jsonl", rows[:3])
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
     assert (asked.facts.split, asked.facts.notes, len(asked.task.eval_docs)) == ("test", (), 3)
-    tiny_benchmarks.write(tmp_path / "splits" / "arc_easy" / "more.jsonl", rows[3:])
+    write_rows(tmp_path / "splits" / "arc_easy" / "more.jsonl", rows[3:])
     asked = only(config_of("arc_easy", data=[tmp_path / "splits"]))
     assert asked.facts.notes == ("not read, as named after no split: more.jsonl",)
     assert len(asked.task.eval_docs) == 3
-    file = tiny_benchmarks.write(tmp_path / "mine.jsonl", rows)
+    file = write_rows(tmp_path / "mine.jsonl", rows)
     asked = only(config_of("arc_easy", data=[f"arc_easy={file}"]))
     assert (asked.facts.source, asked.facts.split, len(asked.task.eval_docs)) == (str(file), "given", 6)
 
@@ -69,7 +70,7 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
 def test_a_row_that_makes_no_question_is_named_with_its_line(tmp_path, name, row, words):
     good = tiny_benchmarks.normalised(name, tiny_benchmarks.hub_rows(name, 1)[0])
     rows = [row] if "text" in row else [good, row]
-    file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
+    file = write_rows(tmp_path / f"{name}.jsonl", rows)
     with pytest.raises(DataError) as caught:
         load_suite(config_of(name, data=[tmp_path]))
     assert words in str(caught.value) and f"{file}:{len(rows)}" in str(caught.value)
@@ -80,7 +81,7 @@ def test_missing_data_and_rows_that_lm_eval_cannot_make_a_prompt_of_are_refused(
         refused(DataError, "no such", load_suite, config_of("arc_easy", data=[data]))
     refused(AssetError, r"medqa_4options=PATH", load_suite, config_of("medqa_4options", data=[]))
     row = {"question": "q", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "A"}
-    file = tiny_benchmarks.write(tmp_path / "commonsense_qa.jsonl", [row])
+    file = write_rows(tmp_path / "commonsense_qa.jsonl", [row])
     with pytest.raises(DataError, match="prompt of commonsense_qa cannot be made") as caught:
         load_suite(config_of("commonsense_qa", data=[tmp_path]))
     assert str(file) in str(caught.value)
@@ -96,8 +97,8 @@ def test_a_group_is_pooled_as_lm_eval_pools_it(model, tmp_path):
     from lm_eval.api.metrics import pooled_sample_stderr
 
     for number, subject in enumerate(SOCIAL):
-        tiny_benchmarks.write(tmp_path / "mmlu" / subject / "test.jsonl", exam(subject, 3 + number % 3))
-        tiny_benchmarks.write(tmp_path / "mmlu" / subject / "dev.jsonl", exam(subject, 5))
+        write_rows(tmp_path / "mmlu" / subject / "test.jsonl", exam(subject, 3 + number % 3))
+        write_rows(tmp_path / "mmlu" / subject / "dev.jsonl", exam(subject, 5))
     config = config_of("mmlu_social_sciences", data=[tmp_path], fewshot=1)
     suite = load_suite(config)
     assert suite.asked == ("mmlu_social_sciences",)
@@ -126,7 +127,7 @@ def test_mmlu_without_subjects_has_a_note_of_it(tmp_path):
         {"query": f"Question: {row['question']}\nAnswer:", "choices": row["choices"], "gold": row["answer"]}
         for row in exam("x", 4)
     ]
-    tiny_benchmarks.write(tmp_path / "mmlu" / "validation.jsonl", rows)
+    write_rows(tmp_path / "mmlu" / "validation.jsonl", rows)
     asked = only(config_of("mmlu", data=[tmp_path]))
     assert asked.name == "mmlu"
     assert any("no subjects" in note for note in asked.facts.notes)
@@ -180,7 +181,7 @@ def test_a_mistake_of_a_program_is_not_taken_for_a_hub_that_is_not_reached(packa
 def test_gsm8k_scores_the_number_after_the_hashes(tmp_path, model):
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"Twice {n}.\n#### {2 * n}"} for n in range(1, 9)]
     for split in ("train", "test"):
-        tiny_benchmarks.write(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
+        write_rows(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
     asked = only(config_of("gsm8k:8", data=[tmp_path]))
     assert (asked.facts.fewshot, asked.facts.notes) == (8, ())
     assert _first_prompt(asked).count("#### ") == 8
@@ -190,7 +191,7 @@ def test_gsm8k_scores_the_number_after_the_hashes(tmp_path, model):
         assert (found["strict-match"]["exact_match"], found["flexible-extract"]["exact_match"]) == (strict, flexible)
     (tmp_path / "gsm8k" / "train.jsonl").unlink()
     refused(DataError, "'train'", load_suite, config_of("gsm8k:8", data=[tmp_path]))
-    alone = tiny_benchmarks.write(tmp_path / "alone.jsonl", rows)
+    alone = write_rows(tmp_path / "alone.jsonl", rows)
     asked = only(config_of("gsm8k:2", data=[f"gsm8k={alone}"]))
     assert asked.facts.notes == ("worked examples from the rows that are asked, never a row's own",)
     prompt = _first_prompt(asked)
@@ -218,7 +219,7 @@ HUMANEVAL = {
 
 
 def test_generated_code_is_run_only_with_a_permission(tmp_path, model):
-    tiny_benchmarks.write(tmp_path / "humaneval" / "test.jsonl", [HUMANEVAL])
+    write_rows(tmp_path / "humaneval" / "test.jsonl", [HUMANEVAL])
     refused(ConfigError, "--allow-code-execution", load_suite, config_of("humaneval", data=[tmp_path]))
     allowed = {"allow_code_execution": True, "code_seconds": 20.0, "generated_tokens": 4}
     config = config_of("humaneval", data=[tmp_path], **allowed)
@@ -271,7 +272,7 @@ def theirs(model, tmp_path_factory):
     """A folder with rows of every benchmark, and what lm-eval says of them."""
     work, tasks = tmp_path_factory.mktemp("work"), []
     for name in NAMES:
-        file = tiny_benchmarks.write(work / "hub" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
+        file = write_rows(work / "hub" / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, ROWS))
         tasks.append(tiny_benchmarks.stock_task(name, file, work))
     return work, tiny_benchmarks.reference(model, tasks)
 
@@ -284,7 +285,7 @@ def test_local_rows_score_as_lm_eval_scores_them(model, theirs, written):
         folder = work / "questions"
         for name in NAMES:
             rows = [tiny_benchmarks.normalised(name, row) for row in tiny_benchmarks.hub_rows(name, ROWS)]
-            tiny_benchmarks.write(folder / name / "validation.jsonl", rows)
+            write_rows(folder / name / "validation.jsonl", rows)
     config = BenchmarkConfig(tasks=NAMES, source="local", data=(str(folder),), batch_size=5)
     ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
     for name in NAMES:
@@ -299,14 +300,14 @@ def test_generated_answers_score_as_lm_eval_scores_them(model, tmp_path):
     short = ('generation_kwargs: {until: ["\\n", ".", ","], do_sample: false, temperature: 0.0, max_gen_toks: 5}',)
     config = BenchmarkConfig(tasks=names, **settings)
     for name in names:
-        tiny_benchmarks.write(tmp_path / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, 10))
+        write_rows(tmp_path / f"{name}.jsonl", tiny_benchmarks.hub_rows(name, 10))
     said = {name: tiny_benchmarks.said(model, name, config) for name in names}
     tasks = []
     for name in names:
         rows = tiny_benchmarks.hub_rows(name, 10)
         for row, answer in zip(rows[::2], said[name][::2], strict=True):
             row |= tiny_benchmarks.answered(name, ["nothing", answer.upper()])
-        file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
+        file = write_rows(tmp_path / f"{name}.jsonl", rows)
         tasks.append(tiny_benchmarks.stock_task(name, file, tmp_path, lines=short))
     theirs = tiny_benchmarks.reference(model, tasks)
     ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
@@ -344,7 +345,7 @@ def test_real_rows_score_as_lm_eval_scores_them(model, tmp_path):
     for name in names:
         lines = (study / name / "validation.jsonl").read_text(encoding="utf-8").split("\n")[:ROWS]
         rows = [hub_columns(name, json.loads(line)) for line in lines]
-        file = tiny_benchmarks.write(tmp_path / f"{name}.jsonl", rows)
+        file = write_rows(tmp_path / f"{name}.jsonl", rows)
         tasks.append(tiny_benchmarks.stock_task(name, file, tmp_path))
     theirs = tiny_benchmarks.reference(model, tasks)
     config = BenchmarkConfig(tasks=names, source="local", data=(str(study),), limit=ROWS, batch_size=6)

@@ -12,7 +12,6 @@ from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes.outcome import Context, StepOutcome
 from gaintune.recipes.scales import LISTS, ScaleSetup, budget_note, dropped, names_in, note_of, stem_of
-from gaintune.recipes.steps import KINDS
 from gaintune.recipes.steps.benchmarks import BY_TARGET, benchmark_config
 from gaintune.recipes.steps.classify import MAX_REPORTED_PERPLEXITY, mean_kept
 from support import refused
@@ -207,10 +206,6 @@ def test_planes_are_compared_where_there_are_two(tmp_path):
     lacks = {"gain.cosine", "lora-minus-gain.cosine", "gain-minus-lora.pubmedqa.range", "lora.pubmedqa.both"}
     assert lacks <= set(outcome.without)
     assert all("two adapters span a plane" in outcome.without[name] for name in lacks)
-
-
-def test_every_kind_can_be_checked():
-    assert all(callable(kind.run) and callable(kind.check) for kind in KINDS.values())
 
 
 BREAKS = {"name": "lora", "lr": 1e36, "alpha": 1e4}

@@ -185,7 +185,7 @@ def test_mistakes_are_named():
     refused(DataError, "different labels", build_matrix, [run, run], QUICK)
     refused(DataError, "different labels", build_matrix, [], QUICK)
     twice = MethodRun("gain", run.base, (run.stages[0], run.stages[0]))
-    refused(DataError, "learnt twice in one, one", build_matrix, [twice], QUICK)
+    refused(DataError, "trained twice in one, one", build_matrix, [twice], QUICK)
     moved = MethodRun("gain", run.base, (Stage("one", {**run.stages[0].losses, "two": loss(3.0)}),))
     refused(DataError, "two: gain, stage one was measured on other blocks", build_matrix, [moved], QUICK)
     many, zero = ((1.0,), (1, 2), (1,)), ((1.0,), (0,), (1,))

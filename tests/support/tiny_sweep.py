@@ -33,7 +33,7 @@ def events(folder: Path) -> dict[str, str]:
 
 
 class Killer(threading.Thread):
-    """Kills the worker of the first run that has learnt its first domain, as the kernel does when memory is out."""
+    """Kills the worker of the first run that has trained its first domain, as the kernel does when memory is out."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)

@@ -69,7 +69,7 @@ def test_a_pair_that_is_not_matched_in_domain_has_no_better_one(table):
         found = compare_sweep(table, target=target)
         (pair,) = found.pairs
         assert pair.in_domain.value == pytest.approx(apart, abs=0.6) and pair.in_domain.sign == 1
-        assert pair.difference.sign == -1 and not pair.matched and pair.better is None
+        assert pair.difference.sign == -1 and pair.unmatched and pair.better is None
         sentence = pair_sentence(pair, found)
         assert "not matched" in sentence and "is better" not in sentence
 
@@ -99,7 +99,7 @@ def test_methods_are_matched_only_where_they_are_surely_near(tmp_path, in_domain
     methods = {"keeping": keeping, "other": offset(*in_domain)}
     (pair,) = compare(tmp_path, methods, target, seeds=len(in_domain)).pairs
     if unmatched is None:
-        assert pair.matched and pair.better == "other"
+        assert pair.unmatched is None and pair.better == "other"
     else:
         assert unmatched in pair.unmatched and pair.better is None
     assert sign is None or pair.in_domain.sign == sign
