@@ -153,8 +153,7 @@ def test_an_adapter_without_its_manifest_was_never_finished(tiny, tmp_path):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_the_card_of_peft_stays_and_names_no_path(tiny, tmp_path, method):
-    copy = shutil.copytree(tiny, tmp_path / "elsewhere")
-    for folder, base in (("first", tiny), ("second", copy)):
+    for folder, base in (("first", tiny), ("second", shutil.copytree(tiny, tmp_path / "elsewhere"))):
         saved(base, tmp_path / folder, method)
     text = (tmp_path / "first" / "README.md").read_text()
     assert ModelCard(text).data.library_name == "peft" and f"- PEFT {peft.__version__}" in text

@@ -112,8 +112,7 @@ def test_tables_figures_and_provenance_are_written(run, tmp_path):
 def test_several_runs_and_adapters_stand_beside_one_another(run, tmp_path):
     half = {name: tensor.bfloat16() for name, tensor in gains(5).items()}
     alone = saved_factors.adapter(tmp_path / "alone", half, domains=("prose", "law"))
-    factors = read_factors(alone)
-    assert (factors.values[DOWN[1]] == 1 + half[DOWN[1]].double().numpy()).all()
+    assert (read_factors(alone).values[DOWN[1]] == 1 + half[DOWN[1]].double().numpy()).all()
     survey = survey_gains([run, alone])
     assert [each.label for each in survey.sequences] == ["run: gain-ffn", "run: ia3", "gain-ffn on law"]
     single = survey.sequences[2]
@@ -219,8 +218,7 @@ def test_a_sequence_warns_once_a_stage_and_the_adapters_agree(tmp_path, caplog, 
 
 
 def test_the_check_changes_no_byte_of_what_is_trained(tmp_path, monkeypatch):
-    base = tiny_base.folder(tmp_path / "base")
-    plan = tiny_domains.plan(base, tmp_path, methods=["gain-ffn"])
+    plan = tiny_domains.plan(tiny_base.folder(tmp_path / "base"), tmp_path, methods=["gain-ffn"])
     run_sequence(plan, tmp_path / "with")
     monkeypatch.setattr(learning, "rules_of", lambda *_, **__: [])  # the same training, the rule left out
     run_sequence(plan, tmp_path / "without")

@@ -288,8 +288,7 @@ def test_parts_of_the_model_are_paired_by_rows(found):
     difference = apart(record, Group("code", part="mlp"), Group("code", part="attention"), SETTINGS)
     differences = one.mean(axis=1) - other.mean(axis=1)
     assert difference.value == pytest.approx(differences.mean(), rel=1e-4)
-    student = 1.859548 * differences.std(ddof=1) / 3
-    assert (difference.high - difference.low) / 2 == pytest.approx(student, rel=0.1)
+    assert (difference.high - difference.low) / 2 == pytest.approx(1.859548 * differences.std(ddof=1) / 3, rel=0.1)
     same = apart(record, Group("code", part="mlp"), Group("code", part="mlp"), SETTINGS)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 

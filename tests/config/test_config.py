@@ -77,8 +77,7 @@ def test_no_number_of_any_section_may_be_infinite_or_nan():
             for given in (value, [value, value], {"lora": [value]}):
                 with pytest.raises(ValidationError) as caught:
                     section.model_validate({key: given})
-                wrong = [each for each in caught.value.errors() if each["loc"][:1] == (key,)]
-                assert wrong, (section, key, given)
+                assert [each for each in caught.value.errors() if each["loc"][:1] == (key,)], (section, key, given)
 
 
 @pytest.mark.parametrize("write", [plan_yaml, plan_yaml_documented])

@@ -101,8 +101,7 @@ def test_documents_beyond_the_last_whole_block_are_not_counted(tmp_path, write_r
     write_rows("d/train.jsonl", [f"n{number}" for number in range(100, 200)])
     write_rows("d/validation.jsonl", TEXTS)
     blocks = load(tmp_path / "d", tokenizer, train_tokens=10**4)
-    drawn = texts(blocks.train, tokenizer)
-    assert blocks.train_documents == len([text for text in drawn if text]) < 100
+    assert blocks.train_documents == len([text for text in texts(blocks.train, tokenizer) if text]) < 100
 
 
 @pytest.mark.parametrize(("train", "validation", "says"), [
@@ -197,8 +196,7 @@ def test_a_row_longer_than_a_block_is_cut_counted_and_ends_with_its_last_scored_
     assert result.examples.scored == (5, 1)
     assert (result.cut, result.longest) == (1, 10)
     ids = np.arange(12)
-    scored = np.isin(ids, [3, 10])
-    result = packed([TokenRow(ids, scored, ids, Passage("", 0)), row(2, 1, 2)])
+    result = packed([TokenRow(ids, np.isin(ids, [3, 10]), ids, Passage("", 0)), row(2, 1, 2)])
     assert result.examples.input_ids[0].tolist() == [0, 1, 2, 3, 20, 21, 22, FILLER]
 
 
@@ -369,8 +367,7 @@ def begun(examples, begin: int) -> list[int]:
     """How often the token stands in each row of the blocks; a row that does not begin with it is an error."""
     counts = []
     for ids, labels, positions in zip(examples.input_ids, examples.labels, examples.position_ids, strict=True):
-        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
-        for start, end in pairwise(starts):
+        for start, end in pairwise([*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]):
             if (labels[start:end] != -100).any():
                 counts.append(int((ids[start:end] == begin).sum()) if ids[start] == begin else 0)
     return counts

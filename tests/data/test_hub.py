@@ -109,8 +109,7 @@ def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplo
     empty = dict.fromkeys(row, "")
     source = CATALOGUE[name].load.args[0]
     write_rows(tmp_path / f"{source.train}.jsonl", (row, empty, row))
-    local = replace(source, path=str(tmp_path), configuration=None)
-    rows = load_hub(local, name, characters=1000)
+    rows = load_hub(replace(source, path=str(tmp_path), configuration=None), name, characters=1000)
     assert not rows.validation
     assert [each.origin for each in rows.train] == [f"{tmp_path} {source.train}: row {number}" for number in (1, 3)]
     assert rows.train[1].row == 3
@@ -130,8 +129,7 @@ def test_gsm8k_test_is_measured_on_its_test_split(tmp_path):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_are_loaded_split_by_split(tmp_path, streaming, caplog):
-    rows = {"train": ["one", " ", "three", "four"], "validation": ["held out"]}
-    for split, texts in rows.items():
+    for split, texts in {"train": ["one", " ", "three", "four"], "validation": ["held out"]}.items():
         write_rows(tmp_path / f"{split}.jsonl", ({"sentence": text, "label": 1} for text in texts))
     source = HubSource(str(tmp_path), hub.column("sentence"), validation="validation", streaming=streaming)
     documents = load_hub(source, "sst2", characters=5)

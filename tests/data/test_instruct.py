@@ -38,8 +38,7 @@ def texts(examples, tokenizer):
     """What each row of the blocks says, and what of it is scored, told apart by the positions alone."""
     found = []
     for ids, labels, positions in zip(examples.input_ids, examples.labels, examples.position_ids, strict=True):
-        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
-        for start, end in pairwise(starts):
+        for start, end in pairwise([*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]):
             scored = labels[start:end] != -100
             if scored.any():
                 found.append((tokenizer.decode(ids[start:end]), tokenizer.decode(ids[start:end][scored])))
@@ -129,8 +128,7 @@ def test_chats_are_what_the_chat_template_makes_of_them(tmp_path, chatty):
 
 
 def test_a_beginning_of_text_comes_before_every_row(write, chatty):
-    blocks = load(write("d.jsonl"), chatty)
-    for text, scored in texts(blocks.train, chatty):
+    for text, scored in texts(load(write("d.jsonl"), chatty).train, chatty):
         assert text.startswith("<|begin|>") and text.count("<|begin|>") == 1
         assert scored.endswith("<|im_end|>") and "<|begin|>" not in scored
 

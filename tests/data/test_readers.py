@@ -127,8 +127,7 @@ def test_a_file_is_not_held_in_memory(tmp_path, suffix):
     tracemalloc.start()
     try:
         documents = split_documents(read_documents(file), 0)
-        drawn = in_drawn_order(documents.train, 0, "train", block_size=256)
-        assert next(drawn).text.startswith("paragraph")
+        assert next(in_drawn_order(documents.train, 0, "train", block_size=256)).text.startswith("paragraph")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

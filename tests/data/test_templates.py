@@ -155,8 +155,7 @@ def test_a_completion_has_no_space_that_only_the_beginning_of_a_text_has():
 
 
 def test_bytes_that_no_token_covers_stay_on_their_side_of_the_border():
-    words = {"one": 0, "two": 1, "<unk>": 2}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made = Tokenizer(models.WordLevel({"one": 0, "two": 1, "<unk>": 2}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()  # its tokens leave the spaces out
     (pieces,) = encode_parts([("one  ", "two ")], PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"))
     assert [piece.bytes.tolist() for piece in pieces] == [[5], [4]]
@@ -173,8 +172,7 @@ TEXTS.append(" \n  indented\n\n")
 def test_byte_level_tokens_count_their_own_bytes(tokenizer):
     """In byte-level BPE a token's string has one character per byte, which gives the count another way."""
     for text, encoded in zip(TEXTS, encode_texts(TEXTS, tokenizer), strict=True):
-        strings = tokenizer.convert_ids_to_tokens(encoded.ids.tolist())
-        expected = np.array([len(string) for string in strings])
+        expected = np.array([len(string) for string in tokenizer.convert_ids_to_tokens(encoded.ids.tolist())])
         assert encoded.bytes.sum() == expected.sum() == len(text.encode())
         assert (encoded.bytes >= 0).all()
         if text.isascii():
@@ -201,8 +199,7 @@ def test_text_that_a_tokenizer_drops_is_counted():
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words)
-    (encoded,) = encode_texts(["One  two \n"], fast)
+    (encoded,) = encode_texts(["One  two \n"], PreTrainedTokenizerFast(tokenizer_object=words))
     assert encoded.bytes.tolist() == [3, 7]
 
 

@@ -152,8 +152,7 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
 def test_rows_answered_alike_make_a_narrow_interval():
     """Two models with the same accuracy: sure where they answer the same rows, unsure where they answer others."""
     answers = tuple(float(row % 2) for row in range(60))
-    facts = TaskFacts("rows", "test", 0, "1")
-    base = BenchmarkScore("quiz", "acc", 0.5, None, answers, 60, "mean", True, facts)
+    base = BenchmarkScore("quiz", "acc", 0.5, None, answers, 60, "mean", True, TaskFacts("rows", "test", 0, "1"))
     config = BenchmarkConfig.model_validate({"tasks": "quiz"})
     for items, narrow in (((1.0, *answers[1:]), True), ((1.0, *sorted(answers[1:])), False)):
         adapted = replace(base, items=items, value=float(np.mean(items)))
@@ -260,8 +259,7 @@ def test_the_base_is_the_untouched_one_and_is_left_so(tiny, data, tmp_path, meth
     assert not hasattr(base.model, "peft_config")
     plain = base_of(tiny)
     assert report.base == measure_benchmarks(plain.model, plain.tokenizer, config)
-    adapted = load_adapter(plain, folder)
-    assert report.adapted["mine"] == measure_benchmarks(adapted, plain.tokenizer, config)
+    assert report.adapted["mine"] == measure_benchmarks(load_adapter(plain, folder), plain.tokenizer, config)
     assert report.score("lambada_openai", "perplexity") != report.score("lambada_openai", "perplexity", "mine")
 
 
@@ -288,8 +286,7 @@ def test_weights_trained_whole_are_measured_in_their_own_precision(tiny, data, t
     in_both = find_score(base_of_report(report, "whole"), "lambada_openai", "perplexity")
     assert in_both.items != in_fp32.items, "fp32 under autocast is not fp32"
     assert in_both.items == pytest.approx(in_fp32.items, rel=0.05)
-    adapted = load_adapter(base, whole)
-    assert report.adapted["whole"] == measure_benchmarks(adapted, base.tokenizer, config, **mixed)
+    assert report.adapted["whole"] == measure_benchmarks(load_adapter(base, whole), base.tokenizer, config, **mixed)
     rounded = load_base(model)
     assert report.base == base_of_report(report, "gains")
     assert report.base == measure_benchmarks(rounded.model, rounded.tokenizer, config)

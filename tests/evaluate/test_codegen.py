@@ -120,8 +120,7 @@ def test_what_a_program_leaves_running_neither_holds_the_measurement_up_nor_stay
         assert run_program(FORKING.format(file=str(file)), LIMITS).reason == "passed"
         if not file.is_file():
             return  # no process could be started
-        number = int(file.read_text())
-        assert not _runs(number)
+        assert not _runs(int(file.read_text()))
 
 
 def _runs(number: int) -> bool:

@@ -162,8 +162,7 @@ def test_likelihoods_are_those_of_the_models_own_logits(model, tmp_path, batch_s
 def with_merge(*pair: str) -> PreTrainedTokenizerFast:
     """The bytes' tokenizer with one more token, of two letters."""
     plain = tiny_base.tokenizer()
-    vocabulary = {**plain.get_vocab(), "".join(pair): len(plain)}
-    merged = Tokenizer(models.BPE(vocabulary, [pair]))
+    merged = Tokenizer(models.BPE({**plain.get_vocab(), "".join(pair): len(plain)}, [pair]))
     merged.pre_tokenizer = plain.backend_tokenizer.pre_tokenizer
     merged.decoder = plain.backend_tokenizer.decoder
     return PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="<end>", bos_token="<end>")
@@ -177,8 +176,7 @@ def test_special_tokens_of_the_tokenizer_are_seen_before_a_text_and_never_scored
     adding.backend_tokenizer.post_processor = processors.TemplateProcessing(template, both, special)
     begins = "<end>" if template.startswith("<end>") else ""
     expected = [direct(base.model, plain, replace(row, prompt=begins + row.prompt)) for row in rows]
-    found = choice_likelihoods(base.model, adding, rows, "moods")
-    for sums, ours in zip(expected, found.sums, strict=True):
+    for sums, ours in zip(expected, choice_likelihoods(base.model, adding, rows, "moods").sums, strict=True):
         assert ours == pytest.approx(sums, rel=1e-4, abs=1e-4)
 
 
@@ -222,15 +220,13 @@ def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):
     answers, choices = {letter: "low" if letter in "abc" else "top" for letter in "abcxyz"}, ["low", "top"]
     rows = [{"prompt": f"{one}{n % 7} is", "choices": choices, "answer": answers[one]} for one, n in letters]
     file = written(tmp_path, rows)
-    asked = read_choices("letters", file)
-    write_instruction_rows(asked, tmp_path / "train.jsonl")
+    write_instruction_rows(read_choices("letters", file), tmp_path / "train.jsonl")
     first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert first == {"prompt": "a0 is", "completion": " low"}
     data = {"task": "instruct", "domains": [f"letters={tmp_path / 'train.jsonl'}"], "block_size": 64}
     data |= {"train_tokens": 2048, "validation_tokens": 128}
     lora = {"name": "lora", "rank": 8, "targets": "all-linear"}
-    train = {"lr": 0.01, "epochs": 4, "checkpoint_steps": 100}
-    plan = plan_of(model, data=data, methods=[lora], train=train)
+    plan = plan_of(model, data=data, methods=[lora], train={"lr": 0.01, "epochs": 4, "checkpoint_steps": 100})
     adapt(plan, tmp_path / "adapter")
     base, adapted = compare_choices(plan, [tmp_path / "adapter"], sets={"letters": file})
     assert (base.label, base.change) == ("base", None)

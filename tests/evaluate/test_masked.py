@@ -42,8 +42,7 @@ def text_plan(model, folder, **changes):
 
 def classifier_adapter(model, folder, method="gain-ffn", gains: float = 0.0):
     """An adapter with a head that was never trained, its gains set to `1 + gains`."""
-    settings = ModelConfig(name=str(model), dtype="fp32", device="cpu")
-    base = load_classifier(settings, ("no", "yes"), seed=3)
+    base = load_classifier(ModelConfig(name=str(model), dtype="fp32", device="cpu"), ("no", "yes"), seed=3)
     made = attach(base.model, build_plan({"methods": [method]}).methods[0], seed=0, task_type="SEQ_CLS", head=base.head)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -74,8 +73,7 @@ def test_a_seed_decides_which_tokens_are_masked_and_how():
 
 
 def test_of_the_masked_tokens_most_are_hidden_some_replaced_and_some_left():
-    original = blocks(count=400, length=100)
-    masked = mask_blocks(original, "prose", TOKENIZER)
+    masked = mask_blocks(blocks(count=400, length=100), "prose", TOKENIZER)
     inner, wanted = masked.input_ids[:, 1:-1], masked.labels[:, 1:-1]
     seen, true = inner[wanted != -100], wanted[wanted != -100]
     assert len(seen) == 400 * 15
@@ -101,8 +99,7 @@ def test_the_loss_is_that_of_the_models_own_logits(encoder):
         losses = F.cross_entropy(logits.transpose(1, 2), masked.labels, ignore_index=-100, reduction="none")
     torch.testing.assert_close(torch.tensor(measured.nll), losses.sum(dim=1), rtol=1e-5, atol=1e-5)
     assert measured.tokens == masked.scored
-    expected = math.exp(losses.sum().item() / sum(masked.scored))
-    assert measured.perplexity == pytest.approx(expected, rel=1e-5)
+    assert measured.perplexity == pytest.approx(math.exp(losses.sum().item() / sum(masked.scored)), rel=1e-5)
 
 
 @pytest.mark.parametrize("gains", [0.0, 0.5])
@@ -177,8 +174,7 @@ def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):
     masked = load_masked_blocks(plan.data.domains[0], plan.data, TOKENIZER, seed=0)
     assert masked.input_ids.shape[1] == plan.data.block_size
     whole = torch.where(masked.labels == -100, masked.input_ids, masked.labels)
-    text = (tmp_path / "prose.jsonl").read_text()
-    assert json.dumps(TOKENIZER.decode(whole[0, 1:21]))[1:-1] in text
+    assert json.dumps(TOKENIZER.decode(whole[0, 1:21]))[1:-1] in (tmp_path / "prose.jsonl").read_text()
 
 
 def test_what_has_no_masked_head_or_another_base_is_refused(roberta, tmp_path):

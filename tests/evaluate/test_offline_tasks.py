@@ -233,8 +233,7 @@ def test_generated_code_is_run_only_with_a_permission(tmp_path, model):
 def test_humanevals_own_solutions_pass_its_tests():
     study = STUDY_DATA / "instruct"
     rows = [json.loads(line) for line in (study / "humaneval" / "test.jsonl").read_text("utf-8").splitlines()]
-    config = config_of("humaneval", data=[study], allow_code_execution=True, code_seconds=30.0)
-    asked = only(config)
+    asked = only(config_of("humaneval", data=[study], allow_code_execution=True, code_seconds=30.0))
     asked.task.build_all_requests(limit=6)
     for request, row in zip(asked.task.instances, rows, strict=False):
         request.resps = [row["canonical_solution"]]

@@ -79,8 +79,7 @@ def test_the_demo_model(demo):
 @pytest.mark.real_model
 def test_the_demo_models_rows_are_what_they_were_before_blocks_could_begin_with_a_token(demo):
     plan = build_plan({"data": {"domains": ["medical", "law", "scripture"]}})  # the others differ between Pythons
-    hashes = {each.name: load_domain(each, plan.data, demo.tokenizer).content_hash for each in plan.data.domains}
-    assert hashes == {
+    assert {each.name: load_domain(each, plan.data, demo.tokenizer).content_hash for each in plan.data.domains} == {
         "medical": "b6a5d31df06bcd0a3427fe0a2232adb2a2b19e6fe55b66e08034cf4ad02a1948",
         "law": "27afd1432dfabab863322bdf6aec79606371073d5336eaaa0267f5104db2f8c9",
         "scripture": "7d01be1f5bfadfe5c0b5a406d1c7f31c58a3f0919a4770638da51cf877c6fcbd",

@@ -103,8 +103,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_pa
 def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(tiny, tmp_path, name):
     model = attach(base_of(tiny, "bf16").model, method_of(name), seed=0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    losses = train(model, method_of(name), tmp_path, steps=3).losses
-    assert all(map(math.isfinite, losses))
+    assert all(map(math.isfinite, train(model, method_of(name), tmp_path, steps=3).losses))
 
 
 def test_the_seed_draws_vera_s_matrices(tiny):

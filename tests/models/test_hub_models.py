@@ -134,7 +134,6 @@ def test_a_hub_id_that_cannot_be_had_is_explained(published, load):
 def test_a_download_that_stopped_half_way_is_not_used(published, load, tmp_path):
     _, endpoint, _ = published
     load("acme/tiny", endpoint)
-    shard = next(tmp_path.rglob("model-00002*.safetensors"))
-    shard.unlink()
+    next(tmp_path.rglob("model-00002*.safetensors")).unlink()
     assert load("acme/tiny", endpoint, offline=True).startswith("AssetError model 'acme/tiny'")
     assert load("acme/tiny", endpoint).startswith("acme/tiny")

@@ -73,8 +73,7 @@ def test_methods_from_the_command_line_take_the_place_of_a_sweeps(tmp_path):
 
 
 def test_results_are_written_before_a_claim_without_its_number_is_refused(tmp_path):
-    claim = {"says": "x", "number": "run.gain.in_domian", "expect": {"below": 0}}
-    wrong = recipe(RUN, claims=[claim])
+    wrong = recipe(RUN, claims=[{"says": "x", "number": "run.gain.in_domian", "expect": {"below": 0}}])
     refused(ConfigError, r"no number 'gain\.in_domian'", run_recipe, wrong, tmp_path / "run", scale="smoke")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["claims"][0]["verdict"] == "undecided"
 
@@ -120,8 +119,7 @@ def test_a_claims_names_are_those_of_every_scale(name):
     steps = {step.name: step for step in found.steps}
     for claim in found.claims:
         step, _, number = claim.number.partition(".")
-        of = steps[step].settings.get("of", step)
-        for each in {step, of}:
+        for each in {step, steps[step].settings.get("of", step)}:
             for key in LISTS:
                 smoke, small = (
                     set(map(stem_of, names_in(found.settings(steps[each], scale), key))) for scale in ("smoke", "small")

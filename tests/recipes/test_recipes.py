@@ -73,8 +73,7 @@ def test_a_recipe_run_again_is_continued_and_gives_the_same(name, ran):
     folder, result = ran(name)
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     written = (folder / "results.json").read_bytes()
-    again = run_recipe(name, folder, scale="smoke", allow_code_execution=True)
-    assert again.findings == result.findings
+    assert run_recipe(name, folder, scale="smoke", allow_code_execution=True).findings == result.findings
     assert (folder / "results.json").read_bytes() == written
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == made
 

@@ -71,8 +71,7 @@ def test_change_is_percent_of_perplexity_and_exactly_zero_for_the_base():
 def test_base_against_base_is_exactly_zero_with_intervals_of_exactly_zero():
     base = random_run("x").base
     run = MethodRun("none", base, tuple(Stage(name, dict(base)) for name in DOMAINS))
-    matrix = build_matrix([run], QUICK)
-    method = matrix.methods[0]
+    method = build_matrix([run], QUICK).methods[0]
     for row in method.stages:
         for cell in row.cells.values():
             assert (cell.change, cell.low, cell.high) == (0.0, 0.0, 0.0)
@@ -166,8 +165,7 @@ def test_methods_are_compared_after_the_stages_both_have_finished():
     assert (comparison.label, comparison.against, comparison.stages) == ("lora", "gain", 2)
     first_transfer, second_transfer = (method.summary.backward_transfer.value for method in both)
     assert comparison.summary.backward_transfer.value == pytest.approx(second_transfer - first_transfer)
-    other_way = MethodRun("lora", second.base, second.stages[::-1])
-    assert build_matrix([first, other_way], QUICK).comparisons == ()
+    assert build_matrix([first, MethodRun("lora", second.base, second.stages[::-1])], QUICK).comparisons == ()
 
 
 def test_equal_inputs_give_equal_bytes_and_the_seed_matters():
@@ -199,16 +197,14 @@ def test_mistakes_are_named():
 
 
 def test_a_model_with_exploded_losses_still_gives_numbers():
-    base = {"one": loss(3.0)}
-    matrix = build_matrix([MethodRun("full", base, (Stage("one", {"one": loss(5000.0)}),))], QUICK)
+    matrix = build_matrix([MethodRun("full", {"one": loss(3.0)}, (Stage("one", {"one": loss(5000.0)}),))], QUICK)
     assert math.isfinite(matrix.methods[0].stages[0].cells["one"].change)
     canonical_json(matrix.to_dict())
 
 
 def test_eight_domains_and_three_methods_with_all_resamples():
     names = tuple(f"domain-{i}" for i in range(8))
-    runs = [random_run(f"m{i}", names, blocks=64, seed=i) for i in range(3)]
-    matrix = build_matrix(runs, EvaluateConfig())
+    matrix = build_matrix([random_run(f"m{i}", names, blocks=64, seed=i) for i in range(3)], EvaluateConfig())
     assert len(matrix.comparisons) == 2 and len(matrix.methods[2].stages[7].cells) == 8
     assert matrix.comparisons[1].label == "m2" and matrix.comparisons[1].stages == 8
 
@@ -254,8 +250,7 @@ def test_base_and_adapted_are_resampled_together():
     nats, tokens = hard_and_easy_blocks()
     after = nats - 0.1  # every token better by the same: nothing is uncertain about it, however unlike the blocks are
     run = MethodRun("gain", {"d": measured(nats, tokens)}, (Stage("d", {"d": measured(after, tokens)}),))
-    cell = build_matrix([run], MANY).methods[0].stages[0].cells["d"]
-    assert width(cell) < 1e-9
+    assert width(build_matrix([run], MANY).methods[0].stages[0].cells["d"]) < 1e-9
     # the bootstrap that forgets the pairing would say +-50 %
     alone = replicate_means((nats * tokens)[None], tokens, samples=4000, seed=0, domain="d")[1:, 0]
     assert 100 * np.ptp(np.exp(np.quantile(alone, [0.025, 0.975]) - alone.mean())) > 50

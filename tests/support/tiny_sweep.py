@@ -44,8 +44,7 @@ class Killer(threading.Thread):
         end = time.monotonic() + 500
         while self.killed is None and time.monotonic() < end:
             for stage in self._folder.glob("runs/*/stages/*/01-*/adapter"):
-                outcome = self._folder / "outcomes" / f"{stage.parents[3].name}.json"
-                state = read_json(outcome)
+                state = read_json(self._folder / "outcomes" / f"{stage.parents[3].name}.json")
                 if state["state"] == "begun":
                     assert state["process"] != os.getpid()
                     os.kill(state["process"], signal.SIGKILL)

@@ -146,8 +146,7 @@ def test_settings_that_contradict_each_other_are_refused():
 
 def test_an_unknown_type_names_the_known_ones_with_every_required_one_among_them():
     model = AutoModel.from_config(config_of("Mamba", {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1}))
-    with pytest.raises(UnsupportedModuleError, match=r"'mamba'.*target_modules.*llama"):
-        get_peft_model(model, GainConfig())
+    refused(UnsupportedModuleError, r"'mamba'.*target_modules.*llama", get_peft_model, model, GainConfig())
     required = "llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma3_text phi phi3 gpt2 gpt_neox gptj opt falcon bloom "
     required += "olmo2 bert roberta distilbert deberta-v2 t5"
     assert set(required.split()) <= set(DEFAULTS)

@@ -79,12 +79,10 @@ def test_merging_rounds_once_from_float32(dtype):
 
 def test_conv1d_scales_rows():
     base = gpt2()
-    projection = base.transformer.h[0].attn.c_proj
-    weight = projection.weight.detach().clone()  # (in, out)
+    weight = base.transformer.h[0].attn.c_proj.weight.detach().clone()  # (in, out)
     model = randomise(get_peft_model(base, GainConfig()))
     gain = 1 + base.transformer.h[0].attn.c_proj.gain_v["default"].detach()
-    merged = model.merge_and_unload().transformer.h[0].attn.c_proj.weight
-    assert torch.equal(merged, gain.diag() @ weight)
+    assert torch.equal(model.merge_and_unload().transformer.h[0].attn.c_proj.weight, gain.diag() @ weight)
 
 
 def test_merging_one_of_two_active_adapters_keeps_the_other():

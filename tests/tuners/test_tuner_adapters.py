@@ -196,8 +196,7 @@ def test_wrong_rows_names_and_training_are_refused(two):
         layer(torch.randn(6, 48), adapter_names=["default", "other", "default"])
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): absent"):
         two(input_ids=IDS, adapter_names=["default", "absent", "default"])
-    with pytest.raises(ValueError, match="training mode"):
-        two.train()(input_ids=IDS, adapter_names=["default"] * 3)
+    refused(ValueError, "training mode", two.train(), input_ids=IDS, adapter_names=["default"] * 3)
 
 
 @gain
@@ -304,5 +303,4 @@ def test_layers_to_transform_and_replication():
 
 
 def test_mixing_with_other_methods_in_one_mixed_model_is_refused():
-    with pytest.raises(ValueError, match="not compatible"):
-        get_peft_model(llama(), GainConfig(), mixed=True)
+    refused(ValueError, "not compatible", get_peft_model, llama(), GainConfig(), mixed=True)

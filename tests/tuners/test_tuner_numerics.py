@@ -304,14 +304,12 @@ def test_products_pass_gradcheck_twice_and_vmap():
     inputs = (draw(2, 3, 5), draw(2, 3, 4), draw(5, 4))
     assert torch.autograd.gradcheck(added, inputs) and torch.autograd.gradgradcheck(added, inputs)
     gradient_of_row = torch.func.grad(lambda w, row: stacked(row, w, b).square().sum())
-    of_each = torch.func.vmap(gradient_of_row, in_dims=(None, 0))(a, x)
-    for row, gradient in zip(x, of_each, strict=True):
+    for row, gradient in zip(x, torch.func.vmap(gradient_of_row, in_dims=(None, 0))(a, x), strict=True):
         torch.testing.assert_close(gradient, torch.autograd.grad(stacked(row, a, b).square().sum(), a)[0])
 
 
 def test_only_the_input_itself_is_kept_for_the_gradient():
-    base = nn.Linear(256, 10).bfloat16().requires_grad_(False)
-    model, _ = one_layer(base)
+    model, _ = one_layer(nn.Linear(256, 10).bfloat16().requires_grad_(False))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         x = torch.randn(64, 256).bfloat16()
@@ -364,8 +362,7 @@ def test_start_values_chosen():
 
 def test_patterns_and_rank_stabilised_scale():
     config = DiselConfig(r=4, rank_pattern={"o_proj": 2}, alpha_pattern={"q_proj": 12}, target_modules="all-linear")
-    model = get_peft_model(llama(), config)
-    for name, layer in disel_layers(model):
+    for name, layer in disel_layers(get_peft_model(llama(), config)):
         rank = 2 if name.endswith("o_proj") else 4
         gate = layer.lora_G["default"]
         assert len(layer.lora_A["default"].weight) == len(gate.weight) == len(gate.bias) == rank

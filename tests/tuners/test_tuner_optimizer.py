@@ -121,8 +121,7 @@ def test_an_explicit_ratio_wins():
 
 
 def test_the_optimizer_takes_another_class_and_its_options():
-    model = adapted(DiselConfig())
-    optimizer = create_disel_optimizer(model, lr=0.01, optimizer_cls=torch.optim.SGD, momentum=0.5)
+    optimizer = create_disel_optimizer(adapted(DiselConfig()), lr=0.01, optimizer_cls=torch.optim.SGD, momentum=0.5)
     assert isinstance(optimizer, torch.optim.SGD) and {g["momentum"] for g in optimizer.param_groups} == {0.5}
 
 

@@ -163,8 +163,7 @@ def test_without_a_model_the_base_the_adapter_names_is_used(tiny, adapter, tmp_p
     certificate = merge_adapter(adapter, tmp_path / "out", texts=texts, tolerance=20, dtype="bf16")
     assert certificate.base == str(tiny)
     assert (certificate.blocks, certificate.block_size) == (1, 128), "as long as the base takes"
-    model = adapted(base_of(tiny), "lora")
-    model.save_pretrained(tmp_path / "foreign")
+    adapted(base_of(tiny), "lora").save_pretrained(tmp_path / "foreign")
     foreign = merge_adapter(tmp_path / "foreign", tmp_path / "again", blocks=BLOCKS, dtype="bf16", tolerance=20)
     assert foreign.base == str(tiny) and "unknown origin" in foreign.method
 
@@ -251,8 +250,7 @@ def test_bf16_loses_gains_as_it_was_measured_to():
 def test_readings_have_distances_and_texts_become_blocks_with_an_end_between_them():
     loss = DomainLoss((1.0,), (1,), (1,))
     first = Reading(loss, torch.tensor([[1.0, 2.0], [4.0, 3.0]]))
-    second = Reading(loss, torch.tensor([[1.5, 1.0], [4.0, 3.0]]))
-    apart = distance(first, second)
+    apart = distance(first, Reading(loss, torch.tensor([[1.5, 1.0], [4.0, 3.0]])))
     assert (apart.largest, apart.mean, apart.same_choice) == (1.0, 0.375, 0.5)
     tokenizer = tiny_base.tokenizer()
     blocks = blocks_of(["abc", "de"], tokenizer, block_size=3)

@@ -161,8 +161,7 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be continued"):
         resumed(folder, plan, "disel", targets="q_proj")
     refused(ConfigError, "was made with rank 3", resumed, folder, plan, "disel", rank=4)
-    adalora = written_by_peft(tmp_path / "adalora", "adalora", rank=2)
-    assert resumed(adalora, plan, "adalora")[1].rank == 2
+    assert resumed(written_by_peft(tmp_path / "adalora", "adalora", rank=2), plan, "adalora")[1].rank == 2
 
 
 GATE_RATE = {"name": "disel", "gate_lr_ratio": 2.0}

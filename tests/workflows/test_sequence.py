@@ -66,8 +66,7 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of
     (run / "run.json").unlink()  # as a version left it that wrote none
     killed(run_sequence, (plan, run), f"{method} after code: measuring code", 1)
     assert not (run / "stages" / method / "02-code" / "metrics.json").exists()
-    again = run_sequence(plan, run)
-    assert again == matrix and contents(run) == contents(tmp_path / "whole")
+    assert run_sequence(plan, run) == matrix and contents(run) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -131,8 +130,7 @@ def test_cells_are_what_the_saved_adapters_measure(plan_of, tmp_path):
 def test_the_second_stage_carries_the_first_one_s_adapter_on(plan_of, finished, tmp_path):
     run_sequence(plan_of(train={"lr": 1e-12}), tmp_path / "still")
     still = read_json(tmp_path / "still" / "stages" / "gain-ffn" / "02-code" / "evaluations" / "prose.json")
-    base = read_json(tmp_path / "still" / "base" / "float32" / "prose.json")
-    assert still["nll"] == pytest.approx(base["nll"])
+    assert still["nll"] == pytest.approx(read_json(tmp_path / "still" / "base" / "float32" / "prose.json")["nll"])
     plan, run = finished
     carried = run / "stages" / "gain-ffn" / "02-code" / "adapter"
     assert read_json(carried / "gaintune.json")["domains"] == ["prose", "code"]
@@ -263,8 +261,7 @@ def test_two_processes_share_a_run(tiny, tmp_path):
     for stage in ("01-prose", "02-code"):
         folder = run / "stages" / "gain-ffn" / stage
         assert damage(folder / "adapter") is None
-        metrics = read_json(folder / "metrics.json")
-        assert metrics["steps"] == 8  # 32 blocks, 2 processes with 2 blocks each
+        assert read_json(folder / "metrics.json")["steps"] == 8  # 32 blocks, 2 processes with 2 blocks each
     matrix = read_json(run / "matrix.json")
     assert not matrix["partial"] and matrix["methods"][0]["summary"]["in_domain"]["value"] < 0
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]

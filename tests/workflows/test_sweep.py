@@ -115,8 +115,7 @@ def test_a_rerun_computes_only_what_is_missing(copy):
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tiny, tmp_path):
     grid = tiny_sweep.grid(tiny, tmp_path)
-    nowhere = {"name": "lora", "label": "nowhere", "targets": ["no_such_module"]}
-    grid["methods"] = [nowhere, *grid["methods"]]
+    grid["methods"] = [{"name": "lora", "label": "nowhere", "targets": ["no_such_module"]}, *grid["methods"]]
     table = run_sweep(grid, tmp_path / "sweep", engine="sequential")
     assert [row.run.label for row in table.failed] == ["nowhere"]
     assert "cannot be attached to this base" in table.failed[0].error
