@@ -251,15 +251,12 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
 
 
-@pytest.mark.parametrize(
-    ("name", "targets", "build", "message"),
-    [
-        *((name, ALL, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32") for name in RANKED),
-        ("hira", None, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32"),
-        ("lora", None, tiny_base.model, r".*o_proj \(32 x 32\)"),
-        ("lora", None, gpt2, r".*c_proj \(16 x 16\)"),
-    ],
-)
+@pytest.mark.parametrize(("name", "targets", "build", "message"), [
+    *((name, ALL, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32") for name in RANKED),
+    ("hira", None, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32"),
+    ("lora", None, tiny_base.model, r".*o_proj \(32 x 32\)"),
+    ("lora", None, gpt2, r".*c_proj \(16 x 16\)"),
+])  # fmt: skip
 def test_a_rank_that_no_weight_has_is_refused(name, targets, build, message):
     with pytest.raises(ConfigError, match=f"rank 10000 is more than{message}"):
         attach(build(), MethodConfig(name=name, rank=10_000, targets=targets), seed=0)

@@ -83,16 +83,13 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("rope", "change"),
-    [
-        (LLAMA3, {"low_freq_factor": 2.0}),
-        (LLAMA3, {"high_freq_factor": 5.0}),
-        (LLAMA3, {"original_max_position_embeddings": 32}),
-        (YARN, {"beta_fast": 16.0}),
-        (YARN, {"beta_slow": 2.0}),
-    ],
-)
+@pytest.mark.parametrize(("rope", "change"), [
+    (LLAMA3, {"low_freq_factor": 2.0}),
+    (LLAMA3, {"high_freq_factor": 5.0}),
+    (LLAMA3, {"original_max_position_embeddings": 32}),
+    (YARN, {"beta_fast": 16.0}),
+    (YARN, {"beta_slow": 2.0}),
+])  # fmt: skip
 def test_every_number_that_places_are_turned_by_changes_it(tiny, rope, change):
     edit_config(tiny, rope_parameters=rope)
     before = fingerprint_folder(tiny)

@@ -54,27 +54,23 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert "missing" in damage(folder)
 
 
-@pytest.mark.parametrize(
-    ("manifest", "problem"),
-    [
-        (b"", "not valid JSON"),
-        (b'{"sha256": {', "not valid JSON"),
-        (b'{"sha256": {"weights\xf7": ""}}', "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[]", "lists no SHA-256 sums"),
-        (b'{"sha255": {"weights": ""}}', "lists no SHA-256 sums"),
-        (b'{"sha256": ["weights"]}', "lists no SHA-256 sums"),
-        (b'{"sha256": {}}', "lists no SHA-256 sums"),
-        (b'{"sha256": {"weights": 5}}', "does not match"),
-        (b'{"sha256": {"weightt": ""}}', "is missing"),
-        (b'{"sha256": {"../secret": ""}}', "not a file of the folder"),
-        (b'{"sha256": {"/ecret": ""}}', "not a file of the folder"),
-        (b'{"sha256": {"": ""}}', "not a file of the folder"),
-        (b'{"sha256": {"weights\\u0000": ""}}', "is missing|cannot be checked"),
-        (b'{"sha256": {"%s": ""}}' % (b"w" * 5000), "cannot be checked"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[:30].decode(errors="replace"),
-)
+@pytest.mark.parametrize(("manifest", "problem"), [
+    (b"", "not valid JSON"),
+    (b'{"sha256": {', "not valid JSON"),
+    (b'{"sha256": {"weights\xf7": ""}}', "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+    (b"[]", "lists no SHA-256 sums"),
+    (b'{"sha255": {"weights": ""}}', "lists no SHA-256 sums"),
+    (b'{"sha256": ["weights"]}', "lists no SHA-256 sums"),
+    (b'{"sha256": {}}', "lists no SHA-256 sums"),
+    (b'{"sha256": {"weights": 5}}', "does not match"),
+    (b'{"sha256": {"weightt": ""}}', "is missing"),
+    (b'{"sha256": {"../secret": ""}}', "not a file of the folder"),
+    (b'{"sha256": {"/ecret": ""}}', "not a file of the folder"),
+    (b'{"sha256": {"": ""}}', "not a file of the folder"),
+    (b'{"sha256": {"weights\\u0000": ""}}', "is missing|cannot be checked"),
+    (b'{"sha256": {"%s": ""}}' % (b"w" * 5000), "cannot be checked"),
+], ids=lambda value: value if isinstance(value, str) else value[:30].decode(errors="replace"))  # fmt: skip
 def test_a_broken_manifest_is_damage_in_words(tmp_path, manifest, problem):
     (tmp_path / "secret").write_text("")
     with complete_folder(tmp_path / "adapter") as temporary:

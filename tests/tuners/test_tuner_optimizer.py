@@ -56,15 +56,11 @@ def test_biases_and_norms_are_not_decayed_and_matrices_are():
     assert groups["decay"]["weight_decay"] == 0.1 and groups["no_decay"]["weight_decay"] == 0.0
 
 
-@pytest.mark.parametrize(
-    ("config", "part"),
-    [
-        (GainConfig(ffn=True), ".gain_v."),
-        (IA3Config(task_type="CAUSAL_LM"), ".ia3_l."),  # which PEFT keeps as a matrix, as this one
-        (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), ".lora_E."),
-    ],
-    ids=["gain", "ia3", "adalora"],
-)
+@pytest.mark.parametrize(("config", "part"), [
+    (GainConfig(ffn=True), ".gain_v."),
+    (IA3Config(task_type="CAUSAL_LM"), ".ia3_l."),  # which PEFT keeps as a matrix, as this one
+    (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), ".lora_E."),
+], ids=["gain", "ia3", "adalora"])  # fmt: skip
 def test_gains_and_factors_are_never_decayed(config, part):
     model = adapted(config)
     found = settings(model, parameter_groups(model, lr=0.01, weight_decay=0.5))

@@ -59,14 +59,11 @@ def scores(values: dict, adapter: Path):
     return score(predictions, EvaluateConfig(bootstrap_samples=50))
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        *(("roberta", method) for method in ("gain-ffn", "ia3", "full", {"name": "disel", "rank": 4})),
-        *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("lora", "adalora")),
-        *(("bert", "gain-ffn"), ("deberta-v2", "gain"), ("distilbert", "gain-ffn")),
-    ],
-)
+@pytest.mark.parametrize(("kind", "method"), [
+    *(("roberta", method) for method in ("gain-ffn", "ia3", "full", {"name": "disel", "rank": 4})),
+    *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("lora", "adalora")),
+    *(("bert", "gain-ffn"), ("deberta-v2", "gain"), ("distilbert", "gain-ffn")),
+])  # fmt: skip
 def test_a_classifier_learns_a_rule_and_the_saved_one_is_the_trained_one(kind, method, rule, tmp_path):
     model = tiny_encoders.folder(tmp_path / "base", kind)
     lr = 1e-3 if method == "full" else 0.01

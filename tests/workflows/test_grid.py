@@ -102,25 +102,22 @@ def test_a_missing_grid_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     refused(ConfigError, r"none\.yaml: no such plan file", read_grid, tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'?"),
-        ({"plan": {"data": {"domain": ["law"]}}}, "unknown key 'plan.data.domain'; did you mean 'domains'?"),
-        ({"methods": ["lora", "lora"]}, "every label must be different"),
-        ({"methods": ["lora"], "plan": {"methods": ["gain"]}}, "leave plan.methods out"),
-        ({"methods": ["lora"], "rates": {"lroa": [1]}}, "no method is called 'lroa'"),
-        ({"rates": [0.0]}, "greater than 0"),
-        ({"orders": 7}, "3 domains have 6, not 7"),
-        ({"orders": [["law", "code"]]}, "law, code is not an order of the plan's domains"),
-        ({"orders": [["law", "code", "medical"]] * 2}, "each only once"),
-        ({"seeds": [1, 1]}, "a value stands there twice"),
-        ({"budgets": [100]}, "less than one block"),
-        ({"methods": ["lroa"]}, "did you mean 'lora'"),
-        ({"methods": [{"name": "gain", "rank": 4}]}, "has no option 'rank'"),
-        ({"plan": {"data": {"task": "classify", "domains": ["sst2"]}}}, "perplexity, which a classifier has not"),
-    ],
-)
+@pytest.mark.parametrize(("values", "message"), [
+    ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'?"),
+    ({"plan": {"data": {"domain": ["law"]}}}, "unknown key 'plan.data.domain'; did you mean 'domains'?"),
+    ({"methods": ["lora", "lora"]}, "every label must be different"),
+    ({"methods": ["lora"], "plan": {"methods": ["gain"]}}, "leave plan.methods out"),
+    ({"methods": ["lora"], "rates": {"lroa": [1]}}, "no method is called 'lroa'"),
+    ({"rates": [0.0]}, "greater than 0"),
+    ({"orders": 7}, "3 domains have 6, not 7"),
+    ({"orders": [["law", "code"]]}, "law, code is not an order of the plan's domains"),
+    ({"orders": [["law", "code", "medical"]] * 2}, "each only once"),
+    ({"seeds": [1, 1]}, "a value stands there twice"),
+    ({"budgets": [100]}, "less than one block"),
+    ({"methods": ["lroa"]}, "did you mean 'lora'"),
+    ({"methods": [{"name": "gain", "rank": 4}]}, "has no option 'rank'"),
+    ({"plan": {"data": {"task": "classify", "domains": ["sst2"]}}}, "perplexity, which a classifier has not"),
+])  # fmt: skip
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         planned_runs(read_grid({"plan": DOMAINS, **values}))

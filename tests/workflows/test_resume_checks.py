@@ -118,16 +118,13 @@ def test_every_variant_of_lora_that_peft_knows_is_another_kind():
     assert recognize({"peft_type": "LORA", variants[-1]: True}) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "first", "gates", "factors", "line"),
-    [
-        ("gain-ffn", "gain", False, True, "gains"),
-        ("gated-lora", "gated-lora", True, False, "gated"),
-        ("ia3", "ia3", False, True, "weights"),
-        ("lora+", "lora", False, False, "scale"),
-        ("dora", "dora", False, False, "weights"),
-    ],
-)
+@pytest.mark.parametrize(("name", "first", "gates", "factors", "line"), [
+    ("gain-ffn", "gain", False, True, "gains"),
+    ("gated-lora", "gated-lora", True, False, "gated"),
+    ("ia3", "ia3", False, True, "weights"),
+    ("lora+", "lora", False, False, "scale"),
+    ("dora", "dora", False, False, "weights"),
+])  # fmt: skip
 def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, name, first, gates, factors, line):
     folder = written_by_peft(tmp_path / "adapter", name)
     foreign = adapter_method(folder)
@@ -167,13 +164,10 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
 GATE_RATE = {"name": "disel", "gate_lr_ratio": 2.0}
 
 
-@pytest.mark.parametrize(
-    ("made_by", "method", "message"),
-    [
-        ("gated-lora", GATE_RATE, "is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"),
-        ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' continues LORA use_dora"),
-    ],
-)
+@pytest.mark.parametrize(("made_by", "method", "message"), [
+    ("gated-lora", GATE_RATE, "is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"),
+    ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' continues LORA use_dora"),
+])  # fmt: skip
 def test_an_adapter_of_another_kind_is_not_carried_on(plan, tmp_path, made_by, method, message):
     start = written_by_peft(tmp_path / "start", made_by)
     refused(ConfigError, message, adapt, {**plan, "methods": [method]}, tmp_path / "out", start=start)

@@ -69,17 +69,13 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of
     assert run_sequence(plan, run) == matrix and contents(run) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        *({"name": name, "rank": 8 if name == "vera" else 2} for name in ("dora", "pissa", "adalora", "hira", "vera")),
-        {"name": "osf"},
-        {"name": "lora+", "rank": 2, "penalty": "ewc", "penalty_strength": 100, "ewc_rows": 7, "replay": 0.4},
-        {"name": "full", "penalty": "ewc", "penalty_strength": 100},
-        {"name": "gain-ffn", "penalty": "l2", "replay": 1},
-    ],
-    ids=lambda method: "-".join(str(method[key]) for key in ("name", "penalty") if key in method),
-)
+@pytest.mark.parametrize("method", [
+    *({"name": name, "rank": 8 if name == "vera" else 2} for name in ("dora", "pissa", "adalora", "hira", "vera")),
+    {"name": "osf"},
+    {"name": "lora+", "rank": 2, "penalty": "ewc", "penalty_strength": 100, "ewc_rows": 7, "replay": 0.4},
+    {"name": "full", "penalty": "ewc", "penalty_strength": 100},
+    {"name": "gain-ffn", "penalty": "l2", "replay": 1},
+], ids=lambda method: "-".join(str(method[key]) for key in ("name", "penalty") if key in method))  # fmt: skip
 def test_every_method_and_penalty_survives_a_stop_in_a_later_stage(plan_of, tmp_path, method):
     """The stage before is loaded and its checkpoint continued; one that must look back is stopped there once more."""
     plan = plan_of(methods=[{**method, "label": "m"}], data={"train_tokens": 768})
@@ -213,18 +209,13 @@ def test_a_base_whose_own_loss_is_not_finite_is_reported_as_the_base_s(tmp_path)
         refused(BaseModelError, r"the base's own loss on prose is not finite in \w+: its weights are", measure_base)
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("gian", "unknown method 'gian'; did you mean 'gain'"),
-        ({"name": "gain", "rank": 4}, "method 'gain' has no option 'rank'"),
-        ({"name": "lora", "lr": float("inf")}, r"methods\.0\.lr: Input should be a finite number \(got inf\)"),
-        (
-            {"name": "lora", "penalty": "l2", "penalty_strength": float("inf")},
-            r"methods\.0\.penalty_strength: Input should be a finite number \(got inf\)",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("method", "message"), [
+    ("gian", "unknown method 'gian'; did you mean 'gain'"),
+    ({"name": "gain", "rank": 4}, "method 'gain' has no option 'rank'"),
+    ({"name": "lora", "lr": float("inf")}, r"methods\.0\.lr: Input should be a finite number \(got inf\)"),
+    ({"name": "lora", "penalty": "l2", "penalty_strength": float("inf")},
+     r"methods\.0\.penalty_strength: Input should be a finite number \(got inf\)"),
+])  # fmt: skip
 def test_a_method_that_cannot_be_is_refused_before_anything_is_written(plan_of, tmp_path, method, message):
     with pytest.raises(ConfigError, match=message):
         run_sequence(plan_of(methods=[method, "gain-ffn"]), tmp_path / "run", progress=Nothing())

@@ -85,16 +85,13 @@ def offset(*in_domain):
     return effect
 
 
-@pytest.mark.parametrize(
-    ("in_domain", "target", "sign", "unmatched"),
-    [
-        ((7.0, 9.0), -16, 0, "8.0 points apart in-domain, and not known to be matched within"),  # two seeds cannot tell
-        ((0.10, 0.11, 0.12), -16, -1, None),  # surely near, though they surely differ
-        ((-2.0, 0.0, 2.0), -16, 0, "not known to be matched within 1.6: more replicates would tell"),
-        ((-2.0,), -4, None, "one replicate, which cannot tell"),
-        ((4.4, 4.5, 4.6), -60, -1, "not matched, 4.5 points apart"),  # a target that none reaches
-    ],
-)
+@pytest.mark.parametrize(("in_domain", "target", "sign", "unmatched"), [
+    ((7.0, 9.0), -16, 0, "8.0 points apart in-domain, and not known to be matched within"),  # two seeds cannot tell
+    ((0.10, 0.11, 0.12), -16, -1, None),  # surely near, though they surely differ
+    ((-2.0, 0.0, 2.0), -16, 0, "not known to be matched within 1.6: more replicates would tell"),
+    ((-2.0,), -4, None, "one replicate, which cannot tell"),
+    ((4.4, 4.5, 4.6), -60, -1, "not matched, 4.5 points apart"),  # a target that none reaches
+])  # fmt: skip
 def test_methods_are_matched_only_where_they_are_surely_near(tmp_path, in_domain, target, sign, unmatched):
     methods = {"keeping": keeping, "other": offset(*in_domain)}
     (pair,) = compare(tmp_path, methods, target, seeds=len(in_domain)).pairs
