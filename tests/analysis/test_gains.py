@@ -96,8 +96,7 @@ def test_tables_figures_and_provenance_are_written(run, tmp_path):
     last = pd.read_csv(out / "gains.csv").set_index(["sequence", "stage", "projection"]).loc[("gain-ffn", 3)]
     assert last.loc[["all", "o_proj"], "flipped"].tolist() == [11, 1] and last.loc["o_proj", "smallest"] == -0.25
     layers = pd.read_csv(out / "gains-layers.csv").set_index(["sequence", "stage", "module"])
-    assert len(layers) == 3 * 6 + 1
-    assert layers.loc[("gain-ffn", 3, DOWN[2]), "largest"] == 0
+    assert len(layers) == 3 * 6 + 1 and layers.loc[("gain-ffn", 3, DOWN[2]), "largest"] == 0
     saved = json.loads((out / "gains.json").read_text())
     assert saved["sequences"][0]["regime"] == "mildly unstable" and saved["left_out"] == ["lora"]
     adapters = saved["provenance"]["adapters"]

@@ -70,8 +70,7 @@ def test_histograms_and_moments_equal_those_of_whole_gate_tensors(gated, mask):
         assert each.squares == pytest.approx((values**2).sum(0), rel=1e-5)
     every = np.concatenate([values[mask].numpy().ravel() for values in expected.values()])
     figures = summarise(layers)
-    assert figures.values == every.size
-    assert figures.mean == pytest.approx(every.mean(), rel=1e-5)
+    assert figures.values == every.size and figures.mean == pytest.approx(every.mean(), rel=1e-5)
     assert figures.deviation == pytest.approx(every.std(), rel=1e-4)
     assert figures.closed == pytest.approx((every < 0.05).mean(), abs=2e-3)
     assert figures.open == pytest.approx((every >= 0.5).mean(), abs=2e-3)
@@ -150,8 +149,7 @@ def test_recording_works_inside_and_outside_of_inference_mode_and_while_training
             gated(input_ids=IDS).logits.sum().backward()
     gated.zero_grad()
     first = recorder.result().domains["text"][0]
-    assert first.tokens == 64
-    assert (first.histogram % 2 == 0).all()
+    assert first.tokens == 64 and (first.histogram % 2 == 0).all()
 
 
 def test_places_say_layer_third_projection_and_block():

@@ -106,8 +106,7 @@ def test_the_bayes_losses_are_those_of_the_posterior_on_samples(model):
 def test_the_bayes_gate_of_opposite_means_is_the_papers():
     model = LinearModel.draw(8, 2, 3.0, 0)
     direction, offset = model.bayes_gate()
-    assert direction == pytest.approx(2 * model.mean1)
-    assert offset == 0
+    assert direction == pytest.approx(2 * model.mean1) and offset == 0
 
 
 @pytest.mark.parametrize("separation", [1e-3, 1.0, 10.0, 40.0])
@@ -164,8 +163,7 @@ def test_trained_gates_follow_the_bayes_gate(short):
     _, results = short
     for seed in results:
         gates = next(one.gates for one in seed.trained if one.gates is not None)
-        assert gates.shape == (201, 2)
-        assert np.abs(gates - seed.bayes_gate[:, None]).mean() < 0.05
+        assert gates.shape == (201, 2) and np.abs(gates - seed.bayes_gate[:, None]).mean() < 0.05
 
 
 def test_the_same_settings_give_the_same_numbers_and_files(short, tmp_path):

@@ -42,8 +42,7 @@ def test_low_rank_updates_equal_the_numpy_reference(shape):
     settings = SubspaceOptions(top=6, epsilon=0.6)
     figures = compare_weights(before, after, settings)
     outside, intruders, similarities = reference(before.numpy(), after.numpy(), 6, 0.6)
-    assert figures.rank == min(shape)
-    assert figures.has_outside is (shape[0] > shape[1])
+    assert figures.rank == min(shape) and figures.has_outside is (shape[0] > shape[1])
     assert figures.has_outside_rows is (shape[1] > shape[0])
     assert figures.outside == pytest.approx(outside, rel=1e-9, abs=1e-24)
     assert (figures.outside > 0.1) is figures.has_outside
@@ -248,8 +247,7 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
     assert saved["adapters"][0]["zero_outside_by_construction"] is True
     assert saved["provenance"]["base_fingerprint"] and saved["provenance"]["environment"]["packages"]["torch"]
     table = pd.read_csv(tmp_path / "out" / "subspace.csv")
-    assert len(table) == 6 and table["has_outside"].all()
-    assert "by construction" in markdown(survey)
+    assert len(table) == 6 and table["has_outside"].all() and "by construction" in markdown(survey)
 
 
 def test_weights_without_an_outside_are_reported_as_such(tmp_path):

@@ -190,8 +190,7 @@ def test_the_base_against_itself_is_exactly_zero_and_one_block_has_no_interval()
     one = summarise_changes(np.zeros((3, 5)), np.ones((3, 5), bool), limit=1.0)
     assert (one.mean.value, one.mean.low, one.mean.high, one.mean_absolute) == (0, 0, 0, 0)
     assert one.skew is None and one.coherence is None and one.better == one.worse == 0
-    assert one.histogram[BINS // 2] == 15
-    assert range_of([np.zeros(5)]) == 1.0
+    assert one.histogram[BINS // 2] == 15 and range_of([np.zeros(5)]) == 1.0
 
 
 def test_the_interval_resamples_blocks_and_not_tokens():

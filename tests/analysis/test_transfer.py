@@ -134,8 +134,7 @@ def test_what_is_left_is_a_ratio_and_missing_for_a_transfer_that_may_be_zero():
     assert left.value == pytest.approx(100 * found.transfer("shared").value / found.transfer("whole").value)
     assert left.value == pytest.approx(100 * np.expm1(-0.1) / np.expm1(-0.2), rel=0.05)
     assert left.low < left.value < left.high < 100
-    assert found.left("whole").value == found.left("whole").low == 100.0
-    assert found.unseen("whole") is None
+    assert found.left("whole").value == found.left("whole").low == 100.0 and found.unseen("whole") is None
     noisy = {**losses, **{("whole", a, b): moved(b, 0.0, noise=30.0) for a in "ab" for b in "ab"}}
     assert Ablation("mean", ("a", "b"), (), plain, noisy, settings).left("shared") is None
 

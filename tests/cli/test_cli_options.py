@@ -48,8 +48,7 @@ def test_every_help_has_its_options_in_groups_and_examples_that_can_be_typed(nam
     shown = run(*name.split(), "--help", columns=80)
     _, _, examples = shown.partition("\nExamples:\n")
     lines = [line.strip() for line in examples.splitlines()]
-    assert lines
-    assert max(map(len, shown.splitlines())) <= 80
+    assert lines and max(map(len, shown.splitlines())) <= 80
     parameters = COMMANDS[name].params
     if any("--plan" in option.opts for option in parameters):
         assert "\nPlan options:\n  --plan PLAN.yaml" in shown

@@ -47,8 +47,7 @@ def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
     assert {name: CATALOGUE[name].source for name in hub_domains} == hub_domains
     assert {name for name, entry in CATALOGUE.items() if entry.task == "instruct"} == set(INSTRUCTIONS)
     for name, entry in CATALOGUE.items():
-        assert entry.name == name
-        assert entry.description
+        assert entry.name == name and entry.description
         assert entry.licence
 
 
@@ -76,8 +75,7 @@ def test_rows_of_the_hub_become_texts(reader, rows, texts):
 def test_a_novel_gives_a_passage_from_its_middle():
     book = "\n\n".join(f"chapter {number} " + "word " * 200 for number in range(100))
     (passage,) = hub.novels([{"short_book_title": "A", "publication_date": 1900, "url": "", "text": book}])
-    assert len(passage) <= hub.NOVEL_CHARACTERS
-    assert 0.3 < book.index(passage) / len(book) < 0.7
+    assert len(passage) <= hub.NOVEL_CHARACTERS and 0.3 < book.index(passage) / len(book) < 0.7
     assert list(hub.novels([{"text": "a short book"}])) == ["a short book"]
 
 

@@ -83,8 +83,7 @@ def test_rows_with_one_question_are_on_one_side(write, tokenizer):
     blocks = load(write("d.jsonl", doubled), tokenizer, train_tokens=10_000)
     sides = (texts(side, tokenizer) for side in (blocks.train, blocks.validation))
     train, validation = ({text.partition("?")[0] for text, _ in side} for side in sides)
-    assert validation and not train & validation
-    assert blocks.removed_near_duplicates == 0
+    assert validation and not train & validation and blocks.removed_near_duplicates == 0
 
 
 def test_a_validation_row_with_nearly_a_question_of_training_is_left_out(tmp_path, write, tokenizer, caplog):
@@ -301,8 +300,7 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, says):
     with pytest.raises(DataError, match=says) as caught:
         list(read_exchanges(file).train)
     message = str(caught.value)
-    assert message.startswith(f"{file}:3: ")
-    assert "\n" not in message
+    assert message.startswith(f"{file}:3: ") and "\n" not in message
 
 
 def test_text_files_are_no_rows(tmp_path):

@@ -170,8 +170,7 @@ def test_answers_that_do_not_flip_are_not_certain():
     config = BenchmarkConfig.model_validate({"tasks": "quiz"})
     (found,) = compare_scores([base], [replace(base)], "mine", config)
     one = found.difference
-    assert one.value == 0.0
-    assert -6 < one.low < -3 and one.high == pytest.approx(-one.low)
+    assert one.value == 0.0 and -6 < one.low < -3 and one.high == pytest.approx(-one.low)
     four = mean_difference([(base, replace(base, task=str(task))) for task in range(4)], config)
     assert four.high == pytest.approx(one.high / 2)  # other rows: errors add up as squares
     assert mean_difference([(base, base), (base, replace(base))], config).high == pytest.approx(one.high / 2)
@@ -187,8 +186,7 @@ def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, t
     torch.manual_seed(3)
     report = compare_benchmarks(model, base.tokenizer, config_of(data))
     assert torch.equal(torch.rand(1), expected), "training goes on as if nothing had been measured"
-    assert model.training
-    assert report.base == plain
+    assert model.training and report.base == plain
     assert any(each.difference.value != 0 for each in report.comparisons)
     refused(ConfigError, "PeftModel", compare_benchmarks, base_of(tiny).model, base.tokenizer, config_of(data))
 
@@ -196,15 +194,13 @@ def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, t
 def test_worked_examples_are_never_the_row_itself(data):
     config = config_of(data, tasks=("arc_easy:3",))
     (asked,) = load_suite(config).tasks
-    assert asked.facts.fewshot == 3
-    assert any("never a row's own" in note for note in asked.facts.notes)
+    assert asked.facts.fewshot == 3 and any("never a row's own" in note for note in asked.facts.notes)
     asked.task.set_fewshot_seed(config.seed)
     asked.task.build_all_requests(limit=None)
     for request in asked.task.instances:
         prompt, _ = request.arguments
         *examples, question = prompt.split("\n\n")
-        assert len(examples) == 3
-        assert question == f"Question: {request.doc['question']}\nAnswer:"
+        assert len(examples) == 3 and question == f"Question: {request.doc['question']}\nAnswer:"
         assert not any(example.startswith(question) for example in examples)
 
 
@@ -214,8 +210,7 @@ def test_the_limit_takes_the_first_rows(tiny, data):
     part = measure_benchmarks(base.model, base.tokenizer, config_of(data, limit=5))
     for task, metric in (("arc_easy", "acc"), ("lambada_openai", "perplexity")):
         few, all_rows = find_score(part, task, metric), find_score(whole, task, metric)
-        assert few.rows == 5
-        assert few.items == pytest.approx(all_rows.items[:5], rel=1e-5)
+        assert few.rows == 5 and few.items == pytest.approx(all_rows.items[:5], rel=1e-5)
 
 
 def test_a_prompt_that_is_too_long_is_reported(data, tmp_path, caplog):
@@ -255,8 +250,7 @@ def test_the_base_is_the_untouched_one_and_is_left_so(tiny, data, tmp_path, meth
     config, base = config_of(data), base_of(tiny)
     before = logits(base.model)
     report = run_benchmarks(base, {"mine": folder}, config)
-    assert torch.equal(logits(base.model), before)
-    assert not hasattr(base.model, "peft_config")
+    assert torch.equal(logits(base.model), before) and not hasattr(base.model, "peft_config")
     plain = base_of(tiny)
     assert report.base == measure_benchmarks(plain.model, plain.tokenizer, config)
     assert report.adapted["mine"] == measure_benchmarks(load_adapter(plain, folder), plain.tokenizer, config)
@@ -277,8 +271,7 @@ def test_weights_trained_whole_are_measured_in_their_own_precision(tiny, data, t
     report = benchmark_adapters(model, {"gains": gains, "whole": whole}, config, progress=watch)
     assert watch.titles == [f"{who}: {name}" for who in ("base", "gains", "whole", "base") for name in NAMES]
     numbers = {"base": "bfloat16", "gains": "bfloat16", "whole": "float32-autocast-bfloat16"}
-    assert report.settings["numbers"] == numbers
-    assert list(report.adapted) == ["gains", "whole"]
+    assert report.settings["numbers"] == numbers and list(report.adapted) == ["gains", "whole"]
     base = base_of(tiny)
     mixed = {"mixed_precision": torch.bfloat16}
     assert base_of_report(report, "whole") == measure_benchmarks(base.model, base.tokenizer, config, **mixed)
@@ -317,8 +310,7 @@ def test_an_adapter_that_breaks_while_it_is_put_on_comes_off_again(tiny, tmp_pat
         pass
     hook.remove()
     assert not any(isinstance(each, BaseTunerLayer) for each in base.model.modules())
-    assert not hasattr(base.model, "peft_config")
-    assert torch.equal(logits(base.model), before)
+    assert not hasattr(base.model, "peft_config") and torch.equal(logits(base.model), before)
 
 
 def test_a_single_row_that_was_trained_whole_is_given_back(tiny, tmp_path):

@@ -79,8 +79,7 @@ def test_the_answers_are_those_of_both_sides_of_a_folder(tmp_path, caplog):
     written(tmp_path / "news", LABELLED[:2], "validation.jsonl")
     rows = read_choices("news", tmp_path / "news")
     assert [row.origin.rpartition("/")[2] for row in rows] == ["validation.jsonl:1", "validation.jsonl:2"]
-    assert {row.choices for row in rows} == {(" negative", " neutral", " positive")}
-    assert not caplog.text
+    assert {row.choices for row in rows} == {(" negative", " neutral", " positive")} and not caplog.text
     (tmp_path / "news" / "validation.jsonl").rename(tmp_path / "news" / "test.jsonl")
     assert len(read_choices("news", tmp_path / "news")) == 2
     assert "news: no validation files; measured is test.jsonl" in caplog.text
@@ -111,8 +110,7 @@ def test_the_answers_alone_are_scored_without_the_end_of_text(tmp_path):
     tokenizer = tiny_base.tokenizer()
     train = load_domain(plan.data.domains[0], plan.data, tokenizer).train
     scored = [tokenizer.decode(labels[labels != -100]) for labels in train.labels]
-    assert len(scored) > 5
-    assert set(scored) == {" A", " B"}
+    assert len(scored) > 5 and set(scored) == {" A", " B"}
 
 
 def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
@@ -122,10 +120,8 @@ def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
     assert [row.answer for row in read] == [0 if n % 2 else 1 for n in range(20)]
     assert read[0].choices == (" odd", " even")
     drawn = read_choices("parity", file, limit=5)
-    assert len(drawn) == 5
-    assert drawn == read_choices("parity", file, limit=5)
-    assert drawn != read[:5]
-    assert drawn != read_choices("parity", file, limit=5, seed=1)
+    assert len(drawn) == 5 and drawn == read_choices("parity", file, limit=5)
+    assert drawn != read[:5] and drawn != read_choices("parity", file, limit=5, seed=1)
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -243,7 +239,6 @@ def test_the_study_rows_read_as_questions():
     assert {row.choices for row in exam} == {(" A", " B", " C", " D")}
     assert {row.answer for row in exam} == {0, 1, 2, 3}
     reviews = read_choices("sst2", STUDY_DATA / "domains" / "sst2")
-    assert {row.choices for row in reviews} == {(" negative", " positive")}
-    assert len(reviews) == 872
+    assert {row.choices for row in reviews} == {(" negative", " positive")} and len(reviews) == 872
     news = read_choices("finphrase", STUDY_DATA / "domains" / "finphrase")
     assert {row.choices for row in news} == {(" negative", " neutral", " positive")}

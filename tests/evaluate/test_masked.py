@@ -76,8 +76,7 @@ def test_of_the_masked_tokens_most_are_hidden_some_replaced_and_some_left():
     masked = mask_blocks(blocks(count=400, length=100), "prose", TOKENIZER)
     inner, wanted = masked.input_ids[:, 1:-1], masked.labels[:, 1:-1]
     seen, true = inner[wanted != -100], wanted[wanted != -100]
-    assert len(seen) == 400 * 15
-    assert abs((seen == TOKENIZER.mask_token_id).float().mean() - 0.8) < 0.02
+    assert len(seen) == 400 * 15 and abs((seen == TOKENIZER.mask_token_id).float().mean() - 0.8) < 0.02
     assert abs((seen == true).float().mean() - 0.1) < 0.015
     assert not set(seen[seen != TOKENIZER.mask_token_id].tolist()) & {0, 1, 2, 3}
 
@@ -86,8 +85,7 @@ def test_special_tokens_inside_a_block_are_never_to_be_predicted():
     original = blocks()
     original[:, ::2] = 2
     masked = mask_blocks(original, "prose", TOKENIZER)
-    assert not (masked.labels == 2).any()
-    assert masked.scored == (round(0.15 * 15),) * 40
+    assert not (masked.labels == 2).any() and masked.scored == (round(0.15 * 15),) * 40
 
 
 def test_the_loss_is_that_of_the_models_own_logits(encoder):
@@ -112,8 +110,7 @@ def test_the_adapted_encoder_meets_the_original_head(encoder, gains, tmp_path):
     before = measure_masked(untouched.model, masked)
     with lent(base, adapter, build_plan({"model": settings.model_dump()})) as model:
         after = measure_masked(model, masked)
-    assert measure_masked(base.model, masked) == before
-    assert (after == before) == (gains == 0)
+    assert measure_masked(base.model, masked) == before and (after == before) == (gains == 0)
     by_hand = load_masked(settings).model
     endings = {"bert": ("output.dense",), "distilbert": ("out_lin", "ffn.lin2")}
     kind = by_hand.config.model_type
@@ -144,8 +141,7 @@ def test_base_and_adapters_are_compared_on_text(roberta, tmp_path):
     assert [figure.domain for figure in figures] == ["prose"] * 3 + ["code"] * 3
     base, same, moved = figures[:3]
     assert (base.label, base.change) == ("base", None)
-    assert (same.change, same.low, same.high) == (0.0, 0.0, 0.0)
-    assert same.perplexity == base.perplexity
+    assert (same.change, same.low, same.high) == (0.0, 0.0, 0.0) and same.perplexity == base.perplexity
     assert moved.low < moved.change < moved.high
     assert moved.change == pytest.approx(100 * (moved.perplexity / base.perplexity - 1))
     assert base.masked == moved.masked > 60
@@ -165,8 +161,7 @@ def test_a_decoders_classifier_is_measured_on_text_under_the_causal_head(tmp_pat
             module.weight.data.mul_(1.5)
     domain = load_domain(plan.data.domains[0], plan.data, by_hand.tokenizer)
     expected = measure(by_hand.model, domain.validation, domain.validation_bytes).perplexity
-    assert moved.perplexity == pytest.approx(expected, rel=1e-4)
-    assert not is_masked(plan.model)
+    assert moved.perplexity == pytest.approx(expected, rel=1e-4) and not is_masked(plan.model)
 
 
 def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):

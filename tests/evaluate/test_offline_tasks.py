@@ -128,8 +128,7 @@ def test_mmlu_without_subjects_has_a_note_of_it(tmp_path):
     ]
     tiny_benchmarks.write(tmp_path / "mmlu" / "validation.jsonl", rows)
     asked = only(config_of("mmlu", data=[tmp_path]))
-    assert asked.name == "mmlu"
-    assert any("no subjects" in note for note in asked.facts.notes)
+    assert asked.name == "mmlu" and any("no subjects" in note for note in asked.facts.notes)
     row = exam("x", 1)[0]
     listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
     assert _first_prompt(asked) == f"{row['question']}\n{listed}Answer:"
@@ -314,8 +313,7 @@ def test_generated_answers_score_as_lm_eval_scores_them(model, tmp_path):
         score = find_score(ours, name, "exact_match,remove_whitespace")
         assert score.value == figures["exact_match,remove_whitespace"]
         assert score.stderr == figures["exact_match_stderr,remove_whitespace"]
-        assert score.items == tuple(sample["exact_match"] for sample in samples)
-        assert 0.4 < score.value < 1
+        assert score.items == tuple(sample["exact_match"] for sample in samples) and 0.4 < score.value < 1
 
 
 def hub_columns(name: str, row: dict) -> dict:

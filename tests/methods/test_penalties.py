@@ -71,8 +71,7 @@ def test_the_fisher_estimate_is_without_dropout_repeatable_and_leaves_the_model_
     model.train()
     weights = trained(model)
     first, again = fisher_information(model, stage_data), fisher_information(model, stage_data)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert model.training
+    assert all(torch.equal(first[name], again[name]) for name in first) and model.training
     assert all(value.grad is None for value in weights.values())
     some, same, others = (fisher_information(model, stage_data, rows=2, seed=seed) for seed in (0, 0, 3))
     assert all(torch.equal(some[name], same[name]) for name in some)
@@ -141,8 +140,7 @@ def test_a_strong_pull_holds_the_weights_and_a_weak_one_lets_them_go(tmp_path, p
 
 
 def test_strengths_and_what_is_not_a_penalty():
-    assert strength_of(method()) == 0
-    assert strength_of(method(penalty="ewc")) == STRENGTHS["ewc"] == 1.0
+    assert strength_of(method()) == 0 and strength_of(method(penalty="ewc")) == STRENGTHS["ewc"] == 1.0
     assert penalty_of(method(penalty="ewc", penalty_strength=0), StagePosition(), seed=0) is None
     for wrong in ({"penalty": "l1"}, {"penalty_strength": 1.0}, {"penalty": "l2", "ewc_rows": 4}, {"replay": -1}):
         with pytest.raises(ValueError):

@@ -140,8 +140,7 @@ def test_the_rate_that_is_best_on_the_target_alone_is_measured_on_the_rest(tmp_p
         json.loads((tmp_path / "run" / "ask" / f"{name}.json").read_text())["adapted"]
         for name in ("choosing", "benchmarks")
     )
-    assert set(chosen) == set(labels)
-    assert len(asked) == 2 and "lora" in asked
+    assert set(chosen) == set(labels) and len(asked) == 2 and "lora" in asked
     assert {"gain.kept", "gain.target", "lora-minus-gain.kept"} <= set(outcome.numbers)
     assert BY_TARGET in outcome.notes
 

@@ -236,8 +236,7 @@ def test_sign_flips_are_counted_exactly():
     values = [0.5, -0.1, 0.7, 0.2]
     means = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=4)]
     expected = sum(mean >= abs(sum(values)) - 1e-12 for mean in means) / 16
-    assert sign_flip_test(values) == expected
-    assert sign_flip_test([1.0] * 5) == 2 / 32
+    assert sign_flip_test(values) == expected and sign_flip_test([1.0] * 5) == 2 / 32
     assert sign_flip_test([0.0, 0.0]) == 1.0
     many = np.random.default_rng(0).normal(0.35, 1.0, 40)
     assert sign_flip_test(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
@@ -278,8 +277,7 @@ def test_a_curve_ends_at_its_best_rate():
     """A rate too high adapts less and forgets more; it must not stand for the same in-domain change at a lower rate."""
     first = [curve([-10, -20, -12], [-5, -10, 40]) for _ in range(2)]
     found = curve_difference(first, [curve([-10, -20], [-5, -10]) for _ in range(2)])
-    assert found.difference.value == pytest.approx(0.0, abs=1e-12)
-    assert found.left_out == ((0.004,), ())
+    assert found.difference.value == pytest.approx(0.0, abs=1e-12) and found.left_out == ((0.004,), ())
 
 
 def test_curves_with_block_resamples_and_orders():

@@ -133,8 +133,7 @@ def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_brief
         with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(plan), {"python": "3"}):
             pass
         message = str(caught.value)
-        assert f"({differences}" in message
-        assert "{" not in message and len(message) < 400
+        assert f"({differences}" in message and "{" not in message and len(message) < 400
 
 
 def test_broken_json_names_file_and_line(tmp_path):

@@ -71,8 +71,7 @@ def test_parameters_can_have_a_rate_of_their_own_by_name():
     model = adapted(GainConfig(modules_to_save=["lm_head"]))
     groups = {g["name"]: g for g in parameter_groups(model, 0.01, 0.1, rate_multipliers={"gain_": 5.0})}
     assert names_of(model, groups["no_decay:gain_"]) == set(adapter_tensors(model))
-    assert groups["no_decay:gain_"]["lr"] == pytest.approx(0.05)
-    assert groups["decay"]["lr"] == 0.01
+    assert groups["no_decay:gain_"]["lr"] == pytest.approx(0.05) and groups["decay"]["lr"] == 0.01
     with pytest.raises(ValueError, match="no trainable parameter is called so"):
         parameter_groups(model, 0.01, 0.1, rate_multipliers={"gate_": 5.0})
 

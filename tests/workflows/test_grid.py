@@ -89,8 +89,7 @@ def test_ranks_are_for_methods_that_have_one_own_settings_win_and_rates_by_label
 
 def test_random_orders_begin_with_the_plan_s_and_more_of_them_with_the_same():
     orders = read_grid({"plan": DOMAINS, "orders": 6}).every_order
-    assert orders[0] == ("law", "medical", "code")
-    assert len(set(orders)) == 6
+    assert orders[0] == ("law", "medical", "code") and len(set(orders)) == 6
     assert read_grid({"plan": DOMAINS, "orders": 4}).every_order == orders[:4]
     assert read_grid({"plan": DOMAINS, "orders": 4, "order_seed": 9}).every_order != orders[:4]
 

@@ -138,8 +138,7 @@ def test_a_killed_worker_loses_nothing(swept, tmp_path):
     killer = tiny_sweep.Killer(folder)
     killer.start()
     table = run_sweep(grid, folder, engine="loky", jobs=2)
-    assert killer.killed is not None
-    assert [row.error for row in table.failed] == []
+    assert killer.killed is not None and [row.error for row in table.failed] == []
     outcome = read_json(folder / "outcomes" / f"{killer.killed}.json")
     assert (outcome["state"], outcome["attempts"]) == ("finished", 2)
     started = [json.loads(line)["event"] for line in tiny_sweep.events(folder)[killer.killed].splitlines()]

@@ -174,8 +174,7 @@ def test_runs_in_other_numbers_are_not_compared_and_other_devices_are_reported(t
     full = tiny_sweep.synthetic(tmp_path / "c", {"full": forgetting}, computed=computed)
     found = compare_sweep(SweepTable((*other.rows, *full.rows)))  # fp32 weights, and computes as the others do
     assert "different devices (cpu, NVIDIA H100)" in markdown(found)
-    assert set(full.frame()["device"]) == {"NVIDIA H100"}
-    assert compare_sweep(table).notes == ()
+    assert set(full.frame()["device"]) == {"NVIDIA H100"} and compare_sweep(table).notes == ()
 
 
 def test_no_winner_without_an_interval_that_excludes_zero(tmp_path):
@@ -219,8 +218,7 @@ def test_everything_is_written(tmp_path):
     assert written["curves"][0]["curve"]["difference"]["high"] < 0
     text = markdown(found)
     assert "keeping is better" in text and "3 seeds" in text and "Earlier domains, against the base" in text
-    assert "95 % intervals over seeds" in text
-    assert len(pd.DataFrame(written["points"])) == 4
+    assert "95 % intervals over seeds" in text and len(pd.DataFrame(written["points"])) == 4
     discard(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["runs"]
 
