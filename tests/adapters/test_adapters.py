@@ -27,8 +27,7 @@ def config_in(folder):
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("method", [*CONFIGS, "full"])
 def test_an_adapter_comes_back_exactly(tiny, tmp_path, method, trainable):
-    expected = saved(tiny, tmp_path / "adapter", method)
-    base = base_of(tiny)
+    expected, base = saved(tiny, tmp_path / "adapter", method), base_of(tiny)
     assert not torch.equal(logits(base.model), expected)
     model = load_adapter(base, tmp_path / "adapter", trainable=trainable)
     assert torch.equal(logits(model), expected)

@@ -56,8 +56,7 @@ def recorded(model, mask, ids=IDS, **options):
 
 @pytest.mark.parametrize("mask", [torch.ones(4, 8, dtype=torch.bool), LABELS != -100], ids=["all", "some"])
 def test_histograms_and_moments_equal_those_of_whole_gate_tensors(gated, mask):
-    expected = whole_gates(gated, IDS)
-    layers = recorded(gated, mask)
+    expected, layers = whole_gates(gated, IDS), recorded(gated, mask)
     assert [each.position.name for each in layers] == list(expected)
     for each in layers:
         values = expected[each.position.name][mask].numpy()
@@ -264,8 +263,7 @@ def test_two_domains_are_resampled_each_over_its_own_rows(found, depth, part, pa
     other = by_row(whole["code"], np.ones((9, 8), bool), *parts)
     difference = apart(record, Group("law", depth, part), Group("code", depth, part), SETTINGS)
     assert difference.value == pytest.approx(np.concatenate(one).mean() - np.concatenate(other).mean(), rel=1e-4)
-    generator = np.random.default_rng(0)
-    deviations = []
+    generator, deviations = np.random.default_rng(0), []
     for rows in (one, other):
         sums, counts = np.array([row.sum() for row in rows]), np.array([len(row) for row in rows])
         drawn = generator.integers(len(rows), size=(4000, len(rows)))

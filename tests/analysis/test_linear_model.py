@@ -112,8 +112,7 @@ def test_the_bayes_gate_of_opposite_means_is_the_papers():
 @pytest.mark.parametrize("separation", [1e-3, 1.0, 10.0, 40.0])
 def test_the_bayes_loss_agrees_with_a_finer_quadrature_and_lies_between_zero_and_the_floor(separation):
     model = LinearModel.draw(4, 2, separation, 1)
-    scores = np.linspace(-60, 60, 4_000_001)
-    variance = separation**2
+    scores, variance = np.linspace(-60, 60, 4_000_001), separation**2
     spread = np.sum(model.update[:, 1:] ** 2) + np.sum(model.update[:, 0] ** 2) * (scores / separation) ** 2
     density = np.exp(-((scores - variance / 2) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
     expected = np.sum(density * spread / (1 + np.exp(scores)) ** 2) * (scores[1] - scores[0]) / 4

@@ -205,8 +205,7 @@ def test_the_interval_resamples_blocks_and_not_tokens():
 
 @pytest.mark.slow
 def test_the_interval_covers_the_true_mean_at_about_its_confidence():
-    generator = np.random.default_rng(3)
-    hits = 0
+    generator, hits = np.random.default_rng(3), 0
     for _ in range(200):
         blocks = generator.normal(0.1, 0.3, (40, 1)) + generator.normal(0, 1, (40, 8))
         one = summarise_changes(blocks, np.ones((40, 8), bool), limit=1.0, samples=300)

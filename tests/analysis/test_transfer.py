@@ -53,8 +53,7 @@ def test_shares_and_correlations_equal_those_computed_pair_by_pair(place):
     folder, _, v = place
     vectors = read_gain_vectors({name: folder / name for name in NAMES})
     assert np.allclose(vectors.values, v, atol=1e-12)
-    found = sharing_of(vectors)
-    pairs = [(0, 1), (0, 2), (1, 2)]
+    found, pairs = sharing_of(vectors), [(0, 1), (0, 2), (1, 2)]
     assert found.pairs == pytest.approx([np.corrcoef(v[i], v[j])[0, 1] for i, j in pairs])
     squares = [float(np.sum(row**2)) for row in v]
     products = [float(np.sum(v[i] * v[j])) for i, j in pairs]
@@ -118,8 +117,7 @@ def test_parts_are_measured_as_adapters_of_their_own(place):
 
 
 def test_what_is_left_is_a_ratio_and_missing_for_a_transfer_that_may_be_zero():
-    generator = np.random.default_rng(0)
-    tokens = (31,) * 40
+    generator, tokens = np.random.default_rng(0), (31,) * 40
     base = {name: generator.normal(90, 3, 40) for name in "ab"}
 
     def moved(name, nats, noise=0.3):

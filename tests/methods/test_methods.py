@@ -72,10 +72,8 @@ def test_the_table_above_holds_every_method():
 
 @pytest.mark.parametrize("name", METHOD)
 def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_path, name):
-    method = method_of(name)
-    base = base_of(tiny, "fp32")
-    before = logits(base.model)
-    model = attach(base.model, method, seed=0)
+    method, base = method_of(name), base_of(tiny, "fp32")
+    before, model = logits(base.model), attach(base.model, method, seed=0)
     assert trainable_parameters(model) == METHOD[name][1]
     if name in EXACT_AT_START:
         assert torch.equal(logits(model), before)
@@ -140,8 +138,7 @@ def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(tiny):
             rule.before_update(model, 0)
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
-    theirs = gradients(0.3, ours=False)
-    without = gradients(0.0, ours=False)
+    theirs, without = gradients(0.3, ours=False), gradients(0.0, ours=False)
     ours = gradients(0.0, ours=True)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-7, msg=name)
@@ -209,8 +206,7 @@ def test_peft_s_own_schedule_prunes_the_same_directions(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_osf_s_gradients_stay_out_of_the_preserved_directions(tiny, tmp_path, dtype):
-    method = method_of("osf")
-    base = base_of(tiny, dtype)
+    method, base = method_of("osf"), base_of(tiny, dtype)
     whole = {n: m.weight.float() for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
     model = attach(base.model, method, seed=0)
     train(model, method, tmp_path, steps=1)  # hangs the hooks

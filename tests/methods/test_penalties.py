@@ -118,8 +118,7 @@ def test_the_pull_is_the_gradient_of_the_penalty(tmp_path, penalty):
 
 @pytest.mark.parametrize("penalty", ["l2", "ewc"])
 def test_a_strong_pull_holds_the_weights_and_a_weak_one_lets_them_go(tmp_path, penalty):
-    rows = Examples.of_blocks(tiny_base.blocks(8, 16))
-    moved = []
+    rows, moved = Examples.of_blocks(tiny_base.blocks(8, 16)), []
     for strength in (0.0, 1e6):
         config = method(penalty=penalty, penalty_strength=strength)
         model = adapted()

@@ -146,8 +146,7 @@ def test_the_list_has_every_experiment_of_both_papers():
 
 
 def test_an_experiment_is_shown_with_its_steps_scales_and_claims():
-    said = run("recipe", "show", "g14")
-    found = recipe_named("G14")
+    said, found = run("recipe", "show", "g14"), recipe_named("G14")
     assert f"step {found.steps[0].name} (sweep)" in said and "at scale small" in said
     assert all(claim.number in said for claim in found.claims)
 

@@ -102,8 +102,7 @@ def test_the_five_figures_average_the_right_cells():
 
 def test_values_match_a_slow_reference():
     run = random_run("gain", extra=("other",))
-    method = build_matrix([run], QUICK).methods[0]
-    names = [*DOMAINS, "other"]
+    method, names = build_matrix([run], QUICK).methods[0], [*DOMAINS, "other"]
 
     def ppl(one):
         total = tokens = 0.0
@@ -301,8 +300,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     truth, hits, trials = -20.0, 0, 200
     generator = np.random.default_rng(2024)
     for trial in range(trials):
-        tokens = np.full(30, 255)
-        nats = generator.normal(3.0, 0.8, 30)
+        tokens, nats = np.full(30, 255), generator.normal(3.0, 0.8, 30)
         after = nats + generator.normal(math.log1p(truth / 100), 0.2, 30)
         run = MethodRun("gain", {"d": measured(nats, tokens)}, (Stage("d", {"d": measured(after, tokens)}),))
         settings = EvaluateConfig(bootstrap_samples=400, confidence=0.9, seed=trial)

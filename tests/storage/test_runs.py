@@ -122,8 +122,7 @@ def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
 
 
 def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_briefly(tmp_path):
-    folder = tmp_path / "run"
-    lr = {"train": {"lr": 0.1}}
+    folder, lr = tmp_path / "run", {"train": {"lr": 0.1}}
     first = {"data": {"domains": ["law", "code"]}, "methods": ["gain", {"name": "lora", "rank": 2}], **lr}
     with open_run(folder, as_plan(first), {"python": "3"}):
         (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)

@@ -45,11 +45,9 @@ def test_training_equals_a_plain_loop(tmp_path):
     model = adapted()
     result = train(model, blocks, tmp_path / "a", seed=3, clip=0.1, **plan)
     assert (result.steps, result.tokens) == (4, 256)
-    twin = adapted()
-    order = _order_of(tmp_path, blocks, plan)
+    twin, order = adapted(), _order_of(tmp_path, blocks, plan)
     trained = [p for p in twin.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0)
-    losses = []
+    optimizer, losses = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0), []
     for step in range(4):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * schedule_factor(step, steps=4, warmup=2, cosine=True)
@@ -67,8 +65,7 @@ def test_training_equals_a_plain_loop(tmp_path):
 
 def _order_of(folder, blocks, plan):
     """The batches a run with the same seed sees, recorded by a model that cannot learn."""
-    seen = []
-    model = adapted()
+    seen, model = [], adapted()
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]) if len(kwargs["input_ids"]) == 2 else None,
         with_kwargs=True,
@@ -175,8 +172,7 @@ def test_an_unknown_tracker_and_nothing_to_train_are_refused(tmp_path):
 
 
 def test_what_was_trained_under_autocast_computes_in_its_own_numbers_afterwards(tmp_path):
-    blocks = tiny_base.blocks(4, 16)
-    model = tiny_base.model()
+    blocks, model = tiny_base.blocks(4, 16), tiny_base.model()
     train(model, blocks, tmp_path, lr=0.01, batch_size=2, mixed_precision=torch.bfloat16)
     twin = tiny_base.model()
     twin.load_state_dict(model.state_dict())

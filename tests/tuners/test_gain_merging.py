@@ -41,8 +41,7 @@ def two(ffn=False):
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_merged_equals_unmerged_with_zero_and_negative_gains(build):
     model = one(build)
-    expected = logits(model)
-    merged = model.merge_and_unload(safe_merge=True)
+    expected, merged = logits(model), model.merge_and_unload(safe_merge=True)
     assert not any("gain" in name for name, _ in merged.named_modules())
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 

@@ -106,8 +106,7 @@ def test_updates_of_active_gated_adapters_add_up():
     model.add_adapter("other", DiselConfig(r=2, gate_kind="relu"))
     randomise(randomise(model), "other", seed=4)
     x = torch.randn(5, 8)
-    base = model.base_model.model[0].base_layer(x)
-    updates = []
+    base, updates = model.base_model.model[0].base_layer(x), []
     for name in ("default", "other"):
         model.set_adapter(name)
         updates.append(model(x) - base)

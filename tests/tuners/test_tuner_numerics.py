@@ -55,8 +55,7 @@ def test_small_gains_act_in_a_bfloat16_model():
     layer = base.model.layers[0].self_attn.o_proj
     with torch.no_grad():
         layer.gain_v["default"].fill_(0.005)
-    x = torch.randn(512, 32).bfloat16()
-    seen = []
+    x, seen = torch.randn(512, 32).bfloat16(), []
     layer.base_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     assert layer(x).dtype == torch.bfloat16
     ratio = ((seen[0].detach().double() - x.double()) * x.double()).sum() / x.double().square().sum()
@@ -97,8 +96,7 @@ def test_dtype_and_layout_are_kept(dtype):
 
 def test_autocast_keeps_the_bases_dtypes():
     base = llama()
-    linear = base.model.layers[1].mlp.down_proj
-    seen = []
+    linear, seen = base.model.layers[1].mlp.down_proj, []
     linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         expected = base(IDS).logits.dtype
@@ -132,8 +130,7 @@ def test_a_layer_used_twice_sums_its_gradients():
 
     base = Twice().bfloat16()
     model = randomise(get_peft_model(base, GainConfig(target_modules=["lin"])), scale=0.1)
-    v = base.lin.gain_v["default"]
-    x = torch.randn(32, 6).bfloat16()
+    v, x = base.lin.gain_v["default"], torch.randn(32, 6).bfloat16()
     model(x).sum().backward()
     weight, bias = base.lin.base_layer.weight.double(), base.lin.base_layer.bias.double()
     exact = v.detach().double().requires_grad_()

@@ -127,8 +127,7 @@ def test_every_variant_of_lora_that_peft_knows_is_another_kind():
 ])  # fmt: skip
 def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, name, first, gates, factors, line):
     folder = written_by_peft(tmp_path / "adapter", name)
-    foreign = adapter_method(folder)
-    ours = adapter_method(recorded(folder, name))
+    foreign, ours = adapter_method(folder), adapter_method(recorded(folder, name))
     assert (foreign.name, ours.name) == (first, name)
     for method in (foreign, ours):
         assert (method.gates, method.factors is not None, method.line) == (gates, factors, line)

@@ -104,8 +104,7 @@ def test_a_newest_checkpoint_with_a_damaged_manifest_costs_its_updates_and_nothi
 def test_cells_are_what_the_saved_adapters_measure(plan_of, tmp_path):
     plan = plan_of(methods=["gain-ffn", {"name": "lora", "rank": 2, "lr": 0.02}])
     run = tmp_path / "run"
-    matrix = run_sequence(plan, run)
-    checked = build_plan(plan)
+    matrix, checked = run_sequence(plan, run), build_plan(plan)
     assert [method.label for method in matrix.methods] == ["gain-ffn", "lora"] and not matrix.partial
     for method in matrix.methods:
         for index, row in enumerate(method.stages):

@@ -133,8 +133,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tiny, tmp_path):
 @pytest.mark.timeout(900)
 def test_a_killed_worker_loses_nothing(swept, tmp_path):
     grid, reference, _ = swept
-    grid = {**grid, "rates": 0.01}
-    folder = tmp_path / "sweep"
+    grid, folder = {**grid, "rates": 0.01}, tmp_path / "sweep"
     killer = tiny_sweep.Killer(folder)
     killer.start()
     table = run_sweep(grid, folder, engine="loky", jobs=2)
