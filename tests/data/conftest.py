@@ -28,7 +28,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """Write texts as a .jsonl file below the test's folder."""
-
     return lambda name, texts: write_file(tmp_path / name, ({"text": text} for text in texts))
 
 
