@@ -204,8 +204,7 @@ def test_gains_that_no_activation_shows_are_warned_of(caplog, dtype, furthest, w
 
 @pytest.mark.parametrize(("lr", "stages_warned"), [(0.01, 0), (0.6, 2)])
 def test_a_sequence_warns_once_a_stage_and_the_adapters_agree(tmp_path, caplog, lr, stages_warned):
-    base = tiny_base.folder(tmp_path / "base")
-    plan = tiny_domains.plan(base, tmp_path, methods=[{"name": "gain", "lr": lr}])
+    plan = tiny_domains.plan(tiny_base.folder(tmp_path / "base"), tmp_path, methods=[{"name": "gain", "lr": lr}])
     with caplog.at_level(logging.WARNING, logger=LOGGER):
         run_sequence(plan, tmp_path / "run")
     assert len(warnings(caplog)) == stages_warned

@@ -124,8 +124,7 @@ def plan_of(base) -> Plan:
 
 
 def pairs(base_folder, folder, **options):
-    base = load_base(str(base_folder), dtype=torch.float32)
-    with adapted_weights(base, folder, **options) as weights:
+    with adapted_weights(load_base(str(base_folder), dtype=torch.float32), folder, **options) as weights:
         return {pair.name: pair for pair in weights}
 
 

@@ -82,8 +82,7 @@ def test_the_mean_is_the_change_that_perplexity_shows(made):
     whole = measure(base.model, domain.validation, domain.validation_bytes, batch_size=3)
     assert tokens.shape == (len(domain.validation), 31)
     assert tuple(tokens.double().sum(dim=1).tolist()) == pytest.approx(whole.nll, rel=1e-12)
-    adapted = load_adapter(base, folder / "gain-ffn")
-    after = measure(adapted, domain.validation, domain.validation_bytes, batch_size=3)
+    after = measure(load_adapter(base, folder / "gain-ffn"), domain.validation, domain.validation_bytes, batch_size=3)
     (one,) = survey_tokens(plan, [folder / "gain-ffn"]).changes["prose"].values()
     assert one.mean.value == pytest.approx(after.nats_per_token - whole.nats_per_token, abs=1e-5)
 

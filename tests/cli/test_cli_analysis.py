@@ -27,8 +27,7 @@ def trained(tmp_path_factory):
         ("lora", prose, "lora", ()),
         ("disel", prose, "disel:rank=2", ()),
     ):
-        out = folder / name
-        run("adapt", "--model", base, "--domain", domain, "--method", method, "--out", out, *SMALL, *options)
+        run("adapt", "--model", base, "--domain", domain, "--method", method, "--out", folder / name, *SMALL, *options)
     return folder
 
 

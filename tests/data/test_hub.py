@@ -190,8 +190,7 @@ def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, c
 
 
 def test_a_set_without_a_split_is_split_where_some_of_it_is_trained(tmp_path):
-    rows = [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)]
-    file = write_rows(tmp_path / "sst2.jsonl", rows)
+    file = write_rows(tmp_path / "sst2.jsonl", [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)])
     whole = load_questions("sst2", file, learn=False, seed=0)
     assert (len(whole.train), len(whole.validation)) == (0, 200)
     sides = load_questions("sst2", file, learn=True, seed=0)

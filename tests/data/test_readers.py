@@ -256,8 +256,7 @@ SENTENCE = "Operating profit of the company rose clearly in the third quarter co
     ("今日は仕事が忙しくて何もできない", False),
 ])  # fmt: skip
 def test_what_is_a_near_duplicate(text, expected):
-    trained_on = [SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]
-    index = NeighbourIndex(enumerate(trained_on))
+    index = NeighbourIndex(enumerate([SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]))
     assert (text in index) is expected
 
 
@@ -287,8 +286,7 @@ def test_two_documents_that_hold_half_each_do_not_add_up():
 def test_a_run_that_a_document_repeats_counts_once():
     repeated, other = (" ".join(f"{name}{number}" for number in range(12)) for name in ("word", "other"))
     query = f"{repeated} {other} " + " ".join(f"new{number}" for number in range(8))
-    index = NeighbourIndex([(0, repeated), (0, repeated + " indeed"), (0, "so " + repeated), (1, other)])
-    assert query not in index
+    assert query not in NeighbourIndex([(0, repeated), (0, repeated + " indeed"), (0, "so " + repeated), (1, other)])
 
 
 def test_near_duplicates_agree_with_plain_sets_of_word_runs():

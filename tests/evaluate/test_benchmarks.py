@@ -34,8 +34,7 @@ from support.benchmark_world import NAMES, ROWS, Watch, adapter, base_of, config
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    return tiny_base.folder(folder, dtype=torch.float32, max_position_embeddings=1024)
+    return tiny_base.folder(tmp_path_factory.mktemp("base") / "tiny", dtype=torch.float32, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +134,11 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     assert accuracy.difference.low <= accuracy.difference.value <= accuracy.difference.high
     perplexity = by_metric["lambada_openai", "perplexity"]
     assert perplexity.unit == "%"
-    expected = 100 * (perplexity.adapted.value / perplexity.base.value - 1)
-    assert perplexity.difference.value == pytest.approx(expected)
+    assert perplexity.difference.value == pytest.approx(100 * (perplexity.adapted.value / perplexity.base.value - 1))
     assert perplexity.difference.low < perplexity.difference.value < perplexity.difference.high
     nats = np.asarray(perplexity.base.items)
     assert perplexity.base.value == pytest.approx(np.exp(-nats.mean()))
-    error = np.exp(-nats.mean()) * nats.std(ddof=1) / np.sqrt(len(nats))
-    assert perplexity.base.stderr == pytest.approx(error)
+    assert perplexity.base.stderr == pytest.approx(np.exp(-nats.mean()) * nats.std(ddof=1) / np.sqrt(len(nats)))
     drawn = np.random.default_rng(0).choice(nats, (4000, len(nats))).mean(axis=1)
     assert perplexity.base.stderr == pytest.approx(np.exp(-nats.mean()) * drawn.std(), rel=0.15)
     same = compare_scores(report.base, report.base, "base", config)
@@ -259,8 +256,7 @@ def test_the_base_is_the_untouched_one_and_is_left_so(tiny, data, tmp_path, meth
 
 def test_switching_an_adapter_off_is_trusted_only_where_it_gives_the_base_back(tiny, tmp_path):
     for method, expected in (("gain-ffn", True), ("pissa", False), ("full", False)):
-        base = base_of(tiny)
-        with attached(base, adapter(tiny, tmp_path / method, method)) as (_, gives_back):
+        with attached(base_of(tiny), adapter(tiny, tmp_path / method, method)) as (_, gives_back):
             assert gives_back is expected, method
 
 

@@ -234,8 +234,7 @@ def test_options_of_gates_reach_the_adapter_and_the_optimizer():
     assert config.target_modules == {"o_proj"}
     for multipliers in (METHODS[method.name].rates(method), None):
         groups = parameter_groups(model, 0.01, 0.1, multipliers)
-        rates = {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]}
-        assert rates == {(0.02, 0.0)}
+        assert {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]} == {(0.02, 0.0)}
     assert attach(tiny_base.model(), MethodConfig(name="disel"), seed=0).peft_config["default"].gate_lr_ratio == 5.0
 
 

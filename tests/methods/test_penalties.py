@@ -186,8 +186,7 @@ def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(tiny, tmp_path
 
 
 def test_a_single_adaptation_finds_the_earlier_information_beside_its_start(tiny, tmp_path):
-    ewc = {**LORA, "penalty": "ewc", "penalty_strength": 1e4}
-    both = tiny_domains.plan(tiny, tmp_path, methods=[ewc], data=HALF)
+    both = tiny_domains.plan(tiny, tmp_path, methods=[{**LORA, "penalty": "ewc", "penalty_strength": 1e4}], data=HALF)
     prose, code = (tiny_domains.of(both, name) for name in ("prose", "code"))
     run_sequence(both, tmp_path / "run")
     adapt(prose, tmp_path / "first")

@@ -377,8 +377,7 @@ def modernbert(tmp_path_factory):
 
 
 def load_head(folder, **options):
-    config = ModelConfig(name=str(folder), dtype="bf16", device="cpu", **options)
-    return load_classifier(config, ("no", "yes"), seed=0)
+    return load_classifier(ModelConfig(name=str(folder), dtype="bf16", device="cpu", **options), ("no", "yes"), seed=0)
 
 
 def test_every_part_of_a_head_is_in_fp32(modernbert):

@@ -132,8 +132,7 @@ def test_a_winner_is_called_only_when_the_paired_interval_excludes_zero():
     level_text = "In-domain they do not measurably differ (+0.1 points [−0.3, +0.5])."
     assert compared(Interval(9.0, 7.0, 11.0), level).text == f"{kept} {level_text}"
     assert compared(Interval(-9.0, -11.0, -7.0), level).startswith("lora kept more of earlier domains than gain")
-    open_ = compared(Interval(9.0, -0.1, 11.0), level)
-    assert open_.startswith("No winner between gain and lora on earlier domains")
+    assert compared(Interval(9.0, -0.1, 11.0), level).startswith("No winner between gain and lora on earlier domains")
     assert compared(Interval(9.0, None, None), level).startswith("No winner")
     assert "in-domain lora is ahead (−3.0 points" in compared(Interval(9, 7, 11), Interval(-3, -4, -2))
     assert compared(None, Interval(-3.0, -4.0, -2.0)).startswith("lora learned more in-domain than gain")

@@ -141,8 +141,7 @@ def test_one_domain_has_no_earlier_domains_and_a_domain_that_is_never_trained_is
 def test_a_partial_run_reports_what_is_there():
     whole = random_run("gain")
     cut = Stage("two", {"one": whole.stages[1].losses["one"]})
-    run = MethodRun("gain", whole.base, (whole.stages[0], cut), whole.info)
-    matrix = build_matrix([run], QUICK, planned=DOMAINS)
+    matrix = build_matrix([MethodRun("gain", whole.base, (whole.stages[0], cut), whole.info)], QUICK, planned=DOMAINS)
     method = matrix.methods[0]
     assert matrix.partial and [row.finished for row in method.stages] == [True, False]
     assert set(method.stages[1].cells) == {"one"}

@@ -96,6 +96,5 @@ def synthetic(
                         for name, loss in stage.losses.items():
                             file = run.stage(label, index, stage.domain) / "evaluations" / f"{name}.json"
                             write_json(file, loss.to_dict())
-                    matrix = build_matrix([made], plan.evaluate, planned=names)
-                    rows.append(SweepRow(planned, run.folder, matrix, None))
+                    rows.append(SweepRow(planned, run.folder, build_matrix([made], plan.evaluate, planned=names), None))
     return SweepTable(tuple(rows))

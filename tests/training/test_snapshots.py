@@ -96,8 +96,7 @@ def test_copies_of_every_kind_load_again(tiny, tmp_path, method):
 def test_a_classifier_keeps_its_head_with_every_copy(tmp_path):
     rows = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
     base = tiny_encoders.folder(tmp_path / "roberta")
-    values = tiny_encoders.plan(base, rows, train={"batch_size": 16, "snapshot_steps": 2})
-    adapt_classifier(values, tmp_path / "out")
+    adapt_classifier(tiny_encoders.plan(base, rows, train={"batch_size": 16, "snapshot_steps": 2}), tmp_path / "out")
     copies = snapshots_of(tmp_path / "out")
     last = max(copies)
     record = read_record(copies[2])

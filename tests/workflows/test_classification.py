@@ -55,8 +55,7 @@ def logits(model, domain, base) -> torch.Tensor:
 def scores(values: dict, adapter: Path):
     """What a saved classifier scores on a fresh base."""
     domain, base, loaded = restored(values, adapter)
-    predictions = predict(loaded, domain, Padding(base.padding), batch_size=16)
-    return score(predictions, EvaluateConfig(bootstrap_samples=50))
+    return score(predict(loaded, domain, Padding(base.padding), batch_size=16), EvaluateConfig(bootstrap_samples=50))
 
 
 @pytest.mark.parametrize(("kind", "method"), [

@@ -93,8 +93,7 @@ def offset(*in_domain):
     ((4.4, 4.5, 4.6), -60, -1, "not matched, 4.5 points apart"),  # a target that none reaches
 ])  # fmt: skip
 def test_methods_are_matched_only_where_they_are_surely_near(tmp_path, in_domain, target, sign, unmatched):
-    methods = {"keeping": keeping, "other": offset(*in_domain)}
-    (pair,) = compare(tmp_path, methods, target, seeds=len(in_domain)).pairs
+    (pair,) = compare(tmp_path, {"keeping": keeping, "other": offset(*in_domain)}, target, seeds=len(in_domain)).pairs
     if unmatched is None:
         assert pair.matched and pair.better == "other"
     else:
@@ -242,8 +241,7 @@ def test_a_hopeless_run_leaves_the_others_their_comparison(tmp_path):
     def hopeless(lr, order, seed):
         return 1e301 * (1 + seed), 1e301 * (1 + seed)
 
-    methods = {"keeping": keeping, "spoiling": spoiling, "hopeless": hopeless}
-    found = compare(tmp_path / "runs", methods, seeds=2)
+    found = compare(tmp_path / "runs", {"keeping": keeping, "spoiling": spoiling, "hopeless": hopeless}, seeds=2)
     write(found, tmp_path)  # refuses what is not finite
     point = next(point for point in found.points if point.variant == "hopeless")
     assert 1e301 < point.figure.value < point.figure.high < float("inf")
