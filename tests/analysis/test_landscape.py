@@ -183,8 +183,7 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         assert figures.barrier.value == pytest.approx(max(0.0, middle - (start + end) / 2))
         assert figures.at_adapted[0].value == pytest.approx(100 * (math.exp(end - start) - 1))
         assert first.change((0.0,), domain).value == 0.0
-        assert len(found.plane.figures(domain).at_adapted) == 3
-        assert found.plane.figures(domain).barrier is None
+        assert len(found.plane.figures(domain).at_adapted) == 3 and found.plane.figures(domain).barrier is None
         assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
         assert figures.barrier.low <= figures.barrier.value <= figures.barrier.high
     assert found.provenance.adapters["gain-ffn on gain-ffn-text"].method == "gain-ffn"

@@ -159,8 +159,7 @@ def test_every_figure_equals_one_computed_token_by_token():
     assert one.better == sum(each < 0 for each in kept) / count
     assert one.worse == sum(each > 0 for each in kept) / count
     assert one.quantiles[3] == pytest.approx(sorted(kept)[count // 2], abs=0.05)
-    assert one.mean.low < mean < one.mean.high
-    assert one.coherence.low <= one.coherence.value <= one.coherence.high
+    assert one.mean.low < mean < one.mean.high and one.coherence.low <= one.coherence.value <= one.coherence.high
 
 
 def test_histogram_bins_are_centred_on_zero_and_hold_everything():

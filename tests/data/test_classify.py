@@ -165,8 +165,7 @@ def test_a_batch_is_padded_to_its_longest_row_and_masked():
     batch = Padding(9)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]]
-    assert batch["labels"].tolist() == [1, 0]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]] and batch["labels"].tolist() == [1, 0]
 
 
 def test_validation_rows_that_are_trained_on_are_counted(tmp_path, caplog):

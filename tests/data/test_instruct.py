@@ -263,8 +263,7 @@ def test_a_folder_brings_its_own_split(tmp_path):
     for side, letter in (("train", "a"), ("validation", "b"), ("test", "c")):
         rows_in(tmp_path / f"{side}.jsonl", {"prompt": f"{letter}?", "completion": letter})
     rows = read_exchanges(tmp_path)
-    assert [row.question for row in rows.train] == ["a?"]
-    assert [row.question for row in rows.validation] == ["b?"]
+    assert [row.question for row in rows.train] == ["a?"] and [row.question for row in rows.validation] == ["b?"]
 
 
 @pytest.mark.parametrize(("row", "says"), [

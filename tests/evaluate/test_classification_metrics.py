@@ -126,7 +126,6 @@ def test_labels_are_compared_by_name_and_rows_must_be_the_same():
 
 def test_what_has_no_spread_has_no_correlation_and_no_interval():
     always = score(predictions([0, 1, 0], [0, 0, 0]), SETTINGS)
-    assert always.matthews == 0.0
-    assert always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
+    assert always.matthews == 0.0 and always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
     one = predictions([1], [1])
     assert (difference(one, one, SETTINGS).low, difference(one, one, SETTINGS).high) == (None, None)

@@ -59,8 +59,7 @@ def test_an_exam_question_is_answered_by_its_letter(tmp_path):
 
 def test_a_labelled_text_is_answered_by_the_name_of_a_label(tmp_path):
     rows = read_choices("finphrase", written(tmp_path, LABELLED))
-    assert rows[0].prompt == "fine\nSentiment:"
-    assert rows[0].choices == (" negative", " neutral", " positive")
+    assert rows[0].prompt == "fine\nSentiment:" and rows[0].choices == (" negative", " neutral", " positive")
     assert [row.answer for row in rows] == [2, 0, 1]
     numbered = written(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 0}], "numbered.jsonl")
     assert [row.completion for row in read_choices("sst2", numbered)] == [" positive", " negative"]
@@ -225,8 +224,7 @@ def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):
     plan = plan_of(model, data=data, methods=[lora], train={"lr": 0.01, "epochs": 4, "checkpoint_steps": 100})
     adapt(plan, tmp_path / "adapter")
     base, adapted = compare_choices(plan, [tmp_path / "adapter"], sets={"letters": file})
-    assert (base.label, base.change) == ("base", None)
-    assert adapted.accuracy.value > 0.9 > base.accuracy.value
+    assert (base.label, base.change) == ("base", None) and adapted.accuracy.value > 0.9 > base.accuracy.value
     assert adapted.change.value == pytest.approx(adapted.accuracy.value - base.accuracy.value)
     assert adapted.change.low <= adapted.change.value <= adapted.change.high
     assert (base.rows, base.majority) == (240, 0.5)

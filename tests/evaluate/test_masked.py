@@ -68,8 +68,7 @@ def test_a_seed_decides_which_tokens_are_masked_and_how():
     assert (masked.input_ids[:, 0] == 0).all() and (masked.input_ids[:, -1] == 2).all()
     inner, wanted = masked.input_ids[:, 1:-1], masked.labels[:, 1:-1]
     chosen = wanted != -100
-    assert torch.equal(inner[~chosen], original[~chosen])
-    assert torch.equal(wanted[chosen], original[chosen])
+    assert torch.equal(inner[~chosen], original[~chosen]) and torch.equal(wanted[chosen], original[chosen])
 
 
 def test_of_the_masked_tokens_most_are_hidden_some_replaced_and_some_left():

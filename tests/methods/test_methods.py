@@ -40,12 +40,10 @@ METHOD = {  # the name, after which a case may say more -> options and the count
     "osf": ({"lr": 0.005}, LAYERS * HALVES),
     "disel": ({}, LAYERS * 8 * (SIDES + GATE)),
     "disel of rank 2": ({"rank": 2}, LAYERS * 2 * (SIDES + GATE)),
-    "disel with gates of rank 3": (
-        {"gate_rank": 3},
-        LAYERS * (8 * SIDES + 3 * GATE_INPUTS + (8 * 3 + 8) * len(LINEARS)),
-    ),
+    "disel with gates of rank 3":
+        ({"gate_rank": 3}, LAYERS * (8 * SIDES + 3 * GATE_INPUTS + (8 * 3 + 8) * len(LINEARS))),
     "gated-lora": ({}, LAYERS * 8 * SIDES),
-}
+}  # fmt: skip
 EXACT_AT_START = set(METHOD) - {"pissa", "osf"}  # these two rebuild the weight from parts, within rounding
 
 

@@ -210,9 +210,6 @@ def test_every_kind_can_be_checked():
     assert all(callable(kind.run) and callable(kind.check) for kind in KINDS.values())
 
 
-BREAKS = {"name": "lora", "lr": 1e36, "alpha": 1e4}
-
-
 def claim(number: str) -> dict:
     return {"says": number, "number": number, "expect": {"below": 1e6}}
 
@@ -222,8 +219,9 @@ def judged(*steps, claims) -> Recipe:
 
 
 def test_a_method_that_diverges_leaves_the_others_with_their_verdicts(tmp_path):
+    breaks = {"name": "lora", "lr": 1e36, "alpha": 1e4}
     mine = judged(
-        ("run", "sequence", {"domains": ["pubmedqa", "wikitext"], "methods": [BREAKS, "gain", "gain-ffn"]}),
+        ("run", "sequence", {"domains": ["pubmedqa", "wikitext"], "methods": [breaks, "gain", "gain-ffn"]}),
         ("spaces", "subspace", {"of": "run", "labels": ["gain", "lora"]}),
         claims=("run.gain.in_domain", "run.lora.in_domain", "run.lora-minus-gain.in_domain", "spaces.lora.intruders"),
     )

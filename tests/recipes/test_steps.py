@@ -101,8 +101,7 @@ def test_means_are_over_tasks_and_ranks_and_intervals_over_seeds():
 def test_the_figure_and_a_row_for_each_classifier_are_written(tmp_path):
     report.write(measured(), 9.0, tmp_path / "made")
     lines = (tmp_path / "made" / "classifiers.csv").read_text().splitlines()
-    assert lines[0] == "task,label,rank,seed,accuracy,perplexity,change"
-    assert len(lines) == 1 + len(measured())
+    assert lines[0] == "task,label,rank,seed,accuracy,perplexity,change" and len(lines) == 1 + len(measured())
     (axes,) = report.figure(measured(), 9.0).axes
     assert [text.get_text() for text in axes.texts] == ["4", "8"]
     labels = [line.get_label() for line in axes.get_lines() if not line.get_label().startswith("_")]

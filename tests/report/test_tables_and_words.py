@@ -76,8 +76,7 @@ def test_every_shade_can_be_read_on_light_and_dark_pages():
 
 def test_the_colour_scale_is_shared_centred_and_robust(two_methods):
     limit = palette.limit_of(two_methods)
-    assert limit == 20.0
-    assert palette.bin_of(0.0, limit) == 0 and palette.bin_of(-limit, limit) == -palette.BINS
+    assert limit == 20.0 and palette.bin_of(0.0, limit) == 0 and palette.bin_of(-limit, limit) == -palette.BINS
     assert palette.bin_of(1e6, limit) == palette.BINS
     assert palette.limit_of(make_matrix(("a",), {"x": lambda s, p: 0.1})) == palette.SMALLEST_LIMIT
     assert palette.limit_of(make_matrix(("a",), {"x": lambda s, p: 900.0})) == palette.LARGEST_LIMIT

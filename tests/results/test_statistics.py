@@ -264,8 +264,7 @@ def test_curves_are_compared_where_both_are():
     second = [curve([-2, -14, -20 + s], [2, -4, (-20 + s) / 2 + 3]) for s in (0, 0.1, 0.2)]
     found = curve_difference(first, second)
     assert (found.low, found.high) == (pytest.approx(-19.8), pytest.approx(-10.3))
-    assert found.difference.value == pytest.approx(-3.0)
-    assert found.difference.sign == -1 and found.replicates == 3
+    assert found.difference.value == pytest.approx(-3.0) and found.difference.sign == -1 and found.replicates == 3
     assert [point.value for _, point in found.points] == pytest.approx([-3.0] * 9)
     assert curve_difference(second, first).difference.value == pytest.approx(3.0)
 

@@ -19,15 +19,12 @@ class Schema:
 
 SCHEMAS = {
     "cola": Schema(("sentence",), ("unacceptable", "acceptable")),
-    "mnli": Schema(
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        ("validation_matched", "validation_mismatched"),
-    ),
+    "mnli": Schema(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+                   ("validation_matched", "validation_mismatched")),
     "mrpc": Schema(("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
     "qnli": Schema(("question", "sentence"), ("entailment", "not_entailment")),
     "sst2": Schema(("sentence",), ("negative", "positive")),
-}
+}  # fmt: skip
 
 
 def write(folder: Path, name: str, train: int = 24, validation: int = 9) -> HubSource:

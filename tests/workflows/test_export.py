@@ -152,8 +152,7 @@ def test_the_certificate_can_be_read_by_programs_and_people(tiny, adapter, tmp_p
     stored = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert stored["adapter_perplexity"] == certificate.adapter_perplexity
     assert stored["dtype"] == "fp16" and stored["reference"] == f"the adapter on {tiny} in bf16, on cpu"
-    assert stored["computed_in"] == "fp32, on cpu"
-    assert stored["base_fingerprint"] == fingerprint_folder(tiny)
+    assert stored["computed_in"] == "fp32, on cpu" and stored["base_fingerprint"] == fingerprint_folder(tiny)
     page = (tmp_path / "out" / "certificate.md").read_text()
     assert "The merged model is within tolerance of its adapter" in page and "| gains lost in fp16 |" in page
 
@@ -269,8 +268,7 @@ def test_a_gain_adapter_of_the_embedded_model_merges(tmp_path):
     blocks = blocks_of([str(LoraConfig.__doc__)[:700]], base.tokenizer, block_size=128)
     model = ModelConfig(device="cpu", dtype="bf16")
     certificate = merge_adapter(tmp_path / "adapter", tmp_path / "out", blocks=blocks, model=model, tolerance=2.0)
-    assert certificate.within_tolerance and certificate.dtype == "bf16"
-    assert certificate.same_first_choice > 0.9
+    assert certificate.within_tolerance and certificate.dtype == "bf16" and certificate.same_first_choice > 0.9
     assert certificate.gains == pytest.approx(30 * (576 + 1536), abs=10), "all but those that happen to be 1"
     assert certificate.gains_lost is not None and certificate.gains_lost < 0.1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16

@@ -137,8 +137,7 @@ def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, nam
 def test_what_is_not_in_the_catalogue_has_no_method_and_full_weights_need_no_configuration(tmp_path):
     folder = written_by_peft(tmp_path / "adapter", "lora")
     edit_json(folder / "adapter_config.json", use_qalora=True)
-    assert adapter_method(folder) is None
-    assert adapter_method(recorded(tmp_path / "full", "full")).trains_base
+    assert adapter_method(folder) is None and adapter_method(recorded(tmp_path / "full", "full")).trains_base
 
 
 def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):
@@ -160,11 +159,9 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     assert resumed(written_by_peft(tmp_path / "adalora", "adalora", rank=2), plan, "adalora")[1].rank == 2
 
 
-GATE_RATE = {"name": "disel", "gate_lr_ratio": 2.0}
-
-
 @pytest.mark.parametrize(("made_by", "method", "message"), [
-    ("gated-lora", GATE_RATE, "is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"),
+    ("gated-lora", {"name": "disel", "gate_lr_ratio": 2.0},
+     "is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"),
     ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' continues LORA use_dora"),
 ])  # fmt: skip
 def test_an_adapter_of_another_kind_is_not_carried_on(plan, tmp_path, made_by, method, message):

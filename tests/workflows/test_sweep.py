@@ -24,14 +24,12 @@ from gaintune.workflows.sweep.workers import Job, Pool, work
 from support import killing, refused, tiny_sweep
 from support.files import contents
 
-RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}
-
 
 @pytest.fixture(scope="module")
 def swept(tiny, tmp_path_factory):
     """A finished sweep of four runs, done one after another in this process: its grid, folder and table."""
     folder = tmp_path_factory.mktemp("swept")
-    grid = tiny_sweep.grid(tiny, folder, rates=RATES)
+    grid = tiny_sweep.grid(tiny, folder, rates={"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]})
     return grid, folder / "sweep", run_sweep(grid, folder / "sweep", engine="sequential")
 
 
