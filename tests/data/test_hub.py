@@ -166,8 +166,8 @@ def elsewhere(row: dict) -> dict:
 
 
 @pytest.mark.parametrize(("name", "prompt", "choices", "answers"), [
-    ("pubmedqa", "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswer:", (" yes", " no", " maybe"),
-     [2, 1]),
+    ("pubmedqa", "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswer:",
+     (" yes", " no", " maybe"), [2, 1]),
     ("finphrase", "Sales are 0.\nSentiment:", (" negative", " neutral", " positive"), [0, 1, 2]),
     ("sst2", "film 0\nSentiment:", (" negative", " positive"), [0, 1]),
     ("medqa", "Which?\nA. this\nB. that\nC. x\nD. y\nAnswer:", (" A", " B", " C", " D"), [1]),

@@ -11,7 +11,6 @@ import pytest
 
 from gaintune.config import ModelConfig, build_plan
 from gaintune.data import load_domain
-from gaintune.errors import AssetError
 from gaintune.evaluate import measure
 from gaintune.models import load_base
 from support import tiny_domains, tiny_gemma
@@ -59,14 +58,6 @@ def test_lm_eval_is_given_gemmas_beginning_of_text(tmp_path):
         context, answer = asked._encode_pair("a b", " c")
         assert context == [tiny_gemma.BEGIN, *tiny_gemma.tokenizer()("a b")["input_ids"]]
         assert answer == tiny_gemma.tokenizer()(" c")["input_ids"]
-
-
-@pytest.fixture(scope="module")
-def demo():
-    try:
-        return load_base(ModelConfig(device="cpu", dtype="fp32"))
-    except AssetError as error:
-        pytest.skip(f"the embedded model cannot be had here: {error}")
 
 
 @pytest.mark.real_model

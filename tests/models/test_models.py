@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from safetensors import safe_open
 
 from gaintune.config import ModelConfig
-from gaintune.errors import AssetError, BaseModelError, ConfigError
+from gaintune.errors import BaseModelError, ConfigError
 from gaintune.models import base as models
 from gaintune.models import base_fingerprint, load_base, load_classifier, load_tokenizer, resolve_device, resolve_dtype
 from gaintune.models import gguf as gguf_base
@@ -326,14 +326,6 @@ def test_metadata_is_read_as_gguf_reads_it(tmp_path):
         assert read[0] == read[1], key
     assert ours.fields["words"].contents() == lists["words"]
     assert np.array_equal(ours.tensors[0].data, theirs.tensors[0].data)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    try:
-        return load_base(ModelConfig(device="cpu", dtype="fp32"))
-    except AssetError as error:
-        pytest.skip(f"the embedded model cannot be had here: {error}")
 
 
 @pytest.mark.real_model

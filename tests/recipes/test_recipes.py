@@ -131,10 +131,10 @@ def test_a_mistake_in_a_recipe_file_is_named_by_file_and_line(text, message, tmp
     refused(ConfigError, message, read_recipe, tmp_path / "recipe.yaml")
 
 
+TINY = {"dimension": 4, "rank": 1, "steps": 5, "seeds": 2, "batch_size": 16}
 MINE = {
     "id": "MINE", "title": "A model of two lines", "source": "my notebook", "asks": "Does it run?", "model": "none",
-    "steps": [{"name": "model", "do": "linear-model",
-               "settings": {"dimension": 4, "rank": 1, "steps": 5, "seeds": 2, "batch_size": 16}}],
+    "steps": [{"name": "model", "do": "linear-model", "settings": TINY}],
     "claims": [{"says": "it ends", "number": "model.LoRA.to_fixed", "expect": {"above": 0}}],
 }  # fmt: skip
 
