@@ -20,3 +20,16 @@ def tiny(tmp_path_factory):
     from support import tiny_base
 
     return tiny_base.folder(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The embedded model in fp32; a test that wants it is skipped where it cannot be had."""
+    from gaintune.config import ModelConfig
+    from gaintune.errors import AssetError
+    from gaintune.models import load_base
+
+    try:
+        return load_base(ModelConfig(device="cpu", dtype="fp32"))
+    except AssetError as error:
+        pytest.skip(f"the embedded model cannot be had here: {error}")

@@ -27,8 +27,7 @@ def config_in(folder):
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("method", [*CONFIGS, "full"])
 def test_an_adapter_comes_back_exactly(tiny, tmp_path, method, trainable):
-    expected = saved(tiny, tmp_path / "adapter", method)
-    base = base_of(tiny)
+    expected, base = saved(tiny, tmp_path / "adapter", method), base_of(tiny)
     assert not torch.equal(logits(base.model), expected)
     model = load_adapter(base, tmp_path / "adapter", trainable=trainable)
     assert torch.equal(logits(model), expected)
@@ -153,8 +152,7 @@ def test_an_adapter_without_its_manifest_was_never_finished(tiny, tmp_path):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_the_card_of_peft_stays_and_names_no_path(tiny, tmp_path, method):
-    copy = shutil.copytree(tiny, tmp_path / "elsewhere")
-    for folder, base in (("first", tiny), ("second", copy)):
+    for folder, base in (("first", tiny), ("second", shutil.copytree(tiny, tmp_path / "elsewhere"))):
         saved(base, tmp_path / folder, method)
     text = (tmp_path / "first" / "README.md").read_text()
     assert ModelCard(text).data.library_name == "peft" and f"- PEFT {peft.__version__}" in text

@@ -48,9 +48,8 @@ class Toy(Analysis):
     Options = ToyOptions
 
     def run(self, subject, options, progress):
-        change = Interval(-1.25, -2.0, -0.5)
         return Result(
-            headline=Headline(["what", "change", "none"], [["x", change, None]], numeric=1),
+            headline=Headline(["what", "change", "none"], [["x", Interval(-1.25, -2.0, -0.5), None]], numeric=1),
             remarks=[f"counted to {options.times}"], tables={"toy": pd.DataFrame({"n": range(options.times)})},
             markdown="toy\n", record={"times": options.times}, provenance={"made": "here"},
             figures={"toy-figure": Figure(figsize=(1, 1)) if options.times > 1 else None},

@@ -96,8 +96,7 @@ def test_tables_figures_and_provenance_are_written(run, tmp_path):
     last = pd.read_csv(out / "gains.csv").set_index(["sequence", "stage", "projection"]).loc[("gain-ffn", 3)]
     assert last.loc[["all", "o_proj"], "flipped"].tolist() == [11, 1] and last.loc["o_proj", "smallest"] == -0.25
     layers = pd.read_csv(out / "gains-layers.csv").set_index(["sequence", "stage", "module"])
-    assert len(layers) == 3 * 6 + 1
-    assert layers.loc[("gain-ffn", 3, DOWN[2]), "largest"] == 0
+    assert len(layers) == 3 * 6 + 1 and layers.loc[("gain-ffn", 3, DOWN[2]), "largest"] == 0
     saved = json.loads((out / "gains.json").read_text())
     assert saved["sequences"][0]["regime"] == "mildly unstable" and saved["left_out"] == ["lora"]
     adapters = saved["provenance"]["adapters"]
@@ -112,8 +111,7 @@ def test_tables_figures_and_provenance_are_written(run, tmp_path):
 def test_several_runs_and_adapters_stand_beside_one_another(run, tmp_path):
     half = {name: tensor.bfloat16() for name, tensor in gains(5).items()}
     alone = saved_factors.adapter(tmp_path / "alone", half, domains=("prose", "law"))
-    factors = read_factors(alone)
-    assert (factors.values[DOWN[1]] == 1 + half[DOWN[1]].double().numpy()).all()
+    assert (read_factors(alone).values[DOWN[1]] == 1 + half[DOWN[1]].double().numpy()).all()
     survey = survey_gains([run, alone])
     assert [each.label for each in survey.sequences] == ["run: gain-ffn", "run: ia3", "gain-ffn on law"]
     single = survey.sequences[2]
@@ -206,8 +204,7 @@ def test_gains_that_no_activation_shows_are_warned_of(caplog, dtype, furthest, w
 
 @pytest.mark.parametrize(("lr", "stages_warned"), [(0.01, 0), (0.6, 2)])
 def test_a_sequence_warns_once_a_stage_and_the_adapters_agree(tmp_path, caplog, lr, stages_warned):
-    base = tiny_base.folder(tmp_path / "base")
-    plan = tiny_domains.plan(base, tmp_path, methods=[{"name": "gain", "lr": lr}])
+    plan = tiny_domains.plan(tiny_base.folder(tmp_path / "base"), tmp_path, methods=[{"name": "gain", "lr": lr}])
     with caplog.at_level(logging.WARNING, logger=LOGGER):
         run_sequence(plan, tmp_path / "run")
     assert len(warnings(caplog)) == stages_warned
@@ -219,8 +216,7 @@ def test_a_sequence_warns_once_a_stage_and_the_adapters_agree(tmp_path, caplog, 
 
 
 def test_the_check_changes_no_byte_of_what_is_trained(tmp_path, monkeypatch):
-    base = tiny_base.folder(tmp_path / "base")
-    plan = tiny_domains.plan(base, tmp_path, methods=["gain-ffn"])
+    plan = tiny_domains.plan(tiny_base.folder(tmp_path / "base"), tmp_path, methods=["gain-ffn"])
     run_sequence(plan, tmp_path / "with")
     monkeypatch.setattr(learning, "rules_of", lambda *_, **__: [])  # the same training, the rule left out
     run_sequence(plan, tmp_path / "without")

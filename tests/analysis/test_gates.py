@@ -56,8 +56,7 @@ def recorded(model, mask, ids=IDS, **options):
 
 @pytest.mark.parametrize("mask", [torch.ones(4, 8, dtype=torch.bool), LABELS != -100], ids=["all", "some"])
 def test_histograms_and_moments_equal_those_of_whole_gate_tensors(gated, mask):
-    expected = whole_gates(gated, IDS)
-    layers = recorded(gated, mask)
+    expected, layers = whole_gates(gated, IDS), recorded(gated, mask)
     assert [each.position.name for each in layers] == list(expected)
     for each in layers:
         values = expected[each.position.name][mask].numpy()
@@ -70,8 +69,7 @@ def test_histograms_and_moments_equal_those_of_whole_gate_tensors(gated, mask):
         assert each.squares == pytest.approx((values**2).sum(0), rel=1e-5)
     every = np.concatenate([values[mask].numpy().ravel() for values in expected.values()])
     figures = summarise(layers)
-    assert figures.values == every.size
-    assert figures.mean == pytest.approx(every.mean(), rel=1e-5)
+    assert figures.values == every.size and figures.mean == pytest.approx(every.mean(), rel=1e-5)
     assert figures.deviation == pytest.approx(every.std(), rel=1e-4)
     assert figures.closed == pytest.approx((every < 0.05).mean(), abs=2e-3)
     assert figures.open == pytest.approx((every >= 0.5).mean(), abs=2e-3)
@@ -150,8 +148,7 @@ def test_recording_works_inside_and_outside_of_inference_mode_and_while_training
             gated(input_ids=IDS).logits.sum().backward()
     gated.zero_grad()
     first = recorder.result().domains["text"][0]
-    assert first.tokens == 64
-    assert (first.histogram % 2 == 0).all()
+    assert first.tokens == 64 and (first.histogram % 2 == 0).all()
 
 
 def test_places_say_layer_third_projection_and_block():
@@ -266,8 +263,7 @@ def test_two_domains_are_resampled_each_over_its_own_rows(found, depth, part, pa
     other = by_row(whole["code"], np.ones((9, 8), bool), *parts)
     difference = apart(record, Group("law", depth, part), Group("code", depth, part), SETTINGS)
     assert difference.value == pytest.approx(np.concatenate(one).mean() - np.concatenate(other).mean(), rel=1e-4)
-    generator = np.random.default_rng(0)
-    deviations = []
+    generator, deviations = np.random.default_rng(0), []
     for rows in (one, other):
         sums, counts = np.array([row.sum() for row in rows]), np.array([len(row) for row in rows])
         drawn = generator.integers(len(rows), size=(4000, len(rows)))
@@ -288,8 +284,7 @@ def test_parts_of_the_model_are_paired_by_rows(found):
     difference = apart(record, Group("code", part="mlp"), Group("code", part="attention"), SETTINGS)
     differences = one.mean(axis=1) - other.mean(axis=1)
     assert difference.value == pytest.approx(differences.mean(), rel=1e-4)
-    student = 1.859548 * differences.std(ddof=1) / 3
-    assert (difference.high - difference.low) / 2 == pytest.approx(student, rel=0.1)
+    assert (difference.high - difference.low) / 2 == pytest.approx(1.859548 * differences.std(ddof=1) / 3, rel=0.1)
     same = apart(record, Group("code", part="mlp"), Group("code", part="mlp"), SETTINGS)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
@@ -332,8 +327,7 @@ def test_everything_is_compared_in_both_directions(found):
     depths, blocks, projections = 4, 3, 7
     assert len(pairs) == 2 * (depths * blocks + projections) + 2 * (2 + projections * (projections - 1))
     forth, back = (Group("law", "late"), Group("code", "late")), (Group("code", "late"), Group("law", "late"))
-    assert pairs[forth].value == -pairs[back].value
-    assert pairs[forth].low == pytest.approx(-pairs[back].high)
+    assert pairs[forth].value == -pairs[back].value and pairs[forth].low == pytest.approx(-pairs[back].high)
     alone = apart(record, *forth, SETTINGS)  # whatever else is asked
     assert (pairs[forth].low, pairs[forth].high) == pytest.approx((alone.low, alone.high))
     table = apart_table(compared(record, SETTINGS))

@@ -53,8 +53,7 @@ def make(folder, name, **options):
 
 def weights_of(base, folder):
     """The weights of the model with an adapter merged into it, by name."""
-    apart = replace(base, model=copy.deepcopy(base.model))
-    model = load_adapter(apart, folder)
+    model = load_adapter(replace(base, model=copy.deepcopy(base.model)), folder)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     return {name: weight.detach().double() for name, weight in model.named_parameters()}
@@ -96,8 +95,7 @@ def check_places(place, names):
             with torch.no_grad():
                 for name, weight in by_hand.named_parameters():
                     weight.copy_(own[name] + sum(t * (m[name] - own[name]) for t, m in zip(spot, merged, strict=True)))
-            expected = logits(by_hand)
-            assert torch.allclose(logits(moving.model).double(), expected, rtol=1e-4, atol=1e-4)
+            assert torch.allclose(logits(moving.model).double(), logits(by_hand), rtol=1e-4, atol=1e-4)
             assert torch.equal(logits(moving.model), before) == (not any(spot))
         moving.move([0.5] * len(names))
         geometry = moving.geometry()
@@ -185,8 +183,7 @@ def test_lines_and_a_plane_are_measured_and_summed_up(place, plan):
         assert figures.barrier.value == pytest.approx(max(0.0, middle - (start + end) / 2))
         assert figures.at_adapted[0].value == pytest.approx(100 * (math.exp(end - start) - 1))
         assert first.change((0.0,), domain).value == 0.0
-        assert len(found.plane.figures(domain).at_adapted) == 3
-        assert found.plane.figures(domain).barrier is None
+        assert len(found.plane.figures(domain).at_adapted) == 3 and found.plane.figures(domain).barrier is None
         assert 0.0 <= figures.range.low < figures.range.value < figures.range.high
         assert figures.barrier.low <= figures.barrier.value <= figures.barrier.high
     assert found.provenance.adapters["gain-ffn on gain-ffn-text"].method == "gain-ffn"
@@ -316,5 +313,4 @@ def test_a_barrier_is_as_uncertain_as_its_blocks(bump, seen):
         found = noisy_line((0.0, bump, 0.0), generator).figures("d")
         held += found.barrier.low <= bump <= found.barrier.high
         above += found.barrier.low > 0
-    assert held / 400 > 0.92
-    assert abs(above / 400 - seen) < 0.03
+    assert held / 400 > 0.92 and abs(above / 400 - seen) < 0.03

@@ -106,15 +106,13 @@ def test_the_bayes_losses_are_those_of_the_posterior_on_samples(model):
 def test_the_bayes_gate_of_opposite_means_is_the_papers():
     model = LinearModel.draw(8, 2, 3.0, 0)
     direction, offset = model.bayes_gate()
-    assert direction == pytest.approx(2 * model.mean1)
-    assert offset == 0
+    assert direction == pytest.approx(2 * model.mean1) and offset == 0
 
 
 @pytest.mark.parametrize("separation", [1e-3, 1.0, 10.0, 40.0])
 def test_the_bayes_loss_agrees_with_a_finer_quadrature_and_lies_between_zero_and_the_floor(separation):
     model = LinearModel.draw(4, 2, separation, 1)
-    scores = np.linspace(-60, 60, 4_000_001)
-    variance = separation**2
+    scores, variance = np.linspace(-60, 60, 4_000_001), separation**2
     spread = np.sum(model.update[:, 1:] ** 2) + np.sum(model.update[:, 0] ** 2) * (scores / separation) ** 2
     density = np.exp(-((scores - variance / 2) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
     expected = np.sum(density * spread / (1 + np.exp(scores)) ** 2) * (scores[1] - scores[0]) / 4
@@ -164,8 +162,7 @@ def test_trained_gates_follow_the_bayes_gate(short):
     _, results = short
     for seed in results:
         gates = next(one.gates for one in seed.trained if one.gates is not None)
-        assert gates.shape == (201, 2)
-        assert np.abs(gates - seed.bayes_gate[:, None]).mean() < 0.05
+        assert gates.shape == (201, 2) and np.abs(gates - seed.bayes_gate[:, None]).mean() < 0.05
 
 
 def test_the_same_settings_give_the_same_numbers_and_files(short, tmp_path):
@@ -189,10 +186,8 @@ def test_tables_hold_losses_and_verdicts(short):
     assert "presuppose" not in markdown(LinearModelOptions(dimension=8), failing)
     frame = table(results)
     assert len(frame) == 2 * 5
-    mixed = (frame["in_domain"] + frame["retention"]) / 2
-    assert frame["loss"].to_numpy() == pytest.approx(mixed.to_numpy())
-    plain = record(settings, results)
-    assert [one["method"] for one in plain["seeds"][0]["trained"]] == ["full", "lora", "disel"]
+    assert frame["loss"].to_numpy() == pytest.approx(((frame["in_domain"] + frame["retention"]) / 2).to_numpy())
+    assert [one["method"] for one in record(settings, results)["seeds"][0]["trained"]] == ["full", "lora", "disel"]
     labels = [text.get_text() for axes in figure(results).axes for text in axes.texts]
     assert "best fixed correction" in labels and "Bayes-optimal correction" in labels
 

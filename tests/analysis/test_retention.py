@@ -46,8 +46,7 @@ def test_every_snapshot_is_measured_as_an_adapter_of_its_own(place, tmp_path):
     expected = {(each.domain, each.label): each for each in compare_adapters(plan, paths)}
     for trajectory in found.trajectories:
         assert [snapshot.step for snapshot in trajectory.snapshots] == [0, 3, 6, 8]
-        start = trajectory.snapshots[0]
-        assert found.change(trajectory, start, ["prose"]).value == 0.0
+        assert found.change(trajectory, trajectory.snapshots[0], ["prose"]).value == 0.0
         for snapshot in trajectory.snapshots[1:]:
             path = str(snapshots_of(folder / trajectory.label)[snapshot.step])
             for domain in ("prose", "code"):

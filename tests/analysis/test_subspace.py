@@ -42,8 +42,7 @@ def test_low_rank_updates_equal_the_numpy_reference(shape):
     settings = SubspaceOptions(top=6, epsilon=0.6)
     figures = compare_weights(before, after, settings)
     outside, intruders, similarities = reference(before.numpy(), after.numpy(), 6, 0.6)
-    assert figures.rank == min(shape)
-    assert figures.has_outside is (shape[0] > shape[1])
+    assert figures.rank == min(shape) and figures.has_outside is (shape[0] > shape[1])
     assert figures.has_outside_rows is (shape[1] > shape[0])
     assert figures.outside == pytest.approx(outside, rel=1e-9, abs=1e-24)
     assert (figures.outside > 0.1) is figures.has_outside
@@ -57,8 +56,7 @@ def test_low_rank_updates_equal_the_numpy_reference(shape):
 
 def test_gains_leave_nothing_outside_the_column_space_but_may_leave_the_row_space():
     before = random(24, 10)
-    gained = before * (1 + 0.3 * random(10, seed=1))
-    figures = compare_weights(before, gained)
+    figures = compare_weights(before, before * (1 + 0.3 * random(10, seed=1)))
     assert figures.has_outside and figures.outside < 1e-28
     wide = compare_weights(before.T, before.T * (1 + 0.3 * random(24, seed=1)))
     assert wide.has_outside_rows and wide.outside_rows > 0.1
@@ -126,8 +124,7 @@ def plan_of(base) -> Plan:
 
 
 def pairs(base_folder, folder, **options):
-    base = load_base(str(base_folder), dtype=torch.float32)
-    with adapted_weights(base, folder, **options) as weights:
+    with adapted_weights(load_base(str(base_folder), dtype=torch.float32), folder, **options) as weights:
         return {pair.name: pair for pair in weights}
 
 
@@ -192,8 +189,7 @@ def test_adapters_that_change_the_base_as_they_load_leave_it_to_the_next_as_it_w
     kinds = {"pissa": {"rank": 2}, "osf": {}, "full": {}, "lora": {"rank": 2}}
     folders = [adapter(narrow, tmp_path / name, method(name, **options)) for name, options in kinds.items()]
     plan, options = plan_of(narrow), SubspaceOptions(top=4)
-    together = survey_subspace(plan, folders, options).adapters
-    for folder, one in zip(folders, together, strict=True):
+    for folder, one in zip(folders, survey_subspace(plan, folders, options).adapters, strict=True):
         (alone,) = survey_subspace(plan, [folder], options).adapters
         assert [each.figures for each in one.modules] == [each.figures for each in alone.modules], folder.name
 
@@ -219,8 +215,7 @@ def test_conv1d_weights_are_turned_to_outputs_by_inputs(tmp_path):
     GPT2LMHeadModel(settings).save_pretrained(tmp_path / "base")
     tiny_base.tokenizer().save_pretrained(tmp_path / "base")
     folder = adapter(tmp_path / "base", tmp_path / "gain", method("gain-ffn"))
-    found = pairs(tmp_path / "base", folder)
-    down = found["transformer.h.0.mlp.c_proj"]
+    down = pairs(tmp_path / "base", folder)["transformer.h.0.mlp.c_proj"]
     assert down.pretrained.shape == (32, 20)
     v = load_file(folder / WEIGHTS)["base_model.model.transformer.h.0.mlp.c_proj.gain_v"]
     assert torch.equal(down.adapted, down.pretrained * (1 + v))
@@ -236,8 +231,7 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
     folders = [adapter(narrow, tmp_path / kind.name, kind) for kind in kinds]
     survey = survey_subspace(plan_of(narrow), folders, SubspaceOptions(top=4))
     gains, lora = survey.adapters
-    assert gains.scales_inputs and not lora.scales_inputs
-    assert gains.with_outside == 4 and gains.outside < 1e-28
+    assert gains.scales_inputs and not lora.scales_inputs and gains.with_outside == 4 and gains.outside < 1e-28
     assert lora.with_outside == 2 and 0.2 < lora.outside < 1
     energies = [each.figures.update_energy for each in lora.modules]
     shares = [each.figures.outside for each in lora.modules]
@@ -251,14 +245,12 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
     assert saved["adapters"][0]["zero_outside_by_construction"] is True
     assert saved["provenance"]["base_fingerprint"] and saved["provenance"]["environment"]["packages"]["torch"]
     table = pd.read_csv(tmp_path / "out" / "subspace.csv")
-    assert len(table) == 6 and table["has_outside"].all()
-    assert "by construction" in markdown(survey)
+    assert len(table) == 6 and table["has_outside"].all() and "by construction" in markdown(survey)
 
 
 def test_weights_without_an_outside_are_reported_as_such(tmp_path):
     square = tiny_base.folder(tmp_path / "base", dtype=torch.float32)
-    folder = adapter(square, tmp_path / "lora", method("lora", rank=1))
-    survey = survey_subspace(plan_of(square), [folder])
+    survey = survey_subspace(plan_of(square), [adapter(square, tmp_path / "lora", method("lora", rank=1))])
     (lora,) = survey.adapters
     assert lora.with_outside == 0 and lora.outside is None
     assert all(each.figures.outside < 1e-25 for each in lora.modules)

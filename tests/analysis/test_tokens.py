@@ -82,8 +82,7 @@ def test_the_mean_is_the_change_that_perplexity_shows(made):
     whole = measure(base.model, domain.validation, domain.validation_bytes, batch_size=3)
     assert tokens.shape == (len(domain.validation), 31)
     assert tuple(tokens.double().sum(dim=1).tolist()) == pytest.approx(whole.nll, rel=1e-12)
-    adapted = load_adapter(base, folder / "gain-ffn")
-    after = measure(adapted, domain.validation, domain.validation_bytes, batch_size=3)
+    after = measure(load_adapter(base, folder / "gain-ffn"), domain.validation, domain.validation_bytes, batch_size=3)
     (one,) = survey_tokens(plan, [folder / "gain-ffn"]).changes["prose"].values()
     assert one.mean.value == pytest.approx(after.nats_per_token - whole.nats_per_token, abs=1e-5)
 
@@ -110,8 +109,7 @@ def test_several_adapters_share_a_range_and_are_written(made, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == names
     table = pd.read_csv(tmp_path / "tokens.csv")
     assert len(table) == 6 and table["mean_low"].le(table["mean"]).all()
-    bins = pd.read_csv(tmp_path / "tokens-histogram.csv")
-    sums = bins.groupby(["domain", "adapter"])["tokens"].sum().tolist()
+    sums = pd.read_csv(tmp_path / "tokens-histogram.csv").groupby(["domain", "adapter"])["tokens"].sum().tolist()
     assert sums == table.sort_values(["domain", "adapter"])["tokens"].tolist()
     saved = json.loads((tmp_path / "tokens.json").read_text())
     assert saved["provenance"]["texts"]["prose"]["content_hash"]
@@ -161,8 +159,7 @@ def test_every_figure_equals_one_computed_token_by_token():
     assert one.better == sum(each < 0 for each in kept) / count
     assert one.worse == sum(each > 0 for each in kept) / count
     assert one.quantiles[3] == pytest.approx(sorted(kept)[count // 2], abs=0.05)
-    assert one.mean.low < mean < one.mean.high
-    assert one.coherence.low <= one.coherence.value <= one.coherence.high
+    assert one.mean.low < mean < one.mean.high and one.coherence.low <= one.coherence.value <= one.coherence.high
 
 
 def test_histogram_bins_are_centred_on_zero_and_hold_everything():
@@ -191,8 +188,7 @@ def test_the_base_against_itself_is_exactly_zero_and_one_block_has_no_interval()
     one = summarise_changes(np.zeros((3, 5)), np.ones((3, 5), bool), limit=1.0)
     assert (one.mean.value, one.mean.low, one.mean.high, one.mean_absolute) == (0, 0, 0, 0)
     assert one.skew is None and one.coherence is None and one.better == one.worse == 0
-    assert one.histogram[BINS // 2] == 15
-    assert range_of([np.zeros(5)]) == 1.0
+    assert one.histogram[BINS // 2] == 15 and range_of([np.zeros(5)]) == 1.0
 
 
 def test_the_interval_resamples_blocks_and_not_tokens():
@@ -207,8 +203,7 @@ def test_the_interval_resamples_blocks_and_not_tokens():
 
 @pytest.mark.slow
 def test_the_interval_covers_the_true_mean_at_about_its_confidence():
-    generator = np.random.default_rng(3)
-    hits = 0
+    generator, hits = np.random.default_rng(3), 0
     for _ in range(200):
         blocks = generator.normal(0.1, 0.3, (40, 1)) + generator.normal(0, 1, (40, 8))
         one = summarise_changes(blocks, np.ones((40, 8), bool), limit=1.0, samples=300)

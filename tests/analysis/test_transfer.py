@@ -27,8 +27,7 @@ def write_adapter(folder, base, v, domains, ffn=True):
     with torch.no_grad():
         for (_, each), part in zip(layers, np.split(v[: ends[-1] + layers[-1][1].in_features], ends), strict=True):
             each.gain_v["default"].copy_(torch.from_numpy(part))
-    record = AdapterRecord(base.name, base.fingerprint, "gain-ffn", "gain-ffn", domains)
-    save_adapter(model, folder, record)
+    save_adapter(model, folder, AdapterRecord(base.name, base.fingerprint, "gain-ffn", "gain-ffn", domains))
     strip_adapters(base.model)
     return folder
 
@@ -54,8 +53,7 @@ def test_shares_and_correlations_equal_those_computed_pair_by_pair(place):
     folder, _, v = place
     vectors = read_gain_vectors({name: folder / name for name in NAMES})
     assert np.allclose(vectors.values, v, atol=1e-12)
-    found = sharing_of(vectors)
-    pairs = [(0, 1), (0, 2), (1, 2)]
+    found, pairs = sharing_of(vectors), [(0, 1), (0, 2), (1, 2)]
     assert found.pairs == pytest.approx([np.corrcoef(v[i], v[j])[0, 1] for i, j in pairs])
     squares = [float(np.sum(row**2)) for row in v]
     products = [float(np.sum(v[i] * v[j])) for i, j in pairs]
@@ -113,20 +111,17 @@ def test_parts_are_measured_as_adapters_of_their_own(place):
     without = expected["code", str(folder / "others")].perplexity
     assert held.losses["shared", "prose", "code"].perplexity == pytest.approx(without, rel=1e-6)
     across = [(a, b) for a in NAMES for b in NAMES if a != b]
-    changes = [one.change("own", a, b).value for a, b in across]
-    assert one.transfer("own").value == pytest.approx(np.mean(changes))
+    assert one.transfer("own").value == pytest.approx(np.mean([one.change("own", a, b).value for a, b in across]))
     assert one.in_domain("whole").value == pytest.approx(np.mean([one.change("whole", a, a).value for a in NAMES]))
     assert one.unseen("whole").value == pytest.approx(np.mean([one.change("whole", a, "unseen").value for a in NAMES]))
 
 
 def test_what_is_left_is_a_ratio_and_missing_for_a_transfer_that_may_be_zero():
-    generator = np.random.default_rng(0)
-    tokens = (31,) * 40
+    generator, tokens = np.random.default_rng(0), (31,) * 40
     base = {name: generator.normal(90, 3, 40) for name in "ab"}
 
     def moved(name, nats, noise=0.3):
-        shift = 31 * nats + generator.normal(0, noise, 40)
-        return DomainLoss(tuple(base[name] + shift), tokens, tokens)
+        return DomainLoss(tuple(base[name] + (31 * nats + generator.normal(0, noise, 40))), tokens, tokens)
 
     shifts = {"whole": -0.2, "shared": -0.1, "own": -0.05}
     losses = {(part, a, b): moved(b, nats) for part, nats in shifts.items() for a in "ab" for b in "ab"}
@@ -134,12 +129,10 @@ def test_what_is_left_is_a_ratio_and_missing_for_a_transfer_that_may_be_zero():
     settings = EvaluateConfig(bootstrap_samples=500)
     found = Ablation("mean", ("a", "b"), (), plain, losses, settings)
     left = found.left("shared")
-    wanted = 100 * found.transfer("shared").value / found.transfer("whole").value
-    assert left.value == pytest.approx(wanted)
+    assert left.value == pytest.approx(100 * found.transfer("shared").value / found.transfer("whole").value)
     assert left.value == pytest.approx(100 * np.expm1(-0.1) / np.expm1(-0.2), rel=0.05)
     assert left.low < left.value < left.high < 100
-    assert found.left("whole").value == found.left("whole").low == 100.0
-    assert found.unseen("whole") is None
+    assert found.left("whole").value == found.left("whole").low == 100.0 and found.unseen("whole") is None
     noisy = {**losses, **{("whole", a, b): moved(b, 0.0, noise=30.0) for a in "ab" for b in "ab"}}
     assert Ablation("mean", ("a", "b"), (), plain, noisy, settings).left("shared") is None
 
@@ -150,13 +143,12 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
     several = write_adapter(tmp_path / "several", base, v[0], ("prose", "code"))
     elsewhere = write_adapter(tmp_path / "elsewhere", base, v[0], ("elsewhere",))
     narrow = write_adapter(tmp_path / "narrow", base, v[0], ("code",), ffn=False)
-    still = write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))
     for adapters, message in (
         ([prose, several], r"several was trained on prose, code: give adapters that were each trained"),
         ([prose, elsewhere], "was trained on elsewhere, which is not measured"),
         ([prose], "takes two or more"),
         ([prose, narrow], "in other modules"),
-        ([prose, still], "code are all alike"),
+        ([prose, write_adapter(tmp_path / "still", base, np.zeros(160), ("code",))], "code are all alike"),
     ):
         refused(ConfigError, message, survey_transfer, plan, adapters)
     options, few = TransferOptions(components=("held-out",)), r"held-out.*three or more, and 2 were given"

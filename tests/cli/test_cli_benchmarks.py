@@ -51,8 +51,7 @@ def test_scores_differences_and_rows_are_printed_and_kept(work, arguments, tmp_p
     assert report["base"][0]["rows"] == 8
     (accuracy, _) = report["comparisons"]
     assert (accuracy["label"], accuracy["unit"]) == (str(work / "adapter"), "points")
-    expected = 100 * (accuracy["adapted"] - accuracy["base"])
-    assert accuracy["difference"]["value"] == pytest.approx(expected)
+    assert accuracy["difference"]["value"] == pytest.approx(100 * (accuracy["adapted"] - accuracy["base"]))
     assert f"{100 * accuracy['base']:.2f} ± " in printed
     assert f"{accuracy['difference']['value']:+.2f} [" in printed
 

@@ -39,8 +39,7 @@ def test_a_classifier_is_known_as_one_without_a_task(work):
     assert figure["change"] is None
     assert {each["label"] for each in figure["scores"]["classes"]} == {"many-a", "many-o"}
     accuracy = f"{100 * figure['scores']['accuracy']['value']:.1f} %"
-    assert accuracy in run(*arguments)
-    assert accuracy in (work / "printed").read_text()
+    assert accuracy in run(*arguments) and accuracy in (work / "printed").read_text()
 
 
 def test_masked_perplexity_of_base_and_adapter(work):
@@ -48,8 +47,7 @@ def test_masked_perplexity_of_base_and_adapter(work):
     arguments = ("evaluate", work / "base", "--adapter", work / "adapter", "--masked", "--domain", f"prose={prose}")
     sizes = ("--validation-tokens", 512, "--block-size", 64, *QUICK, "--set", "data.train_tokens=1024")
     base, adapted = json.loads(run(*arguments, *sizes, "--json"))
-    assert (base["label"], base["change"]) == ("base", None)
-    assert adapted["masked"] == base["masked"] > 50
+    assert (base["label"], base["change"]) == ("base", None) and adapted["masked"] == base["masked"] > 50
     assert adapted["change"] != 0
     assert "masked-LM perplexity" in run(*arguments, *sizes)
 

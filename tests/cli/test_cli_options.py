@@ -48,8 +48,7 @@ def test_every_help_has_its_options_in_groups_and_examples_that_can_be_typed(nam
     shown = run(*name.split(), "--help", columns=80)
     _, _, examples = shown.partition("\nExamples:\n")
     lines = [line.strip() for line in examples.splitlines()]
-    assert lines
-    assert max(map(len, shown.splitlines())) <= 80
+    assert lines and max(map(len, shown.splitlines())) <= 80
     parameters = COMMANDS[name].params
     if any("--plan" in option.opts for option in parameters):
         assert "\nPlan options:\n  --plan PLAN.yaml" in shown
@@ -63,7 +62,7 @@ def test_every_help_has_its_options_in_groups_and_examples_that_can_be_typed(nam
 
 
 @pytest.mark.parametrize(("command", "texts"), [
-    ("sequence", ["Training budget of a domain, in tokens. [default: 8192]", "[default: runs/sequence]"]),
+    ("sequence", ["Training tokens of a domain, at most. [default: 8192]", "[default: runs/sequence]"]),
     ("linear-model", ["in standard deviations. [default: 3.0]"]),
     ("gates", ["[default: runs/gates]", "[default: auto]"]),
     ("sweep", ["loky", "[default: runs/sweep]", "sweep.csv", "exit code 1", "--jobs", "--target"]),
@@ -106,8 +105,7 @@ def test_methods_fit_a_terminal_and_are_printed_as_json():
     shown = run("methods", columns=80)
     assert max(map(len, shown.splitlines())) <= 80
     entries = {each["name"]: each for each in json.loads(run("methods", "--json"))}
-    assert all(name in shown for name in entries)
-    assert entries["lora"]["options"] == ["alpha", "rank", "targets"]
+    assert all(name in shown for name in entries) and entries["lora"]["options"] == ["alpha", "rank", "targets"]
     assert (entries["gain"]["lr"], entries["gain"]["peft_type"], entries["gain"]["merges"]) == (0.01, "GAIN", True)
     assert entries["full"]["peft_type"] is None
     assert not entries["disel"]["merges"] and not entries["osf"]["quantized_base"]

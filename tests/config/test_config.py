@@ -21,40 +21,34 @@ from gaintune.errors import ConfigError
 from support import refused
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"train": {"lrr": 0.1}}, "unknown key 'train.lrr'; did you mean 'lr'?"),
-        ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
-        ({"methods": [{"name": "lora", "rnk": 2}]}, "unknown key 'methods.0.rnk'; did you mean 'rank'?"),
-        ({"data": {"domains": [{"name": "a", "source": "b", "txt": 1}]}}, "unknown key 'data.domains.0.txt'"),
-        ({"train": {"lr": -1}}, "train.lr: Input should be greater than 0 (got -1)"),
-        ({"train": {"lr": float("inf")}}, "train.lr: Input should be a finite number (got inf)"),
-        ({"train": {"betas": [0.9, float("nan")]}}, "train.betas.1: Input should be a finite number (got nan)"),
-        ({"methods": ["gain", {"name": "lora", "lr": float("inf")}]}, "methods.1.lr: Input should be a finite number"),
-        (
-            {"methods": [{"name": "gain", "penalty": "l2", "penalty_strength": float("inf")}]},
-            "methods.0.penalty_strength: Input should be a finite number (got inf)",
-        ),
-        ({"data": {"train_tokens": 10}}, "less than one block (256 tokens)"),
-        ({"data": {"domains": ["law", "law"]}}, "every name must be different"),
-        ({"data": {"domains": ["../up=x.txt"]}}, "not a usable name"),
-        ({"methods": ["lora", "lora"]}, "every label must be different"),
-        ({"methods": []}, "methods"),
-        ({"train": {"learning_rate": 1}}, "unknown key 'train.learning_rate'; did you mean 'lr'?"),
-        ({"train": {"num_epochs": 1}}, "did you mean 'epochs'?"),
-        ({"train": {"per_device_train_batch_size": 1}}, "did you mean 'batch_size'?"),
-        ({"methods": [{"name": "lora", "r": 2}]}, "unknown key 'methods.0.r'; did you mean 'rank'?"),
-        ({"methods": [{"name": "lora", "lora_alpha": 2}]}, "did you mean 'alpha'?"),
-        ({"methods": ["lora:rank=2"]}, "in a plan a method's options are keys: {name: lora, rank: 16}"),
-        ({"methods": [{"name": "lora", "penalty_strength": 2}]}, "is given without a penalty"),
-    ],
-)
+@pytest.mark.parametrize(("values", "message"), [
+    ({"train": {"lrr": 0.1}}, "unknown key 'train.lrr'; did you mean 'lr'?"),
+    ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
+    ({"methods": [{"name": "lora", "rnk": 2}]}, "unknown key 'methods.0.rnk'; did you mean 'rank'?"),
+    ({"data": {"domains": [{"name": "a", "source": "b", "txt": 1}]}}, "unknown key 'data.domains.0.txt'"),
+    ({"train": {"lr": -1}}, "train.lr: Input should be greater than 0 (got -1)"),
+    ({"train": {"lr": float("inf")}}, "train.lr: Input should be a finite number (got inf)"),
+    ({"train": {"betas": [0.9, float("nan")]}}, "train.betas.1: Input should be a finite number (got nan)"),
+    ({"methods": ["gain", {"name": "lora", "lr": float("inf")}]}, "methods.1.lr: Input should be a finite number"),
+    ({"methods": [{"name": "gain", "penalty": "l2", "penalty_strength": float("inf")}]},
+     "methods.0.penalty_strength: Input should be a finite number (got inf)"),
+    ({"data": {"train_tokens": 10}}, "less than one block (256 tokens)"),
+    ({"data": {"domains": ["law", "law"]}}, "every name must be different"),
+    ({"data": {"domains": ["../up=x.txt"]}}, "not a usable name"),
+    ({"methods": ["lora", "lora"]}, "every label must be different"),
+    ({"methods": []}, "methods"),
+    ({"train": {"learning_rate": 1}}, "unknown key 'train.learning_rate'; did you mean 'lr'?"),
+    ({"train": {"num_epochs": 1}}, "did you mean 'epochs'?"),
+    ({"train": {"per_device_train_batch_size": 1}}, "did you mean 'batch_size'?"),
+    ({"methods": [{"name": "lora", "r": 2}]}, "unknown key 'methods.0.r'; did you mean 'rank'?"),
+    ({"methods": [{"name": "lora", "lora_alpha": 2}]}, "did you mean 'alpha'?"),
+    ({"methods": ["lora:rank=2"]}, "in a plan a method's options are keys: {name: lora, rank: 16}"),
+    ({"methods": [{"name": "lora", "penalty_strength": 2}]}, "is given without a penalty"),
+])  # fmt: skip
 def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     with pytest.raises(ConfigError) as caught:
         build_plan(values, "plan.yaml")
-    assert message in str(caught.value)
-    assert str(caught.value).startswith("plan.yaml: ")
+    assert message in str(caught.value) and str(caught.value).startswith("plan.yaml: ")
     assert str(caught.value).count("\n") == 0
     assert "{'" not in str(caught.value), "no dump of a section"
 
@@ -77,8 +71,7 @@ def test_no_number_of_any_section_may_be_infinite_or_nan():
             for given in (value, [value, value], {"lora": [value]}):
                 with pytest.raises(ValidationError) as caught:
                     section.model_validate({key: given})
-                wrong = [each for each in caught.value.errors() if each["loc"][:1] == (key,)]
-                assert wrong, (section, key, given)
+                assert [each for each in caught.value.errors() if each["loc"][:1] == (key,)], (section, key, given)
 
 
 @pytest.mark.parametrize("write", [plan_yaml, plan_yaml_documented])

@@ -28,7 +28,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """Write texts as a .jsonl file below the test's folder."""
-
     return lambda name, texts: write_file(tmp_path / name, ({"text": text} for text in texts))
 
 
@@ -38,9 +37,8 @@ def chatty(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|begin|>")
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    begin = made.bos_token_id
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<|begin|> $A", "<|begin|> $A $B", [("<|begin|>", begin)]
+        "<|begin|> $A", "<|begin|> $A $B", [("<|begin|>", made.bos_token_id)]
     )
     made.chat_template = (
         "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"

@@ -35,11 +35,9 @@ def test_blocks_hold_whole_documents_in_a_drawn_order_with_end_of_text_between(w
     drawn = texts(blocks.train, tokenizer)
     assert set(drawn[:-1]) <= set(TEXTS), "all but the last, which the budget cuts, are whole"
     assert any(text.startswith(drawn[-1]) for text in TEXTS)
-    assert len(drawn) == len(set(drawn)) == blocks.train_documents
-    assert drawn != sorted(drawn)
+    assert len(drawn) == len(set(drawn)) == blocks.train_documents and drawn != sorted(drawn)
     held_out = texts(blocks.validation, tokenizer)
-    assert len(held_out) == blocks.validation_documents
-    assert not set(held_out) & set(drawn)
+    assert len(held_out) == blocks.validation_documents and not set(held_out) & set(drawn)
 
 
 def test_the_same_plan_gives_the_same_blocks_and_another_seed_others(write_rows, tokenizer):
@@ -92,8 +90,7 @@ def test_a_domain_smaller_than_its_budget_is_used_up_with_a_warning(write_rows, 
     with caplog.at_level(logging.WARNING, "gaintune"):
         blocks = load(write_rows("d.jsonl", TEXTS), tokenizer, train_tokens=10**6)
     tokens = blocks.train.input_ids.numel()
-    assert 64 < tokens < 10**6
-    assert f"fewer than the 1000000 asked for; using {tokens}" in caplog.text
+    assert 64 < tokens < 10**6 and f"fewer than the 1000000 asked for; using {tokens}" in caplog.text
     assert blocks.train_documents == len(texts(blocks.train, tokenizer))
 
 
@@ -101,8 +98,7 @@ def test_documents_beyond_the_last_whole_block_are_not_counted(tmp_path, write_r
     write_rows("d/train.jsonl", [f"n{number}" for number in range(100, 200)])
     write_rows("d/validation.jsonl", TEXTS)
     blocks = load(tmp_path / "d", tokenizer, train_tokens=10**4)
-    drawn = texts(blocks.train, tokenizer)
-    assert blocks.train_documents == len([text for text in drawn if text]) < 100
+    assert blocks.train_documents == len([text for text in texts(blocks.train, tokenizer) if text]) < 100
 
 
 @pytest.mark.parametrize(("train", "validation", "says"), [
@@ -194,19 +190,16 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one():
 def test_a_row_longer_than_a_block_is_cut_counted_and_ends_with_its_last_scored_token():
     result = packed([row(1, 3, 7), row(2, 1, 1)])
     assert result.examples.input_ids[0].tolist() == list(range(10, 18))
-    assert result.examples.scored == (5, 1)
-    assert (result.cut, result.longest) == (1, 10)
+    assert result.examples.scored == (5, 1) and (result.cut, result.longest) == (1, 10)
     ids = np.arange(12)
-    scored = np.isin(ids, [3, 10])
-    result = packed([TokenRow(ids, scored, ids, Passage("", 0)), row(2, 1, 2)])
+    result = packed([TokenRow(ids, np.isin(ids, [3, 10]), ids, Passage("", 0)), row(2, 1, 2)])
     assert result.examples.input_ids[0].tolist() == [0, 1, 2, 3, 20, 21, 22, FILLER]
 
 
 @pytest.mark.parametrize("prompt", [8, 9, 20])
 def test_a_prompt_that_fills_a_block_is_refused(prompt):
     result = packed([row(1, 1, 1), row(2, prompt, 3), row(3, 1, 1)])
-    assert [each.passage.document for each in result.refused] == [2]
-    assert numbers(result) == [1, 3]
+    assert [each.passage.document for each in result.refused] == [2] and numbers(result) == [1, 3]
     assert not packed([row(2, 7, 3)]).refused, "one token of the completion is enough"
 
 
@@ -215,8 +208,7 @@ def test_every_block_has_something_to_score(packing):
     generator = np.random.default_rng(0)
     rows = [row(n, int(generator.integers(1, 20)), int(generator.integers(1, 20))) for n in range(200)]
     result = packed(rows, block_size=16, blocks=50, packing=packing)
-    assert min(result.examples.scored) >= 1
-    assert len(result.examples) == 50
+    assert min(result.examples.scored) >= 1 and len(result.examples) == 50
 
 
 def domain(number: int, rows: int, length: int = 4) -> Examples:
@@ -238,8 +230,7 @@ def test_halves_are_rounded_up(new, ratio, rows):
 
 def test_nothing_is_changed_at_ratio_0_or_in_the_first_domain():
     new = domain(9, 5)
-    assert with_replay(new, [domain(1, 5)], 0.0, seed=0) is new
-    assert with_replay(new, [], 0.5, seed=0) is new
+    assert with_replay(new, [domain(1, 5)], 0.0, seed=0) is new and with_replay(new, [], 0.5, seed=0) is new
 
 
 def test_new_rows_are_all_kept_and_earlier_domains_share_evenly():
@@ -262,8 +253,7 @@ def test_the_seed_and_the_stage_decide_the_draw():
     def draw(seed, stages=1):
         return firsts(with_replay(domain(9, 10), [domain(1, 100)] * stages, 0.5 * stages, seed))[10:]
 
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
+    assert draw(0) == draw(0) and draw(0) != draw(1)
     assert draw(0) != draw(0, stages=2)[:5]
 
 
@@ -273,8 +263,7 @@ def test_text_beside_packed_rows_gets_positions_and_shorter_rows_a_filling_that_
     assert mixed.input_ids.shape == mixed.labels.shape == (3, 6)
     assert mixed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]] * 2 + [[0, 1, 2, 0, 1, 2]]
     assert mixed.labels[:2, :4].tolist() == domain(9, 2).labels.tolist()
-    assert (mixed.labels[:2, 4:] == IGNORED).all()
-    assert mixed.scored == (3, 3, 0)
+    assert (mixed.labels[:2, 4:] == IGNORED).all() and mixed.scored == (3, 3, 0)
 
 
 BEGIN = "<|begin|>"
@@ -322,8 +311,7 @@ def test_every_block_begins_with_the_token_and_holds_one_token_of_text_less(text
         running = blocks[:, 1:].flatten()
         assert torch.equal(running, before.flatten()[: len(running)]), "nothing of the text is left out"
         assert getattr(begun, side).scored == (63,) * len(blocks)
-    assert begun.describe()["beginning_of_text"] == begin
-    assert begun.content_hash != plain.content_hash
+    assert begun.describe()["beginning_of_text"] == begin and begun.content_hash != plain.content_hash
 
 
 def test_the_first_token_of_text_is_scored_after_a_beginning(text, adding):
@@ -343,8 +331,7 @@ def test_a_plan_can_set_the_beginning_of_text_but_not_for_labelled_rows(text, ba
 
 def test_without_a_beginning_of_text_nothing_is_recorded_of_it(text, bare):
     plain = load(text, bare)
-    assert "beginning_of_text" not in plain.describe()
-    assert plain.settings == {}
+    assert "beginning_of_text" not in plain.describe() and plain.settings == {}
     assert "beginning_of_text" not in DataConfig().model_dump()
     assert DataConfig(beginning_of_text="never").model_dump()["beginning_of_text"] == "never"
 
@@ -369,8 +356,7 @@ def begun(examples, begin: int) -> list[int]:
     """How often the token stands in each row of the blocks; a row that does not begin with it is an error."""
     counts = []
     for ids, labels, positions in zip(examples.input_ids, examples.labels, examples.position_ids, strict=True):
-        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
-        for start, end in pairwise(starts):
+        for start, end in pairwise([*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]):
             if (labels[start:end] != -100).any():
                 counts.append(int((ids[start:end] == begin).sum()) if ids[start] == begin else 0)
     return counts
@@ -389,8 +375,7 @@ def test_a_row_begins_with_the_token_once(rows, adding, template, choice, count)
     kind = {"task": "instruct", "template": template[:5].rstrip(",")}
     blocks = load(rows, adding, **kind, beginning_of_text=choice, block_size=128)
     counts = begun(blocks.train, adding.bos_token_id)
-    assert len(counts) == blocks.train_documents > 2
-    assert set(counts) == {1 if written else count}
+    assert len(counts) == blocks.train_documents > 2 and set(counts) == {1 if written else count}
 
 
 def test_a_merge_is_judged_on_blocks_that_begin_with_the_token(bare, adding):

@@ -70,8 +70,7 @@ def test_a_folders_own_split_is_kept_and_other_files_are_split_by_their_text(tmp
     twice = [*rows_of(100), *({**row, "text": row["text"].upper()} for row in rows_of(100))]
     split = load_labelled(domain(written(tmp_path, twice)), seed=0)
     sides = [{row.text_a.lower() for row in side} for side in (split.train, split.validation)]
-    assert not sides[0] & sides[1]
-    assert len(sides[1]) > 3
+    assert not sides[0] & sides[1] and len(sides[1]) > 3
     assert load_labelled(domain(tmp_path / "rows.jsonl"), seed=1).validation != split.validation
 
 
@@ -134,8 +133,7 @@ def test_the_hash_follows_labels_and_texts(tmp_path):
     relabelled = [{**row, "label": "even" if n == 7 else row["label"]} for n, row in enumerate(rows)]
     changed = [{**row, "text": "other" if n == 7 else row["text"]} for n, row in enumerate(rows)]
     hashes = {load(written(tmp_path, each)).content_hash for each in (rows, relabelled, changed)}
-    assert len(hashes) == 3
-    assert load(written(tmp_path, rows, "elsewhere.jsonl")).content_hash in hashes
+    assert len(hashes) == 3 and load(written(tmp_path, rows, "elsewhere.jsonl")).content_hash in hashes
 
 
 def test_pairs_are_joined_as_the_tokenizer_joins_them_and_cut_with_a_count(tmp_path, caplog):
@@ -167,8 +165,7 @@ def test_a_batch_is_padded_to_its_longest_row_and_masked():
     batch = Padding(9)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]]
-    assert batch["labels"].tolist() == [1, 0]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]] and batch["labels"].tolist() == [1, 0]
 
 
 def test_validation_rows_that_are_trained_on_are_counted(tmp_path, caplog):

@@ -47,8 +47,7 @@ def test_the_catalogue_holds_the_embedded_domains_and_the_papers():
     assert {name: CATALOGUE[name].source for name in hub_domains} == hub_domains
     assert {name for name, entry in CATALOGUE.items() if entry.task == "instruct"} == set(INSTRUCTIONS)
     for name, entry in CATALOGUE.items():
-        assert entry.name == name
-        assert entry.description
+        assert entry.name == name and entry.description
         assert entry.licence
 
 
@@ -76,8 +75,7 @@ def test_rows_of_the_hub_become_texts(reader, rows, texts):
 def test_a_novel_gives_a_passage_from_its_middle():
     book = "\n\n".join(f"chapter {number} " + "word " * 200 for number in range(100))
     (passage,) = hub.novels([{"short_book_title": "A", "publication_date": 1900, "url": "", "text": book}])
-    assert len(passage) <= hub.NOVEL_CHARACTERS
-    assert 0.3 < book.index(passage) / len(book) < 0.7
+    assert len(passage) <= hub.NOVEL_CHARACTERS and 0.3 < book.index(passage) / len(book) < 0.7
     assert list(hub.novels([{"text": "a short book"}])) == ["a short book"]
 
 
@@ -106,11 +104,9 @@ ASKED, SOLVED = "Two and two?", "2+2=<<2+2=4>>4\n#### 4"
 ])  # fmt: skip
 def test_instruction_data_gives_prompt_and_completion(tmp_path, name, row, caplog):
     """Rows in the Hub's schema, read through the entry's own way."""
-    empty = dict.fromkeys(row, "")
-    source = CATALOGUE[name].load.args[0]
+    empty, source = dict.fromkeys(row, ""), CATALOGUE[name].load.args[0]
     write_rows(tmp_path / f"{source.train}.jsonl", (row, empty, row))
-    local = replace(source, path=str(tmp_path), configuration=None)
-    rows = load_hub(local, name, characters=1000)
+    rows = load_hub(replace(source, path=str(tmp_path), configuration=None), name, characters=1000)
     assert not rows.validation
     assert [each.origin for each in rows.train] == [f"{tmp_path} {source.train}: row {number}" for number in (1, 3)]
     assert rows.train[1].row == 3
@@ -130,8 +126,7 @@ def test_gsm8k_test_is_measured_on_its_test_split(tmp_path):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_are_loaded_split_by_split(tmp_path, streaming, caplog):
-    rows = {"train": ["one", " ", "three", "four"], "validation": ["held out"]}
-    for split, texts in rows.items():
+    for split, texts in {"train": ["one", " ", "three", "four"], "validation": ["held out"]}.items():
         write_rows(tmp_path / f"{split}.jsonl", ({"sentence": text, "label": 1} for text in texts))
     source = HubSource(str(tmp_path), hub.column("sentence"), validation="validation", streaming=streaming)
     documents = load_hub(source, "sst2", characters=5)
@@ -170,11 +165,9 @@ def elsewhere(row: dict) -> dict:
     return {**row, **{key: f"other {row[key]}" for key in ("question", "sentence") if key in row}}
 
 
-ABSTRACT = "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswer:"
-
-
 @pytest.mark.parametrize(("name", "prompt", "choices", "answers"), [
-    ("pubmedqa", ABSTRACT, (" yes", " no", " maybe"), [2, 1]),
+    ("pubmedqa", "METHODS: We asked.\nRESULTS: It did.\nQuestion: Does it help?\nAnswer:",
+     (" yes", " no", " maybe"), [2, 1]),
     ("finphrase", "Sales are 0.\nSentiment:", (" negative", " neutral", " positive"), [0, 1, 2]),
     ("sst2", "film 0\nSentiment:", (" negative", " positive"), [0, 1]),
     ("medqa", "Which?\nA. this\nB. that\nC. x\nD. y\nAnswer:", (" A", " B", " C", " D"), [1]),
@@ -195,8 +188,7 @@ def test_rows_of_the_hub_become_questions(tmp_path, monkeypatch, name, prompt, c
 
 
 def test_a_set_without_a_split_is_split_where_some_of_it_is_trained(tmp_path):
-    rows = [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)]
-    file = write_rows(tmp_path / "sst2.jsonl", rows)
+    file = write_rows(tmp_path / "sst2.jsonl", [{"sentence": f"film number {n}", "label": n % 2} for n in range(200)])
     whole = load_questions("sst2", file, learn=False, seed=0)
     assert (len(whole.train), len(whole.validation)) == (0, 200)
     sides = load_questions("sst2", file, learn=True, seed=0)

@@ -38,8 +38,7 @@ def texts(examples, tokenizer):
     """What each row of the blocks says, and what of it is scored, told apart by the positions alone."""
     found = []
     for ids, labels, positions in zip(examples.input_ids, examples.labels, examples.position_ids, strict=True):
-        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
-        for start, end in pairwise(starts):
+        for start, end in pairwise([*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]):
             scored = labels[start:end] != -100
             if scored.any():
                 found.append((tokenizer.decode(ids[start:end]), tokenizer.decode(ids[start:end][scored])))
@@ -47,8 +46,7 @@ def texts(examples, tokenizer):
 
 
 def test_the_completion_and_its_end_are_scored_and_nothing_else(write, tokenizer):
-    blocks = load(write("d.jsonl"), tokenizer)
-    end = tokenizer.eos_token
+    blocks, end = load(write("d.jsonl"), tokenizer), tokenizer.eos_token
     rows = {asked + said + end: said + end for asked, said in ROWS}
     for side in (blocks.train, blocks.validation):
         assert side.input_ids.shape[1] == 128
@@ -84,8 +82,7 @@ def test_rows_with_one_question_are_on_one_side(write, tokenizer):
     blocks = load(write("d.jsonl", doubled), tokenizer, train_tokens=10_000)
     sides = (texts(side, tokenizer) for side in (blocks.train, blocks.validation))
     train, validation = ({text.partition("?")[0] for text, _ in side} for side in sides)
-    assert validation and not train & validation
-    assert blocks.removed_near_duplicates == 0
+    assert validation and not train & validation and blocks.removed_near_duplicates == 0
 
 
 def test_a_validation_row_with_nearly_a_question_of_training_is_left_out(tmp_path, write, tokenizer, caplog):
@@ -108,8 +105,7 @@ def test_an_instruction_that_all_prompts_share_makes_no_near_duplicates(tmp_path
 
 
 def test_bytes_are_those_of_the_completions(write, tokenizer):
-    rows = dict(ROWS)
-    blocks = load(write("d.jsonl"), tokenizer)
+    rows, blocks = dict(ROWS), load(write("d.jsonl"), tokenizer)
     answered = [rows[text.partition("?")[0] + "? "] for text, _ in texts(blocks.validation, tokenizer)]
     assert sum(blocks.validation_bytes) == sum(len(said.encode()) for said in answered)
 
@@ -129,8 +125,7 @@ def test_chats_are_what_the_chat_template_makes_of_them(tmp_path, chatty):
 
 
 def test_a_beginning_of_text_comes_before_every_row(write, chatty):
-    blocks = load(write("d.jsonl"), chatty)
-    for text, scored in texts(blocks.train, chatty):
+    for text, scored in texts(load(write("d.jsonl"), chatty).train, chatty):
         assert text.startswith("<|begin|>") and text.count("<|begin|>") == 1
         assert scored.endswith("<|im_end|>") and "<|begin|>" not in scored
 
@@ -268,8 +263,7 @@ def test_a_folder_brings_its_own_split(tmp_path):
     for side, letter in (("train", "a"), ("validation", "b"), ("test", "c")):
         rows_in(tmp_path / f"{side}.jsonl", {"prompt": f"{letter}?", "completion": letter})
     rows = read_exchanges(tmp_path)
-    assert [row.question for row in rows.train] == ["a?"]
-    assert [row.question for row in rows.validation] == ["b?"]
+    assert [row.question for row in rows.train] == ["a?"] and [row.question for row in rows.validation] == ["b?"]
 
 
 @pytest.mark.parametrize(("row", "says"), [
@@ -303,8 +297,7 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, row, says):
     with pytest.raises(DataError, match=says) as caught:
         list(read_exchanges(file).train)
     message = str(caught.value)
-    assert message.startswith(f"{file}:3: ")
-    assert "\n" not in message
+    assert message.startswith(f"{file}:3: ") and "\n" not in message
 
 
 def test_text_files_are_no_rows(tmp_path):

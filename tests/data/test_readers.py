@@ -40,8 +40,7 @@ def test_a_folder_is_read_whole_in_sorted_order(tmp_path, write_rows):
     write_rows("d/a/1.jsonl", ["one", "two"])
     write_rows("d/.hidden/0.jsonl", ["never"])
     documents = read_documents(tmp_path / "d")
-    assert texts(documents.train) == ["one", "two", "three"]
-    assert not documents.validation
+    assert texts(documents.train) == ["one", "two", "three"] and not documents.validation
 
 
 @pytest.mark.parametrize("name", ["validation.jsonl", "valid-0.jsonl", "dev.jsonl", "test.jsonl", "validation/0.jsonl"])
@@ -50,8 +49,7 @@ def test_a_split_in_the_file_names_is_used(tmp_path, write_rows, name):
     write_rows("d/train-00001-of-00002.jsonl", ["two"])
     write_rows(f"d/{name}", ["held out"])
     documents = read_documents(tmp_path / "d")
-    assert texts(documents.train) == ["one", "two"]
-    assert texts(documents.validation) == ["held out"]
+    assert texts(documents.train) == ["one", "two"] and texts(documents.validation) == ["held out"]
 
 
 def test_test_files_are_left_out_beside_validation_files_with_a_warning(tmp_path, write_rows, caplog):
@@ -82,8 +80,7 @@ def test_a_lone_text_file_is_cut_into_sections_that_keep_every_word(tmp_path, se
     file = tmp_path / "a.txt"
     file.write_text(separator.join(paragraphs))
     documents = read_documents(file).train
-    assert len(documents) > 5
-    assert all(len(document.text) <= SECTION_CHARACTERS for document in documents)
+    assert len(documents) > 5 and all(len(document.text) <= SECTION_CHARACTERS for document in documents)
     assert " ".join(texts(documents)).split() == file.read_text().split()
     if separator == "\n\n":
         assert all(document.text.startswith("paragraph") for document in documents)
@@ -127,8 +124,7 @@ def test_a_file_is_not_held_in_memory(tmp_path, suffix):
     tracemalloc.start()
     try:
         documents = split_documents(read_documents(file), 0)
-        drawn = in_drawn_order(documents.train, 0, "train", block_size=256)
-        assert next(drawn).text.startswith("paragraph")
+        assert next(in_drawn_order(documents.train, 0, "train", block_size=256)).text.startswith("paragraph")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -183,10 +179,8 @@ def sides(texts, seed=0):
 def test_the_split_is_disjoint_complete_and_near_its_share():
     texts = [f"document {number}" for number in range(2000)]
     train, validation = sides(texts)
-    assert not train & validation
-    assert train | validation == set(texts)
-    assert 150 < len(validation) < 250
-    assert sides(texts) == (train, validation)
+    assert not train & validation and train | validation == set(texts)
+    assert 150 < len(validation) < 250 and sides(texts) == (train, validation)
     assert sides(texts, seed=1)[1] != validation
 
 
@@ -262,8 +256,7 @@ SENTENCE = "Operating profit of the company rose clearly in the third quarter co
     ("今日は仕事が忙しくて何もできない", False),
 ])  # fmt: skip
 def test_what_is_a_near_duplicate(text, expected):
-    trained_on = [SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]
-    index = NeighbourIndex(enumerate(trained_on))
+    index = NeighbourIndex(enumerate([SENTENCE, "short text", "???", "今日は天気がとても良いので散歩に行きます"]))
     assert (text in index) is expected
 
 
@@ -293,8 +286,7 @@ def test_two_documents_that_hold_half_each_do_not_add_up():
 def test_a_run_that_a_document_repeats_counts_once():
     repeated, other = (" ".join(f"{name}{number}" for number in range(12)) for name in ("word", "other"))
     query = f"{repeated} {other} " + " ".join(f"new{number}" for number in range(8))
-    index = NeighbourIndex([(0, repeated), (0, repeated + " indeed"), (0, "so " + repeated), (1, other)])
-    assert query not in index
+    assert query not in NeighbourIndex([(0, repeated), (0, repeated + " indeed"), (0, "so " + repeated), (1, other)])
 
 
 def test_near_duplicates_agree_with_plain_sets_of_word_runs():
@@ -309,8 +301,7 @@ def test_near_duplicates_agree_with_plain_sets_of_word_runs():
     index = NeighbourIndex(enumerate(documents))
     shared = [max(len(runs(query) & runs(document)) for document in documents) for query in queries]
     expected = [count >= CONTAINMENT * len(runs(query)) for query, count in zip(queries, shared, strict=True)]
-    assert [query in index for query in queries] == expected
-    assert 10 < sum(expected) < 190
+    assert [query in index for query in queries] == expected and 10 < sum(expected) < 190
 
 
 TEXTS = ("one, with a comma", "two\nlines and a \u2028 separator", 'three "quoted" äöü 😀')
@@ -428,8 +419,7 @@ def test_a_mistake_is_named_by_file_and_line(tmp_path, name, content, place, say
     file = write(tmp_path / name, content)
     with pytest.raises(DataError, match=says) as caught:
         read_rows(file)
-    assert str(caught.value).startswith(f"{file}{place}: ")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{file}{place}: ") and "\n" not in str(caught.value)
 
 
 def test_a_parquet_mistake_is_named_by_row(tmp_path):

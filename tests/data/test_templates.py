@@ -105,8 +105,7 @@ def test_a_template_without_an_end_of_turn_leaves_the_end_to_us(chatty):
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     rendered = render(PAIR, "chat", chatty)
-    assert not rendered.ends
-    assert rendered.parts[1] == Part("Four.\n", True)
+    assert not rendered.ends and rendered.parts[1] == Part("Four.\n", True)
 
 
 @pytest.mark.parametrize(("template", "says"), [
@@ -137,8 +136,7 @@ def test_the_prompt_has_the_tokens_that_generation_starts_from(tokenizer, parts)
     if parts[0] == "the c":
         assert whole[: len(prompt)] != prompt, "one token lies across the border"
     (pieces,) = encode_parts([parts], tokenizer)
-    assert pieces[0].ids.tolist() == prompt
-    assert tokenizer.decode(joined(pieces)) == "".join(parts)
+    assert pieces[0].ids.tolist() == prompt and tokenizer.decode(joined(pieces)) == "".join(parts)
     assert [piece.bytes.sum() for piece in pieces] == [len(part.encode()) for part in parts]
 
 
@@ -155,8 +153,7 @@ def test_a_completion_has_no_space_that_only_the_beginning_of_a_text_has():
 
 
 def test_bytes_that_no_token_covers_stay_on_their_side_of_the_border():
-    words = {"one": 0, "two": 1, "<unk>": 2}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made = Tokenizer(models.WordLevel({"one": 0, "two": 1, "<unk>": 2}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()  # its tokens leave the spaces out
     (pieces,) = encode_parts([("one  ", "two ")], PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"))
     assert [piece.bytes.tolist() for piece in pieces] == [[5], [4]]
@@ -173,10 +170,8 @@ TEXTS.append(" \n  indented\n\n")
 def test_byte_level_tokens_count_their_own_bytes(tokenizer):
     """In byte-level BPE a token's string has one character per byte, which gives the count another way."""
     for text, encoded in zip(TEXTS, encode_texts(TEXTS, tokenizer), strict=True):
-        strings = tokenizer.convert_ids_to_tokens(encoded.ids.tolist())
-        expected = np.array([len(string) for string in strings])
-        assert encoded.bytes.sum() == expected.sum() == len(text.encode())
-        assert (encoded.bytes >= 0).all()
+        expected = np.array([len(string) for string in tokenizer.convert_ids_to_tokens(encoded.ids.tolist())])
+        assert encoded.bytes.sum() == expected.sum() == len(text.encode()) and (encoded.bytes >= 0).all()
         if text.isascii():
             assert encoded.bytes.tolist() == expected.tolist()
         else:  # a character that several tokens share counts for the first of them
@@ -201,8 +196,7 @@ def test_text_that_a_tokenizer_drops_is_counted():
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words)
-    (encoded,) = encode_texts(["One  two \n"], fast)
+    (encoded,) = encode_texts(["One  two \n"], PreTrainedTokenizerFast(tokenizer_object=words))
     assert encoded.bytes.tolist() == [3, 7]
 
 
@@ -221,7 +215,6 @@ def test_a_tokenizer_without_offsets_is_right_in_sum(text):
     slow = ByT5Tokenizer()
     assert not slow.is_fast
     (encoded,) = encode_texts([text], slow)
-    assert len(encoded.ids) == len(encoded.bytes)
-    assert encoded.bytes.sum() == len(text.encode())
+    assert len(encoded.ids) == len(encoded.bytes) and encoded.bytes.sum() == len(text.encode())
     if text.isascii():
         assert set(encoded.bytes.tolist()) == {1}

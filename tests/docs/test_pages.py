@@ -164,8 +164,7 @@ def test_the_reference_is_current():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_its_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
         file = page.parent / target if target else page
         assert file.exists(), target
         if anchor and file.suffix == ".md":

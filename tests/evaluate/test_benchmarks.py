@@ -35,8 +35,7 @@ from support.files import write_rows
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    return tiny_base.folder(folder, dtype=torch.float32, max_position_embeddings=1024)
+    return tiny_base.folder(tmp_path_factory.mktemp("base") / "tiny", dtype=torch.float32, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +135,11 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
     assert accuracy.difference.low <= accuracy.difference.value <= accuracy.difference.high
     perplexity = by_metric["lambada_openai", "perplexity"]
     assert perplexity.unit == "%"
-    expected = 100 * (perplexity.adapted.value / perplexity.base.value - 1)
-    assert perplexity.difference.value == pytest.approx(expected)
+    assert perplexity.difference.value == pytest.approx(100 * (perplexity.adapted.value / perplexity.base.value - 1))
     assert perplexity.difference.low < perplexity.difference.value < perplexity.difference.high
     nats = np.asarray(perplexity.base.items)
     assert perplexity.base.value == pytest.approx(np.exp(-nats.mean()))
-    error = np.exp(-nats.mean()) * nats.std(ddof=1) / np.sqrt(len(nats))
-    assert perplexity.base.stderr == pytest.approx(error)
+    assert perplexity.base.stderr == pytest.approx(np.exp(-nats.mean()) * nats.std(ddof=1) / np.sqrt(len(nats)))
     drawn = np.random.default_rng(0).choice(nats, (4000, len(nats))).mean(axis=1)
     assert perplexity.base.stderr == pytest.approx(np.exp(-nats.mean()) * drawn.std(), rel=0.15)
     same = compare_scores(report.base, report.base, "base", config)
@@ -153,8 +150,7 @@ def test_differences_are_paired_row_by_row(tiny, data, tmp_path):
 def test_rows_answered_alike_make_a_narrow_interval():
     """Two models with the same accuracy: sure where they answer the same rows, unsure where they answer others."""
     answers = tuple(float(row % 2) for row in range(60))
-    facts = TaskFacts("rows", "test", 0, "1")
-    base = BenchmarkScore("quiz", "acc", 0.5, None, answers, 60, "mean", True, facts)
+    base = BenchmarkScore("quiz", "acc", 0.5, None, answers, 60, "mean", True, TaskFacts("rows", "test", 0, "1"))
     config = BenchmarkConfig.model_validate({"tasks": "quiz"})
     for items, narrow in (((1.0, *answers[1:]), True), ((1.0, *sorted(answers[1:])), False)):
         adapted = replace(base, items=items, value=float(np.mean(items)))
@@ -172,8 +168,7 @@ def test_answers_that_do_not_flip_are_not_certain():
     config = BenchmarkConfig.model_validate({"tasks": "quiz"})
     (found,) = compare_scores([base], [replace(base)], "mine", config)
     one = found.difference
-    assert one.value == 0.0
-    assert -6 < one.low < -3 and one.high == pytest.approx(-one.low)
+    assert one.value == 0.0 and -6 < one.low < -3 and one.high == pytest.approx(-one.low)
     four = mean_difference([(base, replace(base, task=str(task))) for task in range(4)], config)
     assert four.high == pytest.approx(one.high / 2)  # other rows: errors add up as squares
     assert mean_difference([(base, base), (base, replace(base))], config).high == pytest.approx(one.high / 2)
@@ -189,8 +184,7 @@ def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, t
     torch.manual_seed(3)
     report = compare_benchmarks(model, base.tokenizer, config_of(data))
     assert torch.equal(torch.rand(1), expected), "training goes on as if nothing had been measured"
-    assert model.training
-    assert report.base == plain
+    assert model.training and report.base == plain
     assert any(each.difference.value != 0 for each in report.comparisons)
     refused(ConfigError, "PeftModel", compare_benchmarks, base_of(tiny).model, base.tokenizer, config_of(data))
 
@@ -198,15 +192,13 @@ def test_a_loaded_model_against_its_own_base_in_the_mode_it_was_in(tiny, data, t
 def test_worked_examples_are_never_the_row_itself(data):
     config = config_of(data, tasks=("arc_easy:3",))
     (asked,) = load_suite(config).tasks
-    assert asked.facts.fewshot == 3
-    assert any("never a row's own" in note for note in asked.facts.notes)
+    assert asked.facts.fewshot == 3 and any("never a row's own" in note for note in asked.facts.notes)
     asked.task.set_fewshot_seed(config.seed)
     asked.task.build_all_requests(limit=None)
     for request in asked.task.instances:
         prompt, _ = request.arguments
         *examples, question = prompt.split("\n\n")
-        assert len(examples) == 3
-        assert question == f"Question: {request.doc['question']}\nAnswer:"
+        assert len(examples) == 3 and question == f"Question: {request.doc['question']}\nAnswer:"
         assert not any(example.startswith(question) for example in examples)
 
 
@@ -216,8 +208,7 @@ def test_the_limit_takes_the_first_rows(tiny, data):
     part = measure_benchmarks(base.model, base.tokenizer, config_of(data, limit=5))
     for task, metric in (("arc_easy", "acc"), ("lambada_openai", "perplexity")):
         few, all_rows = find_score(part, task, metric), find_score(whole, task, metric)
-        assert few.rows == 5
-        assert few.items == pytest.approx(all_rows.items[:5], rel=1e-5)
+        assert few.rows == 5 and few.items == pytest.approx(all_rows.items[:5], rel=1e-5)
 
 
 def test_a_prompt_that_is_too_long_is_reported(data, tmp_path, caplog):
@@ -257,19 +248,16 @@ def test_the_base_is_the_untouched_one_and_is_left_so(tiny, data, tmp_path, meth
     config, base = config_of(data), base_of(tiny)
     before = logits(base.model)
     report = run_benchmarks(base, {"mine": folder}, config)
-    assert torch.equal(logits(base.model), before)
-    assert not hasattr(base.model, "peft_config")
+    assert torch.equal(logits(base.model), before) and not hasattr(base.model, "peft_config")
     plain = base_of(tiny)
     assert report.base == measure_benchmarks(plain.model, plain.tokenizer, config)
-    adapted = load_adapter(plain, folder)
-    assert report.adapted["mine"] == measure_benchmarks(adapted, plain.tokenizer, config)
+    assert report.adapted["mine"] == measure_benchmarks(load_adapter(plain, folder), plain.tokenizer, config)
     assert report.score("lambada_openai", "perplexity") != report.score("lambada_openai", "perplexity", "mine")
 
 
 def test_switching_an_adapter_off_is_trusted_only_where_it_gives_the_base_back(tiny, tmp_path):
     for method, expected in (("gain-ffn", True), ("pissa", False), ("full", False)):
-        base = base_of(tiny)
-        with attached(base, adapter(tiny, tmp_path / method, method)) as (_, gives_back):
+        with attached(base_of(tiny), adapter(tiny, tmp_path / method, method)) as (_, gives_back):
             assert gives_back is expected, method
 
 
@@ -280,17 +268,14 @@ def test_weights_trained_whole_are_measured_in_their_own_precision(tiny, data, t
     report = benchmark_adapters(model, {"gains": gains, "whole": whole}, config, progress=watch)
     assert watch.titles == [f"{who}: {name}" for who in ("base", "gains", "whole", "base") for name in NAMES]
     numbers = {"base": "bfloat16", "gains": "bfloat16", "whole": "float32-autocast-bfloat16"}
-    assert report.settings["numbers"] == numbers
-    assert list(report.adapted) == ["gains", "whole"]
-    base = base_of(tiny)
-    mixed = {"mixed_precision": torch.bfloat16}
+    assert report.settings["numbers"] == numbers and list(report.adapted) == ["gains", "whole"]
+    base, mixed = base_of(tiny), {"mixed_precision": torch.bfloat16}
     assert base_of_report(report, "whole") == measure_benchmarks(base.model, base.tokenizer, config, **mixed)
     in_fp32 = find_score(measure_benchmarks(base.model, base.tokenizer, config), "lambada_openai", "perplexity")
     in_both = find_score(base_of_report(report, "whole"), "lambada_openai", "perplexity")
     assert in_both.items != in_fp32.items, "fp32 under autocast is not fp32"
     assert in_both.items == pytest.approx(in_fp32.items, rel=0.05)
-    adapted = load_adapter(base, whole)
-    assert report.adapted["whole"] == measure_benchmarks(adapted, base.tokenizer, config, **mixed)
+    assert report.adapted["whole"] == measure_benchmarks(load_adapter(base, whole), base.tokenizer, config, **mixed)
     rounded = load_base(model)
     assert report.base == base_of_report(report, "gains")
     assert report.base == measure_benchmarks(rounded.model, rounded.tokenizer, config)
@@ -321,8 +306,7 @@ def test_an_adapter_that_breaks_while_it_is_put_on_comes_off_again(tiny, tmp_pat
         pass
     hook.remove()
     assert not any(isinstance(each, BaseTunerLayer) for each in base.model.modules())
-    assert not hasattr(base.model, "peft_config")
-    assert torch.equal(logits(base.model), before)
+    assert not hasattr(base.model, "peft_config") and torch.equal(logits(base.model), before)
 
 
 def test_a_single_row_that_was_trained_whole_is_given_back(tiny, tmp_path):

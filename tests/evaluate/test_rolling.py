@@ -11,7 +11,6 @@ import pytest
 
 from gaintune.config import ModelConfig, build_plan
 from gaintune.data import load_domain
-from gaintune.errors import AssetError
 from gaintune.evaluate import measure
 from gaintune.models import load_base
 from support import tiny_domains, tiny_gemma
@@ -61,14 +60,6 @@ def test_lm_eval_is_given_gemmas_beginning_of_text(tmp_path):
         assert answer == tiny_gemma.tokenizer()(" c")["input_ids"]
 
 
-@pytest.fixture(scope="module")
-def demo():
-    try:
-        return load_base(ModelConfig(device="cpu", dtype="fp32"))
-    except AssetError as error:
-        pytest.skip(f"the embedded model cannot be had here: {error}")
-
-
 @pytest.mark.real_model
 def test_the_demo_model(demo):
     plan = build_plan({"data": {"domains": ["law"], "validation_tokens": 1024}})
@@ -79,8 +70,7 @@ def test_the_demo_model(demo):
 @pytest.mark.real_model
 def test_the_demo_models_rows_are_what_they_were_before_blocks_could_begin_with_a_token(demo):
     plan = build_plan({"data": {"domains": ["medical", "law", "scripture"]}})  # the others differ between Pythons
-    hashes = {each.name: load_domain(each, plan.data, demo.tokenizer).content_hash for each in plan.data.domains}
-    assert hashes == {
+    assert {each.name: load_domain(each, plan.data, demo.tokenizer).content_hash for each in plan.data.domains} == {
         "medical": "b6a5d31df06bcd0a3427fe0a2232adb2a2b19e6fe55b66e08034cf4ad02a1948",
         "law": "27afd1432dfabab863322bdf6aec79606371073d5336eaaa0267f5104db2f8c9",
         "scripture": "7d01be1f5bfadfe5c0b5a406d1c7f31c58a3f0919a4770638da51cf877c6fcbd",

@@ -40,12 +40,10 @@ METHOD = {  # the name, after which a case may say more -> options and the count
     "osf": ({"lr": 0.005}, LAYERS * HALVES),
     "disel": ({}, LAYERS * 8 * (SIDES + GATE)),
     "disel of rank 2": ({"rank": 2}, LAYERS * 2 * (SIDES + GATE)),
-    "disel with gates of rank 3": (
-        {"gate_rank": 3},
-        LAYERS * (8 * SIDES + 3 * GATE_INPUTS + (8 * 3 + 8) * len(LINEARS)),
-    ),
+    "disel with gates of rank 3":
+        ({"gate_rank": 3}, LAYERS * (8 * SIDES + 3 * GATE_INPUTS + (8 * 3 + 8) * len(LINEARS))),
     "gated-lora": ({}, LAYERS * 8 * SIDES),
-}
+}  # fmt: skip
 EXACT_AT_START = set(METHOD) - {"pissa", "osf"}  # these two rebuild the weight from parts, within rounding
 
 
@@ -72,10 +70,8 @@ def test_the_table_above_holds_every_method():
 
 @pytest.mark.parametrize("name", METHOD)
 def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_path, name):
-    method = method_of(name)
-    base = base_of(tiny, "fp32")
-    before = logits(base.model)
-    model = attach(base.model, method, seed=0)
+    method, base = method_of(name), base_of(tiny, "fp32")
+    before, model = logits(base.model), attach(base.model, method, seed=0)
     assert trainable_parameters(model) == METHOD[name][1]
     if name in EXACT_AT_START:
         assert torch.equal(logits(model), before)
@@ -89,8 +85,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_pa
     expected = logits(model)
     assert not torch.allclose(expected, before, atol=1e-3)
     again = load_adapter(base_of(tiny, "fp32"), tmp_path / "adapter", trainable=True)
-    assert torch.equal(logits(again), expected)
-    assert trainable_parameters(again) == METHOD[name][1]
+    assert torch.equal(logits(again), expected) and trainable_parameters(again) == METHOD[name][1]
     if method.name not in ("disel", "gated-lora"):
         merged = absorb(base_of(tiny, "fp32"), tmp_path / "adapter", torch.float32)[0]
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
@@ -103,8 +98,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_pa
 def test_a_bf16_base_keeps_its_numbers_and_the_adapter_trains_in_fp32(tiny, tmp_path, name):
     model = attach(base_of(tiny, "bf16").model, method_of(name), seed=0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    losses = train(model, method_of(name), tmp_path, steps=3).losses
-    assert all(map(math.isfinite, losses))
+    assert all(map(math.isfinite, train(model, method_of(name), tmp_path, steps=3).losses))
 
 
 def test_the_seed_draws_vera_s_matrices(tiny):
@@ -142,8 +136,7 @@ def test_adalora_s_term_has_the_gradient_of_the_one_in_peft_s_loss(tiny):
             rule.before_update(model, 0)
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
-    theirs = gradients(0.3, ours=False)
-    without = gradients(0.0, ours=False)
+    theirs, without = gradients(0.3, ours=False), gradients(0.0, ours=False)
     ours = gradients(0.0, ours=True)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-7, msg=name)
@@ -211,8 +204,7 @@ def test_peft_s_own_schedule_prunes_the_same_directions(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_osf_s_gradients_stay_out_of_the_preserved_directions(tiny, tmp_path, dtype):
-    method = method_of("osf")
-    base = base_of(tiny, dtype)
+    method, base = method_of("osf"), base_of(tiny, dtype)
     whole = {n: m.weight.float() for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)}
     model = attach(base.model, method, seed=0)
     train(model, method, tmp_path, steps=1)  # hangs the hooks
@@ -240,8 +232,7 @@ def test_options_of_gates_reach_the_adapter_and_the_optimizer():
     assert config.target_modules == {"o_proj"}
     for multipliers in (METHODS[method.name].rates(method), None):
         groups = parameter_groups(model, 0.01, 0.1, multipliers)
-        rates = {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]}
-        assert rates == {(0.02, 0.0)}
+        assert {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]} == {(0.02, 0.0)}
     assert attach(tiny_base.model(), MethodConfig(name="disel"), seed=0).peft_config["default"].gate_lr_ratio == 5.0
 
 
@@ -252,15 +243,12 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
 
 
-@pytest.mark.parametrize(
-    ("name", "targets", "build", "message"),
-    [
-        *((name, ALL, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32") for name in RANKED),
-        ("hira", None, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32"),
-        ("lora", None, tiny_base.model, r".*o_proj \(32 x 32\)"),
-        ("lora", None, gpt2, r".*c_proj \(16 x 16\)"),
-    ],
-)
+@pytest.mark.parametrize(("name", "targets", "build", "message"), [
+    *((name, ALL, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32") for name in RANKED),
+    ("hira", None, tiny_base.model, r".* every .*\.[a-z_]+ \(32 x 32\): .* at most 32"),
+    ("lora", None, tiny_base.model, r".*o_proj \(32 x 32\)"),
+    ("lora", None, gpt2, r".*c_proj \(16 x 16\)"),
+])  # fmt: skip
 def test_a_rank_that_no_weight_has_is_refused(name, targets, build, message):
     with pytest.raises(ConfigError, match=f"rank 10000 is more than{message}"):
         attach(build(), MethodConfig(name=name, rank=10_000, targets=targets), seed=0)

@@ -71,8 +71,7 @@ def test_the_fisher_estimate_is_without_dropout_repeatable_and_leaves_the_model_
     model.train()
     weights = trained(model)
     first, again = fisher_information(model, stage_data), fisher_information(model, stage_data)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert model.training
+    assert all(torch.equal(first[name], again[name]) for name in first) and model.training
     assert all(value.grad is None for value in weights.values())
     some, same, others = (fisher_information(model, stage_data, rows=2, seed=seed) for seed in (0, 0, 3))
     assert all(torch.equal(some[name], same[name]) for name in some)
@@ -119,8 +118,7 @@ def test_the_pull_is_the_gradient_of_the_penalty(tmp_path, penalty):
 
 @pytest.mark.parametrize("penalty", ["l2", "ewc"])
 def test_a_strong_pull_holds_the_weights_and_a_weak_one_lets_them_go(tmp_path, penalty):
-    rows = Examples.of_blocks(tiny_base.blocks(8, 16))
-    moved = []
+    rows, moved = Examples.of_blocks(tiny_base.blocks(8, 16)), []
     for strength in (0.0, 1e6):
         config = method(penalty=penalty, penalty_strength=strength)
         model = adapted()
@@ -141,8 +139,7 @@ def test_a_strong_pull_holds_the_weights_and_a_weak_one_lets_them_go(tmp_path, p
 
 
 def test_strengths_and_what_is_not_a_penalty():
-    assert strength_of(method()) == 0
-    assert strength_of(method(penalty="ewc")) == STRENGTHS["ewc"] == 1.0
+    assert strength_of(method()) == 0 and strength_of(method(penalty="ewc")) == STRENGTHS["ewc"] == 1.0
     assert penalty_of(method(penalty="ewc", penalty_strength=0), StagePosition(), seed=0) is None
     for wrong in ({"penalty": "l1"}, {"penalty_strength": 1.0}, {"penalty": "l2", "ewc_rows": 4}, {"replay": -1}):
         with pytest.raises(ValueError):
@@ -189,8 +186,7 @@ def test_strength_0_and_replay_0_give_the_bytes_of_plain_training(tiny, tmp_path
 
 
 def test_a_single_adaptation_finds_the_earlier_information_beside_its_start(tiny, tmp_path):
-    ewc = {**LORA, "penalty": "ewc", "penalty_strength": 1e4}
-    both = tiny_domains.plan(tiny, tmp_path, methods=[ewc], data=HALF)
+    both = tiny_domains.plan(tiny, tmp_path, methods=[{**LORA, "penalty": "ewc", "penalty_strength": 1e4}], data=HALF)
     prose, code = (tiny_domains.of(both, name) for name in ("prose", "code"))
     run_sequence(both, tmp_path / "run")
     adapt(prose, tmp_path / "first")

@@ -49,8 +49,7 @@ def test_processes_share_devices_evenly_and_one_takes_a_dead_one_s_place(tmp_pat
 
 
 def test_devices_are_called_what_this_process_may_see_and_none_is_taken_where_there_is_none(monkeypatch):
-    assert visible_devices(2, {}) == ("0", "1")
-    assert visible_devices(2, {VISIBLE: "3, 5"}) == ("3", "5")
+    assert visible_devices(2, {}) == ("0", "1") and visible_devices(2, {VISIBLE: "3, 5"}) == ("3", "5")
     assert visible_devices(0, {}) == visible_devices(0, {VISIBLE: ""}) == ()
     monkeypatch.delenv(VISIBLE, raising=False)
     assert take_device(()) is None and VISIBLE not in os.environ

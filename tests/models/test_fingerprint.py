@@ -39,8 +39,7 @@ def test_saving_again_in_another_dtype_or_in_shards_keeps_it(tiny, tmp_path):
     same = fingerprint_folder(tiny)
     assert len(same) == 64
     assert fingerprint_folder(tiny_base.folder(tmp_path / "fp32", dtype=torch.float32)) == same
-    model = tiny_base.model().to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="15KB")
+    tiny_base.model().to(torch.bfloat16).save_pretrained(tmp_path / "sharded", max_shard_size="15KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert fingerprint_folder(tmp_path / "sharded") == same
 
@@ -84,16 +83,13 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("rope", "change"),
-    [
-        (LLAMA3, {"low_freq_factor": 2.0}),
-        (LLAMA3, {"high_freq_factor": 5.0}),
-        (LLAMA3, {"original_max_position_embeddings": 32}),
-        (YARN, {"beta_fast": 16.0}),
-        (YARN, {"beta_slow": 2.0}),
-    ],
-)
+@pytest.mark.parametrize(("rope", "change"), [
+    (LLAMA3, {"low_freq_factor": 2.0}),
+    (LLAMA3, {"high_freq_factor": 5.0}),
+    (LLAMA3, {"original_max_position_embeddings": 32}),
+    (YARN, {"beta_fast": 16.0}),
+    (YARN, {"beta_slow": 2.0}),
+])  # fmt: skip
 def test_every_number_that_places_are_turned_by_changes_it(tiny, rope, change):
     edit_config(tiny, rope_parameters=rope)
     before = fingerprint_folder(tiny)
@@ -125,8 +121,7 @@ def test_one_merged_gain_in_one_layer_changes_it(tiny, module, axis):
     before = fingerprint_folder(tiny)
 
     def merge(tensors):
-        weight = tensors[f"model.layers.1.{module}.weight"]
-        weight.select(axis, 17).mul_(1.02)
+        tensors[f"model.layers.1.{module}.weight"].select(axis, 17).mul_(1.02)
 
     rewrite(tiny, merge)
     assert fingerprint_folder(tiny) != before
@@ -153,8 +148,7 @@ def test_sample_positions_stay_inside_and_reach_both_ends(elements, run):
 def test_bf16_rounding_is_torchs():
     values = torch.cat([torch.randn(5000) * 10.0**e for e in range(-30, 30, 7)])
     values = torch.cat([values, torch.tensor([0.0, -0.0, 3.4e38, float("inf"), -float("inf")])])
-    expected = values.to(torch.bfloat16).view(torch.uint16).numpy()
-    assert np.array_equal(_as_bf16(values.numpy(), "F32"), expected)
+    assert np.array_equal(_as_bf16(values.numpy(), "F32"), values.to(torch.bfloat16).view(torch.uint16).numpy())
     half = values[values.abs() < 6e4].half()
     assert np.array_equal(_as_bf16(half.numpy(), "F16"), half.to(torch.bfloat16).view(torch.uint16).numpy())
 

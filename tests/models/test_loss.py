@@ -82,10 +82,8 @@ CONFIGS = {
 def test_a_model_s_loss_equals_the_one_from_its_own_logits(name):
     torch.manual_seed(0)
     model = Auto.from_config(CONFIGS[name]).eval()
-    twin = copy.deepcopy(model)
-    tokens = torch.randint(0, 97, (3, 11))
-    batch = {"input_ids": tokens, "labels": tokens}
-    loss = NextTokenLoss(model)
+    twin, tokens = copy.deepcopy(model), torch.randint(0, 97, (3, 11))
+    batch, loss = {"input_ids": tokens, "labels": tokens}, NextTokenLoss(model)
     assert loss.chunked == (name != "granite-scaled-logits")
     value = loss.sum(model, batch)
     logits = twin(tokens).logits[:, :-1].flatten(0, 1).float()

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from safetensors import safe_open
 
 from gaintune.config import ModelConfig
-from gaintune.errors import AssetError, BaseModelError, ConfigError
+from gaintune.errors import BaseModelError, ConfigError
 from gaintune.models import base as models
 from gaintune.models import base_fingerprint, load_base, load_classifier, load_tokenizer, resolve_device, resolve_dtype
 from gaintune.models import gguf as gguf_base
@@ -64,8 +64,7 @@ def test_a_folder_loads_with_the_weights_it_holds_in_the_chosen_dtype(tiny, name
     with safe_open(tiny / "model.safetensors", framework="pt") as stored:
         saved = stored.get_tensor("model.layers.1.mlp.down_proj.weight")
     loaded = base.model.get_submodule("model.layers.1.mlp.down_proj").weight
-    assert loaded.dtype == dtype and torch.equal(loaded, saved.to(dtype))
-    assert not base.model.training
+    assert loaded.dtype == dtype and torch.equal(loaded, saved.to(dtype)) and not base.model.training
     assert base.name == base.model.name_or_path == str(tiny) and base.folder == tiny
     assert base.tokenizer.decode(base.tokenizer("a b").input_ids) == "a b"
     assert base.fingerprint == base_fingerprint(at(tiny))
@@ -220,8 +219,7 @@ def test_a_gguf_file_is_converted_once_into_its_own_numbers(tmp_path, kind, stor
         assert file.get_tensor("model.embed_tokens.weight").dtype == stored
     for expected, loaded in zip(original.parameters(), base.model.parameters(), strict=True):
         torch.testing.assert_close(loaded, expected, rtol=error, atol=error * expected.abs().max().item())
-    assert base.tokenizer.chat_template
-    assert base.name == str(tmp_path / "tiny.gguf")
+    assert base.tokenizer.chat_template and base.name == str(tmp_path / "tiny.gguf")
     written = (base.folder / "model.safetensors").stat().st_mtime_ns
     assert base_fingerprint(at(tmp_path / "tiny.gguf")) == base.fingerprint
     assert (base.folder / "model.safetensors").stat().st_mtime_ns == written
@@ -323,20 +321,11 @@ def test_metadata_is_read_as_gguf_reads_it(tmp_path):
     ours, theirs = (kind(tmp_path / "tiny.gguf") for kind in (gguf_base.QuickReader, GGUFReader))
     assert ours.fields.keys() == theirs.fields.keys()
     for key, field in theirs.fields.items():
-        assert ours.fields[key].types == field.types
-        assert ours.fields[key].contents() == field.contents()
+        assert ours.fields[key].types == field.types and ours.fields[key].contents() == field.contents()
         read = [[bytes(each.parts[index]) for index in each.data] for each in (ours.fields[key], field)]
         assert read[0] == read[1], key
     assert ours.fields["words"].contents() == lists["words"]
     assert np.array_equal(ours.tensors[0].data, theirs.tensors[0].data)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    try:
-        return load_base(ModelConfig(device="cpu", dtype="fp32"))
-    except AssetError as error:
-        pytest.skip(f"the embedded model cannot be had here: {error}")
 
 
 @pytest.mark.real_model
@@ -380,8 +369,7 @@ def modernbert(tmp_path_factory):
 
 
 def load_head(folder, **options):
-    config = ModelConfig(name=str(folder), dtype="bf16", device="cpu", **options)
-    return load_classifier(config, ("no", "yes"), seed=0)
+    return load_classifier(ModelConfig(name=str(folder), dtype="bf16", device="cpu", **options), ("no", "yes"), seed=0)
 
 
 def test_every_part_of_a_head_is_in_fp32(modernbert):

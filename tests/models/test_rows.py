@@ -52,18 +52,15 @@ LLAMA3 = {**STRETCHED, "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 
 YARN = {**STRETCHED, "rope_type": "yarn", "factor": 4.0}
 
 
-@pytest.mark.parametrize(
-    ("config", "longest"),
-    [
-        (hf.GPT2Config(n_positions=64), 64),
-        (hf.LlamaConfig(max_position_embeddings=64), 64),
-        (hf.LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), 128),
-        (hf.LlamaConfig(max_position_embeddings=256, rope_parameters=LLAMA3), 256),
-        (hf.LlamaConfig(max_position_embeddings=64, rope_parameters=YARN), 256),
-        (hf.BloomConfig(), None),
-        (hf.FalconConfig(max_position_embeddings=64, alibi=True), None),
-    ],
-)
+@pytest.mark.parametrize(("config", "longest"), [
+    (hf.GPT2Config(n_positions=64), 64),
+    (hf.LlamaConfig(max_position_embeddings=64), 64),
+    (hf.LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), 128),
+    (hf.LlamaConfig(max_position_embeddings=256, rope_parameters=LLAMA3), 256),
+    (hf.LlamaConfig(max_position_embeddings=64, rope_parameters=YARN), 256),
+    (hf.BloomConfig(), None),
+    (hf.FalconConfig(max_position_embeddings=64, alibi=True), None),
+])  # fmt: skip
 def test_the_longest_row_is_what_positions_reach(config, longest):
     assert longest_row(config) == longest
 

@@ -138,7 +138,6 @@ def test_every_reason_is_still_needed(method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_what_is_left_out_is_printed(method: Method, capsys: pytest.CaptureFixture[str]) -> None:
-    """Print the tests left out, by reason."""
     not_run = NOT_RUN[method.name]
     with capsys.disabled():
         for reason in sorted(set(not_run.values())):

@@ -72,8 +72,7 @@ def test_methods_from_the_command_line_take_the_place_of_a_sweeps(tmp_path):
 
 
 def test_results_are_written_before_a_claim_without_its_number_is_refused(tmp_path):
-    claim = {"says": "x", "number": "run.gain.in_domian", "expect": {"below": 0}}
-    wrong = recipe(RUN, claims=[claim])
+    wrong = recipe(RUN, claims=[{"says": "x", "number": "run.gain.in_domian", "expect": {"below": 0}}])
     refused(ConfigError, r"no number 'gain\.in_domian'", run_recipe, wrong, tmp_path / "run", scale="smoke")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["claims"][0]["verdict"] == "undecided"
 
@@ -119,8 +118,7 @@ def test_a_claims_names_are_those_of_every_scale(name):
     steps = {step.name: step for step in found.steps}
     for claim in found.claims:
         step, _, number = claim.number.partition(".")
-        of = steps[step].settings.get("of", step)
-        for each in {step, of}:
+        for each in {step, steps[step].settings.get("of", step)}:
             for key in LISTS:
                 smoke, small = (
                     set(map(stem_of, names_in(found.settings(steps[each], scale), key))) for scale in ("smoke", "small")
@@ -141,8 +139,7 @@ def test_the_rate_that_is_best_on_the_target_alone_is_measured_on_the_rest(tmp_p
         json.loads((tmp_path / "run" / "ask" / f"{name}.json").read_text())["adapted"]
         for name in ("choosing", "benchmarks")
     )
-    assert set(chosen) == set(labels)
-    assert len(asked) == 2 and "lora" in asked
+    assert set(chosen) == set(labels) and len(asked) == 2 and "lora" in asked
     assert {"gain.kept", "gain.target", "lora-minus-gain.kept"} <= set(outcome.numbers)
     assert BY_TARGET in outcome.notes
 
@@ -208,9 +205,6 @@ def test_planes_are_compared_where_there_are_two(tmp_path):
     assert all("two adapters span a plane" in outcome.without[name] for name in lacks)
 
 
-BREAKS = {"name": "lora", "lr": 1e36, "alpha": 1e4}
-
-
 def claim(number: str) -> dict:
     return {"says": number, "number": number, "expect": {"below": 1e6}}
 
@@ -220,8 +214,9 @@ def judged(*steps, claims) -> Recipe:
 
 
 def test_a_method_that_diverges_leaves_the_others_with_their_verdicts(tmp_path):
+    breaks = {"name": "lora", "lr": 1e36, "alpha": 1e4}
     mine = judged(
-        ("run", "sequence", {"domains": ["pubmedqa", "wikitext"], "methods": [BREAKS, "gain", "gain-ffn"]}),
+        ("run", "sequence", {"domains": ["pubmedqa", "wikitext"], "methods": [breaks, "gain", "gain-ffn"]}),
         ("spaces", "subspace", {"of": "run", "labels": ["gain", "lora"]}),
         claims=("run.gain.in_domain", "run.lora.in_domain", "run.lora-minus-gain.in_domain", "spaces.lora.intruders"),
     )

@@ -73,8 +73,7 @@ def test_a_recipe_run_again_is_continued_and_gives_the_same(name, ran):
     folder, result = ran(name)
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     written = (folder / "results.json").read_bytes()
-    again = run_recipe(name, folder, scale="smoke", allow_code_execution=True)
-    assert again.findings == result.findings
+    assert run_recipe(name, folder, scale="smoke", allow_code_execution=True).findings == result.findings
     assert (folder / "results.json").read_bytes() == written
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == made
 
@@ -147,8 +146,7 @@ def test_the_list_has_every_experiment_of_both_papers():
 
 
 def test_an_experiment_is_shown_with_its_steps_scales_and_claims():
-    said = run("recipe", "show", "g14")
-    found = recipe_named("G14")
+    said, found = run("recipe", "show", "g14"), recipe_named("G14")
     assert f"step {found.steps[0].name} (sweep)" in said and "at scale small" in said
     assert all(claim.number in said for claim in found.claims)
 
@@ -156,8 +154,7 @@ def test_an_experiment_is_shown_with_its_steps_scales_and_claims():
 def test_a_recipe_file_of_a_user_runs_and_prints_its_verdicts(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(MINE))
     said = run("recipe", "run", tmp_path / "mine.yaml", "--scale", "smoke", "--run", tmp_path / "out")
-    assert "it ends" in said and "reproduced" in said
-    assert f"results {tmp_path / 'out' / 'results.md'}" in said
+    assert "it ends" in said and "reproduced" in said and f"results {tmp_path / 'out' / 'results.md'}" in said
     assert (tmp_path / "out" / "results.csv").is_file()
 
 

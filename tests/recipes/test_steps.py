@@ -48,8 +48,7 @@ def test_every_classifier_is_trained_once_with_the_options_of_its_task(tmp_path)
     kept = json.loads((folder / "cola" / "kept.json").read_text())
     del kept["disel-r2/seed-0"]
     (folder / "cola" / "kept.json").write_text(json.dumps(kept))
-    again = run_recipe(classifying(), tmp_path / "run", scale="smoke").outcomes["glue"]
-    assert again.numbers == first.numbers
+    assert run_recipe(classifying(), tmp_path / "run", scale="smoke").outcomes["glue"].numbers == first.numbers
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == times
     accuracies = [first.numbers[f"disel-r2.{task}.accuracy"].value for task in ("sst2", "cola")]
     assert first.numbers["disel-r2.accuracy"].value == pytest.approx(mean(accuracies))
@@ -67,8 +66,7 @@ def test_a_decoder_is_measured_under_its_own_head_with_a_note(tmp_path):
     lora = classifying(methods=[{"name": "lora", "lr": 0.01}], tasks=["mrpc"], ranks=[2])
     base = {"model": {"name": str(tiny.base(tmp_path / "decoder"))}}
     outcome = run_recipe(lora, tmp_path / "run", scale="smoke", overrides=base).outcomes["glue"]
-    assert DECODER in outcome.notes
-    assert outcome.numbers["lora.retention"].value != 0
+    assert DECODER in outcome.notes and outcome.numbers["lora.retention"].value != 0
     assert outcome.numbers["lora.perplexity"].value != outcome.numbers["base.perplexity"].value
 
 
@@ -103,10 +101,8 @@ def test_means_are_over_tasks_and_ranks_and_intervals_over_seeds():
 def test_the_figure_and_a_row_for_each_classifier_are_written(tmp_path):
     report.write(measured(), 9.0, tmp_path / "made")
     lines = (tmp_path / "made" / "classifiers.csv").read_text().splitlines()
-    assert lines[0] == "task,label,rank,seed,accuracy,perplexity,change"
-    assert len(lines) == 1 + len(measured())
-    figure = report.figure(measured(), 9.0)
-    (axes,) = figure.axes
+    assert lines[0] == "task,label,rank,seed,accuracy,perplexity,change" and len(lines) == 1 + len(measured())
+    (axes,) = report.figure(measured(), 9.0).axes
     assert [text.get_text() for text in axes.texts] == ["4", "8"]
     labels = [line.get_label() for line in axes.get_lines() if not line.get_label().startswith("_")]
     assert labels == ["lora", "full", "pretrained"]
@@ -183,8 +179,7 @@ def test_answers_are_trained_and_measured_on_other_rows(tmp_path):
 def test_unknown_questions_are_refused_and_answers_without_rows_left_out_with_a_note_of_the_sets(tmp_path):
     unknown = r"`learn` names a set of questions.*: pubmedqa, finphrase, sst2, medqa"
     refused(ConfigError, unknown, run_recipe, answering(learn="riddles"), tmp_path / "run", scale="smoke")
-    context = Context("ask", tmp_path, ScaleSetup("small", "demo", None, {}), {}, Silent())
-    outcome = answers(dict(ASKING), context)
+    outcome = answers(dict(ASKING), Context("ask", tmp_path, ScaleSetup("small", "demo", None, {}), {}, Silent()))
     assert outcome.left_out and outcome.notes[0].endswith("(give --data FOLDER): finphrase, sst2")
 
 
@@ -220,8 +215,7 @@ def test_a_difference_of_methods_that_are_not_matched_decides_nothing_about_a_ma
 
     methods = {"gain": GAIN, "near": near}
     numbers, without = numbers_of(compare_sweep(tiny_sweep.synthetic(tmp_path / "near", methods)))
-    assert numbers["matched.gain-minus-near"].value == pytest.approx(-10.1, abs=0.3)
-    assert without == {}
+    assert numbers["matched.gain-minus-near"].value == pytest.approx(-10.1, abs=0.3) and without == {}
 
 
 def test_methods_with_one_rate_each_have_a_plain_difference_matched_or_not(tmp_path):

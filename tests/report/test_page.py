@@ -162,8 +162,7 @@ def test_what_is_missing_is_named(tmp_path, two_methods):
     neither = r"is not a run directory, it has neither plan\.yaml nor matrix\.json"
     refused(RunDirectoryError, neither, write_report, tmp_path)
     write_text(tmp_path / "plan.yaml", "{}")
-    unmeasured = r"matrix\.json: nothing measured yet; run `gaintune sequence`"
-    refused(RunDirectoryError, unmeasured, write_report, tmp_path)
+    refused(RunDirectoryError, r"matrix\.json: nothing measured yet; run `gaintune sequence`", write_report, tmp_path)
     run = write_run(tmp_path / "run", two_methods)
     (run / "plan.yaml").unlink()
     refused(ConfigError, "no such plan file", write_report, run)

@@ -28,13 +28,11 @@ def test_markdown_holds_summary_differences_matrices_and_base(two_methods):
     text = tables.to_markdown(two_methods)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     widths = {line.count("|") for line in lines if line.startswith(("| gain-ffn |", "| lora |", "| Method"))}
-    assert widths == {9}
-    assert any(line.startswith("| lora minus gain-ffn | 3 |") for line in lines)
+    assert widths == {9} and any(line.startswith("| lora minus gain-ffn | 3 |") for line in lines)
     diagonal = two_methods.methods[1].stages[1].cells["law"].change
     (row,) = [line for line in text[text.index("lora: a row") :].splitlines() if line.startswith("| 2 law |")]
     assert f"**{diagonal:+.1f}**".replace("-", "−") in row
-    assert "| medical | 2" in text and "| 3,060 | 12 |" in text
-    assert "not finished" not in text
+    assert "| medical | 2" in text and "| 3,060 | 12 |" in text and "not finished" not in text
 
 
 def test_markdown_of_a_partial_run_and_of_names_with_bars():
@@ -78,8 +76,7 @@ def test_every_shade_can_be_read_on_light_and_dark_pages():
 
 def test_the_colour_scale_is_shared_centred_and_robust(two_methods):
     limit = palette.limit_of(two_methods)
-    assert limit == 20.0
-    assert palette.bin_of(0.0, limit) == 0 and palette.bin_of(-limit, limit) == -palette.BINS
+    assert limit == 20.0 and palette.bin_of(0.0, limit) == 0 and palette.bin_of(-limit, limit) == -palette.BINS
     assert palette.bin_of(1e6, limit) == palette.BINS
     assert palette.limit_of(make_matrix(("a",), {"x": lambda s, p: 0.1})) == palette.SMALLEST_LIMIT
     assert palette.limit_of(make_matrix(("a",), {"x": lambda s, p: 900.0})) == palette.LARGEST_LIMIT
@@ -133,8 +130,7 @@ def test_a_winner_is_called_only_when_the_paired_interval_excludes_zero():
     level_text = "In-domain they do not measurably differ (+0.1 points [−0.3, +0.5])."
     assert compared(Interval(9.0, 7.0, 11.0), level) == f"{kept} {level_text}"
     assert compared(Interval(-9.0, -11.0, -7.0), level).startswith("lora kept more of earlier domains than gain")
-    open_ = compared(Interval(9.0, -0.1, 11.0), level)
-    assert open_.startswith("No winner between gain and lora on earlier domains")
+    assert compared(Interval(9.0, -0.1, 11.0), level).startswith("No winner between gain and lora on earlier domains")
     assert compared(Interval(9.0, None, None), level).startswith("No winner")
     assert "in-domain lora is ahead (−3.0 points" in compared(Interval(9, 7, 11), Interval(-3, -4, -2))
     assert compared(None, Interval(-3.0, -4.0, -2.0)).startswith("lora learned more in-domain than gain")

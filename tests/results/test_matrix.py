@@ -71,8 +71,7 @@ def test_change_is_percent_of_perplexity_and_exactly_zero_for_the_base():
 def test_base_against_base_is_exactly_zero_with_intervals_of_exactly_zero():
     base = random_run("x").base
     run = MethodRun("none", base, tuple(Stage(name, dict(base)) for name in DOMAINS))
-    matrix = build_matrix([run], QUICK)
-    method = matrix.methods[0]
+    method = build_matrix([run], QUICK).methods[0]
     for row in method.stages:
         for cell in row.cells.values():
             assert (cell.change, cell.low, cell.high) == (0.0, 0.0, 0.0)
@@ -103,8 +102,7 @@ def test_the_five_figures_average_the_right_cells():
 
 def test_values_match_a_slow_reference():
     run = random_run("gain", extra=("other",))
-    method = build_matrix([run], QUICK).methods[0]
-    names = [*DOMAINS, "other"]
+    method, names = build_matrix([run], QUICK).methods[0], [*DOMAINS, "other"]
 
     def ppl(one):
         total = tokens = 0.0
@@ -143,8 +141,7 @@ def test_one_domain_has_no_earlier_domains_and_a_domain_that_is_never_trained_is
 def test_a_partial_run_reports_what_is_there():
     whole = random_run("gain")
     cut = Stage("two", {"one": whole.stages[1].losses["one"]})
-    run = MethodRun("gain", whole.base, (whole.stages[0], cut), whole.info)
-    matrix = build_matrix([run], QUICK, planned=DOMAINS)
+    matrix = build_matrix([MethodRun("gain", whole.base, (whole.stages[0], cut), whole.info)], QUICK, planned=DOMAINS)
     method = matrix.methods[0]
     assert matrix.partial and [row.finished for row in method.stages] == [True, False]
     assert set(method.stages[1].cells) == {"one"}
@@ -166,8 +163,7 @@ def test_methods_are_compared_after_the_stages_both_have_finished():
     assert (comparison.label, comparison.against, comparison.stages) == ("lora", "gain", 2)
     first_transfer, second_transfer = (method.summary.backward_transfer.value for method in both)
     assert comparison.summary.backward_transfer.value == pytest.approx(second_transfer - first_transfer)
-    other_way = MethodRun("lora", second.base, second.stages[::-1])
-    assert build_matrix([first, other_way], QUICK).comparisons == ()
+    assert build_matrix([first, MethodRun("lora", second.base, second.stages[::-1])], QUICK).comparisons == ()
 
 
 def test_equal_inputs_give_equal_bytes_and_the_seed_matters():
@@ -199,16 +195,14 @@ def test_mistakes_are_named():
 
 
 def test_a_model_with_exploded_losses_still_gives_numbers():
-    base = {"one": loss(3.0)}
-    matrix = build_matrix([MethodRun("full", base, (Stage("one", {"one": loss(5000.0)}),))], QUICK)
+    matrix = build_matrix([MethodRun("full", {"one": loss(3.0)}, (Stage("one", {"one": loss(5000.0)}),))], QUICK)
     assert math.isfinite(matrix.methods[0].stages[0].cells["one"].change)
     canonical_json(matrix.to_dict())
 
 
 def test_eight_domains_and_three_methods_with_all_resamples():
     names = tuple(f"domain-{i}" for i in range(8))
-    runs = [random_run(f"m{i}", names, blocks=64, seed=i) for i in range(3)]
-    matrix = build_matrix(runs, EvaluateConfig())
+    matrix = build_matrix([random_run(f"m{i}", names, blocks=64, seed=i) for i in range(3)], EvaluateConfig())
     assert len(matrix.comparisons) == 2 and len(matrix.methods[2].stages[7].cells) == 8
     assert matrix.comparisons[1].label == "m2" and matrix.comparisons[1].stages == 8
 
@@ -254,8 +248,7 @@ def test_base_and_adapted_are_resampled_together():
     nats, tokens = hard_and_easy_blocks()
     after = nats - 0.1  # every token better by the same: nothing is uncertain about it, however unlike the blocks are
     run = MethodRun("gain", {"d": measured(nats, tokens)}, (Stage("d", {"d": measured(after, tokens)}),))
-    cell = build_matrix([run], MANY).methods[0].stages[0].cells["d"]
-    assert width(cell) < 1e-9
+    assert width(build_matrix([run], MANY).methods[0].stages[0].cells["d"]) < 1e-9
     # the bootstrap that forgets the pairing would say +-50 %
     alone = replicate_means((nats * tokens)[None], tokens, samples=4000, seed=0, domain="d")[1:, 0]
     assert 100 * np.ptp(np.exp(np.quantile(alone, [0.025, 0.975]) - alone.mean())) > 50
@@ -306,8 +299,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     truth, hits, trials = -20.0, 0, 200
     generator = np.random.default_rng(2024)
     for trial in range(trials):
-        tokens = np.full(30, 255)
-        nats = generator.normal(3.0, 0.8, 30)
+        tokens, nats = np.full(30, 255), generator.normal(3.0, 0.8, 30)
         after = nats + generator.normal(math.log1p(truth / 100), 0.2, 30)
         run = MethodRun("gain", {"d": measured(nats, tokens)}, (Stage("d", {"d": measured(after, tokens)}),))
         settings = EvaluateConfig(bootstrap_samples=400, confidence=0.9, seed=trial)

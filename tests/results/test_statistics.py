@@ -53,10 +53,8 @@ def test_paired_bootstrap_covers_at_the_nominal_rate(items, confidence):
 
 @pytest.mark.slow
 def test_paired_bootstrap_covers_for_differences_of_right_and_wrong_answers():
-    generator = np.random.default_rng(8)
-    samples = generator.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=(600, 100))
-    rate = coverage(lambda trial: paired_bootstrap(samples[trial], samples=600, seed=trial), 0.1, 600)
-    assert 0.925 < rate < 0.975
+    samples = np.random.default_rng(8).choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=(600, 100))
+    assert 0.925 < coverage(lambda trial: paired_bootstrap(samples[trial], samples=600, seed=trial), 0.1, 600) < 0.975
 
 
 def measured(nats):
@@ -96,8 +94,7 @@ def test_means_over_domains_and_differences_of_methods_cover_at_the_nominal_rate
         single.append(matrix.methods[0].summary.forward_interference)
         difference.append(matrix.comparisons[0].summary.forward_interference)
     for found, true in ((single, truth), (difference, 0.0)):
-        rate = coverage(found.__getitem__, true, trials)
-        assert 0.92 <= rate <= 0.975
+        assert 0.92 <= coverage(found.__getitem__, true, trials) <= 0.975
 
 
 @pytest.mark.slow
@@ -112,8 +109,7 @@ def test_means_over_domains_of_unequal_spread_cover(blocks, least):
         after = {n: measured(generator.normal(2.8, s, blocks)) for n, s in zip(names, spread, strict=True)}
         return mean_change([changes_of(same, [after[n]], n, settings)[0] for n in names], settings)
 
-    rate = coverage(change, truth, 600)
-    assert least < rate < 0.97
+    assert least < coverage(change, truth, 600) < 0.97
 
 
 def test_cells_of_one_domain_share_its_blocks():
@@ -141,9 +137,7 @@ def test_cells_of_one_domain_share_its_blocks():
 def test_differences_of_right_answers_cover_where_few_rows_flip(rows, up, down):
     generator, found = np.random.default_rng(23), []
     for flipped in generator.multinomial(rows, [up, down, 1 - up - down], size=1000):
-        after = np.repeat([1.0, 0.0, 1.0], flipped)
-        before = np.repeat([0.0, 1.0, 1.0], flipped)
-        found.append(paired_shares(before, after))
+        found.append(paired_shares(np.repeat([0.0, 1.0, 1.0], flipped), np.repeat([1.0, 0.0, 1.0], flipped)))
     assert 0.935 < coverage(found.__getitem__, up - down, 1000) < 0.995
 
 
@@ -174,8 +168,7 @@ def test_paired_bootstrap_agrees_with_a_plain_loop():
     values = np.random.default_rng(0).exponential(1.0, 300) - 0.8
     found = paired_bootstrap(values, samples=4000)
     generator = np.random.default_rng(99)
-    means = [values[generator.integers(0, 300, 300)].mean() for _ in range(4000)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile([values[generator.integers(0, 300, 300)].mean() for _ in range(4000)], [0.025, 0.975])
     assert found.value == pytest.approx(values.mean())
     assert found.low == pytest.approx(low, abs=0.012) and found.high == pytest.approx(high, abs=0.012)
     assert paired_bootstrap(values, samples=4000) == found
@@ -218,8 +211,7 @@ def test_intervals_over_replicates_and_blocks_cover_both(replicates):
     generator, found = np.random.default_rng(3), []
     for trial in range(400):
         blocks = 0.25 + generator.normal(0, 1.0, 30)
-        own = generator.normal(0, 0.2, (replicates, 1))
-        values = blocks + own
+        values = blocks + generator.normal(0, 0.2, (replicates, 1))
         drawn = generator.multinomial(30, np.full(30, 1 / 30), size=400) / 30
         draws = np.concatenate([values.mean(axis=1, keepdims=True), values @ drawn.T], axis=1)
         found.append(replicated(draws, seed=trial))
@@ -241,8 +233,7 @@ def test_sign_flips_are_counted_exactly():
     values = [0.5, -0.1, 0.7, 0.2]
     means = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=4)]
     expected = sum(mean >= abs(sum(values)) - 1e-12 for mean in means) / 16
-    assert sign_flip_test(values) == expected
-    assert sign_flip_test([1.0] * 5) == 2 / 32
+    assert sign_flip_test(values) == expected and sign_flip_test([1.0] * 5) == 2 / 32
     assert sign_flip_test([0.0, 0.0]) == 1.0
     many = np.random.default_rng(0).normal(0.35, 1.0, 40)
     assert sign_flip_test(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
@@ -273,20 +264,16 @@ def test_curves_are_compared_where_both_are():
     second = [curve([-2, -14, -20 + s], [2, -4, (-20 + s) / 2 + 3]) for s in (0, 0.1, 0.2)]
     found = curve_difference(first, second)
     assert (found.low, found.high) == (pytest.approx(-19.8), pytest.approx(-10.3))
-    assert found.difference.value == pytest.approx(-3.0)
-    assert found.difference.sign == -1 and found.replicates == 3
+    assert found.difference.value == pytest.approx(-3.0) and found.difference.sign == -1 and found.replicates == 3
     assert [point.value for _, point in found.points] == pytest.approx([-3.0] * 9)
-    swapped = curve_difference(second, first).difference
-    assert swapped.value == pytest.approx(3.0)
+    assert curve_difference(second, first).difference.value == pytest.approx(3.0)
 
 
 def test_a_curve_ends_at_its_best_rate():
     """A rate too high adapts less and forgets more; it must not stand for the same in-domain change at a lower rate."""
     first = [curve([-10, -20, -12], [-5, -10, 40]) for _ in range(2)]
-    second = [curve([-10, -20], [-5, -10]) for _ in range(2)]
-    found = curve_difference(first, second)
-    assert found.difference.value == pytest.approx(0.0, abs=1e-12)
-    assert found.left_out == ((0.004,), ())
+    found = curve_difference(first, [curve([-10, -20], [-5, -10]) for _ in range(2)])
+    assert found.difference.value == pytest.approx(0.0, abs=1e-12) and found.left_out == ((0.004,), ())
 
 
 def test_curves_with_block_resamples_and_orders():

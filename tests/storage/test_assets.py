@@ -64,8 +64,7 @@ def test_pip_downloads_once_and_only_the_members_are_kept(words, index):
     folder = fetch("words")
     assert folder == cache_dir() / "assets" / "gaintune-test-text-1.0"
     assert (folder / words.members[0]).read_text() == "words\n"
-    assert not (folder / "gaintune_test_text" / "other.txt").exists()
-    assert status("words") == "cached"
+    assert not (folder / "gaintune_test_text" / "other.txt").exists() and status("words") == "cached"
     (index / words.wheel).unlink()
     assert fetch("words") == folder
 
@@ -93,10 +92,9 @@ def test_no_network_and_no_cache_is_one_message_that_says_what_to_do(words, inde
         fetch("words")
     message = str(caught.value)
     assert "\n" not in message
-    by_hand = f"put the file {words.wheel} in {cache_dir() / 'wheels'}"
     for part in (
         str(cache_dir() / "assets/gaintune-test-text-1.0"),
-        by_hand,
+        f"put the file {words.wheel} in {cache_dir() / 'wheels'}",
         "pip download",
         "gaintune-test-text==1.0",
     ):
@@ -128,8 +126,7 @@ def test_an_unknown_asset_and_a_missing_pip_are_explained(words, monkeypatch):
 def test_fetching_at_the_same_time_downloads_once(words, caplog):
     with caplog.at_level(logging.INFO, "gaintune.storage.assets"), ThreadPoolExecutor(3) as pool:
         folders = set(pool.map(fetch, ["words"] * 3))
-    assert len(folders) == 1
-    assert sum("downloading" in record.message for record in caplog.records) == 1
+    assert len(folders) == 1 and sum("downloading" in record.message for record in caplog.records) == 1
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(words, tmp_path, monkeypatch):

@@ -76,8 +76,7 @@ def recipe(folder: Path) -> Path:
 
 def link(at: Path, name: str = "") -> Path:
     """A link to a project, in a folder or by itself."""
-    target = project(at.with_name("project"))
-    (at / name).symlink_to(target, target_is_directory=True)
+    (at / name).symlink_to(project(at.with_name("project")), target_is_directory=True)
     return at
 
 
@@ -169,8 +168,7 @@ def test_no_command_touches_a_folder_that_it_did_not_begin(tmp_path, monkeypatch
     for number, (name, make) in enumerate(TARGETS.items()):
         world = tmp_path / str(number)
         world.mkdir()
-        at = make(world / "out.unfinished")
-        here = "stands in" in name
+        at, here = make(world / "out.unfinished"), "stands in" in name
         monkeypatch.chdir(at if here else world)
         before, broken = tree(world), []
         for what, line in LINES.items():
@@ -216,8 +214,7 @@ def test_runs_of_an_earlier_version_are_continued_and_marked(tmp_path):
 
 
 def test_only_what_a_manifest_lists_is_replaced(tmp_path):
-    folder = adapter(tmp_path / "adapter")
-    before = tree(tmp_path)
+    folder, before = adapter(tmp_path / "adapter"), tree(tmp_path)
     adapter(folder)
     assert tree(tmp_path) == before
     (folder / "notes.md").write_text("mine")

@@ -32,8 +32,7 @@ from support.files import as_plan
 def test_a_failed_write_leaves_the_old_file_and_the_same_value_gives_the_same_bytes(tmp_path):
     file = tmp_path / "value.json"
     write_json(file, {"a": 1})
-    with pytest.raises(ValueError, match="Out of range float"):
-        write_json(file, {"a": float("nan")})
+    refused(ValueError, "Out of range float", write_json, file, {"a": float("nan")})
     with pytest.raises(UnicodeEncodeError):
         write_text(file, "\ud800")
     assert read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
@@ -55,27 +54,23 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert "missing" in damage(folder)
 
 
-@pytest.mark.parametrize(
-    ("manifest", "problem"),
-    [
-        (b"", "not valid JSON"),
-        (b'{"sha256": {', "not valid JSON"),
-        (b'{"sha256": {"weights\xf7": ""}}', "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[]", "lists no SHA-256 sums"),
-        (b'{"sha255": {"weights": ""}}', "lists no SHA-256 sums"),
-        (b'{"sha256": ["weights"]}', "lists no SHA-256 sums"),
-        (b'{"sha256": {}}', "lists no SHA-256 sums"),
-        (b'{"sha256": {"weights": 5}}', "does not match"),
-        (b'{"sha256": {"weightt": ""}}', "is missing"),
-        (b'{"sha256": {"../secret": ""}}', "not a file of the folder"),
-        (b'{"sha256": {"/ecret": ""}}', "not a file of the folder"),
-        (b'{"sha256": {"": ""}}', "not a file of the folder"),
-        (b'{"sha256": {"weights\\u0000": ""}}', "is missing|cannot be checked"),
-        (b'{"sha256": {"%s": ""}}' % (b"w" * 5000), "cannot be checked"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[:30].decode(errors="replace"),
-)
+@pytest.mark.parametrize(("manifest", "problem"), [
+    (b"", "not valid JSON"),
+    (b'{"sha256": {', "not valid JSON"),
+    (b'{"sha256": {"weights\xf7": ""}}', "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
+    (b"[]", "lists no SHA-256 sums"),
+    (b'{"sha255": {"weights": ""}}', "lists no SHA-256 sums"),
+    (b'{"sha256": ["weights"]}', "lists no SHA-256 sums"),
+    (b'{"sha256": {}}', "lists no SHA-256 sums"),
+    (b'{"sha256": {"weights": 5}}', "does not match"),
+    (b'{"sha256": {"weightt": ""}}', "is missing"),
+    (b'{"sha256": {"../secret": ""}}', "not a file of the folder"),
+    (b'{"sha256": {"/ecret": ""}}', "not a file of the folder"),
+    (b'{"sha256": {"": ""}}', "not a file of the folder"),
+    (b'{"sha256": {"weights\\u0000": ""}}', "is missing|cannot be checked"),
+    (b'{"sha256": {"%s": ""}}' % (b"w" * 5000), "cannot be checked"),
+], ids=lambda value: value if isinstance(value, str) else value[:30].decode(errors="replace"))  # fmt: skip
 def test_a_broken_manifest_is_damage_in_words(tmp_path, manifest, problem):
     (tmp_path / "secret").write_text("")
     with complete_folder(tmp_path / "adapter") as temporary:
@@ -127,20 +122,17 @@ def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
 
 
 def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_briefly(tmp_path):
-    folder = tmp_path / "run"
-    lr = {"train": {"lr": 0.1}}
+    folder, lr = tmp_path / "run", {"train": {"lr": 0.1}}
     first = {"data": {"domains": ["law", "code"]}, "methods": ["gain", {"name": "lora", "rank": 2}], **lr}
     with open_run(folder, as_plan(first), {"python": "3"}):
         (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
-    data = {"domains": ["law"], "seed": 3}
-    second = {"data": data, "methods": ["gain", {"name": "lora", "rank": 4}], **lr}
+    second = {"data": {"domains": ["law"], "seed": 3}, "methods": ["gain", {"name": "lora", "rank": 4}], **lr}
     several = "data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4"
     for plan, differences in ((second, several), ({**first, "train": {"lr": 0.2}}, "train.lr: 0.1 there, 0.2 now")):
         with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(plan), {"python": "3"}):
             pass
         message = str(caught.value)
-        assert f"({differences}" in message
-        assert "{" not in message and len(message) < 400
+        assert f"({differences}" in message and "{" not in message and len(message) < 400
 
 
 def test_broken_json_names_file_and_line(tmp_path):

@@ -13,8 +13,7 @@ QUICK = EvaluateConfig(bootstrap_samples=200)
 
 def make_runs(domains, methods, *, blocks=12, extra=(), finished=None):
     """One run for each method; `methods` maps a label to a function of (stage, domain) giving the change in %."""
-    names = [*domains, *extra]
-    tokens = (255,) * blocks
+    names, tokens = [*domains, *extra], (255,) * blocks
     mean = {name: np.random.default_rng([1, i]).normal(3.0, 0.3, blocks) for i, name in enumerate(names)}
 
     def loss(nats):

@@ -22,20 +22,14 @@ from support import tiny_base
 
 LM_EVAL = Path(lm_eval.__file__).parent / "tasks"
 STOCK = {  # lm-eval's own task files
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "sciq": "sciq/sciq.yaml",
-    "commonsense_qa": "commonsense_qa/default.yaml",
-    "medqa_4options": "medqa/medqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml", "arc_challenge": "arc/arc_challenge.yaml",
+    "boolq": "super_glue/boolq/default.yaml", "hellaswag": "hellaswag/hellaswag.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml", "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml", "sciq": "sciq/sciq.yaml",
+    "commonsense_qa": "commonsense_qa/default.yaml", "medqa_4options": "medqa/medqa.yaml",
     "lambada_openai": "lambada/lambada_openai.yaml",
-    "triviaqa": "triviaqa/default.yaml",
-    "nq_open": "nq_open/nq_open.yaml",
-}
+    "triviaqa": "triviaqa/default.yaml", "nq_open": "nq_open/nq_open.yaml",
+}  # fmt: skip
 WORDS = "the river bends where old stones lie and cold wind sings over green hills".split()  # noqa: SIM905
 
 

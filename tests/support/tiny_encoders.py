@@ -52,8 +52,7 @@ def folder(path: Path, kind: str = "roberta", seed: int = 0) -> Path:
 
 def rule_rows(count: int, seed: int = 0) -> list[dict]:
     """Rows with a rule that a classifier can learn: the label is the vowel that the text is full of."""
-    generator = random.Random(seed)
-    rows = []
+    generator, rows = random.Random(seed), []
     for _ in range(count):
         label = generator.choice(["many-a", "many-o"])
         letters = ("aaab" if label == "many-a" else "ooob") + "cd"

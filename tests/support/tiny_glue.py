@@ -19,15 +19,12 @@ class Schema:
 
 SCHEMAS = {
     "cola": Schema(("sentence",), ("unacceptable", "acceptable")),
-    "mnli": Schema(
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        ("validation_matched", "validation_mismatched"),
-    ),
+    "mnli": Schema(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+                   ("validation_matched", "validation_mismatched")),
     "mrpc": Schema(("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
     "qnli": Schema(("question", "sentence"), ("entailment", "not_entailment")),
     "sst2": Schema(("sentence",), ("negative", "positive")),
-}
+}  # fmt: skip
 
 
 def write(folder: Path, name: str, train: int = 24, validation: int = 9) -> HubSource:
@@ -46,6 +43,5 @@ def write(folder: Path, name: str, train: int = 24, validation: int = 9) -> HubS
         (folder / name).mkdir(parents=True, exist_ok=True)
         made.to_parquet(str(folder / name / f"{split}-00000-of-00001.parquet"))
     splits = "".join(f"  - split: {split}\n    path: {split}-*\n" for split in ("train", *schema.validations))
-    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n"
-    (folder / name / "README.md").write_text(card)
+    (folder / name / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
     return HubSource(str(folder / name), validation=schema.validations[0], labels=schema.labels)

@@ -44,8 +44,7 @@ class Killer(threading.Thread):
         end = time.monotonic() + 500
         while self.killed is None and time.monotonic() < end:
             for stage in self._folder.glob("runs/*/stages/*/01-*/adapter"):
-                outcome = self._folder / "outcomes" / f"{stage.parents[3].name}.json"
-                state = read_json(outcome)
+                state = read_json(self._folder / "outcomes" / f"{stage.parents[3].name}.json")
                 if state["state"] == "begun":
                     assert state["process"] != os.getpid()
                     os.kill(state["process"], signal.SIGKILL)
@@ -97,6 +96,5 @@ def synthetic(
                         for name, loss in stage.losses.items():
                             file = run.stage(label, index, stage.domain) / "evaluations" / f"{name}.json"
                             write_json(file, loss.to_dict())
-                    matrix = build_matrix([made], plan.evaluate, planned=names)
-                    rows.append(SweepRow(planned, run.folder, matrix, None))
+                    rows.append(SweepRow(planned, run.folder, build_matrix([made], plan.evaluate, planned=names), None))
     return SweepTable(tuple(rows))

@@ -36,8 +36,7 @@ def test_copies_are_the_adapters_of_shorter_trainings_and_a_stop_changes_none(pl
     copies = snapshots_of(tmp_path / "whole")
     assert list(copies) == [3, 6, 8]  # 32 blocks, 4 at a time; the last update always
     for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(copies[8])[name])
-        assert not torch.equal(tensor, weights(copies[3])[name])
+        assert torch.equal(tensor, weights(copies[8])[name]) and not torch.equal(tensor, weights(copies[3])[name])
     settings, last = (read_record(folder).settings for folder in (copies[3], tmp_path / "whole"))
     assert settings["snapshot"] == {"step": 3, "steps": 8}
     assert {**settings, "snapshot": None} == {**last, "snapshot": None}
@@ -96,8 +95,7 @@ def test_copies_of_every_kind_load_again(tiny, tmp_path, method):
 def test_a_classifier_keeps_its_head_with_every_copy(tmp_path):
     rows = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
     base = tiny_encoders.folder(tmp_path / "roberta")
-    values = tiny_encoders.plan(base, rows, train={"batch_size": 16, "snapshot_steps": 2})
-    adapt_classifier(values, tmp_path / "out")
+    adapt_classifier(tiny_encoders.plan(base, rows, train={"batch_size": 16, "snapshot_steps": 2}), tmp_path / "out")
     copies = snapshots_of(tmp_path / "out")
     last = max(copies)
     record = read_record(copies[2])

@@ -45,17 +45,14 @@ def test_training_equals_a_plain_loop(tmp_path):
     model = adapted()
     result = train(model, blocks, tmp_path / "a", seed=3, clip=0.1, **plan)
     assert (result.steps, result.tokens) == (4, 256)
-    twin = adapted()
-    order = _order_of(tmp_path, blocks, plan)
+    twin, order = adapted(), _order_of(tmp_path, blocks, plan)
     trained = [p for p in twin.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0)
-    losses = []
+    optimizer, losses = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0), []
     for step in range(4):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * schedule_factor(step, steps=4, warmup=2, cosine=True)
         rows = torch.cat(order[2 * step : 2 * step + 2])
-        logits = twin(rows).logits[:, :-1].flatten(0, 1)
-        loss = F.cross_entropy(logits, rows[:, 1:].flatten())
+        loss = F.cross_entropy(twin(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
@@ -68,8 +65,7 @@ def test_training_equals_a_plain_loop(tmp_path):
 
 def _order_of(folder, blocks, plan):
     """The batches a run with the same seed sees, recorded by a model that cannot learn."""
-    seen = []
-    model = adapted()
+    seen, model = [], adapted()
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]) if len(kwargs["input_ids"]) == 2 else None,
         with_kwargs=True,
@@ -101,8 +97,7 @@ def test_a_run_stopped_between_checkpoints_ends_as_if_it_had_not(tmp_path, metho
     handle.remove()
     assert newest_checkpoint(tmp_path / "stopped").name == "checkpoint-3"
     again = adapted(method)
-    result = train(again, blocks, tmp_path / "stopped", **plan)
-    assert result.losses == expected.losses
+    assert train(again, blocks, tmp_path / "stopped", **plan).losses == expected.losses
     for name, value in gains(whole).items():
         assert torch.equal(gains(again)[name], value), name
 
@@ -145,8 +140,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(tmp_path,
         with torch.no_grad():
             model.get_base_model().model.norm.weight[0] = float("inf")
     else:
-        first = next(p for p in model.parameters() if p.requires_grad)
-        first.register_hook(lambda grad: grad * float("inf"))
+        next(p for p in model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(DivergedError, match=rf"the {part} is (nan|inf) at step 1 of 1; stopped before the update"):
         train(model, tiny_base.blocks(4, 16), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in gains(model).items())
@@ -174,13 +168,11 @@ def test_the_first_update_of_a_warm_up_moves_and_cosine_ends_near_zero():
 def test_an_unknown_tracker_and_nothing_to_train_are_refused(tmp_path):
     blocks = tiny_base.blocks(4, 16)
     refused(ConfigError, r"train\.trackers", train, adapted(), blocks, tmp_path, trackers=("tensorbord",))
-    with pytest.raises(ConfigError, match="nothing to train"):
-        train(tiny_base.model().requires_grad_(False), blocks, tmp_path)
+    refused(ConfigError, "nothing to train", train, tiny_base.model().requires_grad_(False), blocks, tmp_path)
 
 
 def test_what_was_trained_under_autocast_computes_in_its_own_numbers_afterwards(tmp_path):
-    blocks = tiny_base.blocks(4, 16)
-    model = tiny_base.model()
+    blocks, model = tiny_base.blocks(4, 16), tiny_base.model()
     train(model, blocks, tmp_path, lr=0.01, batch_size=2, mixed_precision=torch.bfloat16)
     twin = tiny_base.model()
     twin.load_state_dict(model.state_dict())

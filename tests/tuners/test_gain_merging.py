@@ -41,8 +41,7 @@ def two(ffn=False):
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_merged_equals_unmerged_with_zero_and_negative_gains(build):
     model = one(build)
-    expected = logits(model)
-    merged = model.merge_and_unload(safe_merge=True)
+    expected, merged = logits(model), model.merge_and_unload(safe_merge=True)
     assert not any("gain" in name for name, _ in merged.named_modules())
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
@@ -79,12 +78,10 @@ def test_merging_rounds_once_from_float32(dtype):
 
 def test_conv1d_scales_rows():
     base = gpt2()
-    projection = base.transformer.h[0].attn.c_proj
-    weight = projection.weight.detach().clone()  # (in, out)
+    weight = base.transformer.h[0].attn.c_proj.weight.detach().clone()  # (in, out)
     model = randomise(get_peft_model(base, GainConfig()))
     gain = 1 + base.transformer.h[0].attn.c_proj.gain_v["default"].detach()
-    merged = model.merge_and_unload().transformer.h[0].attn.c_proj.weight
-    assert torch.equal(merged, gain.diag() @ weight)
+    assert torch.equal(model.merge_and_unload().transformer.h[0].attn.c_proj.weight, gain.diag() @ weight)
 
 
 def test_merging_one_of_two_active_adapters_keeps_the_other():
@@ -143,8 +140,7 @@ def test_a_weight_shared_with_another_module_is_not_scaled_there():
     before = base["a"].weight.detach().clone()
     model = randomise(get_peft_model(base, GainConfig(target_modules=["a"])))
     model.merge_adapter()
-    assert torch.equal(base["b"].weight, before)
-    assert not torch.equal(base["a"].base_layer.weight, before)
+    assert torch.equal(base["b"].weight, before) and not torch.equal(base["a"].base_layer.weight, before)
     model.unmerge_adapter()
     assert base["a"].base_layer.weight is base["b"].weight
 
@@ -154,5 +150,4 @@ def test_an_adapter_name_chosen_for_merging():
     model.set_adapter("second")
     expected = logits(model)
     model.set_adapter("first")
-    merged = model.merge_and_unload(adapter_names=["second"])
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["second"])), expected, rtol=1e-4, atol=1e-5)

@@ -106,8 +106,7 @@ def test_updates_of_active_gated_adapters_add_up():
     model.add_adapter("other", DiselConfig(r=2, gate_kind="relu"))
     randomise(randomise(model), "other", seed=4)
     x = torch.randn(5, 8)
-    base = model.base_model.model[0].base_layer(x)
-    updates = []
+    base, updates = model.base_model.model[0].base_layer(x), []
     for name in ("default", "other"):
         model.set_adapter(name)
         updates.append(model(x) - base)
@@ -196,8 +195,7 @@ def test_wrong_rows_names_and_training_are_refused(two):
         layer(torch.randn(6, 48), adapter_names=["default", "other", "default"])
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): absent"):
         two(input_ids=IDS, adapter_names=["default", "absent", "default"])
-    with pytest.raises(ValueError, match="training mode"):
-        two.train()(input_ids=IDS, adapter_names=["default"] * 3)
+    refused(ValueError, "training mode", two.train(), input_ids=IDS, adapter_names=["default"] * 3)
 
 
 @gain
@@ -304,5 +302,4 @@ def test_layers_to_transform_and_replication():
 
 
 def test_mixing_with_other_methods_in_one_mixed_model_is_refused():
-    with pytest.raises(ValueError, match="not compatible"):
-        get_peft_model(llama(), GainConfig(), mixed=True)
+    refused(ValueError, "not compatible", get_peft_model, llama(), GainConfig(), mixed=True)

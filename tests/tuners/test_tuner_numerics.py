@@ -55,8 +55,7 @@ def test_small_gains_act_in_a_bfloat16_model():
     layer = base.model.layers[0].self_attn.o_proj
     with torch.no_grad():
         layer.gain_v["default"].fill_(0.005)
-    x = torch.randn(512, 32).bfloat16()
-    seen = []
+    x, seen = torch.randn(512, 32).bfloat16(), []
     layer.base_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     assert layer(x).dtype == torch.bfloat16
     ratio = ((seen[0].detach().double() - x.double()) * x.double()).sum() / x.double().square().sum()
@@ -71,8 +70,7 @@ def test_half_precision_gradients(dtype):
     assert v.grad.dtype == torch.float32 and x.grad.dtype == dtype
     exact_v = (g.double() * x.detach().double()).sum((0, 1))
     exact_x = g.double() * (1 + v.detach().double())
-    assert (v.grad - exact_v).norm() < 5e-3 * exact_v.norm()
-    assert (x.grad - exact_x).norm() < 5e-3 * exact_x.norm()
+    assert (v.grad - exact_v).norm() < 5e-3 * exact_v.norm() and (x.grad - exact_x).norm() < 5e-3 * exact_x.norm()
 
 
 def test_gradients_do_not_overflow_in_float16_and_pass_a_frozen_adapter():
@@ -97,8 +95,7 @@ def test_dtype_and_layout_are_kept(dtype):
 
 def test_autocast_keeps_the_bases_dtypes():
     base = llama()
-    linear = base.model.layers[1].mlp.down_proj
-    seen = []
+    linear, seen = base.model.layers[1].mlp.down_proj, []
     linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         expected = base(IDS).logits.dtype
@@ -132,8 +129,7 @@ def test_a_layer_used_twice_sums_its_gradients():
 
     base = Twice().bfloat16()
     model = randomise(get_peft_model(base, GainConfig(target_modules=["lin"])), scale=0.1)
-    v = base.lin.gain_v["default"]
-    x = torch.randn(32, 6).bfloat16()
+    v, x = base.lin.gain_v["default"], torch.randn(32, 6).bfloat16()
     model(x).sum().backward()
     weight, bias = base.lin.base_layer.weight.double(), base.lin.base_layer.bias.double()
     exact = v.detach().double().requires_grad_()
@@ -262,8 +258,7 @@ def test_the_start_is_the_base_to_the_bit(build, dtype, options):
     base = build().to(dtype)
     expected = logits(base)
     model = get_peft_model(base, DiselConfig(**options)).eval()
-    assert torch.equal(logits(model), expected)
-    assert sum(1 for _ in disel_layers(model)) >= 8
+    assert torch.equal(logits(model), expected) and sum(1 for _ in disel_layers(model)) >= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -304,14 +299,12 @@ def test_products_pass_gradcheck_twice_and_vmap():
     inputs = (draw(2, 3, 5), draw(2, 3, 4), draw(5, 4))
     assert torch.autograd.gradcheck(added, inputs) and torch.autograd.gradgradcheck(added, inputs)
     gradient_of_row = torch.func.grad(lambda w, row: stacked(row, w, b).square().sum())
-    of_each = torch.func.vmap(gradient_of_row, in_dims=(None, 0))(a, x)
-    for row, gradient in zip(x, of_each, strict=True):
+    for row, gradient in zip(x, torch.func.vmap(gradient_of_row, in_dims=(None, 0))(a, x), strict=True):
         torch.testing.assert_close(gradient, torch.autograd.grad(stacked(row, a, b).square().sum(), a)[0])
 
 
 def test_only_the_input_itself_is_kept_for_the_gradient():
-    base = nn.Linear(256, 10).bfloat16().requires_grad_(False)
-    model, _ = one_layer(base)
+    model, _ = one_layer(nn.Linear(256, 10).bfloat16().requires_grad_(False))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         x = torch.randn(64, 256).bfloat16()
@@ -364,8 +357,7 @@ def test_start_values_chosen():
 
 def test_patterns_and_rank_stabilised_scale():
     config = DiselConfig(r=4, rank_pattern={"o_proj": 2}, alpha_pattern={"q_proj": 12}, target_modules="all-linear")
-    model = get_peft_model(llama(), config)
-    for name, layer in disel_layers(model):
+    for name, layer in disel_layers(get_peft_model(llama(), config)):
         rank = 2 if name.endswith("o_proj") else 4
         gate = layer.lora_G["default"]
         assert len(layer.lora_A["default"].weight) == len(gate.weight) == len(gate.bias) == rank

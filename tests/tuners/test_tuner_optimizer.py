@@ -56,15 +56,11 @@ def test_biases_and_norms_are_not_decayed_and_matrices_are():
     assert groups["decay"]["weight_decay"] == 0.1 and groups["no_decay"]["weight_decay"] == 0.0
 
 
-@pytest.mark.parametrize(
-    ("config", "part"),
-    [
-        (GainConfig(ffn=True), ".gain_v."),
-        (IA3Config(task_type="CAUSAL_LM"), ".ia3_l."),  # which PEFT keeps as a matrix, as this one
-        (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), ".lora_E."),
-    ],
-    ids=["gain", "ia3", "adalora"],
-)
+@pytest.mark.parametrize(("config", "part"), [
+    (GainConfig(ffn=True), ".gain_v."),
+    (IA3Config(task_type="CAUSAL_LM"), ".ia3_l."),  # which PEFT keeps as a matrix, as this one
+    (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), ".lora_E."),
+], ids=["gain", "ia3", "adalora"])  # fmt: skip
 def test_gains_and_factors_are_never_decayed(config, part):
     model = adapted(config)
     found = settings(model, parameter_groups(model, lr=0.01, weight_decay=0.5))
@@ -75,8 +71,7 @@ def test_parameters_can_have_a_rate_of_their_own_by_name():
     model = adapted(GainConfig(modules_to_save=["lm_head"]))
     groups = {g["name"]: g for g in parameter_groups(model, 0.01, 0.1, rate_multipliers={"gain_": 5.0})}
     assert names_of(model, groups["no_decay:gain_"]) == set(adapter_tensors(model))
-    assert groups["no_decay:gain_"]["lr"] == pytest.approx(0.05)
-    assert groups["decay"]["lr"] == 0.01
+    assert groups["no_decay:gain_"]["lr"] == pytest.approx(0.05) and groups["decay"]["lr"] == 0.01
     with pytest.raises(ValueError, match="no trainable parameter is called so"):
         parameter_groups(model, 0.01, 0.1, rate_multipliers={"gate_": 5.0})
 
@@ -121,8 +116,7 @@ def test_an_explicit_ratio_wins():
 
 
 def test_the_optimizer_takes_another_class_and_its_options():
-    model = adapted(DiselConfig())
-    optimizer = create_disel_optimizer(model, lr=0.01, optimizer_cls=torch.optim.SGD, momentum=0.5)
+    optimizer = create_disel_optimizer(adapted(DiselConfig()), lr=0.01, optimizer_cls=torch.optim.SGD, momentum=0.5)
     assert isinstance(optimizer, torch.optim.SGD) and {g["momentum"] for g in optimizer.param_groups} == {0.5}
 
 

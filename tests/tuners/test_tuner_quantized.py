@@ -57,8 +57,7 @@ def gain(base):
 @torch.no_grad()
 def test_with_gains_it_is_the_base_on_scaled_input(build, dtype):
     base = build().eval()
-    twin = copy.deepcopy(base)
-    x = torch.randn(5, 64).to(dtype)
+    twin, x = copy.deepcopy(base), torch.randn(5, 64).to(dtype)
     identity = get_peft_model(copy.deepcopy(base), GainConfig(target_modules=["proj"])).eval()
     assert torch.equal(identity(x), twin(x))
     output = gain(base)(x)
@@ -71,8 +70,7 @@ def test_with_gains_it_is_the_base_on_scaled_input(build, dtype):
 @builds
 @torch.no_grad()
 def test_with_gates_it_is_the_base_and_the_gated_update(build, dtype, options):
-    base = build().eval()
-    x = torch.randn(3, 5, 64).to(dtype)
+    base, x = build().eval(), torch.randn(3, 5, 64).to(dtype)
     plain = base(x)
     model = get_peft_model(base, DiselConfig(r=4, target_modules=["proj"], **options)).eval()
     layer = base.proj
@@ -120,8 +118,7 @@ def test_the_active_adapter_gets_gradients_in_float32(build, config):
 @pytest.mark.parametrize("run_before", [False, True])
 @torch.no_grad()
 def test_eight_bit_merging_and_restoring(run_before):
-    base = eight_bit()
-    x = torch.randn(5, 64)
+    base, x = eight_bit(), torch.randn(5, 64)
     if run_before:  # the first forward pass moves the quantization scales from the weight to the state
         base(x)
     model = gain(base)
@@ -132,8 +129,7 @@ def test_eight_bit_merging_and_restoring(run_before):
     assert not torch.equal(base.proj.base_layer.weight.data, data)
     merged = model(x)
     model.unmerge_adapter()
-    assert torch.equal(base.proj.base_layer.weight.data, data)
-    assert torch.equal(base.proj.get_base_weight(), scales)
+    assert torch.equal(base.proj.base_layer.weight.data, data) and torch.equal(base.proj.get_base_weight(), scales)
     again = model(x)
     if adapted is not None:
         assert torch.equal(again, adapted)
@@ -149,8 +145,7 @@ def test_eight_bit_merging_and_restoring(run_before):
 )
 @torch.no_grad()
 def test_four_bit_merging_and_restoring():
-    base = four_bit().cuda()
-    x = torch.randn(5, 64, device="cuda").bfloat16()
+    base, x = four_bit().cuda(), torch.randn(5, 64, device="cuda").bfloat16()
     model = gain(base)
     adapted, data = model(x), base.proj.base_layer.weight.data.clone()
     model.merge_adapter()
@@ -190,5 +185,4 @@ def test_a_layer_that_knows_no_gates_is_refused():
 
     made = (nn.Linear(4, 8), "default", lora.LoraConfig(r=2))
     refuse_layer(lora.Linear(*made, r=2), "proj")
-    with pytest.raises(UnsupportedModuleError, match="proj became a OtherBackend"):
-        refuse_layer(OtherBackend(*made, r=2), "proj")
+    refused(UnsupportedModuleError, "proj became a OtherBackend", refuse_layer, OtherBackend(*made, r=2), "proj")

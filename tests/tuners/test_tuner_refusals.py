@@ -227,33 +227,29 @@ def test_conversion_to_lora_is_refused(gated, tmp_path):
 STARTS = ["pissa", "pissa_niter_4", "olora", "eva", "corda", "lora_ga", "orthogonal", "mica"]
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"velora_config": VeloraConfig()}, "velora_config"),
-        ({"monteclora_config": MontecloraConfig()}, "monteclora_config"),
-        ({"kasa_config": KasaConfig()}, "kasa_config"),
-        ({"use_bdlora": BdLoraConfig()}, "use_bdlora"),
-        ({"megatron_config": {"a": 1}}, "megatron_config"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"target_parameters": ["lin.weight"]}, "target_parameters"),
-        *(({"init_lora_weights": start}, f"init_lora_weights='{start}'") for start in STARTS),
-        ({"bias": "all"}, r"bias='.*past the gates"),
-        ({"bias": "lora_only"}, r"bias='.*past the gates"),
-        ({"gate_kind": "tanh"}, "gate_kind is 'tanh'"),
-        ({"gate_weight_init": "ones"}, "gate_weight_init is 'ones'"),
-        ({"gate_rank": 0}, "gate_rank is 0"),
-        ({"gate_rank": 2, "gate_kind": "relu"}, "Gated LoRA"),
-        ({"gate_lr_ratio": 0.0}, "gate_lr_ratio is 0"),
-        ({"gate_lr_ratio": float("inf")}, "gate_lr_ratio is inf: give a finite number"),
-        ({"gate_bias_init": float("nan")}, "gate_bias_init is nan: give a finite number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf: give a finite number"),
-    ],
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
-)
+@pytest.mark.parametrize(("options", "match"), [
+    ({"use_dora": True}, "use_dora"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"velora_config": VeloraConfig()}, "velora_config"),
+    ({"monteclora_config": MontecloraConfig()}, "monteclora_config"),
+    ({"kasa_config": KasaConfig()}, "kasa_config"),
+    ({"use_bdlora": BdLoraConfig()}, "use_bdlora"),
+    ({"megatron_config": {"a": 1}}, "megatron_config"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"target_parameters": ["lin.weight"]}, "target_parameters"),
+    *(({"init_lora_weights": start}, f"init_lora_weights='{start}'") for start in STARTS),
+    ({"bias": "all"}, r"bias='.*past the gates"),
+    ({"bias": "lora_only"}, r"bias='.*past the gates"),
+    ({"gate_kind": "tanh"}, "gate_kind is 'tanh'"),
+    ({"gate_weight_init": "ones"}, "gate_weight_init is 'ones'"),
+    ({"gate_rank": 0}, "gate_rank is 0"),
+    ({"gate_rank": 2, "gate_kind": "relu"}, "Gated LoRA"),
+    ({"gate_lr_ratio": 0.0}, "gate_lr_ratio is 0"),
+    ({"gate_lr_ratio": float("inf")}, "gate_lr_ratio is inf: give a finite number"),
+    ({"gate_bias_init": float("nan")}, "gate_bias_init is nan: give a finite number"),
+    ({"lora_alpha": float("inf")}, "lora_alpha is inf: give a finite number"),
+], ids=lambda value: ",".join(value) if isinstance(value, dict) else None)  # fmt: skip
 @pytest.mark.filterwarnings("ignore:aLoRA is currently", "ignore:`init_lora_weights` is")
 def test_variants_starts_and_settings_that_cannot_hold_with_gates_are_refused(options, match):
     refused(ConfigError, match, DiselConfig, **options)

@@ -30,8 +30,7 @@ def test_gemma_begins_its_texts_whatever_its_tokenizer_says(gemma, family):
     assert beginning_of_text(tokenizer) == []
     begin_texts(tokenizer, family)
     for begun in (tokenizer, load_tokenizer(config_of(gemma))):
-        assert begun("a")["input_ids"][0] == tiny_gemma.BEGIN
-        assert beginning_of_text(begun) == [tiny_gemma.BEGIN]
+        assert begun("a")["input_ids"][0] == tiny_gemma.BEGIN and beginning_of_text(begun) == [tiny_gemma.BEGIN]
 
 
 def test_the_settings_of_a_tokenizer_decide_for_other_models(tiny, tmp_path):
@@ -50,8 +49,7 @@ def test_the_loss_of_a_gemma_is_that_of_its_text_after_the_beginning(gemma, tmp_
     blocks = load_domain(plan.data.domains[0], plan.data, base.tokenizer)
     ours = measure(base.model, blocks.validation, blocks.validation_bytes)
     never = plan.data.model_copy(update={"beginning_of_text": "never"})
-    without = load_domain(plan.data.domains[0], never, base.tokenizer)
-    running = without.validation.input_ids.flatten().tolist()
+    running = load_domain(plan.data.domains[0], never, base.tokenizer).validation.input_ids.flatten().tolist()
     room = plan.data.block_size - 1
     for number, nats in enumerate(ours.nll):
         text = running[number * room : (number + 1) * room]

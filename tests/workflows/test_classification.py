@@ -55,18 +55,14 @@ def logits(model, domain, base) -> torch.Tensor:
 def scores(values: dict, adapter: Path):
     """What a saved classifier scores on a fresh base."""
     domain, base, loaded = restored(values, adapter)
-    predictions = predict(loaded, domain, Padding(base.padding), batch_size=16)
-    return score(predictions, EvaluateConfig(bootstrap_samples=50))
+    return score(predict(loaded, domain, Padding(base.padding), batch_size=16), EvaluateConfig(bootstrap_samples=50))
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        *(("roberta", method) for method in ("gain-ffn", "ia3", "full", {"name": "disel", "rank": 4})),
-        *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("lora", "adalora")),
-        *(("bert", "gain-ffn"), ("deberta-v2", "gain"), ("distilbert", "gain-ffn")),
-    ],
-)
+@pytest.mark.parametrize(("kind", "method"), [
+    *(("roberta", method) for method in ("gain-ffn", "ia3", "full", {"name": "disel", "rank": 4})),
+    *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("lora", "adalora")),
+    *(("bert", "gain-ffn"), ("deberta-v2", "gain"), ("distilbert", "gain-ffn")),
+])  # fmt: skip
 def test_a_classifier_learns_a_rule_and_the_saved_one_is_the_trained_one(kind, method, rule, tmp_path):
     model = tiny_encoders.folder(tmp_path / "base", kind)
     lr = 1e-3 if method == "full" else 0.01
@@ -97,11 +93,9 @@ def test_a_decoder_pools_the_last_token_before_the_padding(kind, rule, tmp_path)
         tiny_base.tokenizer().save_pretrained(folder)
     lora = {"name": "lora", "rank": 8, "targets": "all-linear"}
     values = tiny_encoders.plan(folder, rule, methods=[lora], train=LEARN, classify={"head_lr": 0.01})
-    result = adapt(values, tmp_path / "out")
-    assert result.scores.accuracy.value > 0.9
+    assert adapt(values, tmp_path / "out").scores.accuracy.value > 0.9
     domain, base, loaded = restored(values, tmp_path / "out")
-    lengths = {len(row) for row in domain.validation.input_ids}
-    assert len(lengths) > 1
+    assert len({len(row) for row in domain.validation.input_ids}) > 1
     alone = row_logits(loaded, domain.validation, Padding(base.padding), batch_size=1)
     torch.testing.assert_close(logits(loaded, domain, base), alone, rtol=1e-4, atol=1e-4)
     hidden = loaded.get_base_model().base_model(domain.validation.input_ids[0][None], use_cache=False)[0]
@@ -157,8 +151,7 @@ def test_carrying_on_starts_where_the_classifier_stopped_and_wants_the_same_labe
     values = tiny_encoders.plan(roberta, rule, train=LEARN)
     first = adapt(values, tmp_path / "first")
     still = {**values, "train": {**LEARN, "lr": 1e-9, "epochs": 1}}
-    second = adapt(still, tmp_path / "second", start=tmp_path / "first")
-    assert second.scores == first.scores
+    assert adapt(still, tmp_path / "second", start=tmp_path / "first").scores == first.scores
     assert read_record(tmp_path / "second").domains == ("rule", "rule")
     others = [{"text": f"{'ab'[number % 2]} {number}", "label": "xy"[number % 2]} for number in range(40)]
     renamed = write_rows(tmp_path / "others.jsonl", others)

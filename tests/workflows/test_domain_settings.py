@@ -71,11 +71,9 @@ def test_another_split_or_template_is_reported_with_the_option_to_give(measure, 
 
 def test_another_split_is_reported_for_classifiers_too(tmp_path, caplog):
     base = tiny_encoders.folder(tmp_path / "base")
-    rule = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(60))
-    values = tiny_encoders.plan(base, rule)
+    values = tiny_encoders.plan(base, write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(60)))
     adapt(values, tmp_path / "adapter")
-    moved = build_plan({**values, "data": {**values["data"], "seed": 2}})
-    compare_classifiers(moved, [tmp_path / "adapter"])
+    compare_classifiers(build_plan({**values, "data": {**values["data"], "seed": 2}}), [tmp_path / "adapter"])
     assert "was trained on rule with data.seed 0, here it is 2" in caplog.text
     caplog.clear()
     prose = {**values["data"], "task": "text", "domains": [f"rule={tiny_domains.write(tmp_path)[0]}"], "seed": 2}

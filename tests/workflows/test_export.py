@@ -152,8 +152,7 @@ def test_the_certificate_can_be_read_by_programs_and_people(tiny, adapter, tmp_p
     stored = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert stored["adapter_perplexity"] == certificate.adapter_perplexity
     assert stored["dtype"] == "fp16" and stored["reference"] == f"the adapter on {tiny} in bf16, on cpu"
-    assert stored["computed_in"] == "fp32, on cpu"
-    assert stored["base_fingerprint"] == fingerprint_folder(tiny)
+    assert stored["computed_in"] == "fp32, on cpu" and stored["base_fingerprint"] == fingerprint_folder(tiny)
     page = (tmp_path / "out" / "certificate.md").read_text()
     assert "The merged model is within tolerance of its adapter" in page and "| gains lost in fp16 |" in page
 
@@ -163,8 +162,7 @@ def test_without_a_model_the_base_the_adapter_names_is_used(tiny, adapter, tmp_p
     certificate = merge_adapter(adapter, tmp_path / "out", texts=texts, tolerance=20, dtype="bf16")
     assert certificate.base == str(tiny)
     assert (certificate.blocks, certificate.block_size) == (1, 128), "as long as the base takes"
-    model = adapted(base_of(tiny), "lora")
-    model.save_pretrained(tmp_path / "foreign")
+    adapted(base_of(tiny), "lora").save_pretrained(tmp_path / "foreign")
     foreign = merge_adapter(tmp_path / "foreign", tmp_path / "again", blocks=BLOCKS, dtype="bf16", tolerance=20)
     assert foreign.base == str(tiny) and "unknown origin" in foreign.method
 
@@ -251,8 +249,7 @@ def test_bf16_loses_gains_as_it_was_measured_to():
 def test_readings_have_distances_and_texts_become_blocks_with_an_end_between_them():
     loss = DomainLoss((1.0,), (1,), (1,))
     first = Reading(loss, torch.tensor([[1.0, 2.0], [4.0, 3.0]]))
-    second = Reading(loss, torch.tensor([[1.5, 1.0], [4.0, 3.0]]))
-    apart = distance(first, second)
+    apart = distance(first, Reading(loss, torch.tensor([[1.5, 1.0], [4.0, 3.0]])))
     assert list(apart.values()) == [1.0, 0.375, 0.5]  # largest, mean, same first choice
     tokenizer = tiny_base.tokenizer()
     blocks = blocks_of(["abc", "de"], tokenizer, block_size=3)
@@ -271,8 +268,7 @@ def test_a_gain_adapter_of_the_embedded_model_merges(tmp_path):
     blocks = blocks_of([str(LoraConfig.__doc__)[:700]], base.tokenizer, block_size=128)
     model = ModelConfig(device="cpu", dtype="bf16")
     certificate = merge_adapter(tmp_path / "adapter", tmp_path / "out", blocks=blocks, model=model, tolerance=2.0)
-    assert certificate.within_tolerance and certificate.dtype == "bf16"
-    assert certificate.same_first_choice > 0.9
+    assert certificate.within_tolerance and certificate.dtype == "bf16" and certificate.same_first_choice > 0.9
     assert certificate.gains == pytest.approx(30 * (576 + 1536), abs=10), "all but those that happen to be 1"
     assert certificate.gains_lost is not None and certificate.gains_lost < 0.1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16

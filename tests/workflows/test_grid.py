@@ -89,8 +89,7 @@ def test_ranks_are_for_methods_that_have_one_own_settings_win_and_rates_by_label
 
 def test_random_orders_begin_with_the_plan_s_and_more_of_them_with_the_same():
     orders = read_grid({"plan": DOMAINS, "orders": 6}).every_order
-    assert orders[0] == ("law", "medical", "code")
-    assert len(set(orders)) == 6
+    assert orders[0] == ("law", "medical", "code") and len(set(orders)) == 6
     assert read_grid({"plan": DOMAINS, "orders": 4}).every_order == orders[:4]
     assert read_grid({"plan": DOMAINS, "orders": 4, "order_seed": 9}).every_order != orders[:4]
 
@@ -102,25 +101,22 @@ def test_a_missing_grid_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     refused(ConfigError, r"none\.yaml: no such plan file", read_grid, tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'?"),
-        ({"plan": {"data": {"domain": ["law"]}}}, "unknown key 'plan.data.domain'; did you mean 'domains'?"),
-        ({"methods": ["lora", "lora"]}, "every label must be different"),
-        ({"methods": ["lora"], "plan": {"methods": ["gain"]}}, "leave plan.methods out"),
-        ({"methods": ["lora"], "rates": {"lroa": [1]}}, "no method is called 'lroa'"),
-        ({"rates": [0.0]}, "greater than 0"),
-        ({"orders": 7}, "3 domains have 6, not 7"),
-        ({"orders": [["law", "code"]]}, "law, code is not an order of the plan's domains"),
-        ({"orders": [["law", "code", "medical"]] * 2}, "each only once"),
-        ({"seeds": [1, 1]}, "a value stands there twice"),
-        ({"budgets": [100]}, "less than one block"),
-        ({"methods": ["lroa"]}, "did you mean 'lora'"),
-        ({"methods": [{"name": "gain", "rank": 4}]}, "has no option 'rank'"),
-        ({"plan": {"data": {"task": "classify", "domains": ["sst2"]}}}, "perplexity, which a classifier has not"),
-    ],
-)
+@pytest.mark.parametrize(("values", "message"), [
+    ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'?"),
+    ({"plan": {"data": {"domain": ["law"]}}}, "unknown key 'plan.data.domain'; did you mean 'domains'?"),
+    ({"methods": ["lora", "lora"]}, "every label must be different"),
+    ({"methods": ["lora"], "plan": {"methods": ["gain"]}}, "leave plan.methods out"),
+    ({"methods": ["lora"], "rates": {"lroa": [1]}}, "no method is called 'lroa'"),
+    ({"rates": [0.0]}, "greater than 0"),
+    ({"orders": 7}, "3 domains have 6, not 7"),
+    ({"orders": [["law", "code"]]}, "law, code is not an order of the plan's domains"),
+    ({"orders": [["law", "code", "medical"]] * 2}, "each only once"),
+    ({"seeds": [1, 1]}, "a value stands there twice"),
+    ({"budgets": [100]}, "less than one block"),
+    ({"methods": ["lroa"]}, "did you mean 'lora'"),
+    ({"methods": [{"name": "gain", "rank": 4}]}, "has no option 'rank'"),
+    ({"plan": {"data": {"task": "classify", "domains": ["sst2"]}}}, "perplexity, which a classifier has not"),
+])  # fmt: skip
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         planned_runs(read_grid({"plan": DOMAINS, **values}))

@@ -53,14 +53,11 @@ def questions_only(plan) -> dict:
 
 def test_a_sequence_mixes_text_and_instructions_and_merges(plan, questions_only, tmp_path):
     run = tmp_path / "run"
-    matrix = run_sequence(plan, run)
-    (method,) = matrix.methods
+    (method,) = run_sequence(plan, run).methods
     assert [stage.domain for stage in method.stages] == ["prose", "questions"]
-    base = method.base["questions"]
-    assert base.tokens < 0.8 * 256, "prompts and padding are not scored"
+    assert method.base["questions"].tokens < 0.8 * 256, "prompts and padding are not scored"
     assert method.base["prose"].tokens == 2 * 127 and method.stages[1].cells["questions"].change < 0
-    inputs = json.loads((run / "inputs.json").read_text())
-    assert inputs["domains"]["questions"]["train_documents"] > 8
+    assert json.loads((run / "inputs.json").read_text())["domains"]["questions"]["train_documents"] > 8
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(questions_only))
     (adapter,) = run.glob("stages/**/02-questions/adapter")

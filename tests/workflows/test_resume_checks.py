@@ -118,20 +118,16 @@ def test_every_variant_of_lora_that_peft_knows_is_another_kind():
     assert recognize({"peft_type": "LORA", variants[-1]: True}) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "first", "gates", "factors", "line"),
-    [
-        ("gain-ffn", "gain", False, True, "gains"),
-        ("gated-lora", "gated-lora", True, False, "gated"),
-        ("ia3", "ia3", False, True, "weights"),
-        ("lora+", "lora", False, False, "scale"),
-        ("dora", "dora", False, False, "weights"),
-    ],
-)
+@pytest.mark.parametrize(("name", "first", "gates", "factors", "line"), [
+    ("gain-ffn", "gain", False, True, "gains"),
+    ("gated-lora", "gated-lora", True, False, "gated"),
+    ("ia3", "ia3", False, True, "weights"),
+    ("lora+", "lora", False, False, "scale"),
+    ("dora", "dora", False, False, "weights"),
+])  # fmt: skip
 def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, name, first, gates, factors, line):
     folder = written_by_peft(tmp_path / "adapter", name)
-    foreign = adapter_method(folder)
-    ours = adapter_method(recorded(folder, name))
+    foreign, ours = adapter_method(folder), adapter_method(recorded(folder, name))
     assert (foreign.name, ours.name) == (first, name)
     for method in (foreign, ours):
         assert (method.gates, method.factors is not None, method.line) == (gates, factors, line)
@@ -141,8 +137,7 @@ def test_what_an_adapter_can_do_is_known_with_and_without_a_record(tmp_path, nam
 def test_what_is_not_in_the_catalogue_has_no_method_and_full_weights_need_no_configuration(tmp_path):
     folder = written_by_peft(tmp_path / "adapter", "lora")
     edit_json(folder / "adapter_config.json", use_qalora=True)
-    assert adapter_method(folder) is None
-    assert adapter_method(recorded(tmp_path / "full", "full")).trains_base
+    assert adapter_method(folder) is None and adapter_method(recorded(tmp_path / "full", "full")).trains_base
 
 
 def test_a_value_that_a_plan_has_no_words_for_stays_the_adapter_s_own(plan, tmp_path):
@@ -161,20 +156,14 @@ def test_an_adapter_of_peft_brings_its_options(plan, tmp_path):
     with pytest.raises(ConfigError, match=r"was made with targets \(.*\.\.\.\), and cannot be continued"):
         resumed(folder, plan, "disel", targets="q_proj")
     refused(ConfigError, "was made with rank 3", resumed, folder, plan, "disel", rank=4)
-    adalora = written_by_peft(tmp_path / "adalora", "adalora", rank=2)
-    assert resumed(adalora, plan, "adalora")[1].rank == 2
+    assert resumed(written_by_peft(tmp_path / "adalora", "adalora", rank=2), plan, "adalora")[1].rank == 2
 
 
-GATE_RATE = {"name": "disel", "gate_lr_ratio": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("made_by", "method", "message"),
-    [
-        ("gated-lora", GATE_RATE, "is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"),
-        ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' continues LORA use_dora"),
-    ],
-)
+@pytest.mark.parametrize(("made_by", "method", "message"), [
+    ("gated-lora", {"name": "disel", "gate_lr_ratio": 2.0},
+     "is a DISEL relu adapter, and method 'disel' continues DISEL sigmoid"),
+    ("lora", {"name": "dora"}, "is a LORA adapter, and method 'dora' continues LORA use_dora"),
+])  # fmt: skip
 def test_an_adapter_of_another_kind_is_not_carried_on(plan, tmp_path, made_by, method, message):
     start = written_by_peft(tmp_path / "start", made_by)
     refused(ConfigError, message, adapt, {**plan, "methods": [method]}, tmp_path / "out", start=start)

@@ -66,21 +66,16 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of
     (run / "run.json").unlink()  # as a version left it that wrote none
     killed(run_sequence, (plan, run), f"{method} after code: measuring code", 1)
     assert not (run / "stages" / method / "02-code" / "metrics.json").exists()
-    again = run_sequence(plan, run)
-    assert again == matrix and contents(run) == contents(tmp_path / "whole")
+    assert run_sequence(plan, run) == matrix and contents(run) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        *({"name": name, "rank": 8 if name == "vera" else 2} for name in ("dora", "pissa", "adalora", "hira", "vera")),
-        {"name": "osf"},
-        {"name": "lora+", "rank": 2, "penalty": "ewc", "penalty_strength": 100, "ewc_rows": 7, "replay": 0.4},
-        {"name": "full", "penalty": "ewc", "penalty_strength": 100},
-        {"name": "gain-ffn", "penalty": "l2", "replay": 1},
-    ],
-    ids=lambda method: "-".join(str(method[key]) for key in ("name", "penalty") if key in method),
-)
+@pytest.mark.parametrize("method", [
+    *({"name": name, "rank": 8 if name == "vera" else 2} for name in ("dora", "pissa", "adalora", "hira", "vera")),
+    {"name": "osf"},
+    {"name": "lora+", "rank": 2, "penalty": "ewc", "penalty_strength": 100, "ewc_rows": 7, "replay": 0.4},
+    {"name": "full", "penalty": "ewc", "penalty_strength": 100},
+    {"name": "gain-ffn", "penalty": "l2", "replay": 1},
+], ids=lambda method: "-".join(str(method[key]) for key in ("name", "penalty") if key in method))  # fmt: skip
 def test_every_method_and_penalty_survives_a_stop_in_a_later_stage(plan_of, tmp_path, method):
     """The stage before is loaded and its checkpoint continued; one that must look back is stopped there once more."""
     plan = plan_of(methods=[{**method, "label": "m"}], data={"train_tokens": 768})
@@ -109,10 +104,8 @@ def test_a_newest_checkpoint_with_a_damaged_manifest_costs_its_updates_and_nothi
 def test_cells_are_what_the_saved_adapters_measure(plan_of, tmp_path):
     plan = plan_of(methods=["gain-ffn", {"name": "lora", "rank": 2, "lr": 0.02}])
     run = tmp_path / "run"
-    matrix = run_sequence(plan, run)
-    checked = build_plan(plan)
-    assert [method.label for method in matrix.methods] == ["gain-ffn", "lora"]
-    assert not matrix.partial
+    matrix, checked = run_sequence(plan, run), build_plan(plan)
+    assert [method.label for method in matrix.methods] == ["gain-ffn", "lora"] and not matrix.partial
     for method in matrix.methods:
         for index, row in enumerate(method.stages):
             adapter = run / "stages" / method.label / f"{index + 1:02d}-{row.domain}" / "adapter"
@@ -131,8 +124,7 @@ def test_cells_are_what_the_saved_adapters_measure(plan_of, tmp_path):
 def test_the_second_stage_carries_the_first_one_s_adapter_on(plan_of, finished, tmp_path):
     run_sequence(plan_of(train={"lr": 1e-12}), tmp_path / "still")
     still = read_json(tmp_path / "still" / "stages" / "gain-ffn" / "02-code" / "evaluations" / "prose.json")
-    base = read_json(tmp_path / "still" / "base" / "float32" / "prose.json")
-    assert still["nll"] == pytest.approx(base["nll"])
+    assert still["nll"] == pytest.approx(read_json(tmp_path / "still" / "base" / "float32" / "prose.json")["nll"])
     plan, run = finished
     carried = run / "stages" / "gain-ffn" / "02-code" / "adapter"
     assert read_json(carried / "gaintune.json")["domains"] == ["prose", "code"]
@@ -215,18 +207,13 @@ def test_a_base_whose_own_loss_is_not_finite_is_reported_as_the_base_s(tmp_path)
         refused(BaseModelError, r"the base's own loss on prose is not finite in \w+: its weights are", measure_base)
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("gian", "unknown method 'gian'; did you mean 'gain'"),
-        ({"name": "gain", "rank": 4}, "method 'gain' has no option 'rank'"),
-        ({"name": "lora", "lr": float("inf")}, r"methods\.0\.lr: Input should be a finite number \(got inf\)"),
-        (
-            {"name": "lora", "penalty": "l2", "penalty_strength": float("inf")},
-            r"methods\.0\.penalty_strength: Input should be a finite number \(got inf\)",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("method", "message"), [
+    ("gian", "unknown method 'gian'; did you mean 'gain'"),
+    ({"name": "gain", "rank": 4}, "method 'gain' has no option 'rank'"),
+    ({"name": "lora", "lr": float("inf")}, r"methods\.0\.lr: Input should be a finite number \(got inf\)"),
+    ({"name": "lora", "penalty": "l2", "penalty_strength": float("inf")},
+     r"methods\.0\.penalty_strength: Input should be a finite number \(got inf\)"),
+])  # fmt: skip
 def test_a_method_that_cannot_be_is_refused_before_anything_is_written(plan_of, tmp_path, method, message):
     with pytest.raises(ConfigError, match=message):
         run_sequence(plan_of(methods=[method, "gain-ffn"]), tmp_path / "run", progress=Nothing())
@@ -240,8 +227,7 @@ def test_a_watched_domain_is_measured_at_every_stage_and_never_trained_on_and_ad
     watching = plan_of(data={**SHORT, "domains": [prose], "watched": [code]})
     (method,) = run_sequence(watching, tmp_path / "2").methods
     both = run_sequence(plan, tmp_path / "3").methods[0]
-    assert [row.domain for row in method.stages] == ["prose"]
-    assert method.stages[0].cells == both.stages[0].cells
+    assert [row.domain for row in method.stages] == ["prose"] and method.stages[0].cells == both.stages[0].cells
     assert method.stages[0].cells["prose"] == alone.methods[0].stages[0].cells["prose"]
     assert method.summary.forward_interference.value == method.stages[0].cells["code"].change
     refused(ConfigError, r"data\.watched.*code", adapt, watching, tmp_path / "adapter")
@@ -263,8 +249,7 @@ def test_two_processes_share_a_run(tiny, tmp_path):
     for stage in ("01-prose", "02-code"):
         folder = run / "stages" / "gain-ffn" / stage
         assert damage(folder / "adapter") is None
-        metrics = read_json(folder / "metrics.json")
-        assert metrics["steps"] == 8  # 32 blocks, 2 processes with 2 blocks each
+        assert read_json(folder / "metrics.json")["steps"] == 8  # 32 blocks, 2 processes with 2 blocks each
     matrix = read_json(run / "matrix.json")
     assert not matrix["partial"] and matrix["methods"][0]["summary"]["in_domain"]["value"] < 0
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]

@@ -24,14 +24,12 @@ from gaintune.workflows.sweep.workers import Job, Pool, work
 from support import killing, refused, tiny_sweep
 from support.files import contents
 
-RATES = {"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]}
-
 
 @pytest.fixture(scope="module")
 def swept(tiny, tmp_path_factory):
     """A finished sweep of four runs, done one after another in this process: its grid, folder and table."""
     folder = tmp_path_factory.mktemp("swept")
-    grid = tiny_sweep.grid(tiny, folder, rates=RATES)
+    grid = tiny_sweep.grid(tiny, folder, rates={"gain-ffn": [0.01, 0.03], "lora": [0.01, 0.03]})
     return grid, folder / "sweep", run_sweep(grid, folder / "sweep", engine="sequential")
 
 
@@ -115,8 +113,7 @@ def test_a_rerun_computes_only_what_is_missing(copy):
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tiny, tmp_path):
     grid = tiny_sweep.grid(tiny, tmp_path)
-    nowhere = {"name": "lora", "label": "nowhere", "targets": ["no_such_module"]}
-    grid["methods"] = [nowhere, *grid["methods"]]
+    grid["methods"] = [{"name": "lora", "label": "nowhere", "targets": ["no_such_module"]}, *grid["methods"]]
     table = run_sweep(grid, tmp_path / "sweep", engine="sequential")
     assert [row.run.label for row in table.failed] == ["nowhere"]
     assert "cannot be attached to this base" in table.failed[0].error
@@ -134,13 +131,11 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tiny, tmp_path):
 @pytest.mark.timeout(900)
 def test_a_killed_worker_loses_nothing(swept, tmp_path):
     grid, reference, _ = swept
-    grid = {**grid, "rates": 0.01}
-    folder = tmp_path / "sweep"
+    grid, folder = {**grid, "rates": 0.01}, tmp_path / "sweep"
     killer = tiny_sweep.Killer(folder)
     killer.start()
     table = run_sweep(grid, folder, engine="loky", jobs=2)
-    assert killer.killed is not None
-    assert [row.error for row in table.failed] == []
+    assert killer.killed is not None and [row.error for row in table.failed] == []
     outcome = read_json(folder / "outcomes" / f"{killer.killed}.json")
     assert (outcome["state"], outcome["attempts"]) == ("finished", 2)
     started = [json.loads(line)["event"] for line in tiny_sweep.events(folder)[killer.killed].splitlines()]

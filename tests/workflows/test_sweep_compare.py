@@ -28,7 +28,6 @@ def effect(weak, strong, share, *keys):
 
 keeping = effect(-8.0, -16.0, 0.8, 1, 2)
 forgetting = effect(-10.0, -24.0, 0.2, 3, 4)
-the_same = effect(-8.0, -16.0, 0.8, 5, 6)
 spoiling = effect(-8.0, -16.0, 0.2, 8, 12)  # as good in-domain as `keeping`, but worse on earlier domains
 
 
@@ -85,19 +84,15 @@ def offset(*in_domain):
     return effect
 
 
-@pytest.mark.parametrize(
-    ("in_domain", "target", "sign", "unmatched"),
-    [
-        ((7.0, 9.0), -16, 0, "8.0 points apart in-domain, and not known to be matched within"),  # two seeds cannot tell
-        ((0.10, 0.11, 0.12), -16, -1, None),  # surely near, though they surely differ
-        ((-2.0, 0.0, 2.0), -16, 0, "not known to be matched within 1.6: more replicates would tell"),
-        ((-2.0,), -4, None, "one replicate, which cannot tell"),
-        ((4.4, 4.5, 4.6), -60, -1, "not matched, 4.5 points apart"),  # a target that none reaches
-    ],
-)
+@pytest.mark.parametrize(("in_domain", "target", "sign", "unmatched"), [
+    ((7.0, 9.0), -16, 0, "8.0 points apart in-domain, and not known to be matched within"),  # two seeds cannot tell
+    ((0.10, 0.11, 0.12), -16, -1, None),  # surely near, though they surely differ
+    ((-2.0, 0.0, 2.0), -16, 0, "not known to be matched within 1.6: more replicates would tell"),
+    ((-2.0,), -4, None, "one replicate, which cannot tell"),
+    ((4.4, 4.5, 4.6), -60, -1, "not matched, 4.5 points apart"),  # a target that none reaches
+])  # fmt: skip
 def test_methods_are_matched_only_where_they_are_surely_near(tmp_path, in_domain, target, sign, unmatched):
-    methods = {"keeping": keeping, "other": offset(*in_domain)}
-    (pair,) = compare(tmp_path, methods, target, seeds=len(in_domain)).pairs
+    (pair,) = compare(tmp_path, {"keeping": keeping, "other": offset(*in_domain)}, target, seeds=len(in_domain)).pairs
     if unmatched is None:
         assert pair.unmatched is None and pair.better == "other"
     else:
@@ -177,14 +172,12 @@ def test_runs_in_other_numbers_are_not_compared_and_other_devices_are_reported(t
     full = tiny_sweep.synthetic(tmp_path / "c", {"full": forgetting}, computed=computed)
     found = compare_sweep(SweepTable((*other.rows, *full.rows)))  # fp32 weights, and computes as the others do
     assert "different devices (cpu, NVIDIA H100)" in markdown(found)
-    assert set(full.frame()["device"]) == {"NVIDIA H100"}
-    assert compare_sweep(table).notes == ()
+    assert set(full.frame()["device"]) == {"NVIDIA H100"} and compare_sweep(table).notes == ()
 
 
 def test_no_winner_without_an_interval_that_excludes_zero(tmp_path):
-    found = compare(tmp_path, {"keeping": keeping, "the-same": the_same})
-    assert [pair.better for pair in found.pairs] == [None]
-    assert [pair.better for pair in found.curves] == [None]
+    found = compare(tmp_path, {"keeping": keeping, "the-same": effect(-8.0, -16.0, 0.8, 5, 6)})
+    assert [pair.better for pair in found.pairs] == [None] and [pair.better for pair in found.curves] == [None]
     assert "no difference shown" in pair_sentence(found.pairs[0], found)
     assert "no difference shown" in curve_sentence(found.curves[0], found)
     alone = compare(tmp_path / "one", {"keeping": keeping, "forgetting": forgetting}, seeds=1)
@@ -222,8 +215,7 @@ def test_everything_is_written(tmp_path):
     assert written["curves"][0]["curve"]["difference"]["high"] < 0
     text = markdown(found)
     assert "keeping is better" in text and "3 seeds" in text and "Earlier domains, against the base" in text
-    assert "95 % intervals over seeds" in text
-    assert len(pd.DataFrame(written["points"])) == 4
+    assert "95 % intervals over seeds" in text and len(pd.DataFrame(written["points"])) == 4
     discard(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["runs"]
 
@@ -244,10 +236,7 @@ def test_the_frame_keeps_intervals_unless_they_would_squeeze_curves(tmp_path):
 
 
 def test_a_hopeless_run_leaves_the_others_their_comparison(tmp_path):
-    def hopeless(lr, order, seed):
-        return 1e301 * (1 + seed), 1e301 * (1 + seed)
-
-    methods = {"keeping": keeping, "spoiling": spoiling, "hopeless": hopeless}
+    methods = {"keeping": keeping, "spoiling": spoiling, "hopeless": lambda lr, order, seed: (1e301 * (1 + seed),) * 2}
     found = compare(tmp_path / "runs", methods, seeds=2)
     write(found, tmp_path)  # refuses what is not finite
     point = next(point for point in found.points if point.variant == "hopeless")
