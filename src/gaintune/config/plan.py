@@ -420,7 +420,7 @@ def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
         raise explain(error, origin, Plan) from None
 
 
-class _Loader(yaml.SafeLoader):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key twice in a mapping, as YAML's own rules do: PyYAML drops one of them."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -441,7 +441,7 @@ class _Loader(yaml.SafeLoader):
 def read_values(path: Path, kind: str = "plan") -> dict[str, Any]:
     """Read a YAML plan, or a file of another kind, as nested values, without checking its keys yet."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {kind} file") from None
     except OSError as error:
@@ -472,7 +472,7 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
         if not separator or not key:
             raise ConfigError(f"--set {assignment}: write section.key=value, such as train.lr=0.005")
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, _UniqueKeyLoader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
             raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value ({problem})") from None

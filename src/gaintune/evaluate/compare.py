@@ -132,7 +132,7 @@ def paired_figures(
 
 
 @dataclass(frozen=True)
-class Figure:
+class PerplexityFigure:
     """A model on a domain; `change` and its interval in % of the base's perplexity, None for the base itself.
 
     Running text has bits per byte; a masked language model has the number of masked tokens behind its perplexity.
@@ -155,7 +155,7 @@ class Figure:
 
 def compare_adapters(
     plan: Plan, adapters: Sequence[Path], *, allow_other_base: bool = False, progress: Progress | None = None
-) -> list[Figure]:
+) -> list[PerplexityFigure]:
     """Measure the plan's base, and every adapter on it, on the plan's domains.
 
     Of a classifier the backbone is measured, under the base's own language-model head.
@@ -184,7 +184,7 @@ def compare_adapters(
 
 def compare_masked(
     plan: Plan, adapters: Sequence[Path], *, allow_other_base: bool = False, progress: Progress | None = None
-) -> list[Figure]:
+) -> list[PerplexityFigure]:
     """Measure masked-LM perplexity of the plan's encoder, and with every adapter, on the plan's domains of text.
 
     This is how the DISeL paper measures what RoBERTa forgets (arXiv 2605.19028, section 4.1 and appendix II.5): an
@@ -238,14 +238,14 @@ def _compare(
     prepare: Callable[[Base], Measure[list[DomainLoss]]],
     domains: Sequence[DomainConfig],
     allow_other_base: bool,
-) -> list[Figure]:
+) -> list[PerplexityFigure]:
     """Measure a base and adapters, and pair their losses block by block."""
 
-    def figure(number: int, label: str, loss: DomainLoss, base: DomainLoss | None) -> Figure:
+    def figure(number: int, label: str, loss: DomainLoss, base: DomainLoss | None) -> PerplexityFigure:
         name = domains[number].name
         change = (None, None, None) if base is None else astuple(paired_change(base, loss, name, plan.evaluate))
         bits, masked = (None, sum(loss.tokens)) if loss.bytes is None else (loss.bits_per_byte, None)
-        return Figure(name, label, loss.perplexity, bits, *change, masked)
+        return PerplexityFigure(name, label, loss.perplexity, bits, *change, masked)
 
     before, adapted = measure_base_and_adapters(plan, adapters, load, prepare, allow_other_base=allow_other_base)
     return paired_figures(before, adapted, figure)

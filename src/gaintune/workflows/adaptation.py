@@ -32,8 +32,8 @@ HIGHEST_HEAD_LR = 1e-3  # of a new head without a rate in the plan: gains bear t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Outcome of one adaptation: the adapter's folder, how many numbers were trained, and `steps`, the updates.
+class TrainedAdapter:
+    """The adapter that one adaptation trained: its folder, how many numbers were trained, and `steps`, the updates.
 
     `tokens` are the training tokens seen, those of blocks with prompts and padding; times are of this process.
     """
@@ -47,8 +47,8 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptResult(Result):
-    """Outcome of one adaptation to text or instructions; see `Result`.
+class AdaptResult(TrainedAdapter):
+    """Outcome of one adaptation to text or instructions; see `TrainedAdapter`.
 
     Attributes:
         before: loss of the model that training started from, on the domain's validation text.
@@ -60,8 +60,8 @@ class AdaptResult(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierResult(Result):
-    """Outcome of one adaptation to labelled rows; see `Result`. The numbers trained include the head's.
+class ClassifierResult(TrainedAdapter):
+    """Outcome of one adaptation to labelled rows; see `TrainedAdapter`. The numbers trained include the head's.
 
     Attributes:
         labels: name of each class, in the order of the logits.
@@ -73,7 +73,7 @@ class ClassifierResult(Result):
     scores: Scores
 
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound=TrainedAdapter)
 
 
 def adapt(

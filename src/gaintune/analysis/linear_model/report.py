@@ -28,7 +28,7 @@ FIXED_TOLERANCE, BAYES_TOLERANCE, FLOOR_SHARE = 1.01, 1.05, 0.5
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One line of the summary: mean losses over seeds, and mean and range of the total over the two closed forms."""
 
     name: str
@@ -59,7 +59,7 @@ def table(results: Sequence[SeedResult]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def summary(results: Sequence[SeedResult]) -> tuple[Row, ...]:
+def summary(results: Sequence[SeedResult]) -> tuple[SummaryRow, ...]:
     """Average the closed forms and the methods over seeds."""
     rows = []
     for name, seeds in table(results).groupby("correction", sort=False):
@@ -67,7 +67,7 @@ def summary(results: Sequence[SeedResult]) -> tuple[Row, ...]:
         in_domain, retention, *_ = (float(values.mean()) for values in figures.values())
         ratios = [figures["loss_over_best_fixed"], figures["loss_over_bayes"]]
         spread = [(float(ratio.mean()), float(ratio.min()), float(ratio.max())) for ratio in ratios]
-        rows.append(Row(str(name), Losses(in_domain, retention), *spread))
+        rows.append(SummaryRow(str(name), Losses(in_domain, retention), *spread))
     return tuple(rows)
 
 
@@ -94,7 +94,7 @@ def too_short(options: LinearModelOptions, results: Sequence[SeedResult]) -> str
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SummaryRow) -> list[str]:
     return [f"{value:.4f}" for value in (row.losses.total, row.losses.in_domain, row.losses.retention)]
 
 

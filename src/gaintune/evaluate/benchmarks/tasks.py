@@ -166,10 +166,10 @@ def load_suite(config: BenchmarkConfig) -> Suite:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
     with quiet():
-        return _Loader(config).load()
+        return _TaskLoader(config).load()
 
 
-class _Loader:
+class _TaskLoader:
     """Loader of tasks with their rows; it asks the Hub for a data set once, even if that fails."""
 
     def __init__(self, config: BenchmarkConfig) -> None:
