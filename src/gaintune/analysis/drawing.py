@@ -60,7 +60,7 @@ def line(index: int, *, marked: bool = True, **options: Any) -> dict[str, Any]:
     """Return what matplotlib needs to draw the line of a method, an adapter or a domain, by its position."""
     style = look(index)
     marker = {"marker": style.marker} if marked else {}
-    return {"color": style.colour, "linestyle": style.dashes, **marker, **options}
+    return {"color": style.color, "linestyle": style.dashes, **marker, **options}
 
 
 def ruled(axes: Axes, along: Literal["x", "y", "both"] = "y", which: Literal["major", "both"] = "major") -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from gaintune.config import ClassifyConfig, DomainConfig
 from gaintune.data.documents import Documents, drawn_order
 from gaintune.data.labelled import LabelledText, load_labelled
-from gaintune.data.neighbours import normalise
+from gaintune.data.neighbours import normalize
 from gaintune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ def load_classification(
             f"domain {domain.name!r}: the {len(train)} training row(s) drawn all have the label {train[0].label!r}; "
             "raise classify.train_rows"
         )
-    trained_on = {normalise(row.whole) for row in train}
-    repeated = sum(normalise(row.whole) in trained_on for row in validation)
+    trained_on = {normalize(row.whole) for row in train}
+    repeated = sum(normalize(row.whole) in trained_on for row in validation)
     if repeated:
         logger.warning("domain %s: %d validation row(s) also stand in the training rows", domain.name, repeated)
     sides: dict[str, LabelledExamples] = {}

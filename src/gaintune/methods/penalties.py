@@ -27,7 +27,7 @@ def fisher_information(
 ) -> dict[str, torch.Tensor]:
     """Average over rows `(d log p(row) / d theta_i)^2 / scored items of the row`, for every trained weight.
 
-    Dividing by the scored items (tokens) puts it in units per token, as the loss that training minimises: over rows of
+    Dividing by the scored items (tokens) puts it in units per token, as the loss that training minimizes: over rows of
     one length, N tokens times this is the curvature of their log-likelihood at its maximum (Kirkpatrick et al., 2017,
     section 2.1). Rows go through one at a time, in the model's own precision and without dropout; of several processes
     each takes its share.

@@ -27,7 +27,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 
 class Objective(Protocol):
-    """What training minimises: a loss summed over scored items (tokens, rows), divided by their number in an update."""
+    """What training minimizes: a loss summed over scored items (tokens, rows), divided by their number in an update."""
 
     def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum the loss of a batch, in nats."""

@@ -286,19 +286,19 @@ def _curve_panel(axes: Axes, matrix: Matrix, domain: str) -> None:
         values = {stage: figure.value for stage, figure in series.items()}
         lows = [figure.value if figure.low is None else figure.low for figure in series.values()]
         highs = [figure.value if figure.high is None else figure.high for figure in series.values()]
-        axes.fill_between([*values], lows, highs, color=style.colour, alpha=0.18, linewidth=0, zorder=2)
-        axes.plot([*values], [*values.values()], color=style.colour, linestyle=style.dashes, linewidth=1.7, zorder=3)
+        axes.fill_between([*values], lows, highs, color=style.color, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot([*values], [*values.values()], color=style.color, linestyle=style.dashes, linewidth=1.7, zorder=3)
         for stage, value in values.items():
             trained = stage > 0 and method.stages[stage - 1].domain == domain
-            size, edge, width, order = (7.5, INK, 1.1, 5) if trained else (3.5, style.colour, 0, 4)
-            dot = Line2D([stage], [min(value, high)], marker=style.marker, markersize=size, color=style.colour)
+            size, edge, width, order = (7.5, INK, 1.1, 5) if trained else (3.5, style.color, 0, 4)
+            dot = Line2D([stage], [min(value, high)], marker=style.marker, markersize=size, color=style.color)
             dot.set(markeredgecolor=edge, markeredgewidth=width, zorder=order, clip_on=False)
             axes.add_line(dot)
         value, stage = max(((value, stage) for stage, value in values.items()), default=(0.0, 0))
         if value > HIGHEST:
             offset: Any = {"xytext": (-4, -3 - 11 * index), "textcoords": "offset points"}
             note = axes.annotate(f"{signed(value)} ▲", (stage, high), **offset)
-            note.set(ha="right", va="top", fontsize=8, color=style.colour)
+            note.set(ha="right", va="top", fontsize=8, color=style.color)
     axes.set_xlim(0, last + 0.3)
     axes.set_ylim(low, high)
     axes.set_xticks(range(last + 1), ["base", *(str(step) for step in range(1, last + 1))])
@@ -320,7 +320,7 @@ def curves(matrix: Matrix) -> Figure:
         axes.tick_params(labelleft=index % columns == 0, labelbottom=index + columns >= count)
     looks = {method.label: look(index) for index, method in enumerate(matrix.methods)}
     handles: list[Any] = [
-        Line2D([], [], color=one.colour, linestyle=one.dashes, marker=one.marker, markersize=5, label=label)
+        Line2D([], [], color=one.color, linestyle=one.dashes, marker=one.marker, markersize=5, label=label)
         for label, one in looks.items()
     ]
     ring: Any = {"marker": "o", "markersize": 7.5, "linestyle": "", "markeredgecolor": INK}
@@ -355,9 +355,9 @@ def _summary_panel(axes: Axes, matrix: Matrix, name: str) -> None:
         height = row + 0.12
         if figure.low is not None and figure.high is not None:
             ends = [min(figure.low, HIGHEST), min(figure.high, HIGHEST)]
-            axes.plot(ends, [height] * 2, color=style.colour, linewidth=2.4, solid_capstyle="butt", zorder=2)
+            axes.plot(ends, [height] * 2, color=style.color, linewidth=2.4, solid_capstyle="butt", zorder=2)
         value = min(figure.value, HIGHEST)
-        axes.plot([value], [height], style.marker, color=style.colour, markersize=5.5, zorder=3)
+        axes.plot([value], [height], style.marker, color=style.color, markersize=5.5, zorder=3)
     axes.set_xlim(left, right)
     axes.set_ylim(len(matrix.methods) - 0.45, -0.65)
     axes.set_yticks([])

@@ -257,7 +257,7 @@ def record_gates(model: nn.Module, *, adapter: str | None = None, bins: int = 10
             for batch in examples.batches(4):
                 with recorder.counting("math", response_tokens(batch)):
                     model(input_ids=batch["input_ids"])
-        figures = summarise(recorder.result().domains["math"])
+        figures = summarize(recorder.result().domains["math"])
 
     Args:
         model: a PeftModel, or any module that holds DISeL layers.
@@ -317,7 +317,7 @@ class GateSummary:
     histogram: np.ndarray
 
 
-def summarise(layers: Iterable[LayerGates], part: int | None = None) -> GateSummary:
+def summarize(layers: Iterable[LayerGates], part: int | None = None) -> GateSummary:
     """Summarize the gate values of several layers, of all rank parts or one; ValueError if nothing was counted.
 
     Every value has equal weight.

@@ -149,8 +149,8 @@ def _curves(axes: Axes, results: Sequence[SeedResult]) -> None:
     for index, method in enumerate(METHODS):
         style = look(index)
         lines = np.array([[loss.total / r.best_fixed.total for loss in r.trained[index].curve] for r in results])
-        axes.plot(steps, lines.T, color=style.colour, linewidth=0.5, alpha=0.35)
-        axes.plot(steps, lines.mean(0), color=style.colour, linestyle=style.dashes, linewidth=1.8, label=LABELS[method])
+        axes.plot(steps, lines.T, color=style.color, linewidth=0.5, alpha=0.35)
+        axes.plot(steps, lines.mean(0), color=style.color, linestyle=style.dashes, linewidth=1.8, label=LABELS[method])
     bayes = [result.bayes.total / result.best_fixed.total for result in results]
     axes.axhspan(min(bayes), max(bayes), color=SHADE, zorder=0)
     for height, text in ((1.0, FIXED), (float(np.mean(bayes)), BAYES)):
@@ -172,11 +172,11 @@ def _gates(axes: Axes, results: Sequence[SeedResult]) -> None:
     """Draw trained gates against the Bayes gate, between and around the two means."""
     style = look(METHODS.index("disel"))
     gates = np.concatenate([each.gates for r in results for each in r.trained if each.gates is not None], axis=1)
-    thick: Any = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.8}
+    thick: Any = {"color": style.color, "linestyle": style.dashes, "linewidth": 1.8}
     for mean, text in ((-1, "keep"), (1, "adapt")):
         axes.axvline(mean, color=RULE, linewidth=0.9, zorder=0)
         axes.annotate(f"mean of\n“{text}”", (mean, 1.03), ha="center", va="bottom", color=MUTED, fontsize=8)
-    axes.plot(POSITIONS, gates, color=style.colour, linewidth=0.5, alpha=0.35)
+    axes.plot(POSITIONS, gates, color=style.color, linewidth=0.5, alpha=0.35)
     axes.plot(POSITIONS, gates.mean(1), **thick, label="DISeL, trained")
     axes.plot(POSITIONS, results[0].bayes_gate, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label="Bayes gate")
     axes.set(xlabel="position on the line through both means", ylabel="gate", ylim=(-0.02, 1.2))

@@ -125,9 +125,9 @@ def _dots(axes: Axes, transfer: Transfer) -> None:
 def _dot(axes: Axes, height: float, figure: Interval, style: Look, *, filled: bool) -> None:
     if figure.low is not None and figure.high is not None:
         alpha = 1 if filled else 0.5
-        axes.plot([figure.low, figure.high], [height, height], color=style.colour, linewidth=1.4, alpha=alpha)
-    face = style.colour if filled else "white"
-    axes.plot([figure.value], [height], style.marker, color=style.colour, markerfacecolor=face, markersize=6)
+        axes.plot([figure.low, figure.high], [height, height], color=style.color, linewidth=1.4, alpha=alpha)
+    face = style.color if filled else "white"
+    axes.plot([figure.value], [height], style.marker, color=style.color, markerfacecolor=face, markersize=6)
 
 
 @drawn

@@ -169,7 +169,7 @@ def _write_figure(figures: Figures, folder: Path) -> None:
             below = [100 * (share.value - (share.low or 0)) for share in shares]
             above = [100 * ((1 if share.high is None else share.high) - share.value) for share in shares]
             style = look(index)
-            axes.errorbar(x, y, yerr=[below, above], color=style.colour, fmt=style.marker, markersize=5, label=label)
+            axes.errorbar(x, y, yerr=[below, above], color=style.color, fmt=style.marker, markersize=5, label=label)
         for place, name in enumerate(sets):
             level = 100 * figures[BASE, name].majority
             axes.plot([place - 0.35, place + 0.35], [level, level], color=INK, linewidth=0.9, linestyle=(0, (2, 2)))

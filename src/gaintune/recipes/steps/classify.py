@@ -358,8 +358,8 @@ def _draw_method(axes: Axes, rows: Rows, index: int) -> None:
     across, up = ([by_seed(own, field) for own in ranks.values()] for field in ("perplexity", "accuracy"))
     x, y = ([mean(values) for values in side] for side in (across, up))
     x_spread, y_spread = ([stdev(v) if len(v) > 1 else 0.0 for v in side] for side in (across, up))
-    axes.plot(x, y, color=style.colour, linestyle=style.dashes, marker=style.marker, markersize=5, label=rows[0].label)
-    bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
+    axes.plot(x, y, color=style.color, linestyle=style.dashes, marker=style.marker, markersize=5, label=rows[0].label)
+    bars = {"ecolor": style.color, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
     axes.errorbar(x, y, xerr=x_spread, yerr=y_spread, **bars)
     for rank, point in zip(ranks, zip(x, y, strict=True), strict=True):
         if rank is not None:

@@ -178,16 +178,16 @@ def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
     style = look(index)
     x, y = [point.in_domain.value for point in points], [point.figure.value for point in points]
     axes.plot(
-        x, y, color=style.colour, linestyle=style.dashes, marker=style.marker, markersize=5, label=points[0].variant
+        x, y, color=style.color, linestyle=style.dashes, marker=style.marker, markersize=5, label=points[0].variant
     )
     across, up = zip(*((_reach(point.in_domain), _reach(point.figure)) for point in points), strict=True)
-    bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
+    bars = {"ecolor": style.color, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
     axes.errorbar(x, y, xerr=list(zip(*across, strict=True)), yerr=list(zip(*up, strict=True)), **bars)
     runs = [run for point in points if len(point.runs) > 1 for run in point.runs]
     if runs:
-        axes.scatter(*zip(*runs, strict=True), s=9, color=style.colour, alpha=0.35, linewidths=0, zorder=1.5)
+        axes.scatter(*zip(*runs, strict=True), s=9, color=style.color, alpha=0.35, linewidths=0, zorder=1.5)
     away, side = LABELS[index % len(LABELS)]
-    text = {"textcoords": "offset points", "ha": side, "color": style.colour, "fontsize": 7, "zorder": 4}
+    text = {"textcoords": "offset points", "ha": side, "color": style.color, "fontsize": 7, "zorder": 4}
     for point in points:
         position = (point.in_domain.value, point.figure.value)
         label = axes.annotate(f"{point.lr:g}", position, xytext=away, **text)
