@@ -21,6 +21,9 @@ from gaintune.errors import ConfigError, DivergedError
 from gaintune.methods.rules import StageData, StagePosition, TrainingRule
 from gaintune.models import autocast
 
+FISHER = "penalty.safetensors"  # beside an adapter: the Fisher information of its domains
+STRENGTHS = {"l2": 0.01, "ewc": 1.0}  # unless a plan gives penalty_strength
+
 
 def fisher_information(
     model: nn.Module, stage_data: StageData, *, rows: int | None = None, seed: int = 0
@@ -84,10 +87,6 @@ def _batch(stage_data: StageData, row: int, device: torch.device) -> dict[str, A
     else:
         batch = {name: tensor.unsqueeze(0) for name, tensor in picked.items()}
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-FISHER = "penalty.safetensors"
-STRENGTHS = {"l2": 0.01, "ewc": 1.0}
 
 
 def strength_of(method: MethodConfig) -> float:

@@ -24,6 +24,8 @@ from gaintune.storage import first_process
 if TYPE_CHECKING:
     from gaintune.tuners.gain import GainLayer
 
+logger = logging.getLogger(__name__)
+
 
 class Rows(Protocol):
     """What is trained on: `gaintune.data.examples.Examples`, or rows of another objective."""
@@ -116,9 +118,9 @@ class SubspaceProjection(TrainingRule):
                     layer._attach_hooks(adapter)
 
 
-STATE = "adalora.safetensors"
-ORTHOGONALITY = 0.1
-WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100
+STATE = "adalora.safetensors"  # in a checkpoint and beside an adapter: what the rank allocator remembers
+ORTHOGONALITY = 0.1  # weight of the orthogonality term unless a plan gives one
+WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100  # shares of all updates, and how often the budget may fall
 
 
 class BudgetSchedule(TrainingRule):
@@ -216,9 +218,6 @@ class BudgetSchedule(TrainingRule):
         for name, value in self._tuner.model.named_parameters():
             if name.endswith((f"lora_A.{adapter}", f"lora_B.{adapter}")):
                 yield "lora_A" in name, value
-
-
-logger = logging.getLogger(__name__)
 
 
 class GainWarnings(TrainingRule):

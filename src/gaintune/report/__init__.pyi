@@ -13,7 +13,6 @@ from .palette import limit_for as limit_for
 from .palette import look as look
 from .tables import cell_frame as cell_frame
 from .tables import markdown_table as markdown_table
-from .tables import setting as setting
 from .tables import summary_frame as summary_frame
 from .tables import tidy as tidy
 from .words import FIGURES as FIGURES
