@@ -72,7 +72,7 @@ def measure_base_and_adapters(
         untouched[precision] = measure(base.model, BASE, precision.mixed)
         for label, folder, own in zip(labels, adapters, precisions, strict=False):
             if own == precision:
-                with lent(base, folder, plan, allow_other_base=allow_other_base) as model:
+                with attached_to_language_model(base, folder, plan, allow_other_base=allow_other_base) as model:
                     adapted[label] = measure(model, label, precision.mixed)
                 gc.collect()  # an adapted model refers to itself
         del base
@@ -87,8 +87,10 @@ def _precision(plan: Plan, folder: Path) -> Precision:
 
 
 @contextlib.contextmanager
-def lent(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False) -> Iterator[nn.Module]:
-    """Attach an adapter to the language model of `base`, causal or masked, for a while.
+def attached_to_language_model(
+    base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False
+) -> Iterator[nn.Module]:
+    """Attach an adapter to the language model of `base`, causal or masked, for the block.
 
     Of a classifier the backbone is attached. It is loaded whole, as `load_adapter` does, which finds missing and
     superfluous weights, and then replaces the backbone under the original language-model head (DISeL, arXiv 2605.19028,
@@ -189,8 +191,7 @@ def compare_masked(
 
     This is how the DISeL paper measures what RoBERTa forgets (arXiv 2605.19028, section 4.1 and appendix II.5): an
     adapter's own head is left out, and the encoder gets the masked-LM head it was pretrained with. The masked tokens
-    are the same for every model (`gaintune.data.masked`; the seed is `data.seed`), so models are compared block by
-    block.
+    are the same for every model (`load_masked_blocks`, with `data.seed`), so models are compared block by block.
 
     Returns:
         For each domain the base, then the adapters in the order given, labelled by their folders.

@@ -18,7 +18,7 @@ from .devices import VISIBLE as VISIBLE
 from .devices import take_device as take_device
 from .devices import visible_devices as visible_devices
 from .fingerprint import fingerprint_folder as fingerprint_folder
-from .gguf import place_of as place_of
+from .gguf import conversion_folder as conversion_folder
 from .heads import is_masked as is_masked
 from .heads import load_classifier as load_classifier
 from .heads import load_masked as load_masked

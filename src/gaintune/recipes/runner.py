@@ -133,7 +133,8 @@ def _take(folder: Path, identity: dict[str, Any]) -> bool:
     if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
     make_folder(folder)
-    Run(folder).settle(RECORD, identity, "A folder is one recipe at one scale on one set of texts: name another one")
+    advice = "A folder is one recipe at one scale on one set of texts: name another one"
+    Run(folder).write_once(RECORD, identity, advice)
     return new
 
 

@@ -236,7 +236,7 @@ class AdaptationJob:
     def run(self) -> Iterator[Run]:
         """Open the directory of unfinished work; it is gone if the block ends well, or failed before any training."""
         plan, cpu = self.plan.model_dump(mode="json"), resolve_device(self.plan.model.device).type == "cpu"
-        with open_run(self._unfinished, plan, self.environment, kind=ADAPTATION, cpu=cpu, fleeting=True) as run:
+        with open_run(self._unfinished, plan, self.environment, kind=ADAPTATION, cpu=cpu, remove_if_unused=True) as run:
             yield run
             run.wait()
         if run.writes:
@@ -246,7 +246,7 @@ class AdaptationJob:
         """Refuse to continue where base, texts or start differ from those that the run began with."""
         start = None if self.start is None else sha256_file(adapters.adapter_weights(self.start))
         inputs = {**describe_inputs(fingerprint, domains), "start": start}
-        run.settle("inputs.json", inputs, f"To begin anew, delete {self._unfinished}")
+        run.write_once("inputs.json", inputs, f"To begin anew, delete {self._unfinished}")
 
     def model(self, base: Base, **new: Any) -> nn.Module:
         """Return the base ready to train, with the adapter to continue or a new one; `new` goes to `attach`."""

@@ -21,9 +21,9 @@ from gaintune.evaluate.benchmarks.rows import (
     MMLU_FOLDER,
     MMLU_WITHOUT_SUBJECTS,
     OFFLINE_NAMES,
+    LocalCopies,
     LocalRows,
     OfflineTask,
-    Places,
     has_rows,
     offline_task,
     read_embedded,
@@ -174,7 +174,7 @@ class _TaskLoader:
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
-        self._places = Places.of(config.data)
+        self._copies = LocalCopies.of(config.data)
         self._unreached: set[str] = set()
         self._tasks: dict[str, LoadedTask] = {}
         self._groups: dict[str, Group] = {}
@@ -190,7 +190,7 @@ class _TaskLoader:
     def _load(self, name: str, fewshot: int | None) -> list[Task | Group]:
         """Return a task or group by itself; of a tag everything in it."""
         if name == "mmlu" and self._config.source != "hub":
-            path = self._places.find(MMLU_WITHOUT_SUBJECTS)
+            path = self._copies.find(MMLU_WITHOUT_SUBJECTS)
             if path and has_rows(path):
                 return [self._mmlu_without_subjects(path, fewshot)]
         manager = _index_with(name)
@@ -226,7 +226,7 @@ class _TaskLoader:
         settings = self._settings(manager, name)
         shots, offline = _shots(name, settings, fewshot), _offline(name)
         data, source = str(settings.get("dataset_path")), self._config.source
-        path = self._places.find(offline) if offline and source != "hub" else None
+        path = self._copies.find(offline) if offline and source != "hub" else None
         if offline and path:
             return self._over_rows(name, settings, read_local(offline, path), shots)
         reason = "the Hub was not asked" if source == "local" else "the Hub is not reached"

@@ -60,7 +60,7 @@ def answers(settings: dict[str, Any], context: Context) -> PreparedStep:
     plan = context.setup.plan({**settings, "domains": [domain], "data": data}, origin=context.origin)
 
     def run() -> StepOutcome:
-        counts = questions.settle(rows, plan.data.seed)
+        counts = questions.write(rows, plan.data.seed)
         matrix, outcome = train(plan, context.folder / "run", context)
         labels = {BASE: BASE, **{str(path): key.partition("/")[0] for key, path in outcome.adapters.items()}}
         sets = {name: rows / f"{name}.jsonl" for name in ask}
@@ -87,20 +87,20 @@ class QuestionPlan:
     ask: tuple[str, ...]
     paths: Mapping[str, Path | None]
 
-    def settle(self, folder: Path, seed: int) -> list[str]:
+    def write(self, folder: Path, seed: int) -> list[str]:
         """Write the rows, unless they differ from those that the step began with; say how many there are of each."""
         make_folder(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".questions-") as name:
             fresh = Path(name)
-            counts = self._write(fresh, seed)
+            counts = self._write_rows(fresh, seed)
             sums = sums_of(fresh)
-            Run(folder.parent).settle("questions.json", sums, SAME_ROWS)
+            Run(folder.parent).write_once("questions.json", sums, SAME_ROWS)
             for key in sums:
                 make_folder((folder / key).parent)
                 (fresh / key).replace(folder / key)
         return counts
 
-    def _write(self, folder: Path, seed: int) -> list[str]:
+    def _write_rows(self, folder: Path, seed: int) -> list[str]:
         counts = []
         training = folder / f"{self.learn}-learnt"
         make_folder(training)

@@ -69,7 +69,7 @@ def classify(settings: dict[str, Any], context: Context) -> PreparedStep:
     texts, plan = study.text_plan, runs[0].plan
 
     def measure() -> StepOutcome:
-        study.settle_rows()
+        study.check_rows()
         accuracies = [100 * study.accuracy(run) for run in runs]
         kept = {task: study.kept([run for run in runs if run.task == task]) for task in study.tasks}
         scores = [
@@ -192,13 +192,13 @@ class ClassificationStudy:
         texts = {"domains": settings["texts"], "data": settings.get("text", {})}
         return self._context.setup.plan({**own, **texts}, origin=self._context.origin)
 
-    def settle_rows(self) -> None:
+    def check_rows(self) -> None:
         """Refuse rows and texts other than those that the folder began with: finished work is not measured again."""
         texts = [domain.source for domain in self.text_plan.data.domains]
         sources = {source for source in (*self._sources.values(), *texts) if source is not None}
         sums = {source: sums_of(Path(source)) for source in sorted(sources) if Path(source).exists()}
         make_folder(self._context.folder)
-        Run(self._context.folder).settle("rows.json", sums, SAME_ROWS)
+        Run(self._context.folder).write_once("rows.json", sums, SAME_ROWS)
 
     def folder(self, run: ClassifierRun) -> Path:
         """Return the folder of a classifier and of what was measured of it."""
