@@ -1,4 +1,4 @@
-"""Adapters from disk to a base and back: PEFT's folder and a record of the base, written whole.
+"""Load adapters from disk onto a base and save them: PEFT's folder and a record of the base, written whole.
 
 An adapter loads completely or raises an error, and `attached` gives the base back as it was.
 """

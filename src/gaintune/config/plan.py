@@ -1,4 +1,4 @@
-"""The plan: every setting of a run as plain data, checked when it is read; every mistake is named with its key."""
+"""The plan: every setting of a run as plain data, checked when it is read; errors name the key of each mistake."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class DomainConfig(Section):
 
 
 def as_list(value: Any) -> Any:
-    """Accept one entry where a list of them is asked for, such as 'lora' for ['lora']."""
+    """Accept a single entry in place of a list, such as 'lora' for ['lora']."""
     return [value] if isinstance(value, str | Mapping) else value
 
 
@@ -376,7 +376,7 @@ def _says_classify(data: Any) -> bool:
 
 
 def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> ConfigError:
-    """Say every mistake on a line, with its key and the nearest known one; `plan` is the class of the whole plan."""
+    """Return an error with a line for each mistake: its key and the nearest known one; `plan` is the plan's class."""
     lines, details = [], error.errors()
     for detail in details:
         if any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details):

@@ -1,4 +1,4 @@
-"""From a plan's domain to blocks of tokens: drawn by the seed, encoded, packed, near-duplicates left out, or masked."""
+"""From a plan's domain to blocks of tokens: drawn by the seed, encoded, without near-duplicates, packed or masked."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def load_domain(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTok
 
 
 class BlockBuilder(ABC):
-    """Turns one domain into blocks of tokens; subclasses say in what text and instructions differ.
+    """Builder of a domain's blocks of tokens; subclasses say how text and instructions differ.
 
     Documents are drawn in an order the seed decides until a side's budget is full. A domain smaller than a budget is
     used up, with a warning. Validation text does not depend on the training budget, except that near-duplicates of what
@@ -152,7 +152,7 @@ class BlockBuilder(ABC):
         )
 
     def _content_hash(self, *sides: Packed) -> str:
-        """SHA-256 over the settings and both sides' tensors, the same on machines of either byte order."""
+        """Return the SHA-256 over settings and both sides' tensors, the same on machines of either byte order."""
         data = self.data
         settings = (data.train_tokens, data.validation_tokens, data.block_size, data.seed, *self.settings())
         digest = hashlib.sha256(repr(settings).encode())

@@ -1,4 +1,4 @@
-"""Documents that know where they came from: kept in their files, split, cut into passages, and drawn by a seed."""
+"""Documents with their origin: kept in their files, split, cut into passages, and drawn by a seed."""
 
 from __future__ import annotations
 

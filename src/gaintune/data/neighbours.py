@@ -57,7 +57,7 @@ def _spaced(character: str) -> str:
 class NeighbourIndex:
     """Index of documents, which holds a text if it is a near-duplicate of one of them.
 
-    It is if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalized) occur
+    A text is one if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalized) occur
     in the same document; a text too short for a shingle, if a document or piece equals it after normalization.
 
     With `common`, shingles in more than that share of the documents (and in more than `COMMON_DOCUMENTS` of them) do

@@ -209,7 +209,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _ENTRIES}
 
 
 def get_method(name: str) -> Method:
-    """Look a method up, naming the nearest one for a typo."""
+    """Look up a method; a ConfigError names the nearest one for a typo."""
     if name in METHODS:
         return METHODS[name]
     near = get_close_matches(name, METHODS, n=1)

@@ -80,7 +80,7 @@ def _share() -> tuple[int, int]:
 
 
 def _batch(stage_data: StageData, row: int, device: torch.device) -> dict[str, Any]:
-    """One row as a batch."""
+    """Return one row as a batch."""
     picked = stage_data.rows[row]
     if stage_data.collate is not None:
         batch = dict(stage_data.collate([picked]))
@@ -124,7 +124,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 
 class L2(TrainingRule):
-    """Pulls every trained weight alike; needs a copy of the trained weights in memory."""
+    """Pull on every trained weight alike; needs a copy of the trained weights in memory."""
 
     def __init__(self, strength: float, position: StagePosition) -> None:
         self._strength = strength
@@ -159,11 +159,10 @@ class L2(TrainingRule):
 
 
 class Ewc(L2):
-    """Pulls by the Fisher information of the earlier domains; needs that and the weights in memory, and a pass over
-    the domain after it is trained. The information lies beside the adapter as penalty.safetensors.
+    """Pull by the Fisher information of the earlier domains, which lies beside the adapter as penalty.safetensors.
 
-    At strength 1 every earlier domain weighs as the Laplace approximation of as many of its tokens as the new domain
-    has.
+    It needs that and the weights in memory, and a pass over the domain after it is trained. At strength 1 every earlier
+    domain weighs as the Laplace approximation of as many of its tokens as the new domain has.
     """
 
     def __init__(self, strength: float, position: StagePosition, *, rows: int | None, seed: int) -> None:

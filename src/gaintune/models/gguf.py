@@ -1,4 +1,4 @@
-"""A .gguf file becomes a plain transformers folder, once, in the cache."""
+"""Convert a .gguf file to a plain transformers folder, once, in the cache."""
 
 from __future__ import annotations
 

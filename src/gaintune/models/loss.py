@@ -113,7 +113,7 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Sum over tokens of the cross-entropy of `softmax(hidden @ weight.T + bias)` against `targets`.
+    """Sum the cross-entropy of `softmax(hidden @ weight.T + bias)` against `targets` over tokens.
 
     Args:
         hidden: hidden states, `(tokens, d_model)`.
@@ -225,7 +225,7 @@ class NextTokenLoss:
         return getattr(self._head, "bias", None)
 
     def _hidden(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
+        """Return the hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
         captured: list[torch.Tensor] = []
         backbone: nn.Module = self._base.get_decoder()  # OPT's forward passes its base model by
         handle = backbone.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))

@@ -41,7 +41,7 @@ def locked(path: Path, doing: str, *, patience: float = PATIENCE) -> Iterator[No
 
 
 def read_stored(path: Path, parse: Callable[[Any], T]) -> T:
-    """Read a JSON file and return what `parse` makes of it; RunDirectoryError where it is damaged or of no use."""
+    """Read a JSON file and return what `parse` makes of it; RunDirectoryError where it is damaged or `parse` fails."""
     value = read_json(path)
     try:
         return parse(value)
@@ -105,7 +105,7 @@ class Run:
         _wait_for_all()
 
     def write_once(self, name: str, value: Mapping[str, Any], advice: str) -> None:
-        """Write a file that must not change during a run; RunDirectoryError names each difference from an old one."""
+        """Write a file that must not change during a run; RunDirectoryError lists how the existing one differs."""
         path = self.folder / name
         value = json.loads(canonical_json(value))
         if not path.exists():
