@@ -1,4 +1,4 @@
-"""What an analysis is, what it takes and gives, and the function that writes its files.
+"""The description of an analysis, its input and output, and the function that writes its files.
 
 To add an analysis: make a folder with `survey.py` (measures and computes) and `report.py` (tables and figures),
 describe it in the folder's `__init__.py` as a subclass of `Analysis`, and list it in `catalogue.py`. The command, the

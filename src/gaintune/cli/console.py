@@ -1,4 +1,4 @@
-"""What the command line draws: progress bars with speed and time left, tables, and lines of text."""
+"""Drawing on the command line: progress bars with speed and time left, tables, and lines of text."""
 
 from __future__ import annotations
 

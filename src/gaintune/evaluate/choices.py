@@ -1,4 +1,4 @@
-"""Questions with choices, answered by a decoder without a head: it chooses the likeliest continuation of a prompt.
+"""Answer questions with choices by a decoder without a head: it chooses the likeliest continuation of a prompt.
 
 This is how the GAIN paper measures MedQA and sentiment (arXiv 2604.04516, appendix H), and what multiple-choice
 benchmarks report: by the summed log-likelihood of the choice's tokens, and by that sum per byte of the choice.

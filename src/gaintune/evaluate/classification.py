@@ -70,7 +70,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """A class: `precision` among the rows given its label, `recall` among the rows that have it.
+    """Figures of a class: `precision` among the rows given its label, `recall` among the rows that have it.
 
     `rows` have the label, `predicted` were given it. A share of no rows is 0, as is the F1 of nothing.
     """
@@ -135,7 +135,7 @@ def score(predictions: Predictions, settings: EvaluateConfig) -> Scores:
 
 
 def difference(first: Predictions, second: Predictions, settings: EvaluateConfig) -> Interval:
-    """Return the accuracy of the second less that of the first, paired row by row, with that of `paired_shares`.
+    """Return the second's accuracy less the first's, paired row by row, with the interval of `paired_shares`.
 
     Predictions less themselves are exactly 0. Others that are right on the same rows differ by 0 too, but the number
     of rows decides how certain that is.

@@ -1,4 +1,4 @@
-"""A base and adapters on it, measured on the same blocks, each adapter attached for as long as it is measured."""
+"""Measure a base and adapters on it on the same blocks; each adapter is attached while it is measured."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def paired_figures(
     figures = []
     for number, result in enumerate(base):
         figures.append(figure(number, BASE, result, None))
-        figures += [figure(number, each.label, each.adapted[number], each.base[number]) for each in adapted]
+        figures += [figure(number, one.label, one.adapted[number], one.base[number]) for one in adapted]
     return figures
 
 

@@ -153,7 +153,7 @@ def _block_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.
 
 @contextlib.contextmanager
 def _only(model: Any, scored: torch.Tensor) -> Iterator[None]:
-    """Hand the head the hidden states of the scored tokens alone, as one row `(1, scored, d_model)`."""
+    """Give the head the hidden states of the scored tokens alone, as one row `(1, scored, d_model)`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def pick(module: nn.Module, inputs: Any, output: Any) -> Any:

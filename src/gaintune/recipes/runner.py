@@ -1,4 +1,4 @@
-"""Runs a recipe: step after step in one folder, then a verdict on every claim.
+"""Run a recipe: step after step in one folder, then a verdict on every claim.
 
 It leaves results.md to read, results.csv and results.json to compute with, and figures/ beside them.
 """

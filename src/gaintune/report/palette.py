@@ -1,4 +1,4 @@
-"""Colors that survive color blindness and a dark page: the diverging scale, and the look of each method."""
+"""Colors that hold up under color blindness and on a dark page: the diverging scale, and the style of each method."""
 
 from __future__ import annotations
 

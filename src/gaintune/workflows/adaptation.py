@@ -33,7 +33,7 @@ HIGHEST_HEAD_LR = 1e-3  # of a new head without a rate in the plan: gains bear t
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedAdapter:
-    """The adapter that one adaptation trained: its folder, how many numbers were trained, and `steps`, the updates.
+    """The adapter that one adaptation trained: its folder, how many parameters were trained, and `steps`, the updates.
 
     `tokens` are the training tokens seen, those of blocks with prompts and padding; times are of this process.
     """
@@ -61,7 +61,7 @@ class AdaptResult(TrainedAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierResult(TrainedAdapter):
-    """Outcome of one adaptation to labelled rows; see `TrainedAdapter`. The numbers trained include the head's.
+    """Outcome of one adaptation to labelled rows; see `TrainedAdapter`. The parameters include the head's.
 
     Attributes:
         labels: name of each class, in the order of the logits.

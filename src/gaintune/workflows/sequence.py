@@ -154,7 +154,7 @@ class _Sequence:
             torch.cuda.empty_cache()
 
     def _finished(self, index: int) -> bool:
-        """Whether a stage has its adapter, every cell, and the metrics that close it."""
+        """Tell whether a stage has its adapter, every cell, and the metrics that close it."""
         files = [self.stages[index] / name for name in ("metrics.json", "adapter")]
         return all(file.exists() for file in (*files, *self._cells(index).values()))
 

@@ -353,7 +353,7 @@ def projections_of(layers: Sequence[LayerGates]) -> list[str]:
 
 
 class Group(NamedTuple):
-    """Gates of a domain: of one depth third or all, and of one block, one projection or all."""
+    """Group of gates of a domain: of one depth third or all, and of one block, one projection or all."""
 
     domain: str
     depth: str = ALL

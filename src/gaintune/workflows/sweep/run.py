@@ -146,7 +146,7 @@ class SweepTable:
 
 
 def _typed(frame: pd.DataFrame, numbers: list[str]) -> pd.DataFrame:
-    """Give columns the same types whatever is missing, so that tables of several sweeps can be put together."""
+    """Give columns the same types whatever is missing, so that tables of several sweeps can be joined."""
     whole = {name: "Int64" for name in INTEGERS if name in frame}
     return frame.astype({**whole, **{name: "float64" for name in numbers if name in frame}})
 
