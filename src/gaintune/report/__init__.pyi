@@ -4,6 +4,8 @@ from .canvas import PAGE as PAGE
 from .canvas import RULE as RULE
 from .canvas import SHADE as SHADE
 from .canvas import figure_files as figure_files
+from .canvas import panels as panels
+from .canvas import ruled as ruled
 from .canvas import styled as styled
 from .page import write_report as write_report
 from .palette import Look as Look

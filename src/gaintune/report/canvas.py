@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gaintune.report.palette import LOOKS
@@ -40,6 +41,25 @@ def styled(draw: Callable[[], Figure]) -> Figure:
     """Draw under the report's style, leaving matplotlib's settings as they were."""
     with matplotlib.rc_context(STYLE):
         return draw()
+
+
+def panels(
+    count: int, columns: int, size: Callable[[int, int], tuple[float, float]], **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """Make a sheet with so many panels, its size by rows and columns; the rest of the last row stays empty."""
+    rows = -(-count // columns)
+    sheet = Figure(figsize=size(rows, columns), layout="constrained")
+    grid = list(sheet.subplots(rows, columns, squeeze=False, **shared).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return sheet, grid[:count]
+
+
+def ruled(axes: Axes, along: Literal["x", "y", "both"] = "y", which: Literal["major", "both"] = "major") -> None:
+    """Draw thin rules behind the data, and no ticks."""
+    axes.grid(axis=along, color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, which=which)
 
 
 def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any) -> bytes:

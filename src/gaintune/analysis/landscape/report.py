@@ -15,7 +15,7 @@ from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Numbers, Result, Subject
-from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, panels, ruled, with_ends
+from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, with_ends
 from gaintune.analysis.landscape.directions import WAYS
 from gaintune.analysis.landscape.survey import DomainFigures, Landscape, Surface, range_apart
 from gaintune.report import (
@@ -28,6 +28,8 @@ from gaintune.report import (
     limit_for,
     look,
     markdown_table,
+    panels,
+    ruled,
     signed,
     with_interval,
 )

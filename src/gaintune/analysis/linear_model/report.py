@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result, Subject
-from gaintune.analysis.drawing import drawn, ruled
+from gaintune.analysis.drawing import drawn
 from gaintune.analysis.linear_model import LinearModelOptions
 from gaintune.analysis.linear_model.survey import METHODS, POSITIONS, Losses, SeedResult, Trained
-from gaintune.report import INK, MUTED, RULE, SHADE, look, markdown_table
+from gaintune.report import INK, MUTED, RULE, SHADE, look, markdown_table, ruled
 from gaintune.results import Interval
 from gaintune.storage import describe_environment
 

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result, Subject
-from gaintune.analysis.drawing import drawn, ends, legend, ruled
+from gaintune.analysis.drawing import drawn, ends, legend
 from gaintune.analysis.retention import RetentionOptions
 from gaintune.analysis.retention.survey import Retention, SnapshotScores, Trajectory
-from gaintune.report import INK, Look, look, markdown_table, with_interval
+from gaintune.report import INK, Look, look, markdown_table, ruled, with_interval
 from gaintune.results import Interval, highest, lowest
 
 

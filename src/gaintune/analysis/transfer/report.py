@@ -12,9 +12,9 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result
-from gaintune.analysis.drawing import drawn, framed_by_nothing, ruled
+from gaintune.analysis.drawing import drawn, framed_by_nothing
 from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Sharing, Transfer
-from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, with_interval
+from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, ruled, with_interval
 from gaintune.results import Interval, exact
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}

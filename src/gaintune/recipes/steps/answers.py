@@ -26,7 +26,7 @@ from gaintune.evaluate import ChoiceFigure, compare_choices, difference
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, sums_of, train
-from gaintune.report import INK, NONE, RULE, figure_files, look, styled, summary_frame, with_interval
+from gaintune.report import INK, NONE, figure_files, look, ruled, styled, summary_frame, with_interval
 from gaintune.results import Interval
 from gaintune.storage import Run, make_folder, write_bytes
 
@@ -176,9 +176,7 @@ def _write_figure(figures: Figures, folder: Path) -> None:
         axes.set_xticks(range(len(sets)), sets)
         axes.set_xlim(-0.5, len(sets) - 0.5)
         axes.set(ylabel="accuracy, %")
-        axes.grid(color=RULE, linewidth=0.6, axis="y")
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        ruled(axes)
         axes.set_title("Higher is better; dashes: the most frequent answer", loc="left")
         axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
         return sheet

@@ -26,7 +26,7 @@ from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import BUDGETS
 from gaintune.recipes.schema import laid_over
 from gaintune.recipes.steps.train import OWN_DOMAINS, sums_of
-from gaintune.report import INK, MUTED, NONE, RULE, figure_files, look, styled
+from gaintune.report import INK, MUTED, NONE, figure_files, look, ruled, styled
 from gaintune.results import Interval, bare, replicated
 from gaintune.storage import Run, damage, make_folder, read_stored, write_bytes, write_json, write_text
 from gaintune.workflows import adapt_classifier
@@ -343,9 +343,7 @@ def figure(rows: Rows, base: float) -> Figure:
         axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="perplexity of texts never learnt (log)", ylabel="accuracy, mean over tasks, %")
-        axes.grid(color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        ruled(axes, "both")
         axes.set_title("Left and up is better; numbers are ranks", loc="left")
         axes.legend(frameon=False, handlelength=3)
         return sheet

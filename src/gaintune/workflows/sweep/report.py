@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from gaintune.progress import plural
-from gaintune.report import FIGURES, INK, PAGE, RULE, figure_files, look, markdown_table, signed, styled, with_interval
+from gaintune.report import FIGURES, INK, PAGE, figure_files, look, markdown_table, ruled, signed, styled, with_interval
 from gaintune.results import Interval
 from gaintune.storage import describe_environment, write_bytes, write_json, write_text
 from gaintune.workflows.sweep.compare import CurvePair, Pair, Point, SweepComparison
@@ -131,9 +131,7 @@ def tradeoff(comparison: SweepComparison) -> Figure:
             _draw_variant(axes, [point for point in comparison.points if point.variant == variant], index)
         axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
         axes.set(xlabel="in-domain change, %", ylabel=f"{_lower(comparison)}, %")
-        axes.grid(color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        ruled(axes, "both")
         beyond = _frame(axes, comparison.points)
         title = "Left and down is better; numbers are learning rates, faint dots runs"
         if beyond:
