@@ -27,7 +27,7 @@ from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, sums_of, train
 from gaintune.report import INK, NONE, figure_files, look, ruled, styled, summary_frame, with_interval
-from gaintune.results import Interval
+from gaintune.results import Interval, in_percent
 from gaintune.storage import Run, make_folder, write_bytes
 
 FOLDERS = ("questions", "benchmarks", ".", "domains", "glue")  # inside `--data`, where local copies may be
@@ -127,18 +127,14 @@ Figures = Mapping[tuple[str, str], ChoiceFigure]  # by label and set
 def _numbers(figures: Figures, plan: Plan) -> dict[str, Interval]:
     numbers = {}
     for (label, name), figure in figures.items():
-        numbers[f"{label}.{name}.accuracy"] = _percent(figure.accuracy)
+        numbers[f"{label}.{name}.accuracy"] = in_percent(figure.accuracy)
         if figure.change is not None:
-            numbers[f"{label}.{name}"] = _percent(figure.change)
+            numbers[f"{label}.{name}"] = in_percent(figure.change)
         for (other, set_), against in figures.items():
             if set_ == name and other != label and BASE not in (label, other):
                 paired = difference(against.answers, figure.answers, plan.evaluate)
-                numbers[f"{label}-minus-{other}.{name}"] = _percent(paired)
+                numbers[f"{label}-minus-{other}.{name}"] = in_percent(paired)
     return numbers
-
-
-def _percent(share: Interval) -> Interval:
-    return Interval(100 * share.value, *(None if end is None else 100 * end for end in (share.low, share.high)))
 
 
 def _table(figures: Figures) -> pd.DataFrame:
@@ -150,7 +146,7 @@ def _table(figures: Figures) -> pd.DataFrame:
         heads += [f"{name} ({figures[BASE, name].rows:,} rows), %", "against the base, points"]
         for label in labels:
             figure = figures[label, name]
-            change = NONE if figure.change is None else with_interval(_percent(figure.change))
+            change = NONE if figure.change is None else with_interval(in_percent(figure.change))
             rows[label] += [f"{100 * figure.accuracy.value:.1f}", change]
     return pd.DataFrame.from_dict(rows, orient="index", columns=heads)
 

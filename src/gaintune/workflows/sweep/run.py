@@ -21,7 +21,7 @@ from gaintune.errors import RunDirectoryError, SweepError
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.report import tidy
-from gaintune.results import FIGURES, DomainLoss, Matrix, MethodRun, Stage
+from gaintune.results import FIGURES, Matrix, MethodRun, stored_run
 from gaintune.workflows.sequence import load_inputs
 from gaintune.workflows.sweep import workers
 from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
@@ -82,17 +82,7 @@ class SweepRow:
         """Read what was measured in a finished run, block by block."""
         assert self.matrix is not None
         (method,) = self.matrix.methods
-        run = storage.Run(self.folder)
-
-        def read(folder: Path) -> dict[str, DomainLoss]:
-            return {name: storage.read_stored(folder / f"{name}.json", DomainLoss.from_dict) for name in method.base}
-
-        base = read(run.base(method.info["numbers"], self.matrix.domains[0]).parent)
-        stages = tuple(
-            Stage(stage.domain, read(run.stage(method.label, index, stage.domain) / "evaluations"))
-            for index, stage in enumerate(method.stages)
-        )
-        return MethodRun(method.label, base, stages, dict(method.info))
+        return stored_run(storage.Run(self.folder), method)
 
 
 @dataclass(frozen=True)
