@@ -24,7 +24,7 @@ from gaintune.data import ClassifyDomain, LabelledExamples, Padding, load_classi
 from gaintune.errors import ConfigError, DataError, TrainingError
 from gaintune.evaluate.batches import LoopOptions, run_batches
 from gaintune.methods import measuring_precision
-from gaintune.models import load_classifier, load_tokenizer, reads_segments
+from gaintune.models import load_classifier, load_tokenizer, reads_segments, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import Interval, paired_shares
 
@@ -174,8 +174,7 @@ class LabelLoss:
     """Cross-entropy of the labels of whole rows, by a sequence classifier or a `PeftModel`: an `Objective`."""
 
     def __init__(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        accepted = inspect.signature(base.forward).parameters
+        accepted = inspect.signature(without_adapter(model).forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def logits(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from gaintune.data import DomainBlocks, MaskedBlocks, load_domain, load_masked_b
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate.perplexity import measure_domain, measure_masked
 from gaintune.methods import Precision, measuring_precision
-from gaintune.models import Base, load_base, load_classifier, load_masked, longest_input
+from gaintune.models import Base, load_base, load_classifier, load_masked, longest_input, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss, paired_change
 
@@ -106,13 +106,13 @@ def attached_to_language_model(
             yield model
         return
     classifier = load_classifier(plan.model, record.labels, seed=0, dtype=base.model.dtype)
-    adapted: Any = load_adapter(classifier, folder, allow_other_base=allow_other_base)
-    carrier: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+    adapted = load_adapter(classifier, folder, allow_other_base=allow_other_base)
+    backbone = without_adapter(adapted).base_model
     model = base.model
     original: Any = model.base_model
-    if type(carrier.base_model) is not type(original):
-        raise AdapterError(f"{folder}: its backbone is a {type(carrier.base_model).__name__}, not {base.name!r}'s")
-    setattr(model, model.base_model_prefix, carrier.base_model)
+    if type(backbone) is not type(original):
+        raise AdapterError(f"{folder}: its backbone is a {type(backbone).__name__}, not {base.name!r}'s")
+    setattr(model, model.base_model_prefix, backbone)
     try:
         yield model.eval()
     finally:

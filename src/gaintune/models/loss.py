@@ -26,6 +26,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+def without_adapter(model: Any) -> Any:
+    """Return the transformers model inside a `PeftModel`, whose layers stay wrapped; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class Objective(Protocol):
     """What training minimizes: a loss summed over scored items (tokens, rows), divided by their number in an update."""
 
@@ -165,7 +170,7 @@ class NextTokenLoss:
     """
 
     def __init__(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = without_adapter(model)
         self._base = base
         self._head = base.get_output_embeddings()
         text_config = base.config.get_text_config()

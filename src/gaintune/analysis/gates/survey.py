@@ -27,7 +27,7 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import IGNORED, load_domain
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.evaluate import run_batches
-from gaintune.models import load_base, require_rows
+from gaintune.models import load_base, require_rows, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import FloatArray, Interval, replicate_means, stretched, sum_interval, unbiased
 from gaintune.storage import describe_environment
@@ -121,7 +121,7 @@ def _step(
 
 def _without_head(model: Any) -> nn.Module:
     """Return a language model without its vocabulary projection, unless that is adapted as well."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = without_adapter(model)
     backbone: nn.Module = whole.base_model
     inside = {id(module) for module in backbone.modules()}
     return backbone if all(id(layer) in inside for _, layer in disel_layers(model)) else whole
