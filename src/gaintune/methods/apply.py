@@ -24,8 +24,8 @@ from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
 from gaintune.methods.rules import StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
-from gaintune.tuners.gain.mapping import default_projections
-from gaintune.tuners.targets import matched_modules
+from gaintune.tuners import matched_modules
+from gaintune.tuners.gain import default_projections
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from gaintune.models import load_base, require_rows, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import FloatArray, Interval, replicate_means, stretched, sum_interval, unbiased
 from gaintune.storage import describe_environment
-from gaintune.tuners.disel.layer import disel_layers
+from gaintune.tuners.disel import disel_layers
 
 Counted = Literal["response", "all"]
 Batch = Mapping[str, torch.Tensor]

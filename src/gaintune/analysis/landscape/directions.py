@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.adapters import absorb, adapter_method, add_adapter, attached, read_config
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models import Base
-from gaintune.tuners.gain.layer import GainLayer
+from gaintune.tuners.gain import GainLayer
 
 Way = Literal["gains", "scale", "gated", "weights"]
 
