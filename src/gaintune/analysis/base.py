@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def base_plan(self) -> Plan:
-        """Return the plan, for an analysis that needs one."""
+        """The plan, for an analysis that needs one."""
         assert self.plan is not None, "this analysis measures a model, which the plan names"
         return self.plan
 

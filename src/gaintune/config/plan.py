@@ -65,7 +65,7 @@ Name = Annotated[str, AfterValidator(_plain)]
 
 
 class Section(BaseModel):
-    """A frozen part of the plan; a key that is not a field is an error, and so is a number that is not finite."""
+    """A frozen part of the plan; keys that are not fields and numbers that are not finite are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -110,7 +110,7 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How uncertainty is measured."""
+    """Settings of the measurement and of its uncertainty."""
 
     batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass")
     bootstrap_samples: int = Field(default=2000, gt=0, description="resamples behind an interval")
@@ -119,7 +119,7 @@ class EvaluateConfig(Section):
 
 
 class ClassifyConfig(Section):
-    """How labelled rows become a classifier; `validation_rows` also limits the questions of `evaluate --choices`."""
+    """Settings of a classifier's rows and head; `validation_rows` also limits the questions of `evaluate --choices`."""
 
     max_length: int = Field(default=128, ge=4, description="longest row, in tokens; longer ones are cut, and counted")
     train_rows: int | None = Field(default=None, gt=0, description="training rows, drawn by the seed; else all")
@@ -224,7 +224,7 @@ def as_domain(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """How much of each domain, and how it is cut."""
+    """The domains, how much of each is used, and how it is cut."""
 
     domains: Annotated[
         tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...],

@@ -42,7 +42,7 @@ class Exchange:
 
     @property
     def question(self) -> str:
-        """What the users said: what a row of validation must not share with one of training.
+        """The user's messages, which a validation row must not share with a training row.
 
         Answers are left out, and so is the system's message, which many rows have in common.
         """

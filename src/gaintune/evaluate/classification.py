@@ -85,7 +85,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Scores:
-    """How well the labels of a domain are predicted.
+    """Scores of a classifier's predictions on a domain.
 
     Attributes:
         accuracy: share of rows with the right label, and its interval over rows.

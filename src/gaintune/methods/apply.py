@@ -29,7 +29,7 @@ from gaintune.tuners.gain import default_projections
 
 logger = logging.getLogger(__name__)
 
-COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
+COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})  # to all methods
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 

@@ -86,7 +86,7 @@ class Method:
 
     @property
     def kind(self) -> str | None:
-        """What PEFT's configuration of it is called by `kind_of`; None where there is none."""
+        """The kind of PEFT's configuration, as `kind_of` names it; None where there is none."""
         return None if self.trains_base else kind_of({"peft_type": self.peft_type, **self.settings})
 
 

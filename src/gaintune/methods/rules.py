@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
-    """What is trained on: `gaintune.data.examples.Examples`, or rows of another objective."""
+    """Rows to train on: `gaintune.data.Examples`, or rows of another objective."""
 
     @property
     def tokens(self) -> int:
@@ -42,7 +42,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StagePosition:
-    """Where an adaptation stands in a sequence of them.
+    """Position of an adaptation in a sequence of them.
 
     Attributes:
         previous: folder of the adapter it continues, None for the first one.
@@ -57,7 +57,7 @@ class StagePosition:
 
 @dataclass(frozen=True)
 class StageData:
-    """What an adaptation was trained on and how its loss is computed, for rules that look at it afterwards."""
+    """The rows and the loss of an adaptation, for rules that need them after its last update."""
 
     rows: Rows
     objective: Objective
@@ -68,7 +68,7 @@ class StageData:
 
 
 class TrainingRule:
-    """What acts on the updates of one adaptation beside the gradient of its loss; this one does nothing.
+    """Rule that acts on the updates of one adaptation beside the gradient of its loss; the base class does nothing.
 
     The methods are called in the order in which they stand. Steps are counted from 0. What a rule must remember between
     updates it writes with the checkpoints and reads back, so that a stopped run ends with the same bytes; what it keeps

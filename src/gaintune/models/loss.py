@@ -32,7 +32,7 @@ def without_adapter(model: Any) -> Any:
 
 
 class Objective(Protocol):
-    """What training minimizes: a loss summed over scored items (tokens, rows), divided by their number in an update."""
+    """Loss that training minimizes: a sum over scored items (tokens, rows), divided by their number in an update."""
 
     def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum the loss of a batch, in nats."""

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from gaintune.errors import ConfigError, one_line
 from gaintune.models.loss import without_adapter
 
-TEXT_TOKENS = 12
+TEXT_TOKENS = 12  # of each text in the check for isolation
 # Largest differences of logits that are rounding, as shares of the largest logit. Exchanging a text leaves every shape
 # as it is, so that most models give the very same numbers; text alone takes other kernels than text in a packed row.
 EXCHANGED, COARSELY_EXCHANGED = 1e-4, 0.01

@@ -101,7 +101,7 @@ class PreparedStep:
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a step may use, when it is prepared and when it is run.
+    """Context of a step: what it may use when it is prepared and when it is run.
 
     Attributes:
         folder: where the step writes; made by the step.

@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """Everything a recipe gave, and the folder that holds it."""
+    """Outcomes and findings of a recipe, and the folder that holds them."""
 
     recipe: Recipe
     scale: Scale

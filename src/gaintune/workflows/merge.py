@@ -129,7 +129,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything a checked merge needs before it begins: files, precision, and the text it is judged on."""
+    """A merge that is checked and can begin: its files, precision, and the text to judge it on."""
 
     adapter: Path
     out: Path

@@ -54,7 +54,7 @@ class LayerGates:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """Everything recorded of one adapter: for each domain its layers, in the order of the model."""
+    """Record of one adapter's gates: for each domain its layers, in the order of the model."""
 
     adapter: str
     domains: Mapping[str, tuple[LayerGates, ...]]

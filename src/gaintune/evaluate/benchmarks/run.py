@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # of a file of scores
 STORED = ("task", "metric", "value", "stderr", "rows", "aggregation", "higher_is_better")
 PACKAGES = ("gaintune", "lm_eval", "peft", "torch", "transformers")
+# keys of a config that do not decide what the model computes, or that `Precision` stands for
 NOT_OF_A_MODEL = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
 TOKENIZER = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MISTAKES = (AttributeError, KeyError, NameError, TypeError)  # of a program, which say nothing about the Hub
-NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")
+NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")  # keys of a task file that list it elsewhere
 EXPECTED = (  # warnings of lm-eval about what is intended here, or what is said here once instead of for every row
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model",

@@ -55,7 +55,7 @@ class SweepRow:
 
     @property
     def numbers(self) -> str | None:
-        """What a finished run computed with, as `Precision.name`; None for an unfinished run."""
+        """The name of the precision (`Precision.name`) of a finished run; None for an unfinished run."""
         return None if self.matrix is None else self.matrix.methods[0].info["numbers"]
 
     @property
