@@ -16,7 +16,7 @@ class GaintuneError(Exception):
 
 
 class InputError(GaintuneError, ValueError):
-    """Something that a person gave is wrong, and theirs to correct."""
+    """A user's input is wrong, and theirs to correct."""
 
     exit_code = 2
 
@@ -34,7 +34,7 @@ class AssetError(GaintuneError, OSError):
 
 
 class BaseModelError(InputError):
-    """The base model cannot be loaded or used as asked: correct the id, the folder or the dtype that is named."""
+    """The base model cannot be loaded or used in this way: correct the id, the folder or the dtype that is named."""
 
 
 class AdapterError(InputError):

@@ -16,19 +16,19 @@ def plural(count: int, word: str) -> str:
 
 
 class Progress(Protocol):
-    """Shows tasks one after another; the command line draws bars, a library call shows nothing."""
+    """Display of tasks, one after another; the command line draws bars, a library call shows nothing."""
 
     def task(self, title: str, total: int, unit: str) -> contextlib.AbstractContextManager[Advance]:
         """Open a task of `total` units; entering it gives the function to call as work is done."""
         ...
 
     def note(self, text: str) -> None:
-        """Say one thing that happened, such as a stage found finished on disk."""
+        """Report one event, such as a stage found finished on disk."""
         ...
 
 
 class Silent:
-    """Shows nothing."""
+    """Display that shows nothing."""
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
@@ -36,4 +36,4 @@ class Silent:
         yield lambda amount, **figures: None
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Report nothing."""

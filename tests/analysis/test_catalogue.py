@@ -12,7 +12,7 @@ from pydantic import Field
 
 from gaintune.analysis import ANALYSES, Analysis, Options, Result, write_result
 from gaintune.analysis.base import Headline
-from gaintune.cli.analyse import add_command
+from gaintune.cli.analyze import add_command
 from gaintune.errors import ConfigError
 from gaintune.recipes.steps import KINDS
 from gaintune.results import Interval

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 
-from gaintune.analysis import Group, apart, record_gates, response_tokens, summarise
+from gaintune.analysis import Group, apart, record_gates, response_tokens, summarize
 from gaintune.analysis.gates.report import apart_table, row_table
 from gaintune.analysis.gates.survey import GateRecord, LayerGates, all_tokens, compared
 from gaintune.analysis.positions import DEPTHS, ModulePosition, positions_of
@@ -68,13 +68,19 @@ def test_histograms_and_moments_equal_those_of_whole_gate_tensors(gated, mask):
         assert each.total == pytest.approx(values.sum(0), rel=1e-5)
         assert each.squares == pytest.approx((values**2).sum(0), rel=1e-5)
     every = np.concatenate([values[mask].numpy().ravel() for values in expected.values()])
+<<<<<<< HEAD
     figures = summarise(layers)
     assert figures.values == every.size and figures.mean == pytest.approx(every.mean(), rel=1e-5)
+=======
+    figures = summarize(layers)
+    assert figures.values == every.size
+    assert figures.mean == pytest.approx(every.mean(), rel=1e-5)
+>>>>>>> n-review
     assert figures.deviation == pytest.approx(every.std(), rel=1e-4)
     assert figures.closed == pytest.approx((every < 0.05).mean(), abs=2e-3)
     assert figures.open == pytest.approx((every >= 0.5).mean(), abs=2e-3)
     one = np.concatenate([values[mask].numpy()[:, 1] for values in expected.values()])
-    assert summarise(layers, part=1).mean == pytest.approx(one.mean(), rel=1e-5)
+    assert summarize(layers, part=1).mean == pytest.approx(one.mean(), rel=1e-5)
 
 
 def test_gates_of_exactly_zero_and_one_are_counted_in_the_outer_bins(gated):
@@ -84,7 +90,7 @@ def test_gates_of_exactly_zero_and_one_are_counted_in_the_outer_bins(gated):
             observe("default", torch.tensor([[[0.0], [0.05], [0.5], [1.0]]]))
     (layer,) = recorder.result().domains["edges"]
     assert layer.histogram[0].nonzero()[0].tolist() == [0, 1, 10, 19]
-    figures = summarise([layer])
+    figures = summarize([layer])
     assert (figures.closed, figures.open) == (0.25, 0.5)
 
 
@@ -137,7 +143,7 @@ def test_only_forward_passes_inside_counting_count_and_domains_stay_apart(gated)
     domains = recorder.result().domains
     assert [domains[name][0].tokens for name in ("law", "code", "nothing")] == [32, 64, 0]
     assert np.array_equal(2 * domains["law"][0].histogram, domains["code"][0].histogram)
-    refused(ValueError, "no gate value", summarise, domains["nothing"])
+    refused(ValueError, "no gate value", summarize, domains["nothing"])
 
 
 def test_recording_works_inside_and_outside_of_inference_mode_and_while_training(gated):

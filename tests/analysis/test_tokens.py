@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gaintune.adapters import load_adapter
 from gaintune.analysis import Subject, TokensOptions, survey_tokens, write_result
 from gaintune.analysis.tokens.report import cells, markdown, result
-from gaintune.analysis.tokens.survey import BINS, range_of, scored_tokens, summarise_changes
+from gaintune.analysis.tokens.survey import BINS, range_of, scored_tokens, summarize_changes
 from gaintune.config import build_plan
 from gaintune.data import load_domain
 from gaintune.errors import BaseMismatchError, ConfigError, DataError
@@ -150,7 +150,7 @@ def test_every_figure_equals_one_computed_token_by_token():
     mean = math.fsum(kept) / count
     moments = [math.fsum((each - mean) ** power for each in kept) / count for power in (2, 3)]
     size = math.fsum(map(abs, kept)) / count
-    one = summarise_changes(values, scored, limit=1.0)
+    one = summarize_changes(values, scored, limit=1.0)
     assert (one.tokens, one.blocks) == (count, 12)
     assert one.mean.value == pytest.approx(mean) and one.mean_absolute == pytest.approx(size)
     assert one.deviation == pytest.approx(moments[0] ** 0.5)
@@ -164,7 +164,7 @@ def test_every_figure_equals_one_computed_token_by_token():
 
 def test_histogram_bins_are_centred_on_zero_and_hold_everything():
     values = np.array([[0.0, 0.004, -0.006, 0.99, 5.0, -7.0, -1.0, 1.0]])
-    one = summarise_changes(values, np.ones((1, 8), bool), limit=1.0)
+    one = summarize_changes(values, np.ones((1, 8), bool), limit=1.0)
     assert len(one.histogram) == BINS and sum(one.histogram) == 8
     assert one.histogram[BINS // 2] == 3  # |change| below 1 / 101
     assert one.histogram[0] == 2 and one.histogram[-1] == 3
@@ -173,19 +173,19 @@ def test_histogram_bins_are_centred_on_zero_and_hold_everything():
 def test_symmetric_changes_have_no_coherence_and_one_sided_ones_all():
     half = np.abs(np.random.default_rng(1).normal(size=(6, 50)))
     scored = np.ones((6, 100), bool)
-    symmetric = summarise_changes(np.concatenate([half, -half], axis=1), scored, limit=1.0)
+    symmetric = summarize_changes(np.concatenate([half, -half], axis=1), scored, limit=1.0)
     assert symmetric.coherence.value == pytest.approx(0, abs=1e-12) and symmetric.skew == pytest.approx(0, abs=1e-9)
-    noise = summarise_changes(np.random.default_rng(4).normal(size=(20, 30)), np.ones((20, 30), bool), limit=1.0)
+    noise = summarize_changes(np.random.default_rng(4).normal(size=(20, 30)), np.ones((20, 30), bool), limit=1.0)
     assert noise.mean.low < 0 < noise.mean.high and noise.coherence.low == 0 < noise.coherence.high < 0.3
-    coherent = summarise_changes(np.concatenate([half, half], axis=1), scored, limit=1.0)
+    coherent = summarize_changes(np.concatenate([half, half], axis=1), scored, limit=1.0)
     assert coherent.coherence.value == coherent.coherence.low == coherent.coherence.high == 1.0
     assert coherent.worse == 1.0
 
 
 def test_the_base_against_itself_is_exactly_zero_and_one_block_has_no_interval():
-    one = summarise_changes(np.array([[0.1, 0.2, -0.1]]), np.ones((1, 3), bool), limit=1.0)
+    one = summarize_changes(np.array([[0.1, 0.2, -0.1]]), np.ones((1, 3), bool), limit=1.0)
     assert one.mean.low is None and one.mean.high is None and one.coherence.low is None
-    one = summarise_changes(np.zeros((3, 5)), np.ones((3, 5), bool), limit=1.0)
+    one = summarize_changes(np.zeros((3, 5)), np.ones((3, 5), bool), limit=1.0)
     assert (one.mean.value, one.mean.low, one.mean.high, one.mean_absolute) == (0, 0, 0, 0)
     assert one.skew is None and one.coherence is None and one.better == one.worse == 0
     assert one.histogram[BINS // 2] == 15 and range_of([np.zeros(5)]) == 1.0
@@ -194,10 +194,10 @@ def test_the_base_against_itself_is_exactly_zero_and_one_block_has_no_interval()
 def test_the_interval_resamples_blocks_and_not_tokens():
     """Tokens of a block that move together leave as much doubt as there are blocks."""
     blocks = np.random.default_rng(2).normal(size=(10, 1))
-    few = summarise_changes(blocks, np.ones((10, 1), bool), limit=1.0, domain="law")
-    many = summarise_changes(np.repeat(blocks, 50, axis=1), np.ones((10, 50), bool), limit=1.0, domain="law")
+    few = summarize_changes(blocks, np.ones((10, 1), bool), limit=1.0, domain="law")
+    many = summarize_changes(np.repeat(blocks, 50, axis=1), np.ones((10, 50), bool), limit=1.0, domain="law")
     assert (many.mean.low, many.mean.high) == pytest.approx((few.mean.low, few.mean.high))
-    other = summarise_changes(blocks, np.ones((10, 1), bool), limit=1.0, domain="law", seed=1)
+    other = summarize_changes(blocks, np.ones((10, 1), bool), limit=1.0, domain="law", seed=1)
     assert other.mean.low != few.mean.low and other.mean.value == few.mean.value
 
 
@@ -206,7 +206,7 @@ def test_the_interval_covers_the_true_mean_at_about_its_confidence():
     generator, hits = np.random.default_rng(3), 0
     for _ in range(200):
         blocks = generator.normal(0.1, 0.3, (40, 1)) + generator.normal(0, 1, (40, 8))
-        one = summarise_changes(blocks, np.ones((40, 8), bool), limit=1.0, samples=300)
+        one = summarize_changes(blocks, np.ones((40, 8), bool), limit=1.0, samples=300)
         hits += one.mean.low <= 0.1 <= one.mean.high
     assert 182 <= hits <= 199  # 190 expected, 3.1 standard deviation
 
@@ -215,8 +215,8 @@ def test_wrong_arguments_are_refused():
     values, _ = changes(2, 3)
     for key, wrong in (("bins", 100), ("bins", 1), ("limit", 0.0), ("limit", -1.0)):
         options = {"limit": 1.0, key: wrong}
-        refused(ConfigError, f"{key} is {wrong}", summarise_changes, values, np.ones((2, 3), bool), **options)
-    refused(DataError, "mask", summarise_changes, values, np.ones((3, 2), bool), limit=1.0)
+        refused(ConfigError, f"{key} is {wrong}", summarize_changes, values, np.ones((2, 3), bool), **options)
+    refused(DataError, "mask", summarize_changes, values, np.ones((3, 2), bool), limit=1.0)
     empty = np.array([[True] * 3, [False] * 3])
-    refused(DataError, "a scored token in each row", summarise_changes, values, empty, limit=1.0)
-    refused(DataError, "not finite", summarise_changes, np.full((2, 3), np.nan), np.ones((2, 3), bool), limit=1.0)
+    refused(DataError, "a scored token in each row", summarize_changes, values, empty, limit=1.0)
+    refused(DataError, "not finite", summarize_changes, np.full((2, 3), np.nan), np.ones((2, 3), bool), limit=1.0)

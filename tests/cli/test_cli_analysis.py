@@ -1,4 +1,4 @@
-"""The commands that analyse, as a person uses them: their files, their tables, and their refusals."""
+"""The commands that analyze, as a person uses them: their files, their tables, and their refusals."""
 
 import json
 

@@ -24,7 +24,7 @@ from gaintune.data.documents import (
     split_documents,
 )
 from gaintune.data.domains import load_documents
-from gaintune.data.neighbours import CONTAINMENT, SHINGLE_WORDS, NeighbourIndex, normalise
+from gaintune.data.neighbours import CONTAINMENT, SHINGLE_WORDS, NeighbourIndex, normalize
 from gaintune.data.readers import SECTION_CHARACTERS, add_texts, read_documents
 from gaintune.errors import DataError
 from support import refused
@@ -268,11 +268,11 @@ def test_words_are_the_runs_of_letters_and_digits_and_every_character_of_chinese
     characters = [chr(code) for code in (*range(0x3200), *range(0x3400, 0xD800, 97), *range(0xF8F0, 0x11000, 7))]
     for character in characters:
         text = f"Some {character}Words{character}{character} of_1 Sentence " + "and its End " * 10
-        assert normalise(text) == plain(text.casefold()), ascii(character)
+        assert normalize(text) == plain(text.casefold()), ascii(character)
     long = "".join(characters)
-    assert normalise(long) == plain(long.casefold())
-    monkeypatch.setattr(neighbours, "NORMALISED_AT_ONCE", 50)
-    assert (normalise(long), normalise(" ?! \n")) == (plain(long.casefold()), "?!")
+    assert normalize(long) == plain(long.casefold())
+    monkeypatch.setattr(neighbours, "NORMALIZED_AT_ONCE", 50)
+    assert (normalize(long), normalize(" ?! \n")) == (plain(long.casefold()), "?!")
 
 
 def test_two_documents_that_hold_half_each_do_not_add_up():
@@ -295,7 +295,7 @@ def test_near_duplicates_agree_with_plain_sets_of_word_runs():
     queries = [" ".join(rng.choices("abcd", k=rng.randint(6, 30))) for _ in range(200)]
 
     def runs(text):
-        words = normalise(text).split()
+        words = normalize(text).split()
         return {tuple(words[start : start + SHINGLE_WORDS]) for start in range(len(words) - SHINGLE_WORDS + 1)}
 
     index = NeighbourIndex(enumerate(documents))

@@ -81,10 +81,10 @@ def test_the_answers_are_those_of_both_sides_of_a_folder(tmp_path, caplog):
     assert {row.choices for row in rows} == {(" negative", " neutral", " positive")} and not caplog.text
     (tmp_path / "news" / "validation.jsonl").rename(tmp_path / "news" / "test.jsonl")
     assert len(read_choices("news", tmp_path / "news")) == 2
-    assert "news: no validation files; measured is test.jsonl" in caplog.text
+    assert "news: no validation files; measuring on test.jsonl" in caplog.text
     (tmp_path / "news" / "test.jsonl").unlink()
     assert len(read_choices("news", tmp_path / "news")) == 3
-    assert "news: no validation files; asked is train.jsonl" in caplog.text
+    assert "news: no validation files; asking train.jsonl" in caplog.text
 
 
 def test_rows_on_one_line_are_read_one_by_one(tmp_path):

@@ -12,7 +12,7 @@ from gaintune.config import ModelConfig, build_plan
 from gaintune.data import load_domain, load_masked_blocks
 from gaintune.data.blocks import mask_blocks
 from gaintune.errors import BaseMismatchError, BaseModelError, ConfigError
-from gaintune.evaluate import compare_adapters, compare_masked, lent, measure
+from gaintune.evaluate import attached_to_language_model, compare_adapters, compare_masked, measure
 from gaintune.evaluate.perplexity import measure_masked
 from gaintune.methods import attach
 from gaintune.models import is_masked, load_base, load_classifier, load_masked
@@ -107,7 +107,7 @@ def test_the_adapted_encoder_meets_the_original_head(encoder, gains, tmp_path):
     untouched, base = load_masked(settings), load_masked(settings)
     masked = mask_blocks(blocks(6), "prose", base.tokenizer)
     before = measure_masked(untouched.model, masked)
-    with lent(base, adapter, build_plan({"model": settings.model_dump()})) as model:
+    with attached_to_language_model(base, adapter, build_plan({"model": settings.model_dump()})) as model:
         after = measure_masked(model, masked)
     assert measure_masked(base.model, masked) == before and (after == before) == (gains == 0)
     by_hand = load_masked(settings).model
@@ -127,7 +127,7 @@ def test_full_weights_replace_the_encoder_and_leave_the_head_alone(roberta, tmp_
     base = load_masked(build_plan(values).model)
     head = {name: tensor.clone() for name, tensor in base.model.lm_head.state_dict().items()}
     encoder = base.model.roberta.encoder.layer[0].output.dense.weight.clone()
-    with lent(base, tmp_path / "full", build_plan(values)) as model:
+    with attached_to_language_model(base, tmp_path / "full", build_plan(values)) as model:
         assert all(torch.equal(tensor, head[name]) for name, tensor in model.lm_head.state_dict().items())
         assert not torch.equal(model.roberta.encoder.layer[0].output.dense.weight, encoder)
     assert torch.equal(base.model.roberta.encoder.layer[0].output.dense.weight, encoder)

@@ -68,7 +68,7 @@ def test_rows_are_found_by_split_by_name_and_alone(tmp_path):
     ("hellaswag", {"text": "words"}, "its columns are text"),
 ])  # fmt: skip
 def test_a_row_that_makes_no_question_is_named_with_its_line(tmp_path, name, row, words):
-    good = tiny_benchmarks.normalised(name, tiny_benchmarks.hub_rows(name, 1)[0])
+    good = tiny_benchmarks.normalized(name, tiny_benchmarks.hub_rows(name, 1)[0])
     rows = [row] if "text" in row else [good, row]
     file = write_rows(tmp_path / f"{name}.jsonl", rows)
     with pytest.raises(DataError) as caught:
@@ -280,8 +280,13 @@ def test_local_rows_score_as_lm_eval_scores_them(model, theirs, written):
     if written == "as questions with choices":
         folder = work / "questions"
         for name in NAMES:
+<<<<<<< HEAD
             rows = [tiny_benchmarks.normalised(name, row) for row in tiny_benchmarks.hub_rows(name, ROWS)]
             write_rows(folder / name / "validation.jsonl", rows)
+=======
+            rows = [tiny_benchmarks.normalized(name, row) for row in tiny_benchmarks.hub_rows(name, ROWS)]
+            tiny_benchmarks.write(folder / name / "validation.jsonl", rows)
+>>>>>>> n-review
     config = BenchmarkConfig(tasks=NAMES, source="local", data=(str(folder),), batch_size=5)
     ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
     for name in NAMES:

@@ -252,7 +252,7 @@ def test_a_damaged_conversion_is_done_again_with_one_warning(packed, monkeypatch
         (folder / "generation_config.json").unlink()
     else:
         flip(folder / f"{harm}.json", -1)
-    monkeypatch.setattr(gguf_base, "_whole", set())  # as in another process
+    monkeypatch.setattr(gguf_base, "_verified", set())  # as in another process
     with caplog.at_level(logging.WARNING, "gaintune"):
         assert load_base(packed).folder == folder
     assert contents(folder) == whole
@@ -262,7 +262,7 @@ def test_a_damaged_conversion_is_done_again_with_one_warning(packed, monkeypatch
 def test_a_conversion_is_checked_once_a_process(packed, monkeypatch):
     folder = load_base(packed).folder
     checked = []
-    monkeypatch.setattr(gguf_base, "_whole", set())
+    monkeypatch.setattr(gguf_base, "_verified", set())
     monkeypatch.setattr(gguf_base, "damage", checked.append)
     for _ in range(3):
         load_tokenizer(packed)
@@ -318,7 +318,7 @@ def test_metadata_is_read_as_gguf_reads_it(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    ours, theirs = (kind(tmp_path / "tiny.gguf") for kind in (gguf_base.QuickReader, GGUFReader))
+    ours, theirs = (kind(tmp_path / "tiny.gguf") for kind in (gguf_base.FastReader, GGUFReader))
     assert ours.fields.keys() == theirs.fields.keys()
     for key, field in theirs.fields.items():
         assert ours.fields[key].types == field.types and ours.fields[key].contents() == field.contents()

@@ -179,7 +179,8 @@ def test_answers_are_trained_and_measured_on_other_rows(tmp_path):
 def test_unknown_questions_are_refused_and_answers_without_rows_left_out_with_a_note_of_the_sets(tmp_path):
     unknown = r"`learn` names a set of questions.*: pubmedqa, finphrase, sst2, medqa"
     refused(ConfigError, unknown, run_recipe, answering(learn="riddles"), tmp_path / "run", scale="smoke")
-    outcome = answers(dict(ASKING), Context("ask", tmp_path, ScaleSetup("small", "demo", None, {}), {}, Silent()))
+    context = Context("ask", tmp_path, ScaleSetup("small", "demo", None, {}), {}, Silent())
+    outcome = answers(dict(ASKING), context).expected
     assert outcome.left_out and outcome.notes[0].endswith("(give --data FOLDER): finphrase, sst2")
 
 

@@ -56,8 +56,8 @@ def test_html_escapes_names_and_marks_headings():
 
 
 def contrast(ink, paper):
-    def luminance(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -74,7 +74,7 @@ def test_every_shade_can_be_read_on_light_and_dark_pages():
             assert contrast(ink, paper) >= 4.4, rule
 
 
-def test_the_colour_scale_is_shared_centred_and_robust(two_methods):
+def test_the_color_scale_is_shared_centered_and_robust(two_methods):
     limit = palette.limit_of(two_methods)
     assert limit == 20.0 and palette.bin_of(0.0, limit) == 0 and palette.bin_of(-limit, limit) == -palette.BINS
     assert palette.bin_of(1e6, limit) == palette.BINS

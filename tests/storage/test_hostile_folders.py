@@ -41,7 +41,7 @@ def project(folder: Path, **more: str) -> Path:
 def begun(folder: Path, kind: Kind = SEQUENCE, **more: str) -> Path:
     """A run of another plan that got nowhere, and what a person put there since."""
     with open_run(folder, as_plan({"train": {"lr": 0.7}}), {}, kind=kind) as run:
-        run.settle("inputs.json", {}, "")
+        run.write_once("inputs.json", {}, "")
         if kind is SEQUENCE:
             run.write_json(run.base("float32", "law"), {})
     return write(folder, more)
@@ -197,7 +197,7 @@ def test_runs_of_an_earlier_version_are_continued_and_marked(tmp_path):
     for kind in (SEQUENCE, ADAPTATION):
         folder = tmp_path / kind.name
         with open_run(folder, plan.model_dump(mode="json"), {}, kind=kind) as run:
-            run.settle("inputs.json", {}, "")
+            run.write_once("inputs.json", {}, "")
             run.event("begun")
             adapter(folder / ("snapshots/step-000003" if kind is ADAPTATION else "stages/gain-ffn/01-law/adapter"))
             (folder / f".plan.yaml.{'0' * 12}").touch()  # of a process that was killed

@@ -103,11 +103,11 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
     refused(RunDirectoryError, "cannot be made", write_text, below / "plan.yaml", "")
 
 
-def test_a_fleeting_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
+def test_an_unused_run_is_gone_when_it_fails_unless_it_holds_more(tmp_path):
     for kept in ((), ("checkpoints/checkpoint-3",), ("base",), ("mine.txt",)):
         folder = tmp_path / "run"
-        with contextlib.suppress(KeyError), open_run(folder, as_plan({}), {}, fleeting=True) as run:
-            run.settle("inputs.json", {}, "")
+        with contextlib.suppress(KeyError), open_run(folder, as_plan({}), {}, remove_if_unused=True) as run:
+            run.write_once("inputs.json", {}, "")
             run.event("begun")
             (folder / "checkpoints").mkdir()
             for name in kept:
@@ -194,9 +194,9 @@ def test_one_process_at_a_time(tmp_path):
 def test_inputs_that_changed_under_a_run_are_refused(tmp_path):
     with open_run(tmp_path / "run", as_plan({}), {}) as run:
         for _ in range(2):
-            run.settle("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
+            run.write_once("inputs.json", {"law": {"content_hash": "a"}}, "Name another folder")
         with pytest.raises(RunDirectoryError, match=r"law\.content_hash: 'a' there, 'b' now.*Name another folder"):
-            run.settle("inputs.json", {"law": {"content_hash": "b"}}, "Name another folder")
+            run.write_once("inputs.json", {"law": {"content_hash": "b"}}, "Name another folder")
 
 
 def test_a_long_wait_is_explained_once(tmp_path, caplog):

@@ -89,7 +89,7 @@ def answered(name: str, right: list[str]) -> dict:
     return {"answer": {"value": right[0], "aliases": right} if name == "triviaqa" else right}
 
 
-def normalised(name: str, row: dict) -> dict:
+def normalized(name: str, row: dict) -> dict:
     """The same row as a rendered question with choices, written here by hand for each benchmark."""
     if name in {"arc_easy", "arc_challenge", "openbookqa", "commonsense_qa"}:
         question = row.get("question", row.get("question_stem"))

@@ -166,7 +166,7 @@ def test_a_rate_that_failed_for_one_seed_leaves_that_seed_s_others_on_the_curve(
 
 def test_runs_in_other_numbers_are_not_compared_and_other_devices_are_reported(tmp_path, table):
     other = tiny_sweep.synthetic(tmp_path / "b", {"forgetting": forgetting}, computed=("bfloat16", "cpu"))
-    with pytest.raises(DataError, match=r"different numbers \(float32, such as .*; bfloat16, such as "):
+    with pytest.raises(DataError, match=r"different precisions \(float32, such as .*; bfloat16, such as "):
         compare_sweep(SweepTable((*table.rows, *other.rows)))
     computed = ("float32-autocast-bfloat16", "NVIDIA H100")
     full = tiny_sweep.synthetic(tmp_path / "c", {"full": forgetting}, computed=computed)

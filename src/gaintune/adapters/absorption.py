@@ -1,4 +1,4 @@
-"""Merging of an adapter into the fp32 weights of its base, and the loss of changes to rounding in the final dtype."""
+"""Merge an adapter into the fp32 weights of its base, and count the changes that rounding to the final dtype undoes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def absorb(base: Base, adapter: Path, dtype: torch.dtype, *, allow_other_base: b
 
 
 def _no_second_merge(*args: Any, **kwargs: Any) -> None:
-    """Replace the merge of a layer that is merged."""
+    """Do nothing, in place of the merge of a layer that is merged already."""
 
 
 def check_mergeable(adapter: Path) -> None:

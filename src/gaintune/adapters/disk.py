@@ -1,4 +1,4 @@
-"""Adapters from disk to a base and back: PEFT's folder and a record of the base, written whole.
+"""Load adapters from disk onto a base and save them: PEFT's folder and a record of the base, written whole.
 
 An adapter loads completely or raises an error, and `attached` gives the base back as it was.
 """
@@ -31,7 +31,7 @@ from gaintune.adapters.record import (
 )
 from gaintune.config import DataConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, one_line
-from gaintune.models import Base, Checkpoint, base_fingerprint, is_hub_id, load_model, save_model
+from gaintune.models import Base, Checkpoint, base_fingerprint, is_hub_id, load_model, save_model, without_adapter
 from gaintune.storage import files
 
 if TYPE_CHECKING:
@@ -296,8 +296,8 @@ def attached(base: Base, folder: Path, *, allow_other_base: bool = False) -> Ite
 def _probe(model: nn.Module) -> torch.Tensor:
     """Compute logits on a few tokens from all over the vocabulary, to see whether a model has changed."""
     wrapped: Any = model
-    carrier = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
-    options = {"use_cache": False} if "use_cache" in inspect.signature(carrier.forward).parameters else {}
+    accepted = inspect.signature(without_adapter(model).forward).parameters
+    options = {"use_cache": False} if "use_cache" in accepted else {}
     last = wrapped.config.get_text_config().vocab_size - 1
     tokens = torch.linspace(0, last, PROBE_TOKENS, dtype=torch.float64).long().to(wrapped.device)
     training = model.training

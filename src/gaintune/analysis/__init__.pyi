@@ -11,7 +11,7 @@ from .gates.survey import Group as Group
 from .gates.survey import apart as apart
 from .gates.survey import record_gates as record_gates
 from .gates.survey import response_tokens as response_tokens
-from .gates.survey import summarise as summarise
+from .gates.survey import summarize as summarize
 from .gates.survey import survey_gates as survey_gates
 from .landscape import LandscapeOptions as LandscapeOptions
 from .landscape.survey import survey_landscape as survey_landscape

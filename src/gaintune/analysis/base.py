@@ -1,4 +1,4 @@
-"""What an analysis is, what it takes and gives, and the function that writes its files.
+"""The description of an analysis, its input and output, and the function that writes its files.
 
 To add an analysis: make a folder with `survey.py` (measures and computes) and `report.py` (tables and figures),
 describe it in the folder's `__init__.py` as a subclass of `Analysis`, and list it in `catalogue.py`. The command, the
@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def base_plan(self) -> Plan:
-        """Return the plan, for an analysis that needs one."""
+        """The plan, for an analysis that needs one."""
         assert self.plan is not None, "this analysis measures a model, which the plan names"
         return self.plan
 

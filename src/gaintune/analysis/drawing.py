@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, ParamSpec
+from typing import Any, ParamSpec
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gaintune.report import MUTED, NONE, RULE, SHADE, look, markdown_table, styled
+from gaintune.report import MUTED, NONE, SHADE, look, markdown_table, styled
 from gaintune.results import Interval
 
 P = ParamSpec("P")
@@ -60,14 +60,7 @@ def line(index: int, *, marked: bool = True, **options: Any) -> dict[str, Any]:
     """Return what matplotlib needs to draw the line of a method, an adapter or a domain, by its position."""
     style = look(index)
     marker = {"marker": style.marker} if marked else {}
-    return {"color": style.colour, "linestyle": style.dashes, **marker, **options}
-
-
-def ruled(axes: Axes, along: Literal["x", "y", "both"] = "y", which: Literal["major", "both"] = "major") -> None:
-    """Draw thin rules behind the data, and no ticks."""
-    axes.grid(axis=along, color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, which=which)
+    return {"color": style.color, "linestyle": style.dashes, **marker, **options}
 
 
 def framed_by_nothing(axes: Axes) -> None:
@@ -103,15 +96,3 @@ def legend(sheet: Figure, labels: Sequence[str], most: int, *, marked: bool = Fa
     handles = [Line2D([], [], label=label, **line(at, marked=marked, **options)) for at, label in enumerate(labels)]
     columns = min(most, len(handles))
     sheet.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3)
-
-
-def panels(
-    count: int, columns: int, size: Callable[[int, int], tuple[float, float]], **shared: Any
-) -> tuple[Figure, list[Axes]]:
-    """Make a sheet with so many panels, its size by rows and columns; the rest of the last row stays empty."""
-    rows = -(-count // columns)
-    sheet = Figure(figsize=size(rows, columns), layout="constrained")
-    grid = list(sheet.subplots(rows, columns, squeeze=False, **shared).flat)
-    for axes in grid[count:]:
-        axes.set_axis_off()
-    return sheet, grid[:count]

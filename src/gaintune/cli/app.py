@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from gaintune import __version__
-from gaintune.cli import analyse, deliver, evaluate, lists, recipe, train
+from gaintune.cli import analyze, deliver, evaluate, lists, recipe, train
 from gaintune.cli.console import err, show_warnings
 from gaintune.cli.help import HelpfulGroup
 from gaintune.errors import GaintuneError
@@ -45,7 +45,7 @@ def _options(
 INTERRUPTED = 130
 CANNOT_WRITE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
-for group in (train, evaluate, deliver, analyse, recipe, lists):
+for group in (train, evaluate, deliver, analyze, recipe, lists):
     app.add_typer(group.commands)
 
 

@@ -1,4 +1,4 @@
-"""What the command line draws: progress bars with speed and time left, tables, and lines of text."""
+"""Drawing on the command line: progress bars with speed and time left, tables, and lines of text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Bars:
 
 
 def say(text: str) -> None:
-    """Print one line or more to standard output, as it is: no markup, no colours, no wrapping."""
+    """Print one line or more to standard output, as it is: no markup, no colors, no wrapping."""
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

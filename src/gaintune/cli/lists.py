@@ -65,7 +65,7 @@ def assets(
     """List the embedded model and texts, and whether they are in the cache."""
     if optional and not fetch:
         refuse("goes with --fetch", ["optional"])
-    from gaintune.models import place_of
+    from gaintune.models import conversion_folder
     from gaintune.storage import ASSETS, cache_dir, status
     from gaintune.storage import fetch as fetch_asset
 
@@ -78,7 +78,7 @@ def assets(
     say(f"cache {cache_dir()}")
     demo = ASSETS["demo-model"]
     if status("demo-model") == "cached":
-        folder = place_of(demo.folder / demo.members[0])
+        folder = conversion_folder(demo.folder / demo.members[0])
         made = folder if folder.is_dir() else f"{folder}, made when it is first used"
         say(f"demo as a transformers folder {made}")
 

@@ -416,7 +416,7 @@ def command(
 
 
 def _position(parameter: inspect.Parameter) -> int:
-    """Return the place of an option's group in the help: the plan's, then a command's own, then its output."""
+    """Return the position of an option's group in the help: the plan's, then a command's own, then its output."""
     marks = getattr(parameter.annotation, "__metadata__", (None,))
     group = getattr(marks[-1], "rich_help_panel", None)
     return ORDER.index(group) if group in ORDER else len(ORDER) + (group == "Output")

@@ -1,4 +1,4 @@
-"""The plan: every setting of a run as plain data, checked when it is read; every mistake is named with its key."""
+"""The plan: every setting of a run as plain data, checked when it is read; errors name the key of each mistake."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Name = Annotated[str, AfterValidator(_plain)]
 
 
 class Section(BaseModel):
-    """A frozen part of the plan; a key that is not a field is an error, and so is a number that is not finite."""
+    """A frozen part of the plan; keys that are not fields and numbers that are not finite are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -110,7 +110,7 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How uncertainty is measured."""
+    """Settings of the measurement and of its uncertainty."""
 
     batch_size: int = Field(default=4, gt=0, description="blocks in a forward pass")
     bootstrap_samples: int = Field(default=2000, gt=0, description="resamples behind an interval")
@@ -119,7 +119,7 @@ class EvaluateConfig(Section):
 
 
 class ClassifyConfig(Section):
-    """How labelled rows become a classifier; `validation_rows` also limits the questions of `evaluate --choices`."""
+    """Settings of a classifier's rows and head; `validation_rows` also limits the questions of `evaluate --choices`."""
 
     max_length: int = Field(default=128, ge=4, description="longest row, in tokens; longer ones are cut, and counted")
     train_rows: int | None = Field(default=None, gt=0, description="training rows, drawn by the seed; else all")
@@ -208,7 +208,7 @@ class DomainConfig(Section):
 
 
 def as_list(value: Any) -> Any:
-    """Accept one entry where a list of them is asked for, such as 'lora' for ['lora']."""
+    """Accept a single entry in place of a list, such as 'lora' for ['lora']."""
     return [value] if isinstance(value, str | Mapping) else value
 
 
@@ -224,7 +224,7 @@ def as_domain(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """How much of each domain, and how it is cut."""
+    """The domains, how much of each is used, and how it is cut."""
 
     domains: Annotated[
         tuple[Annotated[DomainConfig, BeforeValidator(as_domain)], ...],
@@ -376,7 +376,7 @@ def _says_classify(data: Any) -> bool:
 
 
 def explain(error: ValidationError, origin: str, plan: type[BaseModel]) -> ConfigError:
-    """Say every mistake on a line, with its key and the nearest known one; `plan` is the class of the whole plan."""
+    """Return an error with a line for each mistake: its key and the nearest known one; `plan` is the plan's class."""
     lines, details = [], error.errors()
     for detail in details:
         if any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details):
@@ -420,7 +420,7 @@ def build_plan(values: dict[str, Any], origin: str = "plan") -> Plan:
         raise explain(error, origin, Plan) from None
 
 
-class _Loader(yaml.SafeLoader):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key twice in a mapping, as YAML's own rules do: PyYAML drops one of them."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -441,7 +441,7 @@ class _Loader(yaml.SafeLoader):
 def read_values(path: Path, kind: str = "plan") -> dict[str, Any]:
     """Read a YAML plan, or a file of another kind, as nested values, without checking its keys yet."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {kind} file") from None
     except OSError as error:
@@ -472,7 +472,7 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
         if not separator or not key:
             raise ConfigError(f"--set {assignment}: write section.key=value, such as train.lr=0.005")
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, _UniqueKeyLoader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
             raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value ({problem})") from None

@@ -1,4 +1,4 @@
-"""From a plan's domain to blocks of tokens: drawn by the seed, encoded, packed, near-duplicates left out, or masked."""
+"""From a plan's domain to blocks of tokens: drawn by the seed, encoded, without near-duplicates, packed or masked."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ ENCODED_AT_ONCE = 16
 NAMED_ROWS = 5
 COMMON_SHARE = 0.05  # words that more than this share of the prompts have in common make no near-duplicates
 
-SHARE = 0.15  # of a block's tokens that are to be predicted, special ones not counted
-HIDDEN, REPLACED = 0.8, 0.1  # shares of those that are shown as the mask token, and as another token
-ENDS = 2  # special tokens around a block
+MASKED_SHARE = 0.15  # of a block's tokens that are to be predicted, special ones not counted
+SHOWN_AS_MASK, SHOWN_AS_OTHER = 0.8, 0.1  # shares of those that are shown as the mask token, and as another token
+SPECIAL_TOKENS = 2  # special tokens around a block
 
 
 def load_domain(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DomainBlocks:
@@ -74,7 +74,7 @@ def load_domain(domain: DomainConfig, data: DataConfig, tokenizer: PreTrainedTok
 
 
 class BlockBuilder(ABC):
-    """Turns one domain into blocks of tokens; subclasses say in what text and instructions differ.
+    """Builder of a domain's blocks of tokens; subclasses say how text and instructions differ.
 
     Documents are drawn in an order the seed decides until a side's budget is full. A domain smaller than a budget is
     used up, with a warning. Validation text does not depend on the training budget, except that near-duplicates of what
@@ -152,7 +152,7 @@ class BlockBuilder(ABC):
         )
 
     def _content_hash(self, *sides: Packed) -> str:
-        """SHA-256 over the settings and both sides' tensors, the same on machines of either byte order."""
+        """Return the SHA-256 over settings and both sides' tensors, the same on machines of either byte order."""
         data = self.data
         settings = (data.train_tokens, data.validation_tokens, data.block_size, data.seed, *self.settings())
         digest = hashlib.sha256(repr(settings).encode())
@@ -354,7 +354,7 @@ def load_masked_blocks(
     Raises:
         BaseModelError: the tokenizer lacks the special tokens of an encoder; other errors are those of `load_domain`.
     """
-    inner = data.model_copy(update={"block_size": data.block_size - ENDS, "beginning_of_text": "never"})
+    inner = data.model_copy(update={"block_size": data.block_size - SPECIAL_TOKENS, "beginning_of_text": "never"})
     blocks = TextBlocks(domain, inner, tokenizer).build().validation.input_ids
     return mask_blocks(blocks, domain.name, tokenizer, seed=seed)
 
@@ -383,13 +383,13 @@ def mask_blocks(blocks: torch.Tensor, name: str, tokenizer: PreTrainedTokenizerB
         eligible = np.flatnonzero(~np.isin(block, special))
         if not len(eligible):
             raise DataError(f"domain {name!r}: block {number + 1} holds special tokens only")
-        chosen = generator.permutation(eligible)[: max(1, round(SHARE * len(eligible)))]
+        chosen = generator.permutation(eligible)[: max(1, round(MASKED_SHARE * len(eligible)))]
         fate = generator.random(len(chosen))
         others = generator.choice(ordinary, len(chosen))
         shown, wanted = block.copy(), np.full_like(block, IGNORED)
         wanted[chosen] = block[chosen]
-        kept = np.where(fate < HIDDEN + REPLACED, others, block[chosen])
-        shown[chosen] = np.where(fate < HIDDEN, mask, kept)
+        kept = np.where(fate < SHOWN_AS_MASK + SHOWN_AS_OTHER, others, block[chosen])
+        shown[chosen] = np.where(fate < SHOWN_AS_MASK, mask, kept)
         seen.append(np.concatenate([[begin], shown, [end]]))
         labels.append(np.concatenate([[IGNORED], wanted, [IGNORED]]))
     return MaskedBlocks(name, torch.from_numpy(np.stack(seen)), torch.from_numpy(np.stack(labels)))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from gaintune.config import ClassifyConfig, DomainConfig
 from gaintune.data.documents import Documents, drawn_order
 from gaintune.data.labelled import LabelledText, load_labelled
-from gaintune.data.neighbours import normalise
+from gaintune.data.neighbours import normalize
 from gaintune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -119,13 +119,13 @@ def load_classification(
 ) -> ClassifyDomain:
     """Load a domain of labelled rows within its limits.
 
-    A pair is joined as the tokenizer joins pairs, or by a line end where
-    it has no separator of its own (decoders). Longer rows are cut to `settings.max_length` tokens, of a pair from the
-    longer text, and counted. `seed` decides the split and the order of rows. With `segments` every token knows which of
-    a pair's texts it belongs to, for models that ask for it (BERT).
+    A pair is joined as the tokenizer joins pairs, or by a line end where it has no separator of its own (decoders).
+    Longer rows are cut to `settings.max_length` tokens, a pair at its longer text, and counted. `seed` decides the
+    split and the order of rows. With `segments` every token has the number of its text in the pair, for models that
+    read it (BERT).
 
     Raises:
-        DataError: as of `gaintune.data.labelled.load_labelled`; only one label, or one that no training row has.
+        DataError: as `load_labelled`; only one label, or one that no training row has.
         AssetError: a download failed.
     """
     texts = load_labelled(domain, seed)
@@ -137,8 +137,8 @@ def load_classification(
             f"domain {domain.name!r}: the {len(train)} training row(s) drawn all have the label {train[0].label!r}; "
             "raise classify.train_rows"
         )
-    trained_on = {normalise(row.whole) for row in train}
-    repeated = sum(normalise(row.whole) in trained_on for row in validation)
+    trained_on = {normalize(row.whole) for row in train}
+    repeated = sum(normalize(row.whole) in trained_on for row in validation)
     if repeated:
         logger.warning("domain %s: %d validation row(s) also stand in the training rows", domain.name, repeated)
     sides: dict[str, LabelledExamples] = {}
@@ -203,7 +203,7 @@ def _encode(
 
 
 def _content_hash(settings: ClassifyConfig, seed: int, labels: Sequence[str], sides: Iterable[LabelledExamples]) -> str:
-    """SHA-256 over the settings, the labels and both sides' rows, the same on machines of either byte order."""
+    """Return the SHA-256 over settings, labels and both sides' rows, the same on machines of either byte order."""
     facts = (settings.max_length, settings.train_rows, settings.validation_rows, seed, tuple(labels))
     digest = hashlib.sha256(repr(facts).encode())
     for examples in sides:

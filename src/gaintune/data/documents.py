@@ -1,4 +1,4 @@
-"""Documents that know where they came from: kept in their files, split, cut into passages, and drawn by a seed."""
+"""Documents with their origin: kept in their files, split, cut into passages, and drawn by a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from gaintune.data.neighbours import normalise
+from gaintune.data.neighbours import normalize
 from gaintune.errors import DataError
 from gaintune.progress import plural
 
@@ -207,7 +207,7 @@ def split_documents(documents: Documents[T], seed: int, key: Callable[[T], str] 
             deque(side, maxlen=0)
         return documents
     texts = map(key, documents.train)  # maps let a long text go before the next one is read
-    draws = _draws(seed, "split", map(normalise, texts))
+    draws = _draws(seed, "split", map(normalize, texts))
     if len(draws) < 2 or draws.min() == draws.max():
         same = ", all with the same text" if len(draws) > 1 else ""
         raise DataError(

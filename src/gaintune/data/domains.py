@@ -118,7 +118,7 @@ def code() -> tuple[Document, ...]:
     documents = []
     for file in files:
         if file.is_file():
-            with tokenize.open(file) as handle:  # honours a file's declared encoding
+            with tokenize.open(file) as handle:  # honors a file's declared encoding
                 documents.append(Document(handle.read().strip(), f"standard library, {file.name}"))
     if not documents:
         raise AssetError(

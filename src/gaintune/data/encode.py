@@ -113,7 +113,7 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], origin: str, *, promp
 
 @cache  # also so that it warns once
 def undated(template: str, tokenizer: str) -> str:
-    """Return a chat template that writes `DATE` where it would ask for today's date, in whatever format."""
+    """Return a chat template that writes `DATE` in place of today's date, in whatever format."""
     if "strftime_now" not in template:
         return template
     logger.warning(

@@ -37,7 +37,7 @@ class Examples:
 
     @classmethod
     def of_blocks(cls, blocks: torch.Tensor) -> Examples:
-        """Take blocks `(blocks, block_size)` of running text, every token scored but the first of a block."""
+        """Make examples of `(blocks, block_size)` of running text, every token scored but the first of a block."""
         return cls(blocks, blocks)
 
     @property
@@ -89,7 +89,7 @@ class DomainBlocks:
 
     @property
     def settings(self) -> dict[str, dict[str, int]]:
-        """What was decided for this domain and no plan says, by section of the plan; empty where nothing was."""
+        """Settings decided for this domain that no plan states, by section of the plan; empty where there are none."""
         return {} if self.beginning is None else {"data": {"beginning_of_text": self.beginning}}
 
     def describe(self) -> dict[str, str | int]:
@@ -127,7 +127,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Packed:
-    """Blocks of text or of rows, and what was found in packing them.
+    """Blocks of text or of rows, and what packing left out or cut.
 
     Attributes:
         examples: the blocks, `(blocks, block_size)`; of several rows in a block, `position_ids` start anew at each row

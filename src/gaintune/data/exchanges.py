@@ -42,7 +42,7 @@ class Exchange:
 
     @property
     def question(self) -> str:
-        """What the users said: what a row of validation must not share with one of training.
+        """The user's messages, which a validation row must not share with a training row.
 
         Answers are left out, and so is the system's message, which many rows have in common.
         """
@@ -93,8 +93,8 @@ def _exchange(row: Row, number: int, prompt: str | None, completion: str | None)
     if isinstance(question, list):
         before = _messages(question, row.origin, of_question, scored=False)
         return _conversation((*before, *_messages(answer, row.origin, of_answer, scored=True)), row, number)
-    asked, said = checked_text(question, row.origin, of_question), checked_text(answer, row.origin, of_answer)
-    return replace(question_and_answer(asked, said), origin=row.origin, row=number)
+    texts = checked_text(question, row.origin, of_question), checked_text(answer, row.origin, of_answer)
+    return replace(question_and_answer(*texts), origin=row.origin, row=number)
 
 
 def _messages(values: Any, origin: str, what: str, *, scored: bool) -> tuple[Turn, ...]:

@@ -18,13 +18,13 @@ _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 # Translates bytes of UTF-8 so that words alone are left: of ASCII, all that is in no word becomes a space.
 _SPACED = bytes(code if code > 0x7F or _WORD.match(chr(code)) else ord(" ") for code in range(256))
 _BLANK = re.compile(r"\s")
-NORMALISED_AT_ONCE = 2**20  # characters
+NORMALIZED_AT_ONCE = 2**20  # characters
 SPARSE = 16  # with more than one extra byte in so many characters, words are found faster one by one
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Reduce a text to its words in lower case, so that case, spacing and punctuation make no difference."""
-    if len(text) <= NORMALISED_AT_ONCE:
+    if len(text) <= NORMALIZED_AT_ONCE:
         return _words(text) or text.strip()
     return " ".join(filter(None, map(_words, _between_words(text)))) or text.strip()
 
@@ -32,7 +32,7 @@ def normalise(text: str) -> str:
 def _between_words(text: str) -> Iterator[str]:
     """Cut a long text at blank space, because its words as separate strings take ten times its memory."""
     start = 0
-    while blank := _BLANK.search(text, start + NORMALISED_AT_ONCE):
+    while blank := _BLANK.search(text, start + NORMALIZED_AT_ONCE):
         yield text[start : blank.start()]
         start = blank.end()
     yield text[start:]
@@ -57,12 +57,12 @@ def _spaced(character: str) -> str:
 class NeighbourIndex:
     """Index of documents, which holds a text if it is a near-duplicate of one of them.
 
-    It is if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalised) occur
-    in the same document; a text too short for a shingle, if a document or piece equals it after normalisation.
+    A text is one if at least `CONTAINMENT` of its distinct shingles (runs of `SHINGLE_WORDS` words, normalized) occur
+    in the same document; a text too short for a shingle, if a document or piece equals it after normalization.
 
     With `common`, shingles in more than that share of the documents (and in more than `COMMON_DOCUMENTS` of them) do
     not count: they are what the documents have in common, such as an instruction that begins every prompt. A text that
-    holds nothing else is a near-duplicate of a document that it equals after normalisation.
+    holds nothing else is a near-duplicate of a document that it equals after normalization.
     """
 
     def __init__(self, pieces: Iterable[tuple[int, str]], common: float | None = None) -> None:
@@ -76,7 +76,7 @@ class NeighbourIndex:
             hashes.append(shingles)
             owners.append(np.full(len(shingles), document, np.int64))
             if common is not None or not len(shingles):
-                self._short.add(normalise(text))
+                self._short.add(normalize(text))
         pairs = np.stack([np.concatenate(hashes).view(np.int64), np.concatenate(owners)])
         pairs = np.unique(pairs, axis=1)  # sorted by hash, a shingle once for each document
         if common is not None:
@@ -90,7 +90,7 @@ class NeighbourIndex:
         shingles = self._shingles(text).view(np.int64)
         shingles = shingles[~np.isin(shingles, self._common)]
         if not len(shingles):
-            return normalise(text) in self._short
+            return normalize(text) in self._short
         first = np.searchsorted(self._hashes, shingles, side="left")
         last = np.searchsorted(self._hashes, shingles, side="right")
         needed = CONTAINMENT * len(shingles)
@@ -105,7 +105,7 @@ class NeighbourIndex:
     def _shingles(self, text: str) -> np.ndarray:
         """Return the distinct 64-bit hashes of a text's shingles; equal words have equal numbers."""
         vocabulary = self._vocabulary
-        numbers = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in normalise(text).split()]
+        numbers = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in normalize(text).split()]
         words = _mix(np.array(numbers, np.uint64))
         count = len(words) - SHINGLE_WORDS + 1
         if count <= 0:

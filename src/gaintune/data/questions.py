@@ -70,7 +70,7 @@ def read_choices(name: str, path: Path, *, limit: int | None = None, seed: int =
     """
     train, validation = split_files(path, ROW_SUFFIXES)
     if path.is_dir() and not validation:
-        logger.warning("%s: no validation files; asked is %s", path, ", ".join(file.name for file in train))
+        logger.warning("%s: no validation files; asking %s", path, ", ".join(file.name for file in train))
     rows = [row for file in validation or train for row in read_table(file)]
     others = [row for file in train for row in read_table(file)] if validation and LABEL in rows[0].values else []
     questions = _questions(name, rows, others)
@@ -78,7 +78,7 @@ def read_choices(name: str, path: Path, *, limit: int | None = None, seed: int =
 
 
 def load_questions(name: str, path: Path | None, *, learn: bool, seed: int) -> Documents[ChoiceRow]:
-    """Load a set: to train on (nothing unless `learn`) and to ask, which is its validation side.
+    """Load a set of questions: rows to train on (none unless `learn`), and rows to ask as its validation side.
 
     It comes from a file or folder of rows, as `read_choices` reads them, or without a path from the Hub, where the name
     is one of `QUESTION_SETS`. Rows to ask are never trained on: of a source's own splits the training rows whose prompt

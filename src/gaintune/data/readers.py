@@ -1,4 +1,4 @@
-"""Local files and folders: which files make up a domain, its split, rows and plain text; mistakes have their line."""
+"""Local files and folders: the files of a domain, its split, rows and plain text; errors name the line."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def local_path(source: str) -> Path | None:
 
 
 def split_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], list[Path]]:
-    """Find the files to train on and to validate with; none of these for a lone file or where no split is named.
+    """Find the files to train on, and those to validate with: none for a lone file or where no split is named.
 
     Raises:
         DataError: no such file or folder, or none with one of the suffixes.
@@ -104,7 +104,7 @@ def _split_folder(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], 
     validation = _matched(validation, folder)
     if train and tests and not validation:
         validation = _matched(tests, folder)
-        logger.warning("%s: no validation files; measured is %s", folder, ", ".join(file.name for file in validation))
+        logger.warning("%s: no validation files; measuring on %s", folder, ", ".join(file.name for file in validation))
     if not train or not validation:
         train, validation = usable, []
     used = {*train, *validation}
@@ -193,7 +193,7 @@ def add_texts(documents: Stored[Document], file: Path, text_column: str | None =
 
 
 def add_rows(items: Stored[T], file: Path, make: Callable[[Row, int], T], rows: Sequence[Row] | None = None) -> None:
-    """Add what `make` makes of every row and its number, from 1.
+    """Add an item for every row: `make` gets the row and its number, from 1.
 
     Rows of .jsonl stay in their file, and what is wrong with one is raised whenever it is read; those of other formats
     are read and checked now (unless given as `rows`, already read), and stay in memory. A DataError names a broken row,

@@ -9,9 +9,9 @@ from .classification import is_classifier as is_classifier
 from .classification import predict as predict
 from .classification import score as score
 from .compare import Measure as Measure
+from .compare import attached_to_language_model as attached_to_language_model
 from .compare import compare_adapters as compare_adapters
 from .compare import compare_masked as compare_masked
-from .compare import lent as lent
 from .compare import measure_base_and_adapters as measure_base_and_adapters
 from .perplexity import BaseLosses as BaseLosses
 from .perplexity import measure as measure

@@ -1,4 +1,4 @@
-"""Questions with choices, answered by a decoder without a head: it chooses the likeliest continuation of a prompt.
+"""Answer questions with choices by a decoder without a head: it chooses the likeliest continuation of a prompt.
 
 This is how the GAIN paper measures MedQA and sentiment (arXiv 2604.04516, appendix H), and what multiple-choice
 benchmarks report: by the summed log-likelihood of the choice's tokens, and by that sum per byte of the choice.
@@ -26,7 +26,7 @@ from gaintune.errors import DataError, TrainingError
 from gaintune.evaluate.batches import LoopOptions, run_batches
 from gaintune.evaluate.classification import Predictions, difference, score
 from gaintune.evaluate.compare import Measure, measure_base_and_adapters, paired_figures
-from gaintune.models import Base, NextTokenLoss, load_base, longest_input
+from gaintune.models import Base, NextTokenLoss, load_base, longest_input, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import Interval
 
@@ -164,10 +164,8 @@ def choice_likelihoods(
         ConfigError: `beginning` is always, and the tokenizer has no such token.
         TrainingError: a likelihood is not finite; the model is broken.
     """
-    wrapped: Any = model
-    carrier = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     begin = tuple(beginning_of_text(tokenizer, beginning))
-    encoded = _encode(rows, tokenizer, begin, longest_input(carrier, tokenizer), name)
+    encoded = _encode(rows, tokenizer, begin, longest_input(without_adapter(model), tokenizer), name)
     choices_after: dict[tuple[int, ...], list[int]] = {}
     for number, (context, _) in enumerate(encoded):
         choices_after.setdefault(context, []).append(number)

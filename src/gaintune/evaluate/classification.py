@@ -24,7 +24,7 @@ from gaintune.data import ClassifyDomain, LabelledExamples, Padding, load_classi
 from gaintune.errors import ConfigError, DataError, TrainingError
 from gaintune.evaluate.batches import LoopOptions, run_batches
 from gaintune.methods import measuring_precision
-from gaintune.models import load_classifier, load_tokenizer, reads_segments
+from gaintune.models import load_classifier, load_tokenizer, reads_segments, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import Interval, paired_shares
 
@@ -70,7 +70,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """A class: `precision` among the rows given its label, `recall` among the rows that have it.
+    """Figures of a class: `precision` among the rows given its label, `recall` among the rows that have it.
 
     `rows` have the label, `predicted` were given it. A share of no rows is 0, as is the F1 of nothing.
     """
@@ -85,7 +85,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Scores:
-    """How well the labels of a domain are predicted.
+    """Scores of a classifier's predictions on a domain.
 
     Attributes:
         accuracy: share of rows with the right label, and its interval over rows.
@@ -135,7 +135,7 @@ def score(predictions: Predictions, settings: EvaluateConfig) -> Scores:
 
 
 def difference(first: Predictions, second: Predictions, settings: EvaluateConfig) -> Interval:
-    """Return the accuracy of the second less that of the first, paired row by row, with that of `paired_shares`.
+    """Return the second's accuracy less the first's, paired row by row, with the interval of `paired_shares`.
 
     Predictions less themselves are exactly 0. Others that are right on the same rows differ by 0 too, but the number
     of rows decides how certain that is.
@@ -174,8 +174,7 @@ class LabelLoss:
     """Cross-entropy of the labels of whole rows, by a sequence classifier or a `PeftModel`: an `Objective`."""
 
     def __init__(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        accepted = inspect.signature(base.forward).parameters
+        accepted = inspect.signature(without_adapter(model).forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def logits(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A base and adapters on it, measured on the same blocks, each adapter attached for as long as it is measured."""
+"""Measure a base and adapters on it on the same blocks; each adapter is attached while it is measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gaintune.data import DomainBlocks, MaskedBlocks, load_domain, load_masked_b
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate.perplexity import measure_domain, measure_masked
 from gaintune.methods import Precision, measuring_precision
-from gaintune.models import Base, load_base, load_classifier, load_masked, longest_input
+from gaintune.models import Base, load_base, load_classifier, load_masked, longest_input, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss, paired_change
 
@@ -72,7 +72,7 @@ def measure_base_and_adapters(
         untouched[precision] = measure(base.model, BASE, precision.mixed)
         for label, folder, own in zip(labels, adapters, precisions, strict=False):
             if own == precision:
-                with lent(base, folder, plan, allow_other_base=allow_other_base) as model:
+                with attached_to_language_model(base, folder, plan, allow_other_base=allow_other_base) as model:
                     adapted[label] = measure(model, label, precision.mixed)
                 gc.collect()  # an adapted model refers to itself
         del base
@@ -87,8 +87,10 @@ def _precision(plan: Plan, folder: Path) -> Precision:
 
 
 @contextlib.contextmanager
-def lent(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False) -> Iterator[nn.Module]:
-    """Attach an adapter to the language model of `base`, causal or masked, for a while.
+def attached_to_language_model(
+    base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False
+) -> Iterator[nn.Module]:
+    """Attach an adapter to the language model of `base`, causal or masked, for the block.
 
     Of a classifier the backbone is attached. It is loaded whole, as `load_adapter` does, which finds missing and
     superfluous weights, and then replaces the backbone under the original language-model head (DISeL, arXiv 2605.19028,
@@ -104,13 +106,13 @@ def lent(base: Base, folder: Path, plan: Plan, *, allow_other_base: bool = False
             yield model
         return
     classifier = load_classifier(plan.model, record.labels, seed=0, dtype=base.model.dtype)
-    adapted: Any = load_adapter(classifier, folder, allow_other_base=allow_other_base)
-    carrier: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+    adapted = load_adapter(classifier, folder, allow_other_base=allow_other_base)
+    backbone = without_adapter(adapted).base_model
     model = base.model
     original: Any = model.base_model
-    if type(carrier.base_model) is not type(original):
-        raise AdapterError(f"{folder}: its backbone is a {type(carrier.base_model).__name__}, not {base.name!r}'s")
-    setattr(model, model.base_model_prefix, carrier.base_model)
+    if type(backbone) is not type(original):
+        raise AdapterError(f"{folder}: its backbone is a {type(backbone).__name__}, not {base.name!r}'s")
+    setattr(model, model.base_model_prefix, backbone)
     try:
         yield model.eval()
     finally:
@@ -127,12 +129,12 @@ def paired_figures(
     figures = []
     for number, result in enumerate(base):
         figures.append(figure(number, BASE, result, None))
-        figures += [figure(number, each.label, each.adapted[number], each.base[number]) for each in adapted]
+        figures += [figure(number, one.label, one.adapted[number], one.base[number]) for one in adapted]
     return figures
 
 
 @dataclass(frozen=True)
-class Figure:
+class PerplexityFigure:
     """A model on a domain; `change` and its interval in % of the base's perplexity, None for the base itself.
 
     Running text has bits per byte; a masked language model has the number of masked tokens behind its perplexity.
@@ -155,7 +157,7 @@ class Figure:
 
 def compare_adapters(
     plan: Plan, adapters: Sequence[Path], *, allow_other_base: bool = False, progress: Progress | None = None
-) -> list[Figure]:
+) -> list[PerplexityFigure]:
     """Measure the plan's base, and every adapter on it, on the plan's domains.
 
     Of a classifier the backbone is measured, under the base's own language-model head.
@@ -184,13 +186,12 @@ def compare_adapters(
 
 def compare_masked(
     plan: Plan, adapters: Sequence[Path], *, allow_other_base: bool = False, progress: Progress | None = None
-) -> list[Figure]:
+) -> list[PerplexityFigure]:
     """Measure masked-LM perplexity of the plan's encoder, and with every adapter, on the plan's domains of text.
 
     This is how the DISeL paper measures what RoBERTa forgets (arXiv 2605.19028, section 4.1 and appendix II.5): an
     adapter's own head is left out, and the encoder gets the masked-LM head it was pretrained with. The masked tokens
-    are the same for every model (`gaintune.data.masked`; the seed is `data.seed`), so models are compared block by
-    block.
+    are the same for every model (`load_masked_blocks`, with `data.seed`), so models are compared block by block.
 
     Returns:
         For each domain the base, then the adapters in the order given, labelled by their folders.
@@ -238,14 +239,18 @@ def _compare(
     prepare: Callable[[Base], Measure[list[DomainLoss]]],
     domains: Sequence[DomainConfig],
     allow_other_base: bool,
-) -> list[Figure]:
+) -> list[PerplexityFigure]:
     """Measure a base and adapters, and pair their losses block by block."""
 
-    def figure(number: int, label: str, loss: DomainLoss, base: DomainLoss | None) -> Figure:
+    def figure(number: int, label: str, loss: DomainLoss, base: DomainLoss | None) -> PerplexityFigure:
         name = domains[number].name
         change = (None, None, None) if base is None else astuple(paired_change(base, loss, name, plan.evaluate))
         bits, masked = (None, sum(loss.tokens)) if loss.bytes is None else (loss.bits_per_byte, None)
+<<<<<<< HEAD
         return Figure(name, label, loss.perplexity, bits, *change, masked=masked)
+=======
+        return PerplexityFigure(name, label, loss.perplexity, bits, *change, masked)
+>>>>>>> n-review
 
     before, adapted = measure_base_and_adapters(plan, adapters, load, prepare, allow_other_base=allow_other_base)
     return paired_figures(before, adapted, figure)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gaintune.data import IGNORED, DomainBlocks, Examples, MaskedBlocks
 from gaintune.errors import BaseModelError, DivergedError, TrainingError
 from gaintune.evaluate.batches import LoopOptions, run_batches
-from gaintune.models import NextTokenLoss, require_rows
+from gaintune.models import NextTokenLoss, require_rows, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import DomainLoss
 from gaintune.storage import canonical_json, locked, make_folder, read_stored, write_json
@@ -153,8 +153,7 @@ def _block_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.
 
 @contextlib.contextmanager
 def _only(model: Any, scored: torch.Tensor) -> Iterator[None]:
-    """Hand the head the hidden states of the scored tokens alone, as one row `(1, scored, d_model)`."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Give the head the hidden states of the scored tokens alone, as one row `(1, scored, d_model)`."""
 
     def pick(module: nn.Module, inputs: Any, output: Any) -> Any:
         hidden = output[0][scored].unsqueeze(0)
@@ -163,7 +162,7 @@ def _only(model: Any, scored: torch.Tensor) -> Iterator[None]:
         output.last_hidden_state = hidden
         return output
 
-    handle = base.base_model.register_forward_hook(pick)
+    handle = without_adapter(model).base_model.register_forward_hook(pick)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A method of the catalogue at work: a name becomes a model whose trainable parameters are the method's."""
+"""Apply a method of the catalogue: a name becomes a model whose trainable parameters are the method's."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
 from gaintune.methods.rules import StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
-from gaintune.tuners.gain.mapping import default_projections
-from gaintune.tuners.targets import matched_modules
+from gaintune.tuners import matched_modules
+from gaintune.tuners.gain import default_projections
 
 logger = logging.getLogger(__name__)
 
-COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})
+COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})  # to all methods
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 
 
 def check_method(config: MethodConfig) -> Method:
-    """Look a configured method up and refuse options it would ignore."""
+    """Look up a configured method, and refuse options it would ignore."""
     method = get_method(config.name)
     for option in OPTIONS:
         if getattr(config, option) is not None and option not in method.options:
@@ -45,7 +45,7 @@ def check_method(config: MethodConfig) -> Method:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a method computes in: the dtype in which the base is loaded, and the autocast around it if there is one."""
+    """The precision a method computes in: the dtype in which the base is loaded, and the autocast around it, if any."""
 
     name: str
     load: torch.dtype
@@ -227,5 +227,5 @@ def _require_all_adapted(model: PeftModel, config: MethodConfig) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Count the numbers that the method trains."""
+    """Count the parameters that require a gradient."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -86,7 +86,7 @@ class Method:
 
     @property
     def kind(self) -> str | None:
-        """What PEFT's configuration of it is called by `kind_of`; None where there is none."""
+        """The kind of PEFT's configuration, as `kind_of` names it; None where there is none."""
         return None if self.trains_base else kind_of({"peft_type": self.peft_type, **self.settings})
 
 
@@ -209,7 +209,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _ENTRIES}
 
 
 def get_method(name: str) -> Method:
-    """Look a method up, naming the nearest one for a typo."""
+    """Look up a method; a ConfigError names the nearest one for a typo."""
     if name in METHODS:
         return METHODS[name]
     near = get_close_matches(name, METHODS, n=1)

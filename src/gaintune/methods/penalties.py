@@ -21,13 +21,16 @@ from gaintune.errors import ConfigError, DivergedError
 from gaintune.methods.rules import StageData, StagePosition, TrainingRule
 from gaintune.models import autocast
 
+FISHER = "penalty.safetensors"  # beside an adapter: the Fisher information of its domains
+STRENGTHS = {"l2": 0.01, "ewc": 1.0}  # unless a plan gives penalty_strength
+
 
 def fisher_information(
     model: nn.Module, stage_data: StageData, *, rows: int | None = None, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Average over rows `(d log p(row) / d theta_i)^2 / scored items of the row`, for every trained weight.
 
-    Dividing by the scored items (tokens) puts it in units per token, as the loss that training minimises: over rows of
+    Dividing by the scored items (tokens) puts it in units per token, as the loss that training minimizes: over rows of
     one length, N tokens times this is the curvature of their log-likelihood at its maximum (Kirkpatrick et al., 2017,
     section 2.1). Rows go through one at a time, in the model's own precision and without dropout; of several processes
     each takes its share.
@@ -77,17 +80,13 @@ def _share() -> tuple[int, int]:
 
 
 def _batch(stage_data: StageData, row: int, device: torch.device) -> dict[str, Any]:
-    """One row as a batch."""
+    """Return one row as a batch."""
     picked = stage_data.rows[row]
     if stage_data.collate is not None:
         batch = dict(stage_data.collate([picked]))
     else:
         batch = {name: tensor.unsqueeze(0) for name, tensor in picked.items()}
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-FISHER = "penalty.safetensors"
-STRENGTHS = {"l2": 0.01, "ewc": 1.0}
 
 
 def strength_of(method: MethodConfig) -> float:
@@ -125,7 +124,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 
 class L2(TrainingRule):
-    """Pulls every trained weight alike; needs a copy of the trained weights in memory."""
+    """Pull on every trained weight alike; needs a copy of the trained weights in memory."""
 
     def __init__(self, strength: float, position: StagePosition) -> None:
         self._strength = strength
@@ -160,11 +159,10 @@ class L2(TrainingRule):
 
 
 class Ewc(L2):
-    """Pulls by the Fisher information of the earlier domains; needs that and the weights in memory, and a pass over
-    the domain after it is trained. The information lies beside the adapter as penalty.safetensors.
+    """Pull by the Fisher information of the earlier domains, which lies beside the adapter as penalty.safetensors.
 
-    At strength 1 every earlier domain weighs as the Laplace approximation of as many of its tokens as the new domain
-    has.
+    It needs that and the weights in memory, and a pass over the domain after it is trained. At strength 1 every earlier
+    domain weighs as the Laplace approximation of as many of its tokens as the new domain has.
     """
 
     def __init__(self, strength: float, position: StagePosition, *, rows: int | None, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""What may act on an update beside the gradient of the loss: the border between training and methods or penalties.
+"""Rules that act on an update beside the gradient of the loss: the border between training and methods or penalties.
 
 Loads no PEFT, since the catalogue, which names the rules, does not.
 """
@@ -24,9 +24,11 @@ from gaintune.storage import first_process
 if TYPE_CHECKING:
     from gaintune.tuners.gain import GainLayer
 
+logger = logging.getLogger(__name__)
+
 
 class Rows(Protocol):
-    """What is trained on: `gaintune.data.examples.Examples`, or rows of another objective."""
+    """Rows to train on: `gaintune.data.Examples`, or rows of another objective."""
 
     @property
     def tokens(self) -> int:
@@ -40,7 +42,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StagePosition:
-    """Where an adaptation stands in a sequence of them.
+    """Position of an adaptation in a sequence of them.
 
     Attributes:
         previous: folder of the adapter it continues, None for the first one.
@@ -55,7 +57,7 @@ class StagePosition:
 
 @dataclass(frozen=True)
 class StageData:
-    """What an adaptation was trained on and how its loss is computed, for rules that look at it afterwards."""
+    """The rows and the loss of an adaptation, for rules that need them after its last update."""
 
     rows: Rows
     objective: Objective
@@ -66,7 +68,7 @@ class StageData:
 
 
 class TrainingRule:
-    """What acts on the updates of one adaptation beside the gradient of its loss; this one does nothing.
+    """Rule that acts on the updates of one adaptation beside the gradient of its loss; the base class does nothing.
 
     The methods are called in the order in which they stand. Steps are counted from 0. What a rule must remember between
     updates it writes with the checkpoints and reads back, so that a stopped run ends with the same bytes; what it keeps
@@ -99,7 +101,7 @@ class TrainingRule:
 
 
 class SubspaceProjection(TrainingRule):
-    """Puts the hooks that project the gradients onto the parameters that train.
+    """Rule that attaches OSF's hooks, which project the gradients, to the parameters that train.
 
     PEFT hangs them on the parameters it makes first. On a bf16 or fp16 base it then replaces these by fp32 ones, which
     have no hooks, and OSF would train without its constraint.
@@ -116,13 +118,13 @@ class SubspaceProjection(TrainingRule):
                     layer._attach_hooks(adapter)
 
 
-STATE = "adalora.safetensors"
-ORTHOGONALITY = 0.1
-WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100
+STATE = "adalora.safetensors"  # in a checkpoint and beside an adapter: what the rank allocator remembers
+ORTHOGONALITY = 0.1  # weight of the orthogonality term unless a plan gives one
+WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100  # shares of all updates, and how often the budget may fall
 
 
 class BudgetSchedule(TrainingRule):
-    """Drives PEFT's rank allocator over the updates of a sequence.
+    """Rule that drives PEFT's rank allocator over the updates of a sequence.
 
     The full rank trains for the first tenth of all updates; then the budget falls (by a cubic) to the average rank
     of the plan, at most a hundred times; in the last three tenths it stays. These shares and the weight of the
@@ -211,20 +213,17 @@ class BudgetSchedule(TrainingRule):
         return self._tuner.peft_config[self._tuner.trainable_adapter_name]
 
     def _directions(self) -> Iterator[tuple[bool, nn.Parameter]]:
-        """Every A `(rank, in)` and B `(out, rank)`, and whether it is an A."""
+        """Yield every A `(rank, in)` and B `(out, rank)`, after whether it is an A."""
         adapter = self._tuner.trainable_adapter_name
         for name, value in self._tuner.model.named_parameters():
             if name.endswith((f"lora_A.{adapter}", f"lora_B.{adapter}")):
                 yield "lora_A" in name, value
 
 
-logger = logging.getLogger(__name__)
-
-
 class GainWarnings(TrainingRule):
-    """Looks at the smallest gain after every update until it has warned once, and at all after the last one.
+    """Rule that checks the smallest gain after every update until it has warned once, and all gains after the last one.
 
-    A look is one pass over the gains and one number read back from the device. It changes nothing.
+    A check is one pass over the gains and one number read back from the device. It changes nothing.
     """
 
     def __init__(self) -> None:
@@ -245,7 +244,7 @@ class GainWarnings(TrainingRule):
                 self._warn(step + 1)
 
     def finish(self, model: nn.Module, stage_data: StageData) -> None:
-        """Warn where no gain is far enough from 1 to change an activation in the base's numbers."""
+        """Warn where no gain is far enough from 1 to change an activation in the base's precision."""
         found = _trained_layers(model).values()
         dtypes = {cast(torch.Tensor, layer.get_base_layer().weight).dtype for layer, _ in found}
         if not first_process() or not dtypes or not dtypes <= {torch.bfloat16, torch.float16}:
@@ -256,7 +255,7 @@ class GainWarnings(TrainingRule):
             logger.warning(
                 "no gain is further from 1 than %.1g, and %s activations show nothing below %.1g, so the adapter "
                 "changes nothing. Train it longer or at a higher rate, or compute in fp32 (model.dtype=fp32)",
-                largest, " or ".join(sorted(str(each).removeprefix("torch.") for each in dtypes)), least,
+                largest, " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)), least,
             )  # fmt: skip
 
     def _warn(self, updates: int) -> None:

@@ -18,8 +18,7 @@ from .devices import VISIBLE as VISIBLE
 from .devices import take_device as take_device
 from .devices import visible_devices as visible_devices
 from .fingerprint import fingerprint_folder as fingerprint_folder
-from .gguf import place_of as place_of
-from .heads import ClassifierBase as ClassifierBase
+from .gguf import conversion_folder as conversion_folder
 from .heads import is_masked as is_masked
 from .heads import load_classifier as load_classifier
 from .heads import load_masked as load_masked
@@ -28,6 +27,7 @@ from .heads import reads_segments as reads_segments
 from .loss import NextTokenLoss as NextTokenLoss
 from .loss import Objective as Objective
 from .loss import autocast as autocast
+from .loss import without_adapter as without_adapter
 from .rows import longest_row as longest_row
 from .rows import require_isolation as require_isolation
 from .rows import require_rows as require_rows

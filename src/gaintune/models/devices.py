@@ -54,5 +54,5 @@ def take_device(devices: Sequence[str], folder: Path | None = None) -> str | Non
 
 
 def _user() -> str:
-    """Who shares lock files: those of another user cannot be opened."""
+    """Return who shares lock files: those of another user cannot be opened."""
     return str(os.getuid()) if hasattr(os, "getuid") else getpass.getuser()

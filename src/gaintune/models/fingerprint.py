@@ -75,7 +75,7 @@ def config_facts(folder: Path, trust_remote_code: bool = False) -> dict[str, Any
 
 
 def _plain(value: Any) -> Any:
-    """Numbers to six digits (a .gguf file stores 1e-5 as 9.9999997e-6); of nested rope settings only what matters."""
+    """Round numbers to six digits (a .gguf file stores 1e-5 as 9.9999997e-6); keep the rope settings that matter."""
     if isinstance(value, dict):
         kept = {key: _plain(entry) for key, entry in value.items() if key in ROPE_FACTS or isinstance(entry, dict)}
         return {key: entry for key, entry in kept.items() if entry is not None}
@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def _file_samples(file: Path) -> dict[str, bytes]:
-    """Name -> bytes to hash, for each tensor of a safetensors file; values are read through a memory map."""
+    """Return the bytes to hash of each tensor of a safetensors file, by name; values are read through a memory map."""
     with file.open("rb") as handle:
         size = file.stat().st_size
         try:

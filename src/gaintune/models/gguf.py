@@ -1,4 +1,4 @@
-"""A .gguf file becomes a plain transformers folder, once, in the cache."""
+"""Convert a .gguf file to a plain transformers folder, once, in the cache."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 CONVERSION = "2"  # raise when the conversion changes what it writes; 1 left out add_bos_token
 SLAB = 2**16  # bytes of quantized weights that are unpacked at once, to stay in the cache of the processor
 
-_whole: set[Path] = set()  # folders whose SHA-256 sums this process has checked
-_quick = threading.Lock()
+_verified: set[Path] = set()  # folders whose SHA-256 sums this process has checked
+_patching = threading.Lock()  # held while functions of gguf are replaced
 
 
 def converted_folder(source: Path) -> Path:
@@ -40,8 +40,8 @@ def converted_folder(source: Path) -> Path:
     Raises:
         BaseModelError: transformers cannot read the file, or its architecture is unknown.
     """
-    folder = place_of(source)
-    if folder in _whole and (folder / MANIFEST).is_file():
+    folder = conversion_folder(source)
+    if folder in _verified and (folder / MANIFEST).is_file():
         return folder
     if damage(folder):  # else processes that start together need not wait for each other
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +52,17 @@ def converted_folder(source: Path) -> Path:
                 else:
                     logger.info("converting %s to safetensors, once: %s", source.name, folder)
                 _convert(source, folder)
-    _whole.add(folder)
+    _verified.add(folder)
     return folder
 
 
-def place_of(source: Path) -> Path:
-    """Return where the folder of a .gguf file lies once it is converted: a name made of its content."""
+def conversion_folder(source: Path) -> Path:
+    """Return the folder that a .gguf file is converted to; its name is made of the file's content."""
     return assets.cache_dir() / "models" / f"{sha256_file(source)[:16]}-{CONVERSION}"
 
 
 def storage_dtype(reader: GGUFReader) -> torch.dtype:
-    """Return the numbers to keep a .gguf file's weights in: its own when most are floats, bf16 when quantized.
+    """Return the dtype to keep a .gguf file's weights in: its own when most are floats, bf16 when quantized.
 
     Values quantized to eight bits or fewer are several per cent from the original; what bf16 rounds off (0.2 %) is
     no loss beside that. It halves the folder, and a base is then the same whichever dtype it is loaded in.
@@ -79,12 +79,12 @@ def storage_dtype(reader: GGUFReader) -> torch.dtype:
 def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
-        with _quick_gguf() as read:
+        with _fast_gguf() as read:
             reader = read(str(source))
-            tokenizer = AutoTokenizer.from_pretrained(**place)
-            model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=storage_dtype(reader), **_unpacked())
+            tokenizer = AutoTokenizer.from_pretrained(**file)
+            model: Any = AutoModelForCausalLM.from_pretrained(**file, dtype=storage_dtype(reader), **_unpacked())
             stated = _special_tokens(reader)
             for key, value in stated.items():
                 setattr(tokenizer, key, value)
@@ -121,29 +121,29 @@ def _unpacked() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quick_gguf() -> Iterator[Any]:
-    """Let transformers use quick versions of three functions of gguf, and yield the one that reads a file.
+def _fast_gguf() -> Iterator[Any]:
+    """Let transformers use fast versions of three functions of gguf, and yield the one that reads a file.
 
     transformers reads the whole vocabulary three times, and makes the map of names for every module; it looks the
     functions up when it needs them.
     """
-    quick = {
-        "GGUFReader": functools.cache(QuickReader),
+    fast = {
+        "GGUFReader": functools.cache(FastReader),
         "dequantize": dequantize,
         "get_tensor_name_map": functools.cache(gguf.get_tensor_name_map),
     }
-    with _quick:
-        slow = {name: getattr(gguf, name) for name in quick}
-        for name, function in quick.items():
+    with _patching:
+        slow = {name: getattr(gguf, name) for name in fast}
+        for name, function in fast.items():
             setattr(gguf, name, function)
         try:
-            yield quick["GGUFReader"]
+            yield fast["GGUFReader"]
         finally:
             for name, function in slow.items():
                 setattr(gguf, name, function)
 
 
-class QuickReader(GGUFReader):
+class FastReader(GGUFReader):
     """A reader of .gguf files that takes an array of metadata at once, where gguf's own makes views of each entry."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:

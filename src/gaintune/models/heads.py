@@ -34,7 +34,7 @@ HEADS = ("classifier", "score", "pre_classifier", "pooler")  # what transformers
 
 @dataclass(frozen=True)
 class ClassifierBase(Base):
-    """A base with a head for classes, which is new and in fp32, whatever the numbers of the base.
+    """A base with a head for classes, which is new and in fp32, whatever the precision of the base.
 
     Attributes:
         labels: name of each class, in the order of the logits.
@@ -192,7 +192,7 @@ def _head_of(model: PreTrainedModel, missing: Sequence[str], checkpoint: Checkpo
     pooler = f"{backbone}.pooler"
     if any(name.startswith(f"{pooler}.") for name in missing):
         head.append(pooler)
-    beyond = [name for name in missing if not name.startswith(tuple(f"{each}." for each in head))]
+    beyond = [name for name in missing if not name.startswith(tuple(f"{module}." for module in head))]
     if beyond:
         raise BaseModelError(
             f"model {checkpoint.name!r}: {len(beyond)} weights besides the new head's are missing from "
@@ -215,7 +215,7 @@ def _in_float32(head: nn.Module, name: str, checkpoint: Checkpoint) -> None:
 
 
 def _float_input(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(each.float() if isinstance(each, torch.Tensor) else each for each in inputs)
+    return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> int:

@@ -26,8 +26,13 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+def without_adapter(model: Any) -> Any:
+    """Return the transformers model inside a `PeftModel`, whose layers stay wrapped; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class Objective(Protocol):
-    """What training minimises: a loss summed over scored items (tokens, rows), divided by their number in an update."""
+    """Loss that training minimizes: a sum over scored items (tokens, rows), divided by their number in an update."""
 
     def sum(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum the loss of a batch, in nats."""
@@ -113,7 +118,7 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Sum over tokens of the cross-entropy of `softmax(hidden @ weight.T + bias)` against `targets`.
+    """Sum the cross-entropy of `softmax(hidden @ weight.T + bias)` against `targets` over tokens.
 
     Args:
         hidden: hidden states, `(tokens, d_model)`.
@@ -165,7 +170,7 @@ class NextTokenLoss:
     """
 
     def __init__(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = without_adapter(model)
         self._base = base
         self._head = base.get_output_embeddings()
         text_config = base.config.get_text_config()
@@ -225,7 +230,7 @@ class NextTokenLoss:
         return getattr(self._head, "bias", None)
 
     def _hidden(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
+        """Return the hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
         captured: list[torch.Tensor] = []
         backbone: nn.Module = self._base.get_decoder()  # OPT's forward passes its base model by
         handle = backbone.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))

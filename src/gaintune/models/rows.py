@@ -8,8 +8,9 @@ import torch
 from transformers import PretrainedConfig
 
 from gaintune.errors import ConfigError, one_line
+from gaintune.models.loss import without_adapter
 
-TEXT_TOKENS = 12
+TEXT_TOKENS = 12  # of each text in the check for isolation
 # Largest differences of logits that are rounding, as shares of the largest logit. Exchanging a text leaves every shape
 # as it is, so that most models give the very same numbers; text alone takes other kernels than text in a packed row.
 EXCHANGED, COARSELY_EXCHANGED = 1e-4, 0.01
@@ -44,7 +45,7 @@ def require_rows(model: Any, length: int, *, packed: bool) -> None:
     Raises:
         ConfigError: names the plan's key, and what to set instead.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     longest = longest_row(base.config)
     if longest is not None and length > longest:
         raise ConfigError(
@@ -68,7 +69,7 @@ def require_isolation(model: Any) -> None:
     Raises:
         ConfigError: the model cannot be trained or measured on packed rows; says what to set instead.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     device = next(base.parameters()).device
     tokens = torch.arange(3 * TEXT_TOKENS, device=device) % base.config.get_text_config().vocab_size
     first, other, second = tokens.view(3, TEXT_TOKENS)

@@ -1,4 +1,4 @@
-"""What a step of a recipe works with and what it gives: numbers with intervals, tables, figures, adapters."""
+"""Input and outcome of a step of a recipe: numbers with intervals, tables, figures, adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gaintune.results import Interval
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step gave, or is expected to give.
+    """Outcome of a step, or the expected one.
 
     Attributes:
         numbers: what claims may name, without the step's own name in front; an interval without ends is a bare value.
@@ -101,7 +101,7 @@ class PreparedStep:
 
 @dataclass(frozen=True)
 class Context:
-    """What a step may use, when it is prepared and when it is run.
+    """Context of a step: what it may use when it is prepared and when it is run.
 
     Attributes:
         folder: where the step writes; made by the step.

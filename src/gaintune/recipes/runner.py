@@ -1,4 +1,4 @@
-"""Runs a recipe: step after step in one folder, then a verdict on every claim.
+"""Run a recipe: step after step in one folder, then a verdict on every claim.
 
 It leaves results.md to read, results.csv and results.json to compute with, and figures/ beside them.
 """
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """Everything a recipe gave, and the folder that holds it."""
+    """Outcomes and findings of a recipe, and the folder that holds them."""
 
     recipe: Recipe
     scale: Scale
@@ -133,7 +133,8 @@ def _take(folder: Path, identity: dict[str, Any]) -> bool:
     if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
     make_folder(folder)
-    Run(folder).settle(RECORD, identity, "A folder is one recipe at one scale on one set of texts: name another one")
+    advice = "A folder is one recipe at one scale on one set of texts: name another one"
+    Run(folder).write_once(RECORD, identity, advice)
     return new
 
 

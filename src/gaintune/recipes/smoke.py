@@ -1,4 +1,4 @@
-"""A base of a few thousand random weights and texts of the standard library: what a smoke run computes on."""
+"""Write what a smoke run computes on: a base of a few thousand random weights, and texts of the standard library."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from .canvas import PAGE as PAGE
 from .canvas import RULE as RULE
 from .canvas import SHADE as SHADE
 from .canvas import figure_files as figure_files
+from .canvas import panels as panels
+from .canvas import ruled as ruled
 from .canvas import styled as styled
 from .page import write_report as write_report
 from .palette import Look as Look
@@ -13,7 +15,6 @@ from .palette import limit_for as limit_for
 from .palette import look as look
 from .tables import cell_frame as cell_frame
 from .tables import markdown_table as markdown_table
-from .tables import setting as setting
 from .tables import summary_frame as summary_frame
 from .tables import tidy as tidy
 from .words import FIGURES as FIGURES

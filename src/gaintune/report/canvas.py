@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gaintune.report.palette import LOOKS
@@ -42,6 +43,25 @@ def styled(draw: Callable[[], Figure]) -> Figure:
         return draw()
 
 
+def panels(
+    count: int, columns: int, size: Callable[[int, int], tuple[float, float]], **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """Make a sheet with so many panels, its size by rows and columns; the rest of the last row stays empty."""
+    rows = -(-count // columns)
+    sheet = Figure(figsize=size(rows, columns), layout="constrained")
+    grid = list(sheet.subplots(rows, columns, squeeze=False, **shared).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return sheet, grid[:count]
+
+
+def ruled(axes: Axes, along: Literal["x", "y", "both"] = "y", which: Literal["major", "both"] = "major") -> None:
+    """Draw thin rules behind the data, and no ticks."""
+    axes.grid(axis=along, color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, which=which)
+
+
 def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any) -> bytes:
     """Return a figure as the bytes of a PNG or SVG file, without dates or program names in it."""
     if kind == "svg":
@@ -71,7 +91,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade", PAGE: "--page"}
-    themed |= {one.colour: f"--series-{index}" for index, one in enumerate(LOOKS)}
+    themed |= {one.color: f"--series-{index}" for index, one in enumerate(LOOKS)}
     for color, variable in themed.items():
         text = text.replace(color, f"var({variable})")
     text = re.sub(r"font: ((?:[\w-]+ )*)([\d.]+)px [^;\"]+", r"font: \1\2px var(--font)", text)

@@ -26,7 +26,7 @@ from gaintune.config import Plan, build_plan, plan_yaml, read_values
 from gaintune.errors import RunDirectoryError
 from gaintune.progress import plural
 from gaintune.report import palette, tables, words
-from gaintune.report.canvas import INK, MUTED, PAGE, RULE, SHADE, STYLE, figure_files, inline_svg
+from gaintune.report.canvas import INK, MUTED, PAGE, SHADE, STYLE, figure_files, inline_svg, panels, ruled
 from gaintune.report.palette import diverging, ink_on, limit_of, look
 from gaintune.report.words import FIGURES, NONE, signed
 from gaintune.results import Cell, Interval, Matrix, MethodMatrix, Place, exact, recomputed
@@ -218,15 +218,6 @@ def _heatmap(axes: Axes, matrix: Matrix, method: MethodMatrix, colors: Colormap,
     axes.set_title(method.label, loc="left", pad=8)
 
 
-def _panels(count: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
-    """Make a sheet with so many panels, in rows of `columns`; the rest of the last row stays empty."""
-    sheet = Figure(figsize=size, layout="constrained")
-    grid = list(sheet.subplots(-(-count // columns), columns, squeeze=False, **shared).flat)
-    for axes in grid[count:]:
-        axes.set_axis_off()
-    return sheet, grid[:count]
-
-
 def _tick(value: float, _: int | None = None) -> str:
     return signed(value).removesuffix(".0")
 
@@ -237,7 +228,7 @@ def heatmaps(matrix: Matrix) -> Figure:
     domains, stages, methods = len(matrix.domains), max(len(matrix.planned), 1), len(matrix.methods)
     columns = max(1, min(methods, 16 // domains))
     width = max(columns * (0.62 * domains + 0.085 * max(map(len, matrix.domains)) + 0.3), 6.4)
-    sheet, grid = _panels(methods, columns, (width, -(-methods // columns) * (0.42 * stages + 0.9) + 1.2))
+    sheet, grid = panels(methods, columns, lambda rows, _: (width, rows * (0.42 * stages + 0.9) + 1.2))
     limit = limit_of(matrix)
     for axes, method in zip(grid, matrix.methods, strict=True):
         _heatmap(axes, matrix, method, diverging(), Normalize(-limit, limit, clip=True))
@@ -286,25 +277,23 @@ def _curve_panel(axes: Axes, matrix: Matrix, domain: str) -> None:
         values = {stage: figure.value for stage, figure in series.items()}
         lows = [figure.value if figure.low is None else figure.low for figure in series.values()]
         highs = [figure.value if figure.high is None else figure.high for figure in series.values()]
-        axes.fill_between([*values], lows, highs, color=style.colour, alpha=0.18, linewidth=0, zorder=2)
-        axes.plot([*values], [*values.values()], color=style.colour, linestyle=style.dashes, linewidth=1.7, zorder=3)
+        axes.fill_between([*values], lows, highs, color=style.color, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot([*values], [*values.values()], color=style.color, linestyle=style.dashes, linewidth=1.7, zorder=3)
         for stage, value in values.items():
             trained = stage > 0 and method.stages[stage - 1].domain == domain
-            size, edge, width, order = (7.5, INK, 1.1, 5) if trained else (3.5, style.colour, 0, 4)
-            dot = Line2D([stage], [min(value, high)], marker=style.marker, markersize=size, color=style.colour)
+            size, edge, width, order = (7.5, INK, 1.1, 5) if trained else (3.5, style.color, 0, 4)
+            dot = Line2D([stage], [min(value, high)], marker=style.marker, markersize=size, color=style.color)
             dot.set(markeredgecolor=edge, markeredgewidth=width, zorder=order, clip_on=False)
             axes.add_line(dot)
         value, stage = max(((value, stage) for stage, value in values.items()), default=(0.0, 0))
         if value > HIGHEST:
             offset: Any = {"xytext": (-4, -3 - 11 * index), "textcoords": "offset points"}
             note = axes.annotate(f"{signed(value)} ▲", (stage, high), **offset)
-            note.set(ha="right", va="top", fontsize=8, color=style.colour)
+            note.set(ha="right", va="top", fontsize=8, color=style.color)
     axes.set_xlim(0, last + 0.3)
     axes.set_ylim(low, high)
     axes.set_xticks(range(last + 1), ["base", *(str(step) for step in range(1, last + 1))])
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    ruled(axes)
     axes.set_title(f"{own} {domain}" if own else f"{domain} (never trained)", loc="left")
 
 
@@ -313,14 +302,14 @@ def curves(matrix: Matrix) -> Figure:
     """Draw all domains' curves on one sheet."""
     count = len(matrix.domains)
     columns = min(count, 4) if count not in (5, 6, 9) else 3
-    size = max(3.1 * columns, 5.2), 2.3 * -(-count // columns) + 0.75
-    sheet, grid = _panels(count, columns, size, sharey=True, sharex=True)
+    width = max(3.1 * columns, 5.2)
+    sheet, grid = panels(count, columns, lambda rows, _: (width, 2.3 * rows + 0.75), sharey=True, sharex=True)
     for index, (axes, domain) in enumerate(zip(grid, matrix.domains, strict=True)):
         _curve_panel(axes, matrix, domain)
         axes.tick_params(labelleft=index % columns == 0, labelbottom=index + columns >= count)
     looks = {method.label: look(index) for index, method in enumerate(matrix.methods)}
     handles: list[Any] = [
-        Line2D([], [], color=one.colour, linestyle=one.dashes, marker=one.marker, markersize=5, label=label)
+        Line2D([], [], color=one.color, linestyle=one.dashes, marker=one.marker, markersize=5, label=label)
         for label, one in looks.items()
     ]
     ring: Any = {"marker": "o", "markersize": 7.5, "linestyle": "", "markeredgecolor": INK}
@@ -355,15 +344,13 @@ def _summary_panel(axes: Axes, matrix: Matrix, name: str) -> None:
         height = row + 0.12
         if figure.low is not None and figure.high is not None:
             ends = [min(figure.low, HIGHEST), min(figure.high, HIGHEST)]
-            axes.plot(ends, [height] * 2, color=style.colour, linewidth=2.4, solid_capstyle="butt", zorder=2)
+            axes.plot(ends, [height] * 2, color=style.color, linewidth=2.4, solid_capstyle="butt", zorder=2)
         value = min(figure.value, HIGHEST)
-        axes.plot([value], [height], style.marker, color=style.colour, markersize=5.5, zorder=3)
+        axes.plot([value], [height], style.marker, color=style.color, markersize=5.5, zorder=3)
     axes.set_xlim(left, right)
     axes.set_ylim(len(matrix.methods) - 0.45, -0.65)
     axes.set_yticks([])
-    axes.grid(axis="x", color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    ruled(axes, "x")
     axes.spines["left"].set_visible(False)
     axes.set_title(FIGURES[name][0], loc="left")
 
@@ -388,8 +375,8 @@ def summary(matrix: Matrix) -> Figure:
     """Draw the summary figures beside each other, on one scale."""
     names = summary_names(matrix) or ["in_domain"]
     columns = min(len(names), 3)
-    height = -(-len(names) // columns) * (0.65 + 0.45 * len(matrix.methods)) + 0.3
-    sheet, grid = _panels(len(names), columns, (max(3.5 * columns, 4.5), height))
+    width, height = max(3.5 * columns, 4.5), 0.65 + 0.45 * len(matrix.methods)
+    sheet, grid = panels(len(names), columns, lambda rows, _: (width, rows * height + 0.3))
     for axes, name in zip(grid, names, strict=True):
         _summary_panel(axes, matrix, name)
     sheet.supxlabel("perplexity against the base, % (lower is better)", fontsize=9, color=MUTED)

@@ -1,4 +1,4 @@
-"""Colors that survive color blindness and a dark page: the diverging scale, and the look of each method."""
+"""Colors that hold up under color blindness and on a dark page: the diverging scale, and the style of each method."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SMALLEST_LIMIT, LARGEST_LIMIT = 5.0, 30.0
 class Look:
     """Line of one method: color, dashes and marker all differ, so none of them is needed alone."""
 
-    colour: str
-    dark_colour: str
+    color: str
+    dark_color: str
     dashes: tuple[float, tuple[float, ...]]
     marker: str
 
@@ -78,7 +78,7 @@ def ink_on(color: str) -> str:
 def css() -> tuple[str, str]:
     """Write style rules of the shades and of the methods' colors: for light pages, and for dark ones."""
     dark = LinearSegmentedColormap.from_list("gaintune-dark", ["#2f7fc1", "#2b4a66", "#2a2d33", "#66392f", "#c24a3a"])
-    return _rules(diverging(), [one.colour for one in LOOKS]), _rules(dark, [one.dark_colour for one in LOOKS])
+    return _rules(diverging(), [one.color for one in LOOKS]), _rules(dark, [one.dark_color for one in LOOKS])
 
 
 def _rules(scale: Colormap, series: list[str]) -> str:

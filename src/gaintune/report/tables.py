@@ -86,7 +86,7 @@ def cell_frame(matrix: Matrix, method: MethodMatrix) -> pd.DataFrame:
 
 
 def base_frames(matrix: Matrix) -> list[tuple[list[str], pd.DataFrame]]:
-    """Make tables of the base on each domain, with the methods it is the base of; bases that agree are shown once."""
+    """Make a table of each different base on the domains, with the labels of the methods that start from it."""
     heads = ["Perplexity", "Bits per byte", "Scored tokens", "Blocks"]
     groups: dict[str, tuple[list[str], pd.DataFrame]] = {}
     for method in matrix.methods:

@@ -23,6 +23,7 @@ from .intervals import bare as bare
 from .intervals import curve_difference as curve_difference
 from .intervals import exact as exact
 from .intervals import highest as highest
+from .intervals import in_percent as in_percent
 from .intervals import judge as judge
 from .intervals import lowest as lowest
 from .intervals import mean_of_independent as mean_of_independent
@@ -32,6 +33,7 @@ from .intervals import replicated as replicated
 from .intervals import sign_flip_test as sign_flip_test
 from .matrix import build_matrix as build_matrix
 from .matrix import recomputed as recomputed
+from .matrix import stored_run as stored_run
 from .matrix import summary_parts as summary_parts
 from .records import Cell as Cell
 from .records import Comparison as Comparison

@@ -226,6 +226,12 @@ def exact(value: float) -> Interval:
     return Interval(float(value), float(value), float(value))
 
 
+def in_percent(share: Interval) -> Interval:
+    """Convert a share, or a difference of shares, to % (points of %)."""
+    low, high = (None if end is None else 100.0 * end for end in (share.low, share.high))
+    return Interval(100.0 * share.value, low, high)
+
+
 def highest(intervals: Sequence[Interval]) -> Interval:
     """Return the largest number, with the largest ends, so that a claim about it is about all."""
     return _extreme(intervals, max)
@@ -237,8 +243,8 @@ def lowest(intervals: Sequence[Interval]) -> Interval:
 
 
 def _extreme(intervals: Sequence[Interval], pick: Callable[[list[float]], float]) -> Interval:
-    ends = [(each.low, each.high) for each in intervals if each.low is not None and each.high is not None]
-    value = pick([each.value for each in intervals])
+    ends = [(one.low, one.high) for one in intervals if one.low is not None and one.high is not None]
+    value = pick([one.value for one in intervals])
     if len(ends) < len(intervals):
         return bare(value)
     return Interval(value, pick([low for low, _ in ends]), pick([high for _, high in ends]))

@@ -247,13 +247,13 @@ def recomputed(folder: Path, matrix: Matrix, settings: EvaluateConfig) -> Matrix
     """
     run = Run(folder)
     try:
-        return build_matrix([_stored_run(run, method) for method in matrix.methods], settings, planned=matrix.planned)
+        return build_matrix([stored_run(run, method) for method in matrix.methods], settings, planned=matrix.planned)
     except FileNotFoundError as missing:
         logger.warning("%s is not there: intervals stay as in %s", missing.filename, run.matrix)
         return matrix
 
 
-def _stored_run(run: Run, method: MethodMatrix) -> MethodRun:
+def stored_run(run: Run, method: MethodMatrix) -> MethodRun:
     """Read every loss behind a method's matrix."""
     read = functools.partial(read_stored, parse=DomainLoss.from_dict)
     base = {name: read(run.base(str(method.info.get("numbers")), name)) for name in method.base}

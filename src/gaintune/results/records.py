@@ -163,7 +163,7 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class MethodMatrix:
-    """Everything reported of one method."""
+    """Report of one method."""
 
     label: str
     info: dict[str, Any]

@@ -41,7 +41,7 @@ def locked(path: Path, doing: str, *, patience: float = PATIENCE) -> Iterator[No
 
 
 def read_stored(path: Path, parse: Callable[[Any], T]) -> T:
-    """Read a JSON file and return what `parse` makes of it; RunDirectoryError where it is damaged or of no use."""
+    """Read a JSON file and return what `parse` makes of it; RunDirectoryError where it is damaged or `parse` fails."""
     value = read_json(path)
     try:
         return parse(value)
@@ -104,8 +104,8 @@ class Run:
         """Wait until every process of the run has come here."""
         _wait_for_all()
 
-    def settle(self, name: str, value: Mapping[str, Any], advice: str) -> None:
-        """Write a file that must not change during a run; RunDirectoryError names each difference from an old one."""
+    def write_once(self, name: str, value: Mapping[str, Any], advice: str) -> None:
+        """Write a file that must not change during a run; RunDirectoryError lists how the existing one differs."""
         path = self.folder / name
         value = json.loads(canonical_json(value))
         if not path.exists():
@@ -128,7 +128,7 @@ def close_run(folder: Path, kind: Kind) -> None:
         logger.warning("%s is kept: it holds files that this program did not write", folder)
 
 
-def _leave(folder: Path, kind: Kind) -> None:
+def _remove_unused(folder: Path, kind: Kind) -> None:
     """Remove a run directory that holds nothing but what was written to take it."""
     with contextlib.suppress(OSError):
         (folder / "checkpoints").rmdir()  # empty
@@ -174,13 +174,13 @@ def open_run(
     *,
     kind: Kind = SEQUENCE,
     cpu: bool = True,
-    fleeting: bool = False,
+    remove_if_unused: bool = False,
 ) -> Iterator[Run]:
     """Take a run directory for a plan: a new one, or the one that plan began. One run at a time.
 
-    Of several processes (`accelerate launch`) the first takes it and the others join when it is ready. A `fleeting`
-    directory is removed again if the block fails before anything is trained. A folder that this program did not begin
-    is refused before anything in it is touched.
+    Of several processes (`accelerate launch`) the first takes it and the others join when it is ready. With
+    `remove_if_unused` the directory is removed again if the block fails before anything is trained. A folder that this
+    program did not begin is refused before anything in it is touched.
 
     Raises:
         RunDirectoryError: the directory belongs to another plan, holds something else, or is in use.
@@ -194,8 +194,8 @@ def open_run(
             _wait_for_all(cpu)
             yield run
         except BaseException:
-            if fleeting and _nothing_finished(folder):
-                _leave(folder, kind)
+            if remove_if_unused and _nothing_finished(folder):
+                _remove_unused(folder, kind)
             raise
 
 

@@ -137,7 +137,7 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
 
 @dataclass(eq=False)
 class StageCallback(TrainerCallback):
-    """Progress after each log, rules after each update, and snapshots where the process writes them."""
+    """Callback: progress after each log, rules after each update, and snapshots in the process that writes them."""
 
     model: nn.Module
     rules: Sequence[TrainingRule]

@@ -3,3 +3,4 @@ from .optim import AdapterOptimizerMixin as AdapterOptimizerMixin
 from .optim import create_disel_optimizer as create_disel_optimizer
 from .optim import parameter_groups as parameter_groups
 from .registry import register as register
+from .targets import matched_modules as matched_modules

@@ -108,12 +108,12 @@ def create_disel_optimizer(
 
 
 class AdapterOptimizerMixin:
-    """Puts `parameter_groups` under transformers' `Trainer` and what derives from it, such as TRL's trainers.
+    """Mixin that gives `parameter_groups` to transformers' `Trainer` and what derives from it, such as TRL's trainers.
 
         class Trainer(AdapterOptimizerMixin, trl.SFTTrainer): ...
 
-    Rate, decay, optimizer and schedule are those of the trainer's arguments. Without it, `Trainer` decays gates and
-    gains' neighbours alike and gives gates the common rate.
+    Rate, decay, optimizer and schedule are those of the trainer's arguments. Without the mixin, `Trainer` decays gains
+    and gates too, and gives gates the common rate.
     """
 
     rate_multipliers: Mapping[str, float] | None = None
@@ -153,7 +153,7 @@ def _refuse_flattened(model: nn.Module) -> None:
 
 
 def _gate_ratios(model: nn.Module) -> dict[str, float]:
-    """Part of a gate's name -> ratio, for every DISeL adapter on the model (wrapped or not)."""
+    """Return every DISeL adapter's ratio by the part that its gates' names share; the model may be wrapped."""
     configs = next(
         (found for part in model.modules() if isinstance(found := getattr(part, "peft_config", None), dict)), {}
     )

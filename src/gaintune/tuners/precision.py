@@ -40,4 +40,4 @@ class AtLeastFloat32(nn.Module):
 
 
 class Float32ParameterDict(AtLeastFloat32, nn.ParameterDict):
-    """Holds `v` of every adapter of one layer, by adapter name."""
+    """The `v` of every adapter of one layer, by adapter name."""

@@ -1,4 +1,4 @@
-"""Which modules a configuration names, and what no adapter on a linear layer's input can be put on."""
+"""The modules that a configuration names, and refusals of those that no adapter on a layer's input can be put on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def matched_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module
 
 
 def refuse_unfit(matched: dict[str, nn.Module], model: nn.Module, refuse: Callable[[nn.Module, str], None]) -> None:
-    """Raise for the first matched module that its parent would pass by, that `refuse` refuses, or that is met twice."""
+    """Raise for the first matched module that its parent would bypass, that `refuse` refuses, or that appears twice."""
     for name, module in matched.items():
         parent_name, _, _ = name.rpartition(".")
         refuse_parent(model.get_submodule(parent_name), name)

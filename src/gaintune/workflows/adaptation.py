@@ -32,8 +32,8 @@ HIGHEST_HEAD_LR = 1e-3  # of a new head without a rate in the plan: gains bear t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Outcome of one adaptation: the adapter's folder, how many numbers were trained, and `steps`, the updates.
+class TrainedAdapter:
+    """The adapter that one adaptation trained: its folder, how many parameters were trained, and `steps`, the updates.
 
     `tokens` are the training tokens seen, those of blocks with prompts and padding; times are of this process.
     """
@@ -47,8 +47,8 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptResult(Result):
-    """Outcome of one adaptation to text or instructions; see `Result`.
+class AdaptResult(TrainedAdapter):
+    """Outcome of one adaptation to text or instructions; see `TrainedAdapter`.
 
     Attributes:
         before: loss of the model that training started from, on the domain's validation text.
@@ -60,8 +60,8 @@ class AdaptResult(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierResult(Result):
-    """Outcome of one adaptation to labelled rows; see `Result`. The numbers trained include the head's.
+class ClassifierResult(TrainedAdapter):
+    """Outcome of one adaptation to labelled rows; see `TrainedAdapter`. The parameters include the head's.
 
     Attributes:
         labels: name of each class, in the order of the logits.
@@ -73,7 +73,7 @@ class ClassifierResult(Result):
     scores: Scores
 
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound=TrainedAdapter)
 
 
 def adapt(
@@ -236,7 +236,7 @@ class AdaptationJob:
     def run(self) -> Iterator[Run]:
         """Open the directory of unfinished work; it is gone if the block ends well, or failed before any training."""
         plan, cpu = self.plan.model_dump(mode="json"), resolve_device(self.plan.model.device).type == "cpu"
-        with open_run(self._unfinished, plan, self.environment, kind=ADAPTATION, cpu=cpu, fleeting=True) as run:
+        with open_run(self._unfinished, plan, self.environment, kind=ADAPTATION, cpu=cpu, remove_if_unused=True) as run:
             yield run
             run.wait()
         if run.writes:
@@ -246,7 +246,7 @@ class AdaptationJob:
         """Refuse to continue where base, texts or start differ from those that the run began with."""
         start = None if self.start is None else sha256_file(adapters.adapter_weights(self.start))
         inputs = {**describe_inputs(fingerprint, domains), "start": start}
-        run.settle("inputs.json", inputs, f"To begin anew, delete {self._unfinished}")
+        run.write_once("inputs.json", inputs, f"To begin anew, delete {self._unfinished}")
 
     def model(self, base: Base, **new: Any) -> nn.Module:
         """Return the base ready to train, with the adapter to continue or a new one; `new` goes to `attach`."""

@@ -1,4 +1,4 @@
-"""Merging of an adapter into its base: a plain transformers folder, and a certificate of how near it is."""
+"""Merge an adapter into its base: a plain transformers folder, and a certificate of how near it is to its adapter."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything a checked merge needs before it begins: files, precision, and the text it is judged on."""
+    """A merge that is checked and can begin: its files, precision, and the text to judge it on."""
 
     adapter: Path
     out: Path
@@ -303,7 +303,7 @@ def _apply(plan: MergePlan) -> Certificate:
             after = plan.read(models.load_model(checkpoint, plan.computed_in, plan.device, trust_remote_code=trust))
         except TrainingError:
             raise MergeError(
-                f"in {models.DTYPE_NAMES[plan.dtype]} the merged model's loss is not finite: its numbers leave the "
+                f"in {models.DTYPE_NAMES[plan.dtype]} the merged model's loss is not finite: its values leave the "
                 f"range of that dtype. Choose bf16 or fp32; nothing is left at {plan.out}"
             ) from None
         certificate = _certify(plan, before, after, rounding, temporary, **facts)

@@ -62,7 +62,7 @@ def run_sequence(
     with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
         domains, inputs = load_inputs(plan)
         advice = "A run is one base and one set of texts: name another folder for others"
-        directory.settle("inputs.json", inputs, advice)
+        directory.write_once("inputs.json", inputs, advice)
         fingerprint = inputs["base_fingerprint"]
         sequences = [_Sequence(plan, directory, domains, fingerprint, shown, method, base_losses) for method in methods]
         diverged: dict[str, str] = {}
@@ -154,7 +154,7 @@ class _Sequence:
             torch.cuda.empty_cache()
 
     def _finished(self, index: int) -> bool:
-        """Whether a stage has its adapter, every cell, and the metrics that close it."""
+        """Tell whether a stage has its adapter, every cell, and the metrics that close it."""
         files = [self.stages[index] / name for name in ("metrics.json", "adapter")]
         return all(file.exists() for file in (*files, *self._cells(index).values()))
 

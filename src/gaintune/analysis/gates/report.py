@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result, Subject
-from gaintune.analysis.drawing import color_bar, drawn, layer_cells, legend, line, ruled, text_frame, text_table
+from gaintune.analysis.drawing import color_bar, drawn, layer_cells, legend, line, text_frame, text_table
 from gaintune.analysis.gates import CLOSED, OPEN
 from gaintune.analysis.gates.survey import (
     ALL,
@@ -31,11 +31,11 @@ from gaintune.analysis.gates.survey import (
     projections_of,
     row_sums,
     select,
-    summarise,
+    summarize,
 )
 from gaintune.analysis.positions import DEPTHS
 from gaintune.progress import plural
-from gaintune.report import MUTED
+from gaintune.report import MUTED, ruled
 from gaintune.results import Interval, bare
 
 NAMES = {"attention": "attention", "mlp": "MLP", ALL: "all layers"}
@@ -51,7 +51,7 @@ Groups = Sequence[tuple[str, str, str, GateSummary]]
 def groups_of(record: GateRecord) -> Groups:
     """Summarize every domain, depth third and block that has gates, "all" included."""
     return [
-        (domain, depth, block, summarise(chosen))
+        (domain, depth, block, summarize(chosen))
         for domain, layers in record.domains.items()
         for depth in (ALL, *WHERE)
         for block in (ALL, *BLOCKS)
@@ -62,7 +62,7 @@ def groups_of(record: GateRecord) -> Groups:
 def _projections(record: GateRecord) -> Iterator[tuple[str, str, GateSummary]]:
     for domain, layers in record.domains.items():
         for projection in projections_of(layers):
-            yield domain, projection, summarise([each for each in layers if each.position.projection == projection])
+            yield domain, projection, summarize([each for each in layers if each.position.projection == projection])
 
 
 def _figures(summary: GateSummary) -> dict[str, float]:
@@ -85,7 +85,7 @@ def layer_table(record: GateRecord) -> pd.DataFrame:
             position = {"domain": domain, "layer": at.layer, "depth": at.depth, "block": at.block}
             for part in (None, *range(len(each.total))):
                 named = {**position, "projection": at.projection, "part": ALL if part is None else part}
-                rows.append({**named, **_figures(summarise([each], part)), "module": at.name})
+                rows.append({**named, **_figures(summarize([each], part)), "module": at.name})
     return pd.DataFrame(rows)
 
 
@@ -145,7 +145,7 @@ def record_values(survey: GateSurvey, groups: Groups) -> dict[str, Any]:
         "counted": survey.counted,
         "tokens": _tokens(survey.record),
         "groups": [{**names, **plain(one)} for names, one in named],
-        "layers": [{"domain": domain, **asdict(one.position), **plain(summarise([one]))} for domain, one in layers],
+        "layers": [{"domain": domain, **asdict(one.position), **plain(summarize([one]))} for domain, one in layers],
     }
 
 
@@ -182,7 +182,7 @@ def histograms(survey: GateSurvey) -> Figure:
     shown = {}
     for block, depth in itertools.product(blocks, depths):
         chosen = {index: select(of_domain, depth, block) for index, of_domain in enumerate(domains.values())}
-        shown[block, depth] = {index: summarise(own) for index, own in chosen.items() if own}
+        shown[block, depth] = {index: summarize(own) for index, own in chosen.items() if own}
     densities = np.concatenate([_density(one) for summaries in shown.values() for one in summaries.values()])
     lowest = 0.5 * float(densities[densities > 0].min())
     sheet = Figure(figsize=(1.2 + 2.6 * len(depths), 0.9 + 2.1 * len(blocks)), layout="constrained")
@@ -225,7 +225,7 @@ def _means(layers: Sequence[LayerGates]) -> tuple[list[str], list[int], np.ndarr
     for each in layers:
         if each.position.layer is not None:
             inside.setdefault((each.position.projection, each.position.layer), []).append(each)
-    means: Any = pd.Series({cell: summarise(chosen).mean for cell, chosen in inside.items()})
+    means: Any = pd.Series({cell: summarize(chosen).mean for cell, chosen in inside.items()})
     means = means.unstack(sort=False).sort_index(axis=1)
     return list(means.index), list(means.columns), means.to_numpy(float)
 

@@ -27,11 +27,11 @@ from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import IGNORED, load_domain
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
 from gaintune.evaluate import run_batches
-from gaintune.models import load_base, require_rows
+from gaintune.models import load_base, require_rows, without_adapter
 from gaintune.progress import Progress
 from gaintune.results import FloatArray, Interval, replicate_means, stretched, sum_interval, unbiased
 from gaintune.storage import describe_environment
-from gaintune.tuners.disel.layer import disel_layers
+from gaintune.tuners.disel import disel_layers
 
 Counted = Literal["response", "all"]
 Batch = Mapping[str, torch.Tensor]
@@ -54,7 +54,7 @@ class LayerGates:
 
 @dataclass(frozen=True)
 class GateRecord:
-    """Everything recorded of one adapter: for each domain its layers, in the order of the model."""
+    """Record of one adapter's gates: for each domain its layers, in the order of the model."""
 
     adapter: str
     domains: Mapping[str, tuple[LayerGates, ...]]
@@ -121,7 +121,7 @@ def _step(
 
 def _without_head(model: Any) -> nn.Module:
     """Return a language model without its vocabulary projection, unless that is adapted as well."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = without_adapter(model)
     backbone: nn.Module = whole.base_model
     inside = {id(module) for module in backbone.modules()}
     return backbone if all(id(layer) in inside for _, layer in disel_layers(model)) else whole
@@ -257,7 +257,7 @@ def record_gates(model: nn.Module, *, adapter: str | None = None, bins: int = 10
             for batch in examples.batches(4):
                 with recorder.counting("math", response_tokens(batch)):
                     model(input_ids=batch["input_ids"])
-        figures = summarise(recorder.result().domains["math"])
+        figures = summarize(recorder.result().domains["math"])
 
     Args:
         model: a PeftModel, or any module that holds DISeL layers.
@@ -317,7 +317,7 @@ class GateSummary:
     histogram: np.ndarray
 
 
-def summarise(layers: Iterable[LayerGates], part: int | None = None) -> GateSummary:
+def summarize(layers: Iterable[LayerGates], part: int | None = None) -> GateSummary:
     """Summarize the gate values of several layers, of all rank parts or one; ValueError if nothing was counted.
 
     Every value has equal weight.
@@ -353,7 +353,7 @@ def projections_of(layers: Sequence[LayerGates]) -> list[str]:
 
 
 class Group(NamedTuple):
-    """Gates of a domain: of one depth third or all, and of one block, one projection or all."""
+    """Group of gates of a domain: of one depth third or all, and of one block, one projection or all."""
 
     domain: str
     depth: str = ALL

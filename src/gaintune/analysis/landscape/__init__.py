@@ -15,7 +15,7 @@ Positions = Annotated[tuple[float, ...], BeforeValidator(as_list)]
 
 
 class LandscapeOptions(Options):
-    """Where the loss is measured; 0 (pretrained) and 1 (adapted) always are."""
+    """Positions at which the loss is measured; 0 (pretrained) and 1 (adapted) are always among them."""
 
     plane: bool = Field(default=False, description="measure the plane that two adapters span, too.")
     line: Annotated[Positions, Flag(metavar="T,T,...", help="Places along a line. [default: -0.25 to 1.25]")] = Field(

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.adapters import absorb, adapter_method, add_adapter, attached, read_config
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models import Base
-from gaintune.tuners.gain.layer import GainLayer
+from gaintune.tuners.gain import GainLayer
 
 Way = Literal["gains", "scale", "gated", "weights"]
 
@@ -85,7 +85,7 @@ def _own_way(folder: Path) -> Way:
 
 
 def _is_plain(config: Any) -> bool:
-    """Whether a LoRA configuration adds `(alpha / r) B A` to the pretrained weights and does nothing else."""
+    """Tell whether a LoRA configuration adds `(alpha / r) B A` to the pretrained weights and does nothing else."""
     variants = [entry.name for entry in fields(LoraConfig) if entry.metadata.get("is_lora_variant")]
     others = ("use_qalora", "megatron_config", "lora_bias", "target_parameters", "layer_replication")
     odd = any(getattr(config, name, None) for name in (*variants, *others, "trainable_token_indices"))

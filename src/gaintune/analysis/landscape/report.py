@@ -15,7 +15,7 @@ from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Numbers, Result, Subject
-from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, panels, ruled, with_ends
+from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, with_ends
 from gaintune.analysis.landscape.directions import WAYS
 from gaintune.analysis.landscape.survey import DomainFigures, Landscape, Surface, range_apart
 from gaintune.report import (
@@ -28,6 +28,8 @@ from gaintune.report import (
     limit_for,
     look,
     markdown_table,
+    panels,
+    ruled,
     signed,
     with_interval,
 )
@@ -107,9 +109,9 @@ def _curve(axes: Axes, landscape: Landscape, domain: str) -> None:
         base = line.origin[domain].perplexity
         columns = ([change.value for change in changes], *ends(changes))
         values, lows, highs = ([base * (1 + value / 100) for value in column] for column in columns)
-        axes.fill_between(t, lows, highs, color=style.colour, alpha=0.16, linewidth=0)
-        axes.plot(t, values, color=style.colour, linestyle=style.dashes, linewidth=1.6)
-        axes.plot([1.0], [values[t.index(1.0)]], style.marker, color=style.colour, markersize=5, clip_on=False)
+        axes.fill_between(t, lows, highs, color=style.color, alpha=0.16, linewidth=0)
+        axes.plot(t, values, color=style.color, linestyle=style.dashes, linewidth=1.6)
+        axes.plot([1.0], [values[t.index(1.0)]], style.marker, color=style.color, markersize=5, clip_on=False)
     for end in (0.0, 1.0):
         axes.axvline(end, color=RULE, linewidth=0.9, zorder=0)
     axes.set_yscale("log")

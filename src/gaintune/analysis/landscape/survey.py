@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DomainFigures:
-    """What a line or a plane says of one domain; intervals are a bootstrap over blocks, widened for few blocks.
+    """Figures of one domain on a line or a plane; intervals are a bootstrap over blocks, widened for few blocks.
 
     Attributes:
         at_adapted: change of perplexity at the adapted model in %; on a plane, at each of the two, then at their sum.
@@ -244,7 +244,7 @@ def survey_landscape(
 
 
 class _Measure:
-    """Measures lines and planes; losses that a plane shares with its lines are measured once."""
+    """Measure of lines and planes; losses that a plane shares with its lines are measured once."""
 
     def __init__(self, plan: Plan, domains: Sequence[DomainBlocks], progress: Progress | None) -> None:
         self._plan, self._domains = plan, domains

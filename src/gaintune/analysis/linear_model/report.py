@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result, Subject
-from gaintune.analysis.drawing import drawn, ruled
+from gaintune.analysis.drawing import drawn
 from gaintune.analysis.linear_model import LinearModelOptions
 from gaintune.analysis.linear_model.survey import METHODS, POSITIONS, Losses, SeedResult, Trained
-from gaintune.report import INK, MUTED, RULE, SHADE, look, markdown_table
+from gaintune.report import INK, MUTED, RULE, SHADE, look, markdown_table, ruled
 from gaintune.results import Interval
 from gaintune.storage import describe_environment
 
@@ -28,7 +28,7 @@ FIXED_TOLERANCE, BAYES_TOLERANCE, FLOOR_SHARE = 1.01, 1.05, 0.5
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One line of the summary: mean losses over seeds, and mean and range of the total over the two closed forms."""
 
     name: str
@@ -59,7 +59,7 @@ def table(results: Sequence[SeedResult]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def summary(results: Sequence[SeedResult]) -> tuple[Row, ...]:
+def summary(results: Sequence[SeedResult]) -> tuple[SummaryRow, ...]:
     """Average the closed forms and the methods over seeds."""
     rows = []
     for name, seeds in table(results).groupby("correction", sort=False):
@@ -67,7 +67,7 @@ def summary(results: Sequence[SeedResult]) -> tuple[Row, ...]:
         in_domain, retention, *_ = (float(values.mean()) for values in figures.values())
         ratios = [figures["loss_over_best_fixed"], figures["loss_over_bayes"]]
         spread = [(float(ratio.mean()), float(ratio.min()), float(ratio.max())) for ratio in ratios]
-        rows.append(Row(str(name), Losses(in_domain, retention), *spread))
+        rows.append(SummaryRow(str(name), Losses(in_domain, retention), *spread))
     return tuple(rows)
 
 
@@ -94,7 +94,7 @@ def too_short(options: LinearModelOptions, results: Sequence[SeedResult]) -> str
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SummaryRow) -> list[str]:
     return [f"{value:.4f}" for value in (row.losses.total, row.losses.in_domain, row.losses.retention)]
 
 
@@ -149,8 +149,8 @@ def _curves(axes: Axes, results: Sequence[SeedResult]) -> None:
     for index, method in enumerate(METHODS):
         style = look(index)
         lines = np.array([[loss.total / r.best_fixed.total for loss in r.trained[index].curve] for r in results])
-        axes.plot(steps, lines.T, color=style.colour, linewidth=0.5, alpha=0.35)
-        axes.plot(steps, lines.mean(0), color=style.colour, linestyle=style.dashes, linewidth=1.8, label=LABELS[method])
+        axes.plot(steps, lines.T, color=style.color, linewidth=0.5, alpha=0.35)
+        axes.plot(steps, lines.mean(0), color=style.color, linestyle=style.dashes, linewidth=1.8, label=LABELS[method])
     bayes = [result.bayes.total / result.best_fixed.total for result in results]
     axes.axhspan(min(bayes), max(bayes), color=SHADE, zorder=0)
     for height, text in ((1.0, FIXED), (float(np.mean(bayes)), BAYES)):
@@ -172,11 +172,11 @@ def _gates(axes: Axes, results: Sequence[SeedResult]) -> None:
     """Draw trained gates against the Bayes gate, between and around the two means."""
     style = look(METHODS.index("disel"))
     gates = np.concatenate([each.gates for r in results for each in r.trained if each.gates is not None], axis=1)
-    thick: Any = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.8}
+    thick: Any = {"color": style.color, "linestyle": style.dashes, "linewidth": 1.8}
     for mean, text in ((-1, "keep"), (1, "adapt")):
         axes.axvline(mean, color=RULE, linewidth=0.9, zorder=0)
         axes.annotate(f"mean of\n“{text}”", (mean, 1.03), ha="center", va="bottom", color=MUTED, fontsize=8)
-    axes.plot(POSITIONS, gates, color=style.colour, linewidth=0.5, alpha=0.35)
+    axes.plot(POSITIONS, gates, color=style.color, linewidth=0.5, alpha=0.35)
     axes.plot(POSITIONS, gates.mean(1), **thick, label="DISeL, trained")
     axes.plot(POSITIONS, results[0].bayes_gate, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label="Bayes gate")
     axes.set(xlabel="position on the line through both means", ylabel="gate", ylim=(-0.02, 1.2))

@@ -22,8 +22,7 @@ from gaintune.analysis.linear_model import LinearModelOptions
 from gaintune.errors import TrainingError
 from gaintune.progress import Progress, Silent
 from gaintune.tuners import parameter_groups
-from gaintune.tuners.disel import DiselConfig
-from gaintune.tuners.disel.layer import disel_layers
+from gaintune.tuners.disel import DiselConfig, disel_layers
 
 Correction = Callable[[torch.Tensor], torch.Tensor]
 """What a model adds to `W x`: `(samples, d_in)` to `(samples, d_out)`."""

@@ -21,7 +21,7 @@ Benchmarks = Annotated[tuple[Any, ...], BeforeValidator(_names)]
 
 
 class RetentionOptions(Options):
-    """Which snapshots and benchmarks are measured."""
+    """Choice of the snapshots and benchmarks to measure."""
 
     tasks: Annotated[
         Benchmarks, Flag("benchmarks", "Benchmarks whose mean is retention, such as arc_easy,piqa.", metavar="NAMES")

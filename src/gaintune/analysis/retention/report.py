@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result, Subject
-from gaintune.analysis.drawing import drawn, ends, legend, ruled
+from gaintune.analysis.drawing import drawn, ends, legend
 from gaintune.analysis.retention import RetentionOptions
 from gaintune.analysis.retention.survey import Retention, SnapshotScores, Trajectory
-from gaintune.report import INK, Look, look, markdown_table, with_interval
+from gaintune.report import INK, Look, look, markdown_table, ruled, with_interval
 from gaintune.results import Interval, highest, lowest
 
 
@@ -101,7 +101,7 @@ def _over_time(axes: Axes, retention: Retention, side: Side) -> None:
         style = look(index)
         read = {snapshot.step: side.read(trajectory, snapshot) for snapshot in trajectory.snapshots}
         points = {step: figure for step, figure in read.items() if figure is not None}
-        axes.fill_between([*points], *ends([*points.values()]), color=style.colour, alpha=0.16, linewidth=0)
+        axes.fill_between([*points], *ends([*points.values()]), color=style.color, alpha=0.16, linewidth=0)
         _line(axes, [*points], [figure.value for figure in points.values()], style)
     axes.axhline(0, color=INK, linewidth=0.9, zorder=0)
     axes.set_xlabel("updates")
@@ -110,7 +110,7 @@ def _over_time(axes: Axes, retention: Retention, side: Side) -> None:
 
 
 def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], style: Look) -> None:
-    axes.plot(xs, ys, color=style.colour, linestyle=style.dashes, marker=style.marker, linewidth=1.5, markersize=3.5)
+    axes.plot(xs, ys, color=style.color, linestyle=style.dashes, marker=style.marker, linewidth=1.5, markersize=3.5)
 
 
 def _against(axes: Axes, retention: Retention, target: Side, kept: Side) -> None:
@@ -123,7 +123,7 @@ def _against(axes: Axes, retention: Retention, target: Side, kept: Side) -> None
             continue
         xs, ys = zip(*points, strict=True)
         _line(axes, xs, ys, style)
-        axes.plot(xs[-1:], ys[-1:], style.marker, color=style.colour, markersize=8, markeredgecolor=INK)
+        axes.plot(xs[-1:], ys[-1:], style.marker, color=style.color, markersize=8, markeredgecolor=INK)
     for line in (axes.axhline, axes.axvline):
         line(0, color=INK, linewidth=0.9, zorder=0)
     axes.set(xlabel=target.name, ylabel=kept.name)

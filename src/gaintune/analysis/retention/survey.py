@@ -57,7 +57,7 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class Scores:
+class BenchmarkScores:
     """One model's benchmarks.
 
     Attributes:
@@ -81,7 +81,7 @@ class SnapshotScores:
 
     step: int
     losses: Mapping[str, DomainLoss]
-    scores: Scores | None = None
+    scores: BenchmarkScores | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Retention:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
 
-        def plain(figure: Interval | Scores | None) -> dict[str, Any] | None:
+        def plain(figure: Interval | BenchmarkScores | None) -> dict[str, Any] | None:
             return None if figure is None else asdict(figure)
 
         def measured(trajectory: Trajectory, snapshot: SnapshotScores) -> dict[str, Any]:
@@ -278,10 +278,10 @@ def taken_snapshots(adapters: Sequence[Path], every: int) -> dict[str, dict[int,
 
 
 class SnapshotLosses:
-    """Measures a base and adapters on it, one after another; what is in the cache is not measured again.
+    """Losses of a base and of adapters on it, measured one after another unless they are in the cache.
 
-    What a method made is measured in the precision it was trained in: weights trained whole are fp32, and lose small
-    steps in the base's bf16.
+    An adapter is measured in the precision it was trained in: weights trained whole are fp32, and lose small steps in
+    the base's bf16.
     """
 
     def __init__(
@@ -337,7 +337,7 @@ class SnapshotLosses:
 def scores_of(
     base: Sequence[BenchmarkScore], model: Sequence[BenchmarkScore], tasks: Sequence[str], target: Sequence[str],
     config: BenchmarkConfig,
-) -> Scores:  # fmt: skip
+) -> BenchmarkScores:  # fmt: skip
     """Put together a model's scores of tasks, `target` among them, beside the base's."""
     pairs = {task: (counting_score(base, task), counting_score(model, task)) for task in tasks}
     scores = {}
@@ -352,10 +352,10 @@ def scores_of(
         return value, mean_difference([pairs[task] for task in names], config)
 
     kept = [task for task in tasks if task not in target]
-    return Scores(tuple(scores.values()), *mean(target), *mean(kept))
+    return BenchmarkScores(tuple(scores.values()), *mean(target), *mean(kept))
 
 
-def _with_scores(trajectory: Trajectory, report: BenchmarkReport, score: Callable[..., Scores]) -> Trajectory:
+def _with_scores(trajectory: Trajectory, report: BenchmarkReport, score: Callable[..., BenchmarkScores]) -> Trajectory:
     """Add to every snapshot its scores, against the base in the same precision."""
     names = {snapshot.step: f"{trajectory.label}, step {snapshot.step}" for snapshot in trajectory.snapshots}
     base = base_of(report, names[trajectory.snapshots[-1].step])

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result, Subject, numbers_of
-from gaintune.analysis.drawing import drawn, line, ruled, text_table
+from gaintune.analysis.drawing import drawn, line, text_table
 from gaintune.analysis.subspace.survey import AdapterSubspace, ModuleSubspace, SubspaceSurvey, share_of
-from gaintune.report import MUTED, NONE
+from gaintune.report import MUTED, NONE, ruled
 from gaintune.results import Interval, exact
 
 COLUMNS = (

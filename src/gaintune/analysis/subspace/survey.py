@@ -1,4 +1,4 @@
-"""How adapters' updates lie to the pretrained weights: energy outside the column space, and intruder dimensions.
+"""Compare adapters' updates with the pretrained weights: energy outside the column space, and intruder dimensions.
 
 GAIN paper, proposition 1: the range of `W diag(s)` lies in the range of `W`. LoRA's update `BA` may leave it, but only
 where there is an outside: a weight whose rank equals its number of outputs (every trained square or wide projection)
@@ -318,7 +318,7 @@ class AdaptedWeights:
 def adapted_weights(
     base: Base, adapter: Path, *, gate: float | None = None, allow_other_base: bool = False
 ) -> Iterator[AdaptedWeights]:
-    """Put an adapter onto its base for a while, and give every linear weight before and after.
+    """Attach an adapter to its base for the block, and yield every linear weight before and after.
 
     The base is in fp32, and afterwards untouched again. `gate` is the constant value of every gate of DISeL and Gated
     LoRA, in (0, 1]; None for all others. Embeddings, norms, biases and modules trained whole beside an adapter are left

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result, Subject, numbers_of
-from gaintune.analysis.drawing import drawn, legend, line, panels, ruled, text_frame, text_table, with_ends
+from gaintune.analysis.drawing import drawn, legend, line, text_frame, text_table, with_ends
 from gaintune.analysis.tokens.survey import QUANTILES, TokenChanges, TokenSurvey
-from gaintune.report import INK, NONE
+from gaintune.report import INK, NONE, panels, ruled
 from gaintune.results import Interval, bare
 
 COLUMNS = (

@@ -109,7 +109,7 @@ def survey_tokens(
         moved = {label: each.adapted[name] - each.base[name] for label, each in zip(origins, adapted, strict=True)}
         limit = chosen.limit or range_of([each[scored] for each in moved.values()])
         changes[name] = {
-            label: summarise_changes(
+            label: summarize_changes(
                 each, scored, limit=limit, bins=chosen.bins, samples=settings.bootstrap_samples,
                 confidence=settings.confidence, seed=settings.seed, domain=name,
             )
@@ -123,7 +123,7 @@ def scored_tokens(examples: Examples) -> NDArray[np.bool_]:
     return (examples.labels[:, 1:] != IGNORED).numpy()
 
 
-def summarise_changes(
+def summarize_changes(
     changes: FloatArray,
     scored: NDArray[np.bool_],
     *,

@@ -18,7 +18,7 @@ mean of all adapters but the one that was trained on the domain being measured, 
 
 
 class TransferOptions(Options):
-    """What is taken for shared, one ablation each."""
+    """Choice of the components that count as shared, one ablation each."""
 
     components: Annotated[tuple[Component, ...], BeforeValidator(as_list), Flag("component")] = Field(
         default=("mean",),

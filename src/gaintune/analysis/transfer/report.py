@@ -12,9 +12,9 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result
-from gaintune.analysis.drawing import drawn, framed_by_nothing, ruled
+from gaintune.analysis.drawing import drawn, framed_by_nothing
 from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Sharing, Transfer
-from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, with_interval
+from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, ruled, with_interval
 from gaintune.results import Interval, exact
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
@@ -125,9 +125,9 @@ def _dots(axes: Axes, transfer: Transfer) -> None:
 def _dot(axes: Axes, height: float, figure: Interval, style: Look, *, filled: bool) -> None:
     if figure.low is not None and figure.high is not None:
         alpha = 1 if filled else 0.5
-        axes.plot([figure.low, figure.high], [height, height], color=style.colour, linewidth=1.4, alpha=alpha)
-    face = style.colour if filled else "white"
-    axes.plot([figure.value], [height], style.marker, color=style.colour, markerfacecolor=face, markersize=6)
+        axes.plot([figure.low, figure.high], [height, height], color=style.color, linewidth=1.4, alpha=alpha)
+    face = style.color if filled else "white"
+    axes.plot([figure.value], [height], style.marker, color=style.color, markerfacecolor=face, markersize=6)
 
 
 @drawn

@@ -1,4 +1,4 @@
-"""Take from separately trained gains what they share, or leave it alone, and measure transfer again.
+"""Split separately trained gains into what they share and the rest, and measure the transfer of each part.
 
 The GAIN paper (arXiv 2604.04516, section 5.1, "Why does positive transfer occur?") trains one adapter a domain, each
 from the pretrained model, finds that "cross-domain correlations are near zero" and that a part "of the variance is
@@ -44,7 +44,7 @@ Key = tuple[Part, str, str]
 
 @dataclass(frozen=True)
 class GainVectors:
-    """What adapters add to a gain of 1: v, float64 `(adapters, features)`, 0 for the pretrained model.
+    """The vectors v that adapters add to a gain of 1, float64 `(adapters, features)`; 0 is the pretrained model.
 
     `modules` has the name and the number of features of each module, in the order of the vectors.
     """
@@ -79,7 +79,7 @@ def read_gain_vectors(adapters: Mapping[str, Path]) -> GainVectors:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What N vectors v have in common. "Energy" is a sum of squares: variance around the pretrained model, v = 0.
+    """Figures of what N vectors v share. "Energy" is a sum of squares: variance around the pretrained model, v = 0.
 
     Attributes:
         labels: what the adapters are called.
@@ -237,7 +237,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What gains share, and what that does for transfer; an ablation for each component."""
+    """The sharing of gains, and its part in transfer; an ablation for each component."""
 
     sharing: Sharing
     ablations: tuple[Ablation, ...]

@@ -7,7 +7,7 @@ from .records import BenchmarkReport as BenchmarkReport
 from .records import BenchmarkScore as BenchmarkScore
 from .records import counting_score as counting_score
 from .records import mean_difference as mean_difference
-from .rows import Places as Places
+from .rows import LocalCopies as LocalCopies
 from .rows import offline_task as offline_task
 from .run import base_of as base_of
 from .run import benchmark_adapters as benchmark_adapters

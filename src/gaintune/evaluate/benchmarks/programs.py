@@ -31,8 +31,7 @@ from gaintune.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("program_child.py")
-READY = b"ready"
-LENGTH_BYTES = 8
+READY, LENGTH_BYTES = b"ready", 8  # as in the child, which cannot be imported where there is no `resource`
 STARTING = 60.0  # seconds a loaded machine may need to start an interpreter, before the program's own time begins
 ENDING = 5.0  # seconds beyond the program's own, after which a program that turned its alarm off is killed
 POLLING = 0.05  # seconds between two polls of a process whose pipe another process holds open

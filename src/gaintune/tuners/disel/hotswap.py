@@ -1,4 +1,4 @@
-"""Replacing a DISeL adapter's values in place, through PEFT's hot swap of LoRA, which knows no gates."""
+"""Replace a DISeL adapter's values in place, through PEFT's hot swap of LoRA, which knows no gates."""
 
 from __future__ import annotations
 

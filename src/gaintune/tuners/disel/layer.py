@@ -39,7 +39,7 @@ class Gate(AtLeastFloat32):
         self.reset(weight_init, bias_init)
 
     def reset(self, weight_init: Literal["kaiming", "zeros"], bias_init: float) -> None:
-        """Start values: every bias at `bias_init` whatever the width, G as nn.Linear's own or at 0."""
+        """Set the start values: every bias at `bias_init` whatever the width, G as nn.Linear's own or at 0."""
         if self.weight_in is not None:
             nn.init.kaiming_uniform_(self.weight_in, a=math.sqrt(5))
         if weight_init == "zeros":

@@ -1,4 +1,4 @@
-"""Replacing an adapter's gains by those of another file while the model, compiled or not, stays as it is."""
+"""Replace an adapter's gains by those of another file while the model, compiled or not, stays as it is."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def scale_features(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class _ScaleHalf(torch.autograd.Function):
-    """Autograd's own gradient of addcmul takes three more passes over the activations; this takes the two needed."""
+    """Scaling in half precision; autograd's own gradient of addcmul takes three more passes over the activations."""
 
     generate_vmap_rule = True
 
@@ -63,7 +63,7 @@ class _ScaleHalf(torch.autograd.Function):
 
 
 def _sum_to_shape(grad: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`grad * x` summed in float32 over the dimensions along which `v` was broadcast."""
+    """Return `grad * x`, summed in float32 over the dimensions along which `v` was broadcast."""
     # products of scaled gradients leave float16's range; bfloat16 has float32's
     product = grad.float() * x if x.dtype == torch.float16 else grad * x
     if v.dim() == 1:
@@ -72,7 +72,7 @@ def _sum_to_shape(grad: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch
 
 
 class OriginalWeight:
-    """What a merge replaces in a base layer: its weight object and, where quantized, the state that belongs to it.
+    """The part of a base layer that a merge replaces: its weight object and, where quantized, the weight's state.
 
     Kept as references: an unmerged layer holds the very tensor it had, not a quotient. That costs the memory of the
     merged weights until the layer is unmerged or unloaded.
@@ -170,7 +170,7 @@ class GainLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move, and widen what was loaded in half precision; PEFT's own would narrow to the base's dtype."""
+        """Move gains, and widen those loaded in half precision; PEFT's own method would narrow to the base's dtype."""
         if adapter_name not in self.gain_v:
             return
         parameter = self.gain_v[adapter_name]

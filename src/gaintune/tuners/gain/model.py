@@ -237,7 +237,7 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
 
 
 def _first_batch(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str]) -> int | None:
-    """Rows of the model's input, where it is among the arguments."""
+    """Return the rows of the model's input; None where it is not among the arguments."""
     for value in (*args[:1], *(kwargs.get(name) for name in names)):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return len(value)

@@ -20,7 +20,7 @@ from gaintune.workflows.sweep.run import SweepRow, SweepTable
 
 NEAR = 0.1  # two in-domain changes count as equal if they surely differ by under 10 % of the weaker one
 LEAST = 1.0  # and in any case if they surely differ by under one point
-AUTOCAST = "float32-autocast-"
+AUTOCAST = "float32-autocast-"  # start of the name of a mixed precision
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,10 @@ def compare_sweep(
     Raises:
         ConfigError: no such figure, or a target that is no improvement.
         DataError: no finished run, none that has the figure, such as earlier domains in a sequence of one, or runs that
-            were computed in different numbers.
+            were computed in different precisions.
     """
     check_comparison(figure, target)
-    _check_numbers(table)
+    _check_precision(table)
     return _Comparer(table, figure, confidence).compare(target)
 
 
@@ -378,10 +378,10 @@ def _with_a_curve(rates: Mapping[float, Runs]) -> list[Replicate]:
     return [key for key, count in counts.items() if count > 1]
 
 
-def _check_numbers(table: SweepTable) -> None:
-    """Refuse runs in different numbers, such as those of two machines under model.dtype=auto.
+def _check_precision(table: SweepTable) -> None:
+    """Refuse runs in different precisions, such as those of two machines under model.dtype=auto.
 
-    Full fine-tuning keeps fp32 weights, but under autocast computes in the numbers of the others.
+    Full fine-tuning keeps fp32 weights, but under autocast computes in the precision of the others.
     """
     examples: dict[str, SweepRow] = {}
     for row in table.finished:
@@ -389,7 +389,7 @@ def _check_numbers(table: SweepTable) -> None:
     if len(examples) > 1:
         listed = "; ".join(f"{numbers}, such as {row.folder}" for numbers, row in examples.items())
         raise DataError(
-            f"runs were computed in different numbers ({listed}): set plan.model.dtype, and name another folder"
+            f"runs were computed in different precisions ({listed}): set plan.model.dtype, and name another folder"
         )
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from gaintune.progress import plural
-from gaintune.report import FIGURES, INK, PAGE, RULE, figure_files, look, markdown_table, signed, styled, with_interval
+from gaintune.report import FIGURES, INK, PAGE, figure_files, look, markdown_table, ruled, signed, styled, with_interval
 from gaintune.results import Interval
 from gaintune.storage import describe_environment, write_bytes, write_json, write_text
 from gaintune.workflows.sweep.compare import CurvePair, Pair, Point, SweepComparison
@@ -131,9 +131,7 @@ def tradeoff(comparison: SweepComparison) -> Figure:
             _draw_variant(axes, [point for point in comparison.points if point.variant == variant], index)
         axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
         axes.set(xlabel="in-domain change, %", ylabel=f"{_lower(comparison)}, %")
-        axes.grid(color=RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
+        ruled(axes, "both")
         beyond = _frame(axes, comparison.points)
         title = "Left and down is better; numbers are learning rates, faint dots runs"
         if beyond:
@@ -178,16 +176,16 @@ def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
     style = look(index)
     x, y = [point.in_domain.value for point in points], [point.figure.value for point in points]
     axes.plot(
-        x, y, color=style.colour, linestyle=style.dashes, marker=style.marker, markersize=5, label=points[0].variant
+        x, y, color=style.color, linestyle=style.dashes, marker=style.marker, markersize=5, label=points[0].variant
     )
     across, up = zip(*((_reach(point.in_domain), _reach(point.figure)) for point in points), strict=True)
-    bars = {"ecolor": style.colour, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
+    bars = {"ecolor": style.color, "elinewidth": 0.9, "alpha": 0.5, "fmt": "none", "zorder": 2}
     axes.errorbar(x, y, xerr=list(zip(*across, strict=True)), yerr=list(zip(*up, strict=True)), **bars)
     runs = [run for point in points if len(point.runs) > 1 for run in point.runs]
     if runs:
-        axes.scatter(*zip(*runs, strict=True), s=9, color=style.colour, alpha=0.35, linewidths=0, zorder=1.5)
+        axes.scatter(*zip(*runs, strict=True), s=9, color=style.color, alpha=0.35, linewidths=0, zorder=1.5)
     away, side = LABELS[index % len(LABELS)]
-    text = {"textcoords": "offset points", "ha": side, "color": style.colour, "fontsize": 7, "zorder": 4}
+    text = {"textcoords": "offset points", "ha": side, "color": style.color, "fontsize": 7, "zorder": 4}
     for point in points:
         position = (point.in_domain.value, point.figure.value)
         label = axes.annotate(f"{point.lr:g}", position, xytext=away, **text)

@@ -21,7 +21,7 @@ from gaintune.errors import RunDirectoryError, SweepError
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.report import tidy
-from gaintune.results import FIGURES, DomainLoss, Matrix, MethodRun, Stage
+from gaintune.results import FIGURES, Matrix, MethodRun, stored_run
 from gaintune.workflows.sequence import load_inputs
 from gaintune.workflows.sweep import workers
 from gaintune.workflows.sweep.grid import Grid, PlannedRun, grid_yaml, planned_runs, read_grid
@@ -55,7 +55,7 @@ class SweepRow:
 
     @property
     def numbers(self) -> str | None:
-        """What a finished run computed with, as `Precision.name`; None for an unfinished run."""
+        """The name of the precision (`Precision.name`) of a finished run; None for an unfinished run."""
         return None if self.matrix is None else self.matrix.methods[0].info["numbers"]
 
     @property
@@ -82,17 +82,7 @@ class SweepRow:
         """Read what was measured in a finished run, block by block."""
         assert self.matrix is not None
         (method,) = self.matrix.methods
-        run = storage.Run(self.folder)
-
-        def read(folder: Path) -> dict[str, DomainLoss]:
-            return {name: storage.read_stored(folder / f"{name}.json", DomainLoss.from_dict) for name in method.base}
-
-        base = read(run.base(method.info["numbers"], self.matrix.domains[0]).parent)
-        stages = tuple(
-            Stage(stage.domain, read(run.stage(method.label, index, stage.domain) / "evaluations"))
-            for index, stage in enumerate(method.stages)
-        )
-        return MethodRun(method.label, base, stages, dict(method.info))
+        return stored_run(storage.Run(self.folder), method)
 
 
 @dataclass(frozen=True)
@@ -146,7 +136,7 @@ class SweepTable:
 
 
 def _typed(frame: pd.DataFrame, numbers: list[str]) -> pd.DataFrame:
-    """Give columns the same types whatever is missing, so that tables of several sweeps can be put together."""
+    """Give columns the same types whatever is missing, so that tables of several sweeps can be joined."""
     whole = {name: "Int64" for name in INTEGERS if name in frame}
     return frame.astype({**whole, **{name: "float64" for name in numbers if name in frame}})
 

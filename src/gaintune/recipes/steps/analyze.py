@@ -32,7 +32,7 @@ class _Part:
     prefixes: tuple[str, ...] = ("",)
 
 
-def analyse(analysis: Analysis, settings: dict[str, Any], context: Context) -> PreparedStep:
+def analyze(analysis: Analysis, settings: dict[str, Any], context: Context) -> PreparedStep:
     """Run an analysis on the adapters of an earlier step."""
     given = {name: settings.pop(name) for name in analysis.Options.model_fields if name in settings}
     trained, plan = (StepOutcome(), None) if analysis.takes == "nothing" else context.trained(settings)
@@ -122,4 +122,4 @@ def _check_methods(analysis: Analysis, plan: Plan, parts: list[_Part], origin: s
             raise ConfigError(f"{origin}: {label} has no {analysis.needs}; name one of method {named}")
 
 
-KINDS: dict[str, StepKind] = {name: partial(analyse, analysis) for name, analysis in ANALYSES.items()}
+KINDS: dict[str, StepKind] = {name: partial(analyze, analysis) for name, analysis in ANALYSES.items()}
