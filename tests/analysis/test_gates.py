@@ -68,14 +68,9 @@ def test_histograms_and_moments_equal_those_of_whole_gate_tensors(gated, mask):
         assert each.total == pytest.approx(values.sum(0), rel=1e-5)
         assert each.squares == pytest.approx((values**2).sum(0), rel=1e-5)
     every = np.concatenate([values[mask].numpy().ravel() for values in expected.values()])
-<<<<<<< HEAD
-    figures = summarise(layers)
-    assert figures.values == every.size and figures.mean == pytest.approx(every.mean(), rel=1e-5)
-=======
     figures = summarize(layers)
     assert figures.values == every.size
     assert figures.mean == pytest.approx(every.mean(), rel=1e-5)
->>>>>>> n-review
     assert figures.deviation == pytest.approx(every.std(), rel=1e-4)
     assert figures.closed == pytest.approx((every < 0.05).mean(), abs=2e-3)
     assert figures.open == pytest.approx((every >= 0.5).mean(), abs=2e-3)

@@ -174,10 +174,10 @@ def test_without_packing_a_row_has_a_block_of_its_own():
 
 
 def test_packing_stops_when_the_blocks_are_full():
-    numbers = iter(range(1, 10))
-    result = packed((row(number, 2, 2) for number in numbers), blocks=2)
+    counter = iter(range(1, 10))
+    result = packed((row(number, 2, 2) for number in counter), blocks=2)
     assert (numbers(result), result.padding) == ([1, 2, 3, 4], 0)
-    assert next(numbers) == 6, "of row 5 it is known that it has no room"
+    assert next(counter) == 6, "of row 5 it is known that it has no room"
 
 
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one():

@@ -280,13 +280,8 @@ def test_local_rows_score_as_lm_eval_scores_them(model, theirs, written):
     if written == "as questions with choices":
         folder = work / "questions"
         for name in NAMES:
-<<<<<<< HEAD
-            rows = [tiny_benchmarks.normalised(name, row) for row in tiny_benchmarks.hub_rows(name, ROWS)]
-            write_rows(folder / name / "validation.jsonl", rows)
-=======
             rows = [tiny_benchmarks.normalized(name, row) for row in tiny_benchmarks.hub_rows(name, ROWS)]
-            tiny_benchmarks.write(folder / name / "validation.jsonl", rows)
->>>>>>> n-review
+            write_rows(folder / name / "validation.jsonl", rows)
     config = BenchmarkConfig(tasks=NAMES, source="local", data=(str(folder),), batch_size=5)
     ours = measure_benchmarks(model, tiny_base.tokenizer(), config)
     for name in NAMES:

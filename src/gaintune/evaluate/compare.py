@@ -246,11 +246,7 @@ def _compare(
         name = domains[number].name
         change = (None, None, None) if base is None else astuple(paired_change(base, loss, name, plan.evaluate))
         bits, masked = (None, sum(loss.tokens)) if loss.bytes is None else (loss.bits_per_byte, None)
-<<<<<<< HEAD
-        return Figure(name, label, loss.perplexity, bits, *change, masked=masked)
-=======
-        return PerplexityFigure(name, label, loss.perplexity, bits, *change, masked)
->>>>>>> n-review
+        return PerplexityFigure(name, label, loss.perplexity, bits, *change, masked=masked)
 
     before, adapted = measure_base_and_adapters(plan, adapters, load, prepare, allow_other_base=allow_other_base)
     return paired_figures(before, adapted, figure)

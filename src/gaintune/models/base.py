@@ -203,10 +203,11 @@ def read_weights(
 
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     """Write a model as safetensors, also where its generation settings contradict each other, as some of the hub do."""
-    settings: Any = getattr(model, "generation_config", None)
+    from transformers import GenerationConfig
+
+    settings: Any = getattr(model, "generation_config", None) or GenerationConfig()  # a classifier has none
     try:
-        if settings is not None:  # a classifier has none
-            settings.validate(strict=True)
+        settings.validate(strict=True)
     except ValueError:  # a temperature without sampling: transformers reads such settings but refuses to write them
         settings.do_sample = True
         logger.info("generation settings name a temperature without sampling; writing them with sampling on")
