@@ -268,7 +268,7 @@ def tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedToken
         kind, stated = (_read_keys(folder / file) for file in ("config.json", "tokenizer_config.json"))
         begin_texts(tokenizer, kind.get("model_type"), stated=stated.get("add_bos_token") is True)
         return tokenizer
-    except Exception as error:  # a damaged file raises whatever its parser does
+    except Exception as error:  # a damaged file raises an error of its parser's
         reason = one_line(error)[:300]
         raise BaseModelError(f"{shown}: the tokenizer in {folder} cannot be loaded ({reason})") from error
 

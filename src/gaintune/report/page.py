@@ -42,7 +42,7 @@ HIGHEST = 150.0  # % at which a curve or dot meets the edge, so that one collaps
 def write_report(run: str | Path) -> Path:
     """Write report.html, figures/, matrix.csv and matrix.md into a run directory, from what it holds.
 
-    Figures and intervals are made anew from the losses of every block, and matrix.json is written too where they
+    Figures and intervals are computed again from the losses of every block, and matrix.json is written too where they
     differ from its own, as those of a run of an earlier version may. Returns the path of the page.
 
     Raises:

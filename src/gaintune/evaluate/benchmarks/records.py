@@ -204,7 +204,7 @@ USUAL = ("acc", "exact_match", "pass@1")
 
 
 def counting_score(scores: Sequence[BenchmarkScore], task: str) -> BenchmarkScore:
-    """Return the metric that counts of a task, whatever the order in which lm-eval lists its filters.
+    """Return the score of a task's metric that counts, in whatever order lm-eval lists its filters.
 
     Raises:
         ConfigError: no metric that is a share of rows, or none that is known to count.
