@@ -202,13 +202,13 @@ def read_weights(
 
 
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
-    """Write a model as safetensors, also where its generation settings contradict each other, as some of the hub do."""
-    settings: Any = getattr(model, "generation_config", None)
+    """Write a model as safetensors, even if its generation settings contradict each other, as some do."""
+    saved: Any = model
     try:
-        if settings is not None:  # a classifier has none
-            settings.validate(strict=True)
+        if getattr(saved, "generation_config", None) is not None:  # a classifier has none
+            saved.generation_config.validate(strict=True)
     except ValueError:  # a temperature without sampling: transformers reads such settings but refuses to write them
-        settings.do_sample = True
+        saved.generation_config.do_sample = True
         logger.info("generation settings name a temperature without sampling; writing them with sampling on")
     model.save_pretrained(folder, **options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -165,8 +165,9 @@ def _compare(base: BenchmarkScore, adapted: BenchmarkScore, label: str, config: 
         return BenchmarkComparison(label, base, adapted, None, "own")
     difference = paired_difference(base, adapted, config)
     if base.aggregation == "perplexity":  # items are log-likelihoods: when they fall, the perplexity rises
-        changes = (None if nats is None else float(percent(np.asarray(0.0 - nats))) for nats in astuple(difference))
-        value, high, low = changes
+        ends = (difference.high, difference.low)
+        low, high = (None if nats is None else float(percent(np.asarray(0.0 - nats))) for nats in ends)
+        value = float(percent(np.asarray(0.0 - difference.value)))
         return BenchmarkComparison(label, base, adapted, Interval(value, low, high), "%")
     if base.is_share and adapted.is_share:
         return BenchmarkComparison(label, base, adapted, in_percent(difference), "points")
