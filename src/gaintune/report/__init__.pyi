@@ -3,10 +3,12 @@ from .canvas import MUTED as MUTED
 from .canvas import PAGE as PAGE
 from .canvas import RULE as RULE
 from .canvas import SHADE as SHADE
+from .canvas import color_bar as color_bar
 from .canvas import figure_files as figure_files
 from .canvas import panels as panels
 from .canvas import ruled as ruled
 from .canvas import styled as styled
+from .canvas import without_frame as without_frame
 from .page import write_report as write_report
 from .palette import Look as Look
 from .palette import diverging as diverging

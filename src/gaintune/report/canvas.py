@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from gaintune.report.palette import LOOKS
@@ -60,6 +61,22 @@ def ruled(axes: Axes, along: Literal["x", "y", "both"] = "y", which: Literal["ma
     axes.grid(axis=along, color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, which=which)
+
+
+def without_frame(axes: Axes) -> None:
+    """Draw neither ticks nor a frame, as around a heatmap."""
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def color_bar(sheet: Figure, mapped: ScalarMappable, beside: Sequence[Axes], label: str, **options: Any) -> Any:
+    """Add the scale of a heatmap beside its panels."""
+    bar = sheet.colorbar(mapped, ax=list(beside), **options)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(length=0)
+    bar.set_label(label, color=MUTED)
+    return bar
 
 
 def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any) -> bytes:

@@ -12,9 +12,9 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result
-from gaintune.analysis.drawing import drawn, framed_by_nothing
+from gaintune.analysis.drawing import drawn
 from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Sharing, Transfer
-from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, ruled, with_interval
+from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, ruled, with_interval, without_frame
 from gaintune.results import Interval, exact
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
@@ -100,7 +100,7 @@ def _correlations(axes: Axes, sharing: Sharing) -> None:
     axes.set_yticks(middles, sharing.labels)
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    framed_by_nothing(axes)
+    without_frame(axes)
     axes.set_title("Correlation of the gains", loc="left")
 
 
