@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gaintune.report import NONE, SHADE, look, markdown_table, styled, without_frame
+from gaintune.report import NONE, SHADE, markdown_table, style_of, styled, without_frame
 from gaintune.results import Interval
 
 P = ParamSpec("P")
@@ -57,7 +57,7 @@ def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def line(index: int, *, marked: bool = True, **options: Any) -> dict[str, Any]:
     """Return what matplotlib needs to draw the line of a method, an adapter or a domain, by its position."""
-    style = look(index)
+    style = style_of(index)
     marker = {"marker": style.marker} if marked else {}
     return {"color": style.color, "linestyle": style.dashes, **marker, **options}
 

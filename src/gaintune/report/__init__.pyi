@@ -10,11 +10,11 @@ from .canvas import ruled as ruled
 from .canvas import styled as styled
 from .canvas import without_frame as without_frame
 from .page import write_report as write_report
-from .palette import Look as Look
+from .palette import LineStyle as LineStyle
 from .palette import diverging as diverging
 from .palette import ink_on as ink_on
 from .palette import limit_for as limit_for
-from .palette import look as look
+from .palette import style_of as style_of
 from .tables import cell_frame as cell_frame
 from .tables import markdown_table as markdown_table
 from .tables import summary_frame as summary_frame

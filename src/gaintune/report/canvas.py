@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from gaintune.report.palette import LOOKS
+from gaintune.report.palette import STYLES
 
 INK, MUTED, RULE, SHADE, PAGE = "#1a1d21", "#5f6773", "#d5d9df", "#eef0f3", "#fefefe"
 STYLE: dict[Any, Any] = {
@@ -108,7 +108,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade", PAGE: "--page"}
-    themed |= {one.color: f"--series-{index}" for index, one in enumerate(LOOKS)}
+    themed |= {one.color: f"--series-{index}" for index, one in enumerate(STYLES)}
     for color, variable in themed.items():
         text = text.replace(color, f"var({variable})")
     text = re.sub(r"font: ((?:[\w-]+ )*)([\d.]+)px [^;\"]+", r"font: \1\2px var(--font)", text)

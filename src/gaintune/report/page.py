@@ -27,7 +27,7 @@ from gaintune.errors import RunDirectoryError
 from gaintune.progress import plural
 from gaintune.report import canvas, palette, tables, words
 from gaintune.report.canvas import INK, MUTED, PAGE, SHADE, STYLE
-from gaintune.report.palette import diverging, ink_on, limit_of, look
+from gaintune.report.palette import diverging, ink_on, limit_of, style_of
 from gaintune.report.words import FIGURES, NONE, signed
 from gaintune.results import Cell, Interval, Matrix, MethodMatrix, Place, exact, recomputed
 from gaintune.storage import read_stored, write_bytes, write_json, write_text
@@ -130,7 +130,7 @@ def _methods(matrix: Matrix) -> list[dict[str, Any]]:
     return [
         {
             "label": method.label,
-            "series": index % len(palette.LOOKS),
+            "series": index % len(palette.STYLES),
             "verdict": words.verdict(method),
             "numbers": [
                 (heading, signed(figure.value, "%"), words.bracket(figure), TONES[figure.sign])
@@ -269,7 +269,7 @@ def _curve_panel(axes: Axes, matrix: Matrix, domain: str) -> None:
     axes.axvspan(0, own or last + 0.3, color=SHADE, linewidth=0, zorder=0)
     axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
     for index, method in enumerate(matrix.methods):
-        style, series = look(index), _series(method, domain)
+        style, series = style_of(index), _series(method, domain)
         values = {stage: figure.value for stage, figure in series.items()}
         lows = [figure.value if figure.low is None else figure.low for figure in series.values()]
         highs = [figure.value if figure.high is None else figure.high for figure in series.values()]
@@ -303,10 +303,10 @@ def curves(matrix: Matrix) -> Figure:
     for index, (axes, domain) in enumerate(zip(grid, matrix.domains, strict=True)):
         _curve_panel(axes, matrix, domain)
         axes.tick_params(labelleft=index % columns == 0, labelbottom=index + columns >= count)
-    looks = {method.label: look(index) for index, method in enumerate(matrix.methods)}
+    styles = {method.label: style_of(index) for index, method in enumerate(matrix.methods)}
     handles: list[Any] = [
         Line2D([], [], color=one.color, linestyle=one.dashes, marker=one.marker, markersize=5, label=label)
-        for label, one in looks.items()
+        for label, one in styles.items()
     ]
     ring: Any = {"marker": "o", "markersize": 7.5, "linestyle": "", "markeredgecolor": INK}
     handles += [Line2D([], [], color=MUTED, label="its own stage", **ring), Patch(color=SHADE, label="not yet trained")]
@@ -331,7 +331,7 @@ def _summary_panel(axes: Axes, matrix: Matrix, name: str) -> None:
     axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
     plate = {"facecolor": PAGE, "edgecolor": "none", "pad": 1.2}  # keeps lines out of the letters
     for row, method in enumerate(matrix.methods):
-        style, figure = look(row), getattr(method.summary, name)
+        style, figure = style_of(row), getattr(method.summary, name)
         text = NONE if figure is None else signed(figure.value, "%")
         axes.text(left, row - 0.3, method.label, va="center", fontsize=8.5, color=MUTED, bbox=plate)
         axes.text(right, row - 0.3, text, va="center", ha="right", color=INK, bbox=plate)

@@ -27,11 +27,11 @@ from gaintune.report import (
     diverging,
     ink_on,
     limit_for,
-    look,
     markdown_table,
     panels,
     ruled,
     signed,
+    style_of,
     with_interval,
     without_frame,
 )
@@ -106,7 +106,7 @@ def geometry(surface: Surface) -> str:
 def _curve(axes: Axes, landscape: Landscape, domain: str) -> None:
     """Draw the perplexity of one domain along every line, with its paired interval around the change."""
     for index, line in enumerate(landscape.lines):
-        style, t = look(index), [t for (t,) in line.points]
+        style, t = style_of(index), [t for (t,) in line.points]
         changes = [line.change(position, domain) for position in line.points]
         base = line.origin[domain].perplexity
         columns = ([change.value for change in changes], *ends(changes))
