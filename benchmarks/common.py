@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, statistics, and tables in Markdown."""
+"""Shared by the benchmarks: inputs, statistics, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gaintune.tuners.disel.products import stacked_product
 from peft import IA3Config, get_peft_model
 
 from gaintune.config import MethodConfig, build_plan
@@ -17,7 +16,7 @@ from gaintune.data import load_domain
 from gaintune.methods import attach
 from gaintune.models import Base, load_base
 from gaintune.storage import describe_environment
-from gaintune.tuners.disel.layer import DiselVariant, disel_layers, widened
+from gaintune.tuners.disel.layer import DiselVariant, disel_layers, stacked_product, widened
 
 BATCH, BLOCK = 4, 256
 DOMAIN = "law"
@@ -71,7 +70,7 @@ FULL = "full, fp32 under autocast"
 
 
 def demo_base(dtype: torch.dtype | None = None) -> Base:
-    """Load the embedded model, in the machine's own numbers unless a dtype is given."""
+    """Load the embedded model, in the machine's own precision unless a dtype is given."""
     return load_base(build_plan({}).model, dtype=dtype)
 
 
@@ -105,10 +104,10 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def provenance(base: Base) -> str:
     """Date, processor, versions: what stands beside every figure."""
-    told = describe_environment(base.model.device)
-    packages = ", ".join(f"{name} {version}" for name, version in told["packages"].items())
+    machine = describe_environment(base.model.device)
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     today = datetime.date.today().isoformat()
     return (
-        f"{today}; {told['processor']}, {told['threads']} threads, device {told['device']}; "
-        f"base {base.name} in {str(base.model.dtype).removeprefix('torch.')}; Python {told['python']}, {packages}"
+        f"{today}; {machine['processor']}, {machine['threads']} threads, device {machine['device']}; "
+        f"base {base.name} in {str(base.model.dtype).removeprefix('torch.')}; Python {machine['python']}, {packages}"
     )

@@ -82,8 +82,8 @@ def measured(name: str, blocks: int) -> tuple[float, float]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-    told = json.loads(done.stdout.strip().splitlines()[-1])
-    return told["tokens_per_second"], told["peak_gib"]
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    return result["tokens_per_second"], result["peak_gib"]
 
 
 def main() -> None:
@@ -119,8 +119,8 @@ def main() -> None:
         for name in names
     ]
     heads = ["run", "tokens/s, median (min-max)", "ratio", "peak GiB", "ratio"]
-    told = f"{arguments.repeats} repeats taking turns, {arguments.blocks * BLOCK:,} tokens, batch {BATCH} x {BLOCK}"
-    print(f"End to end, {told}; {provenance(demo_base())}\n")
+    what = f"{arguments.repeats} repeats taking turns, {arguments.blocks * BLOCK:,} tokens, batch {BATCH} x {BLOCK}"
+    print(f"End to end, {what}; {provenance(demo_base())}\n")
     print(markdown(heads, rows))
 
 

@@ -1,9 +1,9 @@
-"""What a penalty adds to a training step, and what a row costs in EWC's look back, on the demo model.
+"""Time that a penalty adds to a training step, and that a row takes in EWC's Fisher pass, on the demo model.
 
     python benchmarks/penalties.py [--rounds 12]
 
 The same step (`common`'s batch, our loss, AdamW) with and without the rule's `before_update`, taking turns in one
-process; the look back is `fisher_information` over single rows, as a ratio to a training step of as many rows.
+process; the Fisher pass is `fisher_information` over single rows, as a ratio to a training step of as many rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import BATCH, BLOCK, FULL, VARIANTS, demo_base, demo_blocks, markdow
 
 from gaintune.config import MethodConfig
 from gaintune.data import Examples
-from gaintune.methods import Lesson, Place, trainable_parameters
+from gaintune.methods import StageData, StagePosition, trainable_parameters
 from gaintune.methods.penalties import penalty_of
 from gaintune.models import NextTokenLoss, autocast
 from gaintune.tuners import parameter_groups
@@ -42,7 +42,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def rows_of(variant: str, rounds: int, folder: Path) -> list[list[str]]:
-    """Table rows of one variant: each penalty's step, and the look back."""
+    """Table rows of one variant: each penalty's step, and the Fisher pass."""
     own = demo_base()
     mixed = own.model.dtype if variant == FULL and own.model.dtype != torch.float32 else None
     model = VARIANTS[variant](demo_base(torch.float32) if variant == FULL else own)
@@ -52,16 +52,16 @@ def rows_of(variant: str, rounds: int, folder: Path) -> list[list[str]]:
     loss = NextTokenLoss(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=RATE, weight_decay=0.0), lr=RATE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    lesson = Lesson(Examples.of_blocks(blocks[:BATCH]), loss, "looking back", mixed_precision=mixed)
+    stage_data = StageData(Examples.of_blocks(blocks[:BATCH]), loss, "Fisher pass", mixed_precision=mixed)
     rules = {}
     for penalty in PENALTIES[1:]:
         config = MethodConfig.model_validate({"name": "lora", "penalty": penalty})
-        first = penalty_of(config, Place(), seed=0)
+        first = penalty_of(config, StagePosition(), seed=0)
         assert first is not None
         first.start(model, 1)
-        first.finish(model, lesson)
+        first.finish(model, stage_data)
         first.keep(folder)
-        rules[penalty] = penalty_of(config, Place(previous=folder), seed=0)
+        rules[penalty] = penalty_of(config, StagePosition(previous=folder), seed=0)
         rules[penalty].start(model, 1)
 
     def step(penalty: str | None, batch: torch.Tensor) -> None:
@@ -77,13 +77,13 @@ def rows_of(variant: str, rounds: int, folder: Path) -> list[list[str]]:
 
     from gaintune.methods.penalties import fisher_information
 
-    seconds: dict[str | None, list[float]] = {name: [] for name in (*PENALTIES, "look back")}
+    seconds: dict[str | None, list[float]] = {name: [] for name in (*PENALTIES, "Fisher pass")}
     shuffled = random.Random(0)
     for round_ in range(rounds + 2):
         batch = batches[round_ % len(batches)]
         for name in shuffled.sample(list(seconds), len(seconds)):
-            if name == "look back":
-                taken = timed(lambda: fisher_information(model, lesson))
+            if name == "Fisher pass":
+                taken = timed(lambda: fisher_information(model, stage_data))
             else:
                 taken = timed(lambda name=name, batch=batch: step(name, batch))
             if round_ >= 2:  # the first two rounds warm up
@@ -91,7 +91,7 @@ def rows_of(variant: str, rounds: int, folder: Path) -> list[list[str]]:
     rows = []
     for name, found in seconds.items():
         ratios = [mine / plain for mine, plain in zip(found, seconds[None], strict=True)]
-        titles = {None: "no penalty", "look back": f"ewc: look back at {BATCH} rows, once a domain"}
+        titles = {None: "no penalty", "Fisher pass": f"ewc: Fisher pass at {BATCH} rows, once a domain"}
         median = statistics.median(found)
         rows.append(
             [

@@ -176,7 +176,7 @@ def test_landscape_transfer_and_retention_write_their_files(trained, tmp_path):
     ("transfer prose --domain prose.jsonl", ConfigError, "takes two or more"),
     ("retention code --domain prose.jsonl", AdapterError, "no snapshots of it were kept"),
 ])  # fmt: skip
-def test_what_cannot_be_analysed_is_refused_in_one_line(trained, tmp_path, monkeypatch, words, kind, message):
+def test_what_cannot_be_analyzed_is_refused_in_one_line(trained, tmp_path, monkeypatch, words, kind, message):
     monkeypatch.chdir(trained)
     with pytest.raises(kind, match=message) as refusal:
         run(*words.split(), "--out", tmp_path / "out")

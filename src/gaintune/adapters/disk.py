@@ -195,7 +195,7 @@ def _saved_tensors(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _loading(folder: Path, base: Base) -> Iterator[None]:
-    """Raise AdapterError for whatever PEFT raises where a shape, a name or a config is wrong."""
+    """Raise AdapterError for any error of PEFT's, such as for a wrong shape, name or config."""
     try:
         yield
     except AdapterError:

@@ -9,11 +9,10 @@ from typing import Any, ParamSpec
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gaintune.report import MUTED, NONE, SHADE, look, markdown_table, styled
+from gaintune.report import NONE, SHADE, markdown_table, style_of, styled, without_frame
 from gaintune.results import Interval
 
 P = ParamSpec("P")
@@ -58,16 +57,9 @@ def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def line(index: int, *, marked: bool = True, **options: Any) -> dict[str, Any]:
     """Return what matplotlib needs to draw the line of a method, an adapter or a domain, by its position."""
-    style = look(index)
+    style = style_of(index)
     marker = {"marker": style.marker} if marked else {}
     return {"color": style.color, "linestyle": style.dashes, **marker, **options}
-
-
-def framed_by_nothing(axes: Axes) -> None:
-    """Draw neither ticks nor a frame: for heatmaps."""
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def layer_cells(
@@ -79,16 +71,7 @@ def layer_cells(
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_xticks(np.arange(len(layers))[::every] + 0.5, [str(layer) for layer in layers[::every]])
     axes.invert_yaxis()
-    framed_by_nothing(axes)
-
-
-def color_bar(sheet: Figure, mapped: ScalarMappable, panels: Sequence[Axes], label: str, **options: Any) -> Any:
-    """Add the scale of a heatmap beside its panels."""
-    bar = sheet.colorbar(mapped, ax=list(panels), **options)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(length=0)
-    bar.set_label(label, color=MUTED)
-    return bar
+    without_frame(axes)
 
 
 def legend(sheet: Figure, labels: Sequence[str], most: int, *, marked: bool = False, **options: Any) -> None:

@@ -23,8 +23,8 @@ class Examples:
         input_ids: token ids, int64 `(rows, length)`.
         labels: the same ids, and -100 where a token is not scored, int64 `(rows, length)`; the first token of a row is
             never scored, whatever its label.
-        position_ids: position of each token in its own text, int64 `(rows, length)`; where it starts anew at 0, another
-            text begins, and neither attends to the other. None where a row is one stream of text.
+        position_ids: position of each token in its own text, int64 `(rows, length)`; where it is 0 again, another text
+            begins, and neither attends to the other. None where a row is one stream of text.
     """
 
     input_ids: torch.Tensor
@@ -130,7 +130,7 @@ class Packed:
     """Blocks of text or of rows, and what packing left out or cut.
 
     Attributes:
-        examples: the blocks, `(blocks, block_size)`; of several rows in a block, `position_ids` start anew at each row
+        examples: the blocks, `(blocks, block_size)`; of several rows in a block, `position_ids` start again at each row
             and where padding begins.
         bytes: UTF-8 bytes of the scored tokens of each block.
         passages: what is in the blocks, in order.

@@ -244,9 +244,10 @@ def _compare(
 
     def figure(number: int, label: str, loss: DomainLoss, base: DomainLoss | None) -> PerplexityFigure:
         name = domains[number].name
-        change = (None, None, None) if base is None else astuple(paired_change(base, loss, name, plan.evaluate))
+        paired = (None, None, None) if base is None else astuple(paired_change(base, loss, name, plan.evaluate))
+        change, low, high = paired
         bits, masked = (None, sum(loss.tokens)) if loss.bytes is None else (loss.bits_per_byte, None)
-        return PerplexityFigure(name, label, loss.perplexity, bits, *change, masked=masked)
+        return PerplexityFigure(name, label, loss.perplexity, bits, change, low, high, masked)
 
     before, adapted = measure_base_and_adapters(plan, adapters, load, prepare, allow_other_base=allow_other_base)
     return paired_figures(before, adapted, figure)

@@ -130,7 +130,7 @@ class L2(TrainingRule):
         self._strength = strength
         self._pulls = position.previous is not None
         self._anchor: dict[str, torch.Tensor] = {}
-        # room for distances: to make it anew at every update would take most of the penalty's time
+        # room for distances: to allocate it at every update would take most of the penalty's time
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def start(self, model: nn.Module, steps: int) -> None:

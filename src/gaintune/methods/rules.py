@@ -108,7 +108,7 @@ class SubspaceProjection(TrainingRule):
     """
 
     def start(self, model: nn.Module, steps: int) -> None:
-        """Attach the hooks anew."""
+        """Attach the hooks again."""
         from peft.tuners.osf.layer import OSFLayer
 
         for layer in model.modules():

@@ -202,14 +202,13 @@ def read_weights(
 
 
 def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
-    """Write a model as safetensors, also where its generation settings contradict each other, as some of the hub do."""
-    from transformers import GenerationConfig
-
-    settings: Any = getattr(model, "generation_config", None) or GenerationConfig()  # a classifier has none
+    """Write a model as safetensors, even if its generation settings contradict each other, as some do."""
+    saved: Any = model
     try:
-        settings.validate(strict=True)
+        if getattr(saved, "generation_config", None) is not None:  # a classifier has none
+            saved.generation_config.validate(strict=True)
     except ValueError:  # a temperature without sampling: transformers reads such settings but refuses to write them
-        settings.do_sample = True
+        saved.generation_config.do_sample = True
         logger.info("generation settings name a temperature without sampling; writing them with sampling on")
     model.save_pretrained(folder, **options)
 
@@ -269,7 +268,7 @@ def tokenizer_of(checkpoint: Checkpoint, config: ModelConfig) -> PreTrainedToken
         kind, stated = (_read_keys(folder / file) for file in ("config.json", "tokenizer_config.json"))
         begin_texts(tokenizer, kind.get("model_type"), stated=stated.get("add_bos_token") is True)
         return tokenizer
-    except Exception as error:  # a damaged file raises whatever its parser does
+    except Exception as error:  # a damaged file raises an error of its parser's
         reason = one_line(error)[:300]
         raise BaseModelError(f"{shown}: the tokenizer in {folder} cannot be loaded ({reason})") from error
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from gaintune.report.palette import LOOKS
+from gaintune.report.palette import STYLES
 
 INK, MUTED, RULE, SHADE, PAGE = "#1a1d21", "#5f6773", "#d5d9df", "#eef0f3", "#fefefe"
 STYLE: dict[Any, Any] = {
@@ -62,6 +63,22 @@ def ruled(axes: Axes, along: Literal["x", "y", "both"] = "y", which: Literal["ma
     axes.tick_params(length=0, which=which)
 
 
+def without_frame(axes: Axes) -> None:
+    """Draw neither ticks nor a frame, as around a heatmap."""
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def color_bar(sheet: Figure, mapped: ScalarMappable, beside: Sequence[Axes], label: str, **options: Any) -> Any:
+    """Add the scale of a heatmap beside its panels."""
+    bar = sheet.colorbar(mapped, ax=list(beside), **options)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(length=0)
+    bar.set_label(label, color=MUTED)
+    return bar
+
+
 def render(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any) -> bytes:
     """Return a figure as the bytes of a PNG or SVG file, without dates or program names in it."""
     if kind == "svg":
@@ -91,7 +108,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     themed = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SHADE: "--shade", PAGE: "--page"}
-    themed |= {one.color: f"--series-{index}" for index, one in enumerate(LOOKS)}
+    themed |= {one.color: f"--series-{index}" for index, one in enumerate(STYLES)}
     for color, variable in themed.items():
         text = text.replace(color, f"var({variable})")
     text = re.sub(r"font: ((?:[\w-]+ )*)([\d.]+)px [^;\"]+", r"font: \1\2px var(--font)", text)

@@ -25,9 +25,9 @@ from matplotlib.patches import Patch, Rectangle
 from gaintune.config import Plan, build_plan, plan_yaml, read_values
 from gaintune.errors import RunDirectoryError
 from gaintune.progress import plural
-from gaintune.report import palette, tables, words
-from gaintune.report.canvas import INK, MUTED, PAGE, SHADE, STYLE, figure_files, inline_svg, panels, ruled
-from gaintune.report.palette import diverging, ink_on, limit_of, look
+from gaintune.report import canvas, palette, tables, words
+from gaintune.report.canvas import INK, MUTED, PAGE, SHADE, STYLE
+from gaintune.report.palette import diverging, ink_on, limit_of, style_of
 from gaintune.report.words import FIGURES, NONE, signed
 from gaintune.results import Cell, Interval, Matrix, MethodMatrix, Place, exact, recomputed
 from gaintune.storage import read_stored, write_bytes, write_json, write_text
@@ -42,7 +42,7 @@ HIGHEST = 150.0  # % at which a curve or dot meets the edge, so that one collaps
 def write_report(run: str | Path) -> Path:
     """Write report.html, figures/, matrix.csv and matrix.md into a run directory, from what it holds.
 
-    Figures and intervals are made anew from the losses of every block, and matrix.json is written too where they
+    Figures and intervals are computed again from the losses of every block, and matrix.json is written too where they
     differ from its own, as those of a run of an earlier version may. Returns the path of the page.
 
     Raises:
@@ -71,7 +71,7 @@ def write_report(run: str | Path) -> Path:
     write_text(run / "matrix.csv", tables.tidy(matrix).to_csv(index=False, lineterminator="\n"))
     write_text(run / "matrix.md", tables.to_markdown(matrix))
     for name, draw in (("matrix", heatmaps), ("curves", curves), ("summary", summary)):
-        for file, content in figure_files(name, draw(matrix)).items():
+        for file, content in canvas.figure_files(name, draw(matrix)).items():
             write_bytes(run / "figures" / file, content)
     write_text(run / "report.html", page)
     return run / "report.html"
@@ -121,7 +121,7 @@ def _table(frame: pd.DataFrame, caption: str) -> Markup:
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    return Markup(inline_svg(figure, name))  # matplotlib has escaped every text in it
+    return Markup(canvas.inline_svg(figure, name))  # matplotlib has escaped every text in it
 
 
 def _methods(matrix: Matrix) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ def _methods(matrix: Matrix) -> list[dict[str, Any]]:
     return [
         {
             "label": method.label,
-            "series": index % len(palette.LOOKS),
+            "series": index % len(palette.STYLES),
             "verdict": words.verdict(method),
             "numbers": [
                 (heading, signed(figure.value, "%"), words.bracket(figure), TONES[figure.sign])
@@ -212,9 +212,7 @@ def _heatmap(axes: Axes, matrix: Matrix, method: MethodMatrix, colors: Colormap,
     axes.set_xticks([column + 0.5 for column in range(len(matrix.domains))], list(matrix.domains), color=INK, **slant)
     rows = [f"{index + 1} {name}" for index, name in enumerate(names)]
     axes.set_yticks([row + 0.5 for row in range(stages)], rows, color=INK)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    canvas.without_frame(axes)
     axes.set_title(method.label, loc="left", pad=8)
 
 
@@ -228,18 +226,16 @@ def heatmaps(matrix: Matrix) -> Figure:
     domains, stages, methods = len(matrix.domains), max(len(matrix.planned), 1), len(matrix.methods)
     columns = max(1, min(methods, 16 // domains))
     width = max(columns * (0.62 * domains + 0.085 * max(map(len, matrix.domains)) + 0.3), 6.4)
-    sheet, grid = panels(methods, columns, lambda rows, _: (width, rows * (0.42 * stages + 0.9) + 1.2))
+    sheet, grid = canvas.panels(methods, columns, lambda rows, _: (width, rows * (0.42 * stages + 0.9) + 1.2))
     limit = limit_of(matrix)
     for axes, method in zip(grid, matrix.methods, strict=True):
         _heatmap(axes, matrix, method, diverging(), Normalize(-limit, limit, clip=True))
-    bar = sheet.colorbar(
-        ScalarMappable(Normalize(-limit, limit), diverging()), ax=sheet.axes, orientation="horizontal",
-        fraction=0.05, aspect=40, shrink=min(1.0, 6.0 / width), pad=0.03, format=_tick,
+    canvas.color_bar(
+        sheet, ScalarMappable(Normalize(-limit, limit), diverging()), sheet.axes,
+        "perplexity after the stage (row) against the base, %  —  blue is better, red is worse",
+        orientation="horizontal", fraction=0.05, aspect=40, shrink=min(1.0, 6.0 / width), pad=0.03, format=_tick,
         extend="both" if palette.largest_change(matrix) > limit else "neither",
     )  # fmt: skip
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(length=0)
-    bar.set_label("perplexity after the stage (row) against the base, %  —  blue is better, red is worse", color=MUTED)
     handles = [
         Patch(facecolor="white", edgecolor=INK, linewidth=1.8, label="trained at this stage"),
         Patch(facecolor="white", edgecolor="#9aa0a8", linewidth=0, hatch="////", label="not yet trained"),
@@ -273,7 +269,7 @@ def _curve_panel(axes: Axes, matrix: Matrix, domain: str) -> None:
     axes.axvspan(0, own or last + 0.3, color=SHADE, linewidth=0, zorder=0)
     axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
     for index, method in enumerate(matrix.methods):
-        style, series = look(index), _series(method, domain)
+        style, series = style_of(index), _series(method, domain)
         values = {stage: figure.value for stage, figure in series.items()}
         lows = [figure.value if figure.low is None else figure.low for figure in series.values()]
         highs = [figure.value if figure.high is None else figure.high for figure in series.values()]
@@ -293,7 +289,7 @@ def _curve_panel(axes: Axes, matrix: Matrix, domain: str) -> None:
     axes.set_xlim(0, last + 0.3)
     axes.set_ylim(low, high)
     axes.set_xticks(range(last + 1), ["base", *(str(step) for step in range(1, last + 1))])
-    ruled(axes)
+    canvas.ruled(axes)
     axes.set_title(f"{own} {domain}" if own else f"{domain} (never trained)", loc="left")
 
 
@@ -303,14 +299,14 @@ def curves(matrix: Matrix) -> Figure:
     count = len(matrix.domains)
     columns = min(count, 4) if count not in (5, 6, 9) else 3
     width = max(3.1 * columns, 5.2)
-    sheet, grid = panels(count, columns, lambda rows, _: (width, 2.3 * rows + 0.75), sharey=True, sharex=True)
+    sheet, grid = canvas.panels(count, columns, lambda rows, _: (width, 2.3 * rows + 0.75), sharey=True, sharex=True)
     for index, (axes, domain) in enumerate(zip(grid, matrix.domains, strict=True)):
         _curve_panel(axes, matrix, domain)
         axes.tick_params(labelleft=index % columns == 0, labelbottom=index + columns >= count)
-    looks = {method.label: look(index) for index, method in enumerate(matrix.methods)}
+    styles = {method.label: style_of(index) for index, method in enumerate(matrix.methods)}
     handles: list[Any] = [
         Line2D([], [], color=one.color, linestyle=one.dashes, marker=one.marker, markersize=5, label=label)
-        for label, one in looks.items()
+        for label, one in styles.items()
     ]
     ring: Any = {"marker": "o", "markersize": 7.5, "linestyle": "", "markeredgecolor": INK}
     handles += [Line2D([], [], color=MUTED, label="its own stage", **ring), Patch(color=SHADE, label="not yet trained")]
@@ -335,7 +331,7 @@ def _summary_panel(axes: Axes, matrix: Matrix, name: str) -> None:
     axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
     plate = {"facecolor": PAGE, "edgecolor": "none", "pad": 1.2}  # keeps lines out of the letters
     for row, method in enumerate(matrix.methods):
-        style, figure = look(row), getattr(method.summary, name)
+        style, figure = style_of(row), getattr(method.summary, name)
         text = NONE if figure is None else signed(figure.value, "%")
         axes.text(left, row - 0.3, method.label, va="center", fontsize=8.5, color=MUTED, bbox=plate)
         axes.text(right, row - 0.3, text, va="center", ha="right", color=INK, bbox=plate)
@@ -350,7 +346,7 @@ def _summary_panel(axes: Axes, matrix: Matrix, name: str) -> None:
     axes.set_xlim(left, right)
     axes.set_ylim(len(matrix.methods) - 0.45, -0.65)
     axes.set_yticks([])
-    ruled(axes, "x")
+    canvas.ruled(axes, "x")
     axes.spines["left"].set_visible(False)
     axes.set_title(FIGURES[name][0], loc="left")
 
@@ -376,7 +372,7 @@ def summary(matrix: Matrix) -> Figure:
     names = summary_names(matrix) or ["in_domain"]
     columns = min(len(names), 3)
     width, height = max(3.5 * columns, 4.5), 0.65 + 0.45 * len(matrix.methods)
-    sheet, grid = panels(len(names), columns, lambda rows, _: (width, rows * height + 0.3))
+    sheet, grid = canvas.panels(len(names), columns, lambda rows, _: (width, rows * height + 0.3))
     for axes, name in zip(grid, names, strict=True):
         _summary_panel(axes, matrix, name)
     sheet.supxlabel("perplexity against the base, % (lower is better)", fontsize=9, color=MUTED)

@@ -16,8 +16,8 @@ SMALLEST_LIMIT, LARGEST_LIMIT = 5.0, 30.0
 
 
 @dataclass(frozen=True)
-class Look:
-    """Line of one method: color, dashes and marker all differ, so none of them is needed alone."""
+class LineStyle:
+    """Style of one method's line: color, dashes and marker all differ, so that none of them is needed alone."""
 
     color: str
     dark_color: str
@@ -26,19 +26,19 @@ class Look:
 
 
 # Okabe and Ito's colors, the light ones darkened to be read on white
-LOOKS = (
-    Look("#0072b2", "#56b4e9", (0, ()), "o"),
-    Look("#d55e00", "#ff8c42", (0, (5, 1.6)), "s"),
-    Look("#00856a", "#2fc79e", (0, (1, 1.2)), "^"),
-    Look("#a8518a", "#e59ac6", (0, (5, 1.4, 1, 1.4)), "D"),
-    Look("#8a6d00", "#e6c229", (0, (8, 2, 1, 1, 1, 2)), "v"),
-    Look("#4d4d4d", "#bdbdbd", (0, (3, 3)), "P"),
+STYLES = (
+    LineStyle("#0072b2", "#56b4e9", (0, ()), "o"),
+    LineStyle("#d55e00", "#ff8c42", (0, (5, 1.6)), "s"),
+    LineStyle("#00856a", "#2fc79e", (0, (1, 1.2)), "^"),
+    LineStyle("#a8518a", "#e59ac6", (0, (5, 1.4, 1, 1.4)), "D"),
+    LineStyle("#8a6d00", "#e6c229", (0, (8, 2, 1, 1, 1, 2)), "v"),
+    LineStyle("#4d4d4d", "#bdbdbd", (0, (3, 3)), "P"),
 )
 
 
-def look(index: int) -> Look:
-    """Return the look of a method by its index in the plan."""
-    return LOOKS[index % len(LOOKS)]
+def style_of(index: int) -> LineStyle:
+    """Return the line style of a method by its index in the plan."""
+    return STYLES[index % len(STYLES)]
 
 
 def diverging() -> Colormap:
@@ -78,7 +78,7 @@ def ink_on(color: str) -> str:
 def css() -> tuple[str, str]:
     """Write style rules of the shades and of the methods' colors: for light pages, and for dark ones."""
     dark = LinearSegmentedColormap.from_list("gaintune-dark", ["#2f7fc1", "#2b4a66", "#2a2d33", "#66392f", "#c24a3a"])
-    return _rules(diverging(), [one.color for one in LOOKS]), _rules(dark, [one.dark_color for one in LOOKS])
+    return _rules(diverging(), [one.color for one in STYLES]), _rules(dark, [one.dark_color for one in STYLES])
 
 
 def _rules(scale: Colormap, series: list[str]) -> str:

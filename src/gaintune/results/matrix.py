@@ -240,7 +240,7 @@ def _method(
 
 
 def recomputed(folder: Path, matrix: Matrix, settings: EvaluateConfig) -> Matrix:
-    """Compute a run's matrix anew by today's statistics, from the stored losses of every block.
+    """Compute a run's matrix again, with today's statistics, from the stored losses of every block.
 
     Returns the given matrix, with a warning, where a file of losses is missing, as when only matrix.json was kept.
     `settings` are the resamples, confidence and seed of the run's plan.

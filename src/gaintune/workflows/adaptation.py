@@ -246,7 +246,7 @@ class AdaptationJob:
         """Refuse to continue where base, texts or start differ from those that the run began with."""
         start = None if self.start is None else sha256_file(adapters.adapter_weights(self.start))
         inputs = {**describe_inputs(fingerprint, domains), "start": start}
-        run.write_once("inputs.json", inputs, f"To begin anew, delete {self._unfinished}")
+        run.write_once("inputs.json", inputs, f"To start over, delete {self._unfinished}")
 
     def model(self, base: Base, **new: Any) -> nn.Module:
         """Return the base ready to train, with the adapter to continue or a new one; `new` goes to `attach`."""
@@ -360,19 +360,19 @@ def resumed_method(
         AdapterError, BaseMismatchError: not an adapter folder, a damaged one, or one of another base.
         ConfigError: another method made it, or with other options than the plan gives.
     """
-    record, method, anew = adapters.read_record(start), plan.methods[0], "leave --start out to begin anew"
+    record, method, advice = adapters.read_record(start), plan.methods[0], "leave --start out to start over"
     if record is None:
         config, entry = adapters.read_config(start), methods.check_method(method)
         if methods.kind_of(config) != entry.kind:
             raise ConfigError(
                 f"{start} is a {methods.kind_of(config)} adapter, and method {method.name!r} continues "
-                f"{entry.kind or 'full weights'}: choose its own method with --method, or {anew}"
+                f"{entry.kind or 'full weights'}: choose its own method with --method, or {advice}"
             )
         had = methods.stored_options(entry, config)
     elif record.method != method.name:
         raise ConfigError(
             f"{start} was made by method {record.method!r}, and {method.name!r} cannot continue it: use --method "
-            f"{record.method}, or {anew}"
+            f"{record.method}, or {advice}"
         )
     else:
         had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
@@ -381,7 +381,7 @@ def resumed_method(
         if given is not None and given != held:
             made = f"without choosing {option}" if held is None else f"with {option} {reprlib.repr(held)}"
             raise ConfigError(
-                f"{start} was made {made}, and cannot be continued with {given!r}: leave {option} out, or {anew}"
+                f"{start} was made {made}, and cannot be continued with {given!r}: leave {option} out, or {advice}"
             )
     adapters.check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
     kept = {option: getattr(had, option) for option in methods.OPTIONS if getattr(method, option) is None}

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result
-from gaintune.analysis.drawing import color_bar, drawn, layer_cells, line, text_frame, text_table
+from gaintune.analysis.drawing import drawn, layer_cells, line, text_frame, text_table
 from gaintune.analysis.gains.survey import NEAR, FactorSequence, FactorSurvey, StageFactors
-from gaintune.report import INK, RULE, diverging, ruled
+from gaintune.report import INK, RULE, color_bar, diverging, ruled
 from gaintune.results import Interval, exact
 from gaintune.storage import describe_environment
 

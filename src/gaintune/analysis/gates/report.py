@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result, Subject
-from gaintune.analysis.drawing import color_bar, drawn, layer_cells, legend, line, text_frame, text_table
+from gaintune.analysis.drawing import drawn, layer_cells, legend, line, text_frame, text_table
 from gaintune.analysis.gates import CLOSED, OPEN
 from gaintune.analysis.gates.survey import (
     ALL,
@@ -35,7 +35,7 @@ from gaintune.analysis.gates.survey import (
 )
 from gaintune.analysis.positions import DEPTHS
 from gaintune.progress import plural
-from gaintune.report import MUTED, ruled
+from gaintune.report import MUTED, color_bar, ruled
 from gaintune.results import Interval, bare
 
 NAMES = {"attention": "attention", "mlp": "MLP", ALL: "all layers"}

@@ -15,7 +15,7 @@ from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Numbers, Result, Subject
-from gaintune.analysis.drawing import color_bar, drawn, ends, framed_by_nothing, legend, with_ends
+from gaintune.analysis.drawing import drawn, ends, legend, with_ends
 from gaintune.analysis.landscape.directions import WAYS
 from gaintune.analysis.landscape.survey import DomainFigures, Landscape, Surface, range_apart
 from gaintune.report import (
@@ -23,15 +23,17 @@ from gaintune.report import (
     MUTED,
     NONE,
     RULE,
+    color_bar,
     diverging,
     ink_on,
     limit_for,
-    look,
     markdown_table,
     panels,
     ruled,
     signed,
+    style_of,
     with_interval,
+    without_frame,
 )
 from gaintune.results import Interval, exact
 
@@ -104,7 +106,7 @@ def geometry(surface: Surface) -> str:
 def _curve(axes: Axes, landscape: Landscape, domain: str) -> None:
     """Draw the perplexity of one domain along every line, with its paired interval around the change."""
     for index, line in enumerate(landscape.lines):
-        style, t = look(index), [t for (t,) in line.points]
+        style, t = style_of(index), [t for (t,) in line.points]
         changes = [line.change(position, domain) for position in line.points]
         base = line.origin[domain].perplexity
         columns = ([change.value for change in changes], *ends(changes))
@@ -174,7 +176,7 @@ def _heatmap(axes: Axes, plane: Surface, domain: str, colors: Colormap, scale: N
     axes.set_xticks(np.arange(len(steps)) + 0.5, labels)
     axes.set_yticks(np.arange(len(steps)) + 0.5, labels)
     axes.set_aspect("equal")
-    framed_by_nothing(axes)
+    without_frame(axes)
     axes.set_title(domain, loc="left")
 
 

@@ -153,7 +153,7 @@ def range_apart(one: Surface, other: Surface, domain: str) -> Interval:
 
     A range takes up noise, so the value leans to the surface that varies more from block to block. Its interval holds
     two: that of the ranges between the positions where each surface is highest and lowest as measured, and the basic
-    bootstrap's of ranges between positions that are sought anew in every resample.
+    bootstrap's of ranges between positions that are found again in every resample.
     """
     assert one.settings == other.settings, "surfaces of one call have one plan"
     first, second = one.losses_between(domain), other.losses_between(domain)

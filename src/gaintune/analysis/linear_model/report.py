@@ -16,7 +16,7 @@ from gaintune.analysis.base import Headline, Result, Subject
 from gaintune.analysis.drawing import drawn
 from gaintune.analysis.linear_model import LinearModelOptions
 from gaintune.analysis.linear_model.survey import METHODS, POSITIONS, Losses, SeedResult, Trained
-from gaintune.report import INK, MUTED, RULE, SHADE, look, markdown_table, ruled
+from gaintune.report import INK, MUTED, RULE, SHADE, markdown_table, ruled, style_of
 from gaintune.results import Interval
 from gaintune.storage import describe_environment
 
@@ -147,7 +147,7 @@ def _curves(axes: Axes, results: Sequence[SeedResult]) -> None:
     """Draw loss over steps, in units of each seed's best fixed correction: a thin line a seed, a thick one the mean."""
     steps = results[0].trained[0].steps
     for index, method in enumerate(METHODS):
-        style = look(index)
+        style = style_of(index)
         lines = np.array([[loss.total / r.best_fixed.total for loss in r.trained[index].curve] for r in results])
         axes.plot(steps, lines.T, color=style.color, linewidth=0.5, alpha=0.35)
         axes.plot(steps, lines.mean(0), color=style.color, linestyle=style.dashes, linewidth=1.8, label=LABELS[method])
@@ -170,7 +170,7 @@ def _curves(axes: Axes, results: Sequence[SeedResult]) -> None:
 
 def _gates(axes: Axes, results: Sequence[SeedResult]) -> None:
     """Draw trained gates against the Bayes gate, between and around the two means."""
-    style = look(METHODS.index("disel"))
+    style = style_of(METHODS.index("disel"))
     gates = np.concatenate([each.gates for r in results for each in r.trained if each.gates is not None], axis=1)
     thick: Any = {"color": style.color, "linestyle": style.dashes, "linewidth": 1.8}
     for mean, text in ((-1, "keep"), (1, "adapt")):

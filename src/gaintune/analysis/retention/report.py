@@ -16,7 +16,7 @@ from gaintune.analysis.base import Headline, Result, Subject
 from gaintune.analysis.drawing import drawn, ends, legend
 from gaintune.analysis.retention import RetentionOptions
 from gaintune.analysis.retention.survey import Retention, SnapshotScores, Trajectory
-from gaintune.report import INK, Look, look, markdown_table, ruled, with_interval
+from gaintune.report import INK, LineStyle, markdown_table, ruled, style_of, with_interval
 from gaintune.results import Interval, highest, lowest
 
 
@@ -98,7 +98,7 @@ def markdown(retention: Retention) -> str:
 def _over_time(axes: Axes, retention: Retention, side: Side) -> None:
     """Draw a side over the updates, a line for each adaptation, with its interval."""
     for index, trajectory in enumerate(retention.trajectories):
-        style = look(index)
+        style = style_of(index)
         read = {snapshot.step: side.read(trajectory, snapshot) for snapshot in trajectory.snapshots}
         points = {step: figure for step, figure in read.items() if figure is not None}
         axes.fill_between([*points], *ends([*points.values()]), color=style.color, alpha=0.16, linewidth=0)
@@ -109,14 +109,14 @@ def _over_time(axes: Axes, retention: Retention, side: Side) -> None:
     axes.set_title(side.name, loc="left")
 
 
-def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], style: Look) -> None:
+def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], style: LineStyle) -> None:
     axes.plot(xs, ys, color=style.color, linestyle=style.dashes, marker=style.marker, linewidth=1.5, markersize=3.5)
 
 
 def _against(axes: Axes, retention: Retention, target: Side, kept: Side) -> None:
     """Draw retention against the target: each adaptation is a path, larger where it ends."""
     for index, trajectory in enumerate(retention.trajectories):
-        style = look(index)
+        style = style_of(index)
         pairs = [[side.read(trajectory, snapshot) for side in (target, kept)] for snapshot in trajectory.snapshots]
         points = [(one.value, other.value) for one, other in pairs if one is not None and other is not None]
         if not points:

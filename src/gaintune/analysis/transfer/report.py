@@ -12,9 +12,19 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result
-from gaintune.analysis.drawing import drawn, framed_by_nothing
+from gaintune.analysis.drawing import drawn
 from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Sharing, Transfer
-from gaintune.report import INK, Look, diverging, ink_on, look, markdown_table, ruled, with_interval
+from gaintune.report import (
+    INK,
+    LineStyle,
+    diverging,
+    ink_on,
+    markdown_table,
+    ruled,
+    style_of,
+    with_interval,
+    without_frame,
+)
 from gaintune.results import Interval, exact
 
 NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
@@ -100,7 +110,7 @@ def _correlations(axes: Axes, sharing: Sharing) -> None:
     axes.set_yticks(middles, sharing.labels)
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    framed_by_nothing(axes)
+    without_frame(axes)
     axes.set_title("Correlation of the gains", loc="left")
 
 
@@ -110,7 +120,7 @@ def _dots(axes: Axes, transfer: Transfer) -> None:
     rows: list[tuple[str, Part, Ablation]] = [("", "whole", transfer.ablations[0])]
     rows.extend((ablation.component, part, ablation) for ablation in transfer.ablations for part in PARTS[1:])
     for height, (component, part, ablation) in enumerate(rows):
-        style = look(PARTS.index(part))
+        style = style_of(PARTS.index(part))
         _dot(axes, height - 0.12, ablation.transfer(part), style, filled=True)
         _dot(axes, height + 0.16, ablation.in_domain(part), style, filled=False)
         labels.append(f"{NAMES[part]}\n({component})" if component else NAMES[part])
@@ -122,7 +132,7 @@ def _dots(axes: Axes, transfer: Transfer) -> None:
     axes.set_title("What is left of transfer", loc="left")
 
 
-def _dot(axes: Axes, height: float, figure: Interval, style: Look, *, filled: bool) -> None:
+def _dot(axes: Axes, height: float, figure: Interval, style: LineStyle, *, filled: bool) -> None:
     if figure.low is not None and figure.high is not None:
         alpha = 1 if filled else 0.5
         axes.plot([figure.low, figure.high], [height, height], color=style.color, linewidth=1.4, alpha=alpha)

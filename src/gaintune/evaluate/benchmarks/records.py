@@ -166,7 +166,7 @@ def _compare(base: BenchmarkScore, adapted: BenchmarkScore, label: str, config: 
     difference = paired_difference(base, adapted, config)
     if base.aggregation == "perplexity":  # items are log-likelihoods: when they fall, the perplexity rises
         ends = (difference.high, difference.low)
-        low, high = (None if end is None else float(percent(np.asarray(0.0 - end))) for end in ends)
+        low, high = (None if nats is None else float(percent(np.asarray(0.0 - nats))) for nats in ends)
         value = float(percent(np.asarray(0.0 - difference.value)))
         return BenchmarkComparison(label, base, adapted, Interval(value, low, high), "%")
     if base.is_share and adapted.is_share:
@@ -205,7 +205,7 @@ USUAL = ("acc", "exact_match", "pass@1")
 
 
 def counting_score(scores: Sequence[BenchmarkScore], task: str) -> BenchmarkScore:
-    """Return the metric that counts of a task, whatever the order in which lm-eval lists its filters.
+    """Return the score of a task's metric that counts, in whatever order lm-eval lists its filters.
 
     Raises:
         ConfigError: no metric that is a share of rows, or none that is known to count.

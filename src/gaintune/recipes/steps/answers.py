@@ -26,7 +26,7 @@ from gaintune.evaluate import ChoiceFigure, compare_choices, difference
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps.train import MEASURE, OWN_DOMAINS, sums_of, train
-from gaintune.report import INK, NONE, figure_files, look, ruled, styled, summary_frame, with_interval
+from gaintune.report import INK, NONE, figure_files, ruled, style_of, styled, summary_frame, with_interval
 from gaintune.results import Interval, in_percent
 from gaintune.storage import Run, make_folder, write_bytes
 
@@ -164,7 +164,7 @@ def _write_figure(figures: Figures, folder: Path) -> None:
             x, y = [place + shift for place in range(len(sets))], [100 * share.value for share in shares]
             below = [100 * (share.value - (share.low or 0)) for share in shares]
             above = [100 * ((1 if share.high is None else share.high) - share.value) for share in shares]
-            style = look(index)
+            style = style_of(index)
             axes.errorbar(x, y, yerr=[below, above], color=style.color, fmt=style.marker, markersize=5, label=label)
         for place, name in enumerate(sets):
             level = 100 * figures[BASE, name].majority

@@ -26,7 +26,7 @@ from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import BUDGETS
 from gaintune.recipes.schema import laid_over
 from gaintune.recipes.steps.train import OWN_DOMAINS, sums_of
-from gaintune.report import INK, MUTED, NONE, figure_files, look, ruled, styled
+from gaintune.report import INK, MUTED, NONE, figure_files, ruled, style_of, styled
 from gaintune.results import Interval, bare, replicated
 from gaintune.storage import Run, damage, make_folder, read_stored, write_bytes, write_json, write_text
 from gaintune.workflows import adapt_classifier
@@ -352,7 +352,7 @@ def figure(rows: Rows, base: float) -> Figure:
 
 
 def _draw_method(axes: Axes, rows: Rows, index: int) -> None:
-    style, ranks = look(index), _grouped(rows, "rank")
+    style, ranks = style_of(index), _grouped(rows, "rank")
     across, up = ([by_seed(own, field) for own in ranks.values()] for field in ("perplexity", "accuracy"))
     x, y = ([mean(values) for values in side] for side in (across, up))
     x_spread, y_spread = ([stdev(v) if len(v) > 1 else 0.0 for v in side] for side in (across, up))

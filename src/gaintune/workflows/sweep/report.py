@@ -13,7 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from gaintune.progress import plural
-from gaintune.report import FIGURES, INK, PAGE, figure_files, look, markdown_table, ruled, signed, styled, with_interval
+from gaintune.report import (
+    FIGURES,
+    INK,
+    PAGE,
+    figure_files,
+    markdown_table,
+    ruled,
+    signed,
+    style_of,
+    styled,
+    with_interval,
+)
 from gaintune.results import Interval
 from gaintune.storage import describe_environment, write_bytes, write_json, write_text
 from gaintune.workflows.sweep.compare import CurvePair, Pair, Point, SweepComparison
@@ -173,7 +184,7 @@ def _ends_in(interval: Interval, side: tuple[float, float]) -> bool:
 
 
 def _draw_variant(axes: Axes, points: list[Point], index: int) -> None:
-    style = look(index)
+    style = style_of(index)
     x, y = [point.in_domain.value for point in points], [point.figure.value for point in points]
     axes.plot(
         x, y, color=style.color, linestyle=style.dashes, marker=style.marker, markersize=5, label=points[0].variant
