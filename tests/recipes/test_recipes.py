@@ -141,8 +141,8 @@ MINE = {
 
 def test_the_list_has_every_experiment_of_both_papers():
     said = run("recipe", "list")
-    assert len(recipes()) == 24
-    assert all(name in said for name in (*(f"G{number}" for number in range(1, 20)), "D1", "D2", "D3", "D4", "D5"))
+    papers = (*(f"G{number}" for number in range(1, 20)), "D1", "D2", "D3", "D4", "D5")
+    assert set(papers) <= set(recipes()) and all(name in said for name in papers)
 
 
 def test_an_experiment_is_shown_with_its_steps_scales_and_claims():

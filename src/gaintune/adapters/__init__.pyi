@@ -14,9 +14,9 @@ from .record import WEIGHTS as WEIGHTS
 from .record import AdapterRecord as AdapterRecord
 from .record import adapter_labels as adapter_labels
 from .record import adapter_method as adapter_method
-from .record import adapter_weights as adapter_weights
 from .record import check_adapter as check_adapter
-from .record import check_whole as check_whole
+from .record import check_undamaged as check_undamaged
 from .record import claimed_base as claimed_base
+from .record import identity_file as identity_file
 from .record import read_config as read_config
 from .record import read_record as read_record

@@ -191,7 +191,7 @@ def claimed_base(folder: Path, record: AdapterRecord | None) -> ModelConfig:
     raise AdapterError(f"{folder / CONFIG} names no base: say which model it belongs to")
 
 
-def adapter_weights(folder: Path) -> Path:
+def identity_file(folder: Path) -> Path:
     """Return the file whose SHA-256 stands for the whole adapter: the manifest if there is one, else the weights."""
     return folder / files.MANIFEST if (folder / files.MANIFEST).is_file() else folder / WEIGHTS
 
@@ -220,7 +220,7 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
         BaseMismatchError: it was trained on another base.
     """
     record = read_record(folder)
-    check_whole(folder)
+    check_undamaged(folder)
     if record is None:
         claimed = read_config(folder).get("base_model_name_or_path")
         return f"{folder} has no {RECORD}: its base cannot be checked (it names {claimed}, this is {base})"
@@ -236,7 +236,7 @@ def check_adapter(folder: Path, base: str, fingerprint: str, *, allow_other_base
     return f"{message}; loading it anyway (allow_other_base)"
 
 
-def check_whole(folder: Path) -> None:
+def check_undamaged(folder: Path) -> None:
     """Refuse an adapter that its manifest shows to be damaged; one that PEFT wrote without us may have no manifest."""
     ours = (folder / files.MANIFEST).is_file() or (folder / RECORD).is_file()
     if ours and (problem := files.damage(folder)):

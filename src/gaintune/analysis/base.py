@@ -128,7 +128,7 @@ class Analysis:
 
     def measure(self, subject: Subject, options: Any, progress: Progress) -> Any:
         """Call `survey_NAME` of the folder's `survey.py`; the default for most analyses."""
-        survey = getattr(self.part("survey"), f"survey_{self.name}")
+        survey = getattr(self.part("survey"), f"survey_{self.name.replace('-', '_')}")
         adapters = subject.adapters[0] if self.takes == "adapter" else subject.adapters
         other = subject.allow_other_base
         return survey(subject.base_plan, adapters, options, allow_other_base=other, progress=progress)

@@ -1,29 +1,28 @@
-"""The analyses, by name. To add one: its folder (see `base.py`), and its class in `CATALOGUE`."""
+"""The analyses, by name. To add one: its folder (see `base.py`), and the folder's name in `FOLDERS`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from gaintune.analysis.base import Analysis
-from gaintune.analysis.gains import GainsAnalysis
-from gaintune.analysis.gates import GatesAnalysis
-from gaintune.analysis.landscape import LandscapeAnalysis
-from gaintune.analysis.linear_model import LinearModelAnalysis
-from gaintune.analysis.retention import RetentionAnalysis
-from gaintune.analysis.subspace import SubspaceAnalysis
-from gaintune.analysis.tokens import TokensAnalysis
-from gaintune.analysis.transfer import TransferAnalysis
 from gaintune.errors import RunDirectoryError
 from gaintune.storage import canonical_json, strangers
 
-CATALOGUE = (
-    GatesAnalysis, LinearModelAnalysis, GainsAnalysis, SubspaceAnalysis, TokensAnalysis, LandscapeAnalysis,
-    TransferAnalysis, RetentionAnalysis,
-)  # fmt: skip
-ANALYSES: dict[str, Analysis] = {analysis.name: analysis() for analysis in CATALOGUE}
+FOLDERS = ("gates", "linear_model", "gains", "subspace", "tokens", "landscape", "transfer", "retention")
+
+
+def _analysis_in(folder: str) -> Analysis:
+    """Make the analysis whose class stands in a folder's `__init__.py`."""
+    module = import_module(f"gaintune.analysis.{folder}")
+    classes = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Analysis))
+    return next(found() for found in classes if found is not Analysis)
+
+
+ANALYSES: dict[str, Analysis] = {analysis.name: analysis for analysis in map(_analysis_in, FOLDERS)}
 
 
 def check_output(folder: Path, analysis: str) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.adapters import adapter_labels, adapter_method, adapter_weights, check_whole, read_config, read_record
+from gaintune.adapters import adapter_labels, adapter_method, check_undamaged, identity_file, read_config, read_record
 from gaintune.config import Plan
 from gaintune.data import DomainBlocks
 from gaintune.errors import AdapterError, ConfigError
@@ -36,8 +36,8 @@ class Origin:
 def origin_of(folder: Path) -> Origin:
     """Read an adapter's identity and making from its folder; AdapterError where it is damaged or no adapter."""
     record = read_record(folder)
-    check_whole(folder)
-    weights = adapter_weights(folder)
+    check_undamaged(folder)
+    weights = identity_file(folder)
     if not weights.is_file():
         raise AdapterError(f"{weights} is missing; restore the folder from where it was saved")
     name, digest = str(folder), sha256_file(weights)

@@ -56,8 +56,9 @@ class Method:
         quantized: whether the base may be quantized.
         shared: whether all modules share its matrices, so that its rank may exceed the sides of their weights.
         factors: the tensor of its factors; None where it multiplies no features.
-        line: how an adapter is moved along the line from the base through it: by its "gains", by the "scale" of its
-            update, "gated" (by the scale of an update that depends on the input), or by the "weights" themselves.
+        line: how an adapter is moved along the line from the base through it: by its "gains", by the "scale" of plain
+            LoRA's B A, "gated" (by the scale of an update that depends on the input), or by the merged "weights", which
+            every other method that merges can do.
     """
 
     name: str

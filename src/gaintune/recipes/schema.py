@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,10 +126,15 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Return the papers' recipes by id, in the order G1 to G19, D1 to D5."""
+    """Return the recipes by id, in the order G1 to G19, D1 to D5; others by name after them."""
     folder = Path(str(files("gaintune.recipes") / "experiments"))
     by_id = {recipe.id: recipe for recipe in map(read_recipe, folder.glob("*.yaml"))}
-    return {id_: by_id[id_] for id_ in sorted(by_id, key=lambda id_: (id_[0] != "G", int(id_[1:])))}
+
+    def order(name: str) -> tuple[int, int, str]:
+        paper = re.fullmatch(r"([GD])(\d+)", name)
+        return ("GD".index(paper[1]), int(paper[2]), name) if paper else (2, 0, name)
+
+    return {name: by_id[name] for name in sorted(by_id, key=order)}
 
 
 def recipe_named(name: str) -> Recipe:
@@ -139,8 +145,8 @@ def recipe_named(name: str) -> Recipe:
     """
     if Path(name).suffix in (".yaml", ".yml"):
         return read_recipe(Path(name))
-    known = recipes()
+    known = {recipe.id.upper(): recipe for recipe in recipes().values()}
     if name.upper() not in known:
-        there = ", ".join(known)
+        there = ", ".join(recipe.id for recipe in known.values())
         raise ConfigError(f"no recipe {name!r}; there are {there} (`gaintune recipe list`), or name a .yaml file")
     return known[name.upper()]

@@ -244,7 +244,7 @@ class AdaptationJob:
 
     def check_inputs(self, run: Run, fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> None:
         """Refuse to continue where base, texts or start differ from those that the run began with."""
-        start = None if self.start is None else sha256_file(adapters.adapter_weights(self.start))
+        start = None if self.start is None else sha256_file(adapters.identity_file(self.start))
         inputs = {**describe_inputs(fingerprint, domains), "start": start}
         run.write_once("inputs.json", inputs, f"To start over, delete {self._unfinished}")
 

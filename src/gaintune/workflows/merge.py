@@ -337,7 +337,7 @@ def _certify(
     count, size = plan.blocks.input_ids.shape
     return Certificate(
         adapter=str(plan.adapter),
-        adapter_sha256=files.sha256_file(adapters.adapter_weights(plan.adapter)),
+        adapter_sha256=files.sha256_file(adapters.identity_file(plan.adapter)),
         method=plan.method,
         merged_fingerprint=models.fingerprint_folder(folder, trust_remote_code=plan.model.trust_remote_code),
         dtype=models.DTYPE_NAMES[plan.dtype],

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gaintune.adapters import WEIGHTS, adapter_method, check_whole
+from gaintune.adapters import WEIGHTS, adapter_method, check_undamaged
 from gaintune.analysis.positions import PREFIX, ModulePosition, positions_of
 from gaintune.analysis.provenance import Origin, method_with, origin_of, table_labels
 from gaintune.config import build_plan, read_values
@@ -48,7 +48,7 @@ def read_factors(folder: Path) -> Factors:
         AdapterError: not an adapter, damaged, of a method without factors, or a factor that is not finite.
     """
     method = method_with("factors", folder, "gains; give one of method gain, gain-ffn or ia3")
-    check_whole(folder)
+    check_undamaged(folder)
     assert method.factors is not None
     parameter, start = method.factors
     path, values = folder / WEIGHTS, {}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gaintune.adapters import adapter_weights, attached, check_adapters
+from gaintune.adapters import attached, check_adapters, identity_file
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import DomainBlocks, load_domain
@@ -326,7 +326,7 @@ class SnapshotLosses:
         """Return where losses are kept, by domain; empty where none are."""
         if self._cache is None:
             return {}
-        digest = None if adapter is None else sha256_file(adapter_weights(adapter))
+        digest = None if adapter is None else sha256_file(identity_file(adapter))
         files = {}
         for domain in self._domains:
             key = canonical_json([*self._facts, precision.name, digest, domain.content_hash])

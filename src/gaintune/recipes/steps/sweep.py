@@ -119,8 +119,8 @@ def _plain(variant: str) -> str:
 def runs_frame(table: sweeps.SweepTable, figure: str) -> pd.DataFrame:
     """Return a row for each run: rate, order, seed, in-domain change and the figure that is compared, in %."""
     frame = table.frame()
-    shown = frame[["lr", "domains", "seed", "in_domain", figure]].copy()
-    for column in ("in_domain", figure):
+    shown = frame[list(dict.fromkeys(["lr", "domains", "seed", "in_domain", figure]))].copy()
+    for column in {"in_domain", figure}:
         shown[column] = shown[column].map(lambda value: f"{value:+.1f}".replace("-", "−"))
     shown.index = pd.Index(frame["label"])
     heads = {"lr": "LR", "domains": "Order", "seed": "Seed", "in_domain": "In-domain", figure: sweeps.heading(figure)}
