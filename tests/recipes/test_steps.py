@@ -18,7 +18,7 @@ from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps import classify as report
 from gaintune.recipes.steps.answers import answers, local_questions
 from gaintune.recipes.steps.classify import DECODER, ClassificationStudy, ClassifierScores
-from gaintune.recipes.steps.sweep import numbers_of
+from gaintune.recipes.steps.sweep import numbers_of, runs_frame
 from gaintune.workflows.sweep import compare_sweep
 from support import STUDY_DATA, needs_study_data, refused, tiny_sweep
 from support.tiny_recipes import recipe
@@ -237,3 +237,9 @@ def test_what_survives_at_a_rate_is_not_a_variant_s_best(tmp_path):
     table = tiny_sweep.synthetic(tmp_path / "one", {"gain": GAIN, "broken": broken}, rates=(0.01,))
     numbers, without = numbers_of(compare_sweep(table))
     assert "broken.best" not in numbers and "diverged" in without["broken.best"]
+
+
+@pytest.mark.parametrize(("figure", "columns"), [("backward_transfer", 5), ("in_domain", 4)])
+def test_the_table_of_runs_shows_each_figure_once(tmp_path, figure, columns):
+    frame = runs_frame(tiny_sweep.synthetic(tmp_path, {"gain": GAIN}), figure)
+    assert len(frame.columns) == len(set(frame.columns)) == columns
