@@ -45,7 +45,8 @@ def run_sft(name: str, blocks: int, folder: Path) -> float:
     """Tokens per second of `SFTTrainer.train` on the same blocks."""
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     setting = SFT[name]
     base = demo_base(getattr(torch, str(setting["dtype"])))

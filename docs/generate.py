@@ -33,7 +33,7 @@ def commands() -> str:
     return "\n".join(lines)
 
 
-def _walk(command: click.Command, name: str) -> typing.Iterator[tuple[str, click.Command]]:
+def _walk(command: typing.Any, name: str) -> typing.Iterator[tuple[str, typing.Any]]:
     yield name, command
     for inner, below in sorted(getattr(command, "commands", {}).items()):
         yield from _walk(below, f"{name} {inner}")
@@ -147,7 +147,7 @@ def _source(analysis: Analysis) -> str:
 def python() -> str:
     """Return the page of the public Python names: signature and docstring of each."""
     lines = ["# Python\n", GENERATED, "Everything here is imported from `gaintune`.\n"]
-    for name in sorted(gaintune.__all__, key=str.lower):
+    for name in sorted(dir(gaintune), key=str.lower):
         value = getattr(gaintune, name)
         lines.append(f"## `{name}`\n")
         if not inspect.isclass(value) or not issubclass(value, (BaseModel, Exception)):
