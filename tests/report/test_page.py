@@ -90,7 +90,8 @@ def test_a_report_has_all_its_files_and_its_page_stands_alone(odd_run):
     assert FILES | {"matrix.csv", "matrix.md"} <= {p.relative_to(odd_run).as_posix() for p in odd_run.rglob("*")}
     for name in (*ODD, "<img src=x onerror=alert(2)>", "lora & co", "<b>model</b>", "run <1>", "</dl><script>alert(3)"):
         assert name in page.text, name
-    phrases = """gaintune sequence THIS-FOLDER/plan.yaml|It ran with gaintune 0.1.0|packages.torch|2.13.0|Read with care|63,360
+    phrases = """gaintune sequence THIS-FOLDER/plan.yaml|It ran with gaintune 0.1.0|packages.torch|2.13.0|Read with care
+        63,360
         backward transfer|forward interference|train_tokens: 8192|Bits per byte"""
     for phrase in re.split(r"\||\n *", phrases):
         assert phrase in page.text, phrase
