@@ -8,6 +8,11 @@ import pytest
 os.environ.pop("COLUMNS", None)  # a parallel run gives its workers one, and consoles made with it would keep it
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that no worker of a parallel run is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of later garbage collections: adapters are let go with one, a hundred times a run."""
     gc.collect()

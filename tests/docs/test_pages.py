@@ -57,7 +57,9 @@ def workshop(tmp_path_factory) -> Path:
             gaintune(f"adapt --domain {domain} --method {method} --train-tokens 1024 --out adapters/{name}")
         for name in ("notes", "contracts"):
             gaintune(f"adapt --domain {name}.jsonl --method gain-ffn --train-tokens 1024 --out adapters/{name}")
-        gaintune("sequence --domain law --domain medical --method gain-ffn --method lora --run runs/mine")
+        gaintune(
+            "sequence --domain law --domain medical --method gain-ffn --method lora --train-tokens 1024 --run runs/mine"
+        )
     return folder
 
 
@@ -99,7 +101,9 @@ def run_line(line: str, made: set[str]) -> None:
         if option in words and (folder := words[words.index(option) + 1]) not in made:
             shutil.rmtree(folder, ignore_errors=True)  # of the workshop, not of this page
             made.add(folder)
-    shown = gaintune(line.removeprefix("gaintune ").partition(">")[0])
+    budget = "--train-tokens 1024 --validation-tokens 1024"
+    trains = words[1] in ("adapt", "sequence") and not {"--train-tokens", "classify"} & set(words)
+    shown = gaintune(f"{line.removeprefix('gaintune ').partition('>')[0]} {budget if trains else ''}")
     if target:
         Path(target).write_text(shown, encoding="utf-8")
 
