@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -24,7 +23,7 @@ from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
 from gaintune.methods.rules import StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
-from gaintune.tuners import matched_modules
+from gaintune.tuners import matched_modules, with_named_targets
 from gaintune.tuners.gain import default_projections
 
 logger = logging.getLogger(__name__)
@@ -181,8 +180,9 @@ def _require_rank(model: PreTrainedModel, configured: PeftConfig, method: Method
     """Refuse a rank above the smaller side of every adapted weight; warn of a rank above that of some."""
     if config.rank is None or method.shared:
         return
-    matched = matched_modules(_maybe_include_all_linear_layers(copy(configured), model), model)
-    sides = {name: _sides(module) for name, module in matched.items() if isinstance(module, nn.Linear | Conv1D)}
+    matched = matched_modules(with_named_targets(configured, model), model)
+    linear = {name: module for name, module in matched.items() if isinstance(module, nn.Linear | Conv1D)}
+    sides = {name: cast(tuple[int, int], _get_in_out_features(module)[::-1]) for name, module in linear.items()}
     narrow = [name for name in sides if min(sides[name]) < config.rank]
     if not narrow:
         return
@@ -197,14 +197,6 @@ def _require_rank(model: PreTrainedModel, configured: PeftConfig, method: Method
     rows, columns = sides[narrow[0]]
     counts = f"{len(narrow)} of {len(sides)} weights it adapts, such as {narrow[0]} ({rows} x {columns})"
     logger.warning("%s %s", problem, counts)
-
-
-def _sides(module: nn.Module) -> tuple[int, int]:
-    """Return rows and columns of a linear layer's weight, as `(d_out, d_in)`, quantized or not."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    inputs, outputs = cast(Conv1D, module).weight.shape
-    return outputs, inputs
 
 
 def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: MethodConfig) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gaintune.errors import UnsupportedModuleError
+
+
+def with_named_targets(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """Return a copy of a configuration whose "all-linear" is replaced by the names of the model's linear modules."""
+    return _maybe_include_all_linear_layers(copy.copy(config), model)
 
 
 def matched_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,7 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.errors import AdapterError, ConfigError, UnsupportedModuleError
 from gaintune.tuners.disel.config import DiselConfig
 from gaintune.tuners.disel.layer import add_gates, refusal_to_merge
-from gaintune.tuners.targets import matched_modules, refuse_parameters, refuse_parent, refuse_shard, refuse_unfit
+from gaintune.tuners.targets import (
+    matched_modules,
+    refuse_parameters,
+    refuse_parent,
+    refuse_shard,
+    refuse_unfit,
+    with_named_targets,
+)
 
 
 def check_modules(config: DiselConfig, model: nn.Module) -> None:
@@ -23,7 +29,7 @@ def check_modules(config: DiselConfig, model: nn.Module) -> None:
     if config._custom_modules:
         raise UnsupportedModuleError("Custom LoRA layers are not supported: they need not know of gates.")
     # on a copy, since layer replication adds modules to what "all-linear" stands for
-    named = _maybe_include_all_linear_layers(copy.copy(config), model)
+    named = with_named_targets(config, model)
     matched = matched_modules(named, model)
     refuse_unfit(matched, model, refuse_module)
     refuse_parameters(named, model, matched, any_experts=config.target_modules == "all-linear")

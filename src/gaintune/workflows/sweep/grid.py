@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from gaintune.config import MethodConfig, Plan, Section, apply_overrides, as_list, explain, read_values
 from gaintune.methods import check_method, prepare_method
+from gaintune.storage import as_yaml
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value)]
@@ -165,7 +165,7 @@ def grid_yaml(grid: Grid) -> str:
     values = grid.model_dump(mode="json")
     del values["plan"]["methods"]  # the grid has them, and only one of the two may have them
     values["methods"] = [method.model_dump(mode="json") for method in grid.every_method]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return as_yaml(values)
 
 
 def planned_runs(grid: Grid) -> tuple[PlannedRun, ...]:
