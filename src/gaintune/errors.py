@@ -6,6 +6,7 @@ code the command line ends with: 2 for an input to correct, 1 for a run that fai
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 
 
@@ -75,8 +76,18 @@ class SweepError(GaintuneError, RuntimeError):
     """Some runs of a sweep failed, or its workers cannot work: run it again, what is finished is kept."""
 
 
+class RecipeError(GaintuneError, RuntimeError):
+    """Some steps of a recipe failed: correct what is named and run it again, what is finished is kept."""
+
+
 class MergeError(GaintuneError, RuntimeError):
     """An adapter cannot be merged, or the merged model is further from it than the stated tolerance."""
+
+
+def disk_full(error: BaseException) -> bool:
+    """Tell whether an error of any library says that the disk is full."""
+    # safetensors says so through a class of its own
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def one_line(error: BaseException) -> str:

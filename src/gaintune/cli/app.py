@@ -12,7 +12,7 @@ from gaintune import __version__
 from gaintune.cli import analyze, deliver, evaluate, lists, recipe, train
 from gaintune.cli.console import err, show_warnings
 from gaintune.cli.help import HelpfulGroup
-from gaintune.errors import GaintuneError
+from gaintune.errors import GaintuneError, disk_full
 
 app = typer.Typer(
     cls=HelpfulGroup,
@@ -62,8 +62,7 @@ def main() -> None:
             err.print(f"stopped; run the same command again ({again})", highlight=False)
         raise
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full:  # safetensors says so through a class of its own
+        if disk_full(error):
             _fail("the disk is full; make room and run the same command again, what was finished is kept", 1)
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)

@@ -11,6 +11,8 @@ from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, ta
 from gaintune.cli.help import HelpfulGroup
 from gaintune.cli.options import command, refuse, run_option
 from gaintune.config import apply_overrides
+from gaintune.errors import RecipeError
+from gaintune.progress import plural
 
 commands = typer.Typer()
 recipe = typer.Typer(
@@ -66,6 +68,8 @@ def _short(value: object) -> str:
     examples="""\
 gaintune recipe run G8
 gaintune recipe run G2 --scale paper --data papers-data --run-dir runs/g2
+gaintune recipe run G7 --scale paper --set 70b.model.quantization=4bit
+gaintune recipe run G14 --jobs 2
 gaintune recipe run mine.yaml --scale smoke""",
 )
 def run(
@@ -80,10 +84,22 @@ def run(
     ] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the steps' plans, such as train.seed=1."),
+        typer.Option(
+            "--set",
+            metavar="[STEP.]SECTION.KEY=VALUE",
+            help="Any key of the steps' plans, such as train.seed=1; of one step's, such as 7b.model.dtype=fp32.",
+        ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Of sweeps: loky (processes here), ray, dask, sequential. [default: loky for several jobs]"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs of a sweep at a time; each gets its share of the cores.")] = 1,
 ) -> None:
-    """Run one experiment, and write its tables, figures, and a verdict on every claim."""
+    """Run one experiment, and write its tables, figures, and a verdict on every claim.
+
+    A step that fails does not stop the others. Ends with exit code 1 then, and the same command tries it again.
+    """
     from gaintune.recipes import recipe_named
 
     if scale == "smoke" and data is not None:
@@ -99,14 +115,20 @@ def run(
         scale=scale,  # type: ignore[arg-type]  # checked there
         data=data,
         overrides=apply_overrides({}, set_ or ()),
+        jobs=jobs,
+        engine=engine,
         allow_code_execution=allow_code_execution,
         progress=progress_on(err),
+        prepare=quiet_libraries,
     )
     rows = [[one.claim.says, one.verdict, shown(one.number), str(one.claim.expect)] for one in result.findings]
     out.print(table(f"{entry.id}, scale {scale}", ["claim", "verdict here", "found", "claimed"], rows))
     if scale == "smoke":
         say(SMOKE)
     for step, outcome in result.outcomes.items():
-        for note in outcome.notes:
+        for note in () if outcome.failed else outcome.notes:
             say(f"{step}: {note}")
     say(f"results {folder / 'results.md'}")
+    if result.failed:
+        reasons = "\n".join(f"  {step}: {reason}" for step, reason in result.failed.items())
+        raise RecipeError(f"{plural(len(result.failed), 'step')} failed; the same command tries again:\n{reasons}")

@@ -28,7 +28,9 @@ class StepOutcome:
         adapters: folders, by `label/domain`: a method's adapter after that domain.
         plan: the plan behind the adapters; None where there is none.
         notes: what a reader must know, such as a domain that was left out.
-        left_out: whether this scale lacks what the step needs; its claims stay undecided.
+        left_out: whether this scale lacks what the step needs, or the step it works on failed; its claims stay
+            undecided.
+        failed: why the step failed while it ran, in one line; its claims stay undecided. None where it did not.
         without: missing numbers, each with the reason; claims about them stay undecided.
         runs: run directories behind the adapters.
         diverged: methods that diverged (in a sweep: at some rate), each with the value that was not finite.
@@ -42,6 +44,7 @@ class StepOutcome:
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
     left_out: bool = False
+    failed: str | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     runs: tuple[Path, ...] = ()
     diverged: Mapping[str, str] = field(default_factory=dict)
@@ -108,6 +111,7 @@ class Context:
         setup: base, texts and budgets.
         earlier: outcomes of the steps before, by name; while steps are only checked, the expected ones, which have
             neither numbers nor files.
+        workers: engine and number of workers of the step's sweep, as `run_sweep` takes them.
     """
 
     name: str
@@ -116,6 +120,7 @@ class Context:
     earlier: Mapping[str, StepOutcome]
     progress: Progress
     allow_code_execution: bool = False
+    workers: Mapping[str, Any] = field(default_factory=lambda: {"engine": "sequential"})
 
     @property
     def origin(self) -> str:

@@ -6,27 +6,44 @@ It leaves results.md to read, results.csv and results.json to compute with, and 
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
-from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
+from gaintune.config import Plan
+from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError, disk_full, one_line
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
-from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, recipe_named
+from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, laid_over, recipe_named
 from gaintune.recipes.steps import KINDS
 from gaintune.report import NONE, markdown_table, number
 from gaintune.results import Interval, Verdict, judge
-from gaintune.storage import Run, describe_environment, make_folder, write_json, write_text
+from gaintune.storage import (
+    Run,
+    canonical_json,
+    describe_environment,
+    make_folder,
+    nothing_finished,
+    number_changes,
+    read_stored,
+    write_json,
+    write_text,
+)
+from gaintune.workflows.sweep import check_engine
 
 RECORD = "recipe.json"
+TRACEBACK = "traceback.txt"  # in a step's folder
 SMOKE = (
     "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "
     "that everything runs, and nothing else."
@@ -36,7 +53,7 @@ COLUMNS = ["step", "number", "value", "low", "high"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim with its number here (None where its step was left out) and the verdict."""
+    """A claim with its number here (None where its step was left out or failed) and the verdict."""
 
     claim: Claim
     number: Interval | None
@@ -53,6 +70,11 @@ class RecipeResult:
     outcomes: Mapping[str, StepOutcome]
     findings: tuple[Finding, ...]
 
+    @property
+    def failed(self) -> dict[str, str]:
+        """The steps that failed while they ran, each with the reason; those that work on them are left out."""
+        return {step: outcome.failed for step, outcome in self.outcomes.items() if outcome.failed}
+
     def number(self, name: str) -> Interval:
         """Return a number by its full name, such as run.gain-ffn.backward_transfer; KeyError where there is none."""
         step, _, rest = name.partition(".")
@@ -66,22 +88,34 @@ def run_recipe(
     scale: Scale = "small",
     data: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    engine: str | None = None,
     allow_code_execution: bool = False,
     progress: Progress | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> RecipeResult:
     """Run an experiment; a folder that was begun with the same recipe, scale and data is continued.
+
+    A step that fails while it runs does not stop the others, and raises nothing: `RecipeResult.failed` says why. The
+    next call tries it again, with other overrides if it has finished no training yet. Overrides that change the numbers
+    of finished work are refused; those of `gaintune.storage.SAME_NUMBERS` never do.
 
     Args:
         recipe: a recipe, or the id of one.
         folder: where everything goes.
         scale: paper (the papers' models, data and budgets), small (the demo model), or smoke (a tiny random model).
         data: folder of local copies under the papers' names; the Hub, or embedded texts, unless given.
-        overrides: nested plan values laid over every step, such as `{"train": {"seed": 1}}`.
+        overrides: nested plan values laid over every step, such as `{"train": {"seed": 1}}`; those under a step's name
+            are for that step alone, such as `{"70b": {"model": {"quantization": "4bit"}}}`.
+        jobs: runs of a sweep at a time.
+        engine: what a sweep's runs are worked off by, as in `run_sweep`; `sequential` unless given, `loky` for several.
         allow_code_execution: whether programs that a model wrote may be run (HumanEval).
         progress: where to show progress.
+        prepare: called by every worker of a sweep before a run; must be importable.
 
     Raises:
-        GaintuneError: bad input, a folder of another run, or a step that had to stop.
+        GaintuneError: bad input, or a folder of another run, before anything is run; a claim about an unknown number,
+            once the results are written.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     if scale not in SCALES:
@@ -89,19 +123,29 @@ def run_recipe(
     for step in (step for step in recipe.steps if step.do not in KINDS):
         known = ", ".join(KINDS)
         raise ConfigError(f"recipe {recipe.id}: step {step.name}: unknown kind {step.do!r}; known: {known}")
-    folder, data, overrides = Path(folder), None if data is None else Path(data), dict(overrides or {})
+    workers = {**_workers(recipe, jobs, engine), "prepare": prepare}
+    _check_overrides(recipe, overrides or {})
+    folder, data = Path(folder), None if data is None else Path(data)
+    try:
+        given: dict[str, Any] = json.loads(canonical_json(overrides or {}))
+    except (TypeError, ValueError) as error:  # a date, or a number that is not finite
+        raise ConfigError(f"--set: a value is neither a text, a finite number nor a list of them ({error})") from None
     identity = {
         "recipe": recipe.model_dump(mode="json"),
         "scale": scale,
         "data": None if data is None else str(data.resolve()),
-        "overrides": overrides,
+        "overrides": given,
     }
-    new = _take(folder, identity)
+    before = _take(folder, identity)
     try:
-        setup = ScaleSetup.make(scale, recipe.model, data, overrides, folder / "world")
-        _check(recipe, folder, setup, allow_code_execution)
+        setup = ScaleSetup.make(scale, recipe.model, data, given, folder / "world")
+        session = _Session(recipe, folder, setup, allow_code_execution, workers, progress or Silent())
+        expected = _check(session)
+        if before is not None and before != given:
+            _check_finished(session, expected, replace(setup, overrides=before))
+            write_json(folder / RECORD, identity)
     except GaintuneError:
-        if new:  # a corrected recipe may begin there
+        if before is None:  # a corrected recipe may begin there
             (folder / RECORD).unlink()
             shutil.rmtree(folder / "world", ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -109,9 +153,7 @@ def run_recipe(
         raise
     outcomes: dict[str, StepOutcome] = {}
     for step in recipe.steps:
-        context = Context(step.name, folder / step.name, setup, outcomes, progress or Silent(), allow_code_execution)
-        prepared = _prepare(recipe, step, context)
-        outcome = prepared.run() if prepared.run else prepared.expected
+        outcome = _run_step(session, step, outcomes)
         notes = note_of(recipe, step, scale)
         notes += budget_note(recipe, step, scale, outcome.plan) if outcome.plan else ()
         outcomes[step.name] = replace(outcome, notes=(*notes, *outcome.notes))
@@ -127,40 +169,132 @@ def run_recipe(
     return result
 
 
-def _take(folder: Path, identity: dict[str, Any]) -> bool:
-    """Make the folder, or check that the same recipe began it; return whether it is new."""
+def _workers(recipe: Recipe, jobs: int, engine: str | None) -> dict[str, Any]:
+    """Return what a sweep's runs are worked off by; ConfigError if that cannot be used, or if there is no sweep."""
+    if (jobs != 1 or engine) and not any(step.do == "sweep" for step in recipe.steps):
+        raise ConfigError(f"recipe {recipe.id}: no step of it is a sweep, so --jobs and --engine change nothing")
+    return {"engine": check_engine(engine or ("sequential" if jobs == 1 else "loky"), jobs), "jobs": jobs}
+
+
+def _check_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> None:
+    """Refuse keys that are neither a section of a plan nor a step, and those that are both."""
+    steps, sections = [step.name for step in recipe.steps], list(Plan.model_fields)
+    for key, value in overrides.items():
+        if key in steps and key in sections:
+            raise ConfigError(
+                f"--set {key}: recipe {recipe.id} has a step of that name, and a plan has such a section; rename the "
+                "step in a copy of the recipe"
+            )
+        if key not in steps and key not in sections:
+            raise ConfigError(
+                f"--set {key}: unknown key {key!r}; it is neither a section of a plan ({', '.join(sections)}) nor a "
+                f"step of recipe {recipe.id} ({', '.join(steps)})"
+            )
+        if key in steps and not isinstance(value, Mapping):
+            raise ConfigError(f"--set {key}: write {key}.section.key=value, such as {key}.train.lr=0.005")
+
+
+def _take(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Make the folder, or check that the same recipe began it; return the overrides of the call before, if any."""
     new = not (folder / RECORD).exists()
     if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
     make_folder(folder)
     advice = "A folder is one recipe at one scale on one set of texts: name another one"
-    Run(folder).write_once(RECORD, identity, advice)
-    return new
+    before = None if new else read_stored(folder / RECORD, lambda record: dict(record["overrides"]))
+    Run(folder).write_once(RECORD, identity if new else {**identity, "overrides": before}, advice)
+    return before
 
 
-def _prepare(recipe: Recipe, step: Step, context: Context) -> PreparedStep:
-    """Read a step's settings; a step that works on one that was left out is left out itself."""
-    settings = recipe.settings(step, context.setup.scale)
-    other = context.earlier.get(str(settings.get("of")))
-    if other is not None and other.left_out:
-        return PreparedStep.left_out(f"left out: it works on step {settings['of']}, which is left out")
-    return KINDS[step.do](settings, context)
+@dataclass(frozen=True)
+class _Session:
+    """One call: the recipe, and what its steps share."""
+
+    recipe: Recipe
+    folder: Path
+    setup: ScaleSetup
+    allow_code_execution: bool
+    workers: Mapping[str, Any]
+    progress: Progress
+
+    def overrides(self, step: Step) -> dict[str, Any]:
+        """Return the overrides of every step, and over them those of this one."""
+        names = [other.name for other in self.recipe.steps]
+        common = {key: value for key, value in self.setup.overrides.items() if key not in names}
+        return laid_over(common, dict(self.setup.overrides.get(step.name, {})))
+
+    def prepare(self, step: Step, earlier: Mapping[str, StepOutcome]) -> PreparedStep:
+        """Read a step's settings; a step that works on one that was left out or failed is left out itself."""
+        setup = replace(self.setup, overrides=self.overrides(step))
+        settings = self.recipe.settings(step, setup.scale)
+        name = str(settings.get("of"))
+        if name in earlier and earlier[name].failed:
+            return PreparedStep.left_out(f"not run: it works on step {name}, which failed")
+        if name in earlier and earlier[name].left_out:
+            return PreparedStep.left_out(f"left out: it works on step {name}, which is left out")
+        folder = self.folder / step.name
+        context = Context(step.name, folder, setup, earlier, self.progress, self.allow_code_execution, self.workers)
+        return KINDS[step.do](settings, context)
+
+    def expected(self) -> dict[str, StepOutcome]:
+        """Return the expected outcome of every step."""
+        expected: dict[str, StepOutcome] = {}
+        for step in self.recipe.steps:
+            expected[step.name] = self.prepare(step, expected).expected
+        return expected
 
 
-def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution: bool) -> None:
-    """Refuse, before anything is trained, what would otherwise be refused only after it."""
-    expected: dict[str, StepOutcome] = {}
-    for step in recipe.steps:
-        context = Context(step.name, folder / step.name, setup, expected, Silent(), allow_code_execution)
-        expected[step.name] = _prepare(recipe, step, context).expected
+def _run_step(session: _Session, step: Step, earlier: Mapping[str, StepOutcome]) -> StepOutcome:
+    """Run a step; an error is an outcome, and the traceback of an unexpected one is written into the step's folder."""
+    trace = session.folder / step.name / TRACEBACK
+    trace.unlink(missing_ok=True)  # of an earlier call
+    try:
+        prepared = session.prepare(step, earlier)
+        return prepared.run() if prepared.run else prepared.expected
+    except GaintuneError as error:
+        reason = one_line(error)
+    except Exception as error:
+        if disk_full(error):  # no other step can be written either
+            raise
+        write_text(trace, traceback.format_exc())
+        reason = f"{type(error).__name__}: {one_line(error)} (traceback: {step.name}/{TRACEBACK})"
+    gc.collect()  # the error held the step's model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return StepOutcome(notes=(f"failed: {reason}",), failed=reason)
+
+
+def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], before: ScaleSetup) -> None:
+    """Refuse overrides under which finished work would have other numbers than under those of the call before."""
+    earlier = replace(session, setup=before).expected()
+    for step, outcome in expected.items():
+        plans = [one.plan.model_dump(mode="json") for one in (outcome, earlier[step]) if one.plan]
+        if len(plans) == 2 and (changed := number_changes(*plans)) and _holds_work(session.folder / step):
+            raise RunDirectoryError(
+                f"step {step} holds finished work, whose numbers --set would change ({'; '.join(changed)}): give the "
+                "key for other steps alone (--set STEP.SECTION.KEY=VALUE), or name another folder"
+            )
+
+
+def _holds_work(folder: Path) -> bool:
+    """Tell whether a step has finished any training."""
+    return not nothing_finished(folder) or any(folder.glob("classifiers/*/*/*/adapter"))
+
+
+def _check(session: _Session) -> dict[str, StepOutcome]:
+    """Refuse, before anything is trained, what would otherwise be refused only after it; return expected outcomes."""
+    recipe, setup, expected = session.recipe, session.setup, session.expected()
     if all(outcome.left_out for outcome in expected.values()):
         why = "; ".join(f"step {step}: {note}" for step, outcome in expected.items() for note in outcome.notes)
         raise ConfigError(f"recipe {recipe.id}: no step of it can run at scale {setup.scale} ({why})")
     plans = [outcome.plan for outcome in expected.values() if outcome.plan]
     if setup.overrides and not plans:
         raise ConfigError(f"recipe {recipe.id}: no step of it has a plan, so --set changes nothing; leave it out")
-    if "methods" not in setup.overrides:
-        return
+    for name in (name for name in setup.overrides if name in expected and expected[name].plan is None):
+        why = "is left out" if expected[name].left_out else "has no plan"
+        raise ConfigError(f"--set {name}: step {name} {why}, so it changes nothing; leave it out")
+    if not any("methods" in session.overrides(step) for step in recipe.steps):
+        return expected
     gone = {label for step in recipe.steps for label in names_in(recipe.settings(step, setup.scale), "methods")}
     gone -= {method.label for plan in plans for method in plan.methods}
     for claim in recipe.claims:
@@ -169,6 +303,7 @@ def _check(recipe: Recipe, folder: Path, setup: ScaleSetup, allow_code_execution
                 f"--set methods: the claim {claim.says!r} is about {about[0]!r}, which is none of them; keep its "
                 "label, or write a recipe of your own (`gaintune recipe show` has this one's steps)"
             )
+    return expected
 
 
 def _judge(claim: Claim, outcomes: Mapping[str, StepOutcome]) -> Finding:
@@ -182,7 +317,7 @@ def _refuse_unknown_number(finding: Finding, outcomes: Mapping[str, StepOutcome]
     """Refuse a claim about a number that its step gives at no scale; `lacking` excuses what this scale lacks."""
     step, _, name = finding.claim.number.partition(".")
     outcome = outcomes[step]
-    if finding.number is not None or outcome.left_out or name in outcome.without:
+    if finding.number is not None or outcome.left_out or outcome.failed or name in outcome.without:
         return
     if not any(_mentions(name, missing) for missing in lacking):
         known = ", ".join(outcome.numbers)
@@ -227,7 +362,7 @@ def _write_results(result: RecipeResult, environment: Mapping[str, Any]) -> None
             f"{step}.{name}": why for step, one in result.outcomes.items() for name, why in one.without.items()
         },
     }
-    write_json(folder / "results.json", record)
+    write_json(folder / "results.json", {**record, **({"failed": result.failed} if result.failed else {})})
     write_json(folder / "environment.json", dict(environment))
     write_text(folder / "results.md", "\n".join(_page(result)))
 
@@ -245,6 +380,9 @@ def _page(result: RecipeResult) -> Iterator[str]:
     yield from (recipe.asks.strip(), "")
     if result.scale == "smoke":
         yield from (SMOKE, "")
+    if result.failed:
+        failed = ", ".join(result.failed)
+        yield from (f"Failed: {failed}. The same command tries that again, and keeps what is finished.", "")
     if result.findings:
         rows = {
             finding.claim.says: [finding.verdict, shown(finding.number), finding.claim.expected, finding.claim.number]

@@ -27,7 +27,10 @@ from .run import close_run as close_run
 from .run import differences as differences
 from .run import first_process as first_process
 from .run import locked as locked
+from .run import nothing_finished as nothing_finished
+from .run import number_changes as number_changes
 from .run import open_run as open_run
 from .run import process_count as process_count
 from .run import read_stored as read_stored
+from .run import start_over as start_over
 from .run import take_folder as take_folder

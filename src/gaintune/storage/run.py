@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PATIENCE = 5.0  # seconds before a process that waits says so
+SAME_NUMBERS = ("model.device", "model.device_map", "train.gradient_checkpointing", "evaluate.batch_size")
+BATCHES = ("train.batch_size", "train.gradient_accumulation")
+"""Keys of a plan that decide where and how fast a run computes, and change its numbers by rounding at most.
+
+Those of `BATCHES` do so while their product, the rows of an update, is the same. A run may continue with other values.
+"""
 
 
 @contextlib.contextmanager
@@ -104,6 +111,15 @@ class Run:
         """Wait until every process of the run has come here."""
         _wait_for_all()
 
+    def write_inputs(self, inputs: Mapping[str, Any], advice: str) -> None:
+        """Write inputs.json of a sequence, once; with other inputs a sequence without any result starts over."""
+        path = self.folder / "inputs.json"
+        changed = differences(json.loads(canonical_json(inputs)), read_json(path)) if path.exists() else []
+        if changed and self.writes and nothing_finished(self.folder):  # such as a broken base that was repaired
+            start_over(self.folder, SEQUENCE, ("plan.yaml", "environment.json", "events.jsonl"))
+            self.event("inputs changed", differences=changed, started_over=True)
+        self.write_once("inputs.json", inputs, advice)
+
     def write_once(self, name: str, value: Mapping[str, Any], advice: str) -> None:
         """Write a file that must not change during a run; RunDirectoryError lists how the existing one differs."""
         path = self.folder / name
@@ -114,9 +130,9 @@ class Run:
             raise RunDirectoryError(f"{path} says otherwise: {'; '.join(changed)}. {advice}")
 
 
-def _nothing_finished(folder: Path) -> bool:
-    """Tell whether a run directory holds no training result of any kind yet."""
-    return not any(folder.glob("stages/*/*/adapter")) and not any(folder.rglob("checkpoint-*"))
+def nothing_finished(folder: Path) -> bool:
+    """Tell whether a run directory, or a folder of several, holds no training result of any kind yet."""
+    return not any(folder.rglob("stages/*/*/adapter")) and not any(folder.rglob("checkpoint-*"))
 
 
 def close_run(folder: Path, kind: Kind) -> None:
@@ -136,14 +152,18 @@ def _remove_unused(folder: Path, kind: Kind) -> None:
         close_run(folder, kind)
 
 
-def _start_over(folder: Path, kind: Kind) -> None:
-    """Clear what a plan without results left; RunDirectoryError, and nothing is deleted, if something else is there."""
+def start_over(folder: Path, kind: Kind, keep: Collection[str] = ()) -> None:
+    """Clear what a plan without results left, but files to keep, the lock and the marker.
+
+    Raises:
+        RunDirectoryError: something else is there, too; nothing is deleted.
+    """
     if stranger := next(ownership.strangers(folder, kind.names), None):
         raise RunDirectoryError(
             f"{folder} was begun with another plan, and holds {stranger}, which no {kind.noun} wrote: move that "
             "elsewhere, or name another folder"
         )
-    ownership.discard(folder, {*kind.names} - {LOCK, MARKER, "plan.yaml"})
+    ownership.discard(folder, {*kind.names} - {LOCK, MARKER, *keep})
 
 
 @contextlib.contextmanager
@@ -194,7 +214,7 @@ def open_run(
             _wait_for_all(cpu)
             yield run
         except BaseException:
-            if remove_if_unused and _nothing_finished(folder):
+            if remove_if_unused and nothing_finished(folder):
                 _remove_unused(folder, kind)
             raise
 
@@ -205,16 +225,19 @@ def _taken(folder: Path, plan: Mapping[str, Any], environment: Mapping[str, Any]
     plan_file, environment_file = folder / "plan.yaml", folder / "environment.json"
     ownership.check_folder(folder, kind)
     if ownership.kind_of(folder) is None and plan_file.exists():  # of an earlier version, or it would have a marker
-        _refuse(folder, _changes(plan_file, plan))
+        _refuse(folder, number_changes(plan, _stored(plan_file)))
     with take_folder(folder, kind):
         run = Run(folder)
         if not plan_file.exists():
             write_text(plan_file, as_yaml(plan))
-        elif changed := _changes(plan_file, plan):
-            if not _nothing_finished(folder):
-                _refuse(folder, changed)
-            _start_over(folder, kind)  # such as after a mistake in the plan: the corrected plan is welcome
+        elif changed := differences(plan, _stored(plan_file)):
+            if other := number_changes(plan, _stored(plan_file)):
+                if not nothing_finished(folder):
+                    _refuse(folder, other)
+                # such as after a mistake in the plan: the corrected plan is welcome
+                start_over(folder, kind, ("plan.yaml", "events.jsonl"))
             write_text(plan_file, as_yaml(plan))
+            run.event("plan changed", differences=changed, started_over=bool(other))
         if not environment_file.exists():
             write_json(environment_file, environment)
         elif moved := differences(json.loads(canonical_json(environment)), read_json(environment_file)):
@@ -222,13 +245,12 @@ def _taken(folder: Path, plan: Mapping[str, Any], environment: Mapping[str, Any]
         yield run
 
 
-def _changes(plan_file: Path, plan: Mapping[str, Any]) -> list[str]:
-    """Compare a plan with the one that a run directory was begun with; RunDirectoryError if that cannot be read."""
+def _stored(plan_file: Path) -> dict[str, Any]:
+    """Read the plan that a run directory was begun with; RunDirectoryError if that cannot be done."""
     try:
-        stored = yaml.safe_load(plan_file.read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(plan_file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunDirectoryError(f"{plan_file} cannot be read ({one_line(error)}); restore or delete it") from None
-    return differences(plan, stored)
 
 
 def _refuse(folder: Path, changed: list[str]) -> None:
@@ -238,6 +260,18 @@ def _refuse(folder: Path, changed: list[str]) -> None:
             f"{folder} belongs to another plan ({'; '.join(changed)}); name another folder, go on with that "
             f"plan ({folder / 'plan.yaml'}), or delete the folder"
         )
+
+
+def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """List the differences of two plans as `differences` does, without those that leave a run's numbers alone."""
+    free = SAME_NUMBERS + (BATCHES if _rows_of_an_update(ours) == _rows_of_an_update(theirs) else ())
+    keys = {line: line.partition(": ")[0] for line in differences(ours, theirs)}
+    return [line for line, key in keys.items() if not any(f"{key}.".startswith(f"{name}.") for name in free)]
+
+
+def _rows_of_an_update(plan: Mapping[str, Any]) -> int | None:
+    values = [plan.get(section, {}).get(key) for section, _, key in (name.partition(".") for name in BATCHES)]
+    return math.prod(values) if all(isinstance(value, int) for value in values) else None
 
 
 HASH = re.compile(r"[0-9a-f]{40,}")

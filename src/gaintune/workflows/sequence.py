@@ -62,7 +62,7 @@ def run_sequence(
     with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
         domains, inputs = load_inputs(plan)
         advice = "A run is one base and one set of texts: name another folder for others"
-        directory.write_once("inputs.json", inputs, advice)
+        directory.write_inputs(inputs, advice)
         fingerprint = inputs["base_fingerprint"]
         sequences = [_Sequence(plan, directory, domains, fingerprint, shown, method, base_losses) for method in methods]
         diverged: dict[str, str] = {}

@@ -40,7 +40,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
     grid = sweeps.read_grid({**axes, "methods": methods, "plan": common})
 
     def run() -> StepOutcome:
-        table = sweeps.run_sweep(grid, context.folder, engine="sequential", progress=context.progress)
+        table = sweeps.run_sweep(grid, context.folder, progress=context.progress, **context.workers)
         sweeps.discard(context.folder)
         broken = [row for row in table.failed if not row.diverged] or (() if table.finished else table.failed)
         if broken:

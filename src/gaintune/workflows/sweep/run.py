@@ -9,14 +9,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from gaintune import storage
-from gaintune.config import read_plan
+from gaintune.config import Plan, read_plan
 from gaintune.errors import RunDirectoryError, SweepError
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
@@ -159,7 +159,8 @@ def run_sweep(
 
     Args:
         grid: a `Grid`, nested values, or the path of a YAML grid.
-        folder: folder of the sweep; runs of a smaller grid in it are kept and used. All workers must see it.
+        folder: folder of the sweep; runs of a smaller grid in it are kept and used, also those that differ only in
+            keys that leave their numbers alone, such as model.device. All workers must see it.
         engine: `loky` (processes of this machine), `ray`, `dask`, or `sequential` (in this process).
         jobs: runs at a time; each has its share of the cores' threads.
         address: address of a Ray or Dask cluster; default: the cluster this process is connected to, else the one that
@@ -180,6 +181,9 @@ def run_sweep(
     grid, shown, path = read_grid(grid), progress or Silent(), Path(folder).absolute()
     runs = planned_runs(grid)
     with storage.take_folder(path, storage.SWEEP):
+        if _other_grid(path, grid) and storage.nothing_finished(path):
+            storage.start_over(path, storage.SWEEP, ("grid.yaml",))
+        runs = tuple(_adopted(path, runs))
         missing = [run for run in runs if _matrix(path, run) is None]
         _check_plans(path, runs)
         shown.note(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished")
@@ -196,6 +200,27 @@ def run_sweep(
         table = SweepTable(tuple(_row(path, run) for run in runs))
         table.write(path)
     return table
+
+
+def _other_grid(folder: Path, grid: Grid) -> bool:
+    """Tell whether a folder was begun with another grid."""
+    file = folder / "grid.yaml"
+    return file.exists() and file.read_text(encoding="utf-8") != grid_yaml(grid)
+
+
+def _adopted(folder: Path, runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
+    """Yield the runs, each under the id of a run on disk that differs only in keys that leave its numbers alone."""
+    planned = {run.id for run in runs}
+    others = {file.parent.name: file for file in sorted(folder.glob("runs/*/plan.yaml"))}
+    plans = {name: _values(read_plan(file)) for name, file in others.items() if name not in planned}
+    for run in runs:
+        values = {} if run.id in others else _values(run.plan)
+        same = next((name for name, plan in plans.items() if values and not storage.number_changes(values, plan)), None)
+        yield run if same is None else replace(run, id=same)
+
+
+def _values(plan: Plan) -> dict[str, Any]:
+    return plan.model_dump(mode="json")
 
 
 def _matrix(folder: Path, run: PlannedRun) -> Matrix | None:
@@ -219,9 +244,7 @@ def _check_plans(folder: Path, runs: Sequence[PlannedRun]) -> None:
     """Refuse runs of another plan under the same id: those of a version with another default for some key."""
     for run in runs:
         file = folder / "runs" / run.id / "plan.yaml"
-        if file.exists() and (
-            changed := storage.differences(run.plan.model_dump(mode="json"), read_plan(file).model_dump(mode="json"))
-        ):
+        if file.exists() and (changed := storage.number_changes(_values(run.plan), _values(read_plan(file)))):
             raise RunDirectoryError(
                 f"{file} says otherwise: {'; '.join(changed)}. A default has changed since that run: set it as it was, "
                 "or name another folder"
@@ -234,9 +257,10 @@ def _check_inputs(folder: Path, runs: Sequence[PlannedRun], missing: Sequence[Pl
     wanted = {run.id for run in missing}
     for run in runs:
         file = folder / "runs" / run.id / "inputs.json"
-        if run.budget not in described and (run.id in wanted or file.exists()):
+        begun = file.exists() and not storage.nothing_finished(file.parent)  # else it starts over with other inputs
+        if run.budget not in described and (run.id in wanted or begun):
             described[run.budget] = json.loads(storage.canonical_json(load_inputs(run.plan)[1]))
-        if file.exists() and (changed := storage.differences(described[run.budget], storage.read_json(file))):
+        if begun and (changed := storage.differences(described[run.budget], storage.read_json(file))):
             raise RunDirectoryError(
                 f"{file} says otherwise: {'; '.join(changed)}. A sweep is one base and one set of texts: name another "
                 "folder for others"
