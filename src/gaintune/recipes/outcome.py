@@ -55,6 +55,31 @@ class StepOutcome:
         """The labels of the adapters, once each."""
         return tuple(dict.fromkeys(key.partition("/")[0] for key in self.adapters))
 
+    def to_dict(self, folder: Path) -> dict[str, Any]:
+        """Return what a step without adapters leaves, as plain values in order; its tables as text."""
+        tables = (
+            [title, list(map(str, table.columns)), list(map(str, table.index)), table.astype(str).values.tolist()]
+            for title, table in self.tables.items()
+        )
+        return {
+            "numbers": [[name, number.value, number.low, number.high] for name, number in self.numbers.items()],
+            "tables": list(tables),
+            "figures": [figure.relative_to(folder).as_posix() for figure in self.figures],
+            "notes": list(self.notes),
+            "without": [list(item) for item in self.without.items()],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], folder: Path) -> StepOutcome:
+        """Read the outcome that `to_dict` wrote of a step in this folder."""
+        return cls(
+            numbers={name: Interval(*number) for name, *number in values["numbers"]},
+            tables={title: pd.DataFrame(rows, index, heads) for title, heads, index, rows in values["tables"]},
+            figures=tuple(folder / figure for figure in values["figures"]),
+            notes=tuple(values["notes"]),
+            without=dict(values["without"]),
+        )
+
     @classmethod
     def expected(cls, plan: Plan, **more: Any) -> StepOutcome:
         """Expect an adapter of every method after every domain of a plan; ConfigError for an impossible method."""

@@ -24,12 +24,13 @@ from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError, disk_
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
-from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
+from gaintune.recipes.scales import TRAINING, ScaleSetup, budget_note, dropped, names_in, note_of
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, laid_over, recipe_named
 from gaintune.recipes.steps import KINDS
 from gaintune.report import NONE, markdown_table, number
 from gaintune.results import Interval, Verdict, judge
 from gaintune.storage import (
+    MANIFEST,
     Run,
     canonical_json,
     describe_environment,
@@ -37,6 +38,7 @@ from gaintune.storage import (
     nothing_finished,
     number_changes,
     read_stored,
+    sha256_file,
     write_json,
     write_text,
 )
@@ -44,6 +46,8 @@ from gaintune.workflows.sweep import check_engine
 
 RECORD = "recipe.json"
 TRACEBACK = "traceback.txt"  # in a step's folder
+OUTCOME = "outcome.json"  # in the folder of a finished step that trains nothing
+KEEP_RECORDS = (*TRAINING, "classify")  # kinds of steps that find what is finished on disk by themselves
 SMOKE = (
     "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "
     "that everything runs, and nothing else."
@@ -250,7 +254,9 @@ def _run_step(session: _Session, step: Step, earlier: Mapping[str, StepOutcome])
     trace.unlink(missing_ok=True)  # of an earlier call
     try:
         prepared = session.prepare(step, earlier)
-        return prepared.run() if prepared.run else prepared.expected
+        if prepared.run is None:
+            return prepared.expected
+        return prepared.run() if step.do in KEEP_RECORDS else _measured_once(session, step, prepared, earlier)
     except GaintuneError as error:
         reason = one_line(error)
     except Exception as error:
@@ -262,6 +268,33 @@ def _run_step(session: _Session, step: Step, earlier: Mapping[str, StepOutcome])
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return StepOutcome(notes=(f"failed: {reason}",), failed=reason)
+
+
+def _measured_once(
+    session: _Session, step: Step, prepared: PreparedStep, earlier: Mapping[str, StepOutcome]
+) -> StepOutcome:
+    """Return what an earlier call found on the same adapters and plan, else run the step and keep its outcome."""
+    assert prepared.run is not None
+    folder = session.folder / step.name
+    of = earlier.get(str(session.recipe.settings(step, session.setup.scale).get("of")), StepOutcome())
+    plan = prepared.expected.plan or of.plan
+    adapters = {key: adapter / MANIFEST for key, adapter in of.adapters.items()}
+    basis = {
+        "adapters": {key: sha256_file(manifest) for key, manifest in adapters.items() if manifest.exists()},
+        "notes": list(prepared.expected.notes),  # what is left out for want of rows or texts
+        "plan": {} if plan is None else plan.model_dump(mode="json"),
+    }
+    if (folder / OUTCOME).exists():
+        kept = read_stored(folder / OUTCOME, lambda record: {**record["basis"], "outcome": record["outcome"]})
+        same = all(kept[key] == basis[key] for key in ("adapters", "notes"))
+        if same and not number_changes(json.loads(canonical_json(basis["plan"])), kept["plan"]):
+            outcome = read_stored(folder / OUTCOME, lambda record: StepOutcome.from_dict(record["outcome"], folder))
+            if all(figure.exists() for figure in outcome.figures):
+                session.progress.note(f"{step.name} is finished")
+                return outcome
+    outcome = prepared.run()
+    write_json(folder / OUTCOME, {"basis": basis, "outcome": outcome.to_dict(folder)})
+    return outcome
 
 
 def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], before: ScaleSetup) -> None:
@@ -277,8 +310,9 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
 
 
 def _holds_work(folder: Path) -> bool:
-    """Tell whether a step has finished any training."""
-    return not nothing_finished(folder) or any(folder.glob("classifiers/*/*/*/adapter"))
+    """Tell whether a step has finished any training, or a step without training its measurements."""
+    finished = (folder / OUTCOME).exists() or any(folder.glob("classifiers/*/*/*/adapter"))
+    return finished or not nothing_finished(folder)
 
 
 def _check(session: _Session) -> dict[str, StepOutcome]:

@@ -25,7 +25,7 @@ BUDGETS: dict[Scale, dict[str, dict[str, Any]]] = {
     # 200K tokens, 200 steps an epoch, 5 epochs (GAIN, section 4): 4 blocks of 250 tokens a step
     "paper": {
         "data": {"train_tokens": 200_000, "validation_tokens": 51_200, "block_size": 250},
-        "train": {"batch_size": 4, "epochs": 5},
+        "train": {"batch_size": 4, "gradient_accumulation": 1, "epochs": 5},
     },
     "small": {"data": {"train_tokens": 4096, "validation_tokens": 1024, "block_size": 256}, "train": {"batch_size": 2}},
     "smoke": {
