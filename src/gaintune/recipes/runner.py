@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
-from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, recipe_named
+from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, number_on, recipe_named
 from gaintune.recipes.steps import KINDS
 from gaintune.report import NONE, markdown_table, number
 from gaintune.results import Interval, Verdict, judge
@@ -66,6 +66,7 @@ def run_recipe(
     scale: Scale = "small",
     data: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    models: Sequence[str] = (),
     allow_code_execution: bool = False,
     progress: Progress | None = None,
 ) -> RecipeResult:
@@ -77,6 +78,7 @@ def run_recipe(
         scale: paper (the papers' models, data and budgets), small (the demo model), or smoke (a tiny random model).
         data: folder of local copies under the papers' names; the Hub, or embedded texts, unless given.
         overrides: nested plan values laid over every step, such as `{"train": {"seed": 1}}`.
+        models: which of the recipe's models to run, by label or Hub id; all unless given.
         allow_code_execution: whether programs that a model wrote may be run (HumanEval).
         progress: where to show progress.
 
@@ -96,6 +98,10 @@ def run_recipe(
         "data": None if data is None else str(data.resolve()),
         "overrides": overrides,
     }
+    if models:
+        identity["models"] = [*models]
+    model = overrides.get("model")
+    recipe = recipe.at(scale, models, one_base=isinstance(model, Mapping) and "name" in model)
     new = _take(folder, identity)
     try:
         setup = ScaleSetup.make(scale, recipe.model, data, overrides, folder / "world")
@@ -243,6 +249,7 @@ def _page(result: RecipeResult) -> Iterator[str]:
     recipe = result.recipe
     yield from (f"# {recipe.id}: {recipe.title}", "", f"{recipe.source}; scale {result.scale}.", "")
     yield from (recipe.asks.strip(), "")
+    yield from _aside(recipe, result.scale)
     if result.scale == "smoke":
         yield from (SMOKE, "")
     if result.findings:
@@ -257,6 +264,8 @@ def _page(result: RecipeResult) -> Iterator[str]:
             "interval decides nothing.",
             "",
         )
+    if recipe.models and recipe.table:
+        yield from ("The models:", "", markdown_table(_over_models(result), "Model"), "")
     for step, outcome in result.outcomes.items():
         yield from (f"## {step}", "")
         notes = [*outcome.notes, *(f"no number {name}: {why}" for name, why in outcome.without.items())]
@@ -266,6 +275,26 @@ def _page(result: RecipeResult) -> Iterator[str]:
             yield from (f"{title}:", "", markdown_table(table, ""), "")
         for figure in outcome.figures:
             yield from (f"![{figure.stem}](figures/{_figure_name(result, step, figure)})", "")
+
+
+def _aside(recipe: Recipe, scale: Scale) -> Iterator[str]:
+    """Yield what is not as in the paper."""
+    if recipe.differs:
+        yield from ("Not as in the paper, or not known from its text:", "")
+        yield from (f"- {difference}" for difference in recipe.differs)
+        yield ""
+
+
+def _over_models(result: RecipeResult) -> pd.DataFrame:
+    """Return a row for each model, and a column for each number of the recipe's table."""
+    recipe, rows = result.recipe, {}
+    labels = {recipe.model: "", **{further.model: further.label for further in recipe.models}}
+    for model, label in labels.items():
+        numbers = [number_on(label, number) if label else number for number in recipe.table.values()]
+        split = [number.partition(".") for number in numbers]
+        if split[0][0] in result.outcomes:
+            rows[model] = [shown(result.outcomes[step].numbers.get(rest)) for step, _, rest in split]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(recipe.table))
 
 
 def shown(value: Interval | None) -> str:
