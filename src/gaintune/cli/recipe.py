@@ -54,6 +54,7 @@ def show(name: Name) -> None:
     say("")
     for claim in entry.claims:
         only = f", at scale {claim.scale} alone" if claim.scale else ""
+        only += f", of {claim.model} alone" if claim.model else ""
         say(f"claim: {claim.says}\n    {claim.number} {claim.expect}{only}")
 
 

@@ -60,11 +60,13 @@ class Claim(Section):
         default="paper", description="who set the bound: the paper's own words, or gaintune for lack of a number there"
     )
     scale: Scale | None = Field(default=None, description="the one scale at which it is decided; every scale if none")
+    model: str | None = Field(default=None, description="the one model it is about, a Hub id; every model if none")
 
     @model_serializer(mode="wrap")
-    def _without_scale(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `scale` out at its default: the record of a recipe is that of versions without the key."""
-        return {key: value for key, value in handler(self).items() if (key, value) != ("scale", None)}
+    def _without_new_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave newer keys out where they are not given: a recipe's record is that of versions without them."""
+        newer = ("scale", "model")
+        return {key: value for key, value in handler(self).items() if value is not None or key not in newer}
 
     @property
     def expected(self) -> str:
@@ -135,9 +137,11 @@ class Recipe(Section):
         for key, number in named:
             if number.split(".")[0] not in names:
                 raise ValueError(f"{key}: {number!r} does not begin with the name of a step")
-        labels = [further.label for further in self.models]
+        labels, known = ([getattr(one, key) for one in self.models] for key in ("label", "model"))
         if len(set(labels)) != len(labels):
             raise ValueError(f"models: every label must be different, got {', '.join(labels)}")
+        if strange := [claim for claim in self.claims if claim.model not in (None, self.model, *known)]:
+            raise ValueError(f"claims: {strange[0].says!r} is about {strange[0].model!r}, which is none of the models")
         based = [step.name for step in self.steps if "base" in step.settings]
         if labels and based:
             raise ValueError(f"models: step {based[0]} names a base of its own: leave that, or the models, out")
@@ -172,20 +176,14 @@ class Recipe(Section):
         chosen = {known[name] for name in models} or ({self.model} if one_base else {*labels})
         further = [one for one in self.models if one.model in chosen]
         claims = [claim for claim in self.claims if claim.scale in (None, scale)]
-        steps, judged = ([*self.steps], [*claims]) if self.model in chosen else ([], [])
+        first = self.model in chosen
+        steps = [*self.steps] if first else []
+        judged = [claim for claim in claims if first and claim.model in (None, self.model)]
         for one in further:
             steps += [_step_on(one, step) for step in self.steps]
-            judged += [
-                claim.model_copy(
-                    update={"says": f"{claim.says} ({one.label})", "number": number_on(one.label, claim.number)}
-                )
-                for claim in claims
-            ]
+            judged += [_claim_on(one, claim) for claim in claims if claim.model in (None, one.model)]
         scales = {
-            key: {
-                **over,
-                **{f"{name}@{one.label}": own for one in further for name, own in over.items()},
-            }
+            key: over | {f"{name}@{one.label}": own for one in further for name, own in over.items()}
             for key, over in self.scales.items()
         }
         gone = ", ".join(model for model in labels if model not in chosen)
@@ -198,6 +196,12 @@ def number_on(label: str, number: str) -> str:
     """Return the name of a number for a further model: its step's name gets the model's label."""
     step, _, rest = number.partition(".")
     return f"{step}@{label}.{rest}"
+
+
+def _claim_on(further: FurtherModel, claim: Claim) -> Claim:
+    """Repeat a claim on a further model."""
+    number = number_on(further.label, claim.number)
+    return claim.model_copy(update={"says": f"{claim.says} ({further.label})", "number": number})
 
 
 def _step_on(further: FurtherModel, step: Step) -> Step:

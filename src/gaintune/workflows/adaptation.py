@@ -8,6 +8,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -175,10 +176,8 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
             f"{job.start} has the labels {', '.join(job.previous.labels)}, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
-
-    def load() -> Base:
-        return load_classifier(plan.model, domain.labels, seed=plan.train.seed, dtype=job.method.precision.load)
-
+    seed, dtype = plan.train.seed, job.method.precision.load
+    load = partial(load_classifier, plan.model, domain.labels, seed=seed, dtype=dtype)
     base = load()
     base.check_length(plan.classify.max_length)
     job.check_inputs(run, base.fingerprint, [domain])
