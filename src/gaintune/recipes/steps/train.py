@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gaintune.config import Plan
-from gaintune.errors import DivergedError
+from gaintune.errors import ConfigError, DivergedError
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
-from gaintune.results import Interval, Matrix, Summary, exact, highest
+from gaintune.results import Interval, Matrix, Summary, build_matrix, exact, highest, stored_run
 from gaintune.storage import Run, read_stored, sha256_file
 from gaintune.workflows import run_sequence
 
@@ -24,11 +24,17 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
 
     Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.worst_below`, the worst
     earlier domain at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`;
-    `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %. Counted: `LABEL.parameters`, those trained.
+    `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %; and `A-minus-B` for each two labels of `paired`.
+    Counted: `LABEL.parameters`, those trained.
     """
     if why := context.setup.why_not(settings):
         return PreparedStep.left_out(why)
+    pairs = [tuple(pair) for pair in settings.pop("paired", ())]
     plan = context.setup.plan(settings, origin=context.origin)
+    labels = [method.label for method in plan.methods]
+    if wrong := [pair for pair in pairs if len(pair) != 2 or not {*pair} <= {*labels}]:
+        named = ", ".join(labels)
+        raise ConfigError(f"{context.origin}: paired: {list(wrong[0])} are not two labels of its methods: {named}")
 
     def run() -> StepOutcome:
         matrix, outcome = train(plan, context.folder, context)
@@ -36,7 +42,9 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
         for method in matrix.methods:
             cells = cell_frame(matrix, method).map(lambda cell: NONE if cell is None else with_interval(cell))
             tables[f"{method.label}, every domain after every stage, likewise"] = cells
-        return replace(outcome, tables=tables, notes=(*context.setup.text_notes(settings), *outcome.notes))
+        numbers = {**outcome.numbers, **_paired(matrix, pairs, plan, context.folder)}
+        notes = (*context.setup.text_notes(settings), *outcome.notes)
+        return replace(outcome, numbers=numbers, tables=tables, notes=notes)
 
     return PreparedStep(StepOutcome.expected(plan), run)
 
@@ -112,6 +120,17 @@ def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, StepOutco
         diverged=diverged,
     )
     return matrix, outcome
+
+
+def _paired(matrix: Matrix, pairs: Sequence[tuple[str, ...]], plan: Plan, folder: Path) -> dict[str, Interval]:
+    """Return the numbers of one method less another, paired block by block, for each two labels that finished."""
+    numbers: dict[str, Interval] = {}
+    methods = {method.label: method for method in matrix.methods}
+    for one, other in (pair for pair in pairs if {*pair} <= {*methods}):
+        runs = [stored_run(Run(folder), methods[label]) for label in (other, one)]
+        for comparison in build_matrix(runs, plan.evaluate, planned=matrix.planned).comparisons:
+            numbers |= _summary_numbers(f"{one}-minus-{other}", comparison.summary)
+    return numbers
 
 
 def _notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
