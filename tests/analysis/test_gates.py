@@ -8,7 +8,7 @@ from scipy import stats
 
 from gaintune.analysis import Group, apart, record_gates, response_tokens, summarize
 from gaintune.analysis.gates.report import apart_table, row_table
-from gaintune.analysis.gates.survey import GateRecord, LayerGates, all_tokens, compared
+from gaintune.analysis.gates.survey import GateRecord, LayerGates, all_tokens, compared, levels
 from gaintune.analysis.positions import DEPTHS, ModulePosition, positions_of
 from gaintune.config import EvaluateConfig
 from gaintune.errors import AdapterError, ConfigError, TrainingError, UnsupportedModuleError
@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_text(gated):
             stored.append(recorder.stored_values)
     layers = len(list(disel_layers(gated)))
     fixed = layers * tiny_gated.RANK * (100 + 2 + 1)
-    assert stored == [fixed + layers * 4 * batches for batches in (1, 2, 3)]  # one number a layer and row
+    assert stored == [fixed + layers * 4 * 2 * batches for batches in (1, 2, 3)]  # two numbers a layer and row
     assert recorder.result().domains["text"][0].tokens == 4 * (8 + 32 + 64)
 
 
@@ -252,6 +252,23 @@ def test_rows_have_the_sums_of_their_counted_gates(found):
         assert layer.row_values.tolist() == [len(row) for row in rows]
         assert layer.row_totals == pytest.approx([row.sum() for row in rows], rel=1e-5, abs=1e-9)
         assert layer.row_totals.sum() == pytest.approx(layer.total.sum(), rel=1e-5)
+        assert layer.row_open.tolist() == [(row >= 0.5).sum() for row in rows]
+
+
+def test_a_level_and_a_share_of_open_gates_have_intervals_over_rows(found):
+    record, whole = found
+    late = Group("code", "late")
+    rows = [row.mean() for row in by_row(whole["code"], np.ones((9, 8), bool), "layers.2.")]
+    level = levels(record, SETTINGS, [late])[late]
+    reach = 1.859548 * np.std(rows, ddof=1) / 3  # Student's t of nine rows at 90 %
+    assert level.value == pytest.approx(np.mean(rows), rel=1e-4)
+    assert (level.high - level.low) / 2 == pytest.approx(reach, rel=0.1)
+    pair = (Group("code"), Group("law"))
+    masks = {"code": np.ones((9, 8), bool), "law": RESPONSES.numpy()}
+    shares = [np.mean(np.concatenate(by_row(whole[name], mask, "")) >= 0.5) for name, mask in masks.items()]
+    difference = compared(record, SETTINGS, [pair], "open")[pair]
+    assert difference.value == pytest.approx(shares[0] - shares[1]) and difference.low < difference.value
+    assert 0 < shares[0] < 1, "else nothing is counted"
 
 
 @pytest.mark.parametrize(("depth", "part", "parts"), [
@@ -295,7 +312,7 @@ def made(domain_rows: dict[str, np.ndarray]) -> GateRecord:
     place = ModulePosition("model.layers.0.mlp.up_proj", 0, "early", "up_proj", "mlp")
     empty = np.zeros(1)
     return GateRecord("default", {
-        name: (LayerGates(place, 10 * len(rows), empty, empty, empty, np.full(len(rows), 10), 10 * rows),)
+        name: (LayerGates(place, 10 * len(rows), empty, empty, empty, np.full(len(rows), 10), 10 * rows, 0 * rows),)
         for name, rows in domain_rows.items()
     })  # fmt: skip
 
@@ -326,7 +343,8 @@ def test_everything_is_compared_in_both_directions(found):
     record, whole = found
     pairs = compared(record, SETTINGS)
     depths, blocks, projections = 4, 3, 7
-    assert len(pairs) == 2 * (depths * blocks + projections) + 2 * (2 + projections * (projections - 1))
+    within = 2 + projections * (projections - 1) + (depths - 1) * (depths - 2)
+    assert len(pairs) == 2 * (depths * blocks + projections) + 2 * within
     forth, back = (Group("law", "late"), Group("code", "late")), (Group("code", "late"), Group("law", "late"))
     assert pairs[forth].value == -pairs[back].value and pairs[forth].low == pytest.approx(-pairs[back].high)
     alone = apart(record, *forth, SETTINGS)  # whatever else is asked

@@ -15,7 +15,7 @@ from gaintune.errors import ConfigError
 from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
 from gaintune.methods.rules import STATE, BudgetSchedule
 from gaintune.training import train_stage
-from gaintune.tuners import parameter_groups
+from gaintune.tuners import GATES, parameter_groups
 from support import tiny_base
 from support.tiny_adapters import base_of, record_of
 
@@ -234,6 +234,22 @@ def test_options_of_gates_reach_the_adapter_and_the_optimizer():
         groups = parameter_groups(model, 0.01, 0.1, multipliers)
         assert {(group["lr"], group["weight_decay"]) for group in groups if "lora_G" in group["name"]} == {(0.02, 0.0)}
     assert attach(tiny_base.model(), MethodConfig(name="disel"), seed=0).peft_config["default"].gate_lr_ratio == 5.0
+
+
+def test_the_gates_rate_may_be_given_by_itself(tmp_path):
+    method = MethodConfig(name="disel", lr=0.002, gate_lr=0.0005)
+    prepared = prepare_method(method, ModelConfig(device="cpu"), TrainConfig())
+    model = attach(tiny_base.model(), prepared.config, seed=0)
+    groups = parameter_groups(model, prepared.lr, 0.0, prepared.rate_multipliers)
+    assert {group["lr"] for group in groups if "lora_G" in group["name"]} == {pytest.approx(0.0005)}
+    assert model.peft_config["default"].gate_lr_ratio == pytest.approx(0.25), "other trainers read the ratio"
+    plans = prepare_method(method.model_copy(update={"lr": None}), ModelConfig(device="cpu"), TrainConfig(lr=0.001))
+    assert plans.rate_multipliers == {GATES: pytest.approx(0.5)}, "of the rate that the plan gives"
+    assert "gate_lr" not in MethodConfig(name="disel").model_dump()
+    with pytest.raises(ValueError, match="gate_lr and gate_lr_ratio both set"):
+        MethodConfig(name="disel", gate_lr=0.1, gate_lr_ratio=2)
+    with pytest.raises(ConfigError, match="has no option 'gate_lr'"):
+        check_method(MethodConfig(name="lora", gate_lr=0.1))
 
 
 ALL, RANKED = "all-linear", ("lora", "pissa", "adalora", "disel")

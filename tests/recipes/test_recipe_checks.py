@@ -116,7 +116,7 @@ def test_a_claims_names_are_those_of_every_scale(name):
     """A smoke run has every claim's number; so has a small one whose names in it are the same, or left out."""
     found = recipe_named(name)
     steps = {step.name: step for step in found.steps}
-    for claim in found.claims:
+    for claim in (claim for claim in found.claims if claim.scale is None):
         step, _, number = claim.number.partition(".")
         for each in {step, steps[step].settings.get("of", step)}:
             for key in LISTS:

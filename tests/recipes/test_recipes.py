@@ -9,13 +9,14 @@ import re
 import pandas as pd
 import pytest
 import yaml
+from scipy.stats import binomtest
 
 from gaintune.config import ModelConfig
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.evaluate.benchmarks import BenchmarkConfig, counting_score
 from gaintune.evaluate.benchmarks.run import measure_benchmarks
 from gaintune.models import load_base
-from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
+from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe, shown
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes.scales import LISTS, names_in, stem_of
 from gaintune.recipes.schema import Expectation, read_recipe
@@ -26,6 +27,7 @@ AGAIN = ("G3", "G9", "G13", "G16", "G17", "D2", "D5")
 """One of each kind that measures or keeps what others do not: benchmarks, answers, sweep, landscape and so on."""
 RENDERED = ("G9", "G13", "D2")  # of a sequence, and the two kinds of figures that recipes alone draw
 LONG = ("D3", "G2")  # sequences and benchmarks, as in ten others
+ALL_MODELS = ("G8",)  # of the recipes with several models this one runs them all here, the others the first
 CHANCE = (("curve.", "matched."), (".left", ".outside"))
 """How numbers begin or end that a tiny random model may lack: its training is too weak to compare, or its weights fill
 every direction."""
@@ -39,14 +41,22 @@ def ran(tmp_path_factory):
     def run(name):
         folder = tmp_path_factory.mktemp(name) / "run"
         with contextlib.nullcontext() if name in RENDERED else drawing.unrendered():
-            return folder, run_recipe(name, folder, scale="smoke", allow_code_execution=True)
+            return folder, run_recipe(name, folder, scale="smoke", models=models_of(name), allow_code_execution=True)
 
     return run
 
 
+def models_of(name):
+    """Return the first model of a recipe with several, unless all of them run here."""
+    found = recipe_named(name)
+    return [found.model] if found.models and name not in ALL_MODELS else []
+
+
 @pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in recipes()])
 def test_an_experiment_runs_and_decides_its_claims(name, ran):
-    recipe, (folder, result) = recipe_named(name), ran(name)
+    folder, result = ran(name)
+    recipe = result.recipe
+    assert recipe == recipe_named(name).at("smoke", models_of(name))
     assert [finding.claim for finding in result.findings] == list(recipe.claims) != []
     assert all(not outcome.left_out for outcome in result.outcomes.values())
     table = pd.read_csv(folder / "results.csv")
@@ -54,6 +64,7 @@ def test_an_experiment_runs_and_decides_its_claims(name, ran):
     assert set(table.step) == {step.name for step in recipe.steps if result.outcomes[step.name].numbers}
     text = (folder / "results.md").read_text(encoding="utf-8")
     assert all(finding.claim.says in text and finding.verdict in text for finding in result.findings)
+    assert all(difference in text for difference in recipe.differs)
     assert list((folder / "figures").glob("*.png"))
     for step in recipe.steps:
         outcome = result.outcomes[step.name]
@@ -73,7 +84,8 @@ def test_a_recipe_run_again_is_continued_and_gives_the_same(name, ran):
     folder, result = ran(name)
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     written = (folder / "results.json").read_bytes()
-    assert run_recipe(name, folder, scale="smoke", allow_code_execution=True).findings == result.findings
+    again = run_recipe(name, folder, scale="smoke", models=models_of(name), allow_code_execution=True)
+    assert again.findings == result.findings
     assert (folder / "results.json").read_bytes() == written
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == made
 
@@ -93,6 +105,33 @@ def test_a_recipes_numbers_are_those_of_its_run(ran):
         label, last = method["label"], method["stages"][-1]["cells"]["pubmedqa"]["change"]
         assert numbers[f"{label}.backward_transfer"].value == method["summary"]["backward_transfer"]["value"]
         assert numbers[f"{label}.pubmedqa"].value == last
+
+
+def test_every_model_has_its_steps_its_verdicts_and_a_row_of_the_table(ran):
+    folder, result = ran("G8")
+    text, found = (folder / "results.md").read_text(), recipe_named("G8")
+    assert [finding.verdict for finding in result.findings if finding.number is None] == []
+    bases = set()
+    for model, step in ((found.model, "run"), *((one.model, f"run@{one.label}") for one in found.models)):
+        numbers = result.outcomes[step].numbers
+        row = next(line for line in text.splitlines() if line.startswith(f"| {model} |"))
+        cells = [numbers[number.partition(".")[2]] for number in found.table.values()]
+        assert row == f"| {model} | {' | '.join(map(shown, cells))} |"
+        bases.add(json.loads((folder / step / "inputs.json").read_text())["base_fingerprint"])
+    assert len(bases) == 1 + len(found.models), "each model is a base of its own"
+
+
+def test_the_papers_scores_of_the_base_have_their_numbers_and_intervals(ran):
+    _, result = ran("G9")
+    scores = [claim for claim in recipe_named("G9").claims if ".base." in claim.number]
+    assert len(scores) == 8 and {claim.scale for claim in scores} == {"paper"}
+    for claim in scores:
+        number = result.number(claim.number)
+        assert number.low is not None and number.low <= number.value <= number.high, claim.number
+    measured = result.number("medical-benchmarks.base.arc_easy.score")
+    right = round(measured.value / 100 * tiny.ROWS)
+    wilson = binomtest(right, tiny.ROWS).proportion_ci(0.95, method="wilson")
+    assert (measured.low, measured.high) == pytest.approx((100 * wilson.low, 100 * wilson.high))
 
 
 def test_an_unknown_experiment_and_a_claim_that_no_number_meets_are_refused():
@@ -148,6 +187,8 @@ def test_the_list_has_every_experiment_of_both_papers():
 def test_an_experiment_is_shown_with_its_steps_scales_and_claims():
     said, found = run("recipe", "show", "g14"), recipe_named("G14")
     assert f"step {found.steps[0].name} (sweep)" in said and "at scale small" in said
+    assert all(difference in said for difference in found.differs) and "--models mistral-7b" in said
+    assert "at scale paper alone" in run("recipe", "show", "G9")
     assert all(claim.number in said for claim in found.claims)
 
 

@@ -5,20 +5,25 @@ import math
 from statistics import mean, stdev
 
 import pytest
+import yaml
 
 from gaintune.adapters import read_record
-from gaintune.data import read_choices
+from gaintune.data import load_domain, read_choices
 from gaintune.errors import ConfigError, RunDirectoryError
 from gaintune.evaluate import compare_choices
+from gaintune.models import load_tokenizer
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, run_recipe
 from gaintune.recipes import smoke as tiny
-from gaintune.recipes.outcome import Context
+from gaintune.recipes.outcome import Context, StepOutcome
 from gaintune.recipes.scales import ScaleSetup
 from gaintune.recipes.steps import classify as report
 from gaintune.recipes.steps.answers import answers, local_questions
 from gaintune.recipes.steps.classify import DECODER, ClassificationStudy, ClassifierScores
-from gaintune.recipes.steps.sweep import numbers_of, runs_frame
+from gaintune.recipes.steps.differences import differences
+from gaintune.recipes.steps.sweep import numbers_of, random_orders, runs_frame
+from gaintune.results import exact
+from gaintune.workflows import merge_adapter
 from gaintune.workflows.sweep import compare_sweep
 from support import STUDY_DATA, needs_study_data, refused, tiny_sweep
 from support.tiny_recipes import recipe
@@ -243,3 +248,89 @@ def test_what_survives_at_a_rate_is_not_a_variant_s_best(tmp_path):
 def test_the_table_of_runs_shows_each_figure_once(tmp_path, figure, columns):
     frame = runs_frame(tiny_sweep.synthetic(tmp_path, {"gain": GAIN}), figure)
     assert len(frame.columns) == len(set(frame.columns)) == columns
+
+
+LEARNS = {"domains": ["pubmedqa"], "methods": ["gain", {"name": "lora", "lr": 0.01, "rank": 2}]}
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_adapters_are_absorbed_and_only_the_certificates_stay(tmp_path):
+    steps = (("run", "sequence", LEARNS), ("absorbed", "absorb", {"of": "run", "labels": ["lora"]}))
+    result = run_recipe(recipe(*steps), tmp_path / "run", scale="smoke")
+    folder, run = tmp_path / "run" / "absorbed", result.outcomes["run"]
+    assert [file.name for file in folder.iterdir()] == ["lora.json"]
+    domain = load_domain(run.plan.data.domains[0], run.plan.data, load_tokenizer(run.plan.model))
+    merged = merge_adapter(run.adapters["lora/pubmedqa"], tmp_path / "merged", blocks=domain.validation, dtype="fp32")
+    drift = result.number("absorbed.lora.drift")
+    assert drift.value == pytest.approx(merged.perplexity_change, abs=1e-4) and drift.low == drift.value
+    assert abs(drift.value) < 0.01, "in fp32"
+    assert result.number("run.lora.parameters").value == 3 * 2 * (32 + 32), "rank 2 on three square weights"
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_domain_with_less_text_than_asked_for_is_named(tmp_path):
+    asked = {**LEARNS, "domains": ["pubmedqa", "wikitext"], "data": {"train_tokens": 4096}}
+    steps = [("run", "sequence", asked), ("apart", "separately", asked), ("rates", "sweep", {**asked, "seeds": [0]})]
+    outcomes = run_recipe(recipe(*steps), tmp_path / "run", scale="smoke").outcomes
+    inputs = json.loads((tmp_path / "run" / "run" / "inputs.json").read_text())["domains"]
+    short = {name: one["train_tokens"] for name, one in inputs.items() if one["train_tokens"] < 4096}
+    assert short, "else there is nothing to say"
+    for outcome in outcomes.values():
+        said = " ".join(note for note in outcome.notes if "fewer training tokens than the 4,096" in note)
+        assert all(f"{name} has {tokens:,}" in said for name, tokens in short.items())
+        assert not [name for name in inputs if name not in short and name in said]
+
+
+def test_random_orders_are_different_and_begin_with_no_order_of_their_own():
+    names = list("abcdefgh")
+    drawn = random_orders(names, 8, {"order_seed": 3}, "here")
+    assert len(set(drawn)) == 8 and all(sorted(order) == names for order in drawn)
+    assert tuple(names) not in drawn and drawn == random_orders(names, 8, {"order_seed": 3}, "here")
+    assert drawn != random_orders(names, 8, {}, "here")
+    assert set(random_orders(["a", "b"], 2, {}, "here")) == {("a", "b"), ("b", "a")}, "its own where it is drawn"
+    refused(ConfigError, "2 domains have 2 orders, not 3", random_orders, ["a", "b"], 3, {}, "here")
+    refused(ConfigError, "leave one of them out", random_orders, ["a"], 1, {"orders": 1}, "here")
+
+
+def test_the_papers_random_orders_are_recorded(tmp_path):
+    orders = {**LEARNS, "domains": ["pubmedqa", "wikitext", "pg19"], "random_orders": 2, "order_seed": 1}
+    run_recipe(recipe(("orders", "sweep", orders)), tmp_path / "run", scale="smoke")
+    grid = yaml.safe_load((tmp_path / "run" / "orders" / "grid.yaml").read_text())
+    assert list(map(tuple, grid["orders"])) == random_orders(orders["domains"], 2, {"order_seed": 1}, "here")
+
+
+@pytest.mark.parametrize(("differences", "message"), [
+    ({"x": ["run.gain.in_domain"]}, "`differences` has two numbers by a name"),
+    ({"x": ["run.gain.in_domain", "ran.gain.in_domain"]}, "no step 'ran' before it; there are run"),
+])  # fmt: skip
+def test_wrong_differences_are_refused(differences, message, tmp_path):
+    steps = (("run", "sequence", LEARNS), ("apart", "differences", {"differences": differences}))
+    refused(ConfigError, message, run_recipe, recipe(*steps), tmp_path / "run", scale="smoke")
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_difference_lacks_what_a_scale_leaves_out(tmp_path):
+    other = {**LEARNS, "base": "some/large"}
+    pairs = {
+        "gone": ["other.gain.in_domain", "run.gain.in_domain"],
+        "wrong": ["run.gain.nothing", "run.gain.in_domain"],
+    }
+    setup = ScaleSetup("small", "demo", None, {})
+    earlier = {"run": StepOutcome({"gain.in_domain": exact(1.0)}), "other": StepOutcome(left_out=True)}
+    context = Context("apart", tmp_path, setup, earlier, Silent())
+    outcome = differences({"differences": pairs}, context).run()
+    assert (outcome.numbers, set(outcome.without)) == ({}, {"gone", "wrong"})
+    assert differences({"differences": {"gone": pairs["gone"]}}, context).expected.left_out
+    assert ScaleSetup("small", "demo", None, {}).why_not(other)
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_two_methods_are_paired_block_by_block_where_a_step_asks_for_it(tmp_path):
+    three = {**LEARNS, "methods": ["gain", "gain-ffn", {"name": "lora", "lr": 0.01}], "paired": [["lora", "gain-ffn"]]}
+    run = run_recipe(recipe(("run", "sequence", three)), tmp_path / "run", scale="smoke").outcomes["run"]
+    other = {**LEARNS, "methods": ["gain-ffn", {"name": "lora", "lr": 0.01}]}
+    alone = run_recipe(recipe(("run", "sequence", other)), tmp_path / "other", scale="smoke").outcomes["run"]
+    assert run.numbers["lora-minus-gain-ffn.in_domain"] == alone.numbers["lora-minus-gain-ffn.in_domain"]
+    unknown = {**LEARNS, "paired": [["lora", "dora"]]}
+    message = r"paired: \['lora', 'dora'\] are not two labels of its methods: gain, lora"
+    refused(ConfigError, message, run_recipe, recipe(("run", "sequence", unknown)), tmp_path / "x", scale="smoke")

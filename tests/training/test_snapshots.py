@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from gaintune.adapters import load_adapter, read_record
+from gaintune.config import build_plan, read_plan
 from gaintune.errors import AdapterError, ConfigError, RunDirectoryError
+from gaintune.evaluate import compare_adapters, compare_classifiers
 from gaintune.storage import read_json
 from gaintune.training import snapshots_of
 from gaintune.workflows import adapt, adapt_classifier, run_sequence
@@ -103,3 +105,70 @@ def test_a_classifier_keeps_its_head_with_every_copy(tmp_path):
     names = {name for name in weights(copies[2]) if "classifier" in name}
     assert names, "the head is in the copy"
     assert all(torch.equal(weights(copies[last])[name], weights(tmp_path / "out")[name]) for name in names)
+
+
+BEST = {"snapshot_steps": 2, "keep": "best"}
+LORA = {"name": "lora", "rank": 8, "targets": "all-linear", "lr": 0.3, "label": "by-heart"}
+BY_HEART = {"methods": [LORA], "data": {"train_tokens": 128}, "train": {**BEST, "snapshot_steps": 10, "epochs": 40}}
+
+
+def test_the_snapshot_with_the_lowest_validation_loss_is_kept_also_after_a_stop(tiny, tmp_path):
+    plan = tiny_domains.of(tiny_domains.plan(tiny, tmp_path, **BY_HEART), "prose")
+    result = adapt(plan, tmp_path / "whole")
+    copies = snapshots_of(tmp_path / "whole")
+    last = {**plan, "train": {**plan["train"], "keep": "last"}}
+    paths = list(copies.values())
+    figures = compare_adapters(read_plan(last), paths)[1:]
+    losses = dict(zip(copies, (figure.perplexity for figure in figures), strict=True))
+    best = min(losses, key=lambda step: losses[step])
+    assert best != max(copies), "else the last one would do"
+    kept = read_record(tmp_path / "whole")
+    assert kept.settings["snapshot"]["step"] == best and kept.settings["train"]["keep"] == "best"
+    assert result.after.perplexity == pytest.approx(losses[best], rel=1e-6)
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(copies[best])[name])
+    stopped(adapt, (plan, tmp_path / "stopped"), "by-heart: learning prose", 7)
+    adapt(plan, tmp_path / "stopped")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
+    adapt(last, tmp_path / "last")
+    assert "keep" not in read_record(tmp_path / "last").settings["train"], "left out at its default"
+    assert not torch.equal(weights(tmp_path / "last")[name], weights(tmp_path / "whole")[name])
+
+
+@pytest.mark.parametrize("method", ["gain-ffn", "adalora", "full"])
+def test_a_run_goes_on_from_the_best_snapshot_of_each_stage(tiny, tmp_path, method):
+    plan = tiny_domains.plan(tiny, tmp_path, methods=[method], train={**BEST, "lr": 0.05}, data={"train_tokens": 768})
+    run_sequence(plan, tmp_path / "run")
+    stages = [tmp_path / "run" / "stages" / method / name for name in ("01-prose", "02-code")]
+    for stage in stages:
+        metrics = read_json(stage / "metrics.json")
+        losses = metrics["snapshot_losses"]
+        assert losses[str(metrics["kept_step"])] == min(losses.values()) and len(losses) > 2
+        assert read_record(stage / "adapter").settings["snapshot"]["step"] == metrics["kept_step"]
+    stopped(run_sequence, (plan, tmp_path / "stopped"), f"{method}: learning code", 5)
+    run_sequence(plan, tmp_path / "stopped")
+    names = ("matrix.json", "stages")
+    both = [contents(tmp_path / run) for run in ("run", "stopped")]
+    chosen = [{name: sums for name, sums in files.items() if str(name).startswith(names)} for files in both]
+    assert chosen[0] == chosen[1] and chosen[0]
+
+
+def test_the_classifier_with_the_highest_accuracy_is_kept(tmp_path):
+    rows = write_rows(tmp_path / "rule.jsonl", tiny_encoders.rule_rows(80))
+    base = tiny_encoders.folder(tmp_path / "roberta")
+    plan = tiny_encoders.plan(base, rows, train={**BEST, "batch_size": 16, "lr": 0.05, "epochs": 4})
+    result = adapt_classifier(plan, tmp_path / "out")
+    copies = snapshots_of(tmp_path / "out")
+    figures = compare_classifiers(read_plan(plan), list(copies.values()))
+    accuracies = dict(zip(copies, (figure.scores.accuracy.value for figure in figures), strict=True))
+    best = max(accuracies, key=lambda step: accuracies[step])
+    assert read_record(tmp_path / "out").settings["snapshot"]["step"] == best
+    assert result.scores.accuracy.value == accuracies[best] > min(accuracies.values())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train": {"keep": "best"}}, "set snapshot_steps"),
+    ({"train": {"keep": "best", "snapshot_steps": 2}, "methods": [{"name": "lora", "penalty": "l2"}]}, "has a penalty"),
+])  # fmt: skip
+def test_a_best_snapshot_that_cannot_be_is_refused(changes, message):
+    refused(ConfigError, message, build_plan, changes)

@@ -5,6 +5,7 @@ from .disk import adapter_off as adapter_off
 from .disk import add_adapter as add_adapter
 from .disk import attached as attached
 from .disk import check_adapters as check_adapters
+from .disk import copy_adapter as copy_adapter
 from .disk import load_adapter as load_adapter
 from .disk import save_adapter as save_adapter
 from .disk import strip_adapters as strip_adapters

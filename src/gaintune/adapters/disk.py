@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -79,6 +80,14 @@ def save_adapter(
         if keep is not None:
             keep(temporary)
         files.write_json(temporary / RECORD, {"format": FORMAT, **record.to_dict()})
+
+
+def copy_adapter(source: Path, folder: Path, *, keep: Callable[[Path], None] | None = None) -> None:
+    """Write a copy of a saved adapter, such as a snapshot, to another folder; `keep` as in `save_adapter`."""
+    with files.complete_folder(folder, editable=(CARD,)) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        if keep is not None:
+            keep(temporary)
 
 
 def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:

@@ -42,6 +42,10 @@ def show(name: Name) -> None:
 
     entry = recipe_named(name)
     say(f"{entry.id}: {entry.title}\n{entry.source}\nmodel at scale paper: {entry.model}\n\n{entry.asks.strip()}\n")
+    for further in entry.models:
+        say(f"also at scale paper: {further.model}, --models {further.label} {_short(further.settings)}".rstrip())
+    for difference in entry.differs:
+        say(f"not as in the paper: {difference}")
     for step in entry.steps:
         say(f"step {step.name} ({step.do})")
         for key, value in step.settings.items():
@@ -51,7 +55,9 @@ def show(name: Name) -> None:
                 say(f"    at scale {scale}, {key}: {_short(value)}")
     say("")
     for claim in entry.claims:
-        say(f"claim: {claim.says}\n    {claim.number} {claim.expect}")
+        only = f", at scale {claim.scale} alone" if claim.scale else ""
+        only += f", of {claim.model} alone" if claim.model else ""
+        say(f"claim: {claim.says}\n    {claim.number} {claim.expect}{only}")
 
 
 def _short(value: object) -> str:
@@ -79,6 +85,9 @@ def run(
         str, typer.Option(help="paper (its models, data and budgets), small (the demo model), smoke (random weights).")
     ] = "small",
     data: Annotated[Path | None, typer.Option(help="Folder of local copies under the papers' names.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Which of its models to run, such as mistral-7b,llama-2-13b; all unless given.")
+    ] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs that a model wrote (HumanEval), with limits.")
     ] = False,
@@ -117,6 +126,7 @@ def run(
         overrides=apply_overrides({}, set_ or ()),
         jobs=jobs,
         engine=engine,
+        models=[name.strip() for name in (models or "").split(",") if name.strip()],
         allow_code_execution=allow_code_execution,
         progress=progress_on(err),
         prepare=quiet_libraries,

@@ -107,6 +107,22 @@ class TrainConfig(Section):
         default=None, gt=0, description="steps between kept copies of the adapter, for `gaintune retention`; else none"
     )
     trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb and the other Trainer trackers")
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="which weights of an adaptation count: those after the last update, or those of the snapshot with "
+        "the lowest loss on the domain's validation text (best; of a classifier, with the highest accuracy)",
+    )
+
+    @model_validator(mode="after")
+    def _choosable(self) -> TrainConfig:
+        if self.keep == "best" and self.snapshot_steps is None:
+            raise ValueError("keep=best chooses among snapshots: set snapshot_steps, the updates between them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_keep(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `keep` out at its default: the files of a plan are those of versions without the key."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("keep", "last")}
 
 
 class EvaluateConfig(Section):
@@ -158,6 +174,9 @@ class MethodConfig(Section):
     replay: Annotated[float, Flag()] = Field(
         default=0.0, ge=0, description="rows of earlier domains per row of its own"
     )
+    gate_lr: float | None = Field(
+        default=None, gt=0, description="disel: gates' peak rate, in place of gate_lr_ratio times the rate"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -176,7 +195,14 @@ class MethodConfig(Section):
             raise ValueError("penalty_strength is given without a penalty: add penalty=l2 or penalty=ewc")
         if self.penalty != "ewc" and self.ewc_rows is not None:
             raise ValueError("ewc_rows is given without penalty=ewc")
+        if self.gate_lr is not None and self.gate_lr_ratio is not None:
+            raise ValueError("gate_lr and gate_lr_ratio both set the gates' rate: leave one of them out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_gate_lr(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `gate_lr` out where it is not given: the files of a plan are those of versions without the key."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("gate_lr", None)}
 
 
 def _label(values: dict[str, Any]) -> str:
@@ -351,6 +377,16 @@ class Plan(Section):
         labels = [method.label for method in self.methods]
         if len(set(labels)) != len(labels):
             raise ValueError(f"methods: every label must be different, got {', '.join(labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _best_without_penalty(self) -> Plan:
+        pulled = [method.label for method in self.methods if method.penalty is not None]
+        if self.train.keep == "best" and pulled:
+            raise ValueError(
+                f"train.keep=best: {pulled[0]} has a penalty, which remembers the weights after the last update; leave "
+                "one of them out"
+            )
         return self
 
     @model_validator(mode="after")

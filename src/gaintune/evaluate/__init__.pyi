@@ -8,6 +8,7 @@ from .classification import difference as difference
 from .classification import is_classifier as is_classifier
 from .classification import predict as predict
 from .classification import score as score
+from .classification import wilson as wilson
 from .compare import Measure as Measure
 from .compare import attached_to_language_model as attached_to_language_model
 from .compare import compare_adapters as compare_adapters

@@ -29,7 +29,9 @@ from gaintune.tuners.gain import default_projections
 logger = logging.getLogger(__name__)
 
 COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})  # to all methods
-TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
+TRAINING_OPTIONS = frozenset(
+    {"lr_ratio", "gate_lr", "gate_lr_ratio", "orthogonality"}
+)  # free to change from domain to domain
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 
 
@@ -87,7 +89,10 @@ def prepare_method(config: MethodConfig, model: ModelConfig, train: TrainConfig)
     precision = measuring_precision(model, config.name)
     if precision.mixed is torch.float16:
         raise ConfigError(f"method {config.name!r} trains the base itself, not with fp16: use model.dtype bf16 or fp32")
-    return PreparedMethod(config, entry, config.lr or train.lr or entry.lr, precision)
+    rate = config.lr or train.lr or entry.lr
+    if config.gate_lr is not None:  # adapters keep the ratio, which other trainers read too
+        config = config.model_copy(update={"gate_lr": None, "gate_lr_ratio": config.gate_lr / rate})
+    return PreparedMethod(config, entry, rate, precision)
 
 
 def measuring_precision(model: ModelConfig, method: str | None = None) -> Precision:

@@ -120,7 +120,10 @@ _ENTRIES = (
         "disel",
         "DISeL: LoRA with a gate a token on every rank-one part; by default rank 8 on all linear layers",
         0.002,
-        {**_LOW_RANK, "gate_bias": "gate_bias_init", "gate_lr_ratio": "gate_lr_ratio", "gate_rank": "gate_rank"},
+        {
+            **_LOW_RANK, "gate_bias": "gate_bias_init", "gate_lr_ratio": "gate_lr_ratio", "gate_lr": None,
+            "gate_rank": "gate_rank",
+        },
         f"{_FROZEN}; three thin matrices a module (fp32); cannot be merged",
         "DISEL",
         {**_DISEL, "gate_kind": "sigmoid"},

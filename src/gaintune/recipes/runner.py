@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import TRAINING, ScaleSetup, budget_note, dropped, names_in, note_of
-from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, laid_over, recipe_named
+from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, laid_over, number_on, recipe_named
 from gaintune.recipes.steps import KINDS
 from gaintune.report import NONE, markdown_table, number
 from gaintune.results import Interval, Verdict, judge
@@ -94,6 +94,7 @@ def run_recipe(
     overrides: Mapping[str, Any] | None = None,
     jobs: int = 1,
     engine: str | None = None,
+    models: Sequence[str] = (),
     allow_code_execution: bool = False,
     progress: Progress | None = None,
     prepare: Callable[[], None] | None = None,
@@ -113,6 +114,7 @@ def run_recipe(
             are for that step alone, such as `{"70b": {"model": {"quantization": "4bit"}}}`.
         jobs: runs of a sweep at a time.
         engine: what a sweep's runs are worked off by, as in `run_sweep`; `sequential` unless given, `loky` for several.
+        models: which of the recipe's models to run, by label or Hub id; all unless given.
         allow_code_execution: whether programs that a model wrote may be run (HumanEval).
         progress: where to show progress.
         prepare: called by every worker of a sweep before a run; must be importable.
@@ -128,7 +130,6 @@ def run_recipe(
         known = ", ".join(KINDS)
         raise ConfigError(f"recipe {recipe.id}: step {step.name}: unknown kind {step.do!r}; known: {known}")
     workers = {**_workers(recipe, jobs, engine), "prepare": prepare}
-    _check_overrides(recipe, overrides or {})
     folder, data = Path(folder), None if data is None else Path(data)
     try:
         given: dict[str, Any] = json.loads(canonical_json(overrides or {}))
@@ -140,6 +141,11 @@ def run_recipe(
         "data": None if data is None else str(data.resolve()),
         "overrides": given,
     }
+    model = given.get("model")
+    recipe = recipe.at(scale, models, one_base=isinstance(model, Mapping) and "name" in model)
+    _check_overrides(recipe, given)
+    if models:
+        identity["models"] = [*models]
     before = _take(folder, identity)
     try:
         setup = ScaleSetup.make(scale, recipe.model, data, given, folder / "world")
@@ -412,6 +418,7 @@ def _page(result: RecipeResult) -> Iterator[str]:
     recipe = result.recipe
     yield from (f"# {recipe.id}: {recipe.title}", "", f"{recipe.source}; scale {result.scale}.", "")
     yield from (recipe.asks.strip(), "")
+    yield from _aside(recipe, result.scale)
     if result.scale == "smoke":
         yield from (SMOKE, "")
     if result.failed:
@@ -429,6 +436,8 @@ def _page(result: RecipeResult) -> Iterator[str]:
             "interval decides nothing.",
             "",
         )
+    if recipe.models and recipe.table:
+        yield from ("The models:", "", markdown_table(_over_models(result), "Model"), "")
     for step, outcome in result.outcomes.items():
         yield from (f"## {step}", "")
         notes = [*outcome.notes, *(f"no number {name}: {why}" for name, why in outcome.without.items())]
@@ -438,6 +447,26 @@ def _page(result: RecipeResult) -> Iterator[str]:
             yield from (f"{title}:", "", markdown_table(table, ""), "")
         for figure in outcome.figures:
             yield from (f"![{figure.stem}](figures/{_figure_name(result, step, figure)})", "")
+
+
+def _aside(recipe: Recipe, scale: Scale) -> Iterator[str]:
+    """Yield what is not as in the paper."""
+    if recipe.differs:
+        yield from ("Not as in the paper, or not known from its text:", "")
+        yield from (f"- {difference}" for difference in recipe.differs)
+        yield ""
+
+
+def _over_models(result: RecipeResult) -> pd.DataFrame:
+    """Return a row for each model, and a column for each number of the recipe's table."""
+    recipe, rows = result.recipe, {}
+    labels = {recipe.model: "", **{further.model: further.label for further in recipe.models}}
+    for model, label in labels.items():
+        numbers = [number_on(label, number) if label else number for number in recipe.table.values()]
+        split = [number.partition(".") for number in numbers]
+        if split[0][0] in result.outcomes:
+            rows[model] = [shown(result.outcomes[step].numbers.get(rest)) for step, _, rest in split]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(recipe.table))
 
 
 def shown(value: Interval | None) -> str:

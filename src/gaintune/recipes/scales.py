@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,11 @@ class ScaleSetup:
         values: dict[str, Any] = {"model": {"name": self.base(settings.get("base"))}}
         sections = {key: settings[key] for key in PLAN_SECTIONS if key in settings}
         methods = {"methods": settings["methods"]} if "methods" in settings else {}
-        for over in (BUDGETS[self.scale], sections, {"data": data}, methods, dict(self.overrides)):
+        for over in (BUDGETS[self.scale], sections, {"data": data}, methods):
             values = laid_over(values, over)
+        if self.scale != "paper":  # a step's quantization is for the paper's large models
+            values["model"].pop("quantization", None)
+        values = laid_over(values, dict(self.overrides))
         return build_plan(values, origin)
 
     @property
@@ -106,7 +110,8 @@ class ScaleSetup:
             return self.model
         if self.scale == "paper":
             return model
-        return str(smoke.base(Path(self.model).with_name(model.replace("/", "-")), 1))
+        seed = zlib.crc32(model.encode())  # each is another model
+        return str(smoke.base(Path(self.model).with_name(model.replace("/", "-")), seed))
 
     def domains(self, domains: Sequence[Domain]) -> list[dict[str, Any]]:
         """Return a plan's entries for the papers' domains, without those that have no text here (`missing`)."""

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from gaintune.config import NAME, Section, as_list, explain, read_values
 from gaintune.errors import ConfigError
@@ -50,6 +59,14 @@ class Claim(Section):
     bound: Literal["paper", "ours"] = Field(
         default="paper", description="who set the bound: the paper's own words, or gaintune for lack of a number there"
     )
+    scale: Scale | None = Field(default=None, description="the one scale at which it is decided; every scale if none")
+    model: str | None = Field(default=None, description="the one model it is about, a Hub id; every model if none")
+
+    @model_serializer(mode="wrap")
+    def _without_new_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave newer keys out where they are not given: a recipe's record is that of versions without them."""
+        newer = ("scale", "model")
+        return {key: value for key, value in handler(self).items() if value is not None or key not in newer}
 
     @property
     def expected(self) -> str:
@@ -71,6 +88,23 @@ class Step(Section):
         return self
 
 
+class FurtherModel(Section):
+    """Another model of the paper's table; at scale paper every step is repeated on it."""
+
+    model: str = Field(description="Hub id")
+    label: str = Field(description="short name after the @ in the names of its steps and numbers")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="laid over those of the steps that train, such as its own order of domains"
+    )
+
+    @field_validator("label")
+    @classmethod
+    def _one_word(cls, label: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", label):
+            raise ValueError(f"{label!r} is not a usable label: use letters, digits, dash and underscore")
+        return label
+
+
 class Recipe(Section):
     """One experiment of a paper."""
 
@@ -78,7 +112,12 @@ class Recipe(Section):
     title: str = Field(description="the experiment in a few words")
     source: str = Field(description="paper, and table, figure or section")
     asks: str = Field(description="the question, and how the steps answer it")
+    differs: tuple[str, ...] = Field(default=(), description="what is not as in the paper, or not known from its text")
     model: str = Field(description="the paper's model, a Hub id: the base at scale paper")
+    models: tuple[FurtherModel, ...] = Field(default=(), description="the other models of the paper's table")
+    table: dict[str, str] = Field(
+        default_factory=dict, description="columns of the table over models: head, and the first model's number"
+    )
     steps: Annotated[tuple[Step, ...], BeforeValidator(as_list)] = Field(min_length=1, description="in order")
     scales: dict[Scale, dict[str, dict[str, Any]]] = Field(
         default_factory=dict, description="settings laid over a step's at a scale, by the step's name"
@@ -94,14 +133,93 @@ class Recipe(Section):
             for name in over:
                 if name not in names:
                     raise ValueError(f"scales.{scale}: no step is called {name!r}; there are {', '.join(names)}")
-        for claim in self.claims:
-            if claim.number.split(".")[0] not in names:
-                raise ValueError(f"claims: {claim.number!r} does not begin with the name of a step")
+        named = [("claims", claim.number) for claim in self.claims] + [("table", one) for one in self.table.values()]
+        for key, number in named:
+            if number.split(".")[0] not in names:
+                raise ValueError(f"{key}: {number!r} does not begin with the name of a step")
+        labels, known = ([getattr(one, key) for one in self.models] for key in ("label", "model"))
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"models: every label must be different, got {', '.join(labels)}")
+        if strange := [claim for claim in self.claims if claim.model not in (None, self.model, *known)]:
+            raise ValueError(f"claims: {strange[0].says!r} is about {strange[0].model!r}, which is none of the models")
+        based = [step.name for step in self.steps if "base" in step.settings]
+        if labels and based:
+            raise ValueError(f"models: step {based[0]} names a base of its own: leave that, or the models, out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_new_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave newer keys out where they are empty: the record of a recipe is that of versions without them."""
+        newer = ("differs", "models", "table")
+        return {key: value for key, value in handler(self).items() if value or key not in newer}
 
     def settings(self, step: Step, scale: Scale) -> dict[str, Any]:
         """Return a step's settings at a scale."""
         return laid_over(step.settings, self.scales.get(scale, {}).get(step.name, {}))
+
+    def at(self, scale: Scale, models: Sequence[str] = (), *, one_base: bool = False) -> Recipe:
+        """Return the recipe as it runs at a scale: steps and claims for each model, and only the scale's claims.
+
+        The first model's steps keep their names; those of another are STEP@LABEL. At scale small, and with `one_base`,
+        there is one base, and `models` of the result is empty. `models` picks some, by label or Hub id.
+
+        Raises:
+            ConfigError: an unknown model, or a choice of models where there is one base.
+        """
+        labels = {self.model: "", **{further.model: further.label for further in self.models}}
+        known = {name: model for model, label in labels.items() for name in (model, label) if name}
+        if unknown := [name for name in models if name not in known]:
+            raise ConfigError(f"recipe {self.id}: no model {unknown[0]!r}; there are {', '.join(known)}")
+        one_base = one_base or scale == "small"
+        if models and one_base:
+            raise ConfigError(f"recipe {self.id}: models are chosen at scale paper, without --set model.name")
+        chosen = {known[name] for name in models} or ({self.model} if one_base else {*labels})
+        further = [one for one in self.models if one.model in chosen]
+        claims = [claim for claim in self.claims if claim.scale in (None, scale)]
+        first = self.model in chosen
+        steps = [*self.steps] if first else []
+        judged = [claim for claim in claims if first and claim.model in (None, self.model)]
+        for one in further:
+            steps += [_step_on(one, step) for step in self.steps]
+            judged += [_claim_on(one, claim) for claim in claims if claim.model in (None, one.model)]
+        scales = {
+            key: over | {f"{name}@{one.label}": own for one in further for name, own in over.items()}
+            for key, over in self.scales.items()
+        }
+        gone = ", ".join(model for model in labels if model not in chosen)
+        differs = (*self.differs, *([f"left out here, models of the paper: {gone}"] if gone else []))
+        own = {"steps": tuple(steps), "claims": tuple(judged), "scales": scales, "models": tuple(further)}
+        return self.model_copy(update={**own, "differs": differs})
+
+
+def number_on(label: str, number: str) -> str:
+    """Return the name of a number for a further model: its step's name gets the model's label."""
+    step, _, rest = number.partition(".")
+    return f"{step}@{label}.{rest}"
+
+
+def _claim_on(further: FurtherModel, claim: Claim) -> Claim:
+    """Repeat a claim on a further model."""
+    number = number_on(further.label, claim.number)
+    return claim.model_copy(update={"says": f"{claim.says} ({further.label})", "number": number})
+
+
+def _step_on(further: FurtherModel, step: Step) -> Step:
+    """Repeat a step on a further model, with the earlier steps it names re-pointed."""
+    settings = dict(step.settings)
+    if "of" in settings:
+        settings["of"] = f"{settings['of']}@{further.label}"
+    if "differences" in settings:
+        pairs: Mapping[str, Sequence[str]] = settings["differences"]
+        settings["differences"] = {
+            name: [number_on(further.label, number) for number in pair] for name, pair in pairs.items()
+        }
+    elif "of" not in settings:
+        settings = {**laid_over(settings, further.settings), "base": further.model}
+    elif "domains" in settings:  # it measures texts of its own
+        model = {key: further.settings[key] for key in ("model",) if key in further.settings}
+        settings = {**laid_over(settings, model), "base": further.model}
+    return step.model_copy(update={"name": f"{step.name}@{further.label}", "settings": settings})
 
 
 def laid_over(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

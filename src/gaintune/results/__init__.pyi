@@ -21,6 +21,7 @@ from .intervals import CurveDifference as CurveDifference
 from .intervals import Verdict as Verdict
 from .intervals import bare as bare
 from .intervals import curve_difference as curve_difference
+from .intervals import difference_of_independent as difference_of_independent
 from .intervals import exact as exact
 from .intervals import highest as highest
 from .intervals import in_percent as in_percent

@@ -113,6 +113,16 @@ def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
     return Interval(mean, mean - math.hypot(*below) / len(values), mean + math.hypot(*above) / len(values))
 
 
+def difference_of_independent(first: Interval, second: Interval) -> Interval:
+    """Return one figure less another that was measured on different items, with the interval that theirs imply.
+
+    It is that of `mean_of_independent`. Of two figures that rise and fall together it is too wide.
+    """
+    flipped = Interval(-second.value, *(None if end is None else -end for end in (second.high, second.low)))
+    mean = mean_of_independent([first, flipped])
+    return Interval(*(None if end is None else 2 * end for end in (mean.value, mean.low, mean.high)))  # type: ignore[arg-type]
+
+
 def replicated(
     values: Sequence[float] | FloatArray,
     *,

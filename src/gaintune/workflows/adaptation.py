@@ -8,6 +8,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -25,6 +26,7 @@ from gaintune.results import DomainLoss, change
 from gaintune.storage import ADAPTATION, Run, close_run, describe_environment, open_run, sha256_file
 from gaintune.training import Snapshots, check_snapshots, train_stage
 from gaintune.workflows.sequence import describe_inputs
+from gaintune.workflows.snapshots import best_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -142,15 +144,17 @@ def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
             )  # fmt: skip
     job.check_inputs(run, base.fingerprint, [*earlier, domain])
 
-    def measure(when: str, name: str | None = None) -> DomainLoss:
+    def measure(model: nn.Module, when: str, name: str | None = None) -> DomainLoss:
         return measure_domain(model, domain, title=f"measuring {domain.name} {when}", base=name, **job.measuring)
 
     model = job.model(base)
-    before = measure("before", None if job.start else plan.model.name)
+    before = measure(model, "before", None if job.start else plan.model.name)
     rows = with_replay(domain.train, [other.train for other in earlier], job.method.config.replay, plan.train.seed)
     result = job.train(
         run, AdaptResult, model, base, domain, rows,
-        lambda: {"before": before, "after": measure("after")},
+        lambda model: {"before": before, "after": measure(model, "after")},
+        load=lambda: load_base(plan.model, dtype=job.method.precision.load),
+        merit=lambda measured: -measured["after"].nats_per_token,
         settings=domain.settings, own_rows=domain.train,
     )  # fmt: skip
     after = result.after
@@ -172,19 +176,22 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
             f"{job.start} has the labels {', '.join(job.previous.labels)}, domain {domain.name!r} has the labels "
             f"{', '.join(domain.labels)}"
         )
-    base = load_classifier(plan.model, domain.labels, seed=plan.train.seed, dtype=job.method.precision.load)
+    seed, dtype = plan.train.seed, job.method.precision.load
+    load = partial(load_classifier, plan.model, domain.labels, seed=seed, dtype=dtype)
+    base = load()
     base.check_length(plan.classify.max_length)
     job.check_inputs(run, base.fingerprint, [domain])
     model = job.model(base, task_type="SEQ_CLS", head=base.head)
     head_lr = plan.classify.head_lr or min(rate, HIGHEST_HEAD_LR)
     padding = Padding(base.padding)
 
-    def measure() -> dict[str, Any]:
+    def measure(model: nn.Module) -> dict[str, Any]:
         predictions = predict(model, domain, padding, title=f"measuring {domain.name} after", **job.measuring)
         return {"labels": domain.labels, "scores": score(predictions, plan.evaluate)}
 
     return job.train(
-        run, ClassifierResult, model, base, domain, domain.train, measure,
+        run, ClassifierResult, model, base, domain, domain.train, measure, load=load,
+        merit=lambda measured: measured["scores"].accuracy.value,
         labels=domain.labels,
         settings={"classify": {**plan.classify.model_dump(mode="json"), "head_lr": head_lr}},
         objective=LabelLoss(model), collate=padding, head_rates={f"{name}.": head_lr / rate for name in base.head},
@@ -267,16 +274,19 @@ class AdaptationJob:
         base: Base,
         domain: DomainBlocks | ClassifyDomain,
         rows: methods.Rows,
-        measure: Callable[[], dict[str, Any]],
+        measure: Callable[[nn.Module], dict[str, Any]],
         *,
+        load: Callable[[], Base],
+        merit: Callable[[dict[str, Any]], float],
         settings: dict[str, Any],
         labels: tuple[str, ...] = (),
         **more: Any,
     ) -> R:
         """Train on a domain's rows, measure, save the adapter and its copies, and return a result of a kind.
 
-        `measure` returns that kind's own fields; `settings` and `labels` go into the adapter's record, `more` to
-        `train_stage`.
+        `measure` returns that kind's own fields of a model. Where the plan keeps the best snapshot, `load` makes the
+        base for each, and the one whose fields have the greatest `merit` is saved. `settings` and `labels` go into the
+        adapter's record, `more` to `train_stage`.
         """
         record = adapters.AdapterRecord.of_plan(
             self.plan,
@@ -304,11 +314,20 @@ class AdaptationJob:
             progress=self.progress,
             **more,
         )
-        measured = measure()
+        best = None
+        if self.plan.train.keep == "best":
+            run.wait()  # until all snapshots are written
+            best, results = best_snapshot(unfinished, load, measure, merit)
+            measured = results[best]
+        else:
+            measured = measure(model)
         if run.writes:
             if unfinished.exists():
                 unfinished.replace(finished)
-            adapters.save_adapter(model, self.out, record, keep=trained.keep)
+            if best is None:
+                adapters.save_adapter(model, self.out, record, keep=trained.keep)
+            else:
+                adapters.copy_adapter(finished / f"step-{best:06d}", self.out, keep=trained.keep)
         numbers = {name: getattr(trained, name) for name in ("steps", "tokens", "seconds", "tokens_per_second")}
         parameters = methods.trainable_parameters(model)
         return kind(adapter=self.out, trainable_parameters=parameters, **numbers, **measured)

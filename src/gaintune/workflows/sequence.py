@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gaintune import storage
-from gaintune.adapters import AdapterRecord, load_adapter, save_adapter
+from gaintune.adapters import AdapterRecord, copy_adapter, load_adapter, save_adapter
 from gaintune.config import Plan, read_plan
 from gaintune.data import ClassifyDomain, DomainBlocks, load_domain, replayed_rows, with_replay
 from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
@@ -21,7 +21,8 @@ from gaintune.methods import PreparedMethod, StagePosition, attach, prepare_meth
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
-from gaintune.training import Snapshots, count_updates, train_stage
+from gaintune.training import Snapshots, TrainedStage, count_updates, train_stage
+from gaintune.workflows.snapshots import best_snapshot
 
 
 def run_sequence(
@@ -144,7 +145,12 @@ class _Sequence:
                     base = load_base(self.plan.model, dtype=self.method.precision.load)
                 model = self._model_after(base, wanted)
             if not trained:
-                self._train(model, index)
+                outcome = self._train(model, index)
+                if self.plan.train.keep == "best":
+                    del model, base
+                    self._keep_best(outcome, index)
+                    base = load_base(self.plan.model, dtype=self.method.precision.load)
+                    model = self._model_after(base, index)
             self._close(model, index)
             current = index
             after_stage()
@@ -188,8 +194,8 @@ class _Sequence:
         self.progress.note(f"{self.label}: continuing from {adapter}")
         return load_adapter(base, adapter, trainable=True)
 
-    def _train(self, model: nn.Module, index: int) -> None:
-        """Train on one domain and save the adapter."""
+    def _train(self, model: nn.Module, index: int) -> TrainedStage:
+        """Train on one domain and save the adapter, unless the best of its snapshots is to be kept."""
         folder, domain, label, train = self.stages[index], self.domains[index], self.label, self.plan.train
         later = [str(stage) for stage in self.stages[index + 1 :] if stage.exists()]
         if later:
@@ -222,7 +228,28 @@ class _Sequence:
         if self.directory.writes:
             numbers = {"steps": outcome.steps, "tokens": outcome.tokens, "losses": outcome.losses}
             storage.write_json(folder / "training.json", numbers)
-            save_adapter(model, folder / "adapter", record, keep=outcome.keep)
+            if train.keep == "last":
+                save_adapter(model, folder / "adapter", record, keep=outcome.keep)
+        return outcome
+
+    def _keep_best(self, outcome: TrainedStage, index: int) -> None:
+        """Make the snapshot with the lowest validation loss the stage's adapter, and record the losses of all."""
+        folder, domain, precision = self.stages[index], self.domains[index], self.method.precision
+        self.directory.wait()
+        options = {"batch_size": self.plan.evaluate.batch_size, "mixed_precision": precision.mixed}
+        title = f"{self.label}: measuring the snapshots of {domain.name}"
+        step, losses = best_snapshot(
+            folder / "snapshots",
+            lambda: load_base(self.plan.model, dtype=precision.load),
+            lambda model: measure_domain(model, domain, title=title, progress=self.progress, **options).nats_per_token,
+            merit=lambda loss: -loss,
+        )
+        if self.directory.writes:
+            chosen = {"kept_step": step, "snapshot_losses": {str(each): loss for each, loss in losses.items()}}
+            stored = storage.read_stored(folder / "training.json", dict)
+            storage.write_json(folder / "training.json", {**stored, **chosen})
+            copy_adapter(folder / "snapshots" / f"step-{step:06d}", folder / "adapter", keep=outcome.keep)
+        self.directory.wait()
 
     def _position(self, index: int) -> StagePosition:
         """Count the updates before a stage and those of all stages."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,17 @@ from gaintune.analysis.gates.survey import (
     Group,
     LayerGates,
     compared,
+    levels,
     projections_of,
     row_sums,
     select,
     summarize,
 )
 from gaintune.analysis.positions import DEPTHS
+from gaintune.config import EvaluateConfig
 from gaintune.progress import plural
 from gaintune.report import MUTED, color_bar, ruled
-from gaintune.results import Interval, bare
+from gaintune.results import Interval, bare, in_percent
 
 NAMES = {"attention": "attention", "mlp": "MLP", ALL: "all layers"}
 HEADS = ("domain", "depth", "block", "mean gate", "sd", f"below {CLOSED:g}", f"{OPEN:g} and above")
@@ -230,28 +232,39 @@ def _means(layers: Sequence[LayerGates]) -> tuple[list[str], list[int], np.ndarr
     return list(means.index), list(means.columns), means.to_numpy(float)
 
 
-def _numbers(record: GateRecord, groups: Groups, apart: Mapping[tuple[Group, Group], Interval]) -> dict[str, Interval]:
+def _numbers(
+    record: GateRecord, settings: EvaluateConfig, groups: Groups, apart: Mapping[tuple[Group, Group], Interval]
+) -> dict[str, Interval]:
     numbers: dict[str, Interval] = {}
+    measured = levels(record, settings, [Group(domain, depth, block) for domain, depth, block, _ in groups])
     for domain, depth, block, one in groups:
         name = f"{domain}.{depth}" if block == ALL else f"{domain}.{depth}.{block}"
-        numbers[f"{name}.mean"] = bare(one.mean)
+        numbers[f"{name}.mean"] = replace(measured[Group(domain, depth, block)], value=one.mean)
+    for (one, other), share in compared(record, settings, _domains_apart(record), "open").items():
+        numbers[f"{one.domain}-minus-{other.domain}.open"] = in_percent(share)
     for domain, projection, one in _projections(record):
         numbers[f"{domain}.{projection}.mean"] = bare(one.mean)
     for (one, other), difference in apart.items():
         if one.domain == other.domain:
-            name = f"{one.domain}.{one.part}-minus-{other.part}"
+            first, second = next(pair for pair in zip(one[1:], other[1:], strict=True) if pair[0] != pair[1])
+            name = f"{one.domain}.{first}-minus-{second}"
         else:
             name = ".".join([f"{one.domain}-minus-{other.domain}", *(each for each in one[1:] if each != ALL)])
         numbers[f"{name}.mean"] = difference
     return numbers
 
 
+def _domains_apart(record: GateRecord) -> list[tuple[Group, Group]]:
+    return [(Group(one), Group(other)) for one, other in itertools.permutations(record.domains, 2)]
+
+
 def result(survey: GateSurvey, subject: Subject, *_: Any) -> Result:
     """Make the result.
 
-    Numbers: `DOMAIN.DEPTH.mean` and `DOMAIN.PROJECTION.mean`; with intervals over rows of text `A-minus-B.mean`,
-    `.DEPTH.mean`, `.DEPTH.BLOCK.mean` and `.PROJECTION.mean` of two domains, and on one
-    `DOMAIN.PROJECTION-minus-PROJECTION.mean` and `DOMAIN.mlp-minus-attention.mean`.
+    Numbers: `DOMAIN.PROJECTION.mean`; with intervals over rows of text `DOMAIN.DEPTH.mean` and `.DEPTH.BLOCK.mean`;
+    `A-minus-B.mean`, `.DEPTH.mean`, `.DEPTH.BLOCK.mean` and `.PROJECTION.mean` of two domains, and `A-minus-B.open`, of
+    their shares of gates from 0.5 up, in points of %; on one domain `DOMAIN.PROJECTION-minus-PROJECTION.mean`,
+    `DOMAIN.mlp-minus-attention.mean` and `DOMAIN.DEPTH-minus-DEPTH.mean`.
     """
     record, groups = survey.record, groups_of(survey.record)
     apart = compared(record, survey.plan.evaluate)
@@ -273,7 +286,7 @@ def result(survey: GateSurvey, subject: Subject, *_: Any) -> Result:
         markdown=markdown(survey, groups),
         record=record_values(survey, groups),
         figures={"gate-histograms": histograms(survey), "gate-heatmap": heatmap(survey)},
-        numbers=_numbers(record, groups, apart),
+        numbers=_numbers(record, survey.plan.evaluate, groups, apart),
         shown={
             f"Gates of {subject.title}, from 0 (shut) to 1 (open)": text_frame(["", "mean", "SD", "below 0.05"], page)
         },

@@ -34,6 +34,7 @@ from gaintune.storage import describe_environment
 from gaintune.tuners.disel import disel_layers
 
 Counted = Literal["response", "all"]
+RowFigure = Literal["mean", "open"]
 Batch = Mapping[str, torch.Tensor]
 ALL = "all"
 BLOCKS = ("attention", "mlp")
@@ -50,6 +51,7 @@ class LayerGates:
     squares: np.ndarray  # sum of their squares, float64 `(rank,)`
     row_values: np.ndarray  # how many gate values each text row counted, int64 `(rows,)`
     row_totals: np.ndarray  # sum of those values, float64 `(rows,)`
+    row_open: np.ndarray  # how many of them are open (from 0.5 up), float64 `(rows,)`
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,11 @@ class _Accumulator:
         self.moments[0] += values.sum(0)
         self.moments[1] += values.square().sum(0)
         self.tokens += len(values)
-        of_tokens = values.sum(1, dtype=torch.float64)
+        of_tokens = torch.stack([values.sum(1, dtype=torch.float64), (values >= OPEN).sum(1).double()])
         if index is not None:
-            counted, of_tokens = of_tokens, of_tokens.new_zeros(tokens.total)
-            of_tokens[index] = counted
-        sums = of_tokens.view(tokens.rows, -1).sum(1)
+            counted, of_tokens = of_tokens, of_tokens.new_zeros(2, tokens.total)
+            of_tokens[:, index] = counted
+        sums = of_tokens.view(2, tokens.rows, -1).sum(2)
         passes, before = self.rows.get(tokens.first, (0, 0.0))  # a layer that is used twice sees each row twice
         self.rows[tokens.first] = (passes + 1, sums + before)
 
@@ -173,12 +175,13 @@ class _Accumulator:
         if not np.isfinite(moments).all():
             raise TrainingError(f"{position.name}: gate values are not finite, so the model or its adapter is broken")
         histogram = self.histogram.cpu().numpy().reshape(-1, self.bins)
-        values, totals = np.zeros_like(row_tokens), np.zeros(len(row_tokens))
+        values, sums_of_rows = np.zeros_like(row_tokens), np.zeros((2, len(row_tokens)))
         for first, (passes, sums) in self.rows.items():
-            rows = slice(first, first + len(sums))
+            rows = slice(first, first + sums.shape[1])
             values[rows] = passes * len(histogram) * row_tokens[rows]
-            totals[rows] = sums.cpu().numpy()
-        return LayerGates(position, self.tokens, histogram, moments[0].copy(), moments[1].copy(), values, totals)
+            sums_of_rows[:, rows] = sums.cpu().numpy()
+        kept = (histogram, moments[0].copy(), moments[1].copy(), values, *sums_of_rows)
+        return LayerGates(position, self.tokens, *kept)
 
 
 class GateRecorder:
@@ -228,10 +231,10 @@ class GateRecorder:
 
     @property
     def stored_values(self) -> int:
-        """Numbers held: by domains, layers, rank and bins, and one for each layer and row, however long the rows."""
+        """Numbers held: by domains, layers, rank and bins, and two for each layer and row, however long the rows."""
         accumulators = [each for counts in self._counts.values() for each in counts.values()]
         fixed = sum(each.histogram.numel() + each.moments.numel() + each.offsets.numel() for each in accumulators)
-        return fixed + sum(len(sums) for each in accumulators for _, sums in each.rows.values())
+        return fixed + sum(sums.numel() for each in accumulators for _, sums in each.rows.values())
 
     def _observe(self, layer: str, adapter: str, gates: torch.Tensor) -> None:
         tokens = self._tokens
@@ -375,23 +378,17 @@ def apart(record: GateRecord, one: Group, other: Group, settings: EvaluateConfig
 
 
 def compared(
-    record: GateRecord, settings: EvaluateConfig, pairs: Iterable[tuple[Group, Group]] | None = None
+    record: GateRecord,
+    settings: EvaluateConfig,
+    pairs: Iterable[tuple[Group, Group]] | None = None,
+    figure: RowFigure = "mean",
 ) -> dict[tuple[Group, Group], Interval]:
-    """Compare pairs of groups as `apart` does, or all `comparisons`; a domain's rows are drawn once for all groups."""
+    """Compare pairs of groups as `apart` does, or all `comparisons`; a domain's rows are drawn once for all groups.
+
+    `figure` is the mean gate, or the share of gates that are open (from 0.5 up).
+    """
     chosen = list(comparisons(record) if pairs is None else pairs)
-    groups = list(dict.fromkeys(itertools.chain.from_iterable(chosen)))
-    means: dict[Group, FloatArray] = {}
-    rows: dict[str, int] = {}
-    samples, seed = settings.bootstrap_samples, settings.seed
-    for domain in dict.fromkeys(group.domain for group in groups):
-        own = [group for group in groups if group.domain == domain]
-        totals, values = row_sums(record, own)
-        counted = values.any(axis=0)  # a row without a response has no token that counts
-        rows[domain] = int(counted.sum())
-        sums, ones = np.concatenate([totals, values])[:, counted], np.ones(rows[domain], np.int64)
-        total, weight = np.split(replicate_means(sums, ones, samples=samples, seed=seed, domain=domain), 2, axis=1)
-        ratios = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
-        means |= dict(zip(own, unbiased(ratios, rows[domain]).T, strict=True))
+    means, rows = _resampled(record, settings, dict.fromkeys(itertools.chain.from_iterable(chosen)), figure)
     differences = {}
     for one, other in chosen:
         first, second = means[one], -means[other]
@@ -401,14 +398,49 @@ def compared(
     return differences
 
 
-def row_sums(record: GateRecord, groups: Sequence[Group]) -> tuple[FloatArray, FloatArray]:
-    """Return the sums of the gate values of each row, and how many there are, `(groups, rows)` each."""
+def levels(
+    record: GateRecord, settings: EvaluateConfig, groups: Iterable[Group], figure: RowFigure = "mean"
+) -> dict[Group, Interval]:
+    """Return a figure of each group with its interval over rows of text, as `compared` for pairs of groups."""
+    means, rows = _resampled(record, settings, groups, figure)
+    return {
+        group: sum_interval(partial(stretched, own[:, None]), [rows[group.domain]], settings.confidence)
+        for group, own in means.items()
+    }
+
+
+def _resampled(
+    record: GateRecord, settings: EvaluateConfig, chosen: Iterable[Group], figure: RowFigure
+) -> tuple[dict[Group, FloatArray], dict[str, int]]:
+    """Return a figure of each group over resamples of its domain's rows, and how many rows each domain has."""
+    groups = list(chosen)
+    means: dict[Group, FloatArray] = {}
+    rows: dict[str, int] = {}
+    samples, seed = settings.bootstrap_samples, settings.seed
+    for domain in dict.fromkeys(group.domain for group in groups):
+        own = [group for group in groups if group.domain == domain]
+        totals, values = row_sums(record, own, figure)
+        counted = values.any(axis=0)  # a row without a response has no token that counts
+        rows[domain] = int(counted.sum())
+        sums, ones = np.concatenate([totals, values])[:, counted], np.ones(rows[domain], np.int64)
+        total, weight = np.split(replicate_means(sums, ones, samples=samples, seed=seed, domain=domain), 2, axis=1)
+        ratios = np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
+        means |= dict(zip(own, unbiased(ratios, rows[domain]).T, strict=True))
+    return means, rows
+
+
+def row_sums(record: GateRecord, groups: Sequence[Group], figure: RowFigure = "mean") -> tuple[FloatArray, FloatArray]:
+    """Return the sums of the gate values of each row (or how many are open), and how many there are.
+
+    Both are `(groups, rows)`.
+    """
     totals, values = [], []
     for group in groups:
         chosen = select(record.domains.get(group.domain, ()), group.depth, group.part)
         if not sum(int(each.row_values.sum()) for each in chosen):
             raise ConfigError(f"no gate was counted of {', '.join(group)}; domains: {', '.join(record.domains)}")
-        totals.append(np.sum([each.row_totals for each in chosen], axis=0))
+        summed = [each.row_totals if figure == "mean" else each.row_open for each in chosen]
+        totals.append(np.sum(summed, axis=0))
         values.append(np.sum([each.row_values for each in chosen], axis=0))
     return np.array(totals, np.float64), np.array(values, np.float64)
 
@@ -416,8 +448,8 @@ def row_sums(record: GateRecord, groups: Sequence[Group]) -> tuple[FloatArray, F
 def comparisons(record: GateRecord) -> Iterator[tuple[Group, Group]]:
     """Yield the pairs of groups to compare, in both directions.
 
-    They are every two domains, by depth and block and by projection; and within a domain MLP and attention, and every
-    two projections.
+    They are every two domains, by depth and block and by projection; and within a domain MLP and attention, every two
+    projections, and every two depths.
     """
     for one, other in itertools.permutations(record.domains, 2):
         first, second = record.domains[one], record.domains[other]
@@ -429,3 +461,5 @@ def comparisons(record: GateRecord) -> Iterator[tuple[Group, Group]]:
         for parts in ([block for block in BLOCKS if select(layers, part=block)], projections_of(layers)):
             for one, other in itertools.permutations(parts, 2):
                 yield Group(domain, part=one), Group(domain, part=other)
+        for one, other in itertools.permutations([depth for depth in DEPTHS if select(layers, depth)], 2):
+            yield Group(domain, one), Group(domain, other)

@@ -5,7 +5,7 @@ list it here. Every analysis is a kind of its own.
 """
 
 from gaintune.recipes.outcome import StepKind
-from gaintune.recipes.steps import analyze, answers, benchmarks, classify, sweep, train
+from gaintune.recipes.steps import absorb, analyze, answers, benchmarks, classify, differences, sweep, train
 
 KINDS: dict[str, StepKind] = {
     "sequence": train.sequence,
@@ -14,5 +14,7 @@ KINDS: dict[str, StepKind] = {
     "benchmarks": benchmarks.benchmarks,
     "classify": classify.classify,
     "answers": answers.answers,
+    "absorb": absorb.absorb,
+    "differences": differences.differences,
     **analyze.KINDS,
 }

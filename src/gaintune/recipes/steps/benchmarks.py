@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations
 from typing import Any
@@ -13,10 +14,11 @@ import gaintune.evaluate.benchmarks as bench
 from gaintune.config import Plan
 from gaintune.data import ROW_SUFFIXES, read_table, split_files
 from gaintune.errors import AssetError, ConfigError, DataError, one_line
+from gaintune.evaluate import wilson
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import ScaleSetup, stem_of
 from gaintune.report import NONE, with_interval
-from gaintune.results import Interval
+from gaintune.results import Interval, bare, in_percent
 from gaintune.storage import cache_dir, write_json
 
 SETTINGS = ("fewshot", "limit", "batch_size", "generated_tokens", "seed")
@@ -36,7 +38,7 @@ def benchmarks(settings: dict[str, Any], context: Context) -> PreparedStep:
     of a `BenchmarkConfig`; `pick`, target or in_domain, for labels such as lora-lr0.001, of which the one that is best
     on the target's benchmarks, or on the text it was trained on, stands for lora. Numbers, in points of % against the
     base: `LABEL.TASK`; `LABEL.kept` and `LABEL.target`, means over tasks; `A-minus-B.kept` and so on, paired row by
-    row. Scores, in %: `LABEL.TASK.score`, `base.TASK.score`.
+    row. Scores, in %, with Wilson's intervals over rows: `LABEL.TASK.score`, `base.TASK.score`.
     """
     trained, plan = context.trained(settings)
     adapters = trained.last_adapters(settings.pop("labels", None), settings.pop("after", None))
@@ -169,13 +171,20 @@ class _Scores:
             numbers |= {f"{name}.{task}": self.difference(label, "base", [task]) for task in self._tasks}
         for name, label in {"base": "base", **labels}.items():
             for task, score in self._scores[label].items():
-                numbers[f"{name}.{task}.score"] = Interval(100.0 * score.value, None, None)
+                numbers[f"{name}.{task}.score"] = in_percent(self._share(score))
         for group, tasks in self._groups.items():
             for name, label in labels.items():
                 numbers[f"{name}.{group}"] = self.difference(label, "base", tasks)
             for one, other in permutations(labels, 2):
                 numbers[f"{one}-minus-{other}.{group}"] = self.difference(labels[one], labels[other], tasks)
         return numbers
+
+    def _share(self, score: bench.BenchmarkScore) -> Interval:
+        """Return a score with Wilson's interval where it is a share of right rows, else without one."""
+        right = sum(score.items)
+        if not score.items or not {*score.items} <= {0, 1} or not math.isclose(right / len(score.items), score.value):
+            return bare(score.value)  # graded rows, or a mean over tasks of unequal sizes
+        return wilson(int(right), len(score.items), self._config.confidence)
 
     def table(self, labels: Mapping[str, str]) -> pd.DataFrame:
         """Return a row for each task and mean: the base's score, and each adapter's difference to it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from gaintune.recipes.schema import laid_over
 from gaintune.recipes.steps.train import OWN_DOMAINS, sums_of
 from gaintune.report import INK, MUTED, NONE, figure_files, ruled, style_of, styled
 from gaintune.results import Interval, bare, replicated
-from gaintune.storage import Run, damage, make_folder, read_stored, write_bytes, write_json, write_text
+from gaintune.storage import Run, damage, discard_whole, make_folder, read_stored, write_bytes, write_json, write_text
 from gaintune.workflows import adapt_classifier
 
 SECTIONS = ("model", "train", "evaluate", "classify")
@@ -218,6 +219,12 @@ class ClassificationStudy:
         else:
             scores = adapt_classifier(run.plan, adapter, progress=progress).scores
         write_json(file, scores.to_dict())
+        if run.plan.train.keep == "best":  # the snapshots of all classifiers would fill a disk
+            copies = adapter.with_name(f"{adapter.name}.snapshots")
+            for copy in copies.glob("step-*"):
+                discard_whole(copy)
+            with contextlib.suppress(OSError):
+                copies.rmdir()
         return scores.accuracy.value
 
     def kept(self, runs: Sequence[ClassifierRun]) -> dict[str, Kept]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any
 
 import pandas as pd
 
 import gaintune.workflows.sweep as sweeps
-from gaintune.errors import SweepError
+from gaintune.errors import ConfigError, SweepError
 from gaintune.progress import plural
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
+from gaintune.recipes.steps.train import shortages
 from gaintune.report import markdown_table
 from gaintune.results import BACKWARD_TRANSFER, Interval, highest, lowest
 from gaintune.storage import write_text
@@ -21,7 +24,8 @@ OWNED = {"rates": "train.lr", "seeds": "train.seed", "budgets": "data.train_toke
 def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
     """Train every combination of methods, rates, orders and seeds; numbers over replicates, in % of perplexity.
 
-    Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. Numbers:
+    Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison; `random_orders` is
+    how many orders to draw (`orders` of a grid begins with the plan's own). Numbers:
     `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
     `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE; `A-minus-B` of variants with one rate each, matched or not.
     A rate at which a run diverged has no number, and its variant no `.worst`; `.best` is that of the other rates.
@@ -29,12 +33,15 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
     if why := context.setup.why_not(settings):
         return PreparedStep.left_out(why)
     context.refuse_owned({key: f"its {axis} are an axis" for axis, key in OWNED.items() if axis in settings})
-    if isinstance(settings.get("orders"), list):
+    if isinstance(settings.get("orders"), list) or "random_orders" in settings:
         context.refuse_owned({"data.domains": "its orders name them"})
     target, figure = settings.pop("target", None), settings.pop("figure", BACKWARD_TRANSFER)
     sweeps.check_comparison(figure, target)
     axes = {key: settings.pop(key) for key in AXES if key in settings}
+    drawn = settings.pop("random_orders", None)
     plan = context.setup.plan(settings, origin=context.origin)
+    if drawn is not None:
+        axes["orders"] = random_orders([domain.name for domain in plan.data.domains], drawn, axes, context.origin)
     methods = context.setup.overrides.get("methods", settings.get("methods", []))
     common = {key: value for key, value in plan.model_dump(mode="json").items() if key != "methods"}
     grid = sweeps.read_grid({**axes, "methods": methods, "plan": common})
@@ -51,6 +58,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
         comparison = sweeps.compare_sweep(table, target=target, figure=figure, confidence=plan.evaluate.confidence)
         sweeps.write(comparison, context.folder)
         numbers, without = numbers_of(comparison)
+        short = dict.fromkeys(note for row in table.finished for note in shortages(row.run.plan, row.folder))
         runs = runs_frame(table, figure)
         write_text(context.folder / "runs.md", markdown_table(runs, "Method"))
         every_rate = f"Every rate: change of perplexity against the base, %, intervals over {comparison.over}"
@@ -66,12 +74,25 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
             },
             figures=tuple(sorted(context.folder.glob("*.png"))),
             plan=plan,
-            notes=(*notes, *sweeps.remarks(comparison)),
+            notes=(*notes, *short, *sweeps.remarks(comparison)),
             without=without,
             diverged={_plain(lost.variant): f"at {lost.lr:g}: {lost.error}" for lost in comparison.missing},
         )
 
     return PreparedStep(StepOutcome(plan=StepOutcome.expected(plan).plan), run)
+
+
+def random_orders(names: list[str], count: Any, axes: dict[str, Any], origin: str) -> list[tuple[str, ...]]:
+    """Draw so many different orders of the domains by `order_seed`, all of them random; their own has no advantage."""
+    if "orders" in axes:
+        raise ConfigError(f"{origin}: orders and random_orders both name the orders: leave one of them out")
+    most = math.factorial(len(names))
+    if type(count) is not int or not 1 <= count <= most:
+        raise ConfigError(f"{origin}: random_orders: {len(names)} domains have {most:,} orders, not {count!r}")
+    generator, orders = random.Random(axes.pop("order_seed", 0)), dict[tuple[str, ...], None]()
+    while len(orders) < count:
+        orders[tuple(generator.sample(names, len(names)))] = None
+    return [*orders]
 
 
 def numbers_of(comparison: sweeps.SweepComparison) -> tuple[dict[str, Interval], dict[str, str]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gaintune.config import Plan
-from gaintune.errors import DivergedError
+from gaintune.errors import ConfigError, DivergedError
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.report import FIGURES, NONE, cell_frame, summary_frame, with_interval, write_report
-from gaintune.results import Interval, Matrix, Summary, highest
+from gaintune.results import Interval, Matrix, Summary, build_matrix, exact, highest, stored_run
 from gaintune.storage import Run, read_stored, sha256_file
 from gaintune.workflows import run_sequence
 
@@ -24,11 +24,17 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
 
     Numbers, in % of perplexity: `LABEL.in_domain` and the other figures of a summary; `LABEL.worst_below`, the worst
     earlier domain at any stage; `LABEL.DOMAIN` after the last stage; `LABEL.after-STAGE.DOMAIN`;
-    `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %.
+    `LABEL-minus-FIRST.in_domain` and so on, paired, in points of %; and `A-minus-B` for each two labels of `paired`.
+    Counted: `LABEL.parameters`, those trained.
     """
     if why := context.setup.why_not(settings):
         return PreparedStep.left_out(why)
+    pairs = [tuple(pair) for pair in settings.pop("paired", ())]
     plan = context.setup.plan(settings, origin=context.origin)
+    labels = [method.label for method in plan.methods]
+    if wrong := [pair for pair in pairs if len(pair) != 2 or not {*pair} <= {*labels}]:
+        named = ", ".join(labels)
+        raise ConfigError(f"{context.origin}: paired: {list(wrong[0])} are not two labels of its methods: {named}")
 
     def run() -> StepOutcome:
         matrix, outcome = train(plan, context.folder, context)
@@ -36,7 +42,9 @@ def sequence(settings: dict[str, Any], context: Context) -> PreparedStep:
         for method in matrix.methods:
             cells = cell_frame(matrix, method).map(lambda cell: NONE if cell is None else with_interval(cell))
             tables[f"{method.label}, every domain after every stage, likewise"] = cells
-        return replace(outcome, tables=tables, notes=(*context.setup.text_notes(settings), *outcome.notes))
+        numbers = {**outcome.numbers, **_paired(matrix, pairs, plan, context.folder)}
+        notes = (*context.setup.text_notes(settings), *outcome.notes)
+        return replace(outcome, numbers=numbers, tables=tables, notes=notes)
 
     return PreparedStep(StepOutcome.expected(plan), run)
 
@@ -52,11 +60,13 @@ def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
     def run() -> StepOutcome:
         outcomes: dict[str, StepOutcome] = {}
         tables = {}
+        lacking: list[str] = []
         for domain in domains:
             name = str(domain["name"])
             watched = [*(other for other in domains if other["name"] != name), *settings.get("watched", [])]
             plan = setup.plan({**settings, "domains": [domain], "watched": watched}, origin=context.origin)
             matrix, outcomes[name] = train(plan, context.folder / name, context)
+            lacking += shortages(plan, context.folder / name)
             tables[f"{name} learnt by itself: {MEASURE}"] = summary_frame(matrix)
         by_name = outcomes.items()
         diverged = {label: f"{name}: {why}" for name, outcome in by_name for label, why in outcome.diverged.items()}
@@ -66,7 +76,7 @@ def separately(settings: dict[str, Any], context: Context) -> PreparedStep:
             figures=tuple(figure for outcome in outcomes.values() for figure in outcome.figures),
             adapters={key: folder for outcome in outcomes.values() for key, folder in outcome.adapters.items()},
             plan=[outcome.plan for outcome in outcomes.values()][-1],
-            notes=(*setup.text_notes(settings), *_notes_on(diverged)),
+            notes=(*setup.text_notes(settings), *_notes_on(diverged), *lacking),
             runs=tuple(context.folder / name for name in outcomes),
             diverged=diverged,
             apart=True,
@@ -105,15 +115,35 @@ def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, StepOutco
             for index, row in enumerate(method.stages)
         },
         plan=plan,
-        notes=_notes_on(diverged),
+        notes=(*_notes_on(diverged), *shortages(plan, folder)),
         runs=(folder,),
         diverged=diverged,
     )
     return matrix, outcome
 
 
+def _paired(matrix: Matrix, pairs: Sequence[tuple[str, ...]], plan: Plan, folder: Path) -> dict[str, Interval]:
+    """Return the numbers of one method less another, paired block by block, for each two labels that finished."""
+    numbers: dict[str, Interval] = {}
+    methods = {method.label: method for method in matrix.methods}
+    for one, other in (pair for pair in pairs if {*pair} <= {*methods}):
+        runs = [stored_run(Run(folder), methods[label]) for label in (other, one)]
+        for comparison in build_matrix(runs, plan.evaluate, planned=matrix.planned).comparisons:
+            numbers |= _summary_numbers(f"{one}-minus-{other}", comparison.summary)
+    return numbers
+
+
 def _notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{label} diverged, and claims about it are undecided: {why}" for label, why in diverged.items())
+
+
+def shortages(plan: Plan, run: Path) -> tuple[str, ...]:
+    """Say which domains of a run give fewer training tokens than the plan asks for."""
+    domains = read_stored(run / "inputs.json", dict)["domains"]
+    asked = plan.data.train_tokens // plan.data.block_size * plan.data.block_size
+    given = {domain.name: domains[domain.name]["train_tokens"] for domain in plan.data.domains}
+    short = [f"{name} has {tokens:,}" for name, tokens in given.items() if tokens < asked]
+    return (f"fewer training tokens than the {asked:,} asked for: {', '.join(short)}",) if short else ()
 
 
 def sums_of(path: Path) -> dict[str, str]:
@@ -127,6 +157,8 @@ def _numbers(matrix: Matrix) -> dict[str, Interval]:
     numbers: dict[str, Interval] = {}
     for method in matrix.methods:
         label, stages = method.label, method.stages
+        if "trainable_parameters" in method.info:
+            numbers[f"{label}.parameters"] = exact(method.info["trainable_parameters"])
         numbers |= _summary_numbers(label, method.summary)
         for row in stages:
             numbers |= {f"{label}.after-{row.domain}.{name}": cell.interval for name, cell in row.cells.items()}
