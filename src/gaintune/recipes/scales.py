@@ -228,7 +228,8 @@ def budget_note(recipe: Recipe, step: Step, scale: Scale, plan: Plan) -> tuple[s
 
 def _budget(sections: Mapping[str, Any]) -> str:
     data, train = sections["data"], sections["train"]
+    batch = train.get("effective_batch", train["batch_size"])
     return (
-        f"{data['train_tokens']:,} tokens a domain in blocks of {data['block_size']:,}, {train['batch_size']} a batch, "
+        f"{data['train_tokens']:,} tokens a domain in blocks of {data['block_size']:,}, {batch} a batch, "
         f"{plural(train['epochs'], 'epoch')}"
     )
