@@ -245,6 +245,14 @@ def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
     return math.ceil(rows / plan.rows_per_update(processes)) * plan.epochs
 
 
+def checkpoint_activations(model: nn.Module, **options: Any) -> None:
+    """Have a model's layers recompute their activations in the backward pass; `options` are torch's own."""
+    base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
+    new_name = hasattr(base, "activation_checkpointing_enable")  # from transformers 5.20 on
+    enable = base.activation_checkpointing_enable if new_name else base.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the latest complete checkpoint in a folder; delete damaged ones, with one warning that says why.
 
@@ -305,10 +313,7 @@ def train_stage(
     first = rows[0]
     require_rows(model, len(first["input_ids"]), packed="position_ids" in first)
     if plan.gradient_checkpointing:
-        base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
-        new_name = hasattr(base, "activation_checkpointing_enable")  # from transformers 5.20 on
-        enable = base.activation_checkpointing_enable if new_name else base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     shown, mixed = progress or Silent(), method.precision.mixed
     rules = rules_of(method, position, seed=plan.seed)
     device = next(model.parameters()).device
