@@ -44,6 +44,13 @@ from support import refused
     ({"methods": [{"name": "lora", "lora_alpha": 2}]}, "did you mean 'alpha'?"),
     ({"methods": ["lora:rank=2"]}, "in a plan a method's options are keys: {name: lora, rank: 16}"),
     ({"methods": [{"name": "lora", "penalty_strength": 2}]}, "is given without a penalty"),
+    ({"train": {"effective_batch": 64, "gradient_accumulation": 2}},
+     "effective_batch (64) and gradient_accumulation (2) both say how many forward passes"),
+    ({"train": {"effective_batch": 10}},
+     "effective_batch is 10, no multiple of the 4 rows of a forward pass (train.batch_size 4 x 1 process): "
+     "set train.effective_batch=8 or 12, or train.batch_size=2"),
+    ({"train": {"effective_batch": 2}}, "set train.effective_batch=4, or train.batch_size=2"),
+    ({"model": {"device_map": "auto", "device": "cpu"}}, "leave device=cpu out"),
 ])  # fmt: skip
 def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     with pytest.raises(ConfigError) as caught:
@@ -51,6 +58,20 @@ def test_a_mistake_is_named_with_its_key_and_nothing_else(values, message):
     assert message in str(caught.value) and str(caught.value).startswith("plan.yaml: ")
     assert str(caught.value).count("\n") == 0
     assert "{'" not in str(caught.value), "no dump of a section"
+
+
+def test_newer_keys_are_in_a_stored_plan_only_where_they_are_set():
+    plain = read_plan({}).model_dump(mode="json")
+    assert "effective_batch" not in plain["train"] and "device_map" not in plain["model"]
+    chosen = read_plan({"train": {"effective_batch": 64}, "model": {"device_map": "auto"}})
+    for written in (plan_yaml(chosen), plan_yaml_documented(chosen)):
+        assert build_plan(yaml.safe_load(written)) == chosen
+
+
+@pytest.mark.parametrize(("processes", "passes"), [(1, 16), (2, 8), (8, 2)])
+def test_the_effective_batch_is_that_of_all_processes(processes, passes):
+    train = read_plan({"train": {"effective_batch": 64}}).train
+    assert train.accumulation(processes) == passes and train.rows_per_update(processes) == 64
 
 
 def test_every_mistake_is_named_at_once():

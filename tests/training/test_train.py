@@ -63,6 +63,16 @@ def test_training_equals_a_plain_loop(tmp_path):
         torch.testing.assert_close(gains(model)[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_an_effective_batch_is_that_many_forward_passes_added_up(tmp_path):
+    blocks, results = tiny_base.blocks(24, 16), []
+    for n, plan in enumerate(({"effective_batch": 8}, {"gradient_accumulation": 4})):
+        model = adapted(LORA)
+        stage = train(model, blocks, tmp_path / str(n), batch_size=2, **plan)
+        results.append((stage.steps, stage.losses, gains(model)))
+    assert results[0][:2] == results[1][:2] and results[0][0] == 3
+    assert all(torch.equal(results[0][2][name], value) for name, value in results[1][2].items())
+
+
 def _order_of(folder, blocks, plan):
     """The batches a run with the same seed sees, recorded by a model that cannot learn."""
     seen, model = [], adapted()

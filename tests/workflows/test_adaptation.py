@@ -114,3 +114,33 @@ def test_one_of_several_domains_or_methods_must_be_chosen(plan, both, tmp_path):
 def test_tensorboard_logs_stay_beside_the_adapter(plan, tmp_path):
     adapt({**plan, "train": {"trackers": ["tensorboard"]}}, tmp_path / "out")
     assert list((tmp_path / "out.tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("method", ["gain-ffn", "disel", "vera"])
+def test_a_base_spread_by_accelerate_trains_and_continues_to_the_same_bytes(plan, tmp_path, method):
+    """Without a CUDA device accelerate puts every layer on the CPU."""
+    plan["model"]["device"], plan["methods"] = "auto", [method]
+    spread = {**plan, "model": {**plan["model"], "device_map": "auto"}}
+    for name, each in (("plain", plan), ("spread", spread)):
+        first = adapt(each, tmp_path / name)
+        adapt(each, tmp_path / f"{name}-again", start=first.adapter)
+    for again in ("", "-again"):
+        assert contents(tmp_path / f"plain{again}") == contents(tmp_path / f"spread{again}")
+
+
+def test_what_cannot_be_spread_or_divided_over_processes_is_refused(plan, tmp_path, monkeypatch):
+    spread = {**plan, "model": {"name": plan["model"]["name"], "device_map": "auto"}}
+    for method in ("full", "osf"):
+        refused(
+            ConfigError,
+            "works on the base's own weights: leave model.device_map",
+            adapt,
+            {**spread, "methods": [method]},
+            tmp_path / "out",
+        )
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(ConfigError, "3 processes would each do so: start one process", adapt, spread, tmp_path / "out")
+    plan["train"] = {"batch_size": 2, "effective_batch": 16}
+    for run in (adapt, run_sequence):
+        refused(ConfigError, r"no multiple of the 6 rows .* x 3 processes\): set train.effective_batch=12 or 18", run,
+                plan, tmp_path / "out")  # fmt: skip

@@ -70,6 +70,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _without_defaults(section: Section, handler: SerializerFunctionWrapHandler, *keys: str) -> dict[str, Any]:
+    """Dump a section without newer keys at their defaults: its files are those of versions without these keys."""
+    fields = type(section).model_fields
+    return {key: value for key, value in handler(section).items() if key not in keys or value != fields[key].default}
+
+
 class ModelConfig(Section):
     """The base model and its precision."""
 
@@ -83,6 +89,19 @@ class ModelConfig(Section):
     quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="load the base through bitsandbytes")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    device_map: Literal["auto"] | None = Field(
+        default=None, description="auto spreads a frozen base, layer by layer, over all visible CUDA devices"
+    )
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> ModelConfig:
+        if self.device_map and self.device != "auto":
+            raise ValueError(f"device_map={self.device_map} chooses the devices: leave device={self.device} out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_defaults(self, handler, "device_map")
 
 
 class TrainConfig(Section):
@@ -92,6 +111,9 @@ class TrainConfig(Section):
     epochs: Annotated[int, Flag()] = Field(default=1, gt=0, description="passes over the training blocks")
     batch_size: Annotated[int, Flag()] = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
     gradient_accumulation: int = Field(default=1, gt=0, description="forward passes added up before an update")
+    effective_batch: int | None = Field(
+        default=None, gt=0, description="blocks of an update over all processes; sets gradient_accumulation"
+    )
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of steps in which the rate rises from 0")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay; never applied to gains")
@@ -123,6 +145,49 @@ class TrainConfig(Section):
     def _without_keep(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave `keep` out at its default: the files of a plan are those of versions without the key."""
         return {key: value for key, value in handler(self).items() if (key, value) != ("keep", "last")}
+
+    @model_validator(mode="after")
+    def _one_accumulation(self) -> TrainConfig:
+        if self.effective_batch is not None and self.gradient_accumulation != 1:
+            raise ValueError(
+                f"effective_batch ({self.effective_batch}) and gradient_accumulation ({self.gradient_accumulation}) "
+                "both say how many forward passes an update adds up: give one of them"
+            )
+        try:
+            self.accumulation()
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("train.")) from None
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_defaults(self, handler, "effective_batch")
+
+    def accumulation(self, processes: int = 1) -> int:
+        """Return how many forward passes each of some processes adds up before an update.
+
+        Raises:
+            ConfigError: the effective batch is no multiple of the rows of all processes' forward passes.
+        """
+        if self.effective_batch is None:
+            return self.gradient_accumulation
+        rows, left = self.batch_size * processes, self.effective_batch % (self.batch_size * processes)
+        if left:
+            below, above = self.effective_batch - left, self.effective_batch - left + rows
+            near = f"{below} or {above}" if below else str(above)
+            share = self.effective_batch // processes
+            smaller = next((n for n in range(min(share, self.batch_size), 0, -1) if share % n == 0), None)
+            other = f", or train.batch_size={smaller}" if smaller and self.effective_batch % processes == 0 else ""
+            raise ConfigError(
+                f"train.effective_batch is {self.effective_batch}, no multiple of the {rows} rows of a forward pass "
+                f"(train.batch_size {self.batch_size} x {processes} process{'es' * (processes > 1)}): set "
+                f"train.effective_batch={near}{other}"
+            )
+        return self.effective_batch // rows
+
+    def rows_per_update(self, processes: int = 1) -> int:
+        """Return how many rows an update of all processes takes; raises as `accumulation` does."""
+        return self.batch_size * self.accumulation(processes) * processes
 
 
 class EvaluateConfig(Section):
@@ -323,8 +388,7 @@ class DataConfig(Section):
     @model_serializer(mode="wrap")
     def _without_beginning(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave `beginning_of_text` out at its default: the files of a plan are those of versions without the key."""
-        left_out = {"beginning_of_text"} if self.beginning_of_text == "auto" else set()
-        return {key: value for key, value in handler(self).items() if key not in left_out}
+        return _without_defaults(self, handler, "beginning_of_text")
 
     @property
     def measured(self) -> tuple[DomainConfig, ...]:

@@ -23,6 +23,7 @@ from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
 from gaintune.methods.rules import StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
+from gaintune.storage import process_count
 from gaintune.tuners import matched_modules, with_named_targets
 from gaintune.tuners.gain import default_projections
 
@@ -82,10 +83,17 @@ def prepare_method(config: MethodConfig, model: ModelConfig, train: TrainConfig)
         ConfigError: no such method or option, or a base it cannot work on.
     """
     entry = check_method(config)
-    if model.quantization and not entry.quantized:
+    for option in () if entry.quantized else ("quantization", "device_map"):
+        if given := getattr(model, option):
+            raise ConfigError(
+                f"method {config.name!r} works on the base's own weights: leave model.{option}={given} out"
+            )
+    if model.device_map and process_count() > 1:
         raise ConfigError(
-            f"method {config.name!r} works on the base's own weights: leave model.quantization={model.quantization} out"
+            f"model.device_map={model.device_map} spreads one model over all devices, and {process_count()} processes "
+            "would each do so: start one process, or leave model.device_map out"
         )
+    train.accumulation(process_count())  # for its error
     precision = measuring_precision(model, config.name)
     if precision.mixed is torch.float16:
         raise ConfigError(f"method {config.name!r} trains the base itself, not with fp16: use model.dtype bf16 or fp32")

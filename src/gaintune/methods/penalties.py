@@ -126,6 +126,8 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 class L2(TrainingRule):
     """Pull on every trained weight alike; needs a copy of the trained weights in memory."""
 
+    copies = 1
+
     def __init__(self, strength: float, position: StagePosition) -> None:
         self._strength = strength
         self._pulls = position.previous is not None

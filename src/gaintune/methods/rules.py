@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +75,8 @@ class TrainingRule:
     with the adapter is for the next domain.
     """
 
+    copies: ClassVar[int] = 0  # numbers that it keeps in memory for each trained one
+
     def start(self, model: nn.Module, steps: int) -> None:
         """Prepare for `steps` updates; called before `load`.
 
@@ -138,6 +140,8 @@ class BudgetSchedule(TrainingRule):
         config: the method; `orthogonality` is read here.
         position: where this adaptation stands. A single one has a schedule of its own, whatever it continues.
     """
+
+    copies = 3
 
     def __init__(self, config: MethodConfig, position: StagePosition) -> None:
         self._weight = ORTHOGONALITY if config.orthogonality is None else config.orthogonality

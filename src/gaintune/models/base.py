@@ -102,10 +102,16 @@ def load_base(config: ModelConfig | str, *, dtype: torch.dtype | None = None) ->
     checkpoint = locate(config)
     _check_causal(checkpoint, config)
     tokenizer = tokenizer_of(checkpoint, config)
-    model = load_model(
-        checkpoint, dtype, device, quantization=config.quantization, trust_remote_code=config.trust_remote_code
-    )
+    model = load_model(checkpoint, dtype, device, **loading_options(config))
     return with_identity(model, tokenizer, checkpoint, config)
+
+
+def loading_options(config: ModelConfig) -> dict[str, Any]:
+    """Return what a plan says of how weights are read; `device_map` only where no device was chosen since."""
+    spread = config.device_map if config.device == "auto" else None
+    return {
+        "quantization": config.quantization, "trust_remote_code": config.trust_remote_code, "device_map": spread
+    }  # fmt: skip
 
 
 def with_identity(
@@ -135,18 +141,16 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
     kind: Any = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load the weights of a folder, in evaluation mode; every weight must be there.
 
-    `kind` is the class to load them into, a causal language model's unless given.
+    `kind` is the class to load them into, a causal language model's unless given; `options` go to `read_weights`.
     """
     from transformers import AutoModelForCausalLM
 
     kind = kind or AutoModelForCausalLM
-    options = {"quantization": quantization, "trust_remote_code": trust_remote_code}
     model, missing = read_weights(kind, checkpoint, dtype, device, **options)
     if missing:
         raise BaseModelError(
@@ -165,12 +169,14 @@ def read_weights(
     quantization: str | None = None,
     unquantized: Sequence[str] = (),
     trust_remote_code: bool = False,
+    device_map: str | None = None,
     **changes: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a folder's weights into a class of transformers, in evaluation mode.
 
     Args:
         kind: the class, such as `AutoModelForCausalLM`.
+        device: where they go; with a `device_map`, "auto", accelerate spreads them over all visible devices.
         unquantized: modules that stay as they are under `quantization`, beside the output embedding.
         changes: fields of the model's config to set, such as `num_labels`.
 
@@ -181,8 +187,8 @@ def read_weights(
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     if quantization:
         options["quantization_config"] = _quantization(quantization, dtype, device, unquantized)
-    if quantization or device.type != "cpu":
-        options["device_map"] = {"": device}
+    if device_map or quantization or device.type != "cpu":
+        options["device_map"] = device_map or {"": device}
     if changes:
         options |= {**changes, "ignore_mismatched_sizes": True}
     shown = f"model {checkpoint.name!r}"
@@ -196,6 +202,13 @@ def read_weights(
         advice = f"{checkpoint.folder} cannot be loaded ({reason}); fetch or save it again"
         raise BaseModelError(f"{shown}: {advice}") from error
     model, report = loaded
+    if device.type == "cuda" and {"cpu", "disk"} & set(
+        map(str, (getattr(model, "hf_device_map", None) or {}).values())
+    ):
+        raise BaseModelError(
+            f"{shown} does not fit on all visible devices together in {DTYPE_NAMES[dtype]}, and what is kept elsewhere "
+            "cannot be trained: try model.quantization=4bit, or more devices"
+        )
     model.name_or_path = checkpoint.name  # what PEFT writes into an adapter as its base
     model.config._name_or_path = checkpoint.name
     return model.eval(), sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})

@@ -15,6 +15,7 @@ from gaintune.errors import BaseModelError, ConfigError
 from gaintune.models.base import (
     Base,
     load_model,
+    loading_options,
     read_architecture,
     read_weights,
     resolve_device,
@@ -95,9 +96,8 @@ def load_classifier(
         checkpoint,
         dtype or resolve_dtype(config.dtype, device),
         device,
-        quantization=config.quantization,
+        **loading_options(config),
         unquantized=HEADS,
-        trust_remote_code=config.trust_remote_code,
         num_labels=len(names),
         id2label=names,
         label2id={name: number for number, name in names.items()},
@@ -160,8 +160,7 @@ def load_masked(config: ModelConfig, *, dtype: torch.dtype | None = None) -> Bas
         checkpoint,
         dtype or resolve_dtype(config.dtype, device),
         device,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
+        **loading_options(config),
         kind=AutoModelForMaskedLM,
     )
     return with_identity(model, tokenizer, checkpoint, config)

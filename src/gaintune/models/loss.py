@@ -192,7 +192,9 @@ class NextTokenLoss:
             logits = model(**_inputs(batch), use_cache=False).logits[:, :-1].flatten(0, 1)
             return F.cross_entropy(logits.float(), targets, reduction="sum")
         hidden = self._hidden(model, batch)[:, :-1].flatten(0, 1)
-        return chunked_cross_entropy(hidden, self._head.weight, targets, self._head_bias, self._softcap)
+        targets = targets.to(hidden.device)
+        total = chunked_cross_entropy(hidden, self._head.weight, targets, self._head_bias, self._softcap)
+        return total.to(batch["labels"].device)
 
     def scored(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Count the scored tokens of a batch."""
@@ -204,11 +206,12 @@ class NextTokenLoss:
         with torch.no_grad():
             if self.chunked:
                 hidden = self._hidden(model, batch)[:, :-1].flatten(0, 1)
+                targets = targets.to(hidden.device)
                 losses = token_losses(hidden, self._head.weight, targets, self._head_bias, self._softcap)
             else:
                 logits = model(**_inputs(batch), use_cache=False).logits[:, :-1].flatten(0, 1)
                 losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return losses.view(len(batch["labels"]), -1)
+        return losses.to(batch["labels"].device).view(len(batch["labels"]), -1)
 
     def at(
         self, model: nn.Module, input_ids: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, targets: torch.Tensor
@@ -220,8 +223,11 @@ class NextTokenLoss:
         batch = {"input_ids": input_ids}
         with torch.no_grad():
             if self.chunked:
-                hidden = self._hidden(model, batch)[rows, places]
-                return token_losses(hidden, self._head.weight, targets, self._head_bias, self._softcap)
+                hidden = self._hidden(model, batch)
+                at = (index.to(hidden.device) for index in (rows, places))
+                targets = targets.to(hidden.device)
+                losses = token_losses(hidden[tuple(at)], self._head.weight, targets, self._head_bias, self._softcap)
+                return losses.to(input_ids.device)
             logits = model(**_inputs(batch), use_cache=False).logits[rows, places]
             return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -230,7 +236,7 @@ class NextTokenLoss:
         return getattr(self._head, "bias", None)
 
     def _hidden(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the hidden states before the vocabulary projection, `(batch, tokens, d_model)`."""
+        """Return the hidden states before the vocabulary projection, `(batch, tokens, d_model)`, on its device."""
         captured: list[torch.Tensor] = []
         backbone: nn.Module = self._base.get_decoder()  # OPT's forward passes its base model by
         handle = backbone.register_forward_hook(lambda _m, _i, output: captured.append(output[0]))
@@ -240,7 +246,7 @@ class NextTokenLoss:
             model(**_inputs(batch), use_cache=False, logits_to_keep=nowhere)
         finally:
             handle.remove()
-        return captured[0]
+        return captured[0].to(self._head.weight.device)  # of a model spread over devices, tied weights are on the first
 
     def _reproduces_logits(self, model: Any) -> bool:
         """Compare, on eight tokens, the logits made from the captured hidden states with the model's own."""
@@ -255,6 +261,6 @@ class NextTokenLoss:
         with torch.no_grad():
             expected = model(input_ids=tokens, use_cache=False).logits.float()
             hidden = self._hidden(model, {"input_ids": tokens})
-            given = _logits(hidden, self._head.weight, self._head_bias, self._softcap).float()
+            given = _logits(hidden, self._head.weight, self._head_bias, self._softcap).float().to(expected.device)
         model.train(training)
         return torch.allclose(given, expected, rtol=1e-3, atol=1e-3)

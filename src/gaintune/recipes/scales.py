@@ -233,7 +233,7 @@ def budget_note(recipe: Recipe, step: Step, scale: Scale, plan: Plan) -> tuple[s
 
 def _budget(sections: Mapping[str, Any]) -> str:
     data, train = sections["data"], sections["train"]
-    batch = train["batch_size"] * train["gradient_accumulation"]
+    batch = train.get("effective_batch") or train["batch_size"] * train["gradient_accumulation"]
     return (
         f"{data['train_tokens']:,} tokens a domain in blocks of {data['block_size']:,}, {batch} a batch, "
         f"{plural(train['epochs'], 'epoch')}"

@@ -27,7 +27,7 @@ from gaintune.errors import AdapterError, ConfigError, DivergedError, TrainingEr
 from gaintune.methods import PreparedMethod, Rows, StageData, StagePosition, TrainingRule, rules_of
 from gaintune.models import NextTokenLoss, Objective, require_rows
 from gaintune.progress import Advance, Progress, Silent
-from gaintune.storage import check_replaceable, damage, discard_whole, first_process, write_manifest
+from gaintune.storage import check_replaceable, damage, discard_whole, first_process, process_count, write_manifest
 from gaintune.tuners import AdapterOptimizerMixin
 
 logger = logging.getLogger(__name__)
@@ -242,7 +242,15 @@ class TrainedStage:
 
 def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
     """Count the updates of an adaptation on so many rows."""
-    return math.ceil(rows / (plan.batch_size * plan.gradient_accumulation * processes)) * plan.epochs
+    return math.ceil(rows / plan.rows_per_update(processes)) * plan.epochs
+
+
+def checkpoint_activations(model: nn.Module, **options: Any) -> None:
+    """Have a model's layers recompute their activations in the backward pass; `options` are torch's own."""
+    base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
+    new_name = hasattr(base, "activation_checkpointing_enable")  # from transformers 5.20 on
+    enable = base.activation_checkpointing_enable if new_name else base.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -305,10 +313,7 @@ def train_stage(
     first = rows[0]
     require_rows(model, len(first["input_ids"]), packed="position_ids" in first)
     if plan.gradient_checkpointing:
-        base = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
-        new_name = hasattr(base, "activation_checkpointing_enable")  # from transformers 5.20 on
-        enable = base.activation_checkpointing_enable if new_name else base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     shown, mixed = progress or Silent(), method.precision.mixed
     rules = rules_of(method, position, seed=plan.seed)
     device = next(model.parameters()).device
@@ -341,8 +346,9 @@ def train_stage(
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except torch.OutOfMemoryError:
             raise TrainingError(
-                "out of device memory: lower train.batch_size (and raise train.gradient_accumulation to match), or set "
-                "train.gradient_checkpointing=true; finished work is kept"
+                "out of device memory: lower train.batch_size, with train.effective_batch="
+                f"{plan.rows_per_update(process_count())} for the same updates, or set "
+                "train.gradient_checkpointing=true; `gaintune estimate` says what fits. Finished work is kept"
             ) from None
         except RuntimeError as error:
             if "without overflow" not in str(error):  # torch's words where a step does not fit into the weights' dtype
@@ -385,7 +391,7 @@ def _arguments(
     settings: Mapping[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": plan.batch_size,
-        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "gradient_accumulation_steps": plan.accumulation(process_count()),
         "num_train_epochs": plan.epochs,
         "optim": "adamw_torch",
         "learning_rate": lr,

@@ -2,6 +2,9 @@ from .adaptation import AdaptResult as AdaptResult
 from .adaptation import ClassifierResult as ClassifierResult
 from .adaptation import adapt as adapt
 from .adaptation import adapt_classifier as adapt_classifier
+from .estimate import Estimate as Estimate
+from .estimate import MethodEstimate as MethodEstimate
+from .estimate import estimate_plan as estimate_plan
 from .merge import check_out as check_out
 from .merge import merge_adapter as merge_adapter
 from .sequence import run_sequence as run_sequence
