@@ -72,9 +72,10 @@ def test_an_experiment_runs_and_decides_its_claims(name, ran):
 def test_a_recipe_run_again_is_continued_and_gives_the_same(name, ran):
     folder, result = ran(name)
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    written = (folder / "results.json").read_bytes()
+    names = ("results.json", "results.csv", "results.md")
+    written = [(folder / name).read_bytes() for name in names]
     assert run_recipe(name, folder, scale="smoke", allow_code_execution=True).findings == result.findings
-    assert (folder / "results.json").read_bytes() == written
+    assert [(folder / name).read_bytes() for name in names] == written
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == made
 
 
