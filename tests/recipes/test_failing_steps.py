@@ -123,7 +123,7 @@ def test_keys_that_change_finished_numbers_are_refused_and_nothing_is_lost(base,
         (("--set", "train.batch_size=2"), "train.batch_size: 4 there, 2 now"),
     ):
         told = refusal(command(made, tmp_path, *options))
-        assert words in told and "name another folder" in told
+        assert words in told and "name another folder, or delete " in told
         assert contents(tmp_path / "run") == before
 
 
@@ -223,6 +223,26 @@ def test_a_sweep_whose_base_is_repaired_starts_over(base, tmp_path):
     assert run_recipe(made, tmp_path / "run", scale="smoke").failed == {}
     for name in ("results.json", "results.csv", "rates/cells.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+ASKS = {"learn": "finphrase", "ask": ["sst2"], "data": {"block_size": 128, "train_tokens": 1024}}
+CLASSIFIES = {"tasks": ["sst2"], "texts": ["wikitext"], "classify": {"train_rows": 8}}
+
+
+@pytest.mark.parametrize(("kind", "settings", "rows"), [
+    ("answers", ASKS, "questions"), ("classify", CLASSIFIES, "glue")
+])  # fmt: skip
+def test_rows_may_change_until_something_is_trained(kind, settings, rows, base, tmp_path):
+    own = {"methods": [{"name": "gain", "lr": 0.01}], "model": {"name": str(base)}}
+    made, whole = recipe(("run", kind, {**settings, **own})), shutil.copytree(base, tmp_path / "whole")
+    without_weights(base)
+    assert "no model.safetensors" in run_recipe(made, tmp_path / "run", scale="smoke").failed["run"]
+    edited = tmp_path / "run" / "world" / "data" / rows / "sst2" / "validation.jsonl"
+    edited.write_text("".join(edited.read_text().splitlines(keepends=True)[::-1][:6]))
+    shutil.copytree(whole, base, dirs_exist_ok=True)
+    assert run_recipe(made, tmp_path / "run", scale="smoke").failed == {}
+    edited.write_text("".join(edited.read_text().splitlines(keepends=True)[:3]))
+    assert "says otherwise" in run_recipe(made, tmp_path / "run", scale="smoke").failed["run"]
 
 
 def test_workers_without_a_sweep_are_refused(base, tmp_path):

@@ -83,10 +83,11 @@ def test_an_experiment_runs_and_decides_its_claims(name, ran):
 def test_a_recipe_run_again_is_continued_and_gives_the_same(name, ran):
     folder, result = ran(name)
     made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    written = (folder / "results.json").read_bytes()
+    names = ("results.json", "results.csv", "results.md")
+    written = [(folder / name).read_bytes() for name in names]
     again = run_recipe(name, folder, scale="smoke", models=models_of(name), allow_code_execution=True)
     assert again.findings == result.findings
-    assert (folder / "results.json").read_bytes() == written
+    assert [(folder / name).read_bytes() for name in names] == written
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == made
 
 

@@ -15,10 +15,12 @@ from filelock import FileLock
 from gaintune.errors import RunDirectoryError
 from gaintune.results import DomainLoss
 from gaintune.storage import (
+    as_yaml,
     canonical_json,
     complete_folder,
     damage,
     locked,
+    number_changes,
     open_run,
     read_json,
     read_stored,
@@ -162,6 +164,63 @@ def test_a_corrected_plan_takes_over_a_run_that_got_nowhere(tmp_path):
             assert not run.base("bf16", "law").exists()
             run.write_json(run.base("bf16", "law"), {})
     assert "lr: 0.2" in (folder / "plan.yaml").read_text()
+
+
+SAME = {"model": {"device": "cpu"}, "evaluate": {"batch_size": 1}, "train": {"gradient_checkpointing": True}}
+HALVES = {"batch_size": 2, "gradient_accumulation": 2}
+
+
+@pytest.mark.parametrize(("change", "lines", "refused_for"), [
+    (SAME, 3, ""),
+    ({"train": HALVES}, 2, ""),
+    ({"train": {"batch_size": 2}}, 0, "train.batch_size: 4 there, 2 now"),
+    ({"model": {"quantization": "4bit"}, "train": HALVES}, 0, "model.quantization: nothing there, '4bit' now"),
+])  # fmt: skip
+def test_a_run_with_results_continues_where_its_numbers_stay_the_same(tmp_path, change, lines, refused_for):
+    folder = tmp_path / "run"
+    with open_run(folder, as_plan({}), {}):
+        (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
+    before = (folder / "plan.yaml").read_text()
+    if refused_for:
+        with pytest.raises(RunDirectoryError) as caught, open_run(folder, as_plan(change), {}):
+            pass
+        assert f"({refused_for})" in str(caught.value), "keys that leave the numbers alone are not named"
+        assert (folder / "plan.yaml").read_text() == before and not (folder / "events.jsonl").exists()
+        return
+    with open_run(folder, as_plan(change), {}):
+        assert (folder / "stages" / "gain" / "01-law" / "adapter").is_dir()
+    assert (folder / "plan.yaml").read_text() == as_yaml(as_plan(change))
+    (event,) = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert event["event"] == "plan changed" and len(event["differences"]) == lines and not event["started_over"]
+
+
+def test_a_key_with_values_of_its_own_is_one_key():
+    maps = [{"model": {"device_map": {"model.layers.0": device}}} for device in (0, 1)]
+    assert number_changes(*maps) == number_changes(maps[0], {"model": {}}) == []
+    assert number_changes({"model": {"device_mapped": 1}}, {"model": {}}) == [
+        "model.device_mapped: nothing there, 1 now"
+    ]
+
+
+def test_other_inputs_start_a_run_without_results_over_and_delete_nothing_of_others(tmp_path):
+    folder = tmp_path / "run"
+
+    def begin(fingerprint, *made):
+        with open_run(folder, as_plan({}), {}) as run:
+            run.write_inputs({"base_fingerprint": fingerprint}, "Name another folder")
+            for name in made:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                write_text(folder / name, "")
+
+    begin("broken", "base/bf16/law.json")
+    begin("repaired")
+    assert read_json(folder / "inputs.json") == {"base_fingerprint": "repaired"} and not (folder / "base").exists()
+    assert "inputs changed" in (folder / "events.jsonl").read_text() and (folder / "plan.yaml").exists()
+    (folder / "mine.txt").write_text("notes")
+    refused(RunDirectoryError, "mine.txt, which no run wrote", begin, "other")
+    (folder / "mine.txt").unlink()
+    begin("repaired", "stages/gain/01-law/adapter/manifest.json")
+    refused(RunDirectoryError, "'repaired' there, 'other' now. Name another folder", begin, "other")
 
 
 def test_a_changed_environment_is_written_down(tmp_path):

@@ -69,6 +69,25 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of
     assert run_sequence(plan, run) == matrix and contents(run) == contents(tmp_path / "whole")
 
 
+def test_a_run_that_was_killed_continues_with_smaller_batches_and_comes_to_the_same(plan_of, tmp_path):
+    plan = plan_of(methods=["gain-ffn"])
+    whole = run_sequence(plan, tmp_path / "whole")
+    run = tmp_path / "run"
+    stopped(run_sequence, (plan, run), "gain-ffn: learning code", 5)  # after its first checkpoint
+    first = (run / "stages" / "gain-ffn" / "01-prose" / "adapter" / "manifest.json").read_bytes()
+    halves = {"batch_size": 1, "gradient_accumulation": 4, "gradient_checkpointing": True}
+    again = run_sequence({**plan, "train": {**plan["train"], **halves}}, run)
+    assert (run / "stages" / "gain-ffn" / "01-prose" / "adapter" / "manifest.json").read_bytes() == first
+    weights = [load_file(f / "stages" / "gain-ffn" / "02-code" / "adapter" / "adapter_model.safetensors")
+               for f in (run, tmp_path / "whole")]  # fmt: skip
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][name], tensor, rtol=1e-4, atol=1e-6)
+    figures = [each.methods[0].summary for each in (again, whole)]
+    assert figures[0].in_domain.value == pytest.approx(figures[1].in_domain.value, abs=1e-3)
+    refused(RunDirectoryError, r"train\.batch_size: 1 there, 4 now", run_sequence,
+            {**plan, "train": {**plan["train"], "gradient_accumulation": 3}}, run)  # fmt: skip
+
+
 @pytest.mark.parametrize("method", [
     *({"name": name, "rank": 8 if name == "vera" else 2} for name in ("dora", "pissa", "adalora", "hira", "vera")),
     {"name": "osf"},

@@ -111,6 +111,26 @@ def test_a_rerun_computes_only_what_is_missing(copy):
     assert len(tiny_sweep.events(folder)) == 4 + 2
 
 
+def test_keys_that_leave_numbers_alone_take_finished_runs_as_they_are(copy, tiny, tmp_path):
+    grid, folder = copy
+    before, done = tiny_sweep.numbers(folder), tiny_sweep.events(folder)
+    plan = {**grid["plan"], "train": {**grid["plan"]["train"], "batch_size": 2, "gradient_accumulation": 2}}
+    table = run_sweep({**grid, "plan": plan, "seeds": [0, 1], "rates": 0.01}, folder, engine="sequential")
+    assert len(table.finished) == 4 and sum(row.run.id in before for row in table.rows) == 2
+    assert {name: text for name, text in tiny_sweep.events(folder).items() if name in done} == done
+    assert {row.run.lr for row in table.rows} == {0.01} and len(tiny_sweep.numbers(folder)) == 4 + 2
+    other = {**grid["plan"], "train": {**grid["plan"]["train"], "batch_size": 2}}  # twice the updates: other runs
+    again = run_sweep({**grid, "plan": other, "rates": 0.01}, folder, engine="sequential")
+    assert not {row.run.id for row in again.rows} & {*before, *(row.run.id for row in table.rows)}
+
+
+def test_another_grid_clears_a_sweep_in_which_nothing_was_trained(tiny, tmp_path):
+    grid = {**tiny_sweep.grid(tiny, tmp_path), "methods": [{"name": "lora", "targets": ["no_such_module"]}]}
+    assert run_sweep(grid, tmp_path / "sweep", engine="sequential").failed
+    table = run_sweep({**grid, "methods": ["gain-ffn"]}, tmp_path / "sweep", engine="sequential")
+    assert [path.name for path in (tmp_path / "sweep" / "runs").iterdir()] == [row.run.id for row in table.finished]
+
+
 def test_a_failed_run_is_reported_and_the_others_go_on(tiny, tmp_path):
     grid = tiny_sweep.grid(tiny, tmp_path)
     grid["methods"] = [{"name": "lora", "label": "nowhere", "targets": ["no_such_module"]}, *grid["methods"]]

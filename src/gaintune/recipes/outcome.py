@@ -56,7 +56,7 @@ class StepOutcome:
         return tuple(dict.fromkeys(key.partition("/")[0] for key in self.adapters))
 
     def to_dict(self, folder: Path) -> dict[str, Any]:
-        """Return what a step without adapters leaves, as plain values in order; its tables as text."""
+        """Return what a step that trains nothing leaves, as plain values in order; its tables as text."""
         tables = (
             [title, list(map(str, table.columns)), list(map(str, table.index)), table.astype(str).values.tolist()]
             for title, table in self.tables.items()

@@ -24,7 +24,7 @@ from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError, disk_
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
-from gaintune.recipes.scales import TRAINING, ScaleSetup, budget_note, dropped, names_in, note_of
+from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, laid_over, number_on, recipe_named
 from gaintune.recipes.steps import KINDS
 from gaintune.report import NONE, markdown_table, number
@@ -34,6 +34,7 @@ from gaintune.storage import (
     Run,
     canonical_json,
     describe_environment,
+    discard,
     make_folder,
     nothing_finished,
     number_changes,
@@ -47,7 +48,7 @@ from gaintune.workflows.sweep import check_engine
 RECORD = "recipe.json"
 TRACEBACK = "traceback.txt"  # in a step's folder
 OUTCOME = "outcome.json"  # in the folder of a finished step that trains nothing
-KEEP_RECORDS = (*TRAINING, "classify")  # kinds of steps that find what is finished on disk by themselves
+ROW_SUMS = ("rows.json", "questions.json")  # what a step began with; one without results may begin with other rows
 SMOKE = (
     "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "
     "that everything runs, and nothing else."
@@ -113,7 +114,7 @@ def run_recipe(
         overrides: nested plan values laid over every step, such as `{"train": {"seed": 1}}`; those under a step's name
             are for that step alone, such as `{"70b": {"model": {"quantization": "4bit"}}}`.
         jobs: runs of a sweep at a time.
-        engine: what a sweep's runs are worked off by, as in `run_sweep`; `sequential` unless given, `loky` for several.
+        engine: where a sweep's runs compute, as in `run_sweep`; `sequential` unless given, for several jobs `loky`.
         models: which of the recipe's models to run, by label or Hub id; all unless given.
         allow_code_execution: whether programs that a model wrote may be run (HumanEval).
         progress: where to show progress.
@@ -180,7 +181,7 @@ def run_recipe(
 
 
 def _workers(recipe: Recipe, jobs: int, engine: str | None) -> dict[str, Any]:
-    """Return what a sweep's runs are worked off by; ConfigError if that cannot be used, or if there is no sweep."""
+    """Return where a sweep's runs compute; ConfigError if that cannot be used, or if no step is a sweep."""
     if (jobs != 1 or engine) and not any(step.do == "sweep" for step in recipe.steps):
         raise ConfigError(f"recipe {recipe.id}: no step of it is a sweep, so --jobs and --engine change nothing")
     return {"engine": check_engine(engine or ("sequential" if jobs == 1 else "loky"), jobs), "jobs": jobs}
@@ -256,19 +257,20 @@ class _Session:
 
 def _run_step(session: _Session, step: Step, earlier: Mapping[str, StepOutcome]) -> StepOutcome:
     """Run a step; an error is an outcome, and the traceback of an unexpected one is written into the step's folder."""
-    trace = session.folder / step.name / TRACEBACK
-    trace.unlink(missing_ok=True)  # of an earlier call
+    folder = session.folder / step.name
+    if folder.is_dir():  # of an earlier call
+        discard(folder, [TRACEBACK] if _holds_work(folder) else [TRACEBACK, *ROW_SUMS])
     try:
         prepared = session.prepare(step, earlier)
         if prepared.run is None:
             return prepared.expected
-        return prepared.run() if step.do in KEEP_RECORDS else _measured_once(session, step, prepared, earlier)
+        return _run_once(session, step, prepared, earlier)
     except GaintuneError as error:
         reason = one_line(error)
     except Exception as error:
         if disk_full(error):  # no other step can be written either
             raise
-        write_text(trace, traceback.format_exc())
+        write_text(folder / TRACEBACK, traceback.format_exc())
         reason = f"{type(error).__name__}: {one_line(error)} (traceback: {step.name}/{TRACEBACK})"
     gc.collect()  # the error held the step's model
     if torch.cuda.is_available():
@@ -276,10 +278,11 @@ def _run_step(session: _Session, step: Step, earlier: Mapping[str, StepOutcome])
     return StepOutcome(notes=(f"failed: {reason}",), failed=reason)
 
 
-def _measured_once(
-    session: _Session, step: Step, prepared: PreparedStep, earlier: Mapping[str, StepOutcome]
-) -> StepOutcome:
-    """Return what an earlier call found on the same adapters and plan, else run the step and keep its outcome."""
+def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Mapping[str, StepOutcome]) -> StepOutcome:
+    """Return what an earlier call found on the same adapters and plan, else run the step, and keep what it found.
+
+    Steps that train have a plan in their outcome: they find on disk what is finished, and nothing is kept here.
+    """
     assert prepared.run is not None
     folder = session.folder / step.name
     of = earlier.get(str(session.recipe.settings(step, session.setup.scale).get("of")), StepOutcome())
@@ -299,7 +302,8 @@ def _measured_once(
                 session.progress.note(f"{step.name} is finished")
                 return outcome
     outcome = prepared.run()
-    write_json(folder / OUTCOME, {"basis": basis, "outcome": outcome.to_dict(folder)})
+    if outcome.plan is None:
+        write_json(folder / OUTCOME, {"basis": basis, "outcome": outcome.to_dict(folder)})
     return outcome
 
 
@@ -311,7 +315,8 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
         if len(plans) == 2 and (changed := number_changes(*plans)) and _holds_work(session.folder / step):
             raise RunDirectoryError(
                 f"step {step} holds finished work, whose numbers --set would change ({'; '.join(changed)}): give the "
-                "key for other steps alone (--set STEP.SECTION.KEY=VALUE), or name another folder"
+                f"key for other steps alone (--set STEP.SECTION.KEY=VALUE), name another folder, or delete "
+                f"{session.folder / step} to do the step again"
             )
 
 
@@ -331,7 +336,7 @@ def _check(session: _Session) -> dict[str, StepOutcome]:
     if setup.overrides and not plans:
         raise ConfigError(f"recipe {recipe.id}: no step of it has a plan, so --set changes nothing; leave it out")
     for name in (name for name in setup.overrides if name in expected and expected[name].plan is None):
-        why = "is left out" if expected[name].left_out else "has no plan"
+        why = "is left out" if expected[name].left_out else "has no plan of its own"
         raise ConfigError(f"--set {name}: step {name} {why}, so it changes nothing; leave it out")
     if not any("methods" in session.overrides(step) for step in recipe.steps):
         return expected

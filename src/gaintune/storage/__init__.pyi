@@ -22,6 +22,7 @@ from .ownership import check_replaceable as check_replaceable
 from .ownership import discard as discard
 from .ownership import discard_whole as discard_whole
 from .ownership import strangers as strangers
+from .run import SAME_NUMBERS as SAME_NUMBERS
 from .run import Run as Run
 from .run import close_run as close_run
 from .run import differences as differences
