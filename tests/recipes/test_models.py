@@ -129,6 +129,7 @@ def test_a_base_of_the_users_own_takes_the_place_of_all_models(several, tmp_path
     base = run_recipe(several, tmp_path / "one", scale="smoke", models=["some/small"]).folder / "world" / "base"
     result = run_recipe(several, tmp_path / "two", scale="smoke", overrides={"model": {"name": str(base)}})
     assert list(result.outcomes) == ["run", "look", "factors", "apart"]
+    assert [finding.claim.says for finding in result.findings] == ["it learns"], "the others are about other bases"
 
 
 def test_a_steps_quantization_is_for_the_papers_models():

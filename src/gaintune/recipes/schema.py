@@ -170,12 +170,14 @@ class Recipe(Section):
         known = {name: model for model, label in labels.items() for name in (model, label) if name}
         if unknown := [name for name in models if name not in known]:
             raise ConfigError(f"recipe {self.id}: no model {unknown[0]!r}; there are {', '.join(known)}")
+        claims = [claim for claim in self.claims if claim.scale in (None, scale)]
+        if one_base:  # of the user's own, about which no claim on one of the paper's models says anything
+            claims = [claim for claim in claims if claim.model is None]
         one_base = one_base or scale == "small"
         if models and one_base:
             raise ConfigError(f"recipe {self.id}: models are chosen at scale paper, without --set model.name")
         chosen = {known[name] for name in models} or ({self.model} if one_base else {*labels})
         further = [one for one in self.models if one.model in chosen]
-        claims = [claim for claim in self.claims if claim.scale in (None, scale)]
         first = self.model in chosen
         steps = [*self.steps] if first else []
         judged = [claim for claim in claims if first and claim.model in (None, self.model)]

@@ -26,7 +26,7 @@ from gaintune.recipes import smoke
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.scales import BUDGETS
 from gaintune.recipes.schema import laid_over
-from gaintune.recipes.steps.train import OWN_DOMAINS, sums_of
+from gaintune.recipes.steps.train import BEST, OWN_DOMAINS, sums_of
 from gaintune.report import INK, MUTED, NONE, figure_files, ruled, style_of, styled
 from gaintune.results import Interval, bare, replicated
 from gaintune.storage import Run, damage, discard_whole, make_folder, read_stored, write_bytes, write_json, write_text
@@ -80,6 +80,7 @@ def classify(settings: dict[str, Any], context: Context) -> PreparedStep:
         base = next(iter(kept.values()))[BASE].perplexity
         write(scores, base, context.folder)
         notes = [*context.setup.text_notes({"domains": settings["texts"]}), *([study.why_not] if study.missing else [])]
+        notes += [BEST] if plan.train.keep == "best" else []
         missing = [f"{label}.{task}.accuracy" for label in _grouped(scores, "label") for task in study.missing]
         return StepOutcome(
             numbers=numbers(scores, base, plan.evaluate.confidence),

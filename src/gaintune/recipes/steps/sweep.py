@@ -40,6 +40,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
     axes = {key: settings.pop(key) for key in AXES if key in settings}
     drawn = settings.pop("random_orders", None)
     plan = context.setup.plan(settings, origin=context.origin)
+    seed_note = [] if drawn is None else [f"random orders of the domains, drawn by seed {axes.get('order_seed', 0)}"]
     if drawn is not None:
         axes["orders"] = random_orders([domain.name for domain in plan.data.domains], drawn, axes, context.origin)
     methods = context.setup.overrides.get("methods", settings.get("methods", []))
@@ -62,7 +63,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
         runs = runs_frame(table, figure)
         write_text(context.folder / "runs.md", markdown_table(runs, "Method"))
         every_rate = f"Every rate: change of perplexity against the base, %, intervals over {comparison.over}"
-        notes = [*context.setup.text_notes(settings)]
+        notes = [*context.setup.text_notes(settings), *seed_note]
         notes += [sweeps.pair_sentence(pair, comparison) for pair in comparison.pairs]
         notes += [sweeps.curve_sentence(curve, comparison) for curve in comparison.curves]
         return StepOutcome(

@@ -16,6 +16,7 @@ from gaintune.storage import Run, read_stored, sha256_file
 from gaintune.workflows import run_sequence
 
 MEASURE = "change of perplexity against the base, %, intervals over validation blocks"
+BEST = "the best snapshot counts: it is chosen and judged on the same rows, which flatters it a little"
 OWN_DOMAINS = {"data.domains": "the recipe says what each run trains on"}
 
 
@@ -115,7 +116,7 @@ def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, StepOutco
             for index, row in enumerate(method.stages)
         },
         plan=plan,
-        notes=(*_notes_on(diverged), *shortages(plan, folder)),
+        notes=(*_notes_on(diverged), *shortages(plan, folder), *([BEST] if plan.train.keep == "best" else [])),
         runs=(folder,),
         diverged=diverged,
     )
