@@ -25,6 +25,12 @@ ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 PICKLED = "pytorch_model.bin"  # lies beside the safetensors in most repositories, and is never read
 
 
+def write(root: Path) -> None:
+    """Write every model and data set of the papers' recipes into a hub's folder."""
+    models_of_the_hub(root / "models")
+    data_sets_of_the_hub(root / "datasets")
+
+
 def models_of_the_hub(root: Path) -> None:
     """Write every model that a paper names."""
     causal, llama = hf.AutoModelForCausalLM, {"tokenizer": _sentencepiece, "shards": True}
@@ -72,9 +78,11 @@ def _model(
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(6)  # as peaked as a trained model, so that adapting changes what it says
-        if not config.tie_word_embeddings:  # and its answers end soon: every token has a part that calls for the end
-            model.get_input_embeddings().weight[:, 0] = 2
-            model.get_output_embeddings().weight[config.eos_token_id, 0] = 0.5
+        if kind is hf.AutoModelForCausalLM and shards:  # and its answers end soon: one feature calls for the end
+            model.get_input_embeddings().weight[:, 0] = 3
+            model.get_output_embeddings().weight[config.eos_token_id, 0] = 4
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
     if generation:
         model.generation_config = hf.GenerationConfig(**generation, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")

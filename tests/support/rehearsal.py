@@ -19,7 +19,7 @@ class Shell:
     """The process from a test's side; `seconds` is the processor time of the command before."""
 
     def __init__(self, environment: Mapping[str, str], folder: Path):
-        self._folder, self.seconds = folder, 0.0
+        self.environment, self._folder, self.seconds = dict(environment), folder, 0.0
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         values = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", **environment}
         self._process = subprocess.Popen(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,33 +69,32 @@ def check_hub(recipe: Recipe, setup: ScaleSetup, folder: Path) -> list[str]:
         ConfigError: repositories that are gated or missing, all of them in one message, or too little room on the disk.
         AssetError: the Hub is not reached, and its cache lacks something.
     """
-    found: list[tuple[HubNeed, Any]] = []
-    refused: list[str] = []
-    absent: list[str] = []
-    reached = True
-    for need in hub_needs(recipe, setup):
-        try:
-            information = _information(need) if reached else None
-        except ConfigError as error:
-            if not need.spare:
-                refused.append(str(error))
-            continue
-        reached = information is not None
-        if reached:
-            found.append((need, information))
-        elif not need.spare and not _cached(need):
-            absent.append(f"{need.kind} {need.name}: {need.instead}")
+    needs = hub_needs(recipe, setup)
+    answers: dict[tuple[str, str], Any] = {}  # by kind and name: a data set has many configurations
+    refused: dict[str, None] = {}
+    absent: dict[str, None] = {}
+    for need in needs:
+        key, reached = (need.kind, need.name), None not in answers.values()
+        if key not in answers:  # a Hub that was not reached once is not waited for again
+            answers[key] = _information(need) if reached else None
+        if isinstance(answers[key], str) and not need.spare:
+            refused[f"{answers[key]}, or {need.instead}"] = None
+        elif answers[key] is None and not need.spare and not _cached(need):
+            absent[f"{need.kind} {need.name}: {need.instead}"] = None
     if refused:
         raise ConfigError("\n  ".join([f"recipe {recipe.id} cannot read all it needs from the Hub:", *refused]))
     if absent:
-        head = f"recipe {recipe.id}: the Hub is not reached, and its cache does not hold:"
-        raise AssetError(
-            "\n  ".join([head, *absent, "Check the network (HF_HUB_OFFLINE must not be 1), or give these"])
-        )
-    sizes = {need: _bytes_to_download(need, information) for need, information in found}
-    written = _full_weights(recipe, setup, dict(found))
+        head = f"recipe {recipe.id}: the Hub is not reached (check the network, and HF_HUB_OFFLINE); not in its cache:"
+        raise AssetError("\n  ".join([head, *absent]))
+    found = {key: one for key, one in answers.items() if one is not None and not isinstance(one, str)}
+    sizes: dict[str, int] = {}
+    for name, kind, configuration, kept in dict.fromkeys((n.name, n.kind, n.configuration, n.kept) for n in needs):
+        if (kind, name) in found:
+            size = _bytes_to_download(found[kind, name], kind, name, configuration) if kept else 0
+            sizes[f"{kind} {name}"] = sizes.get(f"{kind} {name}", 0) + size
+    written = _full_weights(recipe, setup, found)
     _check_space(recipe, sizes, written, folder)
-    lines = [f"{need.kind} {need.name}: {size / 1e9:.2f} GB to download" for need, size in sizes.items()]
+    lines = [f"{what}: {size / 1e9:.2f} GB to download" for what, size in sizes.items()]
     return [*lines, f"weights of full fine-tuning: {written / 1e9:.2f} GB"] if written else lines
 
 
@@ -159,8 +158,9 @@ def _benchmarks(tasks: Sequence[Any], setup: ScaleSetup) -> Iterator[HubNeed]:
         if offline is not None and copies.find(offline):
             continue
         spare = offline is not None and offline.embedded is not None
+        instead = f"leave the benchmark {name} out" if offline is None else _copy(name)
         for path, configuration in sorted(hub_data_sets(name), key=str):
-            yield HubNeed(path, _copy(name), configuration=configuration, spare=spare)
+            yield HubNeed(path, instead, configuration=configuration, spare=spare)
 
 
 def _copy(name: str) -> str:
@@ -168,11 +168,7 @@ def _copy(name: str) -> str:
 
 
 def _information(need: HubNeed) -> Any:
-    """Return what the Hub says of a repository; None where the Hub is not reached.
-
-    Raises:
-        ConfigError: it is gated, or not there, with what to do.
-    """
+    """Return what the Hub says of a repository: a message if it is gated or not there; None without a Hub."""
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
 
@@ -181,24 +177,22 @@ def _information(need: HubNeed) -> Any:
     try:
         options: dict[str, Any] = {"repo_type": need.kind, "revision": revision, "timeout": SECONDS}
         information = api.repo_info(need.name, files_metadata=True, **options)
-        if information.gated:  # which anybody may look up, but not download
+        if information.gated:  # anybody may look it up, but not download it
             api.auth_check(need.name, repo_type=need.kind)
         return information
     except hub.GatedRepoError:
-        advice = f"accept its license at {need.address} and run `hf auth login`, or {need.instead}"
-        raise ConfigError(f"{what} is gated: {advice}") from None
+        return f"{what} is gated: accept its license at {need.address} and run `hf auth login`"
     except hub.RevisionNotFoundError:
-        raise ConfigError(f"{what} has no revision {revision!r}: correct model.revision") from None
+        return f"{what} has no revision {revision!r}: correct model.revision"
     except (hub.RepositoryNotFoundError, hub.HFValidationError):
-        advice = f"check {need.address}, run `hf auth login` if it is private, or {need.instead}"
-        raise ConfigError(f"{what} is not on the Hub, or not for you to see: {advice}") from None
+        return f"{what} is not on the Hub, or not for you to see: check {need.address}, run `hf auth login`"
     except Exception as error:  # the hub's client lets errors of two HTTP libraries through
         logger.debug("%s was not looked up: %s", what, type(error).__name__)
         return None
 
 
 def _cached(need: HubNeed) -> bool:
-    """Return whether the Hub's cache holds what a recipe needs of a repository; asks no network that is not there."""
+    """Return whether the Hub's cache holds what a recipe needs of a repository."""
     if need.model is not None:
         try:
             locate(need.model)
@@ -214,46 +208,42 @@ def _cached(need: HubNeed) -> bool:
     return need.kept
 
 
-def _bytes_to_download(need: HubNeed, information: Any) -> int:
+def _bytes_to_download(information: Any, kind: str, name: str, configuration: str | None) -> int:
     """Return how many bytes of a repository go onto the disk and are not there yet."""
     from huggingface_hub import try_to_load_from_cache
 
     sizes = {file.rfilename: file.size or 0 for file in information.siblings or ()}
-    if need.model is not None:
+    if kind == "model":
         wanted, copies = downloaded_files(list(sizes)), 1
     else:
-        rows = [name for name in sizes if name.endswith(ROWS)] if need.kept else []
-        own = [name for name in rows if need.configuration in Path(name).parts[:-1]]
-        wanted, copies = own or rows, COPIES
-    options: dict[str, Any] = {"repo_type": need.kind, "revision": information.sha}
+        rows = [file for file in sizes if file.endswith(ROWS)]
+        wanted, copies = [file for file in rows if configuration in Path(file).parts[:-1]] or rows, COPIES
+    options: dict[str, Any] = {"repo_type": kind, "revision": information.sha}
     return sum(
-        copies * sizes[name]
-        for name in wanted
-        if not isinstance(try_to_load_from_cache(need.name, name, **options), str)
+        copies * sizes[file] for file in wanted if not isinstance(try_to_load_from_cache(name, file, **options), str)
     )
 
 
-def _full_weights(recipe: Recipe, setup: ScaleSetup, found: dict[HubNeed, Any]) -> int:
+def _full_weights(recipe: Recipe, setup: ScaleSetup, found: Mapping[tuple[str, str], Any]) -> int:
     """Return how many bytes full fine-tuning keeps: the weights after each stage, and its largest checkpoint."""
-    parameters = {need.name: one.safetensors.total for need, one in found.items() if need.model and one.safetensors}
     kept = largest = 0
     for step in recipe.steps:
         settings, model = recipe.settings(step, setup.scale), _model_of(recipe, step, setup)
-        count = parameters.get(model.name, 0) if model else 0
+        weights = None if model is None else getattr(found.get(("model", model.name)), "safetensors", None)
         fulls = sum(method["name"] == "full" for method in settings.get("methods", ()))
-        if fulls and count and step.do in ("sequence", "separately", "answers", "classify"):
+        if fulls and weights and step.do in ("sequence", "separately", "answers", "classify"):
             stages = len(settings.get("domains", ())) or len(settings.get("tasks", ())) or 1
-            kept += fulls * stages * len(settings.get("seeds", (0,))) * count * FULL_WEIGHTS
-            largest = max(largest, count * FULL_CHECKPOINT)
+            kept += fulls * stages * len(settings.get("seeds", (0,))) * weights.total * FULL_WEIGHTS
+            largest = max(largest, weights.total * FULL_CHECKPOINT)
     return kept + largest
 
 
-def _check_space(recipe: Recipe, sizes: dict[HubNeed, int], written: int, folder: Path) -> None:
+def _check_space(recipe: Recipe, sizes: Mapping[str, int], written: int, folder: Path) -> None:
     """Refuse to begin where a disk has too little room for the downloads and the run."""
     from huggingface_hub import constants
 
     disks: dict[int, tuple[Path, list[tuple[str, int]]]] = {}
-    parts = [(Path(constants.HF_HUB_CACHE), f"{need.kind} {need.name}", size) for need, size in sizes.items()]
+    parts = [(Path(constants.HF_HUB_CACHE), what, size) for what, size in sizes.items()]
     for path, what, size in (*parts, (folder, "weights of full fine-tuning", written)):
         there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
         disks.setdefault(there.stat().st_dev, (there, []))[1].append((what, size))
