@@ -82,7 +82,8 @@ def _model(
             model.get_input_embeddings().weight[:, 0] = 3
             model.get_output_embeddings().weight[config.eos_token_id, 0] = 4
             for layer in model.model.layers:
-                layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+                for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    module.weight[0] *= 0.01  # not 0: DoRA divides by a row's norm
     if generation:
         model.generation_config = hf.GenerationConfig(**generation, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")

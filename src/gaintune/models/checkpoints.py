@@ -98,6 +98,18 @@ def downloaded_files(names: Sequence[str]) -> list[str]:
     return [*small, *(name for name in weights if name in names)]
 
 
+def is_cached(config: ModelConfig) -> bool:
+    """Return whether the hub's cache holds a model whole; asks no network."""
+    from huggingface_hub import snapshot_download
+
+    options = {"allow_patterns": SMALL_FILES, "local_files_only": True}
+    try:
+        weight_files(Path(snapshot_download(config.name, revision=config.revision, **options)), config.name)
+    except (OSError, BaseModelError):  # the hub's own are all OSErrors
+        return False
+    return True
+
+
 def _shards(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

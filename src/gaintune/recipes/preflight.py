@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from gaintune.config import ModelConfig
 from gaintune.data import CATALOGUE, GLUE, QUESTION_SETS, ROW_SUFFIXES
-from gaintune.errors import AssetError, ConfigError, GaintuneError
+from gaintune.errors import AssetError, ConfigError
 from gaintune.evaluate.benchmarks import LocalCopies, as_task, hub_data_sets, offline_task
-from gaintune.models import downloaded_files, is_hub_id, locate
+from gaintune.models import downloaded_files, is_cached, is_hub_id
 from gaintune.recipes.scales import ScaleSetup, names_in
 from gaintune.recipes.schema import Recipe, Step
 from gaintune.recipes.steps.answers import local_questions
@@ -194,11 +194,7 @@ def _information(need: HubNeed) -> Any:
 def _cached(need: HubNeed) -> bool:
     """Return whether the Hub's cache holds what a recipe needs of a repository."""
     if need.model is not None:
-        try:
-            locate(need.model)
-        except GaintuneError:
-            return False
-        return True
+        return is_cached(need.model)
     from datasets import load_dataset_builder
 
     try:

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MISTAKES = (AttributeError, KeyError, NameError, TypeError)  # of a program, which say nothing about the Hub
+OWN_ROWS = {"class", "custom_dataset", "dataset_kwargs"}  # keys of a task that loads its rows in its own way
 NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")  # keys of a task file that list it elsewhere
 EXPECTED = (  # warnings of lm-eval about what is intended here, or what is said here once instead of for every row
     "`pretrained` model kwarg is not of type `str`",
@@ -256,7 +258,8 @@ class _TaskLoader:
         if source != "local" and data not in self._unreached:
             split = settings.get("test_split") or settings.get("validation_split") or "its own"
             try:
-                return self._loaded(name, settings, TaskFacts(f"Hub {data}", split, shots, ""))
+                rows = {} if OWN_ROWS & {*settings} else {"custom_dataset": partial(_hub_rows, settings)}
+                return self._loaded(name, {**settings, **rows}, TaskFacts(f"Hub {data}", split, shots, ""))
             except MISTAKES:
                 raise
             except Exception as error:  # the Hub's client raises errors of many unrelated kinds
@@ -333,6 +336,18 @@ class _TaskLoader:
                 "(Python: allow_code_execution=True)"
             )
         require_limits(limits)
+
+
+def _hub_rows(settings: Mapping[str, Any], **_: Any) -> Any:
+    return _load_once(str(settings["dataset_path"]), settings.get("dataset_name"))
+
+
+@functools.cache
+def _load_once(path: str, configuration: str | None) -> Any:
+    """Load a data set of the Hub once a process: every load sends the Hub several requests, and MMLU has 57 sets."""
+    from datasets import load_dataset
+
+    return load_dataset(path, configuration)
 
 
 def _shots(name: str, settings: Mapping[str, Any], wanted: int | None) -> int:
