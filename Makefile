@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 # Two test files at a time, one thread each: most of a test's time is not spent in matrix products.
 TOGETHER = -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-unit test-peft bench lint docs clean
+.PHONY: demo test test-slow test-paper test-unit test-peft bench lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gaintune assets --fetch
@@ -18,6 +18,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m slow
+
+test-paper: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/recipes/test_rehearsal.py -m slow -k "not as_it_is"
 
 test-unit: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m "not slow and not real_model and not study_data and not cluster"

@@ -35,8 +35,13 @@ def list_() -> None:
     out.print(table("", ["id", "experiment", "source"], rows))
 
 
-@command(recipe, "show", examples="gaintune recipe show G2")
-def show(name: Name) -> None:
+@command(recipe, "show", examples="gaintune recipe show G2\ngaintune recipe show G2 --check")
+def show(
+    name: Name,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look up what scale paper reads from the Hub, and the room on the disk.")
+    ] = False,
+) -> None:
     """Show one experiment: the question, its steps, and the claims it decides."""
     from gaintune.recipes import recipe_named
 
@@ -58,6 +63,13 @@ def show(name: Name) -> None:
         only = f", at scale {claim.scale} alone" if claim.scale else ""
         only += f", of {claim.model} alone" if claim.model else ""
         say(f"claim: {claim.says}\n    {claim.number} {claim.expect}{only}")
+    if check:
+        quiet_libraries()
+        from gaintune.recipes import ScaleSetup, check_hub
+
+        say("")
+        for line in check_hub(entry, ScaleSetup.make("paper", entry.model, None, {}, Path()), Path("runs")):
+            say(line)
 
 
 def _short(value: object) -> str:

@@ -138,7 +138,7 @@ class CatalogueEntry:
     """A domain by name.
 
     `load` takes the number of characters needed of each split (None: all there is) and returns documents where `task`
-    is text, and exchanges where it is instruct.
+    is text, and exchanges where it is instruct. `hub` is its data set on the Hub, None for an embedded domain.
     """
 
     name: str
@@ -147,6 +147,7 @@ class CatalogueEntry:
     source: str
     load: Callable[[int | None], Documents[Any]]
     task: Task = "text"
+    hub: hub.HubSource | None = None
 
 
 def _embedded(name: str, description: str, read: Callable[[], tuple[Document, ...]]) -> CatalogueEntry:
@@ -156,7 +157,7 @@ def _embedded(name: str, description: str, read: Callable[[], tuple[Document, ..
 
 
 def _hub(name: str, description: str, licence: str, source: hub.HubSource, task: Task = "text") -> CatalogueEntry:
-    return CatalogueEntry(name, description, licence, source.path, partial(hub.load_hub, source, name), task)
+    return CatalogueEntry(name, description, licence, source.path, partial(hub.load_hub, source, name), task, source)
 
 
 # fmt: off

@@ -12,6 +12,8 @@ from .base import resolve_device as resolve_device
 from .base import resolve_dtype as resolve_dtype
 from .base import save_model as save_model
 from .checkpoints import Checkpoint as Checkpoint
+from .checkpoints import downloaded_files as downloaded_files
+from .checkpoints import is_cached as is_cached
 from .checkpoints import is_hub_id as is_hub_id
 from .checkpoints import locate as locate
 from .devices import VISIBLE as VISIBLE

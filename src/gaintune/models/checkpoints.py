@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +89,25 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
             "save it again with save_pretrained() to get safetensors, or choose another revision"
         )
     raise BaseModelError(f"model {shown!r}: no {SINGLE} and no {INDEX} in {folder}; pickled weights are not read")
+
+
+def downloaded_files(names: Sequence[str]) -> list[str]:
+    """Pick those of a hub model's files that are downloaded: the small ones and its safetensors."""
+    weights = fnmatch.filter(names, "model-*-of-*.safetensors") if INDEX in names else [SINGLE]
+    small = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)]
+    return [*small, *(name for name in weights if name in names)]
+
+
+def is_cached(config: ModelConfig) -> bool:
+    """Return whether the hub's cache holds a model whole; asks no network."""
+    from huggingface_hub import snapshot_download
+
+    options = {"allow_patterns": SMALL_FILES, "local_files_only": True}
+    try:
+        weight_files(Path(snapshot_download(config.name, revision=config.revision, **options)), config.name)
+    except (OSError, BaseModelError):  # the hub's own are all OSErrors
+        return False
+    return True
 
 
 def _shards(index: Path) -> list[str]:

@@ -24,6 +24,7 @@ from gaintune.errors import ConfigError, GaintuneError, RunDirectoryError, disk_
 from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
+from gaintune.recipes.preflight import check_hub
 from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, laid_over, number_on, recipe_named
 from gaintune.recipes.steps import KINDS
@@ -150,6 +151,8 @@ def run_recipe(
     before = _take(folder, identity)
     try:
         setup = ScaleSetup.make(scale, recipe.model, data, given, folder / "world")
+        if before is None:
+            check_hub(recipe, setup, folder)
         session = _Session(recipe, folder, setup, allow_code_execution, workers, progress or Silent())
         expected = _check(session)
         if before is not None and before != given:

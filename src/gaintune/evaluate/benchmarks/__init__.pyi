@@ -15,4 +15,5 @@ from .run import compare_benchmarks as compare_benchmarks
 from .run import measure_benchmarks as measure_benchmarks
 from .run import run_benchmarks as run_benchmarks
 from .tasks import Suite as Suite
+from .tasks import hub_data_sets as hub_data_sets
 from .tasks import load_suite as load_suite

