@@ -43,6 +43,9 @@ METHOD = {  # the name, after which a case may say more -> options and the count
     "disel with gates of rank 3":
         ({"gate_rank": 3}, LAYERS * (8 * SIDES + 3 * GATE_INPUTS + (8 * 3 + 8) * len(LINEARS))),
     "gated-lora": ({}, LAYERS * 8 * SIDES),
+    "svft": ({"lr": 0.2}, LAYERS * D),
+    "svft with a band": ({"lr": 0.2, "off_diagonals": 2}, LAYERS * (D + 2 * (D - 1) + 2 * (D - 2))),
+    "gainlora": ({"lr": 0.02}, LAYERS * (8 * 2 * D + D)),
 }  # fmt: skip
 EXACT_AT_START = set(METHOD) - {"pissa", "osf"}  # these two rebuild the weight from parts, within rounding
 
@@ -86,7 +89,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_pa
     assert not torch.allclose(expected, before, atol=1e-3)
     again = load_adapter(base_of(tiny, "fp32"), tmp_path / "adapter", trainable=True)
     assert torch.equal(logits(again), expected) and trainable_parameters(again) == METHOD[name][1]
-    if method.name not in ("disel", "gated-lora"):
+    if METHODS[method.name].merges and not METHODS[method.name].gates:
         merged = absorb(base_of(tiny, "fp32"), tmp_path / "adapter", torch.float32)[0]
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     save_adapter(again, tmp_path / "again", record)
@@ -268,7 +271,7 @@ def test_what_a_method_cannot_do_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="at least two updates"):
         train(attach(tiny_base.model(), method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
     quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
-    for name in ("pissa", "osf", "full"):
+    for name in ("pissa", "osf", "svft", "full"):
         with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):
             prepare_method(MethodConfig(name=name), quantized, TrainConfig())
     no_options = [("lora", "lr_ratio"), *(("gated-lora", key) for key in ("gate_bias", "gate_lr_ratio", "gate_rank"))]

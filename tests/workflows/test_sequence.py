@@ -72,6 +72,8 @@ def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of
 @pytest.mark.parametrize("method", [
     *({"name": name, "rank": 8 if name == "vera" else 2} for name in ("dora", "pissa", "adalora", "hira", "vera")),
     {"name": "osf"},
+    {"name": "svft", "off_diagonals": 1},
+    {"name": "gainlora", "rank": 2},
     {"name": "lora+", "rank": 2, "penalty": "ewc", "penalty_strength": 100, "ewc_rows": 7, "replay": 0.4},
     {"name": "full", "penalty": "ewc", "penalty_strength": 100},
     {"name": "gain-ffn", "penalty": "l2", "replay": 1},

@@ -140,7 +140,13 @@ class MethodConfig(Section):
     )
     lr_ratio: float | None = Field(default=None, gt=0, description="lora+: rate of B as a multiple of the rate")
     orthogonality: float | None = Field(default=None, ge=0, description="adalora: weight of the orthogonality term")
-    preserved: float | None = Field(default=None, gt=0, lt=1, description="osf: share of fixed singular directions")
+    preserved: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="osf: share of fixed singular directions; gainlora: share of the energy of earlier domains' inputs "
+        "on which a new gate is shut",
+    )
     gate_bias: float | None = Field(default=None, description="disel: gates' first bias; they start near its sigmoid")
     gate_lr_ratio: float | None = Field(default=None, gt=0, description="disel: gates' rate as a multiple of the rate")
     gate_rank: int | None = Field(default=None, gt=0, description="disel: rank of the gates' matrix; full unless given")
@@ -158,6 +164,14 @@ class MethodConfig(Section):
     replay: Annotated[float, Flag()] = Field(
         default=0.0, ge=0, description="rows of earlier domains per row of its own"
     )
+    off_diagonals: int | None = Field(
+        default=None, ge=0, description="svft: trained diagonals on each side of the singular values; none unless given"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_newer(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `off_diagonals` out at its default: the files of a plan are those of versions without the key."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("off_diagonals", None)}
 
     @model_validator(mode="before")
     @classmethod
