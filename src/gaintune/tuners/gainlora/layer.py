@@ -166,11 +166,12 @@ def add_branch(model: Any, adapter_name: str, bases: Mapping[str, torch.Tensor],
     layers, generator = dict(gainlora_layers(model, adapter_name)), torch.Generator().manual_seed(seed)
     if {name: layer.in_features for name, layer in layers.items()} != {n: len(basis) for n, basis in bases.items()}:
         raise ConfigError("the directions of earlier inputs are about other modules than the adapter has")
+    full = next((name for name, basis in bases.items() if basis.shape[1] >= len(basis)), None)
+    if full is not None:
+        raise ConfigError(
+            f"the inputs of earlier domains fill all {len(bases[full])} directions of {full}, and leave a new gate none "
+            "to open in: train the earlier domains with a lower share (`preserved`)"
+        )
     for name, layer in layers.items():
-        if bases[name].shape[1] >= layer.in_features:
-            raise ConfigError(
-                f"the inputs of earlier domains fill all {layer.in_features} directions of {name}, and leave a new "
-                "gate none to open in: train the earlier domains with a lower share (`preserved`)"
-            )
         layer.begin_branch(adapter_name, bases[name], generator)
     model.peft_config[adapter_name].branches += 1
