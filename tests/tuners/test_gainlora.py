@@ -185,8 +185,8 @@ def test_a_saved_adapter_brings_its_branches(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     assert torch.equal(logits(again), logits(model))
-    for model in (model, again):
-        assert all("_old_" not in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    for each in (model, again):
+        assert all("_old_" not in name for name, parameter in each.named_parameters() if parameter.requires_grad)
 
 
 def test_in_bf16_branches_train_in_float32_and_the_update_has_two_digits():
@@ -223,7 +223,9 @@ def test_what_gates_or_branches_forbid_is_refused():
         refused(MergeError, "cannot be merged: its gates depend on the input", call)
     with pytest.raises(ConfigError, match="GainLoRA takes one adapter for a whole batch"):
         model(input_ids=IDS, adapter_names=["default"] * len(IDS))
-    refused(ConfigError, "fill all 32 directions of model.layers.0", add_branch, model, "default", bases_of(model, 32), 0)
+    refused(
+        ConfigError, "fill all 32 directions of model.layers.0", add_branch, model, "default", bases_of(model, 32), 0
+    )
     refused(ConfigError, "about other modules", add_branch, model, "default", {"x": torch.zeros(3, 1)}, 0)
     for options, message in (
         ({"r": 0}, "r is 0"), ({"branches": 0}, "branches is 0"), ({"shut": 1}, "shut is 1"),

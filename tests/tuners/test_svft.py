@@ -166,7 +166,13 @@ def test_active_adapters_add_up_and_an_inactive_one_is_frozen():
 
 
 def test_what_cannot_be_adapted_is_refused():
-    refused(UnsupportedModuleError, "Embedding, which SVFT does not adapt", get_peft_model, llama(), SvftConfig(target_modules=["embed_tokens"]))
+    refused(
+        UnsupportedModuleError,
+        "Embedding, which SVFT does not adapt",
+        get_peft_model,
+        llama(),
+        SvftConfig(target_modules=["embed_tokens"]),
+    )
     refused(ConfigError, "off_diagonals is -1", SvftConfig, off_diagonals=-1)
     refused(ConfigError, "base_dtype is 'wide'", SvftConfig, base_dtype="wide")
     model = svft(llama())

@@ -116,7 +116,9 @@ def test_gainlora_grows_a_branch_for_each_of_three_domains_and_shuts_its_gates_o
         assert read_json(adapters[count - 1] / "adapter_config.json")["branches"] == count
         for name in (name for name in after if "_old_gate" in name):
             newest = before[name.replace("_old_gate", "_gate")]
-            assert torch.equal(after[name], torch.cat([before[name], newest[None]])), "a branch is frozen once it is old"
+            assert torch.equal(after[name], torch.cat([before[name], newest[None]])), (
+                "a branch is frozen once it is old"
+            )
     earlier = load_file(adapters[1] / BASES)  # the directions of the first two domains' inputs
     for name, basis in earlier.items():
         gate = saved[2][f"base_model.model.{name}.gainlora_gate"]

@@ -210,7 +210,7 @@ _ENTRIES = (
     ),
     Method(
         "svft", "SVFT: one number per singular direction of the attention output projection, added to its value",
-        0.01, {**_TARGETS, "off_diagonals": "off_diagonals"},
+        0.05, {**_TARGETS, "off_diagonals": "off_diagonals"},
         "an SVD of every adapted weight at each start and load; about twice its memory beside it; not for quantized "
         "bases",
         "SVFT", {"target_modules": "output-projection"}, quantized=False,

@@ -83,9 +83,9 @@ class UpdatedLinear(nn.Module, BaseTunerLayer):
         target = device or getattr(self.get_base_layer().weight, "device", None)
         for name in (*self.adapter_layer_names, *self.other_param_names):
             values = getattr(self, name)
-            if adapter_name not in values or values[adapter_name].device.type == "meta":
+            old = values.get(adapter_name)
+            if not isinstance(old, nn.Parameter) or old.device.type == "meta":
                 continue
-            old = values[adapter_name]
             moved = old.data.to(None if target is None or target.type == "meta" else target, torch.float32)
             values[adapter_name] = nn.Parameter(moved, requires_grad=old.requires_grad)
 

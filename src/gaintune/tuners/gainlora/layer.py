@@ -17,6 +17,8 @@ from gaintune.tuners.precision import Float32ParameterDict
 
 EPSILON = 1e-6  # added to the mean square of an input, so that a token of zeros has shut gates
 
+OLD = ("gainlora_old_A", "gainlora_old_B", "gainlora_old_gate")
+
 GateObserver = Callable[[str, torch.Tensor], None]
 """Called in every forward pass of a layer with the adapter's name and its gates `(..., branches)`, detached."""
 
@@ -65,13 +67,13 @@ class GainloraLinear(UpdatedLinear):
     """
 
     adapter_layer_names: tuple[str, ...] = ("gainlora_A", "gainlora_B", "gainlora_gate")
-    other_param_names: tuple[str, ...] = ("gainlora_old_A", "gainlora_old_B", "gainlora_old_gate")
+    other_param_names: tuple[str, ...] = (*OLD, "scaling")
 
     gainlora_gate: Float32ParameterDict
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: GainloraConfig) -> None:
         super().__init__(base_layer, adapter_name, config)
-        for name in (*self.adapter_layer_names, *self.other_param_names):
+        for name in (*self.adapter_layer_names, *OLD):
             setattr(self, name, Float32ParameterDict())
         self.scaling: dict[str, float] = {}
         self.gate_observers: list[GateObserver] = []
@@ -93,7 +95,7 @@ class GainloraLinear(UpdatedLinear):
     def add_update(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Return `result` plus all branches behind their gates, in the dtype of `result`."""
         a, b, gate, old_a, old_b, old_gate = (
-            getattr(self, name)[adapter_name] for name in (*self.adapter_layer_names, *self.other_param_names)
+            getattr(self, name)[adapter_name] for name in (*self.adapter_layer_names, *OLD)
         )
         dtype, branches = compute_dtype(x, a), 1 + len(old_gate)
         product = widened(stacked_product(x, (old_a, a, old_gate, gate[None]), dtype))
@@ -107,7 +109,7 @@ class GainloraLinear(UpdatedLinear):
     @torch.no_grad()
     def begin_branch(self, adapter_name: str, basis: torch.Tensor, generator: torch.Generator) -> None:
         """Freeze the newest branch, and begin one whose gate is orthogonal to the columns of `basis` `(in, k)`."""
-        values = {name: getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)}
+        values = {name: getattr(self, name) for name in (*self.adapter_layer_names, *OLD)}
         a, b, gate, old_a, old_b, old_gate = (each[adapter_name].data for each in values.values())
         drawn_a, drawn_gate = (drawn.to(a.device) for drawn in new_branch(len(a), a.shape[1], generator))
         made = (
@@ -169,8 +171,8 @@ def add_branch(model: Any, adapter_name: str, bases: Mapping[str, torch.Tensor],
     full = next((name for name, basis in bases.items() if basis.shape[1] >= len(basis)), None)
     if full is not None:
         raise ConfigError(
-            f"the inputs of earlier domains fill all {len(bases[full])} directions of {full}, and leave a new gate none "
-            "to open in: train the earlier domains with a lower share (`preserved`)"
+            f"the inputs of earlier domains fill all {len(bases[full])} directions of {full}, and leave a new gate "
+            "none to open in: train the earlier domains with a lower share (`preserved`)"
         )
     for name, layer in layers.items():
         layer.begin_branch(adapter_name, bases[name], generator)

@@ -53,7 +53,7 @@ class SvftLinear(UpdatedLinear):
     """
 
     adapter_layer_names: tuple[str, ...] = ("svft_m",)
-    other_param_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ("off_diagonals",)
 
     left: torch.Tensor
     right: torch.Tensor
