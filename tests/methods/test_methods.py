@@ -12,10 +12,21 @@ from gaintune.adapters import absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
+from gaintune.methods import (
+    METHODS,
+    StageData,
+    StagePosition,
+    attach,
+    check_method,
+    prepare_method,
+    trainable_parameters,
+)
+from gaintune.methods.branches import BranchGrowth, input_grams
 from gaintune.methods.rules import STATE, BudgetSchedule
+from gaintune.models import NextTokenLoss
 from gaintune.training import train_stage
 from gaintune.tuners import parameter_groups
+from gaintune.tuners.gainlora import gainlora_layers
 from support import tiny_base
 from support.tiny_adapters import base_of, record_of
 
@@ -280,3 +291,34 @@ def test_what_a_method_cannot_do_is_refused(tmp_path):
             check_method(MethodConfig.model_validate({"name": name, option: 1}))
     with pytest.raises(ConfigError, match=r"has no form for transformer\.h\.0\.attn\.c_attn \(Conv1D\)"):
         attach(gpt2(), MethodConfig(name="osf"), seed=0)
+
+
+def test_a_branch_needs_the_directions_of_earlier_inputs_and_takes_no_penalty(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no gainlora\.safetensors, without which its next branch"):
+        BranchGrowth(method_of("gainlora"), StagePosition(previous=tmp_path))
+    with pytest.raises(ConfigError, match="a penalty has nothing to pull back: leave penalty=l2 out"):
+        BranchGrowth(method_of("gainlora", penalty="l2"), StagePosition())
+
+
+def test_directions_are_those_of_the_tokens_that_are_no_padding(tiny):
+    """A padded row and the same row without its padding have the same second moments."""
+    model = attach(tiny_base.model(), method_of("gainlora"), seed=0)
+    layers = dict(gainlora_layers(model, "default"))
+    ids = tiny_base.blocks(1, 12)[0]
+    padded = torch.cat([ids, ids.new_zeros(5)])
+    rows = [
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": padded, "labels": padded, "attention_mask": (torch.arange(17) < 12).long()},
+    ]
+    grams = [input_grams(layers, model, StageData(Listed([row]), NextTokenLoss(model), "t")) for row in rows]
+    for name, layer in layers.items():
+        torch.testing.assert_close(grams[1][name], grams[0][name], rtol=1e-4, atol=1e-4)
+        assert grams[0][name].trace().item() == pytest.approx(12 * layer.in_features, rel=0.01)
+
+
+class Listed(list):
+    """Rows in a list, counted in tokens."""
+
+    @property
+    def tokens(self):
+        return sum(len(row["input_ids"]) for row in self)
