@@ -108,10 +108,13 @@ def test_each_new_branch_starts_at_the_function_before_it(build):
         expected = logits(model)
         assert (expected - before).abs().max() > 0.1
         held = {name: layer.gainlora_A["default"].detach().clone() for name, layer in gainlora_layers(model, "default")}
-        add_branch(model, "default", bases_of(model, 2), seed=0)
+        bases = bases_of(model, 2)
+        add_branch(model, "default", bases, seed=0)
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
         assert model.peft_config["default"].branches == count
         for name, layer in gainlora_layers(model, "default"):
+            gate = layer.gainlora_gate["default"].detach()
+            assert gate.norm() > 0.1 and (bases[name].T.float() @ gate).norm() < 1e-6
             assert torch.equal(layer.gainlora_old_A["default"][-RANK:], held[name])
             assert not layer.gainlora_B["default"].any() and len(layer.gainlora_old_gate["default"]) == count - 1
 
