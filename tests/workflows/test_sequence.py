@@ -95,21 +95,32 @@ def test_every_method_and_penalty_survives_a_stop_in_a_later_stage(plan_of, tmp_
     assert contents(run) == contents(tmp_path / "whole")
 
 
-def test_gainlora_grows_a_branch_for_each_of_three_domains_and_shuts_its_gates_on_earlier_ones(plan_of, tmp_path):
-    plan = plan_of(methods=[{"name": "gainlora", "rank": 2, "label": "m", "lr": 0.01}])
+def stopped_run_of_three(plan_of, tmp_path, method):
+    """Stop a run over three domains in the last one, and finish it; return its plan, its folder and its domains."""
+    plan = plan_of(methods=[{**method, "label": "m"}])
     third = files.write_rows(tmp_path / "names.jsonl", [{"text": f"def f{n}(x): return {n} * x"} for n in range(300)])
     plan["data"] = {**plan["data"], "domains": [*plan["data"]["domains"], f"names={third}"]}
     run = tmp_path / "run"
     stopped(run_sequence, (plan, run), "m: learning names", 5)
-    stopped(run_sequence, (plan, run), "m: learning names: what matters to it", 2)
+    if method["name"] == "gainlora":
+        stopped(run_sequence, (plan, run), "m: learning names: what matters to it", 2)
     matrix = run_sequence(plan, run)
     assert not matrix.partial and len(matrix.methods[0].stages) == 3
-    assert "gainlora" in write_report(run).read_text()
     run_sequence(plan, tmp_path / "whole")
-    left_out = {"report.html", "matrix.csv", "matrix.md"}
-    kept = {name: value for name, value in contents(run).items() if name not in left_out and "figures" not in name}
-    assert kept == contents(tmp_path / "whole")
-    names = [domain.partition("=")[0] for domain in plan["data"]["domains"]]
+    assert contents(run) == contents(tmp_path / "whole")
+    assert method["name"] in write_report(run).read_text()
+    return plan, run, [domain.partition("=")[0] for domain in plan["data"]["domains"]]
+
+
+def test_svft_goes_through_three_domains_and_moves_only_its_singular_values(plan_of, tmp_path):
+    _, run, names = stopped_run_of_three(plan_of, tmp_path, {"name": "svft"})
+    for count, name in enumerate(names, start=1):
+        saved = load_file(run / "stages" / "m" / f"{count:02d}-{name}" / "adapter" / "adapter_model.safetensors")
+        assert all(key.endswith(".svft_m") and value.shape == (32,) and value.any() for key, value in saved.items())
+
+
+def test_gainlora_grows_a_branch_for_each_of_three_domains_and_shuts_its_gates_on_earlier_ones(plan_of, tmp_path):
+    plan, run, names = stopped_run_of_three(plan_of, tmp_path, {"name": "gainlora", "rank": 2, "lr": 0.01})
     adapters = [run / "stages" / "m" / f"{count:02d}-{name}" / "adapter" for count, name in enumerate(names, start=1)]
     saved = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
     for count, (before, after) in enumerate(pairwise(saved), start=2):
