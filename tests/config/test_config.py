@@ -102,6 +102,12 @@ def test_a_plan_survives_yaml(write):
     assert build_plan(yaml.safe_load(write(plan))) == plan
 
 
+def test_a_plan_without_off_diagonals_reads_as_before_they_existed():
+    plain, banded = (build_plan({"methods": [{"name": "svft", **more}]}) for more in ({}, {"off_diagonals": 2}))
+    assert "off_diagonals" not in plan_yaml(plain) and "off_diagonals: 2" in plan_yaml(banded)
+    assert build_plan(yaml.safe_load(plan_yaml(banded))) == banded
+
+
 def test_broken_yaml_and_a_repeated_key_are_named_by_file_and_line(tmp_path):
     file, twice = tmp_path / "plan.yaml", "stands there twice, first on line"
     for text, read, message in (

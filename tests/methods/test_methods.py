@@ -12,10 +12,21 @@ from gaintune.adapters import absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.data import Examples
 from gaintune.errors import ConfigError
-from gaintune.methods import METHODS, StagePosition, attach, check_method, prepare_method, trainable_parameters
+from gaintune.methods import (
+    METHODS,
+    StageData,
+    StagePosition,
+    attach,
+    check_method,
+    prepare_method,
+    trainable_parameters,
+)
+from gaintune.methods.branches import BranchGrowth, input_grams
 from gaintune.methods.rules import STATE, BudgetSchedule
+from gaintune.models import NextTokenLoss
 from gaintune.training import train_stage
 from gaintune.tuners import GATES, parameter_groups
+from gaintune.tuners.gainlora import gainlora_layers
 from support import tiny_base
 from support.tiny_adapters import base_of, record_of
 
@@ -43,6 +54,9 @@ METHOD = {  # the name, after which a case may say more -> options and the count
     "disel with gates of rank 3":
         ({"gate_rank": 3}, LAYERS * (8 * SIDES + 3 * GATE_INPUTS + (8 * 3 + 8) * len(LINEARS))),
     "gated-lora": ({}, LAYERS * 8 * SIDES),
+    "svft": ({"lr": 0.2}, LAYERS * D),
+    "svft with a band": ({"lr": 0.2, "off_diagonals": 2}, LAYERS * (D + 2 * (D - 1) + 2 * (D - 2))),
+    "gainlora": ({"lr": 0.02}, LAYERS * (8 * 2 * D + D)),
 }  # fmt: skip
 EXACT_AT_START = set(METHOD) - {"pissa", "osf"}  # these two rebuild the weight from parts, within rounding
 
@@ -86,7 +100,7 @@ def test_a_method_starts_at_the_base_learns_and_is_loaded_as_it_was(tiny, tmp_pa
     assert not torch.allclose(expected, before, atol=1e-3)
     again = load_adapter(base_of(tiny, "fp32"), tmp_path / "adapter", trainable=True)
     assert torch.equal(logits(again), expected) and trainable_parameters(again) == METHOD[name][1]
-    if method.name not in ("disel", "gated-lora"):
+    if METHODS[method.name].merges and not METHODS[method.name].gates:
         merged = absorb(base_of(tiny, "fp32"), tmp_path / "adapter", torch.float32)[0]
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     save_adapter(again, tmp_path / "again", record)
@@ -284,7 +298,7 @@ def test_what_a_method_cannot_do_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="at least two updates"):
         train(attach(tiny_base.model(), method_of("adalora"), seed=0), method_of("adalora"), tmp_path, steps=1)
     quantized = ModelConfig(quantization="4bit", dtype="bf16", device="cpu")
-    for name in ("pissa", "osf", "full"):
+    for name in ("pissa", "osf", "svft", "full"):
         with pytest.raises(ConfigError, match=f"method '{name}' works on the base's own weights"):
             prepare_method(MethodConfig(name=name), quantized, TrainConfig())
     no_options = [("lora", "lr_ratio"), *(("gated-lora", key) for key in ("gate_bias", "gate_lr_ratio", "gate_rank"))]
@@ -293,3 +307,34 @@ def test_what_a_method_cannot_do_is_refused(tmp_path):
             check_method(MethodConfig.model_validate({"name": name, option: 1}))
     with pytest.raises(ConfigError, match=r"has no form for transformer\.h\.0\.attn\.c_attn \(Conv1D\)"):
         attach(gpt2(), MethodConfig(name="osf"), seed=0)
+
+
+def test_a_branch_needs_the_directions_of_earlier_inputs_and_takes_no_penalty(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no gainlora\.safetensors, without which its next branch"):
+        BranchGrowth(method_of("gainlora"), StagePosition(previous=tmp_path))
+    with pytest.raises(ConfigError, match="a penalty has nothing to pull back: leave penalty=l2 out"):
+        BranchGrowth(method_of("gainlora", penalty="l2"), StagePosition())
+
+
+def test_directions_are_those_of_the_tokens_that_are_no_padding(tiny):
+    """A padded row and the same row without its padding have the same second moments."""
+    model = attach(tiny_base.model(), method_of("gainlora"), seed=0)
+    layers = dict(gainlora_layers(model, "default"))
+    ids = tiny_base.blocks(1, 12)[0]
+    padded = torch.cat([ids, ids.new_zeros(5)])
+    rows = [
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": padded, "labels": padded, "attention_mask": (torch.arange(17) < 12).long()},
+    ]
+    grams = [input_grams(layers, model, StageData(Listed([row]), NextTokenLoss(model), "t")) for row in rows]
+    for name, layer in layers.items():
+        torch.testing.assert_close(grams[1][name], grams[0][name], rtol=1e-4, atol=1e-4)
+        assert grams[0][name].trace().item() == pytest.approx(12 * layer.in_features, rel=0.01)
+
+
+class Listed(list):
+    """Rows in a list, counted in tokens."""
+
+    @property
+    def tokens(self):
+        return sum(len(row["input_ids"]) for row in self)

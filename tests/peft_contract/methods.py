@@ -7,6 +7,8 @@ from typing import Any
 
 from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.gain import GainConfig
+from gaintune.tuners.gainlora import GainloraConfig
+from gaintune.tuners.svft import SvftConfig
 
 Case = tuple[str, str, dict[str, Any]]
 CASES: tuple[Case, ...] = (
@@ -106,6 +108,36 @@ _ALWAYS_WIDE = {
     }
 }
 
+_ONE_A_BATCH = {
+    **dict.fromkeys(
+        [
+            "test_mixed_adapter_batches_different_target_layers",
+            "test_mixed_adapter_batches_length_mismatch_raises",
+            "test_mixed_adapter_batches_lora_conv1d_emb",
+            "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save",
+            "test_mixed_adapter_batches_lora_wrong_adapter_name_raises",
+            "test_mixed_adapter_batches_merged_raises",
+            "test_mixed_adapter_batches_mlp",
+            "test_mixed_adapter_batches_multiple_modules_to_save",
+            "test_mixed_adapter_batches_partly_overlapping_target_layers",
+            "test_mixed_adapter_batches_training_mode_raises",
+            "test_mixed_adapter_batches_unsupported_layer_raises",
+        ],
+        "mixes adapters in a batch, refused (test_svft.py, test_gainlora.py)",
+    ),
+    **dict.fromkeys(
+        [
+            "test_default_target_modules_not_set_raises",
+            "test_default_target_modules_not_set_model_type_set_raises",
+        ],
+        "expects no default; every linear layer is adapted unless others are given",
+    ),
+}
+_ALL_TRAIN = (
+    "test_loading_model_requires_grad_set_correctly",
+    "test_loading_model_with_modules_to_save_requires_grad_set_correctly",
+)
+
 METHODS = (
     Method("Gain", GainConfig, {"init_weights": False}, CASES, _LAYERS, _ALWAYS_WIDE),
     Method(
@@ -130,6 +162,21 @@ METHODS = (
                 )
             },
         },
+        mergeable=False,
+    ),
+    Method("Svft", SvftConfig, {"init_weights": False}, CASES, {**_LAYERS, **_ONE_A_BATCH}, _ALWAYS_WIDE),
+    Method(
+        "Gainlora",
+        GainloraConfig,
+        {"init_weights": False},
+        CASES,
+        {
+            **_LAYERS,
+            **_ONE_A_BATCH,
+            **dict.fromkeys(_MERGES, _MERGING),
+            **dict.fromkeys(_ALL_TRAIN, "expects all of an adapter to train; earlier branches are frozen"),
+        },
+        _ALWAYS_WIDE,
         mergeable=False,
     ),
 )

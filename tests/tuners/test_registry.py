@@ -1,4 +1,4 @@
-"""GAIN and DISeL as members of PEFT's own tables."""
+"""Our tuners as members of PEFT's own tables."""
 
 import copy
 import pickle
@@ -13,7 +13,9 @@ from gaintune.errors import GaintuneError
 from gaintune.tuners import register
 from gaintune.tuners.disel import DiselConfig, DiselModel
 from gaintune.tuners.gain import GainConfig, GainModel
+from gaintune.tuners.gainlora import GainloraConfig, GainloraModel
 from gaintune.tuners.registry import add_peft_type
+from gaintune.tuners.svft import SvftConfig, SvftModel
 from support import refused
 
 TABLES = [PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING]
@@ -28,6 +30,8 @@ def test_the_methods_are_members_of_pefts_enumeration_and_tables():
     assert [table[PeftType.GAIN] for table in TABLES] == [GainConfig, GainModel, "gain_"]
     assert [table["DISEL"] for table in TABLES] == [DiselConfig, DiselModel, "lora_"]
     assert (GainModel.prefix, DiselModel.prefix) == ("gain_", "lora_")
+    assert [table["SVFT"] for table in TABLES] == [SvftConfig, SvftModel, "svft_"]
+    assert [table["GAINLORA"] for table in TABLES] == [GainloraConfig, GainloraModel, "gainlora_"]
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
 
 

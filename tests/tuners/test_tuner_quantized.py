@@ -1,4 +1,4 @@
-"""GAIN and DISeL over quantized layers: forward and training everywhere, merging where a weight can be written."""
+"""Our tuners over quantized layers: forward and training everywhere, merging where a weight can be written."""
 
 import copy
 
@@ -14,6 +14,8 @@ from gaintune.tuners.disel import DiselConfig
 from gaintune.tuners.disel.model import refuse_layer
 from gaintune.tuners.gain import GainConfig, GainLinear
 from gaintune.tuners.gain.layer import scale_features
+from gaintune.tuners.gainlora import GainloraConfig, gainlora_layers
+from gaintune.tuners.svft import SvftConfig
 from support import refused
 from support.tiny_models import adapter_tensors, randomise
 
@@ -186,3 +188,32 @@ def test_a_layer_that_knows_no_gates_is_refused():
     made = (nn.Linear(4, 8), "default", lora.LoraConfig(r=2))
     refuse_layer(lora.Linear(*made, r=2), "proj")
     refused(UnsupportedModuleError, "proj became a OtherBackend", refuse_layer, OtherBackend(*made, r=2), "proj")
+
+
+@builds
+def test_branches_train_over_a_quantized_layer(build):
+    base, x = build(), torch.randn(5, 64)
+    expected = copy.deepcopy(base)(x)
+    model = get_peft_model(base, GainloraConfig(r=3, target_modules=["proj"]))
+    torch.testing.assert_close(model(x), expected)
+    ((_, layer),) = gainlora_layers(model, "default")
+    with torch.no_grad():
+        layer.gainlora_B["default"].normal_()
+    a, b, gate = (getattr(layer, f"gainlora_{name}")["default"].double() for name in ("A", "B", "gate"))
+    wide = x.double()
+    opened = torch.tanh(wide @ gate / wide.square().mean(1).sqrt() / 2).abs()
+    update = 2 * opened[:, None] * (wide @ a.T @ b.T)
+    torch.testing.assert_close((model(x) - expected).double(), update, rtol=1e-3, atol=1e-3)
+    model(x).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@builds
+def test_singular_values_of_a_quantized_layer_are_refused(build):
+    refused(
+        UnsupportedModuleError,
+        "is quantized .* Load the base unquantized",
+        get_peft_model,
+        build(),
+        SvftConfig(target_modules=["proj"]),
+    )

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ from gaintune.data import load_domain
 from gaintune.errors import BaseModelError, ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate import compare_adapters, measure
 from gaintune.methods import StageData
+from gaintune.methods.branches import BASES
 from gaintune.methods.penalties import FISHER, fisher_information
 from gaintune.models import NextTokenLoss, load_base
+from gaintune.report import write_report
 from gaintune.storage import damage, read_json
+from gaintune.tuners.gainlora import gainlora_layers
 from gaintune.workflows import adapt, run_sequence
 from support import files, refused, tiny_base, tiny_domains
 from support.killing import Nothing, killed, stopped
@@ -91,6 +95,8 @@ def test_a_run_that_was_killed_continues_with_smaller_batches_and_comes_to_the_s
 @pytest.mark.parametrize("method", [
     *({"name": name, "rank": 8 if name == "vera" else 2} for name in ("dora", "pissa", "adalora", "hira", "vera")),
     {"name": "osf"},
+    {"name": "svft", "off_diagonals": 1},
+    {"name": "gainlora", "rank": 2},
     {"name": "lora+", "rank": 2, "penalty": "ewc", "penalty_strength": 100, "ewc_rows": 7, "replay": 0.4},
     {"name": "full", "penalty": "ewc", "penalty_strength": 100},
     {"name": "gain-ffn", "penalty": "l2", "replay": 1},
@@ -106,6 +112,63 @@ def test_every_method_and_penalty_survives_a_stop_in_a_later_stage(plan_of, tmp_
         stopped(run_sequence, (plan, run), "m: learning code: what matters to it", 2)
     run_sequence(plan, run)
     assert contents(run) == contents(tmp_path / "whole")
+
+
+def stopped_run_of_three(plan_of, tmp_path, method):
+    """Stop a run over three domains in the last one, and finish it; return its plan, its folder and its domains."""
+    plan = plan_of(methods=[{**method, "label": "m"}])
+    third = files.write_rows(tmp_path / "names.jsonl", [{"text": f"def f{n}(x): return {n} * x"} for n in range(300)])
+    plan["data"] = {**plan["data"], "domains": [*plan["data"]["domains"], f"names={third}"]}
+    run = tmp_path / "run"
+    stopped(run_sequence, (plan, run), "m: learning names", 5)
+    if method["name"] == "gainlora":
+        stopped(run_sequence, (plan, run), "m: learning names: what matters to it", 2)
+    matrix = run_sequence(plan, run)
+    assert not matrix.partial and len(matrix.methods[0].stages) == 3
+    run_sequence(plan, tmp_path / "whole")
+    assert contents(run) == contents(tmp_path / "whole")
+    assert method["name"] in write_report(run).read_text()
+    return plan, run, [domain.partition("=")[0] for domain in plan["data"]["domains"]]
+
+
+def test_svft_goes_through_three_domains_and_moves_only_its_singular_values(plan_of, tmp_path):
+    _, run, names = stopped_run_of_three(plan_of, tmp_path, {"name": "svft"})
+    for count, name in enumerate(names, start=1):
+        saved = load_file(run / "stages" / "m" / f"{count:02d}-{name}" / "adapter" / "adapter_model.safetensors")
+        assert all(key.endswith(".svft_m") and value.shape == (32,) and value.any() for key, value in saved.items())
+
+
+def test_gainlora_grows_a_branch_for_each_of_three_domains_and_shuts_its_gates_on_earlier_ones(plan_of, tmp_path):
+    plan, run, names = stopped_run_of_three(plan_of, tmp_path, {"name": "gainlora", "rank": 2, "lr": 0.01})
+    adapters = [run / "stages" / "m" / f"{count:02d}-{name}" / "adapter" for count, name in enumerate(names, start=1)]
+    saved = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
+    for count, (before, after) in enumerate(pairwise(saved), start=2):
+        assert read_json(adapters[count - 1] / "adapter_config.json")["branches"] == count
+        for name in (name for name in after if "_old_gate" in name):
+            newest = before[name.replace("_old_gate", "_gate")]
+            assert torch.equal(after[name], torch.cat([before[name], newest[None]])), (
+                "a branch is frozen once it is old"
+            )
+    earlier = load_file(adapters[1] / BASES)  # the directions of the first two domains' inputs
+    for name, basis in earlier.items():
+        gate = saved[2][f"base_model.model.{name}.gainlora_gate"]
+        assert (basis.T @ gate).norm() < 1e-5 * gate.norm() and 0 < basis.shape[1] < len(basis)
+    loose = opening(plan, adapters[2], "prose"), opening(plan, adapters[0], "prose")
+    assert loose[0][:1] == pytest.approx(loose[1], rel=0.05), "an old gate reads what it read"
+    assert loose[0][2] < 0.2 < loose[0][0], "a new gate is nearly shut on earlier text"
+
+
+def opening(plan, adapter, domain):
+    """The mean over tokens and modules of each branch's gate on the validation text of a domain."""
+    checked, found = build_plan(plan), []
+    base = load_base(checked.model)
+    model = load_adapter(base, adapter)
+    for _, layer in gainlora_layers(model, "default"):
+        layer.gate_observers.append(lambda name, gates: found.append(gates.flatten(0, -2).mean(0)))
+    (config,) = (each for each in checked.data.domains if each.name == domain)
+    blocks = load_domain(config, checked.data, base.tokenizer)
+    measure(model, blocks.validation, blocks.validation_bytes)
+    return torch.stack(found).mean(0).tolist()
 
 
 def test_a_newest_checkpoint_with_a_damaged_manifest_costs_its_updates_and_nothing_else(finished, tmp_path, caplog):

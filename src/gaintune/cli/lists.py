@@ -31,7 +31,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print the cata
                 "needs": method.needs,
                 "peft_type": method.peft_type,
                 "quantized_base": method.quantized,
-                "merges": not method.gates,
+                "merges": method.merges and not method.gates,
             }
             for method in METHODS.values()
         ]

@@ -1,4 +1,5 @@
 from .plan import CLASSIFIER_BASE as CLASSIFIER_BASE
+from .plan import LATER as LATER
 from .plan import NAME as NAME
 from .plan import BeginningOfText as BeginningOfText
 from .plan import ClassifyConfig as ClassifyConfig

@@ -64,16 +64,22 @@ def _plain(value: str, info: ValidationInfo) -> str:
 Name = Annotated[str, AfterValidator(_plain)]
 
 
+LATER = "later"  # marks a key that stored plans lack where it has its default, as plans of earlier versions do
+
+
 class Section(BaseModel):
     """A frozen part of the plan; keys that are not fields and numbers that are not finite are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-
-def _without_defaults(section: Section, handler: SerializerFunctionWrapHandler, *keys: str) -> dict[str, Any]:
-    """Dump a section without newer keys at their defaults: its files are those of versions without these keys."""
-    fields = type(section).model_fields
-    return {key: value for key, value in handler(section).items() if key not in keys or value != fields[key].default}
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave keys that are marked `LATER` out where they have their defaults."""
+        later = {key: field for key, field in type(self).model_fields.items() if LATER in field.metadata}
+        plain = {
+            key for key, field in later.items() if getattr(self, key) == field.get_default(call_default_factory=True)
+        }
+        return {key: value for key, value in handler(self).items() if key not in plain}
 
 
 class ModelConfig(Section):
@@ -89,7 +95,7 @@ class ModelConfig(Section):
     quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="load the base through bitsandbytes")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
-    device_map: Literal["auto"] | None = Field(
+    device_map: Annotated[Literal["auto"] | None, LATER] = Field(
         default=None, description="auto spreads a frozen base, layer by layer, over all visible CUDA devices"
     )
 
@@ -99,10 +105,6 @@ class ModelConfig(Section):
             raise ValueError(f"device_map={self.device_map} chooses the devices: leave device={self.device} out")
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_defaults(self, handler, "device_map")
-
 
 class TrainConfig(Section):
     """One adaptation: optimizer, schedule and bookkeeping."""
@@ -111,7 +113,7 @@ class TrainConfig(Section):
     epochs: Annotated[int, Flag()] = Field(default=1, gt=0, description="passes over the training blocks")
     batch_size: Annotated[int, Flag()] = Field(default=4, gt=0, description="blocks in a forward pass, on each device")
     gradient_accumulation: int = Field(default=1, gt=0, description="forward passes added up before an update")
-    effective_batch: int | None = Field(
+    effective_batch: Annotated[int | None, LATER] = Field(
         default=None, gt=0, description="blocks of an update over all processes; sets gradient_accumulation"
     )
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
@@ -129,7 +131,7 @@ class TrainConfig(Section):
         default=None, gt=0, description="steps between kept copies of the adapter, for `gaintune retention`; else none"
     )
     trackers: tuple[str, ...] = Field(default=(), description="tensorboard, wandb and the other Trainer trackers")
-    keep: Literal["last", "best"] = Field(
+    keep: Annotated[Literal["last", "best"], LATER] = Field(
         default="last",
         description="which weights of an adaptation count: those after the last update, or those of the snapshot with "
         "the lowest loss on the domain's validation text (best; of a classifier, with the highest accuracy)",
@@ -140,11 +142,6 @@ class TrainConfig(Section):
         if self.keep == "best" and self.snapshot_steps is None:
             raise ValueError("keep=best chooses among snapshots: set snapshot_steps, the updates between them")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_keep(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `keep` out at its default: the files of a plan are those of versions without the key."""
-        return {key: value for key, value in handler(self).items() if (key, value) != ("keep", "last")}
 
     @model_validator(mode="after")
     def _one_accumulation(self) -> TrainConfig:
@@ -158,10 +155,6 @@ class TrainConfig(Section):
         except ConfigError as error:
             raise ValueError(str(error).removeprefix("train.")) from None
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_defaults(self, handler, "effective_batch")
 
     def accumulation(self, processes: int = 1) -> int:
         """Return how many forward passes each of some processes adds up before an update.
@@ -239,8 +232,11 @@ class MethodConfig(Section):
     replay: Annotated[float, Flag()] = Field(
         default=0.0, ge=0, description="rows of earlier domains per row of its own"
     )
-    gate_lr: float | None = Field(
+    gate_lr: Annotated[float | None, LATER] = Field(
         default=None, gt=0, description="disel: gates' peak rate, in place of gate_lr_ratio times the rate"
+    )
+    off_diagonals: Annotated[int | None, LATER] = Field(
+        default=None, ge=0, description="svft: trained diagonals on each side of the singular values; none unless given"
     )
 
     @model_validator(mode="before")
@@ -263,11 +259,6 @@ class MethodConfig(Section):
         if self.gate_lr is not None and self.gate_lr_ratio is not None:
             raise ValueError("gate_lr and gate_lr_ratio both set the gates' rate: leave one of them out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_gate_lr(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `gate_lr` out where it is not given: the files of a plan are those of versions without the key."""
-        return {key: value for key, value in handler(self).items() if (key, value) != ("gate_lr", None)}
 
 
 def _label(values: dict[str, Any]) -> str:
@@ -349,7 +340,7 @@ class DataConfig(Section):
         description="instruct: learn the end-of-text token after every completion; false leaves it out, to learn "
         "answers alone. A chat template's own end of turn stays",
     )
-    beginning_of_text: BeginningOfText = Field(
+    beginning_of_text: Annotated[BeginningOfText, LATER] = Field(
         default="auto",
         description="start every block of text and every row of instructions with the tokenizer's beginning-of-text "
         "token: always, never, or (auto) where the model was trained with one, such as Llama, Mistral and Gemma. It "
@@ -384,11 +375,6 @@ class DataConfig(Section):
                 advice = "set data.task=instruct (--task instruct)"
                 raise ValueError(f"{field} is for task instruct, and no domain has it: {advice}")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_beginning(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `beginning_of_text` out at its default: the files of a plan are those of versions without the key."""
-        return _without_defaults(self, handler, "beginning_of_text")
 
     @property
     def measured(self) -> tuple[DomainConfig, ...]:

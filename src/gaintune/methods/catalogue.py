@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError
+from gaintune.methods.branches import BranchGrowth
 from gaintune.methods.rules import BudgetSchedule, GainWarnings, StagePosition, SubspaceProjection, TrainingRule
 from gaintune.tuners import GATES
 
@@ -55,6 +56,7 @@ class Method:
         rule: makes what acts on every update of one adaptation, for its place in the sequence; None where nothing does.
         quantized: whether the base may be quantized.
         shared: whether all modules share its matrices, so that its rank may exceed the sides of their weights.
+        merges: whether an adapter can become a change of weights; where there are gates, it cannot anyway.
         factors: the tensor of its factors; None where it multiplies no features.
         line: how an adapter is moved along the line from the base through it: by its "gains", by the "scale" of plain
             LoRA's B A, "gated" (by the scale of an update that depends on the input), or by the merged "weights", which
@@ -72,6 +74,7 @@ class Method:
     rule: Callable[[MethodConfig, StagePosition], TrainingRule] | None = None
     quantized: bool = True
     shared: bool = False
+    merges: bool = True
     factors: FactorTensor | None = None
     line: Literal["gains", "scale", "gated", "weights"] = "weights"
 
@@ -207,6 +210,21 @@ _ENTRIES = (
         "full", "every weight of the base trains", 2e-5, {},
         "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
         None, quantized=False,
+    ),
+    Method(
+        "svft", "SVFT: one number per singular direction of the attention output projection, added to its value",
+        0.05, {**_TARGETS, "off_diagonals": "off_diagonals"},
+        "an SVD of every adapted weight at each start and load; about twice its memory beside it; not for quantized "
+        "bases",
+        "SVFT", {"target_modules": "output-projection"}, quantized=False,
+    ),
+    Method(
+        "gainlora",
+        "GainLoRA: a LoRA branch a domain behind a gate that is shut on earlier domains; rank 8 where lora acts",
+        0.002, {**_LOW_RANK, "preserved": "shut"},
+        f"{_FROZEN}; branches that grow with the domains (fp32), and directions of their inputs; cannot be merged",
+        "GAINLORA", {"r": 8, "lora_alpha": _twice_the_rank, "target_modules": "output-projection"},
+        rule=BranchGrowth, merges=False,
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ENTRIES}

@@ -18,7 +18,7 @@ from torch import nn
 
 from gaintune.config import MethodConfig
 from gaintune.errors import ConfigError, DivergedError
-from gaintune.methods.rules import StageData, StagePosition, TrainingRule
+from gaintune.methods.rules import StageData, StagePosition, TrainingRule, process_share
 from gaintune.models import autocast
 
 FISHER = "penalty.safetensors"  # beside an adapter: the Fisher information of its domains
@@ -48,14 +48,14 @@ def fisher_information(
     trained = _trained(model)
     weights = list(trained.values())
     fisher = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    first, step = _share()
+    first, step = process_share()
     tokens = stage_data.rows.tokens * len(picked) / max(total, 1)
     training = model.training
     model.eval()
     try:
         with stage_data.progress.task(stage_data.title, round(tokens), "tokens") as advance:
             for row in picked[first::step]:
-                batch = _batch(stage_data, row, weights[0].device)
+                batch = stage_data.batch(row, weights[0].device)
                 with autocast(weights[0].device, stage_data.mixed_precision):
                     loss = stage_data.objective.sum(model, batch)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -70,23 +70,6 @@ def fisher_information(
         for sum_ in fisher:
             torch.distributed.all_reduce(sum_)
     return {name: sum_.div_(len(picked)) for name, sum_ in zip(trained, fisher, strict=True)}
-
-
-def _share() -> tuple[int, int]:
-    """Return the number of this process and of all processes of the run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _batch(stage_data: StageData, row: int, device: torch.device) -> dict[str, Any]:
-    """Return one row as a batch."""
-    picked = stage_data.rows[row]
-    if stage_data.collate is not None:
-        batch = dict(stage_data.collate([picked]))
-    else:
-        batch = {name: tensor.unsqueeze(0) for name, tensor in picked.items()}
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def strength_of(method: MethodConfig) -> float:

@@ -66,6 +66,22 @@ class StageData:
     mixed_precision: torch.dtype | None = None
     progress: Progress = field(default_factory=Silent)
 
+    def batch(self, row: int, device: torch.device) -> dict[str, Any]:
+        """Return one row as a batch on a device."""
+        picked = self.rows[row]
+        if self.collate is not None:
+            batch = dict(self.collate([picked]))
+        else:
+            batch = {name: tensor.unsqueeze(0) for name, tensor in picked.items()}
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def process_share() -> tuple[int, int]:
+    """Return the number of this process and of all processes of the run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
 
 class TrainingRule:
     """Rule that acts on the updates of one adaptation beside the gradient of its loss; the base class does nothing.

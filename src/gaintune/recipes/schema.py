@@ -12,14 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from gaintune.config import NAME, Section, as_list, explain, read_values
+from gaintune.config import LATER, NAME, Section, as_list, explain, read_values
 from gaintune.errors import ConfigError
 
 Scale = Literal["smoke", "small", "paper"]
@@ -59,14 +57,12 @@ class Claim(Section):
     bound: Literal["paper", "ours"] = Field(
         default="paper", description="who set the bound: the paper's own words, or gaintune for lack of a number there"
     )
-    scale: Scale | None = Field(default=None, description="the one scale at which it is decided; every scale if none")
-    model: str | None = Field(default=None, description="the one model it is about, a Hub id; every model if none")
-
-    @model_serializer(mode="wrap")
-    def _without_new_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave newer keys out where they are not given: a recipe's record is that of versions without them."""
-        newer = ("scale", "model")
-        return {key: value for key, value in handler(self).items() if value is not None or key not in newer}
+    scale: Annotated[Scale | None, LATER] = Field(
+        default=None, description="the one scale at which it is decided; every scale if none"
+    )
+    model: Annotated[str | None, LATER] = Field(
+        default=None, description="the one model it is about, a Hub id; every model if none"
+    )
 
     @property
     def expected(self) -> str:
@@ -112,10 +108,14 @@ class Recipe(Section):
     title: str = Field(description="the experiment in a few words")
     source: str = Field(description="paper, and table, figure or section")
     asks: str = Field(description="the question, and how the steps answer it")
-    differs: tuple[str, ...] = Field(default=(), description="what is not as in the paper, or not known from its text")
+    differs: Annotated[tuple[str, ...], LATER] = Field(
+        default=(), description="what is not as in the paper, or not known from its text"
+    )
     model: str = Field(description="the paper's model, a Hub id: the base at scale paper")
-    models: tuple[FurtherModel, ...] = Field(default=(), description="the other models of the paper's table")
-    table: dict[str, str] = Field(
+    models: Annotated[tuple[FurtherModel, ...], LATER] = Field(
+        default=(), description="the other models of the paper's table"
+    )
+    table: Annotated[dict[str, str], LATER] = Field(
         default_factory=dict, description="columns of the table over models: head, and the first model's number"
     )
     steps: Annotated[tuple[Step, ...], BeforeValidator(as_list)] = Field(min_length=1, description="in order")
@@ -146,12 +146,6 @@ class Recipe(Section):
         if labels and based:
             raise ValueError(f"models: step {based[0]} names a base of its own: leave that, or the models, out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_new_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave newer keys out where they are empty: the record of a recipe is that of versions without them."""
-        newer = ("differs", "models", "table")
-        return {key: value for key, value in handler(self).items() if value or key not in newer}
 
     def settings(self, step: Step, scale: Scale) -> dict[str, Any]:
         """Return a step's settings at a scale."""

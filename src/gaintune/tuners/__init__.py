@@ -1,4 +1,4 @@
-"""GAIN and DISeL as PEFT tuners, and how they register.
+"""GAIN, DISeL, SVFT and GainLoRA as PEFT tuners, and how they register.
 
 Imports nothing of ours but `errors`, so that it could be lifted into PEFT as it stands.
 """

@@ -1,7 +1,7 @@
 """Registration of our methods with PEFT, in memory: nothing on disk is patched.
 
 A method is a folder beside this file, such as `gain`, with `GainConfig` in `config.py`, `GainModel` in `model.py`, and
-in `hotswap.py` how values are swapped: `keys_to_check`, `swap` and `pad`.
+in `hotswap.py` how values are swapped: `keys_to_check`, `swap` and `pad`. Without that file PEFT refuses to swap them.
 """
 
 from __future__ import annotations
@@ -52,12 +52,15 @@ def register() -> None:
 
     swaps: dict[Any, ModuleType] = {}
     for folder in (entry.name for entry in pkgutil.iter_modules([str(Path(__file__).parent)]) if entry.ispkg):
-        parts = [importlib.import_module(f"gaintune.tuners.{folder}.{part}") for part in ("config", "model", "hotswap")]
         config_cls, model_cls = (
-            getattr(part, f"{folder.capitalize()}{part.__name__.rpartition('.')[2].capitalize()}") for part in parts[:2]
+            getattr(
+                importlib.import_module(f"gaintune.tuners.{folder}.{part}"), f"{folder.capitalize()}{part.capitalize()}"
+            )
+            for part in ("config", "model")
         )
         peft_type = add_peft_type(folder.upper())
-        swaps[peft_type] = parts[2]
+        if (Path(__file__).parent / folder / "hotswap.py").is_file():
+            swaps[peft_type] = importlib.import_module(f"gaintune.tuners.{folder}.hotswap")
         holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
         if holder is None:
             register_peft_method(name=folder, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
