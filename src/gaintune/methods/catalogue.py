@@ -25,7 +25,7 @@ ADALORA_START = 1.5  # PEFT's proportion of the rank at the start to the average
 
 VARIANT_MARKS = (
     "gate_kind", "use_dora", "velora_config", "alora_invocation_tokens", "monteclora_config",
-    "use_bdlora", "arrow_config", "kasa_config", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "use_qalora", "output_modules",
 )  # fmt: skip
 """Keys of a PEFT configuration that, where they are set, make it another method's than its type alone says."""
 
@@ -106,9 +106,9 @@ _LORA = {"r": 1, "lora_alpha": _twice_the_rank, "target_modules": "output-projec
 _DISEL = {"r": 8, "lora_alpha": _twice_the_rank, "target_modules": "all-linear"}
 
 
-def _gain(name: str, description: str, *, ffn: bool) -> Method:
+def _gain(name: str, description: str, **settings: bool) -> Method:
     return Method(
-        name, description, 0.01, _TARGETS, f"{_FROZEN}; gains only (fp32)", "GAIN", {"ffn": ffn},
+        name, description, 0.01, _TARGETS, f"{_FROZEN}; gains only (fp32)", "GAIN", settings,
         rule=lambda config, position: GainWarnings(), factors=FactorTensor("gain_v", 1.0), line="gains",
     )  # fmt: skip
 
@@ -205,6 +205,7 @@ _ENTRIES = (
         "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
         None, quantized=False,
     ),
+    _gain("gain-ia3", "GAIN-FFN and (IA)3 together: gains on keys and values too", ffn=True, output_modules=True),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ENTRIES}
 
