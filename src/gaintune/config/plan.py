@@ -127,6 +127,9 @@ class ClassifyConfig(Section):
     head_lr: float | None = Field(default=None, gt=0, description="new head's peak rate; the method's, at most 0.001")
 
 
+NEWER_OPTIONS = frozenset({"renormalize"})  # of a method: not in a stored plan or record unless they are given
+
+
 class MethodConfig(Section):
     """One way to adapt; None stands for the method's own default in the catalogue."""
 
@@ -158,6 +161,13 @@ class MethodConfig(Section):
     replay: Annotated[float, Flag()] = Field(
         default=0.0, ge=0, description="rows of earlier domains per row of its own"
     )
+    renormalize: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="sequence: share of what the adapter adds to the base that is kept after each stage, before it is "
+        "measured (of gains, (IA)3's factors and LoRA's B)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -178,11 +188,17 @@ class MethodConfig(Section):
             raise ValueError("ewc_rows is given without penalty=ewc")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_newer(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave newer options out where a plan does not give them: files are those of versions without the keys."""
+        return {key: value for key, value in handler(self).items() if key not in NEWER_OPTIONS or value is not None}
+
 
 def _label(values: dict[str, Any]) -> str:
     """Return the default label of a method, such as lora-ewc: a method may stand beside itself with a penalty."""
     replay = "" if str(values.get("replay") or 0) in {"0", "0.0"} else "replay"
-    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay)
+    pulled = "renormalized" if values.get("renormalize") else ""
+    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay, pulled)
     return "-".join(filter(None, parts))
 
 

@@ -86,6 +86,13 @@ class Method:
         return self.line == "gated"
 
     @property
+    def pulled(self) -> tuple[str, float] | None:
+        """The tensor that `renormalize` pulls to its value at the base, and that value; None where there is none."""
+        if self.factors is not None:
+            return self.factors.name, 1.0 - self.factors.start
+        return ("lora_B", 0.0) if self.line == "scale" else None
+
+    @property
     def kind(self) -> str | None:
         """The kind of PEFT's configuration, as `kind_of` names it; None where there is none."""
         return None if self.trains_base else kind_of({"peft_type": self.peft_type, **self.settings})

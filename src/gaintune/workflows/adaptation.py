@@ -225,6 +225,10 @@ class AdaptationJob:
             if plan.classifies and not (previous and previous.labels):
                 raise ConfigError(f"{start} is no classifier of ours; leave start out for a new adapter and head")
         _check_replay(plan, start, previous)
+        if config.renormalize is not None:
+            raise ConfigError(
+                "renormalize acts between the stages of `gaintune sequence`: leave it out for one adapter"
+            )
         method = methods.prepare_method(config, plan.model, plan.train)
         methods.rules_of(method, methods.StagePosition(previous=start), seed=plan.train.seed)  # for its errors
         environment = describe_environment(resolve_device(plan.model.device))
