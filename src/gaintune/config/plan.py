@@ -284,6 +284,17 @@ class DataConfig(Section):
     validation_tokens: Annotated[int, Flag()] = Field(default=4096, gt=0, description="validation tokens, at most")
     block_size: Annotated[int, Flag()] = Field(default=256, ge=8, description="length of a packed block in tokens")
     seed: int = Field(default=0, ge=0, description="seed of the split by document and of the order of documents")
+    stream: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="sequence: one training run over all domains, which blend into one another; measured where each "
+        "domain's share ends",
+    )
+    stream_blend: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="stream: rows in which one domain turns into the next, as a share of the smaller one's rows",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -297,6 +308,8 @@ class DataConfig(Section):
         if "classify" in tasks.values() and len(set(tasks.values())) > 1:
             others = ", ".join(f"{name} ({task})" for name, task in tasks.items() if task != "classify")
             raise ValueError(f"domains: a classifier's domains cannot be mixed with others: {others}")
+        if not self.stream and self.stream_blend != type(self).model_fields["stream_blend"].default:
+            raise ValueError("stream_blend is given without stream: set data.stream=true (--stream)")
         if "classify" in tasks.values() and self.beginning_of_text != "auto":
             raise ValueError("beginning_of_text is for text and instructions: leave it out of a classifier's plan")
         for domain in self.measured:
@@ -311,9 +324,10 @@ class DataConfig(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_beginning(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `beginning_of_text` out at its default: the files of a plan are those of versions without the key."""
+    def _without_newer(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave newer keys out at their defaults: the files of a plan are those of versions without the keys."""
         left_out = {"beginning_of_text"} if self.beginning_of_text == "auto" else set()
+        left_out |= set() if self.stream else {"stream", "stream_blend"}
         return {key: value for key, value in handler(self).items() if key not in left_out}
 
     @property

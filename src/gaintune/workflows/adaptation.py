@@ -338,6 +338,8 @@ def _require_one_of_each(plan: Plan) -> None:
     if plan.data.watched:
         watched = ", ".join(domain.name for domain in plan.data.watched)
         raise ConfigError(f"data.watched: adapt measures only its own domain; leave {watched} out")
+    if plan.data.stream:
+        raise ConfigError("data.stream: a stream is of `gaintune sequence`; leave it out for one adapter")
     names = {
         "domain": [domain.name for domain in plan.data.domains],
         "method": [method.label for method in plan.methods],
