@@ -31,7 +31,14 @@ METHODS = {
     "dora": {"rank": 2, "alpha": 4.0, "targets": ("o_proj",)},
     "disel": {"rank": 2, "alpha": 4.0, "targets": ("o_proj", "up_proj")},
 }
-PAIRS = (("gain-ffn", "gain-ffn2"), ("gain", "gain-ffn2"), ("lora", "lora2"), ("gain-ffn", "lora"), ("full", "dora"))
+PAIRS = (
+    ("gain-ffn", "gain-ffn2"),
+    ("gain", "gain-ia3"),
+    ("gain", "gain-ffn2"),
+    ("lora", "lora2"),
+    ("gain-ffn", "lora"),
+    ("full", "dora"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def place(tmp_path_factory):
     """A tiny base in fp32 with one random adapter of each kind on it, and fully trained weights."""
     folder = tmp_path_factory.mktemp("landscape")
     tiny_base.folder(folder / "base", dtype=torch.float32)
-    for name in ("gain", "gain-ffn", "gain-ffn2", "lora", "lora2", "dora", "disel", "disel2", "full"):
+    for name in ("gain", "gain-ffn", "gain-ffn2", "gain-ia3", "lora", "lora2", "dora", "disel", "disel2", "full"):
         make(folder, name)
     return folder
 
@@ -74,9 +81,10 @@ def test_weights_stored_as_in_by_out_are_measured_alike(tmp_path):
     torch.manual_seed(0)
     GPT2LMHeadModel(sizes).save_pretrained(tmp_path / "base")
     tiny_base.tokenizer().save_pretrained(tmp_path / "base")
-    for name in ("gain-ffn", "gain-ffn2"):
+    for name in ("gain-ffn", "gain-ffn2", "gain-ia3"):
         make(tmp_path, name)
     check_places(tmp_path, ["gain-ffn", "gain-ffn2"])
+    check_places(tmp_path, ["gain-ffn", "gain-ia3"])
 
 
 def check_places(place, names):

@@ -136,6 +136,11 @@ def test_weights_of_gains_and_lora_equal_their_formulas_in_float64(narrow, tmp_p
     assert len(found) == 4 and found[O_PROJ].adapted.dtype == torch.float64
     assert torch.equal(found[O_PROJ].pretrained, weight)
     assert torch.equal(found[O_PROJ].adapted, weight * (1 + v))  # the gain is rounded to fp32 as it is in the model
+    both = adapter(narrow, tmp_path / "both", method("gain-ia3"))
+    v = load_file(both / WEIGHTS)["base_model.model.model.layers.1.self_attn.v_proj.gain_v"]
+    weighed = pairs(narrow, both)
+    values = weighed["model.layers.1.self_attn.v_proj"]
+    assert len(weighed) == 8 and torch.equal(values.adapted, values.pretrained * (1 + v)[:, None])
     lora = adapter(narrow, tmp_path / "lora", method("lora", rank=2, alpha=6.0))
     tensors = load_file(lora / WEIGHTS)
     a, b = (tensors[f"base_model.model.{O_PROJ}.lora_{part}.weight"].double() for part in "AB")

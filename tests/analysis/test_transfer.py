@@ -1,5 +1,7 @@
 """What gains share equals NumPy's own figures, and parts of adapters are measured as the adapters they would be."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from gaintune.evaluate import compare_adapters
 from gaintune.models import load_base
 from gaintune.results import DomainLoss
 from gaintune.tuners.gain import GainConfig, GainLayer
-from support import refused, tiny_base, tiny_domains
+from support import refused, tiny_adapters, tiny_base, tiny_domains
 
 NAMES = ("prose", "code", "more")
 
@@ -154,3 +156,17 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
     options, few = TransferOptions(components=("held-out",)), r"held-out.*three or more, and 2 were given"
     refused(ConfigError, few, survey_transfer, plan, [prose, folder / "code"], options)
     refused(AdapterError, "no such adapter folder", survey_transfer, plan, [prose, tmp_path / "missing"])
+
+
+def test_adapters_with_gains_on_outputs_are_compared_too(place, tmp_path):
+    folder, plan, _ = place
+    names = ("prose", "code")
+    paths = [tiny_adapters.save(folder / "base", tmp_path / name, "gain-ia3", domain=name) for name in names]
+    vectors = read_gain_vectors(dict(zip(names, paths, strict=True)))
+    assert vectors.values.shape == (2, 2 * (32 + 48 + 16 + 16))  # output and down-projection, keys, values
+    found = survey_transfer(plan, paths, TransferOptions(components=("mean",))).ablations[0]
+    for each in compare_adapters(plan, paths):
+        if each.label != "base":
+            trained = names[paths.index(Path(each.label))]
+            assert found.losses["whole", trained, each.domain].perplexity == pytest.approx(each.perplexity, rel=1e-6)
+    refused(ConfigError, "gains are in other modules", read_gain_vectors, {"a": paths[0], "b": folder / "code"})

@@ -40,6 +40,7 @@ GATE = GATE_INPUTS + len(LINEARS)  # of one rank
 METHOD = {  # the name, after which a case may say more -> options and the count of trained numbers
     "gain": ({}, LAYERS * D),
     "gain-ffn": ({}, LAYERS * (D + FFN)),
+    "gain-ia3": ({}, LAYERS * (D + FFN + KV + KV)),
     "ia3": ({}, LAYERS * (KV + KV + FFN)),
     "lora": ({"rank": 2}, LAYERS * 2 * 2 * D),
     "lora+": ({"rank": 2}, LAYERS * 2 * 2 * D),

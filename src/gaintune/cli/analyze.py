@@ -93,7 +93,7 @@ def add_command(app: typer.Typer, analysis: Analysis) -> None:
         analysis.name,
         group="Analysis",
         takes=("model", *texts) if analysis.loads_model else (),
-        without=() if analysis.watches else ("data.watched",),
+        without=("data.stream",) if analysis.watches else ("data.watched", "data.stream"),
         options=analysis.Options,
         options_group="Analysis",
         helps={"model": "Base; the plan's or the first adapter's unless given.", "plan": PLAN_OF_TEXTS},

@@ -36,7 +36,7 @@ class MergeSettings(BaseModel):
 @delivery(
     "merge",
     takes=("model", "data", "evaluate"),
-    without=("data.watched", "data.train_tokens", "evaluate.seed"),
+    without=("data.watched", "data.stream", "data.train_tokens", "evaluate.seed"),
     helps={"model": "Base; the adapter's unless given.", "plan": "Plan whose base and texts are used."},
     examples="""\
 gaintune merge adapters/notes merged --domain notes.jsonl

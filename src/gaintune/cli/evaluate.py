@@ -75,7 +75,7 @@ class BenchmarkSettings(Section):
     "evaluate",
     group="Evaluation",
     takes=("model", "data", "evaluate", "classify"),
-    without=("model.name", "data.watched", "data.train_tokens"),
+    without=("model.name", "data.watched", "data.stream", "data.train_tokens"),
     helps={"plan": PLAN_OF_TEXTS},
     examples="""\
 gaintune evaluate demo --adapter adapters/notes --domain notes.jsonl

@@ -86,7 +86,7 @@ def sequence(
 @training(
     "adapt",
     takes=("model", "data", "methods", "train", "evaluate", "classify"),
-    without=("data.watched",),
+    without=("data.watched", "data.stream"),
     plan_argument=True,
     examples="""\
 gaintune adapt --domain notes.jsonl --method gain-ffn --out adapters/notes

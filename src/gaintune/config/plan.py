@@ -75,10 +75,12 @@ class Section(BaseModel):
     @model_serializer(mode="wrap")
     def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave keys that are marked `LATER` out where they have their defaults."""
-        later = {key: field for key, field in type(self).model_fields.items() if LATER in field.metadata}
-        plain = {
-            key for key, field in later.items() if getattr(self, key) == field.get_default(call_default_factory=True)
+        defaults = {
+            key: field.get_default(call_default_factory=True)
+            for key, field in type(self).model_fields.items()
+            if LATER in field.metadata
         }
+        plain = [key for key, default in defaults.items() if getattr(self, key) == default]
         return {key: value for key, value in handler(self).items() if key not in plain}
 
 
@@ -238,6 +240,13 @@ class MethodConfig(Section):
     off_diagonals: Annotated[int | None, LATER] = Field(
         default=None, ge=0, description="svft: trained diagonals on each side of the singular values; none unless given"
     )
+    renormalize: Annotated[float | None, LATER] = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="sequence: share of what the adapter adds to the base that is kept after each stage, before it is "
+        "measured (of gains, (IA)3's factors and LoRA's B)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -264,7 +273,8 @@ class MethodConfig(Section):
 def _label(values: dict[str, Any]) -> str:
     """Return the default label of a method, such as lora-ewc: a method may stand beside itself with a penalty."""
     replay = "" if str(values.get("replay") or 0) in {"0", "0.0"} else "replay"
-    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay)
+    pulled = "renormalized" if values.get("renormalize") else ""
+    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay, pulled)
     return "-".join(filter(None, parts))
 
 
@@ -350,6 +360,17 @@ class DataConfig(Section):
     validation_tokens: Annotated[int, Flag()] = Field(default=4096, gt=0, description="validation tokens, at most")
     block_size: Annotated[int, Flag()] = Field(default=256, ge=8, description="length of a packed block in tokens")
     seed: int = Field(default=0, ge=0, description="seed of the split by document and of the order of documents")
+    stream: Annotated[bool, Flag(), LATER] = Field(
+        default=False,
+        description="sequence: one training run over all domains, which blend into one another; measured where each "
+        "domain's share ends",
+    )
+    stream_blend: Annotated[float, LATER] = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="stream: rows in which one domain turns into the next, as a share of the smaller one's rows",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -363,6 +384,8 @@ class DataConfig(Section):
         if "classify" in tasks.values() and len(set(tasks.values())) > 1:
             others = ", ".join(f"{name} ({task})" for name, task in tasks.items() if task != "classify")
             raise ValueError(f"domains: a classifier's domains cannot be mixed with others: {others}")
+        if not self.stream and self.stream_blend != type(self).model_fields["stream_blend"].default:
+            raise ValueError("stream_blend is given without stream: set data.stream=true (--stream)")
         if "classify" in tasks.values() and self.beginning_of_text != "auto":
             raise ValueError("beginning_of_text is for text and instructions: leave it out of a classifier's plan")
         for domain in self.measured:
@@ -431,7 +454,7 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _best_without_penalty(self) -> Plan:
-        pulled = [method.label for method in self.methods if method.penalty is not None]
+        pulled = [method.label for method in self.methods if method.penalty is not None or method.renormalize]
         if self.train.keep == "best" and pulled:
             raise ValueError(
                 f"train.keep=best: {pulled[0]} has a penalty, which remembers the weights after the last update; leave "

@@ -12,6 +12,8 @@ from .encode import encode_parts as encode_parts
 from .examples import IGNORED as IGNORED
 from .examples import DomainBlocks as DomainBlocks
 from .examples import Examples as Examples
+from .examples import Stream as Stream
+from .examples import blend_domains as blend_domains
 from .examples import replayed_rows as replayed_rows
 from .examples import with_replay as with_replay
 from .labelled import GLUE as GLUE

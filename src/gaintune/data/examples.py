@@ -230,6 +230,68 @@ def with_replay(new: Examples, earlier: Sequence[Examples], ratio: float, seed: 
     return _joined(parts)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Rows of several domains in the order in which they are trained on.
+
+    Attributes:
+        rows: the rows of all domains, under each other.
+        order: number in `rows` of each row that is trained on, int64 `(trained rows,)`; a row stands there once a pass.
+        domains: number of the domain of each of these, int64 `(trained rows,)`.
+        ends: after how many trained rows each domain's share has ended.
+    """
+
+    rows: Examples
+    order: torch.Tensor
+    domains: torch.Tensor
+    ends: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens trained on, scored or not."""
+        return len(self) * self.rows.input_ids.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, row: int, /) -> dict[str, torch.Tensor]:
+        return self.rows[int(self.order[row])]
+
+
+def blend_domains(domains: Sequence[Examples], *, passes: int, blend: float, seed: int) -> Stream:
+    """Put the rows of domains in order, so that each domain turns into the next without a border.
+
+    A domain has a stretch of `passes` times its rows, each pass in the shuffled order that a stage of a sequence trains
+    in. Around the border of two stretches lies a window of `blend` (0 to 1) times the shorter one. In it the share of
+    the next domain's rows rises linearly from 0 to 1: of the first i rows of a window of 2 h rows, i^2 / 4h are of the
+    next domain, up to rounding by an offset that the seed draws for each border. A domain's share ends with the window.
+    """
+    lengths = [passes * len(domain) for domain in domains]
+    numbers = torch.arange(len(domains)).repeat_interleave(torch.tensor(lengths))
+    borders = np.cumsum(lengths)
+    ends = [int(borders[-1])] * len(domains)
+    for number, border in enumerate(borders[:-1].tolist()):
+        half = int(Decimal(str(blend)) * min(lengths[number : number + 2]) / 2)
+        ends[number] = border + half
+        if half:
+            offset = int(drawn_order(4 * half, seed, f"stream {number}")[0])
+            next_rows = (torch.arange(2 * half + 1) ** 2 + offset) // (4 * half)
+            numbers[border - half : border + half] = number + next_rows.diff()
+    order = torch.empty(len(numbers), dtype=torch.int64)
+    first = 0
+    for number, domain in enumerate(domains):
+        shuffled = [
+            torch.randperm(len(domain), generator=_seeded(seed + number_of_pass)) for number_of_pass in range(passes)
+        ]
+        order[numbers == number] = first + torch.cat(shuffled)
+        first += len(domain)
+    return Stream(_joined(domains), order, numbers, tuple(ends))
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def _joined(parts: Sequence[Examples]) -> Examples:
     """Put all rows under each other, of the longest length; with positions where any part has them."""
     length = max(part.input_ids.shape[1] for part in parts)

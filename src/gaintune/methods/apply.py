@@ -21,7 +21,7 @@ from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.methods.catalogue import METHODS, Method, get_method
 from gaintune.methods.penalties import penalty_of
-from gaintune.methods.rules import StagePosition, TrainingRule
+from gaintune.methods.rules import Renormalization, StagePosition, TrainingRule
 from gaintune.models import resolve_device, resolve_dtype
 from gaintune.storage import process_count
 from gaintune.tuners import matched_modules, with_named_targets
@@ -29,10 +29,12 @@ from gaintune.tuners.gain import default_projections
 
 logger = logging.getLogger(__name__)
 
-COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})  # to all methods
-TRAINING_OPTIONS = frozenset(
-    {"lr_ratio", "gate_lr", "gate_lr_ratio", "orthogonality"}
-)  # free to change from domain to domain
+COMMON = frozenset({
+    "name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay", "renormalize"
+})  # fmt: skip
+"""Options that are not the method's own; few methods have nothing that `renormalize` pulls."""
+TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr", "gate_lr_ratio", "orthogonality"})
+"""Options that are free to change from domain to domain."""
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 
 
@@ -42,6 +44,11 @@ def check_method(config: MethodConfig) -> Method:
     for option in OPTIONS:
         if getattr(config, option) is not None and option not in method.options:
             raise ConfigError(f"method {config.name!r} has no option {option!r}; remove it")
+    if config.renormalize is not None and method.pulled is None:
+        raise ConfigError(
+            f"method {config.name!r} has no gains, factors or plain B A that renormalize could pull toward the base; "
+            "remove it"
+        )
     return method
 
 
@@ -118,7 +125,7 @@ def measuring_precision(model: ModelConfig, method: str | None = None) -> Precis
 
 
 def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> list[TrainingRule]:
-    """List what acts on the updates of one adaptation beside its loss: the method's own rule, then its penalty.
+    """List what acts on one adaptation beside its loss: the method's own rule, renormalization, then the penalty.
 
     Args:
         method: the method and its options.
@@ -129,7 +136,9 @@ def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> l
         ConfigError: what the rules need is not kept with the adapter to continue.
     """
     own = None if method.entry.rule is None else method.entry.rule(method.config, position)
-    return [rule for rule in (own, penalty_of(method.config, position, seed=seed)) if rule is not None]
+    share, pulled = method.config.renormalize, method.entry.pulled
+    pull = None if share is None or pulled is None else Renormalization(share, *pulled)
+    return [rule for rule in (own, pull, penalty_of(method.config, position, seed=seed)) if rule is not None]
 
 
 def attach(

@@ -26,7 +26,7 @@ ADALORA_START = 1.5  # PEFT's proportion of the rank at the start to the average
 
 VARIANT_MARKS = (
     "gate_kind", "use_dora", "velora_config", "alora_invocation_tokens", "monteclora_config",
-    "use_bdlora", "arrow_config", "kasa_config", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "use_qalora", "output_modules",
 )  # fmt: skip
 """Keys of a PEFT configuration that, where they are set, make it another method's than its type alone says."""
 
@@ -61,6 +61,7 @@ class Method:
         line: how an adapter is moved along the line from the base through it: by its "gains", by the "scale" of plain
             LoRA's B A, "gated" (by the scale of an update that depends on the input), or by the merged "weights", which
             every other method that merges can do.
+        borders: whether it acts at the border of two domains, so that a stream without borders cannot train it.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Method:
     merges: bool = True
     factors: FactorTensor | None = None
     line: Literal["gains", "scale", "gated", "weights"] = "weights"
+    borders: bool = False
 
     @property
     def trains_base(self) -> bool:
@@ -87,6 +89,13 @@ class Method:
     def gates(self) -> bool:
         """Whether its update depends on the input, through gates, so that it is no change of weights."""
         return self.line == "gated"
+
+    @property
+    def pulled(self) -> tuple[str, float] | None:
+        """The tensor that `renormalize` pulls to its value at the base, and that value; None where there is none."""
+        if self.factors is not None:
+            return self.factors.name, 1.0 - self.factors.start
+        return ("lora_B", 0.0) if self.line == "scale" else None
 
     @property
     def kind(self) -> str | None:
@@ -109,9 +118,9 @@ _LORA = {"r": 1, "lora_alpha": _twice_the_rank, "target_modules": "output-projec
 _DISEL = {"r": 8, "lora_alpha": _twice_the_rank, "target_modules": "all-linear"}
 
 
-def _gain(name: str, description: str, *, ffn: bool) -> Method:
+def _gain(name: str, description: str, **settings: bool) -> Method:
     return Method(
-        name, description, 0.01, _TARGETS, f"{_FROZEN}; gains only (fp32)", "GAIN", {"ffn": ffn},
+        name, description, 0.01, _TARGETS, f"{_FROZEN}; gains only (fp32)", "GAIN", settings,
         rule=lambda config, position: GainWarnings(), factors=FactorTensor("gain_v", 1.0), line="gains",
     )  # fmt: skip
 
@@ -224,8 +233,9 @@ _ENTRIES = (
         0.002, {**_LOW_RANK, "preserved": "shut"},
         f"{_FROZEN}; branches that grow with the domains (fp32), and directions of their inputs; cannot be merged",
         "GAINLORA", {"r": 8, "lora_alpha": _twice_the_rank, "target_modules": "output-projection"},
-        rule=BranchGrowth, merges=False,
+        rule=BranchGrowth, merges=False, borders=True,
     ),
+    _gain("gain-ia3", "GAIN-FFN and (IA)3 together: gains on keys and values too", ffn=True, output_modules=True),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ENTRIES}
 

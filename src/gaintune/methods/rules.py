@@ -240,6 +240,24 @@ class BudgetSchedule(TrainingRule):
                 yield "lora_A" in name, value
 
 
+class Renormalization(TrainingRule):
+    """Rule that pulls what trained toward the base after the last update: `base + share * (value - base)`.
+
+    It acts on the trained tensors called `name`, whose value at the base is `neutral`: v of GAIN is multiplied by the
+    share. The GAIN paper (appendix J) names it for very long sequences, and leaves it to future work.
+    """
+
+    def __init__(self, share: float, name: str, neutral: float) -> None:
+        self._share, self._name, self._neutral = share, name, neutral
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module, stage_data: StageData) -> None:
+        """Pull, before a penalty learns from the weights and before they are saved and measured."""
+        for name, value in model.named_parameters():
+            if value.requires_grad and self._name in name.split("."):
+                value.sub_(self._neutral).mul_(self._share).add_(self._neutral)
+
+
 class GainWarnings(TrainingRule):
     """Rule that checks the smallest gain after every update until it has warned once, and all gains after the last one.
 

@@ -150,12 +150,13 @@ def _methods(matrix: Matrix) -> list[dict[str, Any]]:
 def _facts(matrix: Matrix, plan: Plan) -> list[tuple[str, str]]:
     """Describe the run at a glance."""
     train, data = plan.train, plan.data
+    streamed = f", in one stream that blends over {data.stream_blend:g} of a domain" if data.stream else ""
     watched = [("Measured, never trained", ", ".join(domain.name for domain in data.watched))] if data.watched else []
     return [
         ("Base model", plan.model.name),
         ("Domains, in order", " → ".join(domain.name for domain in data.domains)),
         *watched,
-        ("Training text", f"{data.train_tokens:,} tokens a domain, {plural(train.epochs, 'epoch')}"),
+        ("Training text", f"{data.train_tokens:,} tokens a domain, {plural(train.epochs, 'epoch')}{streamed}"),
         ("Validation text", f"{tables.budget(matrix)}, {data.block_size} tokens each"),
         ("Seeds", f"data {data.seed}, training {train.seed}, resampling {plan.evaluate.seed}"),
     ]

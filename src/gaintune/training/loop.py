@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
@@ -46,12 +46,16 @@ def schedule_factor(step: int, *, steps: int, warmup: int, cosine: bool) -> floa
 
 
 class RowTrainer(AdapterOptimizerMixin, Trainer):
-    """`Trainer` with an `Objective`, parameter groups, rules before clipping, and a stop before a non-finite update."""
+    """`Trainer` with an `Objective`, parameter groups, rules before clipping, and a stop before a non-finite update.
+
+    With `in_order` it takes the rows in their own order, else in one that the plan's seed draws for each epoch.
+    """
 
     def __init__(
         self,
         *,
         plan: TrainConfig,
+        in_order: bool,
         objective: Objective | None,
         rules: Sequence[TrainingRule],
         rate_multipliers: Mapping[str, float] | None,
@@ -59,6 +63,7 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self._plan = plan
+        self._in_order = in_order
         self._rules = rules
         self.rate_multipliers = rate_multipliers
         self._objective: Objective = objective or NextTokenLoss(self.accelerator.unwrap_model(self.model))
@@ -104,6 +109,11 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
                 "work is kept"
             )
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._in_order:
+            return SequentialSampler(cast(Any, self.train_dataset))
+        return super()._get_train_sampler(train_dataset)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
             factor = partial(
@@ -137,11 +147,15 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
 
 @dataclass(eq=False)
 class StageCallback(TrainerCallback):
-    """Callback: progress after each log, rules after each update, and snapshots in the process that writes them."""
+    """Callback: progress after each log, rules after each update, and snapshots in the process that writes them.
+
+    `stops` are adapters to save after some updates, each a folder and a record, with what the rules keep.
+    """
 
     model: nn.Module
     rules: Sequence[TrainingRule]
     snapshots: Snapshots | None
+    stops: Mapping[int, Sequence[tuple[Path, AdapterRecord]]]
     advance: Advance
     tokens_per_step: float
 
@@ -159,6 +173,8 @@ class StageCallback(TrainerCallback):
         if kept and (step % kept.every == 0 or step == steps):
             settings = {**kept.record.settings, "snapshot": {"step": step, "steps": steps}}
             save_adapter(self.model, kept.folder / f"step-{step:06d}", replace(kept.record, settings=settings))
+        for folder, record in self.stops.get(step, ()):
+            save_adapter(self.model, folder, record, keep=partial(_keep, self.rules))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -236,8 +252,12 @@ class TrainedStage:
 
     def keep(self, folder: Path) -> None:
         """Write what the next adaptation needs; passed to `save_adapter`."""
-        for rule in self.rules:
-            rule.keep(folder)
+        _keep(self.rules, folder)
+
+
+def _keep(rules: Sequence[TrainingRule], folder: Path) -> None:
+    for rule in rules:
+        rule.keep(folder)
 
 
 def count_updates(rows: int, plan: TrainConfig, processes: int = 1) -> int:
@@ -283,6 +303,8 @@ def train_stage(
     collate: Callable[[list[dict[str, torch.Tensor]]], Mapping[str, Any]] | None = None,
     head_rates: Mapping[str, float] | None = None,
     snapshots: Snapshots | None = None,
+    stops: Mapping[int, Sequence[tuple[Path, AdapterRecord]]] | None = None,
+    in_order: bool = False,
     logs: Path | None = None,
     title: str = "training",
     progress: Progress | None = None,
@@ -301,6 +323,8 @@ def train_stage(
         collate: function from rows to a batch; default: stack rows of one length.
         head_rates: factors on the rate for the parts of a new head, beside the method's own.
         snapshots: which copies of the adapter to keep during training.
+        stops: adapters to save on the way, each a folder and a record, by the number of updates before them.
+        in_order: whether the rows are trained on in their own order.
         logs: folder for TensorBoard's logs; default: beside the checkpoints.
 
     Raises:
@@ -320,6 +344,7 @@ def train_stage(
     arguments = _arguments(plan, method.lr, checkpoints, device, mixed)
     trainer = RowTrainer(
         plan=plan,
+        in_order=in_order,
         objective=objective,
         rules=rules,
         rate_multipliers={**(head_rates or {}), **method.rate_multipliers},
@@ -339,8 +364,8 @@ def train_stage(
         if resume:
             rule.load(resume)
     with shown.task(title, max(total - done, 0), "tokens") as advance:
-        kept = snapshots if first_process() else None
-        trainer.add_callback(StageCallback(model, rules, kept, advance, total / steps))
+        kept, saved = (snapshots, stops or {}) if first_process() else (None, {})
+        trainer.add_callback(StageCallback(model, rules, kept, saved, advance, total / steps))
         start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)

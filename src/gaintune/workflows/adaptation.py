@@ -232,6 +232,10 @@ class AdaptationJob:
             if plan.classifies and not (previous and previous.labels):
                 raise ConfigError(f"{start} is no classifier of ours; leave start out for a new adapter and head")
         _check_replay(plan, start, previous)
+        if config.renormalize is not None:
+            raise ConfigError(
+                "renormalize acts between the stages of `gaintune sequence`: leave it out for one adapter"
+            )
         method = methods.prepare_method(config, plan.model, plan.train)
         methods.rules_of(method, methods.StagePosition(previous=start), seed=plan.train.seed)  # for its errors
         environment = describe_environment(resolve_device(plan.model.device))
@@ -353,6 +357,8 @@ def _require_one_of_each(plan: Plan) -> None:
     if plan.data.watched:
         watched = ", ".join(domain.name for domain in plan.data.watched)
         raise ConfigError(f"data.watched: adapt measures only its own domain; leave {watched} out")
+    if plan.data.stream:
+        raise ConfigError("data.stream: a stream is of `gaintune sequence`; leave it out for one adapter")
     names = {
         "domain": [domain.name for domain in plan.data.domains],
         "method": [method.label for method in plan.methods],

@@ -14,14 +14,22 @@ from torch import nn
 from gaintune import storage
 from gaintune.adapters import AdapterRecord, copy_adapter, load_adapter, save_adapter
 from gaintune.config import Plan, read_plan
-from gaintune.data import ClassifyDomain, DomainBlocks, load_domain, replayed_rows, with_replay
+from gaintune.data import (
+    ClassifyDomain,
+    DomainBlocks,
+    Stream,
+    blend_domains,
+    load_domain,
+    replayed_rows,
+    with_replay,
+)
 from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate import BaseLosses, measure_domain
 from gaintune.methods import PreparedMethod, StagePosition, attach, prepare_method, trainable_parameters
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
-from gaintune.training import Snapshots, TrainedStage, count_updates, train_stage
+from gaintune.training import Snapshots, TrainedStage, count_updates, newest_checkpoint, train_stage
 from gaintune.workflows.snapshots import best_snapshot
 
 
@@ -37,6 +45,9 @@ def run_sequence(
     Finished work in `run` is kept: called again with the same plan after a stop at any point, it continues and ends
     with the same files. A method that diverges does not stop the methods after it. Watched domains of the plan are
     measured with the others and never trained on.
+
+    With `data.stream` each method trains once over all domains, which blend into one another, and an adapter is saved
+    and measured where each domain's share ends. A stream of one domain is a sequence of one domain.
 
     Args:
         plan: a `Plan`, nested values such as `{"methods": ["gain-ffn", "lora"]}`, or the path of a YAML plan.
@@ -58,6 +69,8 @@ def run_sequence(
             "and measure what is kept with `gaintune evaluate --masked`"
         )
     methods = [prepare_method(method, plan.model, plan.train) for method in plan.methods]
+    if plan.data.stream:
+        _check_stream(plan, methods)
     shown, device = progress or Silent(), resolve_device(plan.model.device)
     environment = storage.describe_environment(device)
     with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
@@ -83,6 +96,24 @@ def run_sequence(
         directory.event("finished")
         directory.wait()
         return storage.read_stored(directory.matrix, Matrix.from_dict)
+
+
+def _check_stream(plan: Plan, methods: Sequence[PreparedMethod]) -> None:
+    """Refuse what acts at the border of two domains, which a stream has not."""
+    for method in methods:
+        options = [option for option in ("penalty", "replay", "renormalize") if getattr(method.config, option)]
+        if options or method.entry.borders:
+            what = options[0] if options else "its new branch"
+            advice = f"leave {options[0]} or data.stream (--stream) out" if options else "leave data.stream out"
+            raise ConfigError(
+                f"method {method.config.label!r}: {what} acts at the border of two domains, and a stream has none; "
+                f"{advice}"
+            )
+    if plan.train.keep == "best":
+        raise ConfigError(
+            "train.keep=best chooses by one domain's validation text, and a stream has many domains: leave train.keep "
+            "or data.stream (--stream) out"
+        )
 
 
 def describe_inputs(fingerprint: str, domains: Sequence[DomainBlocks | ClassifyDomain]) -> dict[str, Any]:
@@ -122,6 +153,7 @@ class _Sequence:
         self.label = self.method.config.label
         self.domains = self.measured[: len(self.plan.data.domains)]  # the domains after them are only watched
         self.stages = [self.directory.stage(self.label, index, each.name) for index, each in enumerate(self.domains)]
+        self.streams = self.plan.data.stream and len(self.domains) > 1
 
     def run(self, after_stage: Callable[[], None]) -> None:
         """Do what is not on disk yet: measure the base, train the missing stages, measure every cell."""
@@ -136,6 +168,8 @@ class _Sequence:
         self.directory.wait()
         model: nn.Module | None = None
         current = -1  # the stage whose adapter the model carries
+        if self.streams and any(storage.damage(stage / "adapter") for stage in self.stages):
+            model, current = self._train_stream(base), len(self.stages) - 1
         for index in unfinished:
             trained = storage.damage(self.stages[index] / "adapter") is None
             wanted = index if trained else index - 1
@@ -250,6 +284,74 @@ class _Sequence:
             storage.write_json(folder / "training.json", {**stored, **chosen})
             copy_adapter(folder / "snapshots" / f"step-{step:06d}", folder / "adapter", keep=outcome.keep)
         self.directory.wait()
+
+    def _train_stream(self, base: Base) -> nn.Module:
+        """Train on all domains in one run, and save an adapter where each domain's share ends; return the last one."""
+        label, train, last = self.label, self.plan.train, self.stages[-1]
+        own, blend = [domain.train for domain in self.domains], self.plan.data.stream_blend
+        stream = blend_domains(own, passes=train.epochs, blend=blend, seed=train.seed)
+        once = train.model_copy(update={"epochs": 1})  # every pass is in the stream
+        updates = [count_updates(end, once, storage.process_count()) for end in stream.ends]
+        self._check_stream(updates)
+        rows = train.rows_per_update(storage.process_count())
+        records = [self._stream_record(stream, index, updates, rows) for index in range(len(self.stages))]
+        stops: dict[int, list[tuple[Path, AdapterRecord]]] = {}
+        for stage, update, record in list(zip(self.stages, updates, records, strict=True))[:-1]:
+            stops.setdefault(update, []).append((stage / "adapter", record))
+        model, every = attach(base.model, self.method.config, seed=train.seed), train.snapshot_steps
+        outcome = train_stage(
+            model,
+            self.method,
+            stream,
+            once,
+            StagePosition(),
+            checkpoints=last / "checkpoints",
+            snapshots=Snapshots(last / "snapshots", every, records[-1]) if every else None,
+            stops=stops,
+            in_order=True,
+            title=f"{label}: learning the stream",
+            progress=self.progress,
+        )
+        names, pace = [domain.name for domain in self.domains], round(outcome.tokens_per_second, 1)
+        self.directory.event("learnt", method=label, domains=names, tokens_per_second=pace)
+        if self.directory.writes:
+            for stage, start, end in zip(self.stages, [0, *updates], updates, strict=False):
+                taken = min(end * rows, len(stream)) - min(start * rows, len(stream))
+                tokens = taken * stream.rows.input_ids.shape[1]
+                numbers = {"steps": end - start, "tokens": tokens, "losses": outcome.losses[start:end]}
+                storage.write_json(stage / "training.json", numbers)
+            save_adapter(model, last / "adapter", records[-1], keep=outcome.keep)
+        self.directory.wait()
+        return model
+
+    def _check_stream(self, updates: Sequence[int]) -> None:
+        """Refuse to train a stream whose adapters were measured, or are missing before the newest checkpoint."""
+        damaged = [index for index, stage in enumerate(self.stages) if storage.damage(stage / "adapter")]
+        problem = f"{self.stages[damaged[0]] / 'adapter'} is missing or damaged, and a stream is trained in one run"
+        if any((stage / "evaluations").exists() for stage in self.stages):
+            folders = ", ".join(str(stage) for stage in self.stages if stage.exists())
+            raise RunDirectoryError(f"{problem}: delete {folders}, and it is trained again")
+        checkpoints = self.stages[-1] / "checkpoints"
+        newest = newest_checkpoint(checkpoints)
+        passed = newest is not None and updates[damaged[0]] <= int(newest.name.rpartition("-")[2])
+        if passed and damaged[0] < len(updates) - 1:
+            raise RunDirectoryError(f"{problem}: delete {checkpoints}, and it is trained again")
+        if self.directory.writes:
+            for stage in self.stages:
+                storage.check_replaceable(stage / "adapter")
+
+    def _stream_record(self, stream: Stream, index: int, updates: Sequence[int], rows: int) -> AdapterRecord:
+        """Record an adapter of a stream; its domains are all whose rows have begun, in updates of so many `rows`."""
+        begun = int(stream.domains[: updates[index] * rows].max()) + 1
+        place = {"blend": self.plan.data.stream_blend, "step": updates[index], "steps": updates[-1]}
+        return AdapterRecord.of_plan(
+            self.plan,
+            self.method,
+            self.fingerprint,
+            self.domains[:begun],
+            versions=storage.describe_environment(torch.device("cpu"))["packages"],
+            settings={**self.domains[index].settings, "stream": place},
+        )
 
     def _position(self, index: int) -> StagePosition:
         """Count the updates before a stage and those of all stages."""

@@ -34,7 +34,7 @@ TOLERANCE = 1e-6  # the v of a gain of 1.05 is 0.0500000007 in fp32; the ends be
 class Factors:
     """Factors by which an adapter multiplies features, float64 `(features,)`, by module name in the base.
 
-    The features are a module's input for GAIN, and its input or output for (IA)3.
+    The features are a module's input for GAIN, and its input or output for (IA)3 and for both together.
     """
 
     method: Method
@@ -47,7 +47,7 @@ def read_factors(folder: Path) -> Factors:
     Raises:
         AdapterError: not an adapter, damaged, of a method without factors, or a factor that is not finite.
     """
-    method = method_with("factors", folder, "gains; give one of method gain, gain-ffn or ia3")
+    method = method_with("factors", folder, "gains; give one of method gain, gain-ffn, gain-ia3 or ia3")
     check_undamaged(folder)
     assert method.factors is not None
     parameter, start = method.factors
@@ -227,7 +227,8 @@ def _of_run(run: Path, prefix: str) -> tuple[list[FactorSequence], list[str]]:
     if not sequences and not left_out:
         raise RunDirectoryError(f"{run} has no adapter yet: run `gaintune sequence` on it until a stage is trained")
     if not sequences:
-        raise AdapterError(f"{run}: none of its methods has gains ({', '.join(left_out)}); gain, gain-ffn and ia3 have")
+        have = "gain, gain-ffn, gain-ia3 and ia3 have"
+        raise AdapterError(f"{run}: none of its methods has gains ({', '.join(left_out)}); {have}")
     return sequences, [f"{prefix}{label}" for label in left_out]
 
 

@@ -29,7 +29,7 @@ from gaintune.tuners.gain import GainLayer
 Way = Literal["gains", "scale", "gated", "weights"]
 
 WAYS: dict[Way, str] = {
-    "gains": "v, the gain minus 1, is scaled: exactly the weights W diag(1 + t v)",
+    "gains": "v, the gain minus 1, is scaled: exactly the weights W diag(1 + t v), of outputs diag(1 + t v) W",
     "scale": "B A is scaled: exactly the weights W + t (alpha / r) B A",
     "gated": "B is scaled and the gates are those of its input, y = W x + t (alpha / r) B diag(g(x)) A x: a line of "
     "updates that depend on the input, not of weights",
@@ -148,10 +148,14 @@ class _Gains:
         count = len(self._names)
         weights, vectors, base = _Gram(count), _Gram(count), 0.0
         for layer, own in self._vectors.items():
-            weight = layer.get_base_weight().double()
+            module: Any = layer.get_base_layer()
             # GPT-2's layers keep their weight as (in, out)
-            columns = weight.square().sum(dim=1 if isinstance(layer.get_base_layer(), Conv1D) else 0)
+            columns = layer.get_base_weight().double().square()
+            columns = columns.sum(dim=1 if isinstance(module, Conv1D) != bool(layer.outputs) else 0)
+            if layer.outputs and module.bias is not None:  # rows of the weight, and the bias
+                columns = columns + module.bias.detach().double().square()
             base += float(columns.sum())
+            columns = columns[-layer.outputs :]
             v = {self._names.index(name): tensor.double() for name, tensor in own.items()}
             vectors.add(v)
             weights.add({number: tensor * columns.sqrt() for number, tensor in v.items()})

@@ -24,7 +24,15 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import WEIGHTS, adapter_method, attached, check_adapters, check_mergeable, read_record
+from gaintune.adapters import (
+    WEIGHTS,
+    adapter_method,
+    attached,
+    check_adapters,
+    check_mergeable,
+    read_config,
+    read_record,
+)
 from gaintune.analysis.positions import PREFIX, ModulePosition, positions_of
 from gaintune.analysis.provenance import Provenance, named_origins, provenance
 from gaintune.analysis.subspace import SubspaceOptions
@@ -239,7 +247,7 @@ def survey_subspace(
                 modules.append(ModuleSubspace(positions[name], compare_weights(pretrained, adapted, chosen)))
                 advance(1)
         method = adapter_method(adapter)
-        scales = method is not None and method.line == "gains"
+        scales = method is not None and method.line == "gains" and not read_config(adapter).get("output_modules")
         surveyed.append(AdapterSubspace(label, scales, held, tuple(modules)))
     settings = {"subspace": chosen.counted(), "gate": gate, "model": plan.model.model_dump(mode="json")}
     return SubspaceSurvey(chosen, tuple(surveyed), provenance(plan, base, (), origins, settings))
@@ -308,10 +316,10 @@ class AdaptedWeights:
             reason = one_line(error)[:300]
             raise AdapterError(f"{self.adapter}: {name} cannot be merged ({reason})") from error
         finally:
+            if isinstance(layer, GainLayer):
+                layer._restore_weight()  # gains on outputs are merged into the bias too
             base.weight = original
             layer.merged_adapters = []
-            if isinstance(layer, GainLayer):
-                layer._original = None  # a merged layer of gains keeps the weight it replaced
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
@@ -19,6 +20,9 @@ class GainConfig(PeftConfig):
 
     Which modules that means is looked up by the base's `model_type` (`gaintune.tuners.gain.mapping.DEFAULTS`) unless
     `target_modules` names them. Any linear layer can be named, or "all-linear".
+
+    `GainConfig(ffn=True, output_modules=True)` is GAIN-FFN and (IA)3 in one adapter: gains on the outputs of the key
+    and value projections as well, bias included.
     """
 
     ffn: bool = field(
@@ -55,6 +59,12 @@ class GainConfig(PeftConfig):
         metadata={"help": "Start at gain 1, so that the adapted model computes exactly what the base computes. False "
                           "starts at random gains around 1, which is of use in tests only."},
     )  # fmt: skip
+    output_modules: list[str] | bool | None = field(
+        default=None,
+        metadata={"help": "Names of the modules whose output is scaled and not their input, matched as a list of "
+                          "`target_modules` is, and added to such a list. True: the key and value projections, by "
+                          "model type."},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +73,10 @@ class GainConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT matches names in a set
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.output_modules, str):
+            raise ValueError("`output_modules` is a list of names, or True for the key and value projections.")
+        if self.output_modules is not True:
+            self.output_modules = set(self.output_modules or ()) or None  # type: ignore[assignment]
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` works with names in `target_modules`, not with a regular expression or "
@@ -70,3 +84,8 @@ class GainConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` says where `layers_to_transform` counts: give both.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what PEFT saves: without `output_modules` where there are none, as earlier versions wrote it."""
+        values = super().to_dict()
+        return values if values["output_modules"] else {k: v for k, v in values.items() if k != "output_modules"}

@@ -27,9 +27,10 @@ def swap(
     """Copy the gains in `state_dict` (keys with the adapter's name in them) into the adapter `adapter_name`.
 
     Layers which the file does not adapt go to gain 1. Raises before anything is changed: `ValueError` for a merged
-    adapter, `AdapterError` for keys the model does not have and for shapes that differ.
+    adapter, `AdapterError` for keys the model does not have, and for shapes or sides of a layer that differ.
     """
     model = getattr(model, "_orig_mod", model)
+    scaled = tuple(config.output_modules or ())
     targets: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, GainLayer) and adapter_name in module.gain_v:
@@ -38,7 +39,12 @@ def swap(
                     f"Cannot hot-swap adapter {adapter_name!r} because it is merged into the base weights. Call "
                     "`unmerge_adapter()` first."
                 )
-            targets[f"{name}.gain_v.{adapter_name}"] = module.gain_v[adapter_name]
+            key = f"{name}.gain_v.{adapter_name}"
+            targets[key] = module.gain_v[adapter_name]
+            output = any(f".{name}".endswith(f".{ending}") for ending in scaled)
+            if key in state_dict and output != bool(module.outputs):
+                sides = ("input", "output") if output else ("output", "input")
+                raise AdapterError(f"{name} has gains on its {sides[0]} here, and on its {sides[1]} in the new file.")
     unexpected = sorted(set(state_dict) - set(targets))
     if unexpected:
         raise AdapterError(

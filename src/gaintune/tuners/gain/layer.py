@@ -1,4 +1,4 @@
-"""A linear layer behind gains: its input is multiplied feature by feature, or the gains are merged into its weight."""
+"""A linear layer with gains on its input or output, feature by feature, or with the gains merged into its weight."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from gaintune.errors import UnsupportedModuleError
@@ -72,7 +73,7 @@ def _sum_to_shape(grad: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch
 
 
 class OriginalWeight:
-    """The part of a base layer that a merge replaces: its weight object and, where quantized, the weight's state.
+    """The part of a base layer that a merge replaces: weight object, bias and, where quantized, the weight's state.
 
     Kept as references: an unmerged layer holds the very tensor it had, not a quotient. That costs the memory of the
     merged weights until the layer is unmerged or unloaded.
@@ -81,7 +82,7 @@ class OriginalWeight:
     def __init__(self, layer: Any) -> None:
         base = layer.get_base_layer()
         self.wrapped = layer.base_layer
-        self.weight = getattr(base, "weight", None)
+        self.weight, self.bias = getattr(base, "weight", None), getattr(base, "bias", None)
         # bitsandbytes writes into the attributes of the old weight while it makes the new one
         self.weight_attributes = dict(getattr(self.weight, "__dict__", {}))
         attributes = base.__dict__
@@ -95,6 +96,8 @@ class OriginalWeight:
             base.weight = self.weight
             self.weight.__dict__.clear()
             self.weight.__dict__.update(self.weight_attributes)
+        if self.bias is not None and base.bias is not self.bias:
+            base.bias = self.bias
         base.__dict__.update(self.state)
 
 
@@ -111,15 +114,17 @@ def refuse_unmergeable(layer: BaseTunerLayer) -> None:
 def merge_gain(layer: Any, v: torch.Tensor, *, check_finite: bool, adapters: list[str]) -> None:
     """Replace the weight `W` of the base of `layer` by `W diag(1 + v)`, computed in float32 and then rounded once.
 
-    Raises `ValueError` before anything is changed if `check_finite` and the product is not finite.
+    Gains on outputs make it `diag(1 + v) W`, and scale the bias too. Raises `ValueError` before anything is changed if
+    `check_finite` and a product is not finite.
     """
     base = layer.get_base_layer()
     weight = layer.get_base_weight()
-    gain = 1 + v.detach().to(device=weight.device)
-    if isinstance(base, Conv1D):  # stores (in, out): the input features are rows
-        gain = gain.unsqueeze(1)
-    merged = (weight.to(torch.promote_types(weight.dtype, torch.float32)) * gain).to(weight.dtype)
-    if check_finite and not torch.isfinite(merged).all():
+    gain = 1 + layer.widened(v.detach()).to(device=weight.device)
+    bias = base.bias if layer.outputs else None
+    merged_bias = None if bias is None else _product(bias.detach(), gain.to(bias.device))
+    # the input features are columns, in Conv1D, which stores (in, out), rows; the output features the other way round
+    merged = _product(weight, gain.unsqueeze(1) if isinstance(base, Conv1D) != bool(layer.outputs) else gain)
+    if check_finite and not all(torch.isfinite(made).all() for made in (merged, merged_bias) if made is not None):
         raise ValueError(
             f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: its gains, or "
             "the weights, are not finite, or their product leaves the range of the weight's dtype."
@@ -129,13 +134,26 @@ def merge_gain(layer: Any, v: torch.Tensor, *, check_finite: bool, adapters: lis
         base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
     else:
         layer.set_base_weight(merged)
+    if bias is not None and merged_bias is not None:
+        base = layer.get_base_layer()  # HQQ replaces the whole layer
+        is_parameter = isinstance(bias, nn.Parameter)
+        base.bias = nn.Parameter(merged_bias, requires_grad=bias.requires_grad) if is_parameter else merged_bias
+
+
+def _product(values: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Multiply in float32 or wider, and round once."""
+    return (values.to(torch.promote_types(values.dtype, torch.float32)) * gain).to(values.dtype)
 
 
 BASE = "__base__"  # PEFT's name, in mixed batches, for the model without adapters
 
 
 class GainLayer(BaseTunerLayer):
-    """The adapters of one layer: `gain_v[name]` is the gain of adapter `name` minus 1, `(in_features,)`, float32."""
+    """The adapters of one layer: `gain_v[name]` is the gain of adapter `name` minus 1, `(features,)`, float32.
+
+    The features are those of its input, or, where `outputs` is not 0, its last so many of its output: of a module that
+    computes queries, keys and values, the keys and values.
+    """
 
     adapter_layer_names: tuple[str, ...] = ("gain_v",)
     other_param_names: tuple[str, ...] = ()
@@ -143,7 +161,9 @@ class GainLayer(BaseTunerLayer):
     base_layer: nn.Module
     gain_v: Float32ParameterDict
 
-    def __init__(self, base_layer: nn.Module, *, flattened_tokens: bool = False, **quantization: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, *, outputs: int = 0, flattened_tokens: bool = False, **quantization: Any
+    ) -> None:
         self.base_layer = base_layer
         self.gain_v = Float32ParameterDict()
         self._disable_adapters = False
@@ -155,6 +175,12 @@ class GainLayer(BaseTunerLayer):
         in_features, out_features = _get_in_out_features(base)
         assert in_features is not None and out_features is not None, "a linear layer has features"
         self.in_features, self.out_features = in_features, out_features
+        self.outputs = outputs
+
+    def widened(self, v: torch.Tensor) -> torch.Tensor:
+        """Return `v` `(..., features)` with zeros for the output features before those that are scaled."""
+        before = self.out_features - self.outputs if self.outputs else 0
+        return F.pad(v, (before, 0)) if before else v
 
     def update_layer(self, adapter_name: str, config: GainConfig) -> None:
         """Add the gains of one adapter: at 1, or at random around 1 where `config.init_weights` is off."""
@@ -164,7 +190,8 @@ class GainLayer(BaseTunerLayer):
                 "its own, and a model is wrapped by get_peft_model once. Call `unload()` or `delete_adapter` to start "
                 "over."
             )
-        v = torch.zeros(self.in_features) if config.init_weights else 0.5 * torch.randn(self.in_features)
+        features = self.outputs or self.in_features
+        v = torch.zeros(features) if config.init_weights else 0.5 * torch.randn(features)
         self.gain_v[adapter_name] = nn.Parameter(v.float())
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -195,7 +222,7 @@ class GainLayer(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Absorb gains into the base weight, exactly as all merged adapters together prescribe.
 
-        An active adapter that is not merged keeps acting on the input. `unmerge` brings back the original weight.
+        An active adapter that is not merged keeps acting on the activations. `unmerge` brings back the original weight.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gain_v]
         if not new:
@@ -237,7 +264,7 @@ class GainLayer(BaseTunerLayer):
 
 
 class GainLinear(nn.Module, GainLayer):
-    """`nn.Linear`, `Conv1D` or a quantized linear layer, with gains on its input."""
+    """`nn.Linear`, `Conv1D` or a quantized linear layer, with gains on its input or on its output."""
 
     def __init__(
         self,
@@ -245,11 +272,12 @@ class GainLinear(nn.Module, GainLayer):
         adapter_name: str,
         config: GainConfig,
         *,
+        outputs: int = 0,
         flattened_tokens: bool = False,
         **quantization: Any,
     ) -> None:
         super().__init__()
-        GainLayer.__init__(self, base_layer, flattened_tokens=flattened_tokens, **quantization)
+        GainLayer.__init__(self, base_layer, outputs=outputs, flattened_tokens=flattened_tokens, **quantization)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -258,21 +286,25 @@ class GainLinear(nn.Module, GainLayer):
     ) -> torch.Tensor:
         """Run the base layer on `x * gain`, `x` being `(..., in_features)`; the dtype is the base's own.
 
-        `adapter_names` names one adapter, or "__base__", for each row of the batch.
+        With gains on outputs it is the base layer's output that is scaled. `adapter_names` names one adapter, or
+        "__base__", for each row of the batch.
         """
+        v = None
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
         elif adapter_names is not None:
-            x = self._scale_rows(x, adapter_names)
+            v = self._rows_v(x, adapter_names)
         else:
             v = self.combined_v(name for name in self.active_adapters if name not in self.merged_adapters)
-            if v is not None:
-                x = scale_features(x, v)
-        return self.base_layer(x, *args, **kwargs)
+        if v is None:
+            return self.base_layer(x, *args, **kwargs)
+        if not self.outputs:
+            return self.base_layer(scale_features(x, v), *args, **kwargs)
+        return scale_features(self.base_layer(x, *args, **kwargs), self.widened(v))
 
-    def _scale_rows(self, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
-        """Give each row its own adapter's gains; beams and repeated sequences of a row follow one another."""
+    def _rows_v(self, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor | None:
+        """Return each row's own gains minus 1; beams and repeated sequences of a row follow one another."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -284,13 +316,12 @@ class GainLinear(nn.Module, GainLayer):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         if not any(name in self.gain_v for name in adapter_names):
-            return x
-        names = sorted(set(adapter_names))
-        zero = x.new_zeros(self.in_features, dtype=torch.float32)
+            return None
+        names, features = sorted(set(adapter_names)), self.outputs or self.in_features
+        zero = x.new_zeros(features, dtype=torch.float32)
         table = torch.stack([self.gain_v[name].to(x.device) if name in self.gain_v else zero for name in names])
         row = torch.tensor([names.index(name) for name in adapter_names], device=x.device).repeat_interleave(repeats)
-        v = table[row]
-        return scale_features(x, v.view(len(x), *[1] * (x.dim() - 2), self.in_features))
+        return table[row].view(len(x), *[1] * (x.dim() - 2), features)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

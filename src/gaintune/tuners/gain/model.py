@@ -10,7 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -20,15 +25,57 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain.config import GainConfig
 from gaintune.tuners.gain.layer import BASE, GainLayer, GainLinear
-from gaintune.tuners.gain.mapping import DEFAULTS, FLATTENED_TOKENS, Projections, default_projections
+from gaintune.tuners.gain.mapping import (
+    DEFAULTS,
+    FLATTENED_TOKENS,
+    FUSED_QUERIES,
+    Projections,
+    default_projections,
+    fused_keys_values,
+)
 from gaintune.tuners.targets import matched_modules, refuse_parameters, refuse_parent, refuse_shard, refuse_unfit
 
 
-def check_modules(config: GainConfig, model: nn.Module, quantization: dict[str, Any]) -> None:
+def check_modules(
+    config: GainConfig, model: nn.Module, quantization: dict[str, Any], model_config: dict[str, Any]
+) -> None:
     """Raise `UnsupportedModuleError` for the first module that is named but cannot be adapted correctly."""
     matched = matched_modules(config, model)
     refuse_unfit(matched, model, partial(refuse_module, quantization=quantization))
     refuse_parameters(config, model, matched, any_experts=config.ffn)
+    scaled = {name: scaled_outputs(config, module, name, model_config) for name, module in matched.items()}
+    if config.output_modules and not any(scaled.values()):
+        raise UnsupportedModuleError(
+            f"No module to adapt ends with {' or '.join(sorted(config.output_modules))}, which `output_modules` names: "  # type: ignore[arg-type]
+            "name others there, and check `target_modules`, `exclude_modules` and `layers_to_transform`."
+        )
+
+
+def scaled_outputs(config: GainConfig, module: nn.Module, name: str, model_config: dict[str, Any]) -> int:
+    """Count the last output features of a module that are scaled; 0 where its input is.
+
+    Raises `UnsupportedModuleError` where these cannot be told from queries, or an adapter that is there already scales
+    others.
+    """
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    outputs = 0
+    if config.output_modules and _ends_with(name, tuple(config.output_modules)):  # type: ignore[arg-type]  # a set
+        fused = name.rpartition(".")[2] in FUSED_QUERIES
+        features = fused_keys_values(model_config) if fused else _get_in_out_features(base)[1]
+        if features is None:
+            raise UnsupportedModuleError(
+                f"{name} computes queries, keys and values together, and where the keys and values of "
+                f"{model_config.get('model_type')!r} are in its output is not known, so a gain would scale queries "
+                "too. Leave `output_modules` out, or name other modules there."
+            )
+        outputs = features
+    if isinstance(module, GainLayer) and module.outputs != outputs:
+        sides = ["output" if count else "input" for count in (module.outputs, outputs)]
+        raise UnsupportedModuleError(
+            f"{name} has gains on its {sides[0]} already, and this adapter would have them on its {sides[1]}: one "
+            "module scales one of them. Load the adapters into models of their own, or merge the first."
+        )
+    return outputs
 
 
 def refuse_module(module: nn.Module, name: str, quantization: dict[str, Any]) -> None:
@@ -81,6 +128,8 @@ def _ends_with(name: str, endings: tuple[str, ...]) -> bool:
 class GainModel(BaseTuner):
     """A model whose attention output projections, and down-projections for GAIN-FFN, have gains on their inputs.
 
+    With `output_modules`, key and value projections have gains on their outputs beside them, as in (IA)3.
+
     Made by `peft.get_peft_model(model, GainConfig(...))`. See `GainConfig` for the settings.
     """
 
@@ -92,11 +141,22 @@ class GainModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: GainConfig, model_config: dict[str, Any]) -> GainConfig:  # type: ignore[override]
         self._defaults_used = None
+        outputs: Any = peft_config.output_modules
+        if outputs is True:
+            outputs = set(default_projections(model_config).keys_values)
+            if not outputs:
+                raise UnsupportedModuleError(
+                    f"{model_config.get('model_type')!r} computes queries, keys and values in one module that mixes "
+                    "them, so no gains can be put on its keys and values alone. Leave `output_modules` out."
+                )
+            peft_config.output_modules = outputs
         if peft_config.target_modules is None:
             projections = default_projections(model_config)
             names = projections.attention + (projections.ffn if peft_config.ffn else ())
             peft_config.target_modules = set(names)  # type: ignore[assignment]  # PEFT matches names in a set
             self._defaults_used = projections
+        if outputs and not isinstance(peft_config.target_modules, str):
+            peft_config.target_modules = set(peft_config.target_modules) | set(outputs)  # type: ignore[assignment]
         return peft_config
 
     def _prepare_model(self, peft_config: GainConfig, model: nn.Module) -> None:  # type: ignore[override]
@@ -109,13 +169,15 @@ class GainModel(BaseTuner):
             check_groups(peft_config, model, self._defaults_used)
             # without cross-attention, where the model has none
             peft_config.target_modules = set(peft_config.target_modules or ()) - unmatched  # type: ignore[assignment]
+            if peft_config.output_modules:
+                peft_config.output_modules = set(peft_config.output_modules) - unmatched  # type: ignore[assignment,arg-type]
         elif unmatched:
             # most often a typo
             warnings.warn(
                 f"target_modules names {', '.join(sorted(unmatched))}, which no module of the model is called.",
                 stacklevel=2,
             )
-        check_modules(peft_config, model, get_quantization_kwargs(model))
+        check_modules(peft_config, model, get_quantization_kwargs(model), self.get_model_config(model))
 
     def _create_and_replace(  # type: ignore[override]  # PEFT annotates the base class of the config
         self,
@@ -130,11 +192,15 @@ class GainModel(BaseTuner):
         quantization = get_quantization_kwargs(self.model)
         refuse_parent(parent, current_key)
         refuse_module(target, current_key, quantization)
+        model_config = self.get_model_config(self.model)
+        outputs = scaled_outputs(peft_config, target, current_key, model_config)
         if isinstance(target, GainLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        flattened = self.get_model_config(self.model).get("model_type") in FLATTENED_TOKENS
-        layer = GainLinear(target, adapter_name, peft_config, flattened_tokens=flattened, **quantization)
+        flattened = model_config.get("model_type") in FLATTENED_TOKENS
+        layer = GainLinear(
+            target, adapter_name, peft_config, outputs=outputs, flattened_tokens=flattened, **quantization
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
         self._replace_module(parent, target_name, layer, target)
@@ -155,6 +221,7 @@ class GainModel(BaseTuner):
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             target_modules=list(layers),
+            output_modules=[name for name, layer in layers.items() if layer.outputs],
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
