@@ -28,6 +28,7 @@ from gaintune.errors import ConfigError
 from gaintune.storage import as_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ANY_METHOD = "peft"  # the method of any type of PEFT's, which its `config` names
 OTHER_WORDS = {  # names that other libraries give to our keys
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "report_to": "trackers",
     "per_device_train_batch_size": "batch_size", "per_device_eval_batch_size": "batch_size", "r": "rank",
@@ -158,6 +159,14 @@ class MethodConfig(Section):
     replay: Annotated[float, Flag()] = Field(
         default=0.0, ge=0, description="rows of earlier domains per row of its own"
     )
+    config: dict[str, Any] | None = Field(
+        default=None, description="fields of PEFT's own configuration, laid over the method's; peft: with its peft_type"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_config(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `config` out where there is none: the files of a plan are those of versions without the key."""
+        return {key: value for key, value in handler(self).items() if key != "config" or value is not None}
 
     @model_validator(mode="before")
     @classmethod
@@ -182,7 +191,10 @@ class MethodConfig(Section):
 def _label(values: dict[str, Any]) -> str:
     """Return the default label of a method, such as lora-ewc: a method may stand beside itself with a penalty."""
     replay = "" if str(values.get("replay") or 0) in {"0", "0.0"} else "replay"
-    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay)
+    name, config = str(values.get("name", "")), values.get("config")
+    if name == ANY_METHOD and isinstance(config, Mapping) and config.get("peft_type"):
+        name = str(config["peft_type"]).lower()
+    parts = (name.replace("+", "-plus"), str(values.get("penalty") or ""), replay)
     return "-".join(filter(None, parts))
 
 
@@ -464,6 +476,18 @@ def read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
     return build_plan(dict(plan)) if isinstance(plan, Mapping) else build_plan(read_values(Path(plan)), str(plan))
 
 
+def read_value(text: str, origin: str) -> Any:
+    """Read a value of the command line as YAML; a ConfigError for another text begins with `origin`."""
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: {text!r} is not a YAML value ({getattr(error, 'problem', error)})") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a person means the number
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return value
+
+
 def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Return `values` with dotted assignments such as 'train.lr=0.005' laid over them; values are read as YAML."""
     result = dict(values)
@@ -471,14 +495,7 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
         key, separator, text = assignment.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {assignment}: write section.key=value, such as train.lr=0.005")
-        try:
-            value = yaml.load(text, _UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", error)
-            raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value ({problem})") from None
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a person means the number
-            with contextlib.suppress(ValueError):
-                value = float(value)
+        value = read_value(text, f"--set {assignment}")
         *parents, leaf = key.split(".")
         node = result
         for parent in parents:

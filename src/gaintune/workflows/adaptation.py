@@ -368,7 +368,7 @@ def resumed_method(
                 f"{start} is a {methods.kind_of(config)} adapter, and method {method.name!r} continues "
                 f"{entry.kind or 'full weights'}: choose its own method with --method, or {advice}"
             )
-        had = methods.stored_options(entry, config)
+        had = methods.stored_options(entry, config, method.config or ())
     elif record.method != method.name:
         raise ConfigError(
             f"{start} was made by method {record.method!r}, and {method.name!r} cannot continue it: use --method "
@@ -376,8 +376,13 @@ def resumed_method(
         )
     else:
         had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
-    for option in (option for option in methods.OPTIONS if option not in methods.TRAINING_OPTIONS):
-        given, held = getattr(method, option), getattr(had, option)
+    fixed = {
+        option: (getattr(method, option), getattr(had, option)) for option in methods.OPTIONS if option != "config"
+    }
+    fixed |= {key: (value, (had.config or {}).get(key)) for key, value in (method.config or {}).items()}
+    for option, (given, held) in fixed.items():
+        if option in methods.TRAINING_OPTIONS:
+            continue
         if given is not None and given != held:
             made = f"without choosing {option}" if held is None else f"with {option} {reprlib.repr(held)}"
             raise ConfigError(
@@ -385,6 +390,7 @@ def resumed_method(
             )
     adapters.check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
     kept = {option: getattr(had, option) for option in methods.OPTIONS if getattr(method, option) is None}
+    kept["config"] = had.config
     return record, method.model_copy(update=kept)
 
 
