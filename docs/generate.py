@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
 import typing
@@ -173,9 +174,7 @@ PAGES = {"cli.md": commands, "plan.md": plan, "files.md": files, "analyses.md": 
 def peft_types() -> str:
     """Return the page of PEFT's types: every one trains two updates for it, as in the tests that keep it current."""
     sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
-    from support import peft_types
-
-    return peft_types.page()
+    return importlib.import_module("support.peft_types").page()
 
 
 if __name__ == "__main__":

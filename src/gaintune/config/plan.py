@@ -162,11 +162,15 @@ class MethodConfig(Section):
     config: dict[str, Any] | None = Field(
         default=None, description="fields of PEFT's own configuration, laid over the method's; peft: with its peft_type"
     )
+    start_rows: int | None = Field(
+        default=None, gt=0, description="lora-ga, corda, eva: training rows that the start is computed from; else 256"
+    )
 
     @model_serializer(mode="wrap")
-    def _without_config(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `config` out where there is none: the files of a plan are those of versions without the key."""
-        return {key: value for key, value in handler(self).items() if key != "config" or value is not None}
+    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave later keys out where they are not given: the files of a plan are those of versions without them."""
+        later = ("config", "start_rows")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
     @model_validator(mode="before")
     @classmethod

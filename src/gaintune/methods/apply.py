@@ -22,7 +22,8 @@ from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.methods.catalogue import METHODS, Method, configured_method
 from gaintune.methods.penalties import penalty_of
-from gaintune.methods.rules import StagePosition, TrainingRule
+from gaintune.methods.rules import Rows, StagePosition, TrainingRule
+from gaintune.methods.starts import Collate, StartRows
 from gaintune.models import probe, resolve_device, resolve_dtype
 from gaintune.tuners import matched_modules, with_named_targets
 from gaintune.tuners.gain import default_projections
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 COMMON = frozenset({"name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay"})  # to all methods
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr_ratio", "orthogonality"})  # free to change from domain to domain
+_EXPECTED = (  # warnings of PEFT's and torch's about what is as it should be
+    "fan_in_fan_out is set to False",  # PEFT then sets it
+    "Full backward hook is firing",  # it counts LoRA-GA's passes all the same
+    "lora with eva initialization used with low_cpu_mem_usage=False",
+)
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 
 
@@ -50,7 +56,8 @@ def check_method(config: MethodConfig) -> Method:
 def _in_words_of_peft(config: MethodConfig) -> Iterator[None]:
     """Raise ConfigError for an error of PEFT's: any where a plan gives fields of its own, else one of values."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT then sets it as it should be
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
         try:
             yield
         except GaintuneError:
@@ -142,7 +149,14 @@ def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> l
 
 
 def attach(
-    model: PreTrainedModel, config: MethodConfig, *, seed: int, task_type: str = "CAUSAL_LM", head: Sequence[str] = ()
+    model: PreTrainedModel,
+    config: MethodConfig,
+    *,
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+    head: Sequence[str] = (),
+    rows: Rows | None = None,
+    collate: Collate | None = None,
 ) -> nn.Module:
     """Prepare a base model for a method: wrap it in its adapter, or set all its weights to train.
 
@@ -152,6 +166,8 @@ def attach(
         seed: seed of random start values, such as LoRA's A.
         task_type: PEFT's word for what the model does.
         head: names of the modules of a new head, trained whole and saved with the adapter.
+        rows: training rows, for a method whose start is computed from them.
+        collate: function from rows to a batch; default: stack rows of one length.
 
     Returns:
         A `PeftModel`, or the model itself where every weight trains.
@@ -160,6 +176,8 @@ def attach(
         ConfigError: the method cannot work on this base or on the modules chosen, or its rank exceeds every weight.
     """
     method = check_method(config)
+    if method.start is not None and rows is None:
+        raise ConfigError(f"method {config.label!r} computes its start from training rows: give attach `rows`")
     before = probe(model) if config.config else None
     set_seed(seed)
     if method.trains_base:
@@ -172,7 +190,10 @@ def attach(
         if head:
             _save_with_adapter(configured, head, config)
         _require_rank(model, configured, method, config)
-        adapted = get_peft_model(model, configured)
+        if method.start is None or rows is None:
+            adapted = get_peft_model(model, configured)
+        else:
+            adapted = method.start(model, configured, StartRows(rows, collate, seed, config.start_rows))
         _require_all_adapted(adapted, config)
     if before is not None:
         _probe_start(adapted, before, config, compare=not head)  # a new head gives other logits

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from gaintune.config import ANY_METHOD, MethodConfig
 from gaintune.errors import ConfigError
 from gaintune.methods.rules import BudgetSchedule, GainWarnings, StagePosition, SubspaceProjection, TrainingRule
+from gaintune.methods.starts import FrozenStart, Start, corda, eva, lora_ga
 from gaintune.tuners import GATES
 
 LORA_PLUS_RATIO = 16.0
@@ -74,6 +75,8 @@ class Method:
         line: how an adapter is moved along the line from the base through it: by its "gains", by the "scale" of plain
             LoRA's B A, "gated" (by the scale of an update that depends on the input), or by the merged "weights", which
             every other method that merges can do.
+        start: attaches the method with a start that is computed from training rows, of the first domain in a sequence;
+            None where the start needs none.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Method:
     shared: bool = False
     factors: FactorTensor | None = None
     line: Literal["gains", "scale", "gated", "weights"] = "weights"
+    start: Start | None = None
 
     @property
     def trains_base(self) -> bool:
@@ -125,6 +129,16 @@ def _gain(name: str, description: str, *, ffn: bool) -> Method:
     return Method(
         name, description, 0.01, _TARGETS, f"{_FROZEN}; gains only (fp32)", "GAIN", {"ffn": ffn},
         rule=lambda config, position: GainWarnings(), factors=FactorTensor("gain_v", 1.0), line="gains",
+    )  # fmt: skip
+
+
+def _from_rows(name: str, description: str, lr: float, init: str, start: Start, *, frozen: bool) -> Method:
+    doubled = "; twice the rank on disk and in memory, half of it fixed; not for quantized bases" if frozen else ""
+    return Method(
+        name, description, lr, {**_LOW_RANK, "start_rows": None},
+        f"{_FROZEN}; a pass over training rows before the first update{doubled}", "LORA",
+        {**_LORA, "init_lora_weights": init, f"{init}_config": {}},
+        rule=(lambda config, position: FrozenStart()) if frozen else None, quantized=not frozen, start=start,
     )  # fmt: skip
 
 
@@ -215,6 +229,18 @@ _ENTRIES = (
         "OSF", {"effective_rank": 0.5, "target_modules": "all-linear"},
         rule=lambda config, position: SubspaceProjection(), quantized=False,
     ),
+    _from_rows(
+        "lora-ga", "LoRA-GA: LoRA that starts along the main directions of the gradient; modules and rank as in lora",
+        0.002, "lora_ga", lora_ga, frozen=True,
+    ),
+    _from_rows(
+        "corda", "CorDA: LoRA that starts at the parts of a weight that act most on its inputs; rank as in lora",
+        0.002, "corda", corda, frozen=True,
+    ),
+    _from_rows(
+        "eva", "EVA: LoRA whose A starts at the main directions of a module's inputs; modules and mean rank as in lora",
+        0.01, "eva", eva, frozen=False,
+    ),
     Method(
         "full", "every weight of the base trains", 2e-5, {},
         "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
@@ -261,7 +287,7 @@ def configured_method(config: MethodConfig) -> Method:
         return chosen
     if like is None:
         return replace(chosen, line="weights")
-    able = {name: getattr(like, name) for name in ("rule", "quantized", "shared", "factors", "line")}
+    able = {name: getattr(like, name) for name in ("rule", "quantized", "shared", "factors", "line", "start")}
     return replace(chosen, **able)  # it is another method's, as LoRA with `use_dora` is DoRA
 
 
@@ -337,8 +363,8 @@ def kind_of(config: Mapping[str, Any]) -> str:
     "LORA use_dora", "LORA pissa" and "DISEL relu" are other methods than "LORA" and "DISEL sigmoid".
     """
     marks = [value if isinstance(value := config[key], str) else key for key in VARIANT_MARKS if config.get(key)]
-    if str(config.get("init_lora_weights")).startswith("pissa"):
-        marks.append("pissa")
+    init = str(config.get("init_lora_weights"))
+    marks += [name for name in ("pissa", "corda", "eva", "lora_ga") if init.startswith(name)]
     return " ".join([str(config.get("peft_type")), *marks])
 
 

@@ -145,7 +145,7 @@ def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
     def measure(when: str, name: str | None = None) -> DomainLoss:
         return measure_domain(model, domain, title=f"measuring {domain.name} {when}", base=name, **job.measuring)
 
-    model = job.model(base)
+    model = job.model(base, rows=domain.train)
     before = measure("before", None if job.start else plan.model.name)
     rows = with_replay(domain.train, [other.train for other in earlier], job.method.config.replay, plan.train.seed)
     result = job.train(
@@ -175,9 +175,9 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
     base = load_classifier(plan.model, domain.labels, seed=plan.train.seed, dtype=job.method.precision.load)
     base.check_length(plan.classify.max_length)
     job.check_inputs(run, base.fingerprint, [domain])
-    model = job.model(base, task_type="SEQ_CLS", head=base.head)
-    head_lr = plan.classify.head_lr or min(rate, HIGHEST_HEAD_LR)
     padding = Padding(base.padding)
+    model = job.model(base, task_type="SEQ_CLS", head=base.head, rows=domain.train, collate=padding)
+    head_lr = plan.classify.head_lr or min(rate, HIGHEST_HEAD_LR)
 
     def measure() -> dict[str, Any]:
         predictions = predict(model, domain, padding, title=f"measuring {domain.name} after", **job.measuring)

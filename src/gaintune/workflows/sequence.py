@@ -183,7 +183,7 @@ class _Sequence:
     def _model_after(self, base: Base, index: int) -> nn.Module:
         """Return the model as it is after a stage, ready to train; -1 stands for the start."""
         if index < 0:
-            return attach(base.model, self.method.config, seed=self.plan.train.seed)
+            return attach(base.model, self.method.config, seed=self.plan.train.seed, rows=self.domains[0].train)
         adapter = self.stages[index] / "adapter"
         self.progress.note(f"{self.label}: continuing from {adapter}")
         return load_adapter(base, adapter, trainable=True)
