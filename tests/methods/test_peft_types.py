@@ -4,20 +4,23 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 from peft import RandLoraConfig, get_peft_model
 
-from gaintune.adapters import adapter_method, read_record
+from gaintune.adapters import adapter_method, load_adapter, read_record
+from gaintune.analysis.landscape.directions import directions, way_of
 from gaintune.cli.options import parse_method
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig, build_plan, plan_yaml, read_plan
-from gaintune.errors import ConfigError
+from gaintune.errors import AdapterError, ConfigError
 from gaintune.methods import METHODS, attach, check_method, prepare_method
 from gaintune.workflows import adapt, run_sequence
 from support import peft_types, refused, tiny_base, tiny_domains
 from support.files import contents
 from support.killing import killed
+from support.tiny_adapters import base_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "peft.md"
 
@@ -119,6 +122,28 @@ def test_an_adapter_that_peft_wrote_is_continued_with_its_own_fields(tiny, tmp_p
         ConfigError, "made with r 4", adapt, {**plan, "methods": [parse_method("peft:HRA:r=2")]}, tmp_path / "other",
         start=tmp_path / "theirs",
     )  # fmt: skip
+
+
+def test_an_adapter_moves_along_the_line_of_its_merged_weights(tiny, tmp_path):
+    for kind in ("HRA", "LILY"):
+        peft_types.measure(kind, tiny, tmp_path / kind)
+    adapter, unmergeable = (tmp_path / kind / "adapter" for kind in ("HRA", "LILY"))
+    assert way_of([adapter]) == "weights"
+    expected = peft_types.logits(load_adapter(base_of(tiny, "fp32"), adapter))
+    with directions(base_of(tiny, "fp32"), [adapter]) as line:
+        line.move([1.0])
+        torch.testing.assert_close(peft_types.logits(line.model), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AdapterError, match="cannot be merged"), directions(base_of(tiny, "fp32"), [unmergeable]):
+        pass
+
+
+def test_kappa_s_targets_are_the_modules_of_the_lowest_condition_numbers():
+    model = tiny_base.model()
+    names = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    numbers = {name: float(np.linalg.cond(each.weight.detach().double().numpy())) for name, each in names.items()}
+    lowest = sorted(numbers, key=numbers.__getitem__)[: len(names) // 5]
+    found = attach(model, method("lora:targets=kappa"), seed=0).peft_config["default"].target_modules
+    assert found == {*lowest} - {"lm_head"}
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -44,7 +44,8 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print the cata
     out.print(table("", ["method", "rate", "what it does"], rows, numeric=(1,)))
     say(
         "every method: lr, label, penalty=l2 or ewc with penalty_strength\n"
-        "(and ewc_rows), replay=RATIO; as --method lora:rank=16,lr=2e-4"
+        "(and ewc_rows), replay=RATIO; as --method lora:rank=16,lr=2e-4\n"
+        "any type and field of PEFT's: --method peft:RANDLORA:r=8, --method lora:use_rslora=true"
     )
 
 

@@ -137,7 +137,8 @@ class MethodConfig(Section):
     rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method; the average one of adalora")
     alpha: float | None = Field(default=None, gt=0, description="low-rank methods: the update is alpha / rank * BA")
     targets: str | tuple[str, ...] | None = Field(
-        default=None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
+        default=None,
+        description="endings of names, 'all-linear', 'output-projection' (where GAIN acts) or 'kappa' (KappaTune's)",
     )
     lr_ratio: float | None = Field(default=None, gt=0, description="lora+: rate of B as a multiple of the rate")
     orthogonality: float | None = Field(default=None, ge=0, description="adalora: weight of the orthogonality term")

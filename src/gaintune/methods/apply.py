@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.helpers import find_kappa_target_modules
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -223,7 +224,7 @@ def _probe_start(model: PeftModel, before: torch.Tensor, config: MethodConfig, *
 def peft_config(method: Method, model: PreTrainedModel | None, config: MethodConfig) -> PeftConfig:
     """Make PEFT's configuration: the settings of the catalogue's entry, with the plan's options laid over them.
 
-    Without a model, "output-projection" stays a word, for a check of the values.
+    Without a model, "output-projection" and "kappa" stay words, for a check of the values.
     """
     options = ((key, getattr(config, option)) for option, key in method.options.items() if key)
     given = {key: value for key, value in options if value is not None}
@@ -233,10 +234,19 @@ def peft_config(method: Method, model: PreTrainedModel | None, config: MethodCon
     targets = values.get("target_modules")
     if targets == "output-projection" and model is not None:
         values["target_modules"] = list(default_projections(model.config.to_dict()).attention)
+    elif targets == "kappa" and model is not None:
+        values["target_modules"] = _best_conditioned(model)
     elif targets is not None and targets != "all-linear":
         values["target_modules"] = [targets] if isinstance(targets, str) else list(targets)
     kind = cast(type[PeftConfig], PEFT_TYPE_TO_CONFIG_MAPPING[cast(Any, method.peft_type)])
     return kind(**values)
+
+
+def _best_conditioned(model: PreTrainedModel) -> list[str]:
+    """Name the fifth of the linear modules with the lowest condition numbers, as KappaTune does."""
+    chosen = find_kappa_target_modules(model, show_progress=False)["target_modules"] or []
+    head = model.get_output_embeddings()
+    return [name for name in chosen if model.get_submodule(name) is not head]
 
 
 def _require_rank(model: PreTrainedModel, configured: PeftConfig, method: Method, config: MethodConfig) -> None:
