@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import sys
 import typing
 from pathlib import Path
 
@@ -168,6 +170,13 @@ def _signature(value: typing.Any) -> str:
 
 PAGES = {"cli.md": commands, "plan.md": plan, "files.md": files, "analyses.md": analyses, "python.md": python}
 
+
+def peft_types() -> str:
+    """Return the page of PEFT's types: every one trains two updates for it, as in the tests that keep it current."""
+    sys.path.insert(0, str(FOLDER.parents[1] / "tests"))
+    return importlib.import_module("support.peft_types").page()
+
+
 if __name__ == "__main__":
-    for page, make in PAGES.items():
+    for page, make in {**PAGES, "peft.md": peft_types}.items():
         (FOLDER / page).write_text(make(), encoding="utf-8")

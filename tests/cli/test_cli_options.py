@@ -258,7 +258,6 @@ def test_a_task_that_no_domain_of_the_catalogue_has_is_refused(caplog):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("lora:penalty=l1", "methods.0.penalty"),
-    ("lora:penalti=l2", "did you mean 'penalty'"),
     ("lora:penalty_strength=2", "penalty_strength is given without a penalty"),
     ("lora:replay=-1", "methods.0.replay"),
     ("lora:rank=2,rank=4", "rank is given twice"),

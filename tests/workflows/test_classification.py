@@ -61,6 +61,7 @@ def scores(values: dict, adapter: Path):
 @pytest.mark.parametrize(("kind", "method"), [
     *(("roberta", method) for method in ("gain-ffn", "ia3", "full", {"name": "disel", "rank": 4})),
     *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("lora", "adalora")),
+    *(("roberta", {"name": name, "rank": 4, "targets": "all-linear"}) for name in ("eva", "lora-ga", "corda")),
     *(("bert", "gain-ffn"), ("deberta-v2", "gain"), ("distilbert", "gain-ffn")),
 ])  # fmt: skip
 def test_a_classifier_learns_a_rule_and_the_saved_one_is_the_trained_one(kind, method, rule, tmp_path):

@@ -6,7 +6,6 @@ An adapter loads completely or raises an error, and `attached` gives the base ba
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import shutil
@@ -32,7 +31,7 @@ from gaintune.adapters.record import (
 )
 from gaintune.config import DataConfig, ModelConfig
 from gaintune.errors import AdapterError, BaseModelError, ConfigError, one_line
-from gaintune.models import Base, Checkpoint, base_fingerprint, is_hub_id, load_model, save_model, without_adapter
+from gaintune.models import Base, Checkpoint, base_fingerprint, is_hub_id, load_model, probe, save_model
 from gaintune.storage import files
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 FORMAT = 1
-PROBE_TOKENS = 32
 
 
 def check_adapters(
@@ -281,38 +279,22 @@ def attached(base: Base, folder: Path, *, allow_other_base: bool = False) -> Ite
     """
     from peft import PeftModel
 
-    before = _probe(base.model)
+    before = probe(base.model)
     model: nn.Module | None = None
     try:
         model = load_adapter(base, folder, allow_other_base=allow_other_base)
         same_when_off = False
         if isinstance(model, PeftModel):
             with model.disable_adapter():
-                same_when_off = torch.equal(_probe(model), before)
+                same_when_off = torch.equal(probe(model), before)
         yield model, same_when_off
     finally:
         if isinstance(model, PeftModel) and hasattr(model.base_model, "unload"):  # a prompt has no layers to take out
             cast(Any, model.base_model).unload()
         strip_adapters(base.model)  # the rest of an adapter that was loaded halfway
         # without a PeftModel the weights themselves may have changed, in rows that no probe reads
-        if not isinstance(model, PeftModel) or not torch.equal(_probe(base.model), before):
+        if not isinstance(model, PeftModel) or not torch.equal(probe(base.model), before):
             checkpoint = Checkpoint(base.name, base.folder, base.revision)  # never quantized where weights can change
             # the model's own class needs no second permission to run a base's own code
             saved = load_model(checkpoint, base.model.dtype, torch.device("cpu"), kind=type(base.model))
             base.model.load_state_dict(saved.state_dict(), strict=True)
-
-
-def _probe(model: nn.Module) -> torch.Tensor:
-    """Compute logits on a few tokens from all over the vocabulary, to see whether a model has changed."""
-    wrapped: Any = model
-    accepted = inspect.signature(without_adapter(model).forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-    last = wrapped.config.get_text_config().vocab_size - 1
-    tokens = torch.linspace(0, last, PROBE_TOKENS, dtype=torch.float64).long().to(wrapped.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            return wrapped(input_ids=tokens[None], **options).logits.clone()
-    finally:
-        model.train(training)

@@ -33,12 +33,15 @@ from pydantic.fields import FieldInfo
 
 from gaintune.cli.help import HelpfulCommand
 from gaintune.config import (
+    ANY_METHOD,
     Flag,
+    MethodConfig,
     Plan,
     apply_overrides,
     as_domain,
     as_list,
     build_plan,
+    read_value,
     read_values,
     section_of,
 )
@@ -124,17 +127,27 @@ class Given:
 
 
 def parse_method(text: str) -> dict[str, Any]:
-    """Read `lora:rank=16,targets=q_proj+v_proj` as the fields of a method."""
+    """Read `lora:rank=16,targets=q_proj+v_proj`, or `peft:RANDLORA:r=8`, as the fields of a method.
+
+    What is no field of a plan's method is one of PEFT's configuration, and read as YAML.
+    """
     name, _, options = text.partition(":")
     fields: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    if name == ANY_METHOD:
+        peft_type, _, options = options.partition(":")
+        config = {"peft_type": peft_type.upper()}
     for option in filter(None, options.split(",")):
         key, separator, value = option.partition("=")
         if not separator:
             raise ConfigError(f"--method {text}: write name:key=value,key=value, such as lora:rank=16,lr=2e-4")
-        if key in fields:
+        if key in fields or key in config:
             raise ConfigError(f"--method {text}: {key} is given twice; keep one")
-        fields[key] = value.split("+") if key == "targets" and "+" in value else value
-    return {"name": name, **fields}
+        if key in MethodConfig.model_fields:
+            fields[key] = value.split("+") if key == "targets" and "+" in value else value
+        else:
+            config[key] = read_value(value, f"--method {text}")
+    return {"name": name, **fields, **({"config": config} if config else {})}
 
 
 def _laid(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+from .plan import ANY_METHOD as ANY_METHOD
 from .plan import CLASSIFIER_BASE as CLASSIFIER_BASE
 from .plan import LATER as LATER
 from .plan import NAME as NAME
@@ -22,5 +23,6 @@ from .plan import explain as explain
 from .plan import plan_yaml as plan_yaml
 from .plan import plan_yaml_documented as plan_yaml_documented
 from .plan import read_plan as read_plan
+from .plan import read_value as read_value
 from .plan import read_values as read_values
 from .plan import section_of as section_of

@@ -28,6 +28,7 @@ from gaintune.errors import ConfigError
 from gaintune.storage import as_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ANY_METHOD = "peft"  # the method of any type of PEFT's, which its `config` names
 OTHER_WORDS = {  # names that other libraries give to our keys
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "report_to": "trackers",
     "per_device_train_batch_size": "batch_size", "per_device_eval_batch_size": "batch_size", "r": "rank",
@@ -212,7 +213,8 @@ class MethodConfig(Section):
     rank: int | None = Field(default=None, gt=0, description="rank of a low-rank method; the average one of adalora")
     alpha: float | None = Field(default=None, gt=0, description="low-rank methods: the update is alpha / rank * BA")
     targets: str | tuple[str, ...] | None = Field(
-        default=None, description="module name endings, 'all-linear', or 'output-projection' (where GAIN acts)"
+        default=None,
+        description="endings of names, 'all-linear', 'output-projection' (where GAIN acts) or 'kappa' (KappaTune's)",
     )
     lr_ratio: float | None = Field(default=None, gt=0, description="lora+: rate of B as a multiple of the rate")
     orthogonality: float | None = Field(default=None, ge=0, description="adalora: weight of the orthogonality term")
@@ -247,6 +249,12 @@ class MethodConfig(Section):
         description="sequence: share of what the adapter adds to the base that is kept after each stage, before it is "
         "measured (of gains, (IA)3's factors and LoRA's B)",
     )
+    config: Annotated[dict[str, Any] | None, LATER] = Field(
+        default=None, description="fields of PEFT's own configuration, laid over the method's; peft: with its peft_type"
+    )
+    start_rows: Annotated[int | None, LATER] = Field(
+        default=None, gt=0, description="lora-ga, corda, eva: training rows that the start is computed from; else 256"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -274,7 +282,10 @@ def _label(values: dict[str, Any]) -> str:
     """Return the default label of a method, such as lora-ewc: a method may stand beside itself with a penalty."""
     replay = "" if str(values.get("replay") or 0) in {"0", "0.0"} else "replay"
     pulled = "renormalized" if values.get("renormalize") else ""
-    parts = (str(values.get("name", "")).replace("+", "-plus"), str(values.get("penalty") or ""), replay, pulled)
+    name, config = str(values.get("name", "")), values.get("config")
+    if name == ANY_METHOD and isinstance(config, Mapping) and config.get("peft_type"):
+        name = str(config["peft_type"]).lower()
+    parts = (name.replace("+", "-plus"), str(values.get("penalty") or ""), replay, pulled)
     return "-".join(filter(None, parts))
 
 
@@ -573,6 +584,18 @@ def read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
     return build_plan(dict(plan)) if isinstance(plan, Mapping) else build_plan(read_values(Path(plan)), str(plan))
 
 
+def read_value(text: str, origin: str) -> Any:
+    """Read a value of the command line as YAML; a ConfigError for another text begins with `origin`."""
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: {text!r} is not a YAML value ({getattr(error, 'problem', error)})") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a person means the number
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return value
+
+
 def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Return `values` with dotted assignments such as 'train.lr=0.005' laid over them; values are read as YAML."""
     result = dict(values)
@@ -580,14 +603,7 @@ def apply_overrides(values: dict[str, Any], assignments: Sequence[str]) -> dict[
         key, separator, text = assignment.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {assignment}: write section.key=value, such as train.lr=0.005")
-        try:
-            value = yaml.load(text, _UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", error)
-            raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value ({problem})") from None
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a person means the number
-            with contextlib.suppress(ValueError):
-                value = float(value)
+        value = read_value(text, f"--set {assignment}")
         *parents, leaf = key.split(".")
         node = result
         for parent in parents:

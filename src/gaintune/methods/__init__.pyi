@@ -7,6 +7,7 @@ from .apply import check_method as check_method
 from .apply import measuring_precision as measuring_precision
 from .apply import prepare_method as prepare_method
 from .apply import rules_of as rules_of
+from .apply import starts_at_base as starts_at_base
 from .apply import trainable_parameters as trainable_parameters
 from .catalogue import METHODS as METHODS
 from .catalogue import Method as Method

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.helpers import find_kappa_target_modules
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -19,10 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
 from gaintune.errors import ConfigError, GaintuneError, one_line
-from gaintune.methods.catalogue import METHODS, Method, get_method
+from gaintune.methods.catalogue import METHODS, Method, configured_method
 from gaintune.methods.penalties import penalty_of
-from gaintune.methods.rules import Renormalization, StagePosition, TrainingRule
-from gaintune.models import resolve_device, resolve_dtype
+from gaintune.methods.rules import Renormalization, Rows, StagePosition, TrainingRule
+from gaintune.methods.starts import Collate, StartRows
+from gaintune.models import probe, resolve_device, resolve_dtype
 from gaintune.storage import process_count
 from gaintune.tuners import matched_modules, with_named_targets
 from gaintune.tuners.gain import default_projections
@@ -35,21 +38,48 @@ COMMON = frozenset({
 """Options that are not the method's own; few methods have nothing that `renormalize` pulls."""
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr", "gate_lr_ratio", "orthogonality"})
 """Options that are free to change from domain to domain."""
+_EXPECTED = (  # warnings of PEFT's and torch's about what is as it should be
+    "fan_in_fan_out is set to False",  # PEFT then sets it
+    "Full backward hook is firing",  # it counts LoRA-GA's passes all the same
+    "lora with eva initialization used with low_cpu_mem_usage=False",
+)
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 
 
 def check_method(config: MethodConfig) -> Method:
-    """Look up a configured method, and refuse options it would ignore."""
-    method = get_method(config.name)
+    """Look up a configured method, and refuse options it would ignore and values that PEFT refuses."""
+    method = configured_method(config)
     for option in OPTIONS:
-        if getattr(config, option) is not None and option not in method.options:
+        if getattr(config, option) is not None and option not in {*method.options, "config"}:
             raise ConfigError(f"method {config.name!r} has no option {option!r}; remove it")
     if config.renormalize is not None and method.pulled is None:
         raise ConfigError(
             f"method {config.name!r} has no gains, factors or plain B A that renormalize could pull toward the base; "
             "remove it"
         )
+    if config.config:
+        with _in_words_of_peft(config):
+            peft_config(method, None, config)
     return method
+
+
+@contextlib.contextmanager
+def _in_words_of_peft(config: MethodConfig) -> Iterator[None]:
+    """Raise ConfigError for an error of PEFT's: any where a plan gives fields of its own, else one of values."""
+    with warnings.catch_warnings():
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        except GaintuneError:
+            raise
+        except Exception as error:
+            if not config.config and not isinstance(error, ValueError | TypeError):
+                raise
+            named = type(error).__name__ if isinstance(error, KeyError) or not str(error) else ""
+            raise ConfigError(
+                f"method {config.label!r} cannot be attached to this base: {named} {one_line(error)}".replace("  ", " ")
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -142,7 +172,14 @@ def rules_of(method: PreparedMethod, position: StagePosition, *, seed: int) -> l
 
 
 def attach(
-    model: PreTrainedModel, config: MethodConfig, *, seed: int, task_type: str = "CAUSAL_LM", head: Sequence[str] = ()
+    model: PreTrainedModel,
+    config: MethodConfig,
+    *,
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+    head: Sequence[str] = (),
+    rows: Rows | None = None,
+    collate: Collate | None = None,
 ) -> nn.Module:
     """Prepare a base model for a method: wrap it in its adapter, or set all its weights to train.
 
@@ -152,6 +189,8 @@ def attach(
         seed: seed of random start values, such as LoRA's A.
         task_type: PEFT's word for what the model does.
         head: names of the modules of a new head, trained whole and saved with the adapter.
+        rows: training rows, for a method whose start is computed from them.
+        collate: function from rows to a batch; default: stack rows of one length.
 
     Returns:
         A `PeftModel`, or the model itself where every weight trains.
@@ -160,42 +199,76 @@ def attach(
         ConfigError: the method cannot work on this base or on the modules chosen, or its rank exceeds every weight.
     """
     method = check_method(config)
+    if method.start is not None and rows is None:
+        raise ConfigError(f"method {config.label!r} computes its start from training rows: give attach `rows`")
+    before = probe(model) if config.config else None
     set_seed(seed)
     if method.trains_base:
         if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
             raise ConfigError(f"method {config.name!r} updates the base's own weights and needs them in fp32")
         return model.requires_grad_(True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT then sets it as it should be
-        try:
-            configured = peft_config(method, model, config)
-            configured.task_type = TaskType(task_type)
-            if head:
-                _save_with_adapter(configured, head, config)
-            _require_rank(model, configured, method, config)
+    with _in_words_of_peft(config):
+        configured = peft_config(method, model, config)
+        configured.task_type = TaskType(task_type)
+        if head:
+            _save_with_adapter(configured, head, config)
+        _require_rank(model, configured, method, config)
+        if method.start is None or rows is None:
             adapted = get_peft_model(model, configured)
-        except GaintuneError:
-            raise
-        except (ValueError, TypeError) as error:  # PEFT's words for targets that match nothing or cannot be adapted
-            raise ConfigError(f"method {config.label!r} cannot be attached to this base: {one_line(error)}") from error
-    _require_all_adapted(adapted, config)
+        else:
+            adapted = method.start(model, configured, StartRows(rows, collate, seed, config.start_rows))
+        _require_all_adapted(adapted, config)
+    if before is not None:
+        _probe_start(adapted, before, config, compare=not head)  # a new head gives other logits
     return adapted
 
 
-def peft_config(method: Method, model: PreTrainedModel, config: MethodConfig) -> PeftConfig:
-    """Make PEFT's configuration: the settings of the catalogue's entry, with the plan's options laid over them."""
+def starts_at_base(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Tell whether logits `(batch, tokens, vocabulary)` of an attached adapter are the base's, within rounding."""
+    near = 16 * torch.finfo(before.dtype).eps  # a weight that is taken apart and put together is rounded a few times
+    return bool((after - before).abs().max() <= near * before.abs().max())
+
+
+def _probe_start(model: PeftModel, before: torch.Tensor, config: MethodConfig, *, compare: bool) -> None:
+    """Refuse an adapter that cannot compute from tokens alone; warn of one whose first logits are not the base's."""
+    try:
+        after = probe(model)
+    except Exception as error:
+        message = f"method {config.label!r} cannot compute from a text's tokens alone: {one_line(error)}"
+        raise ConfigError(message) from error
+    if compare and not starts_at_base(before, after):
+        logger.warning(
+            "method %r does not start at the base: with the new adapter a logit is off by %.2g before any training",
+            config.label, (after - before).abs().max(),
+        )  # fmt: skip
+
+
+def peft_config(method: Method, model: PreTrainedModel | None, config: MethodConfig) -> PeftConfig:
+    """Make PEFT's configuration: the settings of the catalogue's entry, with the plan's options laid over them.
+
+    Without a model, "output-projection" and "kappa" stay words, for a check of the values.
+    """
     options = ((key, getattr(config, option)) for option, key in method.options.items() if key)
     given = {key: value for key, value in options if value is not None}
     values: dict[str, Any] = {}
     for key, value in {**method.settings, **given}.items():
         values[key] = value(values) if callable(value) else value
     targets = values.get("target_modules")
-    if targets == "output-projection":
+    if targets == "output-projection" and model is not None:
         values["target_modules"] = list(default_projections(model.config.to_dict()).attention)
+    elif targets == "kappa" and model is not None:
+        values["target_modules"] = _best_conditioned(model)
     elif targets is not None and targets != "all-linear":
         values["target_modules"] = [targets] if isinstance(targets, str) else list(targets)
     kind = cast(type[PeftConfig], PEFT_TYPE_TO_CONFIG_MAPPING[cast(Any, method.peft_type)])
     return kind(**values)
+
+
+def _best_conditioned(model: PreTrainedModel) -> list[str]:
+    """Name the fifth of the linear modules with the lowest condition numbers, as KappaTune does."""
+    chosen = find_kappa_target_modules(model, show_progress=False)["target_modules"] or []
+    head = model.get_output_embeddings()
+    return [name for name in chosen if model.get_submodule(name) is not head]
 
 
 def _require_rank(model: PreTrainedModel, configured: PeftConfig, method: Method, config: MethodConfig) -> None:
@@ -231,7 +304,7 @@ def _save_with_adapter(peft_config: PeftConfig, head: Sequence[str], config: Met
 def _require_all_adapted(model: PeftModel, config: MethodConfig) -> None:
     """Refuse a method of PEFT that silently passed over a layer of a kind it does not know."""
     tuner: Any = model.base_model
-    for name in tuner.targeted_module_names:
+    for name in getattr(tuner, "targeted_module_names", ()):
         module = tuner.model.get_submodule(name)
         if not isinstance(module, BaseTunerLayer):
             raise ConfigError(

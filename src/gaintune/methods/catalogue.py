@@ -1,28 +1,44 @@
 """The catalogue of methods: one entry says all that the rest of the package knows of a method.
 
 To add a method of PEFT, add an entry to `METHODS`: the name of PEFT's configuration, the values it begins with, and
-which options of a plan replace them. Loads neither PEFT nor a model, so that adapters are recognized in no time.
+which options of a plan replace them. An entry is a preset: `configured_method` lays a plan's `config` over it, and
+makes an entry for a type that has none. Importing this module loads neither PEFT nor a model, so that adapters are
+recognized in no time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cache
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import ValidationError
 
-from gaintune.config import MethodConfig
+from gaintune.config import ANY_METHOD, MethodConfig
 from gaintune.errors import ConfigError
 from gaintune.methods.branches import BranchGrowth
 from gaintune.methods.rules import BudgetSchedule, GainWarnings, StagePosition, SubspaceProjection, TrainingRule
+from gaintune.methods.starts import FrozenStart, Start, corda, eva, lora_ga
 from gaintune.tuners import GATES
 
 LORA_PLUS_RATIO = 16.0
 ADALORA_START = 1.5  # PEFT's proportion of the rank at the start to the average one at the end, 12 to 8
+
+ANY_LR = 0.002  # the rate of a type of PEFT's that the catalogue has no entry for
+_OPTIONS_BY_FIELD = (("rank", "r"), ("alpha", "alpha"), ("alpha", "lora_alpha"), ("targets", "target_modules"))
+_OF_A_RUN = ("total_step",)  # what PEFT refuses to be without, and only a run's schedule knows
+_VIRTUAL_TOKENS = "trains virtual tokens before a text, and rows of packed texts have no place for them"
+_UNFIT = {
+    "POLY": "wants the number of a task with every row, and rows have none",
+    "XLORA": "mixes the adapters in other folders, which an adapter's own folder would need at every load",
+}
+_DECIDED_HERE = (
+    "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+)  # fmt: skip
 
 VARIANT_MARKS = (
     "gate_kind", "use_dora", "velora_config", "alora_invocation_tokens", "monteclora_config",
@@ -62,6 +78,8 @@ class Method:
             LoRA's B A, "gated" (by the scale of an update that depends on the input), or by the merged "weights", which
             every other method that merges can do.
         borders: whether it acts at the border of two domains, so that a stream without borders cannot train it.
+        start: attaches the method with a start that is computed from training rows, of the first domain in a sequence;
+            None where the start needs none.
     """
 
     name: str
@@ -79,6 +97,7 @@ class Method:
     factors: FactorTensor | None = None
     line: Literal["gains", "scale", "gated", "weights"] = "weights"
     borders: bool = False
+    start: Start | None = None
 
     @property
     def trains_base(self) -> bool:
@@ -122,6 +141,16 @@ def _gain(name: str, description: str, **settings: bool) -> Method:
     return Method(
         name, description, 0.01, _TARGETS, f"{_FROZEN}; gains only (fp32)", "GAIN", settings,
         rule=lambda config, position: GainWarnings(), factors=FactorTensor("gain_v", 1.0), line="gains",
+    )  # fmt: skip
+
+
+def _from_rows(name: str, description: str, lr: float, init: str, start: Start, *, frozen: bool) -> Method:
+    doubled = "; twice the rank on disk and in memory, half of it fixed; not for quantized bases" if frozen else ""
+    return Method(
+        name, description, lr, {**_LOW_RANK, "start_rows": None},
+        f"{_FROZEN}; a pass over training rows before the first update{doubled}", "LORA",
+        {**_LORA, "init_lora_weights": init, f"{init}_config": {}},
+        rule=(lambda config, position: FrozenStart()) if frozen else None, quantized=not frozen, start=start,
     )  # fmt: skip
 
 
@@ -215,6 +244,18 @@ _ENTRIES = (
         "OSF", {"effective_rank": 0.5, "target_modules": "all-linear"},
         rule=lambda config, position: SubspaceProjection(), quantized=False,
     ),
+    _from_rows(
+        "lora-ga", "LoRA-GA: LoRA that starts along the main directions of the gradient; modules and rank as in lora",
+        0.002, "lora_ga", lora_ga, frozen=True,
+    ),
+    _from_rows(
+        "corda", "CorDA: LoRA that starts at the parts of a weight that act most on its inputs; rank as in lora",
+        0.002, "corda", corda, frozen=True,
+    ),
+    _from_rows(
+        "eva", "EVA: LoRA whose A starts at the main directions of a module's inputs; modules and mean rank as in lora",
+        0.01, "eva", eva, frozen=False,
+    ),
     Method(
         "full", "every weight of the base trains", 2e-5, {},
         "fp32 weights, gradients and AdamW's two averages: 16 bytes a parameter; not for quantized bases",
@@ -244,9 +285,107 @@ def get_method(name: str) -> Method:
     """Look up a method; a ConfigError names the nearest one for a typo."""
     if name in METHODS:
         return METHODS[name]
-    near = get_close_matches(name, METHODS, n=1)
+    kind = name.upper()
+    near = [f"{ANY_METHOD}:{kind}"] if kind in _peft_types() else get_close_matches(name, METHODS, n=1)
     advice = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown method {name!r}; {advice}known methods: {', '.join(METHODS)}")
+    raise ConfigError(f"unknown method {name!r}; {advice}known methods: {', '.join(METHODS)}, {ANY_METHOD}:TYPE")
+
+
+def configured_method(config: MethodConfig) -> Method:
+    """Return a method's entry with the fields that a plan gives of PEFT's configuration laid over its settings.
+
+    A type of PEFT's takes the rule, rate and abilities of the catalogue's entry for it, if there is one, and PEFT's own
+    settings. Nothing is loaded.
+
+    Raises:
+        ConfigError: no such method, type or field; a field that is an option's, or decided here.
+    """
+    given = dict(config.config or {})
+    entry = _entry_of_type(given, config.label) if config.name == ANY_METHOD else get_method(config.name)
+    if not given:
+        return entry
+    if entry.peft_type is None:
+        raise ConfigError(f"method {config.name!r} has no option {next(iter(given))!r}; remove it")
+    options = {key: option for option, key in entry.options.items() if key}
+    for key in given:
+        option = options.get(key)
+        if option and (config.name != ANY_METHOD or getattr(config, option) is not None):
+            raise ConfigError(f"method {config.name!r}: {key} is what its option {option!r} sets: give {option} alone")
+        _require_field(key, entry, config)
+    chosen = replace(entry, settings={**entry.settings, **given})
+    like = recognize({"peft_type": chosen.peft_type, **chosen.settings})
+    if chosen.kind == entry.kind:
+        return chosen
+    if like is None:
+        return replace(chosen, line="weights")
+    able = {name: getattr(like, name) for name in ("rule", "quantized", "shared", "factors", "line", "start")}
+    return replace(chosen, **able)  # it is another method's, as LoRA with `use_dora` is DoRA
+
+
+def _entry_of_type(given: dict[str, Any], label: str) -> Method:
+    """Make the entry of a type of PEFT's, and take the type out of the fields `given`."""
+    known, named = _peft_types(), str(given.pop("peft_type", ""))
+    if named not in known:
+        near = get_close_matches(named.upper(), known, n=3)
+        advice = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(
+            f"method {label!r}: PEFT has no type {named!r}; {advice}write {ANY_METHOD}:TYPE:field=value, or in a "
+            f"plan config: {{peft_type: TYPE}}. This PEFT has {', '.join(sorted(known))}"
+        )
+    fields = known[named]
+    why = _UNFIT.get(named) or (_VIRTUAL_TOKENS if fields.prompts else None)
+    if why:
+        raise ConfigError(f"method {label!r}: {named} {why}; choose another type")
+    marks = {key: fields.defaults[key] for key in VARIANT_MARKS if fields.defaults.get(key)}
+    like = recognize({"peft_type": named, **marks, **given})
+    if like is not None:
+        own = {key: like.settings[key] for key in _OF_A_RUN if key in like.settings}
+        return replace(like, name=ANY_METHOD, settings={**marks, **own})
+    options = {name: key for name, key in _OPTIONS_BY_FIELD if key in fields.defaults}
+    description = f"PEFT's {named}, with PEFT's own settings"
+    return Method(ANY_METHOD, description, ANY_LR, options, "as PEFT says", named, marks)
+
+
+def _require_field(key: str, entry: Method, config: MethodConfig) -> None:
+    """Refuse what is no field of a method's PEFT configuration, or one that is decided here."""
+    fields = _peft_types()[str(entry.peft_type)].defaults
+    if key in _DECIDED_HERE:
+        raise ConfigError(f"method {config.label!r}: {key} is decided by gaintune; leave it out")
+    if key in fields:
+        return
+    free = sorted({*fields} - {*_DECIDED_HERE, *(entry.options.values() if config.name != ANY_METHOD else ())})
+    common = (option for option in MethodConfig.model_fields if option != "config")
+    near = get_close_matches(key, [*common, *free], n=1)
+    advice = f"did you mean {near[0]!r}? " if near else ""
+    own = f"Its options are {', '.join(entry.options)}; " if entry.options else ""
+    raise ConfigError(
+        f"method {config.label!r} has no option {key!r}; {advice}{own}PEFT's configuration of {entry.peft_type} has "
+        f"the fields {', '.join(free)}"
+    )
+
+
+class _Fields(NamedTuple):
+    """The fields of a configuration of PEFT's, with their defaults, and whether it trains virtual tokens."""
+
+    defaults: Mapping[str, Any]
+    prompts: bool
+
+
+@cache
+def _peft_types() -> dict[str, _Fields]:
+    """Return the fields of every configuration that is registered with PEFT, by its type."""
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import gaintune.tuners  # noqa: F401  # registers ours
+
+    return {
+        str(getattr(kind, "value", kind)): _Fields(
+            {each.name: None if each.default is MISSING else each.default for each in fields(cast(Any, config))},
+            issubclass(config, PromptLearningConfig),
+        )
+        for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -255,8 +394,8 @@ def kind_of(config: Mapping[str, Any]) -> str:
     "LORA use_dora", "LORA pissa" and "DISEL relu" are other methods than "LORA" and "DISEL sigmoid".
     """
     marks = [value if isinstance(value := config[key], str) else key for key in VARIANT_MARKS if config.get(key)]
-    if str(config.get("init_lora_weights")).startswith("pissa"):
-        marks.append("pissa")
+    init = str(config.get("init_lora_weights"))
+    marks += [name for name in ("pissa", "corda", "eva", "lora_ga") if init.startswith(name)]
     return " ".join([str(config.get("peft_type")), *marks])
 
 
@@ -271,10 +410,12 @@ def recognize(config: Mapping[str, Any], name: str | None = None) -> Method | No
     return alike.get(str(name)) or next(iter(alike.values()), None)
 
 
-def stored_options(method: Method, config: Mapping[str, Any]) -> MethodConfig:
-    """Read a method's options from the `adapter_config.json` of an adapter of its kind."""
-    found: dict[str, Any] = {"name": method.name}
+def stored_options(method: Method, config: Mapping[str, Any], fields: Collection[str] = ()) -> MethodConfig:
+    """Read a method's options, and these fields of PEFT's, from the `adapter_config.json` of an adapter of its kind."""
+    found: dict[str, Any] = {"name": method.name, "config": {key: config.get(key) for key in fields} or None}
     for option, key in method.options.items():
+        if key in fields:
+            continue
         try:
             MethodConfig.model_validate({"name": method.name, option: config.get(str(key))})
         except ValidationError:

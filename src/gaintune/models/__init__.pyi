@@ -29,6 +29,7 @@ from .heads import reads_segments as reads_segments
 from .loss import NextTokenLoss as NextTokenLoss
 from .loss import Objective as Objective
 from .loss import autocast as autocast
+from .loss import probe as probe
 from .loss import without_adapter as without_adapter
 from .rows import longest_row as longest_row
 from .rows import require_isolation as require_isolation

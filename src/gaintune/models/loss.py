@@ -19,6 +19,7 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 256
+PROBE_TOKENS = 32
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -29,6 +30,22 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 def without_adapter(model: Any) -> Any:
     """Return the transformers model inside a `PeftModel`, whose layers stay wrapped; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def probe(model: nn.Module) -> torch.Tensor:
+    """Compute logits on a few tokens from all over the vocabulary, to see whether a model has changed."""
+    wrapped: Any = model
+    accepted = inspect.signature(without_adapter(model).forward).parameters
+    options = {"use_cache": False} if "use_cache" in accepted else {}
+    last = wrapped.config.get_text_config().vocab_size - 1
+    tokens = torch.linspace(0, last, PROBE_TOKENS, dtype=torch.float64).long().to(wrapped.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return wrapped(input_ids=tokens[None], **options).logits.clone()
+    finally:
+        model.train(training)
 
 
 class Objective(Protocol):

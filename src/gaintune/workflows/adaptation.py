@@ -147,7 +147,7 @@ def _adapt_to_text(job: AdaptationJob, run: Run) -> AdaptResult:
     def measure(model: nn.Module, when: str, name: str | None = None) -> DomainLoss:
         return measure_domain(model, domain, title=f"measuring {domain.name} {when}", base=name, **job.measuring)
 
-    model = job.model(base)
+    model = job.model(base, rows=domain.train)
     before = measure(model, "before", None if job.start else plan.model.name)
     rows = with_replay(domain.train, [other.train for other in earlier], job.method.config.replay, plan.train.seed)
     result = job.train(
@@ -181,9 +181,9 @@ def _adapt_to_labels(job: AdaptationJob, run: Run) -> ClassifierResult:
     base = load()
     base.check_length(plan.classify.max_length)
     job.check_inputs(run, base.fingerprint, [domain])
-    model = job.model(base, task_type="SEQ_CLS", head=base.head)
-    head_lr = plan.classify.head_lr or min(rate, HIGHEST_HEAD_LR)
     padding = Padding(base.padding)
+    model = job.model(base, task_type="SEQ_CLS", head=base.head, rows=domain.train, collate=padding)
+    head_lr = plan.classify.head_lr or min(rate, HIGHEST_HEAD_LR)
 
     def measure(model: nn.Module) -> dict[str, Any]:
         predictions = predict(model, domain, padding, title=f"measuring {domain.name} after", **job.measuring)
@@ -393,7 +393,7 @@ def resumed_method(
                 f"{start} is a {methods.kind_of(config)} adapter, and method {method.name!r} continues "
                 f"{entry.kind or 'full weights'}: choose its own method with --method, or {advice}"
             )
-        had = methods.stored_options(entry, config)
+        had = methods.stored_options(entry, config, method.config or ())
     elif record.method != method.name:
         raise ConfigError(
             f"{start} was made by method {record.method!r}, and {method.name!r} cannot continue it: use --method "
@@ -401,8 +401,13 @@ def resumed_method(
         )
     else:
         had = MethodConfig.model_validate(record.settings.get("method", {"name": record.method}))
-    for option in (option for option in methods.OPTIONS if option not in methods.TRAINING_OPTIONS):
-        given, held = getattr(method, option), getattr(had, option)
+    fixed = {
+        option: (getattr(method, option), getattr(had, option)) for option in methods.OPTIONS if option != "config"
+    }
+    fixed |= {key: (value, (had.config or {}).get(key)) for key, value in (method.config or {}).items()}
+    for option, (given, held) in fixed.items():
+        if option in methods.TRAINING_OPTIONS:
+            continue
         if given is not None and given != held:
             made = f"without choosing {option}" if held is None else f"with {option} {reprlib.repr(held)}"
             raise ConfigError(
@@ -410,6 +415,7 @@ def resumed_method(
             )
     adapters.check_adapters([start], plan.model, plan.data, allow_other_base=allow_other_base)
     kept = {option: getattr(had, option) for option in methods.OPTIONS if getattr(method, option) is None}
+    kept["config"] = had.config
     return record, method.model_copy(update=kept)
 
 

@@ -223,7 +223,7 @@ class _Sequence:
     def _model_after(self, base: Base, index: int) -> nn.Module:
         """Return the model as it is after a stage, ready to train; -1 stands for the start."""
         if index < 0:
-            return attach(base.model, self.method.config, seed=self.plan.train.seed)
+            return attach(base.model, self.method.config, seed=self.plan.train.seed, rows=self.domains[0].train)
         adapter = self.stages[index] / "adapter"
         self.progress.note(f"{self.label}: continuing from {adapter}")
         return load_adapter(base, adapter, trainable=True)
@@ -298,7 +298,7 @@ class _Sequence:
         stops: dict[int, list[tuple[Path, AdapterRecord]]] = {}
         for stage, update, record in list(zip(self.stages, updates, records, strict=True))[:-1]:
             stops.setdefault(update, []).append((stage / "adapter", record))
-        model, every = attach(base.model, self.method.config, seed=train.seed), train.snapshot_steps
+        model, every = self._model_after(base, -1), train.snapshot_steps
         outcome = train_stage(
             model,
             self.method,

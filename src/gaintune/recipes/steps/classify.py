@@ -20,7 +20,7 @@ from gaintune.config import MethodConfig, Plan, build_plan
 from gaintune.data import ROW_SUFFIXES
 from gaintune.errors import ConfigError
 from gaintune.evaluate import compare_adapters, compare_classifiers, compare_masked
-from gaintune.methods import check_method, get_method
+from gaintune.methods import check_method
 from gaintune.models import is_masked
 from gaintune.recipes import smoke
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
@@ -161,7 +161,7 @@ class ClassificationStudy:
         """Yield every classifier, task by task."""
         for task in self.tasks:
             for method in self._methods:
-                ranks = self._settings.get("ranks") if "rank" in get_method(method.name).options else None
+                ranks = self._settings.get("ranks") if "rank" in check_method(method).options else None
                 for rank in ranks or (None,):
                     for seed in self._settings.get("seeds", (0,)):
                         yield ClassifierRun(task, method.label, rank, seed, self._plan(task, method, rank, seed))
