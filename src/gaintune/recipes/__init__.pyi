@@ -1,3 +1,4 @@
+from .requirements import paper_memory as paper_memory
 from .runner import SMOKE as SMOKE
 from .runner import run_recipe as run_recipe
 from .runner import shown as shown

@@ -24,6 +24,7 @@ from gaintune.progress import Progress, Silent, plural
 from gaintune.results import DomainLoss, change
 from gaintune.storage import ADAPTATION, Run, close_run, describe_environment, open_run, sha256_file
 from gaintune.training import Snapshots, check_snapshots, train_stage
+from gaintune.workflows.estimate import require_memory
 from gaintune.workflows.sequence import describe_inputs
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,7 @@ class AdaptationJob:
         _check_replay(plan, start, previous)
         method = methods.prepare_method(config, plan.model, plan.train)
         methods.rules_of(method, methods.StagePosition(previous=start), seed=plan.train.seed)  # for its errors
+        require_memory(plan.model_copy(update={"methods": (config,)}))
         environment = describe_environment(resolve_device(plan.model.device))
         job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
         check_snapshots(*job._copies)

@@ -22,6 +22,7 @@ from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, r
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
 from gaintune.training import Snapshots, count_updates, train_stage
+from gaintune.workflows.estimate import require_memory
 
 
 def run_sequence(
@@ -57,6 +58,7 @@ def run_sequence(
             "and measure what is kept with `gaintune evaluate --masked`"
         )
     methods = [prepare_method(method, plan.model, plan.train) for method in plan.methods]
+    require_memory(plan)
     shown, device = progress or Silent(), resolve_device(plan.model.device)
     environment = storage.describe_environment(device)
     with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
