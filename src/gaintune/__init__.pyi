@@ -23,8 +23,10 @@ from .tuners.optim import create_disel_optimizer as create_disel_optimizer
 from .tuners.optim import parameter_groups as parameter_groups
 from .workflows import AdaptResult as AdaptResult
 from .workflows import ClassifierResult as ClassifierResult
+from .workflows import Estimate as Estimate
 from .workflows import adapt as adapt
 from .workflows import adapt_classifier as adapt_classifier
+from .workflows import estimate_plan as estimate_plan
 from .workflows import merge_adapter as merge_adapter
 from .workflows import run_sequence as run_sequence
 from .workflows.sweep import run_sweep as run_sweep

@@ -35,15 +35,23 @@ def list_() -> None:
     out.print(table("", ["id", "experiment", "source"], rows))
 
 
-@command(recipe, "show", examples="gaintune recipe show G2\ngaintune recipe show G2 --check")
+@command(
+    recipe,
+    "show",
+    examples="gaintune recipe show G2\ngaintune recipe show D3 --scale paper\ngaintune recipe show G2 --check",
+)
 def show(
     name: Name,
+    scale: Annotated[str | None, typer.Option(help="paper adds the memory that its training steps take.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Look up what scale paper reads from the Hub, and the room on the disk.")
     ] = False,
 ) -> None:
     """Show one experiment: the question, its steps, and the claims it decides."""
     from gaintune.recipes import recipe_named
+
+    if scale not in (None, "paper"):
+        refuse(f"{scale}: only paper has estimates of memory", ["scale"])
 
     entry = recipe_named(name)
     say(f"{entry.id}: {entry.title}\n{entry.source}\nmodel at scale paper: {entry.model}\n\n{entry.asks.strip()}\n")
@@ -55,9 +63,9 @@ def show(
         say(f"step {step.name} ({step.do})")
         for key, value in step.settings.items():
             say(f"    {key}: {_short(value)}")
-        for scale, over in entry.scales.items():
+        for other, over in entry.scales.items():
             for key, value in over.get(step.name, {}).items():
-                say(f"    at scale {scale}, {key}: {_short(value)}")
+                say(f"    at scale {other}, {key}: {_short(value)}")
     say("")
     for claim in entry.claims:
         only = f", at scale {claim.scale} alone" if claim.scale else ""
@@ -68,8 +76,15 @@ def show(
         from gaintune.recipes import ScaleSetup, check_hub
 
         say("")
-        for line in check_hub(entry, ScaleSetup.make("paper", entry.model, None, {}, Path()), Path("runs")):
+        for line in check_hub(entry.at("paper"), ScaleSetup.make("paper", entry.model, None, {}, Path()), Path("runs")):
             say(line)
+
+    if scale == "paper":
+        quiet_libraries()
+        from gaintune.recipes import paper_memory
+
+        for line in paper_memory(entry):
+            say(f"memory: step {line.step} on {line.model}, {', '.join(line.labels)}: {line.says}")
 
 
 def _short(value: object) -> str:

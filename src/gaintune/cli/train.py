@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from gaintune.cli.console import err, out, percent, progress_on, quiet_libraries, say, table
 from gaintune.cli.evaluate import print_classifier
-from gaintune.cli.options import AllowOtherBase, Given, command, run_option
+from gaintune.cli.options import AllowOtherBase, Given, command, refuse, run_option
 from gaintune.config import Plan
 from gaintune.errors import DataError, DivergedError, SweepError
 from gaintune.progress import plural
@@ -20,6 +21,10 @@ training = partial(command, commands, group="Training")
 
 DEMO_METHODS = ["gain-ffn", "lora"]
 DEMO_VALIDATION_TOKENS = 2560  # ten blocks: keeps the demo under ten minutes on two cores
+MEMORY_COLUMNS = {
+    "weights": "weights", "trained state": "trained", "activations": "activations", "loss": "loss",
+    "training": "training", "evaluation": "evaluation",
+}  # fmt: skip
 FIGURES = {
     "in_domain": "in-domain",
     "backward_transfer": "earlier domains, against base",
@@ -123,6 +128,79 @@ def adapt(
         f"{result.trainable_parameters:,} parameters trained on {result.tokens:,} tokens of blocks in "
         f"{plural(result.steps, 'step')}, {result.tokens_per_second:,.0f} tokens/s\nadapter {result.adapter}"
     )
+
+
+@training(
+    "estimate",
+    takes=("model", "data", "methods", "train", "evaluate", "classify"),
+    without=("data.watched",),
+    plan_argument=True,
+    examples="""\
+gaintune estimate plan.yaml --devices 8 --device-memory 80GB
+gaintune estimate --model meta-llama/Llama-2-7b-hf --method lora:rank=64,targets=all-linear --device-memory 80GB
+gaintune estimate --model my/model --config FOLDER --tokens-per-second 900 --json""",
+)
+def estimate(
+    plan: Plan,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the model's config.json, if its own is not at hand.", rich_help_panel="Model"),
+    ] = None,
+    devices: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Devices, a process each, or one process with model.device_map=auto.", rich_help_panel="Devices"
+        ),
+    ] = 1,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of each, such as 80GB; they are GPUs then. Else this machine.", rich_help_panel="Devices"
+        ),
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Pace of a process, for the time.", rich_help_panel="Pace")
+    ] = None,
+    run: Annotated[Path | None, run_option("Sequence whose pace is taken, by method.", "Pace")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print bytes and seconds as JSON.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Estimate memory and time of a plan, from its model's config alone; nothing is loaded.
+
+    Memory is that of each device, in GB of 10^9 bytes. A GPU counts as full at 92 %: its context and the gaps between
+    tensors take the rest. Time is that of training alone.
+    """
+    quiet_libraries()
+    from gaintune.workflows import estimate_plan, in_gb, read_bytes, read_pace
+
+    if run is not None and tokens_per_second is not None:
+        refuse("and --run both give a pace: give one", ["tokens_per_second"])
+    size = None if device_memory is None else read_bytes(device_memory)
+    pace = tokens_per_second if run is None else read_pace(run)
+    found = estimate_plan(plan, devices=devices, device_memory=size, architecture=config, tokens_per_second=pace)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    heads = ["method", *MEMORY_COLUMNS, *([] if size is None else [f"fits {devices} x {device_memory}"])]
+    rows = []
+    for method in found.methods:
+        sizes = [in_gb(getattr(method.memory, name)) for name in MEMORY_COLUMNS.values()]
+        rows.append([method.label, *sizes, *([] if size is None else ["yes" if method.fits else "no"])])
+    out.print(table(f"{found.model}, memory of each device", heads, rows, numeric=range(1, 1 + len(MEMORY_COLUMNS))))
+    for method in found.methods:
+        if method.advice:
+            say(f"{method.label}: {method.advice}")
+        took = "" if method.seconds is None else f", {_duration(method.seconds)}"
+        say(f"{method.label}: {method.tokens:,} tokens in {plural(method.updates, 'update')}{took}")
+
+
+def _duration(seconds: float) -> str:
+    """Write a time in the largest unit that it has one of."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 @training(

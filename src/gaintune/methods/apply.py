@@ -180,6 +180,7 @@ def attach(
     head: Sequence[str] = (),
     rows: Rows | None = None,
     collate: Collate | None = None,
+    shapes_only: bool = False,
 ) -> nn.Module:
     """Prepare a base model for a method: wrap it in its adapter, or set all its weights to train.
 
@@ -191,6 +192,7 @@ def attach(
         head: names of the modules of a new head, trained whole and saved with the adapter.
         rows: training rows, for a method whose start is computed from them.
         collate: function from rows to a batch; default: stack rows of one length.
+        shapes_only: neither compute a start from rows nor look at the first output, for a model without numbers.
 
     Returns:
         A `PeftModel`, or the model itself where every weight trains.
@@ -199,9 +201,9 @@ def attach(
         ConfigError: the method cannot work on this base or on the modules chosen, or its rank exceeds every weight.
     """
     method = check_method(config)
-    if method.start is not None and rows is None:
+    if method.start is not None and rows is None and not shapes_only:
         raise ConfigError(f"method {config.label!r} computes its start from training rows: give attach `rows`")
-    before = probe(model) if config.config else None
+    before = probe(model) if config.config and not shapes_only else None
     set_seed(seed)
     if method.trains_base:
         if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in model.parameters()):
@@ -213,10 +215,11 @@ def attach(
         if head:
             _save_with_adapter(configured, head, config)
         _require_rank(model, configured, method, config)
-        if method.start is None or rows is None:
+        if method.start is None:
             adapted = get_peft_model(model, configured)
         else:
-            adapted = method.start(model, configured, StartRows(rows, collate, seed, config.start_rows))
+            data = None if rows is None else StartRows(rows, collate, seed, config.start_rows)
+            adapted = method.start(model, configured, data)
         _require_all_adapted(adapted, config)
     if before is not None:
         _probe_start(adapted, before, config, compare=not head)  # a new head gives other logits

@@ -53,15 +53,21 @@ class StartRows:
             yield {key: value.to(device) for key, value in batch.items()}
 
 
-Start = Callable[[Any, Any, StartRows], Any]
-"""Attaches PEFT's configuration to a base, with a start that is computed from rows, and returns the `PeftModel`."""
+Start = Callable[[Any, Any, StartRows | None], Any]
+"""Attaches PEFT's configuration to a base, with a start that is computed from rows, and returns the `PeftModel`.
+
+Without rows the adapter has the same shapes, and a random start.
+"""
 
 
-def eva(model: Any, config: LoraConfig, data: StartRows) -> PeftModel:
+def eva(model: Any, config: LoraConfig, data: StartRows | None) -> PeftModel:
     """Start A at the main directions of each module's inputs, with ranks by explained variance (arXiv 2410.07170)."""
     from peft import get_peft_model
     from peft.tuners.lora.eva import initialize_lora_eva_weights
 
+    if data is None:
+        _call_plain(config)
+        return get_peft_model(model, config)
     batches = list(data.batches(EVA_BATCH, model.device))
     for batch in batches:
         if batch["labels"].shape != batch["input_ids"].shape:
@@ -80,25 +86,26 @@ def eva(model: Any, config: LoraConfig, data: StartRows) -> PeftModel:
     return adapted
 
 
-def corda(model: Any, config: LoraConfig, data: StartRows) -> PeftModel:
+def corda(model: Any, config: LoraConfig, data: StartRows | None) -> PeftModel:
     """Start at the parts of each weight that act most on its inputs, or least with `kpm` (arXiv 2406.05223)."""
     from peft.tuners.lora.corda import preprocess_corda
 
     def read() -> None:
-        for batch in data.batches(1, model.device):  # PEFT's sum of products wants one row
+        for batch in data.batches(1, model.device) if data else ():  # PEFT's sum of products wants one row
             _read(model, batch)
 
-    return _with_frozen_start(model, config, lambda targeted: preprocess_corda(model, targeted, read))
+    prepare = None if data is None else lambda targeted: preprocess_corda(model, targeted, read)
+    return _with_frozen_start(model, config, prepare)
 
 
-def lora_ga(model: Any, config: LoraConfig, data: StartRows) -> PeftModel:
+def lora_ga(model: Any, config: LoraConfig, data: StartRows | None) -> PeftModel:
     """Start at the main directions of each weight's gradient (arXiv 2407.05000)."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
     loss = NextTokenLoss(model) if model.get_output_embeddings() is not None else None
 
     def step() -> None:
-        for batch in data.batches(1, model.device):
+        for batch in data.batches(1, model.device) if data else ():
             total = model(**batch).loss if loss is None else loss.sum(model, batch) / loss.scored(batch).clamp_min(1)
             total.backward()
 
@@ -112,7 +119,7 @@ def lora_ga(model: Any, config: LoraConfig, data: StartRows) -> PeftModel:
                 )
         preprocess_loraga(model, targeted, step)
 
-    return _with_frozen_start(model, config, prepare)
+    return _with_frozen_start(model, config, None if data is None else prepare)
 
 
 def _read(model: Any, batch: Mapping[str, torch.Tensor]) -> None:
@@ -126,32 +133,34 @@ def _call_plain(config: Any) -> None:
     config.eva_config = config.corda_config = config.lora_ga_config = None
 
 
-def _with_frozen_start(model: Any, config: LoraConfig, prepare: Callable[[LoraConfig], None]) -> PeftModel:
-    """Attach LoRA of twice the rank: a start of PEFT's, and the same with its sign turned."""
+def _with_frozen_start(model: Any, config: LoraConfig, prepare: Callable[[LoraConfig], None] | None) -> PeftModel:
+    """Attach LoRA of twice the rank: a start of PEFT's, and the same with its sign turned; random without `prepare`."""
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     from gaintune.tuners import matched_modules, with_named_targets
 
+    targeted: Any = with_named_targets(config, model)
+    doubled = deepcopy(targeted)
+    growth = sqrt(2) if config.use_rslora else 2  # so that the scale of an update stays
+    doubled.r, doubled.lora_alpha = 2 * config.r, growth * config.lora_alpha
+    doubled.rank_pattern = {key: 2 * rank for key, rank in doubled.rank_pattern.items()}
+    doubled.alpha_pattern = {key: growth * alpha for key, alpha in doubled.alpha_pattern.items()}
+    _call_plain(doubled)
+    if prepare is None:
+        return get_peft_model(model, doubled)
     weights = {name: module.weight.data for name, module in _weighted(model)}
-    doubled: Any = with_named_targets(config, model)
     heads = {*SEQ_CLS_HEAD_NAMES, *(config.modules_to_save or ())}  # trained whole, not adapted
-    config = cast("LoraConfig", deepcopy(doubled))
-    config.target_modules = [name for name in matched_modules(doubled, model) if not heads & {*name.split(".")}]
-    prepare(config)
-    started = get_peft_model(model, config)
+    targeted.target_modules = [name for name in matched_modules(doubled, model) if not heads & {*name.split(".")}]
+    prepare(targeted)
+    started = get_peft_model(model, targeted)
     layers: dict[str, Any] = {name: layer for name, layer in started.named_modules() if isinstance(layer, LoraLayer)}
     factors = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers.items()}
     started.unload()
     vars(model).pop("peft_config", None)
     for name, module in _weighted(model):
         module.weight.data = weights[name]  # PEFT puts other tensors in their place, and leaves these alone
-    growth = sqrt(2) if config.use_rslora else 2  # so that the scale of an update stays
-    doubled.r, doubled.lora_alpha = 2 * config.r, growth * config.lora_alpha
-    doubled.rank_pattern = {key: 2 * rank for key, rank in doubled.rank_pattern.items()}
-    doubled.alpha_pattern = {key: growth * alpha for key, alpha in doubled.alpha_pattern.items()}
-    _call_plain(doubled)
     adapted = get_peft_model(model, doubled)
     with torch.no_grad():
         for name, (a, b) in factors.items():

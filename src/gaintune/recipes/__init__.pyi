@@ -1,4 +1,5 @@
 from .preflight import check_hub as check_hub
+from .requirements import paper_memory as paper_memory
 from .runner import SMOKE as SMOKE
 from .runner import run_recipe as run_recipe
 from .runner import shown as shown

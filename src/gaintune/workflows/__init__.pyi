@@ -5,6 +5,9 @@ from .adaptation import adapt_classifier as adapt_classifier
 from .estimate import Estimate as Estimate
 from .estimate import MethodEstimate as MethodEstimate
 from .estimate import estimate_plan as estimate_plan
+from .estimate import in_gb as in_gb
+from .estimate import read_bytes as read_bytes
+from .estimate import read_pace as read_pace
 from .merge import check_out as check_out
 from .merge import merge_adapter as merge_adapter
 from .sequence import run_sequence as run_sequence

@@ -25,6 +25,7 @@ from gaintune.progress import Progress, Silent, plural
 from gaintune.results import DomainLoss, change
 from gaintune.storage import ADAPTATION, Run, close_run, describe_environment, open_run, sha256_file
 from gaintune.training import Snapshots, check_snapshots, train_stage
+from gaintune.workflows.estimate import require_memory
 from gaintune.workflows.sequence import describe_inputs
 from gaintune.workflows.snapshots import best_snapshot
 
@@ -238,6 +239,7 @@ class AdaptationJob:
             )
         method = methods.prepare_method(config, plan.model, plan.train)
         methods.rules_of(method, methods.StagePosition(previous=start), seed=plan.train.seed)  # for its errors
+        require_memory(plan.model_copy(update={"methods": (config,)}))
         environment = describe_environment(resolve_device(plan.model.device))
         job = cls(plan, method, out, start, previous, environment, allow_other_base, progress or Silent())
         check_snapshots(*job._copies)

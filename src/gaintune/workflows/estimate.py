@@ -11,31 +11,39 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import logging
 import math
 import random
+import re
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    masking_utils,
+)
 from transformers.pytorch_utils import Conv1D
 
 from gaintune.config import MethodConfig, ModelConfig, Plan, read_plan
 from gaintune.data import replayed_rows
 from gaintune.errors import ConfigError, GaintuneError, one_line
 from gaintune.evaluate import LabelLoss
-from gaintune.methods import METHODS, Precision, PreparedMethod, StagePosition, attach, prepare_method, rules_of
+from gaintune.methods import Precision, PreparedMethod, StagePosition, attach, check_method, prepare_method, rules_of
 from gaintune.models import NextTokenLoss, autocast, is_hub_id, locate, resolve_device, without_adapter
 from gaintune.storage import process_count
 from gaintune.training import checkpoint_activations, count_updates
@@ -121,7 +129,8 @@ class MethodEstimate:
         tokens: training tokens over all domains and epochs, at most; 0 for a classifier whose rows are not limited.
         updates: updates over all domains, at most.
         fits: whether it fits the devices; None if their memory was not given.
-        advice: what to set where it does not fit, or why nothing helps.
+        settings: keys of the plan to set, with their values, where it does not fit and something helps.
+        advice: the same in words, with the bytes that are left; or why nothing helps.
         seconds: training time; None if no pace was given.
     """
 
@@ -130,6 +139,7 @@ class MethodEstimate:
     tokens: int
     updates: int
     fits: bool | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     advice: str = ""
     seconds: float | None = None
 
@@ -182,13 +192,13 @@ def estimate_plan(
         case = _Case.of_plan(plan, config, devices, gpu=gpu, architecture=folder)
         memory = _memory(case)
         fits = None if device_memory is None else memory.peak <= HEADROOM * device_memory
-        advice = "" if fits is not False else _advice(case, plan, devices, cast(int, device_memory))
+        settings, advice = ({}, "") if fits is not False else _advice(case, plan, devices, cast(int, device_memory))
         rows = _rows(plan, config)
         tokens = sum(rows) * case.length * plan.train.epochs
         updates = sum(count_updates(count, plan.train, case.processes) for count in rows)
         pace = tokens_per_second.get(config.label) if isinstance(tokens_per_second, Mapping) else tokens_per_second
         seconds = tokens / pace / case.processes if pace and tokens else None
-        estimates.append(MethodEstimate(config.label, memory, tokens, updates, fits, advice, seconds))
+        estimates.append(MethodEstimate(config.label, memory, tokens, updates, fits, settings, advice, seconds))
     return Estimate(plan.model.name, devices, device_memory, tuple(estimates))
 
 
@@ -232,6 +242,33 @@ def device_memory(model: ModelConfig) -> int | None:
     """Return the bytes of the CUDA device that a base would be loaded on; None on the CPU."""
     device = resolve_device(model.device)
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def read_bytes(text: str) -> int:
+    """Read an amount of memory such as 80GB (10^9 bytes) or 80GiB (2^30)."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?B)\s*", text.upper())
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"{text!r} is no amount of memory: write it such as 80GB or 79.6GiB")
+    return int(float(found[1]) * units[found[2]])
+
+
+def read_pace(run: str | Path) -> dict[str, float]:
+    """Read the tokens per second of a process in a run of `gaintune sequence`: the mean of each method's stages.
+
+    Raises:
+        ConfigError: it is no such run, or no stage of it was trained.
+    """
+    events = Path(run) / "events.jsonl"
+    paces: dict[str, list[float]] = {}
+    for line in events.read_text(encoding="utf-8").splitlines() if events.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError):  # the last line of a run that was killed
+            event = json.loads(line)
+            if event["event"] == "learnt":
+                paces.setdefault(event["method"], []).append(event["tokens_per_second"])
+    if not paces:
+        raise ConfigError(f"{run}: no run of `gaintune sequence` that has trained a stage; give --tokens-per-second")
+    return {label: sum(found) / len(found) for label, found in paces.items()}
 
 
 def in_gb(size: float) -> str:
@@ -282,8 +319,8 @@ class _Case:
         )
 
 
-def _advice(case: _Case, plan: Plan, devices: int, device_memory: int) -> str:
-    """Say which settings make a method fit: smaller batches, recomputation, the base spread, and last 4 bits."""
+def _advice(case: _Case, plan: Plan, devices: int, device_memory: int) -> tuple[dict[str, Any], str]:
+    """Find settings that make a method fit, and say so: smaller batches, recomputation, a spread base, last 4 bits."""
 
     def fits(setting: _Case) -> bool:
         return _memory(setting).peak <= HEADROOM * device_memory
@@ -293,21 +330,23 @@ def _advice(case: _Case, plan: Plan, devices: int, device_memory: int) -> str:
     for ladder in ladders:
         if fits(ladder[-1]):
             chosen = next(filter(fits, ladder))
-            return f"set {_settings(case, chosen, wanted)} ({in_gb(_memory(chosen).peak)})"
+            settings = _settings(case, chosen, wanted)
+            words = " ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
+            return settings, f"set {words} ({in_gb(_memory(chosen).peak)})"
     on = "a device" if devices == 1 else f"each of {devices} devices"
     least = min((_memory(ladder[-1]) for ladder in ladders), key=lambda memory: memory.peak, default=_memory(case))
-    if not METHODS[case.method.name].quantized:
-        return (
+    if not check_method(case.method).quantized:
+        return {}, (
             f"no setting helps: {case.method.name} trains weights of the base itself, and keeps "
             f"{in_gb(least.weights + least.trained)} on {on} whatever the batch. Sharding them (FSDP2) is not "
             "supported here: take more memory, a smaller base, or a method that leaves the base frozen"
         )
-    return f"no setting helps: it takes {in_gb(least.peak)} on {on} at least; take more memory, or a smaller base"
+    return {}, f"no setting helps: it takes {in_gb(least.peak)} on {on} at least; take more memory, or a smaller base"
 
 
 def _ladders(case: _Case, wanted: int, devices: int) -> Iterator[list[_Case]]:
     """Yield settings in the order of preference; those of a list differ in their batch, the largest first."""
-    frozen = METHODS[case.method.name].quantized
+    frozen = check_method(case.method).quantized
     bits = case.model.quantization
     for quantization in (bits, "4bit") if frozen and not bits else (bits,):
         for spread in dict.fromkeys((case.spread, devices if frozen else case.spread)):
@@ -328,18 +367,18 @@ def _ladders(case: _Case, wanted: int, devices: int) -> Iterator[list[_Case]]:
                 ]
 
 
-def _settings(case: _Case, chosen: _Case, wanted: int) -> str:
-    """Write the keys of a plan that lead from one case to another."""
+def _settings(case: _Case, chosen: _Case, wanted: int) -> dict[str, Any]:
+    """Return the keys of a plan that lead from one case to another."""
     keys: dict[str, Any] = {}
     if chosen.rows != case.rows:
         keys |= {"train.batch_size": chosen.rows, "train.effective_batch": wanted}
     if chosen.checkpointing != case.checkpointing:
-        keys["train.gradient_checkpointing"] = "true"
+        keys["train.gradient_checkpointing"] = True
     if chosen.spread != case.spread:
         keys["model.device_map"] = "auto"
     if chosen.model.quantization != case.model.quantization:
         keys["model.quantization"] = chosen.model.quantization
-    return " ".join(f"{key}={value}" for key, value in keys.items())
+    return keys
 
 
 def _memory(case: _Case) -> Memory:
@@ -361,7 +400,7 @@ def _memory(case: _Case) -> Memory:
 
 
 def _prepared(case: _Case) -> PreparedMethod:
-    return PreparedMethod(case.method, METHODS[case.method.name], 1.0, case.precision)
+    return PreparedMethod(case.method, check_method(case.method), 1.0, case.precision)
 
 
 class _Parts(NamedTuple):
@@ -383,8 +422,7 @@ def _parts(case: _Case) -> _Parts:
     text: Any = config.get_text_config()
     layers = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None) or ["same"]
-    with _random_state_kept(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _undisturbed():
         if layers <= LONGER or len(set(kinds)) > 1:
             return _step(case, config)
         short, longer = (_step(case, _shortened(config, count)) for count in (SHORT, LONGER))
@@ -424,6 +462,8 @@ def _architecture(model: ModelConfig, folder: str | None) -> PreTrainedConfig:
 
 def _step(case: _Case, config: PreTrainedConfig) -> _Parts:
     """Train one step and measure one batch on fake tensors, and count."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second, and most runs never estimate
+
     mixed, task = case.precision.mixed, {}
     kind: Any = AutoModelForCausalLM
     if case.classifies:
@@ -436,7 +476,7 @@ def _step(case: _Case, config: PreTrainedConfig) -> _Parts:
             heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
             task = {"task_type": "SEQ_CLS", "head": heads}
         saved, unpacked = _quantized(model, case.model.quantization)
-        adapted: Any = attach(model, case.method, seed=0, **task)
+        adapted: Any = attach(model, case.method, seed=0, shapes_only=True, **task)
     fake = FakeTensorMode()
     held = _made_fake(adapted, fake)
     trained = [tensor.nbytes for tensor in held if tensor.requires_grad]
@@ -455,7 +495,7 @@ def _step(case: _Case, config: PreTrainedConfig) -> _Parts:
             with autocast(torch.device("cpu"), mixed):
                 total = objective.sum(adapted, batch)
             handle.remove()
-            activations, loss = ledger.marked, max(0, ledger.since_mark - ledger.marked)
+            activations, loss = ledger.live, ledger.since_mark - ledger.live
             total.backward()
             del total, batch
         working = ledger.peak
@@ -500,7 +540,7 @@ def stored_bytes(weights: int, rows: int, quantization: str) -> int:
     return math.ceil(weights / 2) + scales + 4 * math.ceil(scales / NF4_BLOCKS)
 
 
-def _made_fake(model: nn.Module, fake: FakeTensorMode) -> list[torch.Tensor]:
+def _made_fake(model: nn.Module, fake: Any) -> list[torch.Tensor]:
     """Replace the meta tensors of a model by fake ones on the CPU, which know autocast; return them, once each."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -523,7 +563,7 @@ def _made_fake(model: nn.Module, fake: FakeTensorMode) -> list[torch.Tensor]:
 def _attention(case: _Case) -> Iterator[None]:
     """Compute attention as a GPU's fused kernels do, which keep no weights; text in one piece needs no mask.
 
-    torch's modes for functions do not reach what is recomputed in a backward pass.
+    torch's modes for functions do not reach what is recomputed in a backward pass, so names are replaced.
     """
     original = F.scaled_dot_product_attention
 
@@ -533,11 +573,11 @@ def _attention(case: _Case) -> Iterator[None]:
             return _FusedAttention.apply(query, key, value, None if mask is None else mask.to(query.dtype))
         return original(query, key, value, attn_mask=mask, **options)
 
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
+        if not case.packed:  # else a mask is made, as in a graph that must hold for any values
+            stack.enter_context(mock.patch.object(masking_utils, "is_tracing", lambda *_: False, create=True))
         yield
-    finally:
-        F.scaled_dot_product_attention = original
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -545,7 +585,8 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        batch, heads, tokens, _ = query.shape
+        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # as the kernels lay it out
         ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 
@@ -560,22 +601,21 @@ class _Ledger(TorchDispatchMode):
     Attributes:
         live: bytes now.
         peak: the most since `start`.
-        marked: bytes at `mark`.
         since_mark: the most since `mark`.
     """
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.live = self.peak = self.marked = self.since_mark = 0
+        self.live = self.peak = self.since_mark = 0
 
     def start(self) -> None:
         """Count the peak anew."""
         self.live, self.peak = 0, 0
 
     def mark(self) -> None:
-        """Remember what is live."""
-        self.marked = self.since_mark = self.live
+        """Begin `since_mark`."""
+        self.since_mark = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in VALUES:  # there are none: checks of values pass
@@ -601,10 +641,15 @@ class _Ledger(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave every generator that `attach` seeds as it was."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+def _undisturbed() -> Iterator[None]:
+    """Leave every generator that `attach` seeds as it was, and say nothing that training itself will say."""
+    states, level = (random.getstate(), np.random.get_state()), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        random.setstate(states[0])
+        np.random.set_state(states[1])

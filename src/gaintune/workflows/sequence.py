@@ -30,6 +30,7 @@ from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, r
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
 from gaintune.training import Snapshots, TrainedStage, count_updates, newest_checkpoint, train_stage
+from gaintune.workflows.estimate import require_memory
 from gaintune.workflows.snapshots import best_snapshot
 
 
@@ -71,6 +72,7 @@ def run_sequence(
     methods = [prepare_method(method, plan.model, plan.train) for method in plan.methods]
     if plan.data.stream:
         _check_stream(plan, methods)
+    require_memory(plan)
     shown, device = progress or Silent(), resolve_device(plan.model.device)
     environment = storage.describe_environment(device)
     with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
