@@ -245,3 +245,15 @@ def test_an_eight_bit_layer_scales_its_output_and_merges_weight_and_bias():
     assert 0 < (model(x) - expected).norm() < 0.03 * expected.norm()  # merging quantizes once more
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), expected)
+
+
+@torch.no_grad()
+def test_a_four_bit_layer_scales_its_output():
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bnb.nn.Linear4bit(64, 32, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4")).to("cpu")
+    base.is_loaded_in_4bit = True
+    twin, x = copy.deepcopy(base).eval(), torch.randn(5, 64).bfloat16()
+    model = randomise(get_peft_model(base, GainConfig(target_modules=[], output_modules=["0"]))).eval()
+    plain, v = twin(x), base[0].gain_v["default"]
+    assert model(x).dtype == plain.dtype
+    torch.testing.assert_close(model(x).float(), plain.float() * (1 + v), rtol=0.01, atol=0.01)

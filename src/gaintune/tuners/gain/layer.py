@@ -120,7 +120,7 @@ def merge_gain(layer: Any, v: torch.Tensor, *, check_finite: bool, adapters: lis
     base = layer.get_base_layer()
     weight = layer.get_base_weight()
     gain = 1 + layer.widened(v.detach()).to(device=weight.device)
-    bias = base.bias if layer.outputs else None
+    bias = getattr(base, "bias", None) if layer.outputs else None
     merged_bias = None if bias is None else _product(bias.detach(), gain.to(bias.device))
     # the input features are columns, in Conv1D, which stores (in, out), rows; the output features the other way round
     merged = _product(weight, gain.unsqueeze(1) if isinstance(base, Conv1D) != bool(layer.outputs) else gain)
