@@ -109,3 +109,14 @@ def test_without_a_hub_what_the_cache_lacks_is_named(hub, offline, tmp_path):
     for name in ("model acme/open", "dataset stanfordnlp/sst2", "dataset emozilla/pg19"):
         assert name in message
     assert not hub.requested
+
+
+def test_what_is_looked_up_is_shown_on_request(hub, online, tmp_path):
+    hub.requested.clear()
+    code, output = online.run("recipe", "show", recipe(tmp_path, "acme/open", "sst2", "wikitext"), "--check")
+    assert code == 2 and "dataset Salesforce/wikitext is not on the Hub" in output and TOKEN not in output
+    code, output = online.run("recipe", "show", recipe(tmp_path, "acme/open", "sst2"), "--check")
+    assert code == 0, output
+    assert "model acme/open: 0.00 GB to download" in output
+    assert "dataset stanfordnlp/sst2: 0.00 GB to download" in output
+    assert not [path for path in hub.requested if "/resolve/" in path]

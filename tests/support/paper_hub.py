@@ -218,14 +218,18 @@ def _texts(root: Path) -> None:
     solved = [{"question": question, "answer": answer} for question, answer in answers]
     for name in ("main", "socratic"):
         _parquet(root / "openai/gsm8k", name, {"train": solved[:UNSPLIT], "test": solved[UNSPLIT:]})
+    long = [  # more than half a block of 512 each, and more blocks than a batch of 64: AdaLoRA needs two updates
+        (f"What is {n} and {n}? {text}", f"{text} {text[::-1]} {2 * n}")
+        for n, text in enumerate(prose("solved", 80, 13))
+    ]
     meta = [
         {"type": "GSM_Rephrased", "query": question, "original_question": question, "response": answer}
-        for question, answer in answers[:UNSPLIT]
+        for question, answer in long
     ]
     folder = root / "meta-math/MetaMathQA"
     folder.mkdir(parents=True)
     (folder / "MetaMathQA-395K.json").write_text(json.dumps(meta, indent=1))
-    tasks = [{"instruction": question, "response": answer} for question, answer in answers[:UNSPLIT]]
+    tasks = [{"instruction": question, "response": answer} for question, answer in long]
     _lines(root / "ise-uiuc/Magicoder-Evol-Instruct-110K/data-evol_instruct-decontaminated.jsonl", tasks)
 
 
