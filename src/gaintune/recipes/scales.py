@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaintune.config import MethodConfig, Plan, build_plan
+from gaintune.config import MethodConfig, Plan, TrainConfig, build_plan
 from gaintune.data import CATALOGUE, SUFFIXES, advice_on
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks import as_task
@@ -93,10 +93,25 @@ class ScaleSetup:
         methods = {"methods": settings["methods"]} if "methods" in settings else {}
         for over in (BUDGETS[self.scale], sections, {"data": data}, methods):
             values = laid_over(values, over)
-        if self.scale != "paper":  # a step's quantization is for the paper's large models
+        if self.scale == "paper":
+            values = self.with_fixed_updates(values)
+        else:  # a step's quantization is for the paper's large models
             values["model"].pop("quantization", None)
         values = laid_over(values, dict(self.overrides))
         return build_plan(values, origin)
+
+    def with_fixed_updates(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a plan's values with the rows of an update fixed: `train.effective_batch`, from the batch they name.
+
+        Neither other batches on a device nor more processes change them then. Overrides may give others.
+        """
+        train, given = values.get("train", {}), self.overrides.get("train", {})
+        if not isinstance(given, Mapping) or {"gradient_accumulation", "effective_batch"} & {*given}:
+            return dict(values)
+        default = TrainConfig.model_fields
+        batch, added = (train.get(key, default[key].default) for key in ("batch_size", "gradient_accumulation"))
+        kept = {key: value for key, value in train.items() if key != "gradient_accumulation"}
+        return {**values, "train": {**kept, "effective_batch": batch * added}}
 
     @property
     def benchmarks(self) -> list[str]:

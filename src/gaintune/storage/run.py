@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = 5.0  # seconds before a process that waits says so
 SAME_NUMBERS = ("model.device", "model.device_map", "train.gradient_checkpointing", "evaluate.batch_size")
-BATCHES = ("train.batch_size", "train.gradient_accumulation")
+BATCHES = ("train.batch_size", "train.gradient_accumulation", "train.effective_batch")
 """Keys of a plan that decide where and how fast a run computes, and change its numbers by rounding at most.
 
-Those of `BATCHES` do so while their product, the rows of an update, is the same. A run may continue with other values.
+Those of `BATCHES` do so while the rows of an update are the same. A run may continue with other values.
 """
 
 
@@ -270,7 +270,10 @@ def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[s
 
 
 def _rows_of_an_update(plan: Mapping[str, Any]) -> int | None:
-    values = [plan.get(section, {}).get(key) for section, _, key in (name.partition(".") for name in BATCHES)]
+    train = plan.get("train", {})
+    if train.get("effective_batch"):
+        return train["effective_batch"]
+    values = [train.get("batch_size"), train.get("gradient_accumulation")]
     return math.prod(values) if all(isinstance(value, int) for value in values) else None
 
 

@@ -175,6 +175,8 @@ class ClassificationStudy:
             values = laid_over(values, {key: over[key] for key in SECTIONS if key in over})
         values["data"] = {"task": "classify", "domains": [{"name": task, "source": self._sources[task]}]}
         values["methods"] = [options if rank is None else {**options, "rank": rank}]
+        if self._context.setup.scale == "paper":
+            values = self._context.setup.with_fixed_updates(values)
         values = laid_over(values, dict(self._context.setup.overrides))
         return build_plan(laid_over(values, {"train": {"seed": seed}}), self._context.origin)
 
