@@ -197,9 +197,16 @@ def test_a_run_with_results_continues_where_its_numbers_stay_the_same(tmp_path, 
 def test_a_key_with_values_of_its_own_is_one_key():
     maps = [{"model": {"device_map": {"model.layers.0": device}}} for device in (0, 1)]
     assert number_changes(*maps) == number_changes(maps[0], {"model": {}}) == []
-    assert number_changes({"model": {"device_mapped": 1}}, {"model": {}}) == [
-        "model.device_mapped: nothing there, 1 now"
-    ]
+    assert number_changes({"model": {"devices": 1}}, {"model": {}}) == ["model.devices: nothing there, 1 now"]
+
+
+@pytest.mark.parametrize("text", ["[]", "train: null", "train: {batch_size: x}"])
+def test_a_stored_plan_of_another_shape_is_another_plan(tmp_path, text):
+    with open_run(tmp_path / "run", as_plan({}), {}):
+        (tmp_path / "run" / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "plan.yaml").write_text(text)
+    with pytest.raises(RunDirectoryError, match="belongs to another plan"), open_run(tmp_path / "run", as_plan({}), {}):
+        pass
 
 
 def test_other_inputs_start_a_run_without_results_over_and_delete_nothing_of_others(tmp_path):

@@ -115,7 +115,9 @@ class Run:
         """Write inputs.json of a sequence, once; with other inputs a sequence without any result starts over."""
         path = self.folder / "inputs.json"
         changed = differences(json.loads(canonical_json(inputs)), read_json(path)) if path.exists() else []
-        if changed and self.writes and nothing_finished(self.folder):  # such as a broken base that was repaired
+        if changed and nothing_finished(self.folder):  # such as a broken base that was repaired
+            if not self.writes:  # the first process starts over
+                return
             start_over(self.folder, SEQUENCE, ("plan.yaml", "environment.json", "events.jsonl"))
             self.event("inputs changed", differences=changed, started_over=True)
         self.write_once("inputs.json", inputs, advice)
@@ -270,8 +272,9 @@ def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[s
 
 
 def _rows_of_an_update(plan: Mapping[str, Any]) -> int | None:
-    train = plan.get("train", {})
-    if train.get("effective_batch"):
+    train = plan.get("train") if isinstance(plan, Mapping) else None
+    train = train if isinstance(train, Mapping) else {}
+    if train.get("effective_batch") is not None:
         return train["effective_batch"]
     values = [train.get("batch_size"), train.get("gradient_accumulation")]
     return math.prod(values) if all(isinstance(value, int) for value in values) else None
