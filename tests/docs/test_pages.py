@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 
 from gaintune.cli import app
 from gaintune.models import checkpoints
-from gaintune.recipes import smoke
+from gaintune.recipes import recipe_named, smoke
 from gaintune.recipes.schema import read_recipe
 from gaintune.storage import assets
 from gaintune.workflows.sweep import read_grid
+from support.cli import run
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -164,6 +165,18 @@ def test_the_reference_is_current():
     spec.loader.exec_module(generate)
     stale = [page for page, make in generate.PAGES.items() if (generate.FOLDER / page).read_text("utf-8") != make()]
     assert not stale, f"run `make docs`: {stale}"
+
+
+def test_the_memory_of_one_experiment_is_what_its_page_and_the_command_say():
+    """Of all of them it would take minutes: `python docs/memory.py`."""
+    spec = importlib.util.spec_from_file_location("memory", DOCS / "memory.py")
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    rows = memory.rows(recipe_named("G8"))
+    page = memory.PAGE.read_text(encoding="utf-8").splitlines()
+    assert rows and [line for line in page if line.startswith("| G8 ")] == rows
+    words = rows[-1].rpartition(" | ")[2].removesuffix(" |")
+    assert words.endswith("fits 1 x 80GB") and words in run("recipe", "show", "G8", "--scale", "paper")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

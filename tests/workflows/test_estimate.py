@@ -69,7 +69,7 @@ def test_the_activations_are_the_tensors_that_autograd_keeps(mid, method):
     model = attach(base, MethodConfig.model_validate(method), seed=0)
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     ids = torch.randint(0, 257, (ROWS, LENGTH))
-    assert memory.activations == pytest.approx(saved_bytes(model, {"input_ids": ids, "labels": ids}), rel=0.05)
+    assert memory.activations == pytest.approx(saved_bytes(model, {"input_ids": ids, "labels": ids}), rel=0.01)
     assert memory.trained == (7 if method == "adalora" else 4) * trained
     if method != "full":
         assert memory.weights == pytest.approx(weights, rel=0.01)
@@ -211,6 +211,7 @@ def test_the_command_prints_a_table_json_and_single_refusals(mid):
     shown = printed(gaintune(*given, "--device-memory", "80GB", "--devices", 2))
     assert "trained state" in shown and "fits 2 x 80GB" in shown and "updates" in shown
     assert "80 is no amount" in refusal(gaintune(*given, "--device-memory", "80")).replace("'", "")
+    assert "only paper has estimates" in refusal(gaintune("recipe", "show", "G8", "--scale", "small"))
     assert "give one" in refusal(gaintune(*given, "--run", "x", "--tokens-per-second", 5))
     message = refusal(gaintune("estimate", "--model", "nobody/nothing-of-this-name"))
     assert "give the folder of the model's config.json with --config FOLDER" in message
