@@ -115,9 +115,8 @@ def _needs_of(recipe: Recipe, step: Step, setup: ScaleSetup) -> Iterator[HubNeed
     model = _model_of(recipe, step, setup)
     if model is not None and is_hub_id(model.name):
         yield HubNeed(model.name, "give a local folder: --set model.name=FOLDER", model)
-    for domain in setup.domains(
-        [*settings.get("domains", ()), *settings.get("watched", ()), *settings.get("texts", ())]
-    ):
+    texts = [*settings.get("domains", ()), *settings.get("watched", ()), *settings.get("texts", ())]
+    for domain in setup.domains(texts):
         source = CATALOGUE[domain["source"]].hub if domain["source"] in CATALOGUE else None
         if source is not None:
             yield HubNeed(
@@ -147,8 +146,10 @@ def _model_of(recipe: Recipe, step: Step, setup: ScaleSetup) -> ModelConfig | No
     settings = recipe.settings(step, setup.scale)
     if recipe.model == "none" or "of" in settings:
         return None
-    values = {**settings.get("model", {}), **setup.overrides.get("model", {})}
-    return ModelConfig.model_validate({"name": setup.base(settings.get("base")), **values})
+    named: dict[str, Any] = {"name": setup.base(settings.get("base"))}
+    for over in (settings.get("model"), setup.overrides.get("model")):  # the step's plan checks their other keys
+        named |= {key: str(over[key]) for key in ("name", "revision") if isinstance(over, Mapping) and over.get(key)}
+    return ModelConfig(**named)
 
 
 def _benchmarks(tasks: Sequence[Any], setup: ScaleSetup) -> Iterator[HubNeed]:
@@ -226,7 +227,10 @@ def _full_weights(recipe: Recipe, setup: ScaleSetup, found: Mapping[tuple[str, s
     for step in recipe.steps:
         settings, model = recipe.settings(step, setup.scale), _model_of(recipe, step, setup)
         weights = None if model is None else getattr(found.get(("model", model.name)), "safetensors", None)
-        fulls = sum(method["name"] == "full" for method in settings.get("methods", ()))
+        fulls = sum(
+            (method if isinstance(method, str) else method.get("name")) == "full"
+            for method in settings.get("methods", ())
+        )
         if fulls and weights and step.do in ("sequence", "separately", "answers", "classify"):
             stages = len(settings.get("domains", ())) or len(settings.get("tasks", ())) or 1
             kept += fulls * stages * len(settings.get("seeds", (0,))) * weights.total * FULL_WEIGHTS
