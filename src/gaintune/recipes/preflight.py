@@ -147,7 +147,8 @@ def _model_of(recipe: Recipe, step: Step, setup: ScaleSetup) -> ModelConfig | No
     if recipe.model == "none" or "of" in settings:
         return None
     named: dict[str, Any] = {"name": setup.base(settings.get("base"))}
-    for over in (settings.get("model"), setup.overrides.get("model")):  # the step's plan checks their other keys
+    own = setup.overrides.get(step.name, {})
+    for over in (settings.get("model"), setup.overrides.get("model"), own.get("model")):  # its plan checks other keys
         named |= {key: str(over[key]) for key in ("name", "revision") if isinstance(over, Mapping) and over.get(key)}
     return ModelConfig(**named)
 
