@@ -154,7 +154,9 @@ def test_gated_updates_are_scaled_with_their_gates_as_they_are(place):
     assert geometry.lengths == pytest.approx([update.norm().item() for update in updates], rel=1e-5)
 
 
-def test_what_spans_no_plane_is_refused(place):
+def test_what_spans_no_plane_is_refused(place, tmp_path):
+    branches = tiny_adapters.save(place / "base", tmp_path / "branches", MethodConfig(name="gainlora"))
+    refused(AdapterError, "of type GAINLORA has no weights to merge", way_of, [branches])
     refused(ConfigError, r"disel has gates.*spans no plane", way_of, [place / "lora", place / "disel"])
     assert way_of([place / "gain", place / "lora"]) == "weights"
     base = load_base(str(place / "base"), dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gaintune.adapters import absorb, adapter_method, add_adapter, attached, read_config
+from gaintune.adapters import absorb, adapter_method, add_adapter, attached, check_mergeable, read_config
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.models import Base
 from gaintune.tuners.gain import GainLayer
@@ -81,7 +81,10 @@ def _own_way(folder: Path) -> Way:
     if method.gates and beside:
         raise AdapterError(f"{folder}: weights saved beside gates ({beside[0]}) cannot be moved along with them")
     odd = method.line == "scale" and not _is_plain(LoraConfig.from_pretrained(str(folder)))
-    return "weights" if beside or odd else method.line
+    way = "weights" if beside or odd else method.line
+    if way == "weights":
+        check_mergeable(folder)
+    return way
 
 
 def _is_plain(config: Any) -> bool:
