@@ -166,11 +166,14 @@ class MethodConfig(Section):
     start_rows: int | None = Field(
         default=None, gt=0, description="lora-ga, corda, eva: training rows that the start is computed from; else 256"
     )
+    intruders: float | None = Field(
+        default=None, ge=0, le=1, description="lora, lora+: share of intruder dimensions that stays after a domain"
+    )
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave later keys out where they are not given: the files of a plan are those of versions without them."""
-        later = ("config", "start_rows")
+        later = ("config", "start_rows", "intruders")
         return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
     @model_validator(mode="before")
