@@ -105,7 +105,8 @@ def test_methods_fit_a_terminal_and_are_printed_as_json():
     shown = run("methods", columns=80)
     assert max(map(len, shown.splitlines())) <= 80
     entries = {each["name"]: each for each in json.loads(run("methods", "--json"))}
-    assert all(name in shown for name in entries) and entries["lora"]["options"] == ["alpha", "rank", "targets"]
+    assert all(name in shown for name in entries)
+    assert entries["lora"]["options"] == ["alpha", "intruders", "rank", "targets"]
     assert (entries["gain"]["lr"], entries["gain"]["peft_type"], entries["gain"]["merges"]) == (0.01, "GAIN", True)
     assert entries["full"]["peft_type"] is None
     assert not entries["disel"]["merges"] and not entries["osf"]["quantized_base"]

@@ -246,6 +246,33 @@ def test_osf_s_gradients_stay_out_of_the_preserved_directions(tiny, tmp_path, dt
             assert leaked.norm() < (1e-4 if dtype == "fp32" else 0.05) * gradient.norm(), (name, part)
 
 
+def test_intruder_dimensions_are_shrunk_after_training_as_in_float64(tiny, tmp_path):
+    share, rank, trained = 0.25, 4, {}
+    base = base_of(tiny, "fp32").model
+    for kept in (None, share):
+        method = MethodConfig(name="lora", rank=rank, lr=0.2, intruders=kept)
+        model = attach(base_of(tiny, "fp32").model, method, seed=0)
+        train(model, method, tmp_path / str(kept), steps=20)
+        assert set(model.peft_config) == {"default"} and trainable_parameters(model) == LAYERS * 2 * rank * D
+        layers = [layer.self_attn.o_proj for layer in model.base_model.model.model.layers]
+        trained[kept] = [layer.get_delta_weight("default").detach().double() for layer in layers]
+    intruders = 0
+    for layer, (plain, reduced) in enumerate(zip(trained[None], trained[share], strict=True)):
+        weight = base.model.layers[layer].self_attn.o_proj.weight.detach().double()
+        u, s, vh = torch.linalg.svd(weight + plain)
+        near = (u.T @ torch.linalg.svd(weight).U).abs().amax(dim=1)
+        odd = [index for index in range(10) if near[index] < 0.5]
+        intruders += len(odd)
+        wanted = plain - (1 - share) * (u[:, odd] * s[odd]) @ vh[odd]
+        u, s, vh = torch.linalg.svd(wanted)
+        expected = (u[:, :rank] * s[:rank]) @ vh[:rank] if odd else plain  # what the adapter's rank can hold of it
+        torch.testing.assert_close(reduced, expected, rtol=1e-3, atol=1e-3)
+    assert intruders
+    for other in ({"name": "dora"}, {"name": "lora", "config": {"use_dora": True}}):
+        with pytest.raises(ConfigError, match="has no option 'intruders'"):
+            check_method(MethodConfig(**other, intruders=0.5))
+
+
 def test_options_of_gates_reach_the_adapter_and_the_optimizer():
     options = {"rank": 4, "alpha": 3, "gate_bias": -7, "gate_lr_ratio": 2, "gate_rank": 2, "targets": ("o_proj",)}
     method = MethodConfig(name="disel", **options)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -255,6 +256,9 @@ class MethodConfig(Section):
     start_rows: Annotated[int | None, LATER] = Field(
         default=None, gt=0, description="lora-ga, corda, eva: training rows that the start is computed from; else 256"
     )
+    intruders: Annotated[float | None, LATER] = Field(
+        default=None, ge=0, le=1, description="lora, lora+: share of intruder dimensions that stays after a domain"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -464,13 +468,14 @@ class Plan(Section):
         return self
 
     @model_validator(mode="after")
-    def _best_without_penalty(self) -> Plan:
-        pulled = [method.label for method in self.methods if method.penalty is not None or method.renormalize]
-        if self.train.keep == "best" and pulled:
-            raise ValueError(
-                f"train.keep=best: {pulled[0]} has a penalty, which remembers the weights after the last update; leave "
-                "one of them out"
-            )
+    def _best_without_end(self) -> Plan:
+        if self.train.keep == "best":
+            for method, option in product(self.methods, ("penalty", "renormalize", "intruders")):
+                if getattr(method, option) is not None:
+                    raise ValueError(
+                        f"train.keep=best: {method.label} has {option}, which works on the weights after the last "
+                        "update; leave one of them out"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ _EXPECTED = (  # warnings of PEFT's and torch's about what is as it should be
     "fan_in_fan_out is set to False",  # PEFT then sets it
     "Full backward hook is firing",  # it counts LoRA-GA's passes all the same
     "lora with eva initialization used with low_cpu_mem_usage=False",
+    r"`init_lora_weights` is '\w+' but `\w+` is not specified. Using default",
 )
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 

@@ -21,7 +21,14 @@ from pydantic import ValidationError
 from gaintune.config import ANY_METHOD, MethodConfig
 from gaintune.errors import ConfigError
 from gaintune.methods.branches import BranchGrowth
-from gaintune.methods.rules import BudgetSchedule, GainWarnings, StagePosition, SubspaceProjection, TrainingRule
+from gaintune.methods.rules import (
+    BudgetSchedule,
+    GainWarnings,
+    IntruderReduction,
+    StagePosition,
+    SubspaceProjection,
+    TrainingRule,
+)
 from gaintune.methods.starts import FrozenStart, Start, corda, eva, lora_ga
 from gaintune.tuners import GATES
 
@@ -90,7 +97,7 @@ class Method:
     peft_type: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     rates: Callable[[MethodConfig], Mapping[str, float]] = lambda config: {}
-    rule: Callable[[MethodConfig, StagePosition], TrainingRule] | None = None
+    rule: Callable[[MethodConfig, StagePosition], TrainingRule | None] | None = None
     quantized: bool = True
     shared: bool = False
     merges: bool = True
@@ -127,6 +134,7 @@ _THIN = f"{_FROZEN}; two thin matrices a module (fp32)"
 _TARGETS = {"targets": "target_modules"}
 _RANKED = {"rank": "r", **_TARGETS}
 _LOW_RANK = {**_RANKED, "alpha": "lora_alpha"}
+_PLAIN = {**_LOW_RANK, "intruders": None}
 
 
 def _twice_the_rank(chosen: Mapping[str, Any]) -> float:
@@ -135,6 +143,10 @@ def _twice_the_rank(chosen: Mapping[str, Any]) -> float:
 
 _LORA = {"r": 1, "lora_alpha": _twice_the_rank, "target_modules": "output-projection"}
 _DISEL = {"r": 8, "lora_alpha": _twice_the_rank, "target_modules": "all-linear"}
+
+
+def _intruder_rule(config: MethodConfig, position: StagePosition) -> TrainingRule | None:
+    return None if config.intruders is None else IntruderReduction(config.intruders)
 
 
 def _gain(name: str, description: str, **settings: bool) -> Method:
@@ -183,11 +195,11 @@ _ENTRIES = (
     ),
     Method(
         "lora", "LoRA; by default rank 1 on the attention output projection",
-        0.01, _LOW_RANK, _THIN, "LORA", _LORA, line="scale",
+        0.01, _PLAIN, _THIN, "LORA", _LORA, rule=_intruder_rule, line="scale",
     ),
     Method(
         "lora+", "LoRA whose B trains faster than its A, by default 16 times",
-        0.002, {**_LOW_RANK, "lr_ratio": None}, _THIN, "LORA", _LORA,
+        0.002, {**_PLAIN, "lr_ratio": None}, _THIN, "LORA", _LORA, rule=_intruder_rule,
         rates=lambda config: {"lora_B": LORA_PLUS_RATIO if config.lr_ratio is None else config.lr_ratio}, line="scale",
     ),
     Method(
@@ -319,7 +331,8 @@ def configured_method(config: MethodConfig) -> Method:
     if like is None:
         return replace(chosen, line="weights")
     able = {name: getattr(like, name) for name in ("rule", "quantized", "shared", "factors", "line", "start")}
-    return replace(chosen, **able)  # it is another method's, as LoRA with `use_dora` is DoRA
+    options = {option: key for option, key in entry.options.items() if option != "intruders" or option in like.options}
+    return replace(chosen, options=options, **able)  # it is another method's, as LoRA with `use_dora` is DoRA
 
 
 def _entry_of_type(given: dict[str, Any], label: str) -> Method:

@@ -136,6 +136,34 @@ class SubspaceProjection(TrainingRule):
                     layer._attach_hooks(adapter)
 
 
+@dataclass
+class IntruderReduction(TrainingRule):
+    """Rule that shrinks intruder dimensions of LoRA after the last update, with PEFT's function for it.
+
+    These are singular directions of the adapted weight that none of the pretrained weight's resembles. They come with
+    forgetting (Shuttleworth et al. 2024, arXiv 2410.21228).
+
+    Args:
+        share: the share of them that stays.
+    """
+
+    share: float
+
+    def finish(self, model: nn.Module, stage_data: StageData) -> None:
+        """Put the adapter that PEFT makes without them in the place of the trained one."""
+        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+        adapted, trained, reduced = cast(Any, model), "default", "reduced"
+        reduce_intruder_dimension(adapted, trained, reduced, mitigation_lambda=self.share, logging_sink=None)
+        with torch.no_grad():
+            for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+                for factor in (layer.lora_A, layer.lora_B):
+                    cast(Any, factor[trained]).weight.copy_(cast(Any, factor[reduced]).weight)
+        adapted.set_adapter(trained)
+        adapted.delete_adapter(reduced)
+
+
 STATE = "adalora.safetensors"  # in a checkpoint and beside an adapter: what the rank allocator remembers
 ORTHOGONALITY = 0.1  # weight of the orthogonality term unless a plan gives one
 WARM_UP, FINAL, ALLOCATIONS = 0.1, 0.3, 100  # shares of all updates, and how often the budget may fall

@@ -103,7 +103,8 @@ def run_sequence(
 def _check_stream(plan: Plan, methods: Sequence[PreparedMethod]) -> None:
     """Refuse what acts at the border of two domains, which a stream has not."""
     for method in methods:
-        options = [option for option in ("penalty", "replay", "renormalize") if getattr(method.config, option)]
+        acting = {"penalty": None, "replay": 0.0, "renormalize": None, "intruders": None}  # each, where it does not act
+        options = [option for option, idle in acting.items() if getattr(method.config, option) != idle]
         if options or method.entry.borders:
             what = options[0] if options else "its new branch"
             advice = f"leave {options[0]} or data.stream (--stream) out" if options else "leave data.stream out"
