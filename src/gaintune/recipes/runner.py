@@ -151,11 +151,11 @@ def run_recipe(
     before = _take(folder, identity)
     try:
         setup = ScaleSetup.make(scale, recipe.model, data, given, folder / "world")
-        if before is None:
-            check_hub(recipe, setup, folder)
         session = _Session(recipe, folder, setup, allow_code_execution, workers, progress or Silent())
         expected = _check(session)
-        if before is not None and before != given:
+        if before is None:
+            check_hub(recipe, setup, folder)
+        elif before != given:
             _check_finished(session, expected, replace(setup, overrides=before))
             write_json(folder / RECORD, identity)
     except GaintuneError:
