@@ -29,7 +29,7 @@ def test_a_marked_field_is_an_option_of_every_command_that_takes_its_section():
     """
     tests = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tests.parent)
-    assert json.loads(done.stdout) == ["sequence", "adapt"]
+    assert json.loads(done.stdout) == ["sequence", "adapt", "estimate"]
     assert not any(o.opts == ["--clip"] for each in COMMANDS.values() for o in each.params)
 
 

@@ -137,8 +137,9 @@ def adapt(
     plan_argument=True,
     examples="""\
 gaintune estimate plan.yaml --devices 8 --device-memory 80GB
-gaintune estimate --model meta-llama/Llama-2-7b-hf --method lora:rank=64,targets=all-linear --device-memory 80GB
-gaintune estimate --model my/model --config FOLDER --tokens-per-second 900 --json""",
+gaintune estimate --model Qwen/Qwen2.5-7B --method disel --device-memory 80GB
+gaintune estimate --model my/model --config FOLDER --json
+gaintune estimate plan.yaml --tokens-per-second 900""",
 )
 def estimate(
     plan: Plan,
@@ -149,13 +150,13 @@ def estimate(
     devices: Annotated[
         int,
         typer.Option(
-            min=1, help="Devices, a process each, or one process with model.device_map=auto.", rich_help_panel="Devices"
+            min=1, help="Devices, a process each, or one process with model.device_map=auto.", rich_help_panel="Device"
         ),
     ] = 1,
     device_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory of each, such as 80GB; they are GPUs then. Else this machine.", rich_help_panel="Devices"
+            help="Memory of each, such as 80GB; they are GPUs then. Else this machine.", rich_help_panel="Device"
         ),
     ] = None,
     tokens_per_second: Annotated[
@@ -166,7 +167,7 @@ def estimate(
         bool, typer.Option("--json", help="Print bytes and seconds as JSON.", rich_help_panel="Output")
     ] = False,
 ) -> None:
-    """Estimate memory and time of a plan, from its model's config alone; nothing is loaded.
+    """Estimate memory and time of a plan from its model's config alone.
 
     Memory is that of each device, in GB of 10^9 bytes. A GPU counts as full at 92 %: its context and the gaps between
     tensors take the rest. Time is that of training alone.
