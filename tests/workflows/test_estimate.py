@@ -9,7 +9,7 @@ import transformers
 
 import gaintune.workflows.estimate as estimating
 from gaintune.config import MethodConfig
-from gaintune.errors import ConfigError
+from gaintune.errors import ConfigError, DivergedError
 from gaintune.methods import attach
 from gaintune.models import NextTokenLoss
 from gaintune.storage import read_json
@@ -187,6 +187,19 @@ def test_training_that_cannot_fit_is_refused_before_anything_is_loaded(mid, tmp_
         assert not (tmp_path / "out").exists()
     monkeypatch.setattr(estimating, "device_memory", lambda model: 10**9)
     assert adapt(values, tmp_path / "out").steps > 0
+
+
+def test_a_method_that_cannot_fit_may_be_passed_over_where_others_fit(mid, tmp_path, monkeypatch):
+    values = tiny_domains.of(tiny_domains.plan(mid, tmp_path), "prose", methods=["gain", "full"])
+    gain, full = (method.memory.peak for method in estimate_plan(values).methods)
+    monkeypatch.setattr(estimating, "device_memory", lambda model: (gain + full) // 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused(ConfigError, "method 'full' takes about", run_sequence, values, tmp_path / "refused")
+    with pytest.raises(DivergedError, match="method 'full' takes about") as error:
+        run_sequence(values, tmp_path / "out", pass_over_unfit=True)
+    assert (list(error.value.methods), error.value.finished) == (["full"], 1)
+    written = read_json(tmp_path / "out" / "matrix.json")["methods"]
+    assert {method["label"]: len(method["stages"]) for method in written} == {"gain": 1, "full": 0}
 
 
 def test_time_is_that_of_a_pace_or_of_a_finished_run(mid, tmp_path):

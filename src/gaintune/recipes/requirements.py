@@ -65,6 +65,8 @@ def _says(plan: Plan) -> str:
     """Say how a plan with one method fits: as it is, with settings, or not at all."""
     tried: list[tuple[int, MethodEstimate]] = []
     for devices in DEVICES:
+        if plan.train.effective_batch and plan.train.effective_batch % (devices * plan.train.batch_size) and tried:
+            break  # as many processes would change the rows of an update
         (found,) = estimate_plan(plan, devices=devices, device_memory=read_bytes(DEVICE)).methods
         if found.fits and devices == 1:
             return f"{in_gb(found.memory.peak)}, fits 1 x {DEVICE}"

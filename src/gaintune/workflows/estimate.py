@@ -213,29 +213,38 @@ def _rows(plan: Plan, method: MethodConfig) -> list[int]:
 def require_memory(plan: Plan) -> None:
     """Refuse training that cannot fit the CUDA devices of this process, before anything is loaded.
 
-    Where a model defeats the estimate, nothing is refused.
-
     Raises:
-        ConfigError: the numbers of the method that does not fit, and what to set.
+        ConfigError: the numbers of the first method that does not fit, and what to set.
+    """
+    for reason in unfit_methods(plan).values():
+        raise ConfigError(reason)
+
+
+def unfit_methods(plan: Plan) -> dict[str, str]:
+    """Return the methods that cannot fit the CUDA devices of this process, each with the numbers and what to set.
+
+    There are none on a CPU, and none where a model defeats the estimate.
     """
     memory = device_memory(plan.model)
     if memory is None:
-        return
+        return {}
     devices = torch.cuda.device_count() if plan.model.device_map else process_count()
     try:
         found = estimate_plan(plan, devices=max(1, devices), device_memory=memory)
     except Exception as error:  # config classes, remote code and operators without shapes each have their own
         logger.info("the memory of %s is not estimated: %s", plan.model.name, one_line(error)[:300])
-        return
+        return {}
+    unfit = {}
     for method in found.methods:
         if method.memory.peak > memory:
             parts = {"weights": method.memory.weights, "trained state": method.memory.trained}
             parts |= {"activations": method.memory.activations, "loss": method.memory.loss}
             listed = ", ".join(f"{name} {in_gb(size)}" for name, size in parts.items())
-            raise ConfigError(
+            unfit[method.label] = (
                 f"method {method.label!r} takes about {in_gb(method.memory.peak)} on a device of {in_gb(memory)} "
                 f"({listed}): {method.advice}"
             )
+    return unfit
 
 
 def device_memory(model: ModelConfig) -> int | None:

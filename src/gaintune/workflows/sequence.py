@@ -30,7 +30,7 @@ from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, r
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
 from gaintune.training import Snapshots, TrainedStage, count_updates, newest_checkpoint, train_stage
-from gaintune.workflows.estimate import require_memory
+from gaintune.workflows.estimate import unfit_methods
 from gaintune.workflows.snapshots import best_snapshot
 
 
@@ -40,6 +40,7 @@ def run_sequence(
     *,
     progress: Progress | None = None,
     base_losses: BaseLosses | None = None,
+    pass_over_unfit: bool = False,
 ) -> Matrix:
     """Adapt to every domain in order with each method, and measure every domain after every stage.
 
@@ -55,12 +56,15 @@ def run_sequence(
         run: the run directory; created if it is missing.
         progress: progress display.
         base_losses: the base's losses, shared by several runs over the same base and texts.
+        pass_over_unfit: whether a method that cannot fit the device is passed over, and named in the error at the end,
+            where others fit.
 
     Returns:
         The numbers of matrix.json.
 
     Raises:
-        DivergedError: methods that diverged, once all others are finished; matrix.json holds what was measured.
+        DivergedError: methods that diverged or were passed over, once all others are finished; matrix.json holds what
+            was measured.
         GaintuneError: bad input, a run directory of another plan, or training that had to stop; see each subclass.
     """
     plan = read_plan(plan)
@@ -72,7 +76,9 @@ def run_sequence(
     methods = [prepare_method(method, plan.model, plan.train) for method in plan.methods]
     if plan.data.stream:
         _check_stream(plan, methods)
-    require_memory(plan)
+    unfit = unfit_methods(plan)
+    if unfit and (not pass_over_unfit or len(unfit) == len(methods)):
+        raise ConfigError(next(iter(unfit.values())))
     shown, device = progress or Silent(), resolve_device(plan.model.device)
     environment = storage.describe_environment(device)
     with storage.open_run(Path(run), plan.model_dump(mode="json"), environment, cpu=device.type == "cpu") as directory:
@@ -83,6 +89,9 @@ def run_sequence(
         sequences = [_Sequence(plan, directory, domains, fingerprint, shown, method, base_losses) for method in methods]
         diverged: dict[str, str] = {}
         for sequence in sequences:
+            if sequence.label in unfit:
+                diverged[sequence.label] = unfit[sequence.label]
+                continue
             try:
                 sequence.run(after_stage=lambda: _write_matrix(directory, sequences))
             except DivergedError as error:

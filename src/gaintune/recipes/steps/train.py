@@ -95,7 +95,7 @@ def train(plan: Plan, folder: Path, context: Context) -> tuple[Matrix, StepOutco
         DivergedError: every method diverged, or one of several processes did.
     """
     try:
-        matrix, diverged = run_sequence(plan, folder, progress=context.progress), {}
+        matrix, diverged = run_sequence(plan, folder, progress=context.progress, pass_over_unfit=True), {}
     except DivergedError as error:
         if not error.finished:
             raise
@@ -135,7 +135,7 @@ def _paired(matrix: Matrix, pairs: Sequence[tuple[str, ...]], plan: Plan, folder
 
 
 def _notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(f"{label} diverged, and claims about it are undecided: {why}" for label, why in diverged.items())
+    return tuple(f"{label} did not finish, and claims about it are undecided: {why}" for label, why in diverged.items())
 
 
 def shortages(plan: Plan, run: Path) -> tuple[str, ...]:
