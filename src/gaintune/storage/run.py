@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -276,8 +275,8 @@ def _rows_of_an_update(plan: Mapping[str, Any]) -> int | None:
     train = train if isinstance(train, Mapping) else {}
     if train.get("effective_batch") is not None:
         return train["effective_batch"]
-    values = [train.get("batch_size"), train.get("gradient_accumulation")]
-    return math.prod(values) if all(isinstance(value, int) for value in values) else None
+    batch, added = train.get("batch_size"), train.get("gradient_accumulation")
+    return batch * added if isinstance(batch, int) and isinstance(added, int) else None
 
 
 HASH = re.compile(r"[0-9a-f]{40,}")
