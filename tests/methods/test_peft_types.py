@@ -29,6 +29,13 @@ def method(text: str) -> MethodConfig:
     return MethodConfig.model_validate(parse_method(text))
 
 
+@pytest.mark.filterwarnings(  # what PEFT's own types say of this base and this machine, and torch of FROD's products
+    "ignore:Detected that the base layer has no bias term:UserWarning",
+    "ignore:Failed to load the CUDA extension:UserWarning",
+    "ignore:Setting boft_n_butterfly_factor to 1:UserWarning",
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning",
+    "ignore:Unsupported layer type:UserWarning",
+)
 @pytest.mark.parametrize("kind", peft_types.TYPES)
 def test_a_type_trains_or_is_refused_in_one_sentence(tiny, tmp_path, caplog, kind):
     with caplog.at_level(logging.WARNING):

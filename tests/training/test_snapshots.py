@@ -168,7 +168,7 @@ def test_the_classifier_with_the_highest_accuracy_is_kept(tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"train": {"keep": "best"}}, "set snapshot_steps"),
-    ({"train": {"keep": "best", "snapshot_steps": 2}, "methods": [{"name": "lora", "penalty": "l2"}]}, "has a penalty"),
+    ({"train": {"keep": "best", "snapshot_steps": 2}, "methods": [{"name": "lora", "penalty": "l2"}]}, "has penalty"),
 ])  # fmt: skip
 def test_a_best_snapshot_that_cannot_be_is_refused(changes, message):
     refused(ConfigError, message, build_plan, changes)

@@ -141,6 +141,7 @@ def test_in_bf16_values_train_in_float32_and_the_update_has_two_digits():
     assert model(x).dtype == torch.bfloat16 and (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")  # by this test
 def test_active_adapters_add_up_and_an_inactive_one_is_frozen():
     model = svft(linear())
     model.add_adapter("other", SvftConfig(off_diagonals=1))
@@ -165,6 +166,8 @@ def test_active_adapters_add_up_and_an_inactive_one_is_frozen():
     torch.testing.assert_close(model(x), base + updates[0])
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_what_cannot_be_adapted_is_refused():
     refused(
         UnsupportedModuleError,
