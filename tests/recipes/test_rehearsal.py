@@ -19,7 +19,7 @@ from support.rehearsal import Shell
 ON_CPU = ("model.dtype=fp32", "model.device=cpu", "model.quantization=null")  # its 4-bit weights change when measured
 HERE = tuple(word for value in (*ON_CPU, "evaluate.bootstrap_samples=50") for word in ("--set", value))
 REPEATED = ("seeds", "rates", "ranks")
-LONG = ("G2", "G11", "G14", "G16", "G19", "D2", "D3", "D5")  # `make test-paper` runs these
+LONG = ("G2", "G3", "G11", "G12", "G14", "G16", "G19", "D2", "D3", "D4", "D5")  # `make test-paper` runs these
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in recipes()]
 
 
