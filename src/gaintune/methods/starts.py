@@ -102,7 +102,8 @@ def lora_ga(model: Any, config: LoraConfig, data: StartRows | None) -> PeftModel
     """Start at the main directions of each weight's gradient (arXiv 2407.05000)."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    loss = NextTokenLoss(model) if model.get_output_embeddings() is not None else None
+    # without rows there may be no numbers either, and the loss compares logits
+    loss = None if data is None or model.get_output_embeddings() is None else NextTokenLoss(model)
 
     def step() -> None:
         for batch in data.batches(1, model.device) if data else ():

@@ -305,6 +305,9 @@ class _Case:
     processes: int
     spread: int
 
+    def __hash__(self) -> int:
+        return hash(repr(self))  # a method's `config` is a dictionary, which has no hash of its own
+
     @classmethod
     def of_plan(cls, plan: Plan, config: MethodConfig, devices: int, *, gpu: bool, architecture: str | None) -> _Case:
         method = prepare_method(config, plan.model, plan.train)
