@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--only "demo, lora"]
 
-Measured is the peak of resident memory from just before the model is loaded to the end of `gaintune.adapt`, less what
-was resident before. Everything that training imports is loaded by a run on a tiny model first. The peak while the
-weights are read is not the estimate's concern: the count starts again when they are there. Set MALLOC_ARENA_MAX=1 and
-MALLOC_TRIM_THRESHOLD_=0, so that memory that was freed is not counted.
+"Measured" is the peak of resident memory until `gaintune.adapt` ends, less what was resident before the model was
+loaded. A run on a tiny model first loads everything that training imports. The estimate leaves out the peak while
+weights are read, so the count starts again when they are there. Each case runs with MALLOC_ARENA_MAX=1 and
+MALLOC_TRIM_THRESHOLD_=0, so that freed memory is not counted.
 """
 
 from __future__ import annotations
@@ -93,26 +93,26 @@ def main() -> None:
     """Measure every case, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of the names of the cases to measure")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "MODEL"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    parser.add_argument("--case", nargs=2, metavar=("CASE", "MODEL"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if asked.one:
-            case, model = asked.one
+        if arguments.case:
+            case, model = arguments.case
             print(json.dumps(measure(case, model, folder)))
             return
         rows = []
         for case, (base, *_) in CASES.items():
-            if asked.only not in case:
+            if arguments.only not in case:
                 continue
             model = str(wide(folder / "wide")) if base == "wide" else base
-            command = [sys.executable, __file__, "--one", case, model]
+            command = [sys.executable, __file__, "--case", case, model]
             done = subprocess.run(
                 command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
             )
-            found = json.loads(done.stdout.splitlines()[-1])
-            ratio = found["estimate"] / found["measured"] - 1
-            rows.append([case, f"{found['estimate'] / 1e9:.2f}", f"{found['measured'] / 1e9:.2f}", f"{ratio:+.0%}"])
+            size = json.loads(done.stdout.splitlines()[-1])
+            ratio = size["estimate"] / size["measured"] - 1
+            rows.append([case, f"{size['estimate'] / 1e9:.2f}", f"{size['measured'] / 1e9:.2f}", f"{ratio:+.0%}"])
             print(rows[-1], file=sys.stderr)
     print(markdown(["case", "estimate, GB", "measured, GB", "difference"], rows))
     print(provenance(demo_base()))

@@ -75,8 +75,8 @@ def test_a_broken_base_costs_its_step_and_a_repaired_one_gives_it_back(spoil, re
     whole = shutil.copytree(base, tmp_path / "whole")
     spoil(base)
 
-    told = refusal(command(made, tmp_path), code=1).partition("error:")[2]
-    assert "1 step failed" in told and "second: " in told and reason in told
+    message = refusal(command(made, tmp_path), code=1).partition("error:")[2]
+    assert "1 step failed" in message and "second: " in message and reason in message
     written = json.loads((folder / "results.json").read_text())
     assert list(written["failed"]) == ["second"] and reason in written["failed"]["second"]
     assert [claim["verdict"] for claim in written["claims"]] == ["reproduced", *["undecided"] * 2, "reproduced"]
@@ -85,7 +85,7 @@ def test_a_broken_base_costs_its_step_and_a_repaired_one_gives_it_back(spoil, re
     assert "Failed: second." in (folder / "results.md").read_text()
 
     kept, results = work(folder), (folder / "results.json").read_bytes()
-    assert refusal(command(made, tmp_path), code=1).endswith(told)
+    assert refusal(command(made, tmp_path), code=1).endswith(message)
     assert (folder / "results.json").read_bytes() == results
     assert work(folder) == kept
     assert (folder / "first" / "events.jsonl").read_text().count("learnt") == 1
@@ -122,8 +122,8 @@ def test_keys_that_change_finished_numbers_are_refused_and_nothing_is_lost(base,
         (("--set", "third.model.quantization=4bit"), "step third holds finished work"),
         (("--set", "train.batch_size=2"), "train.batch_size: 4 there, 2 now"),
     ):
-        told = refusal(command(made, tmp_path, *options))
-        assert words in told and "name another folder, or delete " in told
+        message = refusal(command(made, tmp_path, *options))
+        assert words in message and "name another folder, or delete " in message
         assert contents(tmp_path / "run") == before
 
 

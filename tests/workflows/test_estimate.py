@@ -154,7 +154,7 @@ LORA64 = {"name": "lora", "rank": 64, "targets": "all-linear"}
 GPU = {"data": {"domains": ["law"], "train_tokens": 1_000_000, "block_size": 512}, "train": {"batch_size": 64}}
 
 
-def test_what_does_not_fit_is_told_what_to_set_and_then_fits():
+def test_what_does_not_fit_gets_advice_and_then_fits():
     values = {"model": {"name": SEVEN}, "methods": [LORA64], **GPU}
     (found,) = estimate_plan(values, devices=8, device_memory=80 * 10**9).methods
     assert not found.fits and found.settings == {"train.batch_size": 8, "train.effective_batch": 64}

@@ -46,7 +46,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print the cata
         "every method: lr, label, penalty=l2 or ewc with penalty_strength\n"
         "(and ewc_rows), replay=RATIO; as --method lora:rank=16,lr=2e-4\n"
         "gains, ia3, lora and lora+: renormalize=SHARE, in a sequence\n"
-        "and any type and field of PEFT's: peft:RANDLORA:r=8, lora:use_rslora=true"
+        "any type and field of PEFT: peft:RANDLORA:r=8, lora:use_rslora=true"
     )
 
 

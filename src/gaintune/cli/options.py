@@ -129,7 +129,7 @@ class Given:
 def parse_method(text: str) -> dict[str, Any]:
     """Read `lora:rank=16,targets=q_proj+v_proj`, or `peft:RANDLORA:r=8`, as the fields of a method.
 
-    What is no field of a plan's method is one of PEFT's configuration, and read as YAML.
+    A key that is no option of a plan's method is a field of PEFT's configuration. Its value is read as YAML.
     """
     name, _, options = text.partition(":")
     fields: dict[str, Any] = {}

@@ -42,7 +42,7 @@ def list_() -> None:
 )
 def show(
     name: Name,
-    scale: Annotated[str | None, typer.Option(help="paper adds the memory that its training steps take.")] = None,
+    scale: Annotated[str | None, typer.Option(help="With paper: also the memory that its training steps take.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Look up what scale paper reads from the Hub, and the room on the disk.")
     ] = False,
@@ -113,7 +113,7 @@ def run(
     ] = "small",
     data: Annotated[Path | None, typer.Option(help="Folder of local copies under the papers' names.")] = None,
     models: Annotated[
-        str | None, typer.Option(help="Which of its models to run, such as mistral-7b,llama-2-13b; all unless given.")
+        str | None, typer.Option(help="Models of the recipe to run, such as mistral-7b,llama-2-13b; all unless given.")
     ] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs that a model wrote (HumanEval), with limits.")
@@ -128,13 +128,16 @@ def run(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="Of sweeps: loky (processes here), ray, dask, sequential. [default: loky for several jobs]"),
+        typer.Option(
+            help="Where sweeps run: loky (processes here), ray, dask, sequential. [default: loky for several jobs]"
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs of a sweep at a time; each gets its share of the cores.")] = 1,
 ) -> None:
     """Run one experiment, and write its tables, figures, and a verdict on every claim.
 
-    A step that fails does not stop the others. Ends with exit code 1 then, and the same command tries it again.
+    A step that fails does not stop the others. The command then ends with exit code 1, and running it again tries the
+    step again.
     """
     from gaintune.recipes import recipe_named
 

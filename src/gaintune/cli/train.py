@@ -156,7 +156,8 @@ def estimate(
     device_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory of each, such as 80GB; they are GPUs then. Else this machine.", rich_help_panel="Device"
+            help="Memory of each device, such as 80GB, which then counts as a GPU; else this machine's.",
+            rich_help_panel="Device",
         ),
     ] = None,
     tokens_per_second: Annotated[
@@ -179,17 +180,18 @@ def estimate(
         refuse("and --run both give a pace: give one", ["tokens_per_second"])
     size = None if device_memory is None else read_bytes(device_memory)
     pace = tokens_per_second if run is None else read_pace(run)
-    found = estimate_plan(plan, devices=devices, device_memory=size, architecture=config, tokens_per_second=pace)
+    estimated = estimate_plan(plan, devices=devices, device_memory=size, architecture=config, tokens_per_second=pace)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        typer.echo(json.dumps(estimated.to_dict(), indent=1))
         return
     heads = ["method", *MEMORY_COLUMNS, *([] if size is None else [f"fits {devices} x {device_memory}"])]
     rows = []
-    for method in found.methods:
+    for method in estimated.methods:
         sizes = [in_gb(getattr(method.memory, name)) for name in MEMORY_COLUMNS.values()]
         rows.append([method.label, *sizes, *([] if size is None else ["yes" if method.fits else "no"])])
-    out.print(table(f"{found.model}, memory of each device", heads, rows, numeric=range(1, 1 + len(MEMORY_COLUMNS))))
-    for method in found.methods:
+    title, numeric = f"{estimated.model}, memory of each device", range(1, 1 + len(MEMORY_COLUMNS))
+    out.print(table(title, heads, rows, numeric=numeric))
+    for method in estimated.methods:
         if method.advice:
             say(f"{method.label}: {method.advice}")
         took = "" if method.seconds is None else f", {_duration(method.seconds)}"
@@ -197,7 +199,7 @@ def estimate(
 
 
 def _duration(seconds: float) -> str:
-    """Write a time in the largest unit that it has one of."""
+    """Write a time in the largest unit that it fills once."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"

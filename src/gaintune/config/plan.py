@@ -29,7 +29,7 @@ from gaintune.errors import ConfigError
 from gaintune.storage import as_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-ANY_METHOD = "peft"  # the method of any type of PEFT's, which its `config` names
+ANY_METHOD = "peft"  # the method that trains any PEFT type, which its `config` names
 OTHER_WORDS = {  # names that other libraries give to our keys
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "report_to": "trackers",
     "per_device_train_batch_size": "batch_size", "per_device_eval_batch_size": "batch_size", "r": "rank",
@@ -66,7 +66,7 @@ def _plain(value: str, info: ValidationInfo) -> str:
 Name = Annotated[str, AfterValidator(_plain)]
 
 
-LATER = "later"  # marks a key that stored plans lack where it has its default, as plans of earlier versions do
+LATER = "later"  # marks a key that is not stored at its default, so that plans of earlier versions stay the same
 
 
 class Section(BaseModel):
@@ -82,8 +82,8 @@ class Section(BaseModel):
             for key, field in type(self).model_fields.items()
             if LATER in field.metadata
         }
-        plain = [key for key, default in defaults.items() if getattr(self, key) == default]
-        return {key: value for key, value in handler(self).items() if key not in plain}
+        left_out = [key for key, default in defaults.items() if getattr(self, key) == default]
+        return {key: value for key, value in handler(self).items() if key not in left_out}
 
 
 class ModelConfig(Section):
@@ -161,7 +161,7 @@ class TrainConfig(Section):
         return self
 
     def accumulation(self, processes: int = 1) -> int:
-        """Return how many forward passes each of some processes adds up before an update.
+        """Return how many forward passes each process adds up before an update.
 
         Raises:
             ConfigError: the effective batch is no multiple of the rows of all processes' forward passes.
@@ -590,7 +590,7 @@ def read_plan(plan: Plan | Mapping[str, Any] | str | Path) -> Plan:
 
 
 def read_value(text: str, origin: str) -> Any:
-    """Read a value of the command line as YAML; a ConfigError for another text begins with `origin`."""
+    """Read a value of the command line as YAML; `origin` begins the ConfigError for a text that is none."""
     try:
         value = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:

@@ -235,10 +235,10 @@ class Stream:
     """Rows of several domains in the order in which they are trained on.
 
     Attributes:
-        rows: the rows of all domains, under each other.
-        order: number in `rows` of each row that is trained on, int64 `(trained rows,)`; a row stands there once a pass.
-        domains: number of the domain of each of these, int64 `(trained rows,)`.
-        ends: after how many trained rows each domain's share has ended.
+        rows: the rows of all domains, one domain after another.
+        order: index into `rows` of each trained row, in order, int64 `(trained rows,)`; a row stands there once a pass.
+        domains: index of the domain of each trained row, int64 `(trained rows,)`.
+        ends: how many rows are trained on when each domain's share has ended.
     """
 
     rows: Examples
@@ -281,15 +281,12 @@ def blend_domains(domains: Sequence[Examples], *, passes: int, blend: float, see
     first = 0
     for number, domain in enumerate(domains):
         shuffled = [
-            torch.randperm(len(domain), generator=_seeded(seed + number_of_pass)) for number_of_pass in range(passes)
+            torch.randperm(len(domain), generator=torch.Generator().manual_seed(seed + epoch))
+            for epoch in range(passes)
         ]
         order[numbers == number] = first + torch.cat(shuffled)
         first += len(domain)
     return Stream(_joined(domains), order, numbers, tuple(ends))
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:

@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 COMMON = frozenset({
     "name", "label", "lr", "penalty", "penalty_strength", "ewc_rows", "replay", "renormalize"
 })  # fmt: skip
-"""Options that are not the method's own; few methods have nothing that `renormalize` pulls."""
+"""Options of every method; `renormalize` is refused where nothing can be pulled."""
 TRAINING_OPTIONS = frozenset({"lr_ratio", "gate_lr", "gate_lr_ratio", "orthogonality"})
 """Options that are free to change from domain to domain."""
-_EXPECTED = (  # warnings of PEFT's and torch's about what is as it should be
+_EXPECTED = (  # warnings of PEFT and torch about what is as it should be
     "fan_in_fan_out is set to False",  # PEFT then sets it
     "Full backward hook is firing",  # it counts LoRA-GA's passes all the same
     "lora with eva initialization used with low_cpu_mem_usage=False",
@@ -66,7 +66,7 @@ def check_method(config: MethodConfig) -> Method:
 
 @contextlib.contextmanager
 def _in_words_of_peft(config: MethodConfig) -> Iterator[None]:
-    """Raise ConfigError for an error of PEFT's: any where a plan gives fields of its own, else one of values."""
+    """Turn PEFT's errors into ConfigError: all of them where a plan gives fields of PEFT, else those about values."""
     with warnings.catch_warnings():
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=message)
@@ -193,7 +193,7 @@ def attach(
         head: names of the modules of a new head, trained whole and saved with the adapter.
         rows: training rows, for a method whose start is computed from them.
         collate: function from rows to a batch; default: stack rows of one length.
-        shapes_only: neither compute a start from rows nor look at the first output, for a model without numbers.
+        shapes_only: neither compute a start from rows nor check the first output, for a model without numbers.
 
     Returns:
         A `PeftModel`, or the model itself where every weight trains.
@@ -250,7 +250,7 @@ def _probe_start(model: PeftModel, before: torch.Tensor, config: MethodConfig, *
 def peft_config(method: Method, model: PreTrainedModel | None, config: MethodConfig) -> PeftConfig:
     """Make PEFT's configuration: the settings of the catalogue's entry, with the plan's options laid over them.
 
-    Without a model, "output-projection" and "kappa" stay words, for a check of the values.
+    Without a model, which is enough to check values, "output-projection" and "kappa" are not resolved.
     """
     options = ((key, getattr(config, option)) for option, key in method.options.items() if key)
     given = {key: value for key, value in options if value is not None}

@@ -25,7 +25,7 @@ class BranchGrowth(TrainingRule):
 
     After a domain, the directions that hold most of the energy of its inputs are added to those of the domains before
     (`GainloraConfig.shut` says how much). The next domain's gates begin orthogonal to them, and are projected again
-    after every update: AdamW rescales gradients, so that projecting these would not do.
+    after every update: AdamW rescales gradients, so projecting the gradients would not be enough.
 
     Args:
         config: the method.

@@ -35,7 +35,7 @@ from gaintune.tuners import GATES
 LORA_PLUS_RATIO = 16.0
 ADALORA_START = 1.5  # PEFT's proportion of the rank at the start to the average one at the end, 12 to 8
 
-ANY_LR = 0.002  # the rate of a type of PEFT's that the catalogue has no entry for
+ANY_LR = 0.002  # the rate of a PEFT type that the catalogue has no entry for
 _OPTIONS_BY_FIELD = (("rank", "r"), ("alpha", "alpha"), ("alpha", "lora_alpha"), ("targets", "target_modules"))
 _OF_A_RUN = ("total_step",)  # what PEFT refuses to be without, and only a run's schedule knows
 _VIRTUAL_TOKENS = "trains virtual tokens before a text, and rows of packed texts have no place for them"
@@ -306,11 +306,11 @@ def get_method(name: str) -> Method:
 def configured_method(config: MethodConfig) -> Method:
     """Return a method's entry with the fields that a plan gives of PEFT's configuration laid over its settings.
 
-    A type of PEFT's takes the rule, rate and abilities of the catalogue's entry for it, if there is one, and PEFT's own
-    settings. Nothing is loaded.
+    A type of PEFT has PEFT's own settings. If the catalogue has an entry for it, rule, rate and abilities are those of
+    the entry. Nothing is loaded.
 
     Raises:
-        ConfigError: no such method, type or field; a field that is an option's, or decided here.
+        ConfigError: no such method, type or field; a field that an option sets, or that is decided here.
     """
     given = dict(config.config or {})
     entry = _entry_of_type(given, config.label) if config.name == ANY_METHOD else get_method(config.name)
@@ -336,7 +336,7 @@ def configured_method(config: MethodConfig) -> Method:
 
 
 def _entry_of_type(given: dict[str, Any], label: str) -> Method:
-    """Make the entry of a type of PEFT's, and take the type out of the fields `given`."""
+    """Make the entry of a type of PEFT, and take the type out of the fields `given`."""
     known, named = _peft_types(), str(given.pop("peft_type", ""))
     if named not in known:
         near = get_close_matches(named.upper(), known, n=3)
@@ -345,28 +345,28 @@ def _entry_of_type(given: dict[str, Any], label: str) -> Method:
             f"method {label!r}: PEFT has no type {named!r}; {advice}write {ANY_METHOD}:TYPE:field=value, or in a "
             f"plan config: {{peft_type: TYPE}}. This PEFT has {', '.join(sorted(known))}"
         )
-    fields = known[named]
-    why = _UNFIT.get(named) or (_VIRTUAL_TOKENS if fields.prompts else None)
+    defaults, prompts = known[named]
+    why = _UNFIT.get(named) or (_VIRTUAL_TOKENS if prompts else None)
     if why:
         raise ConfigError(f"method {label!r}: {named} {why}; choose another type")
-    marks = {key: fields.defaults[key] for key in VARIANT_MARKS if fields.defaults.get(key)}
+    marks = {key: defaults[key] for key in VARIANT_MARKS if defaults.get(key)}
     like = recognize({"peft_type": named, **marks, **given})
     if like is not None:
         own = {key: like.settings[key] for key in _OF_A_RUN if key in like.settings}
         return replace(like, name=ANY_METHOD, settings={**marks, **own})
-    options = {name: key for name, key in _OPTIONS_BY_FIELD if key in fields.defaults}
+    options = {name: key for name, key in _OPTIONS_BY_FIELD if key in defaults}
     description = f"PEFT's {named}, with PEFT's own settings"
     return Method(ANY_METHOD, description, ANY_LR, options, "as PEFT says", named, marks)
 
 
 def _require_field(key: str, entry: Method, config: MethodConfig) -> None:
     """Refuse what is no field of a method's PEFT configuration, or one that is decided here."""
-    fields = _peft_types()[str(entry.peft_type)].defaults
+    known = _peft_types()[str(entry.peft_type)].defaults
     if key in _DECIDED_HERE:
         raise ConfigError(f"method {config.label!r}: {key} is decided by gaintune; leave it out")
-    if key in fields:
+    if key in known:
         return
-    free = sorted({*fields} - {*_DECIDED_HERE, *(entry.options.values() if config.name != ANY_METHOD else ())})
+    free = sorted({*known} - {*_DECIDED_HERE, *(entry.options.values() if config.name != ANY_METHOD else ())})
     common = (option for option in MethodConfig.model_fields if option != "config")
     near = get_close_matches(key, [*common, *free], n=1)
     advice = f"did you mean {near[0]!r}? " if near else ""
@@ -378,7 +378,7 @@ def _require_field(key: str, entry: Method, config: MethodConfig) -> None:
 
 
 class _Fields(NamedTuple):
-    """The fields of a configuration of PEFT's, with their defaults, and whether it trains virtual tokens."""
+    """Fields of a PEFT configuration with their defaults, and whether it trains virtual tokens."""
 
     defaults: Mapping[str, Any]
     prompts: bool
@@ -394,7 +394,7 @@ def _peft_types() -> dict[str, _Fields]:
 
     return {
         str(getattr(kind, "value", kind)): _Fields(
-            {each.name: None if each.default is MISSING else each.default for each in fields(cast(Any, config))},
+            {item.name: None if item.default is MISSING else item.default for item in fields(cast(Any, config))},
             issubclass(config, PromptLearningConfig),
         )
         for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
@@ -423,11 +423,11 @@ def recognize(config: Mapping[str, Any], name: str | None = None) -> Method | No
     return alike.get(str(name)) or next(iter(alike.values()), None)
 
 
-def stored_options(method: Method, config: Mapping[str, Any], fields: Collection[str] = ()) -> MethodConfig:
-    """Read a method's options, and these fields of PEFT's, from the `adapter_config.json` of an adapter of its kind."""
-    found: dict[str, Any] = {"name": method.name, "config": {key: config.get(key) for key in fields} or None}
+def stored_options(method: Method, config: Mapping[str, Any], names: Collection[str] = ()) -> MethodConfig:
+    """Read a method's options, and the fields of PEFT called `names`, from an adapter's `adapter_config.json`."""
+    found: dict[str, Any] = {"name": method.name, "config": {key: config.get(key) for key in names} or None}
     for option, key in method.options.items():
-        if key in fields:
+        if key in names:
             continue
         try:
             MethodConfig.model_validate({"name": method.name, option: config.get(str(key))})

@@ -91,7 +91,7 @@ class TrainingRule:
     with the adapter is for the next domain.
     """
 
-    copies: ClassVar[int] = 0  # numbers that it keeps in memory for each trained one
+    copies: ClassVar[int] = 0  # numbers that the rule keeps in memory for each trained number, for estimates
 
     def start(self, model: nn.Module, steps: int) -> None:
         """Prepare for `steps` updates; called before `load`.
@@ -140,8 +140,8 @@ class SubspaceProjection(TrainingRule):
 class IntruderReduction(TrainingRule):
     """Rule that shrinks intruder dimensions of LoRA after the last update, with PEFT's function for it.
 
-    These are singular directions of the adapted weight that none of the pretrained weight's resembles. They come with
-    forgetting (Shuttleworth et al. 2024, arXiv 2410.21228).
+    These are singular directions of the adapted weight that no direction of the pretrained weight resembles. They come
+    with forgetting (Shuttleworth et al. 2024, arXiv 2410.21228).
 
     Args:
         share: the share of them that stays.
@@ -150,7 +150,7 @@ class IntruderReduction(TrainingRule):
     share: float
 
     def finish(self, model: nn.Module, stage_data: StageData) -> None:
-        """Put the adapter that PEFT makes without them in the place of the trained one."""
+        """Replace the trained adapter by the one that PEFT makes with smaller intruder dimensions."""
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.intruders import reduce_intruder_dimension
 
@@ -271,8 +271,8 @@ class BudgetSchedule(TrainingRule):
 class Renormalization(TrainingRule):
     """Rule that pulls what trained toward the base after the last update: `base + share * (value - base)`.
 
-    It acts on the trained tensors called `name`, whose value at the base is `neutral`: v of GAIN is multiplied by the
-    share. The GAIN paper (appendix J) names it for very long sequences, and leaves it to future work.
+    It acts on the trained tensors called `name`, whose value at the base is `neutral`. So v of GAIN is multiplied by
+    the share. The GAIN paper (appendix J) proposes it for very long sequences, as future work.
     """
 
     def __init__(self, share: float, name: str, neutral: float) -> None:
@@ -280,7 +280,7 @@ class Renormalization(TrainingRule):
 
     @torch.no_grad()
     def finish(self, model: nn.Module, stage_data: StageData) -> None:
-        """Pull, before a penalty learns from the weights and before they are saved and measured."""
+        """Pull the weights, before a penalty reads them and before they are saved and measured."""
         for name, value in model.named_parameters():
             if value.requires_grad and self._name in name.split("."):
                 value.sub_(self._neutral).mul_(self._share).add_(self._neutral)

@@ -1,9 +1,9 @@
 """Starts of LoRA that read training rows before the first update: EVA, CorDA and LoRA-GA, on PEFT's own functions.
 
-CorDA and LoRA-GA start at factors that are not zero, and PEFT takes their product out of the base's weights. A base
-that is changed so fits no other adapter, and PEFT loads such an adapter onto the plain base without a word. Here the
-base stays whole: the adapter has twice the rank, its second half is the start with its sign turned, and that half never
-moves (`FrozenStart`). It is a plain LoRA adapter to whatever loads it.
+CorDA and LoRA-GA start at factors that are not zero, and PEFT takes their product out of the base's weights. The
+changed base fits no other adapter, and PEFT loads such an adapter onto the plain base without an error. Here the base
+stays as it is. The adapter has twice the rank: its second half is the start with its sign turned, and never changes
+(`FrozenStart`). For other programs it is a plain LoRA adapter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StartRows:
     limit: int | None
 
     def batches(self, size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the rows in their order, `size` at a time; rows left over at the end only where there are no others."""
+        """Yield the rows in their order, `size` at a time; an incomplete batch only if there is no complete one."""
         generator = torch.Generator().manual_seed(self.seed)
         picked = sorted(torch.randperm(len(self.rows), generator=generator).tolist()[: self.limit or START_ROWS])
         for begin in range(0, max(len(picked) - size + 1, 1), size):
@@ -102,7 +102,8 @@ def lora_ga(model: Any, config: LoraConfig, data: StartRows | None) -> PeftModel
     """Start at the main directions of each weight's gradient (arXiv 2407.05000)."""
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    loss = NextTokenLoss(model) if model.get_output_embeddings() is not None else None
+    # without rows there may be no numbers either, and the loss compares logits
+    loss = None if data is None or model.get_output_embeddings() is None else NextTokenLoss(model)
 
     def step() -> None:
         for batch in data.batches(1, model.device) if data else ():
@@ -128,7 +129,7 @@ def _read(model: Any, batch: Mapping[str, torch.Tensor]) -> None:
 
 
 def _call_plain(config: Any) -> None:
-    """Have a configuration say what an adapter is once its start is done: plain LoRA, which needs no other load."""
+    """Mark a configuration as plain LoRA, which an adapter is once its start is done."""
     config.init_lora_weights = True
     config.eva_config = config.corda_config = config.lora_ga_config = None
 
@@ -187,13 +188,13 @@ class FrozenStart(TrainingRule):
         ]  # fmt: skip
 
     def before_update(self, model: nn.Module, step: int) -> None:
-        """Take their gradients out, before the norm of all is clipped."""
+        """Set the gradients of the frozen halves to 0, before the norm of all gradients is clipped."""
         for weight, axis, _ in self._held:
             if weight.grad is not None:
                 _second_half(weight.grad, axis).zero_()
 
     def after_update(self, model: nn.Module, step: int) -> None:
-        """Take back what weight decay has done."""
+        """Put the frozen halves back, which weight decay has changed."""
         with torch.no_grad():
             for weight, axis, held in self._held:
                 _second_half(weight, axis).copy_(held)

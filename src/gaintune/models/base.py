@@ -107,11 +107,12 @@ def load_base(config: ModelConfig | str, *, dtype: torch.dtype | None = None) ->
 
 
 def loading_options(config: ModelConfig) -> dict[str, Any]:
-    """Return what a plan says of how weights are read; `device_map` only where no device was chosen since."""
-    spread = config.device_map if config.device == "auto" else None
+    """Return the options of `read_weights` that a plan gives; no `device_map` where a device was chosen since."""
     return {
-        "quantization": config.quantization, "trust_remote_code": config.trust_remote_code, "device_map": spread
-    }  # fmt: skip
+        "quantization": config.quantization,
+        "trust_remote_code": config.trust_remote_code,
+        "device_map": config.device_map if config.device == "auto" else None,
+    }
 
 
 def with_identity(
@@ -202,9 +203,8 @@ def read_weights(
         advice = f"{checkpoint.folder} cannot be loaded ({reason}); fetch or save it again"
         raise BaseModelError(f"{shown}: {advice}") from error
     model, report = loaded
-    if device.type == "cuda" and {"cpu", "disk"} & set(
-        map(str, (getattr(model, "hf_device_map", None) or {}).values())
-    ):
+    devices = map(str, (getattr(model, "hf_device_map", None) or {}).values())
+    if device.type == "cuda" and not {"cpu", "disk"}.isdisjoint(devices):
         raise BaseModelError(
             f"{shown} does not fit on all visible devices together in {DTYPE_NAMES[dtype]}, and what is kept elsewhere "
             "cannot be trained: try model.quantization=4bit, or more devices"

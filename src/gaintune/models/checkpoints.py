@@ -99,13 +99,13 @@ def downloaded_files(names: Sequence[str]) -> list[str]:
 
 
 def is_cached(config: ModelConfig) -> bool:
-    """Return whether the hub's cache holds a model whole; asks no network."""
+    """Return whether the hub's cache holds a whole model, without the network."""
     from huggingface_hub import snapshot_download
 
     options = {"allow_patterns": SMALL_FILES, "local_files_only": True}
     try:
         weight_files(Path(snapshot_download(config.name, revision=config.revision, **options)), config.name)
-    except (OSError, BaseModelError):  # the hub's own are all OSErrors
+    except (OSError, BaseModelError):  # the errors of the hub's client are OSErrors
         return False
     return True
 

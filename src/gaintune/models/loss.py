@@ -241,9 +241,9 @@ class NextTokenLoss:
         with torch.no_grad():
             if self.chunked:
                 hidden = self._hidden(model, batch)
-                at = (index.to(hidden.device) for index in (rows, places))
-                targets = targets.to(hidden.device)
-                losses = token_losses(hidden[tuple(at)], self._head.weight, targets, self._head_bias, self._softcap)
+                device = hidden.device
+                hidden, targets = hidden[rows.to(device), places.to(device)], targets.to(device)
+                losses = token_losses(hidden, self._head.weight, targets, self._head_bias, self._softcap)
                 return losses.to(input_ids.device)
             logits = model(**_inputs(batch), use_cache=False).logits[rows, places]
             return F.cross_entropy(logits.float(), targets, reduction="none")

@@ -22,7 +22,7 @@ from gaintune.recipes.steps.classify import FOLDERS
 logger = logging.getLogger(__name__)
 
 SECONDS = 20.0  # the longest wait for one answer of the Hub
-ROWS = (".parquet", ".json", ".jsonl", ".csv", ".txt", ".arrow", ".gz", ".zst", ".zip")
+ROW_FILES = (".parquet", ".json", ".jsonl", ".csv", ".txt", ".arrow", ".gz", ".zst", ".zip")  # of a data set
 COPIES = 2  # a data set lies on the disk as its files and, for reading, as Arrow
 FULL_WEIGHTS, FULL_CHECKPOINT = 4, 12  # bytes a parameter: fp32 weights, and these with AdamW's two moments
 
@@ -32,7 +32,7 @@ class HubNeed:
     """A repository of the Hub that a recipe reads.
 
     Attributes:
-        instead: what a person can give in its place.
+        instead: advice on what to give in its place.
         model: settings of a base; None for a data set.
         configuration: of a data set; None for its only one.
         kept: whether its files stay on the disk, where others are read while they are downloaded.
@@ -60,10 +60,10 @@ class HubNeed:
 
 
 def check_hub(recipe: Recipe, setup: ScaleSetup, folder: Path) -> list[str]:
-    """Look up every base and data set that a recipe reads from the Hub, and the room on the disk; download nothing.
+    """Check that a recipe can read all it needs from the Hub, and has room on the disk; download nothing.
 
     Returns:
-        What was looked at, a line each, to show.
+        A line for each repository, with what is left to download.
 
     Raises:
         ConfigError: repositories that are gated or missing, all of them in one message, or too little room on the disk.
@@ -86,13 +86,13 @@ def check_hub(recipe: Recipe, setup: ScaleSetup, folder: Path) -> list[str]:
     if absent:
         head = f"recipe {recipe.id}: the Hub is not reached (check the network, and HF_HUB_OFFLINE); not in its cache:"
         raise AssetError("\n  ".join([head, *absent]))
-    found = {key: one for key, one in answers.items() if one is not None and not isinstance(one, str)}
+    known = {key: answer for key, answer in answers.items() if answer is not None and not isinstance(answer, str)}
     sizes: dict[str, int] = {}
     for name, kind, configuration, kept in dict.fromkeys((n.name, n.kind, n.configuration, n.kept) for n in needs):
-        if (kind, name) in found:
-            size = _bytes_to_download(found[kind, name], kind, name, configuration) if kept else 0
+        if (kind, name) in known:
+            size = _bytes_to_download(known[kind, name], kind, name, configuration) if kept else 0
             sizes[f"{kind} {name}"] = sizes.get(f"{kind} {name}", 0) + size
-    written = _full_weights(recipe, setup, found)
+    written = _full_weights(recipe, setup, known)
     _check_space(recipe, sizes, written, folder)
     lines = [f"{what}: {size / 1e9:.2f} GB to download" for what, size in sizes.items()]
     return [*lines, f"weights of full fine-tuning: {written / 1e9:.2f} GB"] if written else lines
@@ -170,7 +170,7 @@ def _copy(name: str) -> str:
 
 
 def _information(need: HubNeed) -> Any:
-    """Return what the Hub says of a repository: a message if it is gated or not there; None without a Hub."""
+    """Return the Hub's information on a repository, a message if it is gated or missing, or None without a Hub."""
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
 
@@ -189,7 +189,7 @@ def _information(need: HubNeed) -> Any:
     except (hub.RepositoryNotFoundError, hub.HFValidationError):
         return f"{what} is not on the Hub, or not for you to see: check {need.address}, run `hf auth login`"
     except Exception as error:  # the hub's client lets errors of two HTTP libraries through
-        logger.debug("%s was not looked up: %s", what, type(error).__name__)
+        logger.debug("no answer about %s: %s", what, type(error).__name__)
         return None
 
 
@@ -201,7 +201,7 @@ def _cached(need: HubNeed) -> bool:
 
     try:
         load_dataset_builder(need.name, need.configuration)
-    except Exception:  # as above
+    except Exception:  # of the same HTTP libraries, and of `datasets`
         return False
     return need.kept
 
@@ -214,7 +214,7 @@ def _bytes_to_download(information: Any, kind: str, name: str, configuration: st
     if kind == "model":
         wanted, copies = downloaded_files(list(sizes)), 1
     else:
-        rows = [file for file in sizes if file.endswith(ROWS)]
+        rows = [file for file in sizes if file.endswith(ROW_FILES)]
         wanted, copies = [file for file in rows if configuration in Path(file).parts[:-1]] or rows, COPIES
     options: dict[str, Any] = {"repo_type": kind, "revision": information.sha}
     return sum(
@@ -222,12 +222,12 @@ def _bytes_to_download(information: Any, kind: str, name: str, configuration: st
     )
 
 
-def _full_weights(recipe: Recipe, setup: ScaleSetup, found: Mapping[tuple[str, str], Any]) -> int:
+def _full_weights(recipe: Recipe, setup: ScaleSetup, known: Mapping[tuple[str, str], Any]) -> int:
     """Return how many bytes full fine-tuning keeps: the weights after each stage, and its largest checkpoint."""
     kept = largest = 0
     for step in recipe.steps:
         settings, model = recipe.settings(step, setup.scale), _model_of(recipe, step, setup)
-        weights = None if model is None else getattr(found.get(("model", model.name)), "safetensors", None)
+        weights = None if model is None else getattr(known.get(("model", model.name)), "safetensors", None)
         fulls = sum(
             (method if isinstance(method, str) else method.get("name")) == "full"
             for method in settings.get("methods", ())

@@ -17,12 +17,12 @@ from gaintune.workflows import MethodEstimate, estimate_plan, in_gb, read_bytes
 
 DEVICE = "80GB"
 DEVICES = (1, 8)
-CHANGES_NUMBERS = "model.quantization"  # it is not the paper's experiment any more
+CHANGES_NUMBERS = "model.quantization"  # with it the experiment is not the paper's any more
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of methods of one step that take the same: the most on a device as shipped, and what to set, in words."""
+    """Memory of those methods of a step that take the same, in words: the peak on a device, and what to set."""
 
     step: str
     model: str
@@ -67,12 +67,12 @@ def _says(plan: Plan) -> str:
     for devices in DEVICES:
         if plan.train.effective_batch and plan.train.effective_batch % (devices * plan.train.batch_size) and tried:
             break  # as many processes would change the rows of an update
-        (found,) = estimate_plan(plan, devices=devices, device_memory=read_bytes(DEVICE)).methods
-        if found.fits and devices == 1:
-            return f"{in_gb(found.memory.peak)}, fits 1 x {DEVICE}"
-        tried.append((devices, found))
-        if found.settings and CHANGES_NUMBERS not in found.settings:
+        (estimate,) = estimate_plan(plan, devices=devices, device_memory=read_bytes(DEVICE)).methods
+        if estimate.fits and devices == 1:
+            return f"{in_gb(estimate.memory.peak)}, fits 1 x {DEVICE}"
+        tried.append((devices, estimate))
+        if estimate.settings and CHANGES_NUMBERS not in estimate.settings:
             break
-    helped = [(devices, found) for devices, found in tried if found.settings]
-    devices, found = min(helped or tried[-1:], key=lambda each: CHANGES_NUMBERS in each[1].settings)
-    return f"{in_gb(tried[0][1].memory.peak)} as shipped; on {devices} x {DEVICE} {found.advice}"
+    helped = [(devices, estimate) for devices, estimate in tried if estimate.settings]
+    devices, estimate = min(helped or tried[-1:], key=lambda trial: CHANGES_NUMBERS in trial[1].settings)
+    return f"{in_gb(tried[0][1].memory.peak)} as shipped; on {devices} x {DEVICE} {estimate.advice}"

@@ -49,7 +49,7 @@ from gaintune.workflows.sweep import check_engine
 RECORD = "recipe.json"
 TRACEBACK = "traceback.txt"  # in a step's folder
 OUTCOME = "outcome.json"  # in the folder of a finished step that trains nothing
-ROW_SUMS = ("rows.json", "questions.json")  # what a step began with; one without results may begin with other rows
+ROW_SUMS = ("rows.json", "questions.json")  # rows that a step began with; without results it may begin with others
 SMOKE = (
     "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "
     "that everything runs, and nothing else."
@@ -105,7 +105,8 @@ def run_recipe(
 
     A step that fails while it runs does not stop the others, and raises nothing: `RecipeResult.failed` says why. The
     next call tries it again, with other overrides if it has finished no training yet. Overrides that change the numbers
-    of finished work are refused; those of `gaintune.storage.SAME_NUMBERS` never do.
+    of finished work are refused. The keys of `gaintune.storage.SAME_NUMBERS` may always change, and `train.batch_size`
+    may while the rows of an update stay the same.
 
     Args:
         recipe: a recipe, or the id of one.
@@ -282,9 +283,9 @@ def _run_step(session: _Session, step: Step, earlier: Mapping[str, StepOutcome])
 
 
 def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Mapping[str, StepOutcome]) -> StepOutcome:
-    """Return what an earlier call found on the same adapters and plan, else run the step, and keep what it found.
+    """Return the outcome that an earlier call kept for the same adapters and plan, else run the step and keep it.
 
-    Steps that train have a plan in their outcome: they find on disk what is finished, and nothing is kept here.
+    Steps that train have a plan in their outcome. They find their finished work on disk, so nothing is kept here.
     """
     assert prepared.run is not None
     folder = session.folder / step.name
@@ -314,7 +315,7 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
     """Refuse overrides under which finished work would have other numbers than under those of the call before."""
     earlier = replace(session, setup=before).expected()
     for step, outcome in expected.items():
-        plans = [one.plan.model_dump(mode="json") for one in (outcome, earlier[step]) if one.plan]
+        plans = [known.plan.model_dump(mode="json") for known in (outcome, earlier[step]) if known.plan]
         if len(plans) == 2 and (changed := number_changes(*plans)) and _holds_work(session.folder / step):
             raise RunDirectoryError(
                 f"step {step} holds finished work, whose numbers --set would change ({'; '.join(changed)}): give the "
@@ -458,7 +459,7 @@ def _page(result: RecipeResult) -> Iterator[str]:
 
 
 def _aside(recipe: Recipe, scale: Scale) -> Iterator[str]:
-    """Yield what is not as in the paper."""
+    """Yield the lines that say what is not as in the paper."""
     if recipe.differs:
         yield from ("Not as in the paper, or not known from its text:", "")
         yield from (f"- {difference}" for difference in recipe.differs)

@@ -101,9 +101,9 @@ class ScaleSetup:
         return build_plan(values, origin)
 
     def with_fixed_updates(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a plan's values with the rows of an update fixed: `train.effective_batch`, from the batch they name.
+        """Return a plan's values with `train.effective_batch`, the rows of an update, set from their own batch.
 
-        Neither other batches on a device nor more processes change them then. Overrides may give others.
+        Then neither another batch on a device nor more processes change these rows. Overrides may give others.
         """
         train, given = values.get("train", {}), self.overrides.get("train", {})
         if not isinstance(given, Mapping) or {"gradient_accumulation", "effective_batch"} & {*given}:

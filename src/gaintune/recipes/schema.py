@@ -133,11 +133,11 @@ class Recipe(Section):
             for name in over:
                 if name not in names:
                     raise ValueError(f"scales.{scale}: no step is called {name!r}; there are {', '.join(names)}")
-        named = [("claims", claim.number) for claim in self.claims] + [("table", one) for one in self.table.values()]
-        for key, number in named:
+        named = {"claims": [claim.number for claim in self.claims], "table": self.table.values()}
+        for key, number in ((key, number) for key, numbers in named.items() for number in numbers):
             if number.split(".")[0] not in names:
                 raise ValueError(f"{key}: {number!r} does not begin with the name of a step")
-        labels, known = ([getattr(one, key) for one in self.models] for key in ("label", "model"))
+        labels, known = ([getattr(further, key) for further in self.models] for key in ("label", "model"))
         if len(set(labels)) != len(labels):
             raise ValueError(f"models: every label must be different, got {', '.join(labels)}")
         if strange := [claim for claim in self.claims if claim.model not in (None, self.model, *known)]:
@@ -171,20 +171,20 @@ class Recipe(Section):
         if models and one_base:
             raise ConfigError(f"recipe {self.id}: models are chosen at scale paper, without --set model.name")
         chosen = {known[name] for name in models} or ({self.model} if one_base else {*labels})
-        further = [one for one in self.models if one.model in chosen]
+        others = [further for further in self.models if further.model in chosen]
         first = self.model in chosen
         steps = [*self.steps] if first else []
         judged = [claim for claim in claims if first and claim.model in (None, self.model)]
-        for one in further:
-            steps += [_step_on(one, step) for step in self.steps]
-            judged += [_claim_on(one, claim) for claim in claims if claim.model in (None, one.model)]
+        for further in others:
+            steps += [_step_on(further, step) for step in self.steps]
+            judged += [_claim_on(further, claim) for claim in claims if claim.model in (None, further.model)]
         scales = {
-            key: over | {f"{name}@{one.label}": own for one in further for name, own in over.items()}
+            key: over | {f"{name}@{further.label}": own for further in others for name, own in over.items()}
             for key, over in self.scales.items()
         }
         gone = ", ".join(model for model in labels if model not in chosen)
         differs = (*self.differs, *([f"left out here, models of the paper: {gone}"] if gone else []))
-        own = {"steps": tuple(steps), "claims": tuple(judged), "scales": scales, "models": tuple(further)}
+        own = {"steps": tuple(steps), "claims": tuple(judged), "scales": scales, "models": tuple(others)}
         return self.model_copy(update={**own, "differs": differs})
 
 
@@ -201,7 +201,7 @@ def _claim_on(further: FurtherModel, claim: Claim) -> Claim:
 
 
 def _step_on(further: FurtherModel, step: Step) -> Step:
-    """Repeat a step on a further model, with the earlier steps it names re-pointed."""
+    """Repeat a step on a further model; the earlier steps that it names are those of this model."""
     settings = dict(step.settings)
     if "of" in settings:
         settings["of"] = f"{settings['of']}@{further.label}"

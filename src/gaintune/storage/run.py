@@ -26,11 +26,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = 5.0  # seconds before a process that waits says so
 SAME_NUMBERS = ("model.device", "model.device_map", "train.gradient_checkpointing", "evaluate.batch_size")
+"""Keys of a plan that change a run's numbers by rounding at most, so that it may continue with other values."""
 BATCHES = ("train.batch_size", "train.gradient_accumulation", "train.effective_batch")
-"""Keys of a plan that decide where and how fast a run computes, and change its numbers by rounding at most.
-
-Those of `BATCHES` do so while the rows of an update are the same. A run may continue with other values.
-"""
+"""Keys that may change, too, while the rows of an update stay the same."""
 
 
 @contextlib.contextmanager
@@ -111,7 +109,7 @@ class Run:
         _wait_for_all()
 
     def write_inputs(self, inputs: Mapping[str, Any], advice: str) -> None:
-        """Write inputs.json of a sequence, once; with other inputs a sequence without any result starts over."""
+        """Write inputs.json once; a sequence without results starts over if its inputs have changed."""
         path = self.folder / "inputs.json"
         changed = differences(json.loads(canonical_json(inputs)), read_json(path)) if path.exists() else []
         if changed and nothing_finished(self.folder):  # such as a broken base that was repaired
@@ -154,10 +152,10 @@ def _remove_unused(folder: Path, kind: Kind) -> None:
 
 
 def start_over(folder: Path, kind: Kind, keep: Collection[str] = ()) -> None:
-    """Clear what a plan without results left, but files to keep, the lock and the marker.
+    """Clear what a plan without results left, except files to keep, the lock and the marker.
 
     Raises:
-        RunDirectoryError: something else is there, too; nothing is deleted.
+        RunDirectoryError: something else is there, too. Nothing is deleted then.
     """
     if stranger := next(ownership.strangers(folder, kind.names), None):
         raise RunDirectoryError(
@@ -247,7 +245,7 @@ def _taken(folder: Path, plan: Mapping[str, Any], environment: Mapping[str, Any]
 
 
 def _stored(plan_file: Path) -> dict[str, Any]:
-    """Read the plan that a run directory was begun with; RunDirectoryError if that cannot be done."""
+    """Read the plan that a run directory was begun with; RunDirectoryError if it cannot be read."""
     try:
         return yaml.safe_load(plan_file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -271,6 +269,7 @@ def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[s
 
 
 def _rows_of_an_update(plan: Mapping[str, Any]) -> int | None:
+    """Return the rows of an update as a stored plan of any version says; None if it does not."""
     train = plan.get("train") if isinstance(plan, Mapping) else None
     train = train if isinstance(train, Mapping) else {}
     if train.get("effective_batch") is not None:

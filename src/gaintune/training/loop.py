@@ -149,7 +149,7 @@ class RowTrainer(AdapterOptimizerMixin, Trainer):
 class StageCallback(TrainerCallback):
     """Callback: progress after each log, rules after each update, and snapshots in the process that writes them.
 
-    `stops` are adapters to save after some updates, each a folder and a record, with what the rules keep.
+    `stops` maps a number of updates to the adapters to save then, each a folder and a record.
     """
 
     model: nn.Module
@@ -323,7 +323,7 @@ def train_stage(
         collate: function from rows to a batch; default: stack rows of one length.
         head_rates: factors on the rate for the parts of a new head, beside the method's own.
         snapshots: which copies of the adapter to keep during training.
-        stops: adapters to save on the way, each a folder and a record, by the number of updates before them.
+        stops: adapters to save during training, each a folder and a record, by the number of updates before them.
         in_order: whether the rows are trained on in their own order.
         logs: folder for TensorBoard's logs; default: beside the checkpoints.
 

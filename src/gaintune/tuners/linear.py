@@ -1,4 +1,4 @@
-"""Wrap linear layers whose output has an update added, and refuse what cannot be wrapped: what two tuners share."""
+"""What SVFT and GainLoRA share: linear layers whose output has an update added, and refusals of other modules."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class UpdatedLinear(nn.Module, BaseTunerLayer):
 
 
 class LinearTuner(BaseTuner):
-    """Tuner whose layers are `UpdatedLinear`; a mixed batch, of which PEFT would ignore the names, is refused.
+    """Tuner whose layers are `UpdatedLinear`; it refuses mixed batches, whose adapter names PEFT would ignore.
 
     A subclass gives `tuner_layer_cls`, `prefix`, its `title` in messages, and whether the base may be `quantized`.
     """

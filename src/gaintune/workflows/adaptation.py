@@ -290,9 +290,9 @@ class AdaptationJob:
     ) -> R:
         """Train on a domain's rows, measure, save the adapter and its copies, and return a result of a kind.
 
-        `measure` returns that kind's own fields of a model. Where the plan keeps the best snapshot, `load` makes the
-        base for each, and the one whose fields have the greatest `merit` is saved. `settings` and `labels` go into the
-        adapter's record, `more` to `train_stage`.
+        `measure` returns the fields that this kind of result has of its own. Where the plan keeps the best snapshot,
+        `load` makes a base for each snapshot, and the snapshot whose fields have the greatest `merit` is saved.
+        `settings` and `labels` go into the adapter's record, `more` to `train_stage`.
         """
         record = adapters.AdapterRecord.of_plan(
             self.plan,

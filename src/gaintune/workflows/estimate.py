@@ -90,6 +90,7 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
 """Public config values of the papers' models, so that no hub is needed for them."""
 
 _ATEN = torch.ops.aten
+# Operators that read a tensor's values, which fake tensors do not have.
 VALUES = (_ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default, _ATEN.allclose.default, _ATEN.equal.default)
 
 
@@ -223,19 +224,19 @@ def require_memory(plan: Plan) -> None:
 def unfit_methods(plan: Plan) -> dict[str, str]:
     """Return the methods that cannot fit the CUDA devices of this process, each with the numbers and what to set.
 
-    There are none on a CPU, and none where a model defeats the estimate.
+    There are none on a CPU, and none where the model cannot be estimated.
     """
     memory = device_memory(plan.model)
     if memory is None:
         return {}
     devices = torch.cuda.device_count() if plan.model.device_map else process_count()
     try:
-        found = estimate_plan(plan, devices=max(1, devices), device_memory=memory)
+        estimate = estimate_plan(plan, devices=max(1, devices), device_memory=memory)
     except Exception as error:  # config classes, remote code and operators without shapes each have their own
         logger.info("the memory of %s is not estimated: %s", plan.model.name, one_line(error)[:300])
         return {}
     unfit = {}
-    for method in found.methods:
+    for method in estimate.methods:
         if method.memory.peak > memory:
             parts = {"weights": method.memory.weights, "trained state": method.memory.trained}
             parts |= {"activations": method.memory.activations, "loss": method.memory.loss}
@@ -256,10 +257,10 @@ def device_memory(model: ModelConfig) -> int | None:
 def read_bytes(text: str) -> int:
     """Read an amount of memory such as 80GB (10^9 bytes) or 80GiB (2^30)."""
     units = {"KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?B)\s*", text.upper())
-    if found is None or float(found[1]) == 0:
+    amount = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?B)\s*", text.upper())
+    if amount is None or float(amount[1]) == 0:
         raise ConfigError(f"{text!r} is no amount of memory: write it such as 80GB or 79.6GiB")
-    return int(float(found[1]) * units[found[2]])
+    return int(float(amount[1]) * units[amount[2]])
 
 
 def read_pace(run: str | Path) -> dict[str, float]:
@@ -277,7 +278,7 @@ def read_pace(run: str | Path) -> dict[str, float]:
                 paces.setdefault(event["method"], []).append(event["tokens_per_second"])
     if not paces:
         raise ConfigError(f"{run}: no run of `gaintune sequence` that has trained a stage; give --tokens-per-second")
-    return {label: sum(found) / len(found) for label, found in paces.items()}
+    return {label: sum(stages) / len(stages) for label, stages in paces.items()}
 
 
 def in_gb(size: float) -> str:
@@ -303,6 +304,9 @@ class _Case:
     checkpointing: bool
     processes: int
     spread: int
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # a method's `config` is a dictionary, which has no hash of its own
 
     @classmethod
     def of_plan(cls, plan: Plan, config: MethodConfig, devices: int, *, gpu: bool, architecture: str | None) -> _Case:
@@ -334,7 +338,7 @@ def _advice(case: _Case, plan: Plan, devices: int, device_memory: int) -> tuple[
     def fits(setting: _Case) -> bool:
         return _memory(setting).peak <= HEADROOM * device_memory
 
-    wanted = plan.train.effective_batch or plan.train.rows_per_update()
+    wanted = plan.train.rows_per_update()
     ladders = list(filter(None, _ladders(case, wanted, devices)))
     for ladder in ladders:
         if fits(ladder[-1]):
@@ -346,9 +350,9 @@ def _advice(case: _Case, plan: Plan, devices: int, device_memory: int) -> tuple[
     least = min((_memory(ladder[-1]) for ladder in ladders), key=lambda memory: memory.peak, default=_memory(case))
     if not check_method(case.method).quantized:
         return {}, (
-            f"no setting helps: {case.method.name} trains weights of the base itself, and keeps "
+            f"no setting helps: {case.method.name} works on the base's own weights, and keeps "
             f"{in_gb(least.weights + least.trained)} on {on} whatever the batch. Sharding them (FSDP2) is not "
-            "supported here: take more memory, a smaller base, or a method that leaves the base frozen"
+            "supported here: take more memory, a smaller base, or a method that takes a quantized base"
         )
     return {}, f"no setting helps: it takes {in_gb(least.peak)} on {on} at least; take more memory, or a smaller base"
 
@@ -570,9 +574,9 @@ def _made_fake(model: nn.Module, fake: Any) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _attention(case: _Case) -> Iterator[None]:
-    """Compute attention as a GPU's fused kernels do, which keep no weights; text in one piece needs no mask.
+    """Compute attention as a GPU's fused kernels do, which keep no attention weights; only packed rows need a mask.
 
-    torch's modes for functions do not reach what is recomputed in a backward pass, so names are replaced.
+    Names are replaced, since torch's modes for functions do not reach what a backward pass recomputes.
     """
     original = F.scaled_dot_product_attention
 
@@ -627,7 +631,7 @@ class _Ledger(TorchDispatchMode):
         self.since_mark = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in VALUES:  # there are none: checks of values pass
+        if func in VALUES:  # so that checks of values pass
             return True
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -651,7 +655,7 @@ class _Ledger(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Leave every generator that `attach` seeds as it was, and say nothing that training itself will say."""
+    """Restore every generator that `attach` seeds, and keep warnings quiet that training will repeat."""
     states, level = (random.getstate(), np.random.get_state()), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -56,8 +56,8 @@ def run_sequence(
         run: the run directory; created if it is missing.
         progress: progress display.
         base_losses: the base's losses, shared by several runs over the same base and texts.
-        pass_over_unfit: whether a method that cannot fit the device is passed over, and named in the error at the end,
-            where others fit.
+        pass_over_unfit: whether to pass over a method that cannot fit the device if others can. The error at the end
+            names it.
 
     Returns:
         The numbers of matrix.json.
@@ -75,7 +75,7 @@ def run_sequence(
         )
     methods = [prepare_method(method, plan.model, plan.train) for method in plan.methods]
     if plan.data.stream:
-        _check_stream(plan, methods)
+        _refuse_borders(plan, methods)
     unfit = unfit_methods(plan)
     if unfit and (not pass_over_unfit or len(unfit) == len(methods)):
         raise ConfigError(next(iter(unfit.values())))
@@ -109,11 +109,11 @@ def run_sequence(
         return storage.read_stored(directory.matrix, Matrix.from_dict)
 
 
-def _check_stream(plan: Plan, methods: Sequence[PreparedMethod]) -> None:
-    """Refuse what acts at the border of two domains, which a stream has not."""
+def _refuse_borders(plan: Plan, methods: Sequence[PreparedMethod]) -> None:
+    """Refuse what acts at the border of two domains: a stream has none."""
+    idle = {"penalty": None, "replay": 0.0, "renormalize": None, "intruders": None}  # values that do nothing
     for method in methods:
-        acting = {"penalty": None, "replay": 0.0, "renormalize": None, "intruders": None}  # each, where it does not act
-        options = [option for option, idle in acting.items() if getattr(method.config, option) != idle]
+        options = [option for option, value in idle.items() if getattr(method.config, option) != value]
         if options or method.entry.borders:
             what = options[0] if options else "its new branch"
             advice = f"leave {options[0]} or data.stream (--stream) out" if options else "leave data.stream out"
@@ -291,7 +291,7 @@ class _Sequence:
             merit=lambda loss: -loss,
         )
         if self.directory.writes:
-            chosen = {"kept_step": step, "snapshot_losses": {str(each): loss for each, loss in losses.items()}}
+            chosen = {"kept_step": step, "snapshot_losses": {str(number): loss for number, loss in losses.items()}}
             stored = storage.read_stored(folder / "training.json", dict)
             storage.write_json(folder / "training.json", {**stored, **chosen})
             copy_adapter(folder / "snapshots" / f"step-{step:06d}", folder / "adapter", keep=outcome.keep)
@@ -304,7 +304,7 @@ class _Sequence:
         stream = blend_domains(own, passes=train.epochs, blend=blend, seed=train.seed)
         once = train.model_copy(update={"epochs": 1})  # every pass is in the stream
         updates = [count_updates(end, once, storage.process_count()) for end in stream.ends]
-        self._check_stream(updates)
+        self._check_retrainable(updates)
         rows = train.rows_per_update(storage.process_count())
         records = [self._stream_record(stream, index, updates, rows) for index in range(len(self.stages))]
         stops: dict[int, list[tuple[Path, AdapterRecord]]] = {}
@@ -336,7 +336,7 @@ class _Sequence:
         self.directory.wait()
         return model
 
-    def _check_stream(self, updates: Sequence[int]) -> None:
+    def _check_retrainable(self, updates: Sequence[int]) -> None:
         """Refuse to train a stream whose adapters were measured, or are missing before the newest checkpoint."""
         damaged = [index for index, stage in enumerate(self.stages) if storage.damage(stage / "adapter")]
         problem = f"{self.stages[damaged[0]] / 'adapter'} is missing or damaged, and a stream is trained in one run"
@@ -355,14 +355,14 @@ class _Sequence:
     def _stream_record(self, stream: Stream, index: int, updates: Sequence[int], rows: int) -> AdapterRecord:
         """Record an adapter of a stream; its domains are all whose rows have begun, in updates of so many `rows`."""
         begun = int(stream.domains[: updates[index] * rows].max()) + 1
-        place = {"blend": self.plan.data.stream_blend, "step": updates[index], "steps": updates[-1]}
+        position = {"blend": self.plan.data.stream_blend, "step": updates[index], "steps": updates[-1]}
         return AdapterRecord.of_plan(
             self.plan,
             self.method,
             self.fingerprint,
             self.domains[:begun],
             versions=storage.describe_environment(torch.device("cpu"))["packages"],
-            settings={**self.domains[index].settings, "stream": place},
+            settings={**self.domains[index].settings, "stream": position},
         )
 
     def _position(self, index: int) -> StagePosition:

@@ -20,10 +20,9 @@ T = TypeVar("T")
 def best_snapshot(
     copies: Path, load: Callable[[], Base], measure: Callable[[nn.Module], T], merit: Callable[[T], float]
 ) -> tuple[int, dict[int, T]]:
-    """Measure every snapshot in a folder; return the update after which the best was made, and all results by update.
+    """Measure every snapshot in a folder; return the update of the best one, and all results by update.
 
-    Each is loaded onto a base of its own, so that what is measured is what the files hold. The first of equals is the
-    best.
+    Each snapshot is loaded onto a base of its own, so that its files are measured. Of equal snapshots the first counts.
 
     Raises:
         AdapterError: there are no snapshots, or one is damaged.

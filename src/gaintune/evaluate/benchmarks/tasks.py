@@ -171,7 +171,7 @@ def load_suite(config: BenchmarkConfig) -> Suite:
 
 
 def hub_data_sets(name: str) -> set[tuple[str, str | None]]:
-    """Return the Hub's data sets, each with a configuration, that lm-eval's task, group or tag of a name reads.
+    """Return the Hub's data sets, each with its configuration, that a task, group or tag of lm-eval reads.
 
     Raises:
         ConfigError: lm-eval is missing, or knows no such name.

@@ -26,10 +26,10 @@ COLUMNS = {
 
 
 def absorb(settings: dict[str, Any], context: Context) -> PreparedStep:
-    """Merge the adapters of the step `of` (`labels` and `after` pick some): `gaintune merge`; the models are deleted.
+    """Merge the adapters of the step `of` as `gaintune merge` does, and delete the models; `labels`, `after` pick some.
 
-    Each is judged on the validation text of the last domain. Numbers, on that very text and so without an interval of
-    their own: `LABEL.drift`, the merged model's perplexity against that of base and adapter, in %.
+    Each merged model is judged on the validation text of the last domain. Both models read that text, so the numbers
+    have no sampling error: `LABEL.drift`, the change of perplexity against base and adapter, in %.
     """
     trained, plan = context.trained(settings)
     adapters = trained.last_adapters(settings.pop("labels", None), settings.pop("after", None))
@@ -37,13 +37,13 @@ def absorb(settings: dict[str, Any], context: Context) -> PreparedStep:
 
     def run() -> StepOutcome:
         make_folder(context.folder)
-        found = {
+        certificates = {
             label: _certificate(plan, folder, context.folder / f"{label}.json") for label, folder in adapters.items()
         }
         numbers: dict[str, Interval] = {
-            f"{label}.drift": exact(one["perplexity_change"]) for label, one in found.items()
+            f"{label}.drift": exact(values["perplexity_change"]) for label, values in certificates.items()
         }
-        rows = {label: [_shown(one[key]) for key in COLUMNS] for label, one in found.items()}
+        rows = {label: [_shown(values[key]) for key in COLUMNS] for label, values in certificates.items()}
         table = pd.DataFrame.from_dict(rows, orient="index", columns=[*COLUMNS.values()])
         return StepOutcome(numbers, {"Absorbed into the weights, against the adapter on its base": table})
 

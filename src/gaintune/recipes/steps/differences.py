@@ -14,7 +14,7 @@ from gaintune.results import Interval, difference_of_independent
 
 
 def differences(settings: dict[str, Any], context: Context) -> PreparedStep:
-    """Subtract numbers: `differences` has the first and the second by the name of their difference.
+    """Subtract numbers; the setting `differences` maps a name to the number and the one to subtract from it.
 
     The two are taken as independent, so that intervals over the same validation text come out too wide, never too
     narrow. A difference whose step is left out, or whose number is missing, is missing too.

@@ -24,8 +24,8 @@ OWNED = {"rates": "train.lr", "seeds": "train.seed", "budgets": "data.train_toke
 def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
     """Train every combination of methods, rates, orders and seeds; numbers over replicates, in % of perplexity.
 
-    Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison; `random_orders` is
-    how many orders to draw (`orders` of a grid begins with the plan's own). Numbers:
+    Settings are those of a sequence, the axes of a grid, `target` and `figure` of its comparison. `random_orders` is
+    how many orders to draw, where `orders` of a grid begins with the plan's own. Numbers:
     `VARIANT@RATE.in_domain` and `.FIGURE`; `VARIANT.worst` and `.best`, the highest and lowest FIGURE of a variant;
     `matched.A-minus-B` and `curve.A-minus-B`, on FIGURE; `A-minus-B` of variants with one rate each, matched or not.
     A rate at which a run diverged has no number, and its variant no `.worst`; `.best` is that of the other rates.
@@ -84,7 +84,7 @@ def sweep(settings: dict[str, Any], context: Context) -> PreparedStep:
 
 
 def random_orders(names: list[str], count: Any, axes: dict[str, Any], origin: str) -> list[tuple[str, ...]]:
-    """Draw so many different orders of the domains by `order_seed`, all of them random; their own has no advantage."""
+    """Draw `count` different orders of the domains, all of them random; takes `order_seed` out of `axes`."""
     if "orders" in axes:
         raise ConfigError(f"{origin}: orders and random_orders both name the orders: leave one of them out")
     most = math.factorial(len(names))

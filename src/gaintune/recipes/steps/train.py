@@ -127,10 +127,10 @@ def _paired(matrix: Matrix, pairs: Sequence[tuple[str, ...]], plan: Plan, folder
     """Return the numbers of one method less another, paired block by block, for each two labels that finished."""
     numbers: dict[str, Interval] = {}
     methods = {method.label: method for method in matrix.methods}
-    for one, other in (pair for pair in pairs if {*pair} <= {*methods}):
-        runs = [stored_run(Run(folder), methods[label]) for label in (other, one)]
+    for label, other in (pair for pair in pairs if {*pair} <= {*methods}):
+        runs = [stored_run(Run(folder), methods[name]) for name in (other, label)]
         for comparison in build_matrix(runs, plan.evaluate, planned=matrix.planned).comparisons:
-            numbers |= _summary_numbers(f"{one}-minus-{other}", comparison.summary)
+            numbers |= _summary_numbers(f"{label}-minus-{other}", comparison.summary)
     return numbers
 
 
@@ -139,12 +139,12 @@ def _notes_on(diverged: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def shortages(plan: Plan, run: Path) -> tuple[str, ...]:
-    """Say which domains of a run give fewer training tokens than the plan asks for."""
+    """Name the domains of a run that have fewer training tokens than the plan wants."""
     domains = read_stored(run / "inputs.json", dict)["domains"]
-    asked = plan.data.train_tokens // plan.data.block_size * plan.data.block_size
+    wanted = plan.data.train_tokens // plan.data.block_size * plan.data.block_size
     given = {domain.name: domains[domain.name]["train_tokens"] for domain in plan.data.domains}
-    short = [f"{name} has {tokens:,}" for name, tokens in given.items() if tokens < asked]
-    return (f"fewer training tokens than the {asked:,} asked for: {', '.join(short)}",) if short else ()
+    short = [f"{name} has {tokens:,}" for name, tokens in given.items() if tokens < wanted]
+    return (f"fewer training tokens than the {wanted:,} asked for: {', '.join(short)}",) if short else ()
 
 
 def sums_of(path: Path) -> dict[str, str]:

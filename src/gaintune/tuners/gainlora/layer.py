@@ -46,7 +46,7 @@ def widened_basis(basis: torch.Tensor, gram: torch.Tensor, share: float) -> torc
         share: share of the trace of `gram`, between 0 and 1.
 
     Returns:
-        `(in, k + added)`, float64, with the same first k columns.
+        `(in, k + added)`, float64, orthonormal; the first k columns are those of `basis`, up to their sign.
     """
     outside = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - basis @ basis.T
     rest = outside @ gram @ outside
@@ -62,8 +62,8 @@ class GainloraLinear(UpdatedLinear):
     """`W x + (alpha / r) sum_t g_t(x) B_t A_t x`.
 
     Of each adapter, `gainlora_A` `(r, in)`, `gainlora_B` `(out, r)` and `gainlora_gate` `(in,)` are the newest branch,
-    which trains. `gainlora_old_A`, `gainlora_old_B` and `gainlora_old_gate` hold the frozen ones one below (B: beside)
-    another, the oldest first. What is appended to `gate_observers` is called in every forward pass.
+    which trains. `gainlora_old_A`, `gainlora_old_B` and `gainlora_old_gate` hold the frozen branches, the oldest first:
+    stacked by rows, and B by columns. Every forward pass calls the functions in `gate_observers`.
     """
 
     adapter_layer_names: tuple[str, ...] = ("gainlora_A", "gainlora_B", "gainlora_gate")
@@ -109,15 +109,15 @@ class GainloraLinear(UpdatedLinear):
     @torch.no_grad()
     def begin_branch(self, adapter_name: str, basis: torch.Tensor, generator: torch.Generator) -> None:
         """Freeze the newest branch, and begin one whose gate is orthogonal to the columns of `basis` `(in, k)`."""
-        values = {name: getattr(self, name) for name in (*self.adapter_layer_names, *OLD)}
-        a, b, gate, old_a, old_b, old_gate = (each[adapter_name].data for each in values.values())
+        parameters = {name: getattr(self, name) for name in (*self.adapter_layer_names, *OLD)}
+        a, b, gate, old_a, old_b, old_gate = (values[adapter_name].data for values in parameters.values())
         drawn_a, drawn_gate = (drawn.to(a.device) for drawn in new_branch(len(a), a.shape[1], generator))
         made = (
             drawn_a, torch.zeros_like(b), outside(drawn_gate, basis),
             torch.cat([old_a, a]), torch.cat([old_b, b], dim=1), torch.cat([old_gate, gate[None]]),
         )  # fmt: skip
-        for (name, each), value in zip(values.items(), made, strict=True):
-            each[adapter_name] = nn.Parameter(value, requires_grad=name in self.adapter_layer_names)
+        for (name, values), value in zip(parameters.items(), made, strict=True):
+            values[adapter_name] = nn.Parameter(value, requires_grad=name in self.adapter_layer_names)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refuse: a weight cannot depend on the input."""

@@ -1,4 +1,4 @@
-"""SVFT: one learned number per singular direction of a frozen weight, added to its singular value."""
+"""SVFT: one trained number per singular direction of a frozen weight, added to its singular value."""
 
 import peft  # noqa: F401  (first: a hook on this import may register the method, which imports the modules below)
 

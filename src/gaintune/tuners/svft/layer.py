@@ -1,4 +1,4 @@
-"""A linear layer whose singular values have changes added, and the merge of these changes into its weight."""
+"""A linear layer with changes of its weight's singular values, and their merge into the weight."""
 
 from __future__ import annotations
 
