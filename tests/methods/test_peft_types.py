@@ -29,6 +29,15 @@ def method(text: str) -> MethodConfig:
     return MethodConfig.model_validate(parse_method(text))
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("lora:use_rslora=maybe", "use_rslora is true or false, got 'maybe'"),
+    ("lora:lora_dropout=much", "lora_dropout is a number, got 'much'"),
+    ("peft:RANDLORA:r=eight", "r is a whole number, got 'eight'"),
+])  # fmt: skip
+def test_a_value_of_another_type_is_refused(text, message):
+    refused(ConfigError, message, check_method, method(text))
+
+
 @pytest.mark.filterwarnings(  # what PEFT's own types say of this base and this machine, and torch of FROD's products
     "ignore:Detected that the base layer has no bias term:UserWarning",
     "ignore:Failed to load the CUDA extension:UserWarning",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 from gaintune.adapters import load_adapter, save_adapter
@@ -61,6 +62,17 @@ def test_eva_starts_at_the_main_directions_of_the_inputs():
         directions = torch.linalg.svd(states - states.mean(0), full_matrices=False).Vh
         assert share_inside(a, directions[: 2 * RANK]) > 0.9 > 0.5 > share_inside(a, directions[-2 * RANK :])
         assert not b.any()
+
+
+def test_eva_may_leave_modules_without_a_rank_and_the_adapter_loads_as_it_is(tmp_path):
+    adapted = attach(tiny_base.model(), MethodConfig(name="eva", targets="all-linear"), seed=0, rows=rows())
+    names = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+    assert 0 < len(names) < 14, "two layers of seven linear modules"
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_base.model(), tmp_path)
+    assert [name for name, module in loaded.named_modules() if isinstance(module, LoraLayer)] == names
+    blocks = tiny_base.blocks(2, 16)
+    assert torch.equal(loaded(blocks).logits, adapted.eval()(blocks).logits)
 
 
 def test_corda_starts_at_the_parts_of_a_weight_that_act_most_on_its_inputs():

@@ -61,7 +61,12 @@ def models_of_the_hub(root: Path) -> None:
     _model(root / "Qwen/Qwen2.5-7B", causal, hf.Qwen2Config(**SIZES, **qwen), _qwen, shards=True)
     roberta = {"vocab_size": 261, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     roberta |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    _model(root / "FacebookAI/roberta-base", hf.AutoModelForMaskedLM, hf.RobertaConfig(**SIZES, **roberta), _roberta)
+    _model(
+        root / "FacebookAI/roberta-base",
+        hf.AutoModelForMaskedLM,
+        hf.RobertaConfig(**{**SIZES, "hidden_size": 64}, **roberta),
+        _roberta,
+    )
 
 
 def _model(

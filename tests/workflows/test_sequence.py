@@ -60,6 +60,12 @@ def copied(finished, tmp_path):
     return plan, Path(shutil.copytree(run, tmp_path / "run"))
 
 
+def test_what_a_method_refuses_is_refused_before_another_trains(plan_of, tmp_path):
+    plan = plan_of(methods=["gain", {"name": "gainlora", "penalty": "l2"}])
+    refused(ConfigError, "a penalty has nothing to pull back", run_sequence, plan, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["gain-ffn", "full"])
 def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of, tmp_path, method):
     plan = plan_of(methods=[method])

@@ -113,7 +113,7 @@ def run(
     ] = "small",
     data: Annotated[Path | None, typer.Option(help="Folder of local copies under the papers' names.")] = None,
     models: Annotated[
-        str | None, typer.Option(help="Models of the recipe to run, such as mistral-7b,llama-2-13b; all unless given.")
+        str | None, typer.Option(help="Models of the recipe to run, by Hub id or label; all unless given.")
     ] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run programs that a model wrote (HumanEval), with limits.")

@@ -7,7 +7,8 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -27,7 +28,7 @@ from gaintune.methods.rules import Renormalization, Rows, StagePosition, Trainin
 from gaintune.methods.starts import Collate, StartRows
 from gaintune.models import probe, resolve_device, resolve_dtype
 from gaintune.storage import process_count
-from gaintune.tuners import matched_modules, with_named_targets
+from gaintune.tuners import SHAPES_ALONE, matched_modules, with_named_targets
 from gaintune.tuners.gain import default_projections
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ _EXPECTED = (  # warnings of PEFT and torch about what is as it should be
     "lora with eva initialization used with low_cpu_mem_usage=False",
     r"`init_lora_weights` is '\w+' but `\w+` is not specified. Using default",
 )
+WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 OPTIONS = tuple(option for option in MethodConfig.model_fields if option not in COMMON)
 
 
@@ -59,9 +61,27 @@ def check_method(config: MethodConfig) -> Method:
             "remove it"
         )
     if config.config:
+        _require_types(method, config)
         with _in_words_of_peft(config):
             peft_config(method, None, config)
     return method
+
+
+def _require_types(method: Method, config: MethodConfig) -> None:
+    """Refuse values of another type than PEFT's fields of numbers, texts and truths have; PEFT itself takes any."""
+    kind = cast(type[PeftConfig], PEFT_TYPE_TO_CONFIG_MAPPING[cast(Any, method.peft_type)])
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # of a type whose module does not import what it annotates with
+        return
+    for key, value in (config.config or {}).items():
+        hint = hints.get(key)
+        union = get_origin(hint) in (Union, UnionType)
+        types = {*(get_args(hint) if union else (hint,))} - {type(None)}
+        plain = types <= {bool, int, float, str}
+        if value is not None and plain and type(value) not in types and not (type(value) is int and float in types):
+            names = " or ".join(sorted(WORDS[name] for name in types))
+            raise ConfigError(f"method {config.label!r}: {key} is {names}, got {value!r}")
 
 
 @contextlib.contextmanager
@@ -216,12 +236,17 @@ def attach(
         if head:
             _save_with_adapter(configured, head, config)
         _require_rank(model, configured, method, config)
-        if method.start is None:
-            adapted = get_peft_model(model, configured)
-        else:
-            data = None if rows is None else StartRows(rows, collate, seed, config.start_rows)
-            adapted = method.start(model, configured, data)
-        _require_all_adapted(adapted, config)
+        alone = SHAPES_ALONE.set(shapes_only)
+        try:
+            if method.start is None:
+                adapted = get_peft_model(model, configured)
+            else:
+                data = None if rows is None else StartRows(rows, collate, seed, config.start_rows)
+                adapted = method.start(model, configured, data)
+        finally:
+            SHAPES_ALONE.reset(alone)
+        if method.start is None:  # EVA may give a module no rank, and such a module stays as it is
+            _require_all_adapted(adapted, config)
     if before is not None:
         _probe_start(adapted, before, config, compare=not head)  # a new head gives other logits
     return adapted

@@ -275,7 +275,7 @@ def _rows_of_an_update(plan: Mapping[str, Any]) -> int | None:
     if train.get("effective_batch") is not None:
         return train["effective_batch"]
     batch, added = train.get("batch_size"), train.get("gradient_accumulation")
-    return batch * added if isinstance(batch, int) and isinstance(added, int) else None
+    return batch * added * process_count() if isinstance(batch, int) and isinstance(added, int) else None
 
 
 HASH = re.compile(r"[0-9a-f]{40,}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from peft.config import PeftConfig
@@ -12,6 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gaintune.errors import UnsupportedModuleError
+
+SHAPES_ALONE: ContextVar[bool] = ContextVar("shapes_alone", default=False)
+"""Whether adapters are attached for their shapes alone, so that a base without numbers will do."""
 
 
 def with_named_targets(config: PeftConfig, model: nn.Module) -> PeftConfig:

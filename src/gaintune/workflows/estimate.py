@@ -224,19 +224,20 @@ def require_memory(plan: Plan) -> None:
 def unfit_methods(plan: Plan) -> dict[str, str]:
     """Return the methods that cannot fit the CUDA devices of this process, each with the numbers and what to set.
 
-    There are none on a CPU, and none where the model cannot be estimated.
+    There are none on a CPU, and none among methods and models that cannot be estimated.
     """
     memory = device_memory(plan.model)
     if memory is None:
         return {}
     devices = torch.cuda.device_count() if plan.model.device_map else process_count()
-    try:
-        estimate = estimate_plan(plan, devices=max(1, devices), device_memory=memory)
-    except Exception as error:  # config classes, remote code and operators without shapes each have their own
-        logger.info("the memory of %s is not estimated: %s", plan.model.name, one_line(error)[:300])
-        return {}
     unfit = {}
-    for method in estimate.methods:
+    for config in plan.methods:
+        alone = plan.model_copy(update={"methods": (config,)})
+        try:
+            (method,) = estimate_plan(alone, devices=max(1, devices), device_memory=memory).methods
+        except Exception as error:  # config classes, remote code and operators without shapes each have their own
+            logger.info("the memory of %s is not estimated: %s", config.label, one_line(error)[:300])
+            continue
         if method.memory.peak > memory:
             parts = {"weights": method.memory.weights, "trained state": method.memory.trained}
             parts |= {"activations": method.memory.activations, "loss": method.memory.loss}
@@ -338,7 +339,7 @@ def _advice(case: _Case, plan: Plan, devices: int, device_memory: int) -> tuple[
     def fits(setting: _Case) -> bool:
         return _memory(setting).peak <= HEADROOM * device_memory
 
-    wanted = plan.train.rows_per_update()
+    wanted = plan.train.rows_per_update(case.processes)
     ladders = list(filter(None, _ladders(case, wanted, devices)))
     for ladder in ladders:
         if fits(ladder[-1]):
@@ -468,8 +469,8 @@ def _architecture(model: ModelConfig, folder: str | None) -> PreTrainedConfig:
     except Exception as error:  # those of the hub's client, of JSON, and transformers' own
         where = model.name if folder is None else folder
         raise ConfigError(
-            f"the config of {where!r} cannot be read ({one_line(error)[:200]}): give the folder of the model's "
-            "config.json with --config FOLDER"
+            f"the config of {where!r} cannot be read ({one_line(error).partition('. ')[0]}): give the folder of the "
+            "model's config.json with --config FOLDER"
         ) from None
 
 

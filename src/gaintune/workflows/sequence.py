@@ -25,7 +25,7 @@ from gaintune.data import (
 )
 from gaintune.errors import ConfigError, DivergedError, RunDirectoryError
 from gaintune.evaluate import BaseLosses, measure_domain
-from gaintune.methods import PreparedMethod, StagePosition, attach, prepare_method, trainable_parameters
+from gaintune.methods import PreparedMethod, StagePosition, attach, prepare_method, rules_of, trainable_parameters
 from gaintune.models import Base, base_fingerprint, load_base, load_tokenizer, resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.results import DomainLoss, Matrix, MethodRun, Stage, build_matrix
@@ -74,6 +74,8 @@ def run_sequence(
             "and measure what is kept with `gaintune evaluate --masked`"
         )
     methods = [prepare_method(method, plan.model, plan.train) for method in plan.methods]
+    for method in methods:
+        rules_of(method, StagePosition(), seed=plan.train.seed)  # for its errors
     if plan.data.stream:
         _refuse_borders(plan, methods)
     unfit = unfit_methods(plan)

@@ -15,6 +15,7 @@ from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.linear import UpdatedLinear
 from gaintune.tuners.precision import Float32ParameterDict
 from gaintune.tuners.svft.config import SvftConfig
+from gaintune.tuners.targets import SHAPES_ALONE
 
 
 def singular_vectors(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +65,7 @@ class SvftLinear(UpdatedLinear):
         self.off_diagonals: dict[str, int] = {}
         self._original: nn.Parameter | None = None
         weight = self._weight()
-        if weight.device.type == "meta":
+        if weight.device.type == "meta" and not SHAPES_ALONE.get():
             raise UnsupportedModuleError("SVFT needs the base's weights, and this base is loaded without them.")
         self.base_dtype = config.base_dtype
         dtype = weight.dtype if config.base_dtype is None else getattr(torch, config.base_dtype)
