@@ -98,6 +98,8 @@ FILES = """\
 | `events.jsonl` | what happened when, a line each |
 | `base/PRECISION/DOMAIN.json` | losses of the untouched base, block by block |
 | `stages/METHOD/NN-DOMAIN/adapter/` | the adapter after a stage |
+| `stages/METHOD/NN-DOMAIN/training.json`, `metrics.json` | updates, tokens and the loss of every update; with \
+`train.keep: best` also `kept_step` and `snapshot_losses` |
 | `stages/METHOD/NN-DOMAIN/evaluations/DOMAIN.json` | losses after that stage, block by block |
 | `matrix.json` | every number of the report, described below |
 | `report.html`, `figures/`, `matrix.csv`, `matrix.md` | the report |
@@ -105,9 +107,16 @@ FILES = """\
 Losses are `nll` (nats), `tokens` and `bytes`: one number per validation block. An adapter's `manifest.json` holds the
 SHA-256 of every file beside it and is written last.
 
+## A recipe's folder
+
+A folder for each step, as its kind writes it; `outcome.json` there is what a step measured, and `traceback.txt` what stopped
+it where no one expected an error. Beside them `recipe.json` (the recipe and the last call's keys), `results.md`,
+`results.csv` and `results.json`, which names failed steps under `failed`.
+
 ## An adapter folder
 
-PEFT's `adapter_config.json` and `adapter_model.safetensors`, and `gaintune.json`, the record:
+PEFT's `adapter_config.json` and `adapter_model.safetensors`, what a method needs for the next domain
+(`adalora.safetensors`, `gainlora.safetensors`, `penalty.safetensors`), and `gaintune.json`, the record:
 
 """
 

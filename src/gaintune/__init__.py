@@ -1,7 +1,8 @@
 """Adapt language models to domain after domain without making them forget, and measure what was kept.
 
-Importing this package registers GAIN and DISeL with PEFT: at once if PEFT is already imported, else as soon as it is.
-The public names stand in `__init__.pyi` and load at first use, so that importing gaintune costs next to nothing.
+Importing this package registers GAIN, DISeL, SVFT and GainLoRA with PEFT: at once if PEFT is already imported, else as
+soon as it is. The public names stand in `__init__.pyi` and load at first use, so that importing gaintune costs next to
+nothing.
 """
 
 from __future__ import annotations
