@@ -62,7 +62,7 @@ class DivergedError(TrainingError):
     """A loss or a gradient is not finite.
 
     Attributes:
-        methods: of a sequence that went on, the methods that diverged, each with what was not finite.
+        methods: of a sequence that went on, the methods that diverged or could not begin, each with the reason.
         finished: how many others of that sequence are finished.
     """
 

@@ -66,6 +66,16 @@ def test_what_a_method_refuses_is_refused_before_another_trains(plan_of, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_that_this_base_refuses_leaves_the_others_alone(plan_of, tmp_path):
+    refused_here = {"name": "lora", "targets": ["no_such_module"], "label": "nowhere"}
+    with pytest.raises(DivergedError, match="method 'nowhere' cannot be attached to this base") as error:
+        run_sequence(plan_of(methods=[refused_here, "gain"]), tmp_path / "run")
+    assert (list(error.value.methods), error.value.finished) == (["nowhere"], 1)
+    written = read_json(tmp_path / "run" / "matrix.json")["methods"]
+    assert {method["label"]: len(method["stages"]) for method in written} == {"nowhere": 0, "gain": 2}
+    refused(ConfigError, "cannot be attached", run_sequence, plan_of(methods=[refused_here]), tmp_path / "alone")
+
+
 @pytest.mark.parametrize("method", ["gain-ffn", "full"])
 def test_killed_in_training_and_in_measuring_it_ends_with_the_same_files(plan_of, tmp_path, method):
     plan = plan_of(methods=[method])

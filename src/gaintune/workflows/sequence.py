@@ -63,8 +63,8 @@ def run_sequence(
         The numbers of matrix.json.
 
     Raises:
-        DivergedError: methods that diverged or were passed over, once all others are finished; matrix.json holds what
-            was measured.
+        DivergedError: methods that diverged, that were passed over, or that cannot work on this base, once all others
+            are finished; matrix.json holds what was measured.
         GaintuneError: bad input, a run directory of another plan, or training that had to stop; see each subclass.
     """
     plan = read_plan(plan)
@@ -102,6 +102,11 @@ def run_sequence(
                 diverged[sequence.label] = str(error)
                 directory.event("diverged", method=sequence.label, error=str(error))
                 shown.note(f"{sequence.label} diverged: {error}")
+            except _UnattachedError as error:
+                if len(sequences) == 1:
+                    raise
+                diverged[sequence.label] = str(error)
+                shown.note(str(error))
         _write_matrix(directory, sequences)
         if diverged:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in diverged.items())
@@ -149,6 +154,10 @@ def _write_matrix(run: storage.Run, sequences: list[_Sequence]) -> None:
         planned = [domain.name for domain in plan.data.domains]
         matrix = build_matrix([result for result in results if result.base], plan.evaluate, planned=planned)
         storage.write_json(run.matrix, matrix.to_dict())
+
+
+class _UnattachedError(ConfigError):
+    """A method cannot work on this base, which only the base shows."""
 
 
 @dataclass
@@ -237,7 +246,10 @@ class _Sequence:
     def _model_after(self, base: Base, index: int) -> nn.Module:
         """Return the model as it is after a stage, ready to train; -1 stands for the start."""
         if index < 0:
-            return attach(base.model, self.method.config, seed=self.plan.train.seed, rows=self.domains[0].train)
+            try:
+                return attach(base.model, self.method.config, seed=self.plan.train.seed, rows=self.domains[0].train)
+            except ConfigError as error:
+                raise _UnattachedError(str(error)) from error
         adapter = self.stages[index] / "adapter"
         self.progress.note(f"{self.label}: continuing from {adapter}")
         return load_adapter(base, adapter, trainable=True)
