@@ -110,8 +110,8 @@ SHA-256 of every file beside it and is written last.
 ## A recipe's folder
 
 A folder for each step, as its kind writes it; `outcome.json` there is what a step measured, and `traceback.txt` what
-stopped it where no one expected an error. Beside them `recipe.json` (the recipe and the last call's keys), `results.md`,
-`results.csv` and `results.json`, which names failed steps under `failed`.
+stopped it where no one expected an error. Beside them `recipe.json` (the recipe and the last call's keys),
+`results.md`, `results.csv` and `results.json`, which names failed steps under `failed`.
 
 ## An adapter folder
 
