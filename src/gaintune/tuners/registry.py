@@ -20,6 +20,13 @@ from gaintune.errors import GaintuneError
 logger = logging.getLogger(__name__)
 
 
+def match_names(config: Any) -> None:
+    """Put lists of module names in a configuration into sets: PEFT matches names in a set."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, key), list):
+            setattr(config, key, set(getattr(config, key)))
+
+
 def add_peft_type(name: str) -> Any:
     """Return the member `name` of `peft.PeftType`, added to the enumeration if it is not there yet."""
     from peft.utils import peft_types

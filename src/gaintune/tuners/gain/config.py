@@ -7,7 +7,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from gaintune.tuners.registry import add_peft_type
+from gaintune.tuners.registry import add_peft_type, match_names
 
 
 @dataclass
@@ -69,10 +69,7 @@ class GainConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("GAIN")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT matches names in a set
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        match_names(self)
         if isinstance(self.output_modules, str):
             raise ValueError("`output_modules` is a list of names, or True for the key and value projections.")
         if self.output_modules is not True:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from gaintune.errors import ConfigError
-from gaintune.tuners.registry import add_peft_type
+from gaintune.tuners.registry import add_peft_type, match_names
 
 
 @dataclass
@@ -58,10 +58,7 @@ class GainloraConfig(PeftConfig):
         self.peft_type = add_peft_type("GAINLORA")
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.r
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT matches names in a set
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        match_names(self)
         for name in ("r", "branches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: a count, 1 or more.")

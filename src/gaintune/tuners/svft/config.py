@@ -8,7 +8,7 @@ import torch
 from peft.config import PeftConfig
 
 from gaintune.errors import ConfigError
-from gaintune.tuners.registry import add_peft_type
+from gaintune.tuners.registry import add_peft_type, match_names
 
 
 @dataclass
@@ -53,10 +53,7 @@ class SvftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("SVFT")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT matches names in a set
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        match_names(self)
         if self.off_diagonals < 0:
             raise ConfigError(f"off_diagonals is {self.off_diagonals}: a count of diagonals, 0 or more.")
         if self.base_dtype is not None and not isinstance(getattr(torch, self.base_dtype, None), torch.dtype):
