@@ -74,6 +74,8 @@ def test_a_method_that_this_base_refuses_leaves_the_others_alone(plan_of, tmp_pa
     written = read_json(tmp_path / "run" / "matrix.json")["methods"]
     assert {method["label"]: len(method["stages"]) for method in written} == {"nowhere": 0, "gain": 2}
     refused(ConfigError, "cannot be attached", run_sequence, plan_of(methods=[refused_here]), tmp_path / "alone")
+    both = [refused_here, {**refused_here, "label": "nowhere-else"}]
+    refused(ConfigError, "cannot be attached", run_sequence, plan_of(methods=both), tmp_path / "both")
 
 
 @pytest.mark.parametrize("method", ["gain-ffn", "full"])

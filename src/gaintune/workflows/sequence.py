@@ -90,6 +90,7 @@ def run_sequence(
         fingerprint = inputs["base_fingerprint"]
         sequences = [_Sequence(plan, directory, domains, fingerprint, shown, method, base_losses) for method in methods]
         diverged: dict[str, str] = {}
+        refused = 0  # methods that cannot work on this base
         for sequence in sequences:
             if sequence.label in unfit:
                 diverged[sequence.label] = unfit[sequence.label]
@@ -103,8 +104,9 @@ def run_sequence(
                 directory.event("diverged", method=sequence.label, error=str(error))
                 shown.note(f"{sequence.label} diverged: {error}")
             except _UnattachedError as error:
-                if len(sequences) == 1:
+                if sequence is sequences[-1] and refused == len(sequences) - 1:  # the base refuses every method
                     raise
+                refused += 1
                 diverged[sequence.label] = str(error)
                 shown.note(str(error))
         _write_matrix(directory, sequences)
