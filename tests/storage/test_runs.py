@@ -127,7 +127,8 @@ def test_a_run_of_another_plan_is_refused_with_the_differences_by_name_and_brief
     folder, lr = tmp_path / "run", {"train": {"lr": 0.1}}
     first = {"data": {"domains": ["law", "code"]}, "methods": ["gain", {"name": "lora", "rank": 2}], **lr}
     with open_run(folder, as_plan(first), {"python": "3"}):
-        (folder / "stages" / "gain" / "01-law" / "adapter").mkdir(parents=True)
+        for label in ("gain", "lora"):
+            (folder / "stages" / label / "01-law" / "adapter").mkdir(parents=True)
     second = {"data": {"domains": ["law"], "seed": 3}, "methods": ["gain", {"name": "lora", "rank": 4}], **lr}
     several = "data.domains: [law, code] there, [law] now; data.seed: 0 there, 3 now; methods.lora.rank: 2 there, 4"
     for plan, differences in ((second, several), ({**first, "train": {"lr": 0.2}}, "train.lr: 0.1 there, 0.2 now")):

@@ -280,6 +280,22 @@ def test_a_method_that_diverges_stops_neither_the_others_nor_the_numbers(plan_of
     assert {method["label"]: len(method["stages"]) for method in matrix["methods"]} == {"gain-ffn": 2, "lora": 0}
 
 
+@pytest.mark.parametrize("corrected", [{"name": "lora", "lr": 0.01}, "gain", None])
+def test_a_run_goes_on_with_another_method_in_place_of_one_that_trained_nothing(plan_of, tmp_path, corrected):
+    broken = {"name": "lora", "lr": 1e36, "alpha": 1e4}
+    with pytest.raises(DivergedError):
+        run_sequence(plan_of(methods=["gain-ffn", broken], train={"checkpoint_steps": 1}), tmp_path / "run")
+    plan = plan_of(methods=["gain-ffn", *filter(None, [corrected])], train={"checkpoint_steps": 1})
+    matrix = run_sequence(plan, tmp_path / "run")
+    undisturbed = run_sequence(plan, tmp_path / "once")
+    assert matrix == undisturbed
+    told = "events.jsonl"
+    assert {**contents(tmp_path / "run"), told: b""} == {**contents(tmp_path / "once"), told: b""}
+    other = plan_of(methods=[{"name": "gain-ffn", "lr": 0.5}], train={"checkpoint_steps": 1})
+    refused(RunDirectoryError, r"methods", run_sequence, other, tmp_path / "run")
+    refused(RunDirectoryError, r"methods", run_sequence, plan_of(methods=["lora"]), tmp_path / "run")
+
+
 @pytest.mark.parametrize(("lr", "why"), [(3e37, "the loss is not finite"), (1e300, "is too large for the weights")])
 def test_a_method_that_diverges_in_its_only_update_stops_no_other_the_second_time_either(plan_of, tmp_path, lr, why):
     plan = plan_of(methods=[{"name": "full", "lr": lr}, "gain-ffn"], data={"train_tokens": 128})

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,6 +134,25 @@ def nothing_finished(folder: Path) -> bool:
     return not any(folder.rglob("stages/*/*/adapter")) and not any(folder.rglob("checkpoint-*"))
 
 
+def _finished_methods(plan: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Return a sequence's plan without the methods that have no training result yet, which may become others."""
+    methods = plan.get("methods") if isinstance(plan, Mapping) else None
+    if not isinstance(methods, list):
+        return plan
+    stages = [(method, folder / "stages" / str(_name(method))) for method in methods]
+    begun = [method for method, own in stages if any(own.glob("*/adapter")) or any(own.rglob("checkpoint-*"))]
+    return {**plan, "methods": begun}
+
+
+def _discard_other_methods(folder: Path, keep: Sequence[Any]) -> None:
+    """Delete what methods left that are not kept."""
+    kept = {str(_name(method)) for method in keep}
+    own = [name for name in SEQUENCE.names if name.startswith("stages/*/")]
+    for stages in (folder / "stages").glob("*"):
+        if stages.name not in kept:
+            ownership.discard(stages, [name.removeprefix("stages/*/") for name in own])
+
+
 def close_run(folder: Path, kind: Kind) -> None:
     """Delete a run directory that is no longer wanted; what this program did not write stays, and a warning says so."""
     ownership.discard(folder, kind.names, last=MARKER)
@@ -229,14 +248,19 @@ def _taken(folder: Path, plan: Mapping[str, Any], environment: Mapping[str, Any]
         run = Run(folder)
         if not plan_file.exists():
             write_text(plan_file, as_yaml(plan))
-        elif changed := differences(plan, _stored(plan_file)):
-            if other := number_changes(plan, _stored(plan_file)):
-                if not nothing_finished(folder):
-                    _refuse(folder, other)
+        elif changed := differences(plan, stored := _stored(plan_file)):
+            other = number_changes(plan, stored)
+            if over := bool(other) and nothing_finished(folder):
                 # such as after a mistake in the plan: the corrected plan is welcome
                 start_over(folder, kind, ("plan.yaml", "events.jsonl"))
+            elif other and kind == SEQUENCE:
+                finished = [_finished_methods(each, folder) for each in (plan, stored)]
+                _refuse(folder, number_changes(*finished))
+                _discard_other_methods(folder, finished[0]["methods"])
+            else:
+                _refuse(folder, other)
             write_text(plan_file, as_yaml(plan))
-            run.event("plan changed", differences=changed, started_over=bool(other))
+            run.event("plan changed", differences=changed, started_over=over)
         if not environment_file.exists():
             write_json(environment_file, environment)
         elif moved := differences(json.loads(canonical_json(environment)), read_json(environment_file)):

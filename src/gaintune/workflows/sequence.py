@@ -45,8 +45,9 @@ def run_sequence(
     """Adapt to every domain in order with each method, and measure every domain after every stage.
 
     Finished work in `run` is kept: called again with the same plan after a stop at any point, it continues and ends
-    with the same files. A method that diverges does not stop the methods after it. Watched domains of the plan are
-    measured with the others and never trained on.
+    with the same files. Methods may be added, and those that trained nothing yet may be changed or left out. A method
+    that diverges does not stop the methods after it. Watched domains of the plan are measured with the others and never
+    trained on.
 
     With `data.stream` each method trains once over all domains, which blend into one another, and an adapter is saved
     and measured where each domain's share ends. A stream of one domain is a sequence of one domain.
@@ -101,6 +102,7 @@ def run_sequence(
                 if storage.process_count() > 1:  # other processes may not see the error, and would wait for this one
                     raise
                 diverged[sequence.label] = str(error)
+                sequence.discard_checkpoints()  # they lead there again
                 directory.event("diverged", method=sequence.label, error=str(error))
                 shown.note(f"{sequence.label} diverged: {error}")
             except _UnattachedError as error:
@@ -217,6 +219,12 @@ class _Sequence:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def discard_checkpoints(self) -> None:
+        """Delete the checkpoints inside stages."""
+        if self.directory.writes:
+            for stage in filter(Path.exists, self.stages):
+                storage.discard(stage, [storage.CHECKPOINTS])
 
     def _finished(self, index: int) -> bool:
         """Tell whether a stage has its adapter, every cell, and the metrics that close it."""
