@@ -118,7 +118,7 @@ def test_keys_that_change_finished_numbers_are_refused_and_nothing_is_lost(base,
     assert command(made, tmp_path).returncode == 1
     before = contents(tmp_path / "run")
     for options, words in (
-        (("--set", "train.seed=1"), "step first holds finished work, whose numbers --set would change (train.seed: 0"),
+        (("--set", "train.seed=1"), "step first holds finished work, whose numbers would be others now (train.seed: 0"),
         (("--set", "third.model.quantization=4bit"), "step third holds finished work"),
         (("--set", "train.batch_size=2"), "train.batch_size: 4 there, 2 now"),
     ):
@@ -243,6 +243,24 @@ def test_rows_may_change_until_something_is_trained(kind, settings, rows, base, 
     assert run_recipe(made, tmp_path / "run", scale="smoke").failed == {}
     edited.write_text("".join(edited.read_text().splitlines(keepends=True)[:3]))
     assert "says otherwise" in run_recipe(made, tmp_path / "run", scale="smoke").failed["run"]
+
+
+def test_a_recipe_may_change_where_no_finished_training_would_have_other_numbers(base, tmp_path):
+    look, more = ("look", "subspace", {"of": "first"}), ("more", "sequence", LEARNS)
+    methods = [*LEARNS["methods"], {"name": "gain-ffn", "lr": 0.01}]
+    first = recipe(("first", "sequence", LEARNS), look)
+    changed = recipe(("first", "sequence", {**LEARNS, "methods": methods}), ("look", "subspace", {**look[2], "epsilon": 0.3}),
+                     more, claims=CLAIMS[:1])  # fmt: skip
+    reference = undisturbed(changed, tmp_path)
+    run_recipe(first, tmp_path / "run", scale="smoke")
+    run_recipe(changed, tmp_path / "run", scale="smoke")
+    assert contents(tmp_path / "run", HISTORY) == contents(reference, HISTORY)
+    again = {"folder": tmp_path / "run", "scale": "smoke"}
+    slower = {**LEARNS, "methods": [{"name": "gain", "lr": 0.001}, methods[1]]}
+    finished = r"step first holds finished work, .*\(methods\.gain\.lr: 0\.01 there, 0\.001 now\)"
+    refused(RunDirectoryError, finished, run_recipe, recipe(("first", "sequence", slower), look, more), **again)
+    kind = r"step first holds finished work, .*do: 'sequence' there, 'separately' now"
+    refused(RunDirectoryError, kind, run_recipe, recipe(("first", "separately", LEARNS), more), **again)
 
 
 def test_workers_without_a_sweep_are_refused(base, tmp_path):

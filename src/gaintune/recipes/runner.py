@@ -35,6 +35,7 @@ from gaintune.storage import (
     Run,
     canonical_json,
     describe_environment,
+    differences,
     discard,
     make_folder,
     nothing_finished,
@@ -49,6 +50,7 @@ from gaintune.workflows.sweep import check_engine
 RECORD = "recipe.json"
 TRACEBACK = "traceback.txt"  # in a step's folder
 OUTCOME = "outcome.json"  # in the folder of a finished step that trains nothing
+CHECKED = ("sequence", "separately", "sweep")  # steps that compare all of their settings with what is in their folder
 ROW_SUMS = ("rows.json", "questions.json")  # rows that a step began with; without results it may begin with others
 SMOKE = (
     "Random weights, a few steps, and the standard library's functions as text under every name: the verdicts show "
@@ -101,12 +103,13 @@ def run_recipe(
     progress: Progress | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> RecipeResult:
-    """Run an experiment; a folder that was begun with the same recipe, scale and data is continued.
+    """Run an experiment; a folder that was begun with the recipe of this id, scale and data is continued.
 
     A step that fails while it runs does not stop the others, and raises nothing: `RecipeResult.failed` says why. The
-    next call tries it again, with other overrides if it has finished no training yet. Overrides that change the numbers
-    of finished work are refused. The keys of `gaintune.storage.SAME_NUMBERS` may always change, and `train.batch_size`
-    may while the rows of an update stay the same.
+    next call tries it again, with other settings or overrides if it has finished no training yet. A step that trains
+    nothing is done again if its settings have changed, and claims may always change. Settings and overrides that change
+    the numbers of finished training are refused. The keys of `gaintune.storage.SAME_NUMBERS` may always change, and
+    `train.batch_size` may while the rows of an update stay the same.
 
     Args:
         recipe: a recipe, or the id of one.
@@ -144,8 +147,7 @@ def run_recipe(
         "data": None if data is None else str(data.resolve()),
         "overrides": given,
     }
-    model = given.get("model")
-    recipe = recipe.at(scale, models, one_base=isinstance(model, Mapping) and "name" in model)
+    recipe = _chosen(recipe, scale, models, given)
     _check_overrides(recipe, given)
     if models:
         identity["models"] = [*models]
@@ -156,8 +158,11 @@ def run_recipe(
         expected = _check(session)
         if before is None:
             check_hub(recipe, setup, folder)
-        elif before != given:
-            _check_finished(session, expected, replace(setup, overrides=before))
+        elif before != (identity["recipe"], given):
+            earlier = _chosen(Recipe.model_validate(before[0]), scale, models, before[1])
+            _check_finished(
+                session, expected, replace(session, recipe=earlier, setup=replace(setup, overrides=before[1]))
+            )
             write_json(folder / RECORD, identity)
     except GaintuneError:
         if before is None:  # a corrected recipe may begin there
@@ -182,6 +187,12 @@ def run_recipe(
     for finding in result.findings:
         _refuse_unknown_number(finding, outcomes, lacking)
     return result
+
+
+def _chosen(recipe: Recipe, scale: Scale, models: Sequence[str], overrides: Mapping[str, Any]) -> Recipe:
+    """Return the recipe as it runs at a scale, on one base where the overrides name it."""
+    model = overrides.get("model")
+    return recipe.at(scale, models, one_base=isinstance(model, Mapping) and "name" in model)
 
 
 def _workers(recipe: Recipe, jobs: int, engine: str | None) -> dict[str, Any]:
@@ -209,15 +220,19 @@ def _check_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> None:
             raise ConfigError(f"--set {key}: write {key}.section.key=value, such as {key}.train.lr=0.005")
 
 
-def _take(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Make the folder, or check that the same recipe began it; return the overrides of the call before, if any."""
+def _take(folder: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Make the folder, or check that it is this recipe's; return recipe and overrides of the call before, if any."""
     new = not (folder / RECORD).exists()
     if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"{folder} is there already and no recipe began it; name another folder")
     make_folder(folder)
     advice = "A folder is one recipe at one scale on one set of texts: name another one"
-    before = None if new else read_stored(folder / RECORD, lambda record: dict(record["overrides"]))
-    Run(folder).write_once(RECORD, identity if new else {**identity, "overrides": before}, advice)
+    if new:
+        Run(folder).write_once(RECORD, identity, advice)
+        return None
+    before = read_stored(folder / RECORD, lambda record: (dict(record["recipe"]), dict(record["overrides"])))
+    may_change = {"recipe": {**before[0], "id": identity["recipe"]["id"]}, "overrides": before[1]}
+    Run(folder).write_once(RECORD, {**identity, **may_change}, advice)
     return before
 
 
@@ -296,10 +311,12 @@ def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Ma
         "adapters": {key: sha256_file(manifest) for key, manifest in adapters.items() if manifest.exists()},
         "notes": list(prepared.expected.notes),  # what is left out for want of rows or texts
         "plan": {} if plan is None else plan.model_dump(mode="json"),
+        "settings": json.loads(canonical_json(session.recipe.settings(step, session.setup.scale))),
     }
     if (folder / OUTCOME).exists():
         kept = read_stored(folder / OUTCOME, lambda record: {**record["basis"], "outcome": record["outcome"]})
-        same = all(kept[key] == basis[key] for key in ("adapters", "notes"))
+        kept.setdefault("settings", basis["settings"])  # an earlier version's folder took no other settings
+        same = all(kept[key] == basis[key] for key in ("adapters", "notes", "settings"))
         if same and not number_changes(json.loads(canonical_json(basis["plan"])), kept["plan"]):
             outcome = read_stored(folder / OUTCOME, lambda record: StepOutcome.from_dict(record["outcome"], folder))
             if all(figure.exists() for figure in outcome.figures):
@@ -311,16 +328,27 @@ def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Ma
     return outcome
 
 
-def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], before: ScaleSetup) -> None:
-    """Refuse overrides under which finished work would have other numbers than under those of the call before."""
-    earlier = replace(session, setup=before).expected()
-    for step, outcome in expected.items():
-        plans = [known.plan.model_dump(mode="json") for known in (outcome, earlier[step]) if known.plan]
-        if len(plans) == 2 and (changed := number_changes(*plans)) and _holds_work(session.folder / step):
+def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], before: _Session) -> None:
+    """Refuse a recipe or overrides under which finished work would have other numbers than in the call before."""
+    known, scale = before.expected(), session.setup.scale
+    earlier = {step.name: step for step in before.recipe.steps}
+    for step in (step for step in session.recipe.steps if step.name in earlier):
+        folder, old = session.folder / step.name, earlier[step.name]
+        if not _holds_work(folder):
+            continue
+        plans = [one.plan.model_dump(mode="json") for one in (expected[step.name], known[step.name]) if one.plan]
+        changed = number_changes(*plans, folder=folder) if len(plans) == 2 else []
+        if step.do != old.do or (plans and step.do not in CHECKED):
+            described = [
+                {"do": each.do, **recipe.settings(each, scale)}
+                for recipe, each in ((session.recipe, step), (before.recipe, old))
+            ]
+            changed += differences(*described)
+        if changed:
             raise RunDirectoryError(
-                f"step {step} holds finished work, whose numbers --set would change ({'; '.join(changed)}): give the "
-                f"key for other steps alone (--set STEP.SECTION.KEY=VALUE), name another folder, or delete "
-                f"{session.folder / step} to do the step again"
+                f"step {step.name} holds finished work, whose numbers would be others now ({'; '.join(changed)}): "
+                f"leave the step as it was (--set STEP.SECTION.KEY=VALUE is for one step alone), name another folder, "
+                f"or delete {folder} to do the step again"
             )
 
 

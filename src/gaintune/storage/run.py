@@ -254,9 +254,8 @@ def _taken(folder: Path, plan: Mapping[str, Any], environment: Mapping[str, Any]
                 # such as after a mistake in the plan: the corrected plan is welcome
                 start_over(folder, kind, ("plan.yaml", "events.jsonl"))
             elif other and kind == SEQUENCE:
-                finished = [_finished_methods(each, folder) for each in (plan, stored)]
-                _refuse(folder, number_changes(*finished))
-                _discard_other_methods(folder, finished[0]["methods"])
+                _refuse(folder, number_changes(plan, stored, folder=folder))
+                _discard_other_methods(folder, _finished_methods(plan, folder)["methods"])
             else:
                 _refuse(folder, other)
             write_text(plan_file, as_yaml(plan))
@@ -285,8 +284,13 @@ def _refuse(folder: Path, changed: list[str]) -> None:
         )
 
 
-def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """List the differences of two plans as `differences` does, without those that leave a run's numbers alone."""
+def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, folder: Path | None = None) -> list[str]:
+    """List the differences of two plans as `differences` does, without those that leave a run's numbers alone.
+
+    Of a sequence in `folder` the methods that have no training result yet leave them alone, too.
+    """
+    if folder is not None and (folder / "stages").is_dir():
+        ours, theirs = (_finished_methods(plan, folder) for plan in (ours, theirs))
     free = SAME_NUMBERS + (BATCHES if _rows_of_an_update(ours) == _rows_of_an_update(theirs) else ())
     keys = {line: line.partition(": ")[0] for line in differences(ours, theirs)}
     return [line for line, key in keys.items() if not any(f"{key}.".startswith(f"{name}.") for name in free)]
