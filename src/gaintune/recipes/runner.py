@@ -104,9 +104,9 @@ def run_recipe(
     """Run an experiment; a folder that was begun with the same recipe, scale and data is continued.
 
     A step that fails while it runs does not stop the others, and raises nothing: `RecipeResult.failed` says why. The
-    next call tries it again, with other overrides if it has finished no training yet. Overrides that change the numbers
-    of finished work are refused. The keys of `gaintune.storage.SAME_NUMBERS` may always change, and `train.batch_size`
-    may while the rows of an update stay the same.
+    next call tries it again, with other overrides if it has finished no training yet. Overrides that change the plan of
+    finished work are refused, even where no method reads the key. The keys of `gaintune.storage.SAME_NUMBERS` may
+    always change, and `train.batch_size` may while the rows of an update stay the same.
 
     Args:
         recipe: a recipe, or the id of one.
@@ -312,15 +312,15 @@ def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Ma
 
 
 def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], before: ScaleSetup) -> None:
-    """Refuse overrides under which finished work would have other numbers than under those of the call before."""
+    """Refuse overrides that give finished work another plan than those of the call before, unless by a free key."""
     earlier = replace(session, setup=before).expected()
     for step, outcome in expected.items():
         plans = [known.plan.model_dump(mode="json") for known in (outcome, earlier[step]) if known.plan]
         if len(plans) == 2 and (changed := number_changes(*plans)) and _holds_work(session.folder / step):
             raise RunDirectoryError(
-                f"step {step} holds finished work, whose numbers --set would change ({'; '.join(changed)}): give the "
-                f"key for other steps alone (--set STEP.SECTION.KEY=VALUE), name another folder, or delete "
-                f"{session.folder / step} to do the step again"
+                f"step {step} holds work that was finished with another plan ({'; '.join(changed)}), and its numbers "
+                f"belong to one plan: give the key for other steps alone (--set STEP.SECTION.KEY=VALUE), name another "
+                f"folder, or delete {session.folder / step} to do the step again"
             )
 
 
