@@ -15,6 +15,7 @@ from gaintune.evaluate.benchmarks import as_task
 from gaintune.progress import plural
 from gaintune.recipes import smoke
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
+from gaintune.storage import rows_per_update
 
 TEXTS = (".", "domains", "instruct", "glue")  # folders inside `--data` that may hold local copies of texts
 PLAN_SECTIONS = ("model", "data", "train", "evaluate", "classify")
@@ -248,7 +249,7 @@ def budget_note(recipe: Recipe, step: Step, scale: Scale, plan: Plan) -> tuple[s
 
 def _budget(sections: Mapping[str, Any]) -> str:
     data, train = sections["data"], sections["train"]
-    batch = train.get("effective_batch") or train["batch_size"] * train["gradient_accumulation"]
+    batch = rows_per_update(train)
     return (
         f"{data['train_tokens']:,} tokens a domain in blocks of {data['block_size']:,}, {batch} a batch, "
         f"{plural(train['epochs'], 'epoch')}"
