@@ -119,7 +119,7 @@ def test_keys_that_change_the_plan_of_finished_work_are_refused_and_nothing_is_l
     before = contents(tmp_path / "run")
     for options, words in (
         (("--set", "train.seed=1"), "step first holds work that was finished with another plan (train.seed: 0 there"),
-        (("--set", "train.lr=0.5"), "step first holds work that was finished with another plan (train.lr: nothing there"),
+        (("--set", "train.lr=0.5"), "finished with another plan (train.lr: nothing there, 0.5 now"),
         (("--set", "third.model.quantization=4bit"), "step third holds work that was finished with another plan"),
         (("--set", "train.batch_size=2"), "train.batch_size: 4 there, 2 now"),
     ):
