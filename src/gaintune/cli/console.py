@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -69,6 +70,13 @@ class Bars:
 def say(text: str) -> None:
     """Print one line or more to standard output, as it is: no markup, no colors, no wrapping."""
     out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_wrapped(text: str, indent: int = 4) -> None:
+    """Print lines wrapped at the terminal's width between words, their further lines indented below the first."""
+    for line in text.split("\n"):
+        below = " " * (len(line) - len(line.lstrip()) + indent)
+        say(fill(line, out.width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> Table:
