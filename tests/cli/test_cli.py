@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 import gaintune as package
 from gaintune.cli import console
 from gaintune.cli.console import Bars
+from gaintune.cli.train import FIGURES, MEMORY_COLUMNS
 from gaintune.progress import plural
 from gaintune.storage import SWEEP, read_json, take_folder
 from support import tiny_base, tiny_domains, tiny_sweep
@@ -200,3 +202,17 @@ def test_a_comparison_of_an_earlier_call_is_not_left_beside_another_table(grid, 
     shown = printed(gaintune("sweep", grid, "--run", run, "--engine", "sequential"))
     assert "methods are not compared" in shown and "1 run finished, 0 failed; tables " in shown
     assert (run / "sweep.csv").is_file() and not (run / "comparison.md").exists()
+
+
+@pytest.mark.parametrize("label", ["gain-ffn", "lora-r64-lr0.0002"])
+@pytest.mark.parametrize(("heads", "cell"), [
+    (["method", *FIGURES.values()], "-12.3 % [-13.1, -11.5]"),
+    (["method", *MEMORY_COLUMNS, "fits 2 x 80GB"], "0.54 GB"),
+], ids=["sequence", "estimate"])  # fmt: skip
+def test_a_table_of_a_run_breaks_no_word_at_80_columns(heads, cell, label, monkeypatch):
+    drawn = Console(width=80, file=io.StringIO())
+    monkeypatch.setattr(console, "out", drawn)
+    drawn.print(console.table("", heads, [[label, *[cell] * (len(heads) - 1)]], numeric=range(1, len(heads))))
+    said = drawn.file.getvalue()
+    assert max(map(len, said.splitlines())) <= 80
+    assert {*" ".join([*heads, label, cell]).split()} <= {*re.sub("[┃│]", " ", said).split()}

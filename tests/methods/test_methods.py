@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.osf.layer import OSFLayer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
 
 from gaintune.adapters import absorb, load_adapter, save_adapter
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig
@@ -27,7 +27,7 @@ from gaintune.models import NextTokenLoss
 from gaintune.training import train_stage
 from gaintune.tuners import GATES, parameter_groups
 from gaintune.tuners.gainlora import gainlora_layers
-from support import tiny_base
+from support import tiny_base, tiny_encoders
 from support.tiny_adapters import base_of, record_of
 
 D, FFN, LAYERS, KV = 32, 48, 2, 16
@@ -328,6 +328,9 @@ def test_a_rank_that_some_weights_lack_is_named(caplog):
     caplog.clear()
     attach(tiny_base.model(), MethodConfig(name="lora", rank=16, targets=ALL), seed=0)
     attach(tiny_base.model(), MethodConfig(name="vera", rank=64), seed=0)
+    classifier = RobertaForSequenceClassification(tiny_encoders.CONFIGS["roberta"]())
+    lora = MethodConfig(name="lora", rank=16, targets=ALL)
+    attach(classifier, lora, seed=0, task_type="SEQ_CLS", head=["classifier"])  # (2 x 32), but not adapted
     assert not caplog.text
 
 

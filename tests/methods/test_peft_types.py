@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from gaintune.analysis.landscape.directions import directions, way_of
 from gaintune.cli.options import parse_method
 from gaintune.config import MethodConfig, ModelConfig, TrainConfig, build_plan, plan_yaml, read_plan
 from gaintune.errors import AdapterError, ConfigError
-from gaintune.methods import METHODS, attach, check_method, prepare_method
+from gaintune.methods import METHODS, Method, attach, check_method, prepare_method
 from gaintune.workflows import adapt, run_sequence
 from support import peft_types, refused, tiny_base, tiny_domains
 from support.files import contents
@@ -95,7 +96,7 @@ def test_a_type_has_the_abilities_of_the_catalogue_s_entry_for_it():
     }.items():  # fmt: skip
         found, entry = check_method(method(text)), METHODS[name]
         assert found.kind == entry.kind, text
-        for ability in ("rule", "quantized", "shared", "factors", "line"):
+        for ability in {field.name for field in fields(Method)} - {"name", "lr", "options", "settings", "rates"}:
             assert getattr(found, ability) == getattr(entry, ability), (text, ability)
     lora_plus = check_method(method("lora+:use_dora=true"))
     assert lora_plus.rates(method("lora+:use_dora=true")) == {"lora_B": 16.0} and lora_plus.line == "weights"

@@ -152,6 +152,18 @@ def test_a_model_that_ignores_positions_in_its_mask_only_is_refused():
     refused(ConfigError, "treats a text in a packed row other than the text alone", require_isolation, model)
 
 
+def test_logits_that_are_not_finite_are_not_blamed_on_packing():
+    row = "model.layers.1.self_attn.o_proj"
+    dora = tiny_base.model()
+    dora.get_submodule(row).weight.data[3] = 0
+    adapted = get_peft_model(dora, LoraConfig(r=2, use_dora=True, target_modules=["o_proj"]))
+    broken = tiny_base.model()
+    broken.get_submodule(row).weight.data[3, 3] = torch.nan
+    for model, module in ((adapted, rf"{row}\S+ \(DoraLinearLayer\)"), (broken, rf"{row} \(Linear\)")):
+        message = rf"LlamaForCausalLM gives logits that are not finite, from {module} on: no setting of data\.packing"
+        refused(ConfigError, message, require_isolation, model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [GainConfig(ffn=True), LoraConfig(r=2, target_modules="all-linear")])
 def test_a_model_with_an_adapter_passes_and_keeps_its_mode(config, dtype):

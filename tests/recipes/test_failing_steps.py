@@ -112,14 +112,15 @@ def test_a_key_of_one_step_corrects_it_and_leaves_the_others_as_they_were(base, 
     assert seeds == {"first": 0, "second": 3, "third": 0}
 
 
-def test_keys_that_change_finished_numbers_are_refused_and_nothing_is_lost(base, tmp_path):
+def test_keys_that_change_the_plan_of_finished_work_are_refused_and_nothing_is_lost(base, tmp_path):
     with_nan(base)
     made = three_steps(base)
     assert command(made, tmp_path).returncode == 1
     before = contents(tmp_path / "run")
     for options, words in (
-        (("--set", "train.seed=1"), "step first holds finished work, whose numbers would be others now (train.seed: 0"),
-        (("--set", "third.model.quantization=4bit"), "step third holds finished work"),
+        (("--set", "train.seed=1"), "step first holds work that was finished with another plan (train.seed: 0 there"),
+        (("--set", "train.lr=0.5"), "finished with another plan (train.lr: nothing there, 0.5 now"),
+        (("--set", "third.model.quantization=4bit"), "step third holds work that was finished with another plan"),
         (("--set", "train.batch_size=2"), "train.batch_size: 4 there, 2 now"),
     ):
         message = refusal(command(made, tmp_path, *options))
@@ -208,7 +209,7 @@ def test_a_sweep_step_over_workers_gives_the_same_and_continues_with_other_batch
     again = run_recipe(made, folder, scale="smoke", overrides=halves)
     assert again.outcomes["rates"].numbers.keys() == alone.outcomes["rates"].numbers.keys()
     assert kept.items() <= work(runs).items() and len(list(runs.iterdir())) == 4
-    refused(RunDirectoryError, "step rates holds finished work", run_recipe, made, folder, scale="smoke",
+    refused(RunDirectoryError, "step rates holds work that was finished", run_recipe, made, folder, scale="smoke",
             overrides={"train": {"batch_size": 2}})  # fmt: skip
 
 
@@ -257,9 +258,11 @@ def test_a_recipe_may_change_where_no_finished_training_would_have_other_numbers
     assert contents(tmp_path / "run", HISTORY) == contents(reference, HISTORY)
     again = {"folder": tmp_path / "run", "scale": "smoke"}
     slower = {**LEARNS, "methods": [{"name": "gain", "lr": 0.001}, methods[1]]}
-    finished = r"step first holds finished work, .*\(methods\.gain\.lr: 0\.01 there, 0\.001 now\)"
+    finished = (
+        r"step first holds work that was finished with another plan \(methods\.gain\.lr: 0\.01 there, 0\.001 now\)"
+    )
     refused(RunDirectoryError, finished, run_recipe, recipe(("first", "sequence", slower), look, more), **again)
-    kind = r"step first holds finished work, .*do: 'sequence' there, 'separately' now"
+    kind = r"step first holds work that was finished with another plan do: 'sequence' there, 'separately' now"
     refused(RunDirectoryError, kind, run_recipe, recipe(("first", "separately", LEARNS), more), **again)
 
 

@@ -93,6 +93,15 @@ def test_local_copies_are_not_looked_up(hub, online, tmp_path):
     assert "PubMedQA" in message and "acme/gated" not in message
 
 
+def test_texts_from_the_command_line_take_the_place_of_the_recipes(hub, online, tmp_path):
+    made = recipe(tmp_path, "acme/gated", "sst2", "pubmedqa")
+    hub.requested.clear()
+    message = refusal(online, made, 2, "--set", "data.domains=[sst2,own=pg19]", "--set", "run.data.watched=[hellaswag]")
+    assert "acme/gated" in message and "PubMedQA" not in message
+    assert "dataset emozilla/pg19 is not on the Hub" in message and "dataset Rowan/hellaswag is not" in message
+    assert not [path for path in hub.requested if "PubMedQA" in path]
+
+
 def test_a_download_that_does_not_fit_is_refused_with_numbers(hub, online, tmp_path):
     total = 2 * shutil.disk_usage(hub.root).total / 1e9
     hub.requested.clear()

@@ -106,9 +106,23 @@ def test_notes_name_what_a_scale_adds_and_its_budget():
     plan = build_plan({"data": {"train_tokens": 8192, "block_size": 256}, "train": {"batch_size": 2, "epochs": 1}})
     assert budget_note(more, step, "paper", plan) == ()
     assert budget_note(more, step, "small", plan) == (
-        "learnt here: 8,192 tokens a domain in blocks of 256, 2 a batch, 1 epoch; at scale paper: 200,000 tokens a "
-        "domain in blocks of 250, 4 a batch, 5 epochs",
+        "trained here: 8,192 tokens a domain in blocks of 256, 2 a batch, 1 epoch (16 updates a domain); at scale "
+        "paper: 200,000 tokens a domain in blocks of 250, 4 a batch, 5 epochs (1,000 updates a domain)",
     )
+    for key in ({"methods": [{"name": "gain", "replay": 0.5}]}, {"data": {"task": "instruct", "domains": ["gsm8k"]}}):
+        assert "(about 8 updates a domain);" in budget_note(more, step, "small", build_plan(key))[0]
+
+
+def test_an_embedded_text_and_the_embedded_base_are_known_at_scale_small_by_their_names():
+    setup = ScaleSetup("small", "demo", None, {})
+    settings = {**LEARNS, "domains": ["law", {"name": "code"}, "pubmedqa", "sst2"], "base": "demo"}
+    assert setup.why_not(settings) is None and setup.missing(settings["domains"]) == ["sst2"]
+    plan = setup.plan(settings, origin="here")
+    sources = {"law": "law", "code": "code", "pubmedqa": "medical"}
+    assert {domain.name: domain.source for domain in plan.data.domains} == sources and plan.model.name == "demo"
+    assert setup.text_notes(settings)[1] == "embedded texts stand in: pubmedqa is medical"
+    assert ScaleSetup("small", "demo", None, {"model": {"name": "mine"}}).plan(settings, origin="").model.name == "mine"
+    assert "asks for some/large beside it" in str(setup.why_not({**settings, "base": "some/large"}))
 
 
 @pytest.mark.parametrize("name", list(recipes()))

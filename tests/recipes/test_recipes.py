@@ -193,6 +193,18 @@ def test_an_experiment_is_shown_with_its_steps_scales_and_claims():
     assert all(claim.number in said for claim in found.claims)
 
 
+@pytest.mark.parametrize("name", list(recipes()))
+def test_an_experiment_is_shown_in_lines_of_a_terminals_width_and_nothing_is_lost(name):
+    said, wide = (run("recipe", "show", name, columns=columns) for columns in (80, 10_000))
+    assert max(map(len, said.splitlines())) <= 80 and said.split() == wide.split()
+
+
+def test_methods_are_shown_one_a_line():
+    shown = [line.strip() for line in run("recipe", "show", "D3").splitlines()]
+    assert "name=lora rank=4 targets=all-linear lr=0.0001 label=lora-r4-lr0.0001" in shown
+    assert "disel-r64-lr0.0002, lora-r64-lr0.0002" in shown  # one pair of `paired`
+
+
 def test_a_recipe_file_of_a_user_runs_and_prints_its_verdicts(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(MINE))
     said = run("recipe", "run", tmp_path / "mine.yaml", "--scale", "smoke", "--run", tmp_path / "out")

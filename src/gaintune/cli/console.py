@@ -7,7 +7,9 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -19,6 +21,7 @@ from gaintune.results import Interval
 
 out = Console()
 err = Console(stderr=True)
+SPLITS = (str.split, str.splitlines)  # into what a cell may not and may be cut down to
 LINES_EVERY = 15.0  # seconds between two lines of progress where there is no terminal to draw a bar on
 
 
@@ -71,11 +74,30 @@ def say(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def say_wrapped(text: str, indent: int = 4) -> None:
+    """Print lines wrapped at the terminal's width between words, their further lines indented below the first."""
+    for line in text.split("\n"):
+        below = " " * (len(line) - len(line.lstrip()) + indent)
+        say(fill(line, out.width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False))
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> Table:
-    """Draw a table for the terminal; `numeric` columns are aligned to the right."""
-    drawn = Table(title=title or None, title_justify="left")
+    """Draw a table for the terminal; `numeric` columns are aligned to the right.
+
+    Cells are wrapped between words, and lose the room around them, before a word is broken.
+    """
+    texts = ["\n".join([column, *(row[index] for row in rows)]) for index, column in enumerate(columns)]
+    words, widths = ([max(map(cell_len, parts), default=0) for parts in map(split, texts)] for split in SPLITS)
+    free = out.width - len(columns) - 1  # beside the lines between columns
+    padding = 0 if sum(words) <= free < sum(words) + 2 * len(columns) else 1
+    free -= 2 * padding * len(columns)
+    while sum(widths) > free and widths != words:
+        _, widest = max((widths[index], index) for index in range(len(columns)) if widths[index] > words[index])
+        widths[widest] -= 1
+    drawn = Table(title=title or None, title_justify="left", padding=(0, padding))
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if index in numeric else "left", overflow="fold")
+        justify, width = "right" if index in numeric else "left", widths[index] if sum(widths) <= free else None
+        drawn.add_column(column, justify=justify, overflow="fold", width=width)
     for row in rows:
         drawn.add_row(*row)
     return drawn

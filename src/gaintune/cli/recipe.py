@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, table
+from gaintune.cli.console import err, out, progress_on, quiet_libraries, say, say_wrapped, table
 from gaintune.cli.help import HelpfulGroup
 from gaintune.cli.options import command, refuse, run_option
 from gaintune.config import apply_overrides
@@ -54,23 +54,24 @@ def show(
         refuse(f"{scale}: only paper has estimates of memory", ["scale"])
 
     entry = recipe_named(name)
-    say(f"{entry.id}: {entry.title}\n{entry.source}\nmodel at scale paper: {entry.model}\n\n{entry.asks.strip()}\n")
+    say(f"{entry.id}: {entry.title}\n{entry.source}\nmodel at scale paper: {entry.model}\n")
+    say_wrapped(f"{entry.asks.strip()}\n", indent=0)
     for further in entry.models:
-        say(f"also at scale paper: {further.model}, --models {further.label} {_short(further.settings)}".rstrip())
+        say_wrapped(f"also at scale paper: {further.model}, --models {further.label} {_short(further.settings)}")
     for difference in entry.differs:
-        say(f"not as in the paper: {difference}")
+        say_wrapped(f"not as in the paper: {difference}")
     for step in entry.steps:
         say(f"step {step.name} ({step.do})")
         for key, value in step.settings.items():
-            say(f"    {key}: {_short(value)}")
+            _say_setting(key, value)
         for other, over in entry.scales.items():
             for key, value in over.get(step.name, {}).items():
-                say(f"    at scale {other}, {key}: {_short(value)}")
+                _say_setting(f"at scale {other}, {key}", value)
     say("")
     for claim in entry.claims:
         only = f", at scale {claim.scale} alone" if claim.scale else ""
         only += f", of {claim.model} alone" if claim.model else ""
-        say(f"claim: {claim.says}\n    {claim.number} {claim.expect}{only}")
+        say_wrapped(f"claim: {claim.says}\n    {claim.number} {claim.expect}{only}")
     if check:
         quiet_libraries()
         from gaintune.recipes import ScaleSetup, check_hub
@@ -84,7 +85,15 @@ def show(
         from gaintune.recipes import paper_memory
 
         for line in paper_memory(entry):
-            say(f"memory: step {line.step} on {line.model}, {', '.join(line.labels)}: {line.says}")
+            say_wrapped(f"memory: step {line.step} on {line.model}, {', '.join(line.labels)}: {line.says}")
+
+
+def _say_setting(key: str, value: object) -> None:
+    """Print a setting in a line, or below its key the entries that have parts of their own, such as methods."""
+    if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
+        say_wrapped("\n".join([f"    {key}:", *(f"        {_short(entry)}" for entry in value)]))
+    else:
+        say_wrapped(f"    {key}: {_short(value)}")
 
 
 def _short(value: object) -> str:

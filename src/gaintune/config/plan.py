@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from gaintune.errors import ConfigError
-from gaintune.storage import as_yaml
+from gaintune.storage import as_yaml, rows_per_update
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ANY_METHOD = "peft"  # the method that trains any PEFT type, which its `config` names
@@ -184,7 +184,8 @@ class TrainConfig(Section):
 
     def rows_per_update(self, processes: int = 1) -> int:
         """Return how many rows an update of all processes takes; raises as `accumulation` does."""
-        return self.batch_size * self.accumulation(processes) * processes
+        self.accumulation(processes)  # for its error
+        return cast(int, rows_per_update(self.model_dump(), processes))
 
 
 class EvaluateConfig(Section):

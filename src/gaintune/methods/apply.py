@@ -235,7 +235,7 @@ def attach(
         configured.task_type = TaskType(task_type)
         if head:
             _save_with_adapter(configured, head, config)
-        _require_rank(model, configured, method, config)
+        _require_rank(model, configured, method, config, head)
         alone = SHAPES_ALONE.set(shapes_only)
         try:
             if method.start is None:
@@ -300,12 +300,18 @@ def _best_conditioned(model: PreTrainedModel) -> list[str]:
     return [name for name in chosen if model.get_submodule(name) is not head]
 
 
-def _require_rank(model: PreTrainedModel, configured: PeftConfig, method: Method, config: MethodConfig) -> None:
+def _require_rank(
+    model: PreTrainedModel, configured: PeftConfig, method: Method, config: MethodConfig, head: Sequence[str]
+) -> None:
     """Refuse a rank above the smaller side of every adapted weight; warn of a rank above that of some."""
     if config.rank is None or method.shared:
         return
     matched = matched_modules(with_named_targets(configured, model), model)
-    linear = {name: module for name, module in matched.items() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {
+        name: module
+        for name, module in matched.items()
+        if isinstance(module, nn.Linear | Conv1D) and not {*head} & {*name.split(".")}  # a head trains whole
+    }
     sides = {name: cast(tuple[int, int], _get_in_out_features(module)[::-1]) for name, module in linear.items()}
     narrow = [name for name in sides if min(sides[name]) < config.rank]
     if not narrow:

@@ -330,9 +330,9 @@ def configured_method(config: MethodConfig) -> Method:
         return chosen
     if like is None:
         return replace(chosen, line="weights")
-    able = {name: getattr(like, name) for name in ("rule", "quantized", "shared", "factors", "line", "start")}
     options = {option: key for option, key in entry.options.items() if option != "intruders" or option in like.options}
-    return replace(chosen, options=options, **able)  # it is another method's, as LoRA with `use_dora` is DoRA
+    own = {name: getattr(chosen, name) for name in ("name", "lr", "rates", "settings")}  # LoRA+ keeps its ratio
+    return replace(like, options=options, **own)  # it is another method's, as LoRA with `use_dora` is DoRA
 
 
 def _entry_of_type(given: dict[str, Any], label: str) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from gaintune.errors import ConfigError, one_line
@@ -82,10 +83,16 @@ def require_isolation(model: Any) -> None:
             # two rows in a batch, as in training, so that the first text's exchange is the only difference
             logits = _logits(model, packed, torch.cat([positions, positions]).expand(2, -1))[:, TEXT_TOKENS:]
             alone = _logits(model, second.expand(2, -1), positions.expand(2, -1))
+            source = None if alone.isfinite().all() else _first_not_finite(model, second[None], positions[None])
     except (TypeError, ValueError) as error:
         raise _refusal(base, f"does not take position ids ({one_line(error)[:200]})") from None
     finally:
         model.train(training)
+    if source is not None:
+        raise ConfigError(
+            f"{type(base).__name__} gives logits that are not finite, from {source} on: no setting of data.packing "
+            "changes that. Check that module's weights (a row of zeros is no base for DoRA), or give other targets"
+        )
     coarse = logits.dtype in (torch.bfloat16, torch.float16)
     largest = alone.float().abs().max()
     exchanged = (logits[0].float() - logits[1].float()).abs().max() / largest
@@ -98,6 +105,27 @@ def require_isolation(model: Any) -> None:
 
 def _logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+
+
+def _first_not_finite(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> str:
+    """Return the name and type of the first module, in the order of computation, whose output is not finite."""
+    names: list[str] = []
+
+    def note(name: str, module: nn.Module, output: Any) -> None:
+        values = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(values, torch.Tensor) and values.is_floating_point() and not values.isfinite().all():
+            names.append(f"{name.removeprefix('base_model.model.')} ({type(module).__name__})")
+
+    handles = [
+        module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        _logits(model, tokens, positions)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names[0] if names else "its output"
 
 
 def _refusal(base: Any, why: str) -> ConfigError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gaintune.config import ModelConfig
+from gaintune.config import ModelConfig, as_domain, as_list
 from gaintune.data import CATALOGUE, GLUE, QUESTION_SETS, ROW_SUFFIXES
 from gaintune.errors import AssetError, ConfigError
 from gaintune.evaluate.benchmarks import LocalCopies, as_task, hub_data_sets, offline_task
@@ -115,8 +115,7 @@ def _needs_of(recipe: Recipe, step: Step, setup: ScaleSetup) -> Iterator[HubNeed
     model = _model_of(recipe, step, setup)
     if model is not None and is_hub_id(model.name):
         yield HubNeed(model.name, "give a local folder: --set model.name=FOLDER", model)
-    texts = [*settings.get("domains", ()), *settings.get("watched", ()), *settings.get("texts", ())]
-    for domain in setup.domains(texts):
+    for domain in (domain for domains in _texts_of(settings, step, setup).values() for domain in domains):
         source = CATALOGUE[domain["source"]].hub if domain["source"] in CATALOGUE else None
         if source is not None:
             yield HubNeed(
@@ -139,6 +138,17 @@ def _needs_of(recipe: Recipe, step: Step, setup: ScaleSetup) -> Iterator[HubNeed
     for name, source in sources:
         if source is not None:
             yield HubNeed(source.path, _copy(name), configuration=source.configuration)
+
+
+def _texts_of(settings: Mapping[str, Any], step: Step, setup: ScaleSetup) -> dict[str, list[dict[str, Any]]]:
+    """Return a plan's entries for the texts of a step; those that `--set` gives replace the recipe's."""
+    overrides = [over.get("data") for over in (setup.overrides, setup.overrides.get(step.name, {}))]
+    given = {key: value for over in overrides if isinstance(over, Mapping) for key, value in over.items()}
+    texts = {key: setup.domains(settings.get(key, ())) for key in ("domains", "watched", "texts")}
+    for key in ("domains", "watched") if "domains" in settings else ():
+        if key in given:
+            texts[key] = [as_domain(domain) for domain in as_list(given[key])]
+    return texts
 
 
 def _model_of(recipe: Recipe, step: Step, setup: ScaleSetup) -> ModelConfig | None:
@@ -233,7 +243,7 @@ def _full_weights(recipe: Recipe, setup: ScaleSetup, known: Mapping[tuple[str, s
             for method in settings.get("methods", ())
         )
         if fulls and weights and step.do in ("sequence", "separately", "answers", "classify"):
-            stages = len(settings.get("domains", ())) or len(settings.get("tasks", ())) or 1
+            stages = len(_texts_of(settings, step, setup)["domains"]) or len(settings.get("tasks", ())) or 1
             kept += fulls * stages * len(settings.get("seeds", (0,))) * weights.total * FULL_WEIGHTS
             largest = max(largest, weights.total * FULL_CHECKPOINT)
     return kept + largest

@@ -108,8 +108,9 @@ def run_recipe(
     A step that fails while it runs does not stop the others, and raises nothing: `RecipeResult.failed` says why. The
     next call tries it again, with other settings or overrides if it has finished no training yet. A step that trains
     nothing is done again if its settings have changed, and claims may always change. Settings and overrides that change
-    the numbers of finished training are refused. The keys of `gaintune.storage.SAME_NUMBERS` may always change, and
-    `train.batch_size` may while the rows of an update stay the same.
+    the plan of finished training are refused, even where no method reads the key. The keys of
+    `gaintune.storage.SAME_NUMBERS` may always change, and `train.batch_size` may while the rows of an update stay the
+    same.
 
     Args:
         recipe: a recipe, or the id of one.
@@ -329,7 +330,7 @@ def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Ma
 
 
 def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], before: _Session) -> None:
-    """Refuse a recipe or overrides under which finished work would have other numbers than in the call before."""
+    """Refuse a recipe or overrides that give finished work another plan than the call before, unless by a free key."""
     known, scale = before.expected(), session.setup.scale
     earlier = {step.name: step for step in before.recipe.steps}
     for step in (step for step in session.recipe.steps if step.name in earlier):
@@ -346,9 +347,9 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
             changed += differences(*described)
         if changed:
             raise RunDirectoryError(
-                f"step {step.name} holds finished work, whose numbers would be others now ({'; '.join(changed)}): "
-                f"leave the step as it was (--set STEP.SECTION.KEY=VALUE is for one step alone), name another folder, "
-                f"or delete {folder} to do the step again"
+                f"step {step.name} holds work that was finished with another plan ({'; '.join(changed)}), and its "
+                f"numbers belong to one plan: leave the step as it was (--set STEP.SECTION.KEY=VALUE is for other steps "
+                f"alone), name another folder, or delete {folder} to do the step again"
             )
 
 

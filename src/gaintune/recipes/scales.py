@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from gaintune.evaluate.benchmarks import as_task
 from gaintune.progress import plural
 from gaintune.recipes import smoke
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
+from gaintune.storage import rows_per_update
 
 TEXTS = (".", "domains", "instruct", "glue")  # folders inside `--data` that may hold local copies of texts
 PLAN_SECTIONS = ("model", "data", "train", "evaluate", "classify")
 
 STAND_INS = {"pubmedqa": "medical", "wikitext": "manual", "finphrase": "law", "pg19": "scripture", "medqa": "code"}
-"""The embedded text that replaces a paper's domain at scale small; the other domains have none."""
+"""The embedded text that replaces a paper's domain at scale small; the other domains of the Hub have none."""
 
 BUDGETS: dict[Scale, dict[str, dict[str, Any]]] = {
     # 200K tokens, 200 steps an epoch, 5 epochs (GAIN, section 4): 4 blocks of 250 tokens a step
@@ -138,7 +140,7 @@ class ScaleSetup:
 
     def why_not(self, settings: Mapping[str, Any]) -> str | None:
         """Say why a step cannot train or measure anything at this scale; None where it can."""
-        if self.scale == "small" and settings.get("base") is not None:
+        if self.scale == "small" and settings.get("base") not in (None, self.model):
             return f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
         domains = settings.get("domains", ())
         if self.scale == "small" and not self.domains(domains):
@@ -158,7 +160,8 @@ class ScaleSetup:
     def _domain(self, domain: Domain) -> dict[str, Any] | None:
         values = {"name": domain} if isinstance(domain, str) else dict(domain)
         name = values["name"]
-        unknown = {"paper": name, "small": STAND_INS.get(name), "smoke": None}[self.scale]
+        embedded = name if name in CATALOGUE and CATALOGUE[name].hub is None else None
+        unknown = {"paper": name, "small": STAND_INS.get(name, embedded), "smoke": None}[self.scale]
         source = values.get("source") or next(iter(self.local(name, TEXTS)), unknown)
         if source in CATALOGUE:  # it brings its own columns
             values = {key: value for key, value in values.items() if not key.endswith("_column")}
@@ -243,13 +246,17 @@ def budget_note(recipe: Recipe, step: Step, scale: Scale, plan: Plan) -> tuple[s
     settings = recipe.settings(step, "paper")
     own = {key: settings[key] for key in here if key in settings}
     paper = laid_over(here, laid_over(BUDGETS["paper"], own))
-    return (f"learnt here: {_budget(here)}; at scale paper: {_budget(paper)}",)
+    texts_alone = {plan.data.task_of(domain) for domain in plan.data.domains} == {"text"}
+    exact = texts_alone and not plan.data.stream and not any(method.replay for method in plan.methods)
+    return (f"trained here: {_budget(here, exact)}; at scale paper: {_budget(paper, exact)}",)
 
 
-def _budget(sections: Mapping[str, Any]) -> str:
+def _budget(sections: Mapping[str, Any], exact: bool) -> str:
+    """Say what a domain's training takes; its updates are `exact` where its rows are full blocks of its own text."""
     data, train = sections["data"], sections["train"]
-    batch = train.get("effective_batch") or train["batch_size"] * train["gradient_accumulation"]
+    batch = rows_per_update(train) or 1
+    updates = ceil(data["train_tokens"] // data["block_size"] / batch) * train["epochs"]
     return (
         f"{data['train_tokens']:,} tokens a domain in blocks of {data['block_size']:,}, {batch} a batch, "
-        f"{plural(train['epochs'], 'epoch')}"
+        f"{plural(train['epochs'], 'epoch')} ({'' if exact else 'about '}{plural(updates, 'update')} a domain)"
     )

@@ -33,5 +33,6 @@ from .run import number_changes as number_changes
 from .run import open_run as open_run
 from .run import process_count as process_count
 from .run import read_stored as read_stored
+from .run import rows_per_update as rows_per_update
 from .run import start_over as start_over
 from .run import take_folder as take_folder

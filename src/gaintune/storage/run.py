@@ -291,19 +291,20 @@ def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, folder
     """
     if folder is not None and (folder / "stages").is_dir():
         ours, theirs = (_finished_methods(plan, folder) for plan in (ours, theirs))
-    free = SAME_NUMBERS + (BATCHES if _rows_of_an_update(ours) == _rows_of_an_update(theirs) else ())
+    sections = [plan.get("train") if isinstance(plan, Mapping) else None for plan in (ours, theirs)]
+    before, after = (rows_per_update(train, process_count()) for train in sections)
+    free = SAME_NUMBERS + (BATCHES if before == after else ())
     keys = {line: line.partition(": ")[0] for line in differences(ours, theirs)}
     return [line for line, key in keys.items() if not any(f"{key}.".startswith(f"{name}.") for name in free)]
 
 
-def _rows_of_an_update(plan: Mapping[str, Any]) -> int | None:
-    """Return the rows of an update as a stored plan of any version says; None if it does not."""
-    train = plan.get("train") if isinstance(plan, Mapping) else None
+def rows_per_update(train: Any, processes: int = 1) -> int | None:
+    """Return the rows of an update of all processes as a plan's section `train` says; None if it does not say so."""
     train = train if isinstance(train, Mapping) else {}
     if train.get("effective_batch") is not None:
         return train["effective_batch"]
     batch, added = train.get("batch_size"), train.get("gradient_accumulation")
-    return batch * added * process_count() if isinstance(batch, int) and isinstance(added, int) else None
+    return batch * added * processes if isinstance(batch, int) and isinstance(added, int) else None
 
 
 HASH = re.compile(r"[0-9a-f]{40,}")

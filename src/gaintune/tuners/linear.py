@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.errors import ConfigError, UnsupportedModuleError
 from gaintune.tuners.targets import (
     matched_modules,
+    refuse_name,
     refuse_parameters,
     refuse_parent,
     refuse_shard,
@@ -68,11 +69,7 @@ class UpdatedLinear(nn.Module, BaseTunerLayer):
 
     def _add(self, adapter_name: str, config: Any, **values: torch.Tensor) -> None:
         """Store an adapter's parameters, by the names of their dictionaries; refuse a second adapter of that name."""
-        if self.has_adapter(adapter_name):
-            raise UnsupportedModuleError(
-                f"This layer already has an adapter called {adapter_name!r}: a second adapter needs a name of its own, "
-                "and a model is wrapped by get_peft_model once. Call `unload()` or `delete_adapter` to start over."
-            )
+        refuse_name(adapter_name, getattr(self, self.adapter_layer_names[0]))
         for name, value in values.items():
             getattr(self, name)[adapter_name] = nn.Parameter(value, requires_grad=name in self.adapter_layer_names)
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -60,6 +60,15 @@ def refuse_parent(parent: nn.Module, name: str) -> None:
         raise UnsupportedModuleError(
             f"{name} cannot be adapted: {reason}, so an adapter there would act in some runs and not in others. Name "
             "other modules in `target_modules`, or this one in `exclude_modules`."
+        )
+
+
+def refuse_name(adapter_name: str, names: Iterable[str], name: str = "This layer") -> None:
+    """Refuse an adapter whose name is among the `names` of a layer's adapters; `name` is the layer's own."""
+    if adapter_name in names:
+        raise UnsupportedModuleError(
+            f"{name} already has an adapter called {adapter_name!r}: a second adapter needs a name of its own, and a "
+            "model is wrapped by get_peft_model once. Call `unload()` or `delete_adapter` to start over."
         )
 
 

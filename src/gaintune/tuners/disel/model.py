@@ -16,6 +16,7 @@ from gaintune.tuners.disel.config import DiselConfig
 from gaintune.tuners.disel.layer import add_gates, refusal_to_merge
 from gaintune.tuners.targets import (
     matched_modules,
+    refuse_name,
     refuse_parameters,
     refuse_parent,
     refuse_shard,
@@ -115,11 +116,7 @@ class DiselModel(LoraModel):
     ) -> None:
         refuse_parent(parent, current_key)
         refuse_module(target, current_key)
-        if adapter_name in getattr(target, "lora_A", {}):
-            raise UnsupportedModuleError(
-                f"{current_key} already has an adapter called {adapter_name!r}: a second adapter needs a name of its "
-                "own, and a model is wrapped by get_peft_model once. Call `unload()` or `delete_adapter` to start over."
-            )
+        refuse_name(adapter_name, getattr(target, "lora_A", {}), current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
         )

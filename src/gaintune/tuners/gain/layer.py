@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from gaintune.errors import UnsupportedModuleError
 from gaintune.tuners.gain.config import GainConfig
 from gaintune.tuners.precision import Float32ParameterDict
+from gaintune.tuners.targets import refuse_name
 
 
 def scale_features(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -184,12 +185,7 @@ class GainLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: GainConfig) -> None:
         """Add the gains of one adapter: at 1, or at random around 1 where `config.init_weights` is off."""
-        if adapter_name in self.gain_v:
-            raise UnsupportedModuleError(
-                f"This layer already has gains of an adapter called {adapter_name!r}: a second adapter needs a name of "
-                "its own, and a model is wrapped by get_peft_model once. Call `unload()` or `delete_adapter` to start "
-                "over."
-            )
+        refuse_name(adapter_name, self.gain_v)
         features = self.outputs or self.in_features
         v = torch.zeros(features) if config.init_weights else 0.5 * torch.randn(features)
         self.gain_v[adapter_name] = nn.Parameter(v.float())
