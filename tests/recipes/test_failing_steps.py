@@ -250,19 +250,17 @@ def test_a_recipe_may_change_where_no_finished_training_would_have_other_numbers
     look, more = ("look", "subspace", {"of": "first"}), ("more", "sequence", LEARNS)
     methods = [*LEARNS["methods"], {"name": "gain-ffn", "lr": 0.01}]
     first = recipe(("first", "sequence", LEARNS), look)
-    changed = recipe(("first", "sequence", {**LEARNS, "methods": methods}), ("look", "subspace", {**look[2], "epsilon": 0.3}),
-                     more, claims=CLAIMS[:1])  # fmt: skip
+    both, other_look = {**LEARNS, "methods": methods}, {**look[2], "epsilon": 0.3}
+    changed = recipe(("first", "sequence", both), ("look", "subspace", other_look), more, claims=CLAIMS[:1])
     reference = undisturbed(changed, tmp_path)
     run_recipe(first, tmp_path / "run", scale="smoke")
     run_recipe(changed, tmp_path / "run", scale="smoke")
     assert contents(tmp_path / "run", HISTORY) == contents(reference, HISTORY)
     again = {"folder": tmp_path / "run", "scale": "smoke"}
     slower = {**LEARNS, "methods": [{"name": "gain", "lr": 0.001}, methods[1]]}
-    finished = (
-        r"step first holds work that was finished with another plan \(methods\.gain\.lr: 0\.01 there, 0\.001 now\)"
-    )
+    finished = r"step first holds work .* another plan \(methods\.gain\.lr: 0\.01 there, 0\.001 now\)"
     refused(RunDirectoryError, finished, run_recipe, recipe(("first", "sequence", slower), look, more), **again)
-    kind = r"step first holds work that was finished with another plan do: 'sequence' there, 'separately' now"
+    kind = r"step first holds work .* do: 'sequence' there, 'separately' now"
     refused(RunDirectoryError, kind, run_recipe, recipe(("first", "separately", LEARNS), more), **again)
 
 

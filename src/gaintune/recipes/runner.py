@@ -344,12 +344,12 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
                 {"do": each.do, **recipe.settings(each, scale)}
                 for recipe, each in ((session.recipe, step), (before.recipe, old))
             ]
-            changed += differences(*described)
+            changed += [line for line in differences(*described) if line not in changed]
         if changed:
             raise RunDirectoryError(
                 f"step {step.name} holds work that was finished with another plan ({'; '.join(changed)}), and its "
-                f"numbers belong to one plan: leave the step as it was (--set STEP.SECTION.KEY=VALUE is for other steps "
-                f"alone), name another folder, or delete {folder} to do the step again"
+                f"numbers belong to one plan: leave the step as it was (--set STEP.SECTION.KEY=VALUE is for one other "
+                f"step), name another folder, or delete {folder} to do the step again"
             )
 
 
