@@ -11,6 +11,7 @@ from .base import read_architecture as read_architecture
 from .base import resolve_device as resolve_device
 from .base import resolve_dtype as resolve_dtype
 from .base import save_model as save_model
+from .checkpoints import EMBEDDED as EMBEDDED
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import downloaded_files as downloaded_files
 from .checkpoints import is_cached as is_cached

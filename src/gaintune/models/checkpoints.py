@@ -1,4 +1,4 @@
-"""Where a base model's files are: a hub id, a local folder, a .gguf file or 'demo' becomes one local folder."""
+"""Where a base model's files are: a hub id, a folder, a .gguf file or an embedded model becomes one local folder."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]  # patterns of the hub's client; no weights
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+EMBEDDED = {"demo": "demo-model", "demo-gemma": "demo-gemma"}
+"""The assets of the embedded models, by the models' names."""
 ELSEWHERE = "give a local folder or .gguf file with model.name, or use 'demo'"
 
 
@@ -40,9 +42,9 @@ def locate(config: ModelConfig) -> Checkpoint:
         AssetError: a hub id that is neither reachable nor in the cache, or an embedded asset that cannot be fetched.
         BaseModelError: a path that is not a model, a hub id that does not exist, or weights that are only pickled.
     """
-    if config.name == "demo":
-        gguf = assets.fetch("demo-model") / assets.ASSETS["demo-model"].members[0]
-        return Checkpoint("demo", converted_folder(gguf))
+    if config.name in EMBEDDED:
+        asset = EMBEDDED[config.name]
+        return Checkpoint(config.name, converted_folder(assets.fetch(asset) / assets.ASSETS[asset].members[0]))
     path = Path(config.name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -61,8 +63,8 @@ def locate(config: ModelConfig) -> Checkpoint:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a base's name is an id of the hub rather than 'demo' or a path of this machine."""
-    here = name == "demo" or name.startswith(".") or name.endswith(".gguf") or Path(name).exists()
+    """Return whether a base's name is an id of the hub rather than an embedded model or a path of this machine."""
+    here = name in EMBEDDED or name.startswith(".") or name.endswith(".gguf") or Path(name).exists()
     return not here and HUB_ID.fullmatch(name) is not None
 
 

@@ -13,6 +13,7 @@ from gaintune.config import MethodConfig, Plan, TrainConfig, build_plan
 from gaintune.data import CATALOGUE, SUFFIXES, advice_on
 from gaintune.errors import ConfigError
 from gaintune.evaluate.benchmarks import as_task
+from gaintune.models import EMBEDDED
 from gaintune.progress import plural
 from gaintune.recipes import smoke
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
@@ -123,7 +124,7 @@ class ScaleSetup:
 
     def base(self, model: str | None) -> str:
         """Return the base of a step: the recipe's, unless the step names another of the paper's models."""
-        if model is None or self.scale == "small":
+        if model is None or (self.scale == "small" and model not in EMBEDDED):
             return self.model
         if self.scale == "paper":
             return model
@@ -140,7 +141,7 @@ class ScaleSetup:
 
     def why_not(self, settings: Mapping[str, Any]) -> str | None:
         """Say why a step cannot train or measure anything at this scale; None where it can."""
-        if self.scale == "small" and settings.get("base") not in (None, self.model):
+        if self.scale == "small" and settings.get("base") not in (None, *EMBEDDED):
             return f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
         domains = settings.get("domains", ())
         if self.scale == "small" and not self.domains(domains):

