@@ -1,6 +1,7 @@
 """Adapted weights equal their formulas; what of an update leaves a column space equals a float64 reference."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -67,6 +68,36 @@ def test_an_update_of_nothing_has_no_shares_and_no_intruders():
     figures = compare_weights(before, before.clone())
     assert figures.outside is None and figures.outside_rows is None and figures.outside_leading is None
     assert figures.intruders == 0 and min(figures.similarities) == pytest.approx(1.0)
+    scaled = compare_weights(before, before.clone(), SubspaceOptions(relative_update=0.1)).scaled
+    assert scaled == figures, "nothing can be scaled to no size"
+
+
+@pytest.mark.parametrize("relative", [0.02, 0.7, 3.0])
+@pytest.mark.parametrize("kind", ["low-rank", "gains"])
+def test_updates_scaled_to_one_size_equal_the_numpy_reference(kind, relative):
+    before = random(24, 10)
+    update = random(24, 1, seed=1) @ random(1, 10, seed=2) if kind == "low-rank" else before * random(10, seed=3)
+    plain = SubspaceOptions(top=6, epsilon=0.8)
+    figures = compare_weights(before, before + update, plain.model_copy(update={"relative_update": relative}))
+    factor = relative * np.sqrt((before.numpy() ** 2).sum() / (update.numpy() ** 2).sum())
+    outside, intruders, similarities = reference(before.numpy(), (before + factor * update).numpy(), 6, 0.8)
+    scaled = figures.scaled
+    assert scaled.similarities == pytest.approx(similarities, rel=1e-7) and scaled.intruders == intruders
+    assert (scaled.update_energy / scaled.weight_energy) ** 0.5 == pytest.approx(relative)
+    assert scaled.outside == pytest.approx(outside, rel=1e-9, abs=1e-24) and scaled.scaled is None
+    whole = compare_weights(before, before + factor * update, plain)
+    assert scaled.outside_leading == pytest.approx(whole.outside_leading)
+    assert scaled.singular_values == pytest.approx(whole.singular_values)
+    assert replace(figures, scaled=None) == compare_weights(before, before + update, plain)
+
+
+def test_at_equal_size_a_gain_makes_many_intruders_in_a_module_and_a_rank_one_update_makes_one():
+    before, options = random(40, 40), SubspaceOptions(epsilon=0.7, relative_update=2.0)
+    rank_one = random(40, 1, seed=1) @ random(1, 40, seed=2)
+    ones = [compare_weights(before, before + size * rank_one, options) for size in (1e-3, 1.0)]
+    assert [each.intruders for each in ones] == [0, 1] and [each.scaled.intruders for each in ones] == [1, 1]
+    gains = compare_weights(before, before * (1 + 1e-3 * random(40, seed=3)), options)
+    assert gains.intruders == 0 and gains.scaled.intruders > 2
 
 
 def test_a_direction_from_nowhere_is_one_intruder_and_lies_outside():
@@ -93,7 +124,14 @@ def test_the_rank_follows_the_tolerance_and_leading_directions_the_energy():
 
 
 def test_wrong_settings_and_weights_are_refused():
-    for wrong in ({"top": 0}, {"epsilon": 0}, {"epsilon": 1.5}, {"leading": 0}, {"tolerance": 1.0}):
+    for wrong in (
+        {"top": 0},
+        {"epsilon": 0},
+        {"epsilon": 1.5},
+        {"leading": 0},
+        {"tolerance": 1.0},
+        {"relative_update": 0},
+    ):
         refused(ConfigError, next(iter(wrong)), SubspaceOptions.read, wrong, "here")
     refused(ConfigError, "one shape", compare_weights, random(3, 2), random(2, 3))
     refused(ConfigError, "zero everywhere", compare_weights, torch.zeros(3, 2), random(3, 2))
@@ -251,6 +289,44 @@ def test_a_survey_measures_zero_for_gains_and_not_for_lora(narrow, tmp_path):
     assert saved["provenance"]["base_fingerprint"] and saved["provenance"]["environment"]["packages"]["torch"]
     table = pd.read_csv(tmp_path / "out" / "subspace.csv")
     assert len(table) == 6 and table["has_outside"].all() and "by construction" in markdown(survey)
+
+
+def test_intruders_are_counted_by_module_at_their_own_and_at_equal_size(narrow, tmp_path):
+    kinds = (method("gain-ffn"), method("lora", rank=1))
+    folders = [adapter(narrow, tmp_path / kind.name, kind) for kind in kinds]
+    options, subject = SubspaceOptions(top=4, epsilon=0.9), Subject(names=("gains", "lora"))
+    own = survey_subspace(plan_of(narrow), folders, options)
+    both = survey_subspace(plan_of(narrow), folders, options.model_copy(update={"relative_update": 0.1}))
+    plain, more = result(own, subject), result(both, subject)
+    for label, folder in zip(subject.names, folders, strict=True):
+        counts, scaled = [], []
+        for pair in pairs(narrow, folder).values():
+            before, after = pair.pretrained.numpy(), pair.adapted.numpy()
+            factor = 0.1 * np.linalg.norm(before) / np.linalg.norm(after - before)
+            counts.append(reference(before, after, 4, 0.9)[1])
+            scaled.append(reference(before, before + factor * (after - before), 4, 0.9)[1])
+        assert any(counts) and sum(counts) != sum(scaled)
+        for prefix, each in ((label, counts), (f"{label}.scaled", scaled)):
+            assert more.numbers[f"{prefix}.intruders"].value == sum(each)
+            assert more.numbers[f"{prefix}.modules"].value == len(each)
+            assert more.numbers[f"{prefix}.intruders_per_module"].value == pytest.approx(sum(each) / len(each))
+            share = 100 * sum(count > 0 for count in each) / len(each)
+            assert more.numbers[f"{prefix}.intruder_modules"].value == pytest.approx(share)
+        assert more.numbers[f"{label}.scaled.outside_leading"].value > 0
+    assert {name: more.numbers[name] for name in plain.numbers} == plain.numbers
+    assert not [name for name in plain.numbers if "scaled" in name]
+
+    added = ["scaled_intruders", "scaled_smallest_similarity"]
+    tables = plain.tables["subspace"], more.tables["subspace"]
+    assert [*tables[1].columns] == [*tables[0].columns, *added] and tables[1].drop(columns=added).equals(tables[0])
+    assert "scaled" not in plain.markdown and "relative_update" not in plain.record["settings"]
+    assert "lora on prose, scaled | o_proj |" in more.markdown and "1.00e-01" in more.markdown
+    assert both.adapters[1].scaled.relative_update == pytest.approx(0.1)
+    record, before = json.loads(json.dumps(more.record)), json.loads(json.dumps(plain.record))
+    for adapter_now, adapter_before in zip(record["adapters"], before["adapters"], strict=True):
+        assert set(adapter_now.pop("scaled")) >= {"intruder_modules", "intruders_per_module", "outside_leading"}
+        assert all(len(module.pop("scaled")["similarities"]) == 4 for module in adapter_now["modules"])
+        assert adapter_now == adapter_before
 
 
 def test_weights_without_an_outside_are_reported_as_such(tmp_path):

@@ -9,7 +9,15 @@ from peft import get_peft_model
 
 from gaintune.adapters import AdapterRecord, save_adapter, strip_adapters
 from gaintune.analysis import TransferOptions, survey_transfer
-from gaintune.analysis.transfer.survey import Ablation, read_gain_vectors, shared_component, sharing_of
+from gaintune.analysis.transfer.report import markdown, result, table
+from gaintune.analysis.transfer.survey import (
+    Ablation,
+    GainVectors,
+    controls_of,
+    read_gain_vectors,
+    shared_component,
+    sharing_of,
+)
 from gaintune.config import EvaluateConfig, build_plan
 from gaintune.errors import AdapterError, ConfigError
 from gaintune.evaluate import compare_adapters
@@ -94,6 +102,90 @@ def test_components_equal_their_definitions(place):
     assert np.allclose(shared_component(vectors, "principal", "code", "prose"), (v[1] @ right[0]) * right[0])
 
 
+def test_a_cross_fitted_part_is_the_least_squares_fit_to_the_adapters_of_other_domains(place):
+    folder, _, v = place
+    vectors = read_gain_vectors({name: folder / name for name in NAMES})
+    for trained, measured in [(a, b) for a in NAMES for b in (*NAMES, "unseen")]:
+        others = [v[index] for index, name in enumerate(NAMES) if name not in (trained, measured)]
+        direction = sum(others) / len(others)
+        own = v[NAMES.index(trained)]
+        (coefficient,), *_ = np.linalg.lstsq(direction[:, None], own, rcond=None)
+        shared = shared_component(vectors, "cross-fitted", trained, measured)
+        np.testing.assert_allclose(shared, coefficient * direction, rtol=1e-9)
+        assert abs((own - shared) @ shared) < 1e-12 * (own @ own)
+
+
+def test_vectors_with_nothing_in_common_share_nothing_only_if_cross_fitted():
+    """The mean holds a part of every adapter; a projection on the others' mean does not."""
+    generator = np.random.default_rng(2)
+    v = generator.normal(size=(5, 100_000))
+    vectors = GainVectors(tuple("abcde"), (("module", 100_000),), v)
+    norms = {
+        component: np.linalg.norm(shared_component(vectors, component, "a", "b")) / np.linalg.norm(v[0])
+        for component in ("mean", "held-out", "cross-fitted")
+    }
+    assert norms["mean"] == pytest.approx(5**-0.5, rel=0.02) and norms["held-out"] == pytest.approx(0.5, rel=0.02)
+    assert norms["cross-fitted"] < 0.02
+    changed = vectors.values.copy()
+    changed[1] *= -7.0  # the measured domain's adapter has no say
+    shared = shared_component(vectors, "cross-fitted", "a", "b")
+    assert np.array_equal(
+        shared, shared_component(GainVectors(vectors.labels, vectors.modules, changed), "cross-fitted", "a", "b")
+    )
+
+
+def test_controls_keep_the_norm_and_signs_the_magnitudes():
+    generator = np.random.default_rng(3)
+    whole, shared = generator.normal(size=(2, 10_000))
+    made = controls_of(whole, 0.5 * shared, "law", ("signs", "norm"), seed=1)
+    assert np.array_equal(np.abs(made["signs"]), np.abs(0.5 * shared))
+    assert abs(np.mean(np.sign(made["signs"]) * np.sign(shared))) < 0.03
+    assert np.sum(made["norm"] ** 2) == pytest.approx(np.sum((0.5 * shared) ** 2))
+    assert np.corrcoef(made["norm"], whole)[0, 1] == pytest.approx(1.0)
+    again = controls_of(whole, 0.5 * shared, "law", ("signs",), seed=1)
+    assert list(again) == ["signs"] and np.array_equal(again["signs"], made["signs"])
+    for other in (("law", 2), ("code", 1)):
+        drawn = controls_of(whole, 0.5 * shared, other[0], ("signs",), seed=other[1])["signs"]
+        assert not np.array_equal(drawn, made["signs"])
+
+
+def test_controls_are_measured_as_adapters_of_their_own_and_leave_the_rest_as_it_was(place, tmp_path):
+    folder, plan, v = place
+    paths = [folder / name for name in NAMES]
+    plain = survey_transfer(plan, paths, TransferOptions(components=("mean", "cross-fitted")))
+    options = TransferOptions(components=("mean", "cross-fitted"), controls=("signs", "norm"))
+    found = survey_transfer(plan, paths, options)
+    base, vectors = load_base(plan.model), read_gain_vectors(dict(zip(NAMES, paths, strict=True)))
+    expected = {}
+    for ablation in found.ablations:
+        shared = shared_component(vectors, ablation.component, "prose", "code")
+        signs = controls_of(v[0], shared, "prose", ("signs",), plan.evaluate.seed)["signs"]
+        norm = v[0] * np.sqrt(np.sum(shared**2) / np.sum(v[0] ** 2))
+        for part, vector in (("shared", shared), ("own", v[0] - shared), ("signs", signs), ("norm", norm)):
+            one = write_adapter(tmp_path / f"{ablation.component}-{part}", base, np.float32(vector), (part,))
+            expected[str(one)] = ablation.change(part, "prose", "code").value
+        size = ablation.sizes["prose", "code"]
+        assert size == pytest.approx(np.linalg.norm(shared) / np.linalg.norm(v[0]))
+    alone = {
+        each.label: each.change for each in compare_adapters(plan, [*map(Path, expected)]) if each.domain == "code"
+    }
+    assert {name: alone[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+
+    more, less = result(found), result(plain)
+    assert {name: more.numbers[name] for name in less.numbers} == less.numbers
+    added = {
+        f"{c}.{p}.{n}" for c in options.components for p in options.controls for n in ("transfer", "in_domain", "left")
+    }
+    assert {*more.numbers, *more.without} - {*less.numbers, *less.without} == added
+    mean = found.ablations[0]
+    across = [mean.change("norm", a, b).value for a in NAMES for b in NAMES if a != b]
+    assert more.numbers["mean.norm.transfer"].value == pytest.approx(np.mean(across))
+    rows, before = table(found), table(plain)
+    assert rows[~rows["part"].isin(options.controls)].reset_index(drop=True).equals(before)
+    assert "shared part, random signs" in markdown(found) and "random signs" not in markdown(plain)
+    assert "controls" in mean.to_dict() and "controls" not in plain.ablations[0].to_dict()
+
+
 def test_parts_are_measured_as_adapters_of_their_own(place):
     folder, plan, v = place
     found = survey_transfer(plan, [folder / name for name in NAMES], TransferOptions(components=("mean", "held-out")))
@@ -155,6 +247,10 @@ def test_what_cannot_be_compared_is_refused(place, tmp_path):
         refused(ConfigError, message, survey_transfer, plan, adapters)
     options, few = TransferOptions(components=("held-out",)), r"held-out.*three or more, and 2 were given"
     refused(ConfigError, few, survey_transfer, plan, [prose, folder / "code"], options)
+    options, few = TransferOptions(components=("cross-fitted",)), r"cross-fitted.*three or more, and 2 were given"
+    refused(ConfigError, few, survey_transfer, plan, [prose, folder / "code"], options)
+    twice = TransferOptions(controls=("norm", "norm"))
+    refused(ConfigError, "name each once", survey_transfer, plan, [prose, folder / "code"], twice)
     refused(AdapterError, "no such adapter folder", survey_transfer, plan, [prose, tmp_path / "missing"])
 
 

@@ -100,6 +100,9 @@ def test_subspace_shows_shares_and_intruders(trained, tmp_path):
     assert gains["outside"] < 1e-25 and lora["outside"] > 0.05
     assert result["settings"] == {"top": 4, "epsilon": 0.6, "leading": 0.9, "tolerance": None}
     assert "every gate held at 0.05" in run("subspace", trained / "disel", "--gate", 0.05, *cpu)
+    run("subspace", trained / "prose", trained / "lora", "--relative-update", 0.3, *cpu)
+    scaled = [adapter["scaled"] for adapter in json.loads((out / "subspace.json").read_text())["adapters"]]
+    assert [each["relative_update"] for each in scaled] == pytest.approx([0.3, 0.3])
 
 
 def test_tokens_shows_mean_skew_and_coherence(trained, tmp_path, caplog):
@@ -152,6 +155,8 @@ def test_landscape_transfer_and_retention_write_their_files(trained, tmp_path):
     assert len(pd.read_csv(out / "transfer.csv")) == 2 * 3 * 2 * 2
     assert json.loads((out / "transfer.json").read_text())["sharing"]["labels"] == ["prose", "code"]
     out = tmp_path / "retention"
+    run("transfer", *both, *texts, "--control", "signs", "--control", "norm", "--out", out)
+    assert {*pd.read_csv(out / "transfer.csv")["part"]} == {"whole", "shared", "own", "signs", "norm"}
     texts = ("--domain", trained / "prose.jsonl", "--watch", trained / "code.jsonl")
     run("retention", trained / "prose", *texts, *SMALL, "--out", out)
     assert files("retention") < written(out)

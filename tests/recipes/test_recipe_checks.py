@@ -245,6 +245,21 @@ def test_a_method_that_diverges_leaves_the_others_with_their_verdicts(tmp_path):
     assert "lora did not finish, and claims about it are undecided: the" in page
 
 
+def test_subspaces_of_several_labels_are_compared_at_equal_size(tmp_path):
+    """Of a sequence the last adapters, of domains trained apart those after a named one."""
+    settings = {"domains": ["pubmedqa", "wikitext"], "methods": ["gain", "lora"]}
+    mine = judged(
+        ("run", "sequence", settings), ("apart", "separately", settings),
+        ("last", "subspace", {"of": "run", "relative_update": 0.3}),
+        ("first", "subspace", {"of": "apart", "after": "pubmedqa", "labels": ["lora", "gain"], "relative_update": 0.3}),
+        claims=("last.lora.scaled.intruders_per_module", "first.gain.intruder_modules"),
+    )  # fmt: skip
+    result = run_recipe(mine, tmp_path / "run", scale="smoke")
+    assert [finding.verdict for finding in result.findings] == ["reproduced"] * 2
+    names = {f"{label}.{kind}" for label in ("gain", "lora") for kind in ("intruders_per_module", "scaled.modules")}
+    assert all(names <= set(result.outcomes[step].numbers) for step in ("last", "first"))
+
+
 def test_a_rate_that_diverges_leaves_its_method_without_a_worst(tmp_path):
     methods = {"methods": [{"name": "lora", "alpha": 1e4, "rank": 1}, "gain"]}
     rates = {"rates": {"lora": [1e-7, 1e36], "gain": [0.001, 0.01]}}

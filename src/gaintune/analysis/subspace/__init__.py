@@ -29,6 +29,11 @@ class SubspaceOptions(Options):
         description="singular values up to this share of the largest count as zero in a weight's rank; max(out, in) "
         "times fp32's epsilon unless given.",
     )
+    relative_update: float | None = Field(
+        default=None,
+        gt=0,
+        description="count intruders a second time with every module's update scaled to this |dW|/|W|, such as 0.01",
+    )
     gate: float | None = Field(
         default=None,
         gt=0,
@@ -37,8 +42,8 @@ class SubspaceOptions(Options):
     )
 
     def counted(self) -> dict[str, Any]:
-        """Return plain values of all options but the gates' value."""
-        return self.model_dump(exclude={"gate"})
+        """Return plain values of all options but the gates' value, and of `relative_update` only if it is given."""
+        return self.model_dump(exclude={"gate"} if self.relative_update else {"gate", "relative_update"})
 
 
 class SubspaceAnalysis(Analysis):
@@ -52,5 +57,6 @@ class SubspaceAnalysis(Analysis):
     )
     examples = """\
 gaintune subspace adapters/gains adapters/lora --top 10
+gaintune subspace adapters/gains adapters/lora --relative-update 0.01
 gaintune subspace adapters/gated --gate 0.05"""
     Options = SubspaceOptions

@@ -15,7 +15,13 @@ from matplotlib.ticker import MaxNLocator
 
 from gaintune.analysis.base import Headline, Result, Subject, numbers_of
 from gaintune.analysis.drawing import drawn, line, text_table
-from gaintune.analysis.subspace.survey import AdapterSubspace, ModuleSubspace, SubspaceSurvey, share_of
+from gaintune.analysis.subspace.survey import (
+    AdapterSubspace,
+    ModuleSubspace,
+    SubspaceFigures,
+    SubspaceSurvey,
+    share_of,
+)
 from gaintune.report import MUTED, NONE, ruled
 from gaintune.results import Interval, exact
 
@@ -28,37 +34,51 @@ Pick = Callable[[ModuleSubspace], float | None]
 
 
 def module_table(survey: SubspaceSurvey) -> pd.DataFrame:
-    """Return a row for each adapter and module; shares of the update's energy, empty where the update is zero."""
-    rows = []
+    """Return a row for each adapter and module; shares of the update's energy, empty where the update is zero.
+
+    Updates scaled to one size add columns of their own.
+    """
+    rows, scaled = [], survey.options.relative_update is not None
     for adapter in survey.adapters:
         for module in adapter.modules:
             at, figures = module.position, module.figures
             relative, vectors = (figures.update_energy / figures.weight_energy) ** 0.5, figures.similarities
             own = [getattr(figures, name) for name in COLUMNS]
             counted = [relative, figures.intruders, len(vectors), min(vectors), at.name]
-            rows.append([adapter.label, at.layer, at.projection, *own, *counted])
+            at_size = [figures.scaled.intruders, min(figures.scaled.similarities)] if figures.scaled else []
+            rows.append([adapter.label, at.layer, at.projection, *own, *counted, *at_size])
     added = ["relative_update", "intruders", "looked_at", "smallest_similarity", "module"]
+    added += ["scaled_intruders", "scaled_smallest_similarity"] if scaled else []
     return pd.DataFrame(rows, columns=["adapter", "layer", "projection", *COLUMNS, *added])
 
 
 def summary_rows(survey: SubspaceSurvey) -> list[list[str]]:
-    """Return a row of text for each adapter and projection, and for several projections of an adapter together."""
+    """Return a row of text for each adapter and projection, and for several projections of an adapter together.
+
+    Where updates were scaled as well, their rows come after those of the same adapter.
+    """
     rows = []
     for adapter in survey.adapters:
         projections = list(dict.fromkeys(each.position.projection for each in adapter.modules))
-        for projection in [*projections, "all"] if len(projections) > 1 else projections:
-            chosen = [each for each in adapter.modules if projection in ("all", each.position.projection)]
-            part = replace(adapter, modules=tuple(chosen))
-            shares = [_share(part.outside) if part.with_outside else "no outside", _share(part.outside_leading)]
-            update, intruders = f"{part.relative_update:.2e}", f"{part.intruders()} of {part.looked_at}"
-            rows.append([adapter.label, projection, _shapes(chosen), *shares, update, intruders])
+        for whole, suffix in ((adapter, ""), (adapter.scaled, ", scaled")):
+            for projection in [*projections, "all"] if len(projections) > 1 else projections:
+                if whole is None:
+                    continue
+                chosen = [each for each in whole.modules if projection in ("all", each.position.projection)]
+                part = replace(whole, modules=tuple(chosen))
+                shares = [_share(part.outside) if part.with_outside else "no outside", _share(part.outside_leading)]
+                update, intruders = f"{part.relative_update:.2e}", f"{part.intruders()} of {part.looked_at}"
+                modules = [f"{part.intruder_modules} of {len(chosen)}", f"{part.intruders_per_module:.2f}"]
+                name = f"{adapter.label}{suffix}"
+                rows.append([name, projection, _shapes(chosen), *shares, update, intruders, *modules])
     return rows
 
 
 def heads(survey: SubspaceSurvey) -> list[str]:
     """Return the heads of the columns of `summary_rows`."""
     leading = f"outside the leading {100 * survey.options.leading:g} %"
-    return ["adapter", "projection", "rank of outputs", "outside column space", leading, "|dW| / |W|", "intruders"]
+    update = ["|dW| / |W|", "intruders", "modules with intruders", "intruders per module"]
+    return ["adapter", "projection", "rank of outputs", "outside column space", leading, *update]
 
 
 def _shapes(modules: Sequence[ModuleSubspace]) -> str:
@@ -106,6 +126,11 @@ def remarks(survey: SubspaceSurvey) -> list[str]:
         f"{options.top} leading left singular vectors of each adapted weight, those whose largest |cosine| to any "
         f"pretrained left singular vector is below {options.epsilon:g}."
     )
+    if options.relative_update is not None:
+        sentences.append(
+            f"Scaled: every module's update was set to |dW| / |W| = {options.relative_update:g} before its intruders "
+            "were counted. Adapters then differ in the modules they change and in direction, and no longer in size."
+        )
     return sentences
 
 
@@ -118,6 +143,24 @@ def markdown(survey: SubspaceSurvey) -> str:
 def record_values(survey: SubspaceSurvey) -> dict[str, Any]:
     """Return everything as plain values for JSON; the similarities of all vectors allow any other epsilon."""
 
+    def plain_figures(figures: SubspaceFigures) -> dict[str, Any]:
+        values = asdict(replace(figures, scaled=None))
+        del values["scaled"]
+        if figures.scaled is not None:
+            changed = ("update_energy", "singular_values", "similarities")
+            values["scaled"] = {name: getattr(figures.scaled, name) for name in changed}
+        return values
+
+    def counts(adapter: AdapterSubspace) -> dict[str, Any]:
+        return {
+            "outside_leading": adapter.outside_leading,
+            "relative_update": adapter.relative_update,
+            "intruders": adapter.intruders(),
+            "looked_at": adapter.looked_at,
+            "intruder_modules": adapter.intruder_modules,
+            "intruders_per_module": adapter.intruders_per_module,
+        }
+
     def plain(adapter: AdapterSubspace) -> dict[str, Any]:
         return {
             "label": adapter.label,
@@ -125,11 +168,9 @@ def record_values(survey: SubspaceSurvey) -> dict[str, Any]:
             "gate": adapter.gate,
             "outside": adapter.outside,
             "modules_with_outside": adapter.with_outside,
-            "outside_leading": adapter.outside_leading,
-            "relative_update": adapter.relative_update,
-            "intruders": adapter.intruders(),
-            "looked_at": adapter.looked_at,
-            "modules": [{**asdict(each.position), **asdict(each.figures)} for each in adapter.modules],
+            **counts(adapter),
+            **({"scaled": counts(adapter.scaled)} if adapter.scaled else {}),
+            "modules": [{**asdict(each.position), **plain_figures(each.figures)} for each in adapter.modules],
         }
 
     adapters = [plain(adapter) for adapter in survey.adapters]
@@ -209,14 +250,20 @@ def figure(survey: SubspaceSurvey) -> Figure:
 def result(survey: SubspaceSurvey, subject: Subject, *_: Any) -> Result:
     """Make the result.
 
-    Numbers, counted and not sampled: `LABEL.outside` and `LABEL.outside_leading`, shares of the update's energy in %;
-    `LABEL.intruders`.
+    Numbers, counted and not sampled: `LABEL.intruders`; `LABEL.outside` and `LABEL.outside_leading`, shares of the
+    update's energy in %; `LABEL.modules`, their number; `LABEL.intruder_modules`, the share of modules with an
+    intruder in %; `LABEL.intruders_per_module`. Of updates scaled to one size, if asked, `LABEL.scaled.NAME`.
     """
     figures: dict[str, Interval | None] = {}
-    for label, one in zip(subject.names or [each.label for each in survey.adapters], survey.adapters, strict=True):
-        figures[f"{label}.intruders"] = exact(one.intruders())
-        for name, share in (("outside", one.outside), ("outside_leading", one.outside_leading)):
-            figures[f"{label}.{name}"] = None if share is None else exact(100 * share)
+    for label, adapter in zip(subject.names or [each.label for each in survey.adapters], survey.adapters, strict=True):
+        for prefix, one in ((label, adapter), (f"{label}.scaled", adapter.scaled)):
+            if one is not None:
+                figures[f"{prefix}.intruders"] = exact(one.intruders())
+                for name, share in (("outside", one.outside), ("outside_leading", one.outside_leading)):
+                    figures[f"{prefix}.{name}"] = None if share is None else exact(100 * share)
+                figures[f"{prefix}.modules"] = exact(len(one.modules))
+                figures[f"{prefix}.intruder_modules"] = exact(100 * one.intruder_modules / len(one.modules))
+                figures[f"{prefix}.intruders_per_module"] = exact(one.intruders_per_module)
     numbers, without = numbers_of(figures, "no adapted weight has such directions")
     said, rows = remarks(survey), summary_rows(survey)
     return Result(

@@ -4,7 +4,8 @@ GAIN paper, proposition 1: the range of `W diag(s)` lies in the range of `W`. Lo
 where there is an outside: a weight whose rank equals its number of outputs (every trained square or wide projection)
 reaches all of the output, so that no update of any kind can leave its column space. Intruder dimensions are counted as
 by Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228, definition 1 and
-algorithm 1). All weights here are `(out_features, in_features)`, float64, and `y = W x`.
+algorithm 1). A larger update makes more of them, so that they may be counted at equal |dW|/|W| as well. All weights
+here are `(out_features, in_features)`, float64, and `y = W x`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ class SubspaceFigures:
     singular_values: tuple[float, ...]  # of the adapted weight, its largest first, `(top,)`
     similarities: tuple[float, ...]  # of each of their left vectors, largest |cosine| to a pretrained one, `(top,)`
     epsilon: float  # similarity below which a vector is an intruder
+    scaled: SubspaceFigures | None = None  # of the same update scaled to the options' |dW|/|W|; None without
 
     @property
     def has_outside(self) -> bool:
@@ -106,10 +108,8 @@ def compare_weights(
     held = values.square().cumsum(0) / values.square().sum()
     leading = min(int((held < chosen.leading - 1e-12).sum()) + 1, rank)
     update = after - before
-    new_left, new_values, _ = torch.linalg.svd(after, full_matrices=False)
-    top = min(chosen.top, len(new_values))
-    similarities = (new_left[:, :top].T @ left).abs().amax(dim=1)
-    return SubspaceFigures(
+    singular_values, similarities = _leading_vectors(after, left, chosen.top)
+    figures = SubspaceFigures(
         outputs=before.shape[0],
         inputs=before.shape[1],
         rank=rank,
@@ -120,10 +120,25 @@ def compare_weights(
         outside_rows=share_outside(update.T, right[:rank].T),
         leading_rank=leading,
         outside_leading=share_outside(update, left[:, :leading]),
-        singular_values=tuple(new_values[:top].tolist()),
-        similarities=tuple(similarities.tolist()),
+        singular_values=singular_values,
+        similarities=similarities,
         epsilon=chosen.epsilon,
     )
+    if chosen.relative_update is None:
+        return figures
+    if not figures.update_energy:
+        return replace(figures, scaled=figures)  # nothing to scale
+    size = chosen.relative_update * figures.weight_energy**0.5
+    values_at_size, similarities = _leading_vectors(before + size / update.norm() * update, left, chosen.top)
+    at_size = {"singular_values": values_at_size, "similarities": similarities}
+    return replace(figures, scaled=replace(figures, update_energy=size**2, **at_size))
+
+
+def _leading_vectors(weight: torch.Tensor, left: torch.Tensor, top: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return a weight's largest singular values, and their left vectors' largest |cosine| to others, both `(top,)`."""
+    own, values, _ = torch.linalg.svd(weight, full_matrices=False)
+    similarities = (own[:, :top].T @ left).abs().amax(dim=1)
+    return tuple(values[:top].tolist()), tuple(similarities.tolist())
 
 
 def share_outside(update: torch.Tensor, basis: torch.Tensor) -> float | None:
@@ -185,6 +200,24 @@ class AdapterSubspace:
     def looked_at(self) -> int:
         """Number of singular vectors compared in all modules."""
         return sum(len(each.figures.similarities) for each in self.modules)
+
+    @property
+    def intruder_modules(self) -> int:
+        """Number of modules with at least one intruder dimension."""
+        return sum(each.figures.intruders > 0 for each in self.modules)
+
+    @property
+    def intruders_per_module(self) -> float:
+        """Mean number of intruder dimensions of a module."""
+        return self.intruders() / len(self.modules)
+
+    @property
+    def scaled(self) -> AdapterSubspace | None:
+        """The adapter with every module's update at the options' |dW|/|W|; None where they give none."""
+        modules = [
+            replace(each, figures=each.figures.scaled) for each in self.modules if each.figures.scaled is not None
+        ]
+        return replace(self, modules=tuple(modules)) if modules else None
 
     def intruders(self, epsilon: float | None = None) -> int:
         """Count the intruder dimensions in all modules, at the survey's similarity unless another is given."""

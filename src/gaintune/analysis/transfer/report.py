@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from gaintune.analysis.base import Headline, Result
 from gaintune.analysis.drawing import drawn
-from gaintune.analysis.transfer.survey import PARTS, Ablation, Part, Sharing, Transfer
+from gaintune.analysis.transfer.survey import Ablation, Part, Sharing, Transfer
 from gaintune.report import (
     INK,
     LineStyle,
@@ -27,11 +27,19 @@ from gaintune.report import (
 )
 from gaintune.results import Interval, exact
 
-NAMES: dict[Part, str] = {"whole": "whole adapter", "shared": "shared part alone", "own": "shared part removed"}
+NAMES: dict[Part, str] = {
+    "whole": "whole adapter",
+    "shared": "shared part alone",
+    "own": "shared part removed",
+    "signs": "shared part, random signs",
+    "norm": "whole adapter at the shared part's norm",
+}
 MEANINGS = {
     "mean": "the mean vector of all adapters",
     "principal": "what each adapter has along their first principal direction",
     "held-out": "the mean vector of the adapters that were not trained on the measured domain",
+    "cross-fitted": "the projection of each adapter on the mean vector of the others that were not trained on the "
+    "measured domain",
 }
 
 
@@ -77,17 +85,21 @@ def markdown(transfer: Transfer) -> str:
     ]
     for ablation in transfer.ablations:
         rows = []
-        for part in PARTS:
+        for part in ablation.parts:
             left = with_interval(ablation.left(part), "%")
             cells = [with_interval(ablation.transfer(part)), left, with_interval(ablation.in_domain(part))]
             rows.append([*cells, with_interval(ablation.unseen(part))] if ablation.watched else cells)
         heads = ["Transfer", "Left of it", "In-domain", f"Never trained ({', '.join(ablation.watched)})"]
-        frame = pd.DataFrame(rows, index=[*NAMES.values()], columns=heads[: len(rows[0])], dtype=object)
+        frame = pd.DataFrame(
+            rows, index=[NAMES[part] for part in ablation.parts], columns=heads[: len(rows[0])], dtype=object
+        )
         parts += [
             f"Shared is {MEANINGS[ablation.component]}. Change of perplexity in %, mean over pairs of different "
             "domains, paired by blocks; negative is better:",
             markdown_table(frame, "Gains"),
         ]
+        if ablation.reports_sizes:
+            parts.append(f"Norm of the shared part: {_percent(*ablation.sizes.values())} of the whole adapter's.")
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -118,9 +130,9 @@ def _dots(axes: Axes, transfer: Transfer) -> None:
     """Draw transfer of the whole adapters and of their parts, with intervals; in-domain as hollow marks."""
     labels = []
     rows: list[tuple[str, Part, Ablation]] = [("", "whole", transfer.ablations[0])]
-    rows.extend((ablation.component, part, ablation) for ablation in transfer.ablations for part in PARTS[1:])
+    rows.extend((ablation.component, part, ablation) for ablation in transfer.ablations for part in ablation.parts[1:])
     for height, (component, part, ablation) in enumerate(rows):
-        style = style_of(PARTS.index(part))
+        style = style_of(list(NAMES).index(part))
         _dot(axes, height - 0.12, ablation.transfer(part), style, filled=True)
         _dot(axes, height + 0.16, ablation.in_domain(part), style, filled=False)
         labels.append(f"{NAMES[part]}\n({component})" if component else NAMES[part])
@@ -143,7 +155,7 @@ def _dot(axes: Axes, height: float, figure: Interval, style: LineStyle, *, fille
 @drawn
 def figure(transfer: Transfer) -> Figure:
     """Draw correlations of the gains, and transfer by whole adapters and by their parts."""
-    count, rows = len(transfer.sharing.labels), 1 + 2 * len(transfer.ablations)
+    count, rows = len(transfer.sharing.labels), 1 + sum(len(ablation.parts) - 1 for ablation in transfer.ablations)
     size = (5.6 + 0.55 * count + 1.2, max(1.4 + 0.55 * count, 1.2 + 0.62 * rows, 3.0))
     sheet = Figure(figsize=size, layout="constrained")
     left, right = sheet.subplots(1, 2, width_ratios=[0.55 * count + 0.8, 4.4])
@@ -156,7 +168,7 @@ def result(transfer: Transfer, *_: Any) -> Result:
     """Put the survey together.
 
     Numbers: `correlation.smallest`, `.largest` and `.mean`; `common_share` in %; `COMPONENT.PART.transfer`,
-    `.in_domain` and `.left` in %, for the parts whole, shared and own.
+    `.in_domain` and `.left` in %, for the parts whole, shared and own, and for the controls signs and norm if asked.
     """
     sharing, pairs = transfer.sharing, transfer.sharing.pairs
     numbers = {
@@ -169,7 +181,7 @@ def result(transfer: Transfer, *_: Any) -> Result:
     rows: list[list[str | Interval | None]] = []
     for ablation in transfer.ablations:
         cells = {}
-        for part in PARTS:
+        for part in ablation.parts:
             name, whole, own = f"{ablation.component}.{part}", ablation.transfer(part), ablation.in_domain(part)
             numbers |= {f"{name}.transfer": whole, f"{name}.in_domain": own}
             if (left := ablation.left(part)) is None:

@@ -6,15 +6,18 @@ shared across all domains. In this shared component, all five domains agree on w
 amplify". It gives no formula for that part, so `Sharing` has what the sentence may mean, each by name. "After training
 on each domain, we decompose the scaling update into its shared and domain-specific components. Removing the shared
 component halves positive transfer. Keeping only the shared component retains" a part of it. Transfer here is the mean
-change of perplexity of domains by adapters that were not trained on them; what is shared is one of `Component`.
+change of perplexity of domains by adapters that were not trained on them; what is shared is one of `Component`. A
+shared part may keep transfer merely by its size, or by how far it moves which features, whatever the signs: the
+controls of `controls_of` measure that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -27,7 +30,7 @@ from gaintune.adapters import attached, check_adapters, read_record
 from gaintune.analysis.gains.survey import read_factors
 from gaintune.analysis.positions import PREFIX
 from gaintune.analysis.provenance import Provenance, origin_of, provenance, warn_of_other_texts
-from gaintune.analysis.transfer import Component, TransferOptions
+from gaintune.analysis.transfer import Component, Control, TransferOptions
 from gaintune.config import EvaluateConfig, Plan
 from gaintune.data import DomainBlocks, load_domain
 from gaintune.errors import AdapterError, ConfigError
@@ -36,9 +39,10 @@ from gaintune.models import load_base
 from gaintune.progress import Progress
 from gaintune.results import Change, DomainLoss, FloatArray, Interval, changes_of, mean_change, share_of_change
 
-Part = Literal["whole", "shared", "own"]
+Split = Literal["whole", "shared", "own"]
 """What of an adapter's v is left: all of it, the shared component alone, or all but the shared component."""
-PARTS: tuple[Part, ...] = get_args(Part)
+SPLITS: tuple[Split, ...] = get_args(Split)
+Part = Split | Control
 Key = tuple[Part, str, str]
 
 
@@ -157,22 +161,54 @@ def _along(vector: FloatArray, direction: FloatArray) -> float:
 def shared_component(vectors: GainVectors, component: Component, trained: str, measured: str) -> FloatArray:
     """Return what the adapter of one domain shares with the others, `(features,)`, for measuring another domain.
 
-    Only `held-out` depends on the measured domain; only `principal` on the adapter's own.
+    With v_k the vector of domain k, of N, i the trained domain and j the measured one:
+
+    - mean: `s = sum_k v_k / N`, the same for all. It holds v_i / N and v_j / N even where nothing is common.
+    - held-out: `s_j`, the mean over k != j. It holds nothing of v_j, but v_i still.
+    - principal: `s_i = <v_i, p> p`, with p the unit direction along which all have the most energy, not centered.
+    - cross-fitted: `s_ij = c d`, with d the mean over k other than i and j, and the coefficient of least squares
+      `c = <v_i, d> / <d, d>`. Only the number c comes from v_i. It is 0 for vectors with nothing in common, and
+      negative for opposed ones. What is left, `v_i - c d`, is orthogonal to d.
+
+    A domain that no adapter was trained on leaves out none as the measured one.
     """
-    v = vectors.values
-    if component == "principal":  # the direction along which all have the most energy, not centered
+    v, own = vectors.values, vectors.values[vectors.labels.index(trained)]
+    if component == "principal":
         direction = np.linalg.eigh(v @ v.T)[1][:, -1] @ v
         direction /= np.linalg.norm(direction)
-        return float(v[vectors.labels.index(trained)] @ direction) * direction
-    held_out = component == "held-out" and measured in vectors.labels
-    return np.delete(v, vectors.labels.index(measured) if held_out else [], axis=0).mean(axis=0)
+        return float(own @ direction) * direction
+    left_out = {"mean": (), "held-out": (measured,), "cross-fitted": (trained, measured)}[component]
+    mean = v[[label not in left_out for label in vectors.labels]].mean(axis=0)
+    if component != "cross-fitted":
+        return mean
+    energy = float(mean @ mean)
+    return float(own @ mean) / energy * mean if energy else mean
+
+
+def controls_of(
+    whole: FloatArray, shared: FloatArray, trained: str, controls: Sequence[Control], seed: int
+) -> dict[Control, FloatArray]:
+    """Return the vectors that are measured beside a shared part, each `(features,)` and of the shared part's norm.
+
+    `signs` has the shared part's magnitudes with random signs, one draw for each adapter, by its domain and the seed.
+    `norm` is the whole adapter times `|shared| / |whole|`.
+    """
+    made: dict[Control, FloatArray] = {}
+    for control in controls:
+        if control == "signs":
+            generator = np.random.default_rng([seed, zlib.crc32(trained.encode())])
+            made[control] = shared * generator.choice((1.0, -1.0), size=len(shared))
+        else:
+            made[control] = whole * float(np.linalg.norm(shared) / np.linalg.norm(whole))
+    return made
 
 
 @dataclass(frozen=True)
 class Ablation:
     """Losses of every adapter on every domain, by part, trained domain and measured domain, and the base's by domain.
 
-    `watched` are domains that no adapter was trained on.
+    `watched` are domains that no adapter was trained on. `sizes` has the norm of the shared part over that of the whole
+    vector, by trained and measured domain.
     """
 
     component: Component
@@ -181,6 +217,13 @@ class Ablation:
     base: Mapping[str, DomainLoss]
     losses: Mapping[Key, DomainLoss]
     settings: EvaluateConfig
+    controls: tuple[Control, ...] = ()
+    sizes: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was measured of every adapter: the parts, and the controls after them."""
+        return (*SPLITS, *self.controls)
 
     @cached_property
     def _changes(self) -> dict[Key, Change]:
@@ -191,6 +234,11 @@ class Ablation:
             moved = changes_of(base, [self.losses[key] for key in keys], domain, self.settings)
             changes |= dict(zip(keys, moved, strict=True))
         return changes
+
+    @property
+    def reports_sizes(self) -> bool:
+        """Whether the norms of the shared parts belong to the result: beside controls, and for projections."""
+        return bool(self.controls) or self.component == "cross-fitted"
 
     def _across(self, part: Part) -> list[Change]:
         return [self._changes[part, *pair] for pair in itertools.permutations(self.trained, 2)]
@@ -223,9 +271,11 @@ class Ablation:
         figures = {
             "transfer": self.transfer, "left_of_transfer": self.left, "in_domain": self.in_domain, "unseen": self.unseen
         }  # fmt: skip
-        parts = {part: {name: figure(part) for name, figure in figures.items()} for part in PARTS}
+        parts = {part: {name: figure(part) for name, figure in figures.items()} for part in self.parts}
+        sizes = [[*pair, size] for pair, size in self.sizes.items()]
         return {
             "component": self.component,
+            **({"controls": list(self.controls), "shared_norms": sizes} if self.reports_sizes else {}),
             "parts": {part: {name: each and asdict(each) for name, each in own.items()} for part, own in parts.items()},
             "cells": [
                 dict(zip(("part", "learnt", "measured"), key, strict=True))
@@ -262,7 +312,7 @@ def survey_transfer(
         plan: base, domains and how uncertainty is measured. Its domains are those of the adapters, in any order;
             others, and watched ones, are measured as unseen.
         adapters: adapters of method gain or gain-ffn, each trained from the pretrained model on one domain.
-        options: what is taken for shared.
+        options: what is taken for shared, and the controls.
 
     Raises:
         AdapterError, BaseMismatchError: damaged, of another method, or of another base.
@@ -271,8 +321,8 @@ def survey_transfer(
         DataError: a domain's text is missing or broken.
     """
     folders = _by_domain([Path(folder) for folder in adapters], [domain.name for domain in plan.data.measured])
-    components = (options or TransferOptions()).components
-    _check_components(components, len(folders))
+    chosen = options or TransferOptions()
+    _check_options(chosen, len(folders))
     vectors = read_gain_vectors(folders)
     sharing = sharing_of(vectors)
     check_adapters(list(folders.values()), plan.model, allow_other_base=allow_other_base)
@@ -289,13 +339,19 @@ def survey_transfer(
             ("whole", name, domain.name): measure(f"{name}, whole", v, domain) for name, v, domain in pairs
         }
         ablations = []
-        for component in components:
-            losses = dict(whole)
+        for component in chosen.components:
+            losses, sizes = dict(whole), {}
             for name, v, domain in pairs:
                 shared = shared_component(vectors, component, name, domain.name)
-                losses["shared", name, domain.name] = measure(f"{name}, shared ({component})", shared, domain)
-                losses["own", name, domain.name] = measure(f"{name}, own ({component})", v - shared, domain)
-            ablations.append(Ablation(component, tuple(folders), watched, before, losses, plan.evaluate))
+                sizes[name, domain.name] = float(np.linalg.norm(shared) / np.linalg.norm(v))
+                parts: dict[Part, FloatArray] = {"shared": shared, "own": v - shared}
+                parts |= controls_of(v, shared, name, chosen.controls, plan.evaluate.seed)
+                for part, vector in parts.items():
+                    losses[part, name, domain.name] = measure(f"{name}, {part} ({component})", vector, domain)
+            ablation = Ablation(
+                component, tuple(folders), watched, before, losses, plan.evaluate, chosen.controls, sizes
+            )
+            ablations.append(ablation)
     return Transfer(sharing, tuple(ablations), made_from)
 
 
@@ -339,10 +395,14 @@ def _by_domain(adapters: Sequence[Path], measured: Sequence[str]) -> dict[str, P
     return folders
 
 
-def _check_components(components: Sequence[Component], count: int) -> None:
+def _check_options(options: TransferOptions, count: int) -> None:
+    components, controls = options.components, options.controls
     if not components or len(set(components)) != len(components):
         raise ConfigError(f"components {', '.join(components)}: name some, each once")
-    if "held-out" in components and count < 3:
-        raise ConfigError(
-            f"held-out: the mean of all adapters but the measured domain's takes three or more, and {count} were given"
-        )
+    if len(set(controls)) != len(controls):
+        raise ConfigError(f"controls {', '.join(controls)}: name each once")
+    for component, left_out in (("held-out", "the measured domain's"), ("cross-fitted", "two domains'")):
+        if component in components and count < 3:
+            raise ConfigError(
+                f"{component}: the mean of all adapters but {left_out} takes three or more, and {count} were given"
+            )
