@@ -126,7 +126,7 @@ class ScaleSetup:
         """Return the base of a step: the recipe's, unless the step names another of the paper's models."""
         if model is None or (self.scale == "small" and model not in EMBEDDED):
             return self.model
-        if self.scale == "paper":
+        if self.scale != "smoke":
             return model
         seed = zlib.crc32(model.encode())  # each is another model
         return str(smoke.base(Path(self.model).with_name(model.replace("/", "-")), seed))
