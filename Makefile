@@ -20,7 +20,7 @@ test-slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m slow
 
 test-paper: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/recipes/test_rehearsal.py -m slow -k "not as_it_is"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/recipes/test_rehearsal.py -m slow
 
 test-unit: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m "not slow and not real_model and not study_data and not cluster"
