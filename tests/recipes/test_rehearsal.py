@@ -6,6 +6,7 @@ that take longer.
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from support import paper_hub
 from support.hub import LocalHub
 from support.rehearsal import Shell
 
+STUDIES = Path(__file__).parents[2] / "studies"
 ON_CPU = ("model.dtype=fp32", "model.device=cpu", "model.quantization=null")  # its 4-bit weights change when measured
 HERE = tuple(word for value in (*ON_CPU, "evaluate.bootstrap_samples=50") for word in ("--set", value))
 LONG = ("G2", "G3", "G6", "G11", "G12", "G13", "G14", "G16", "G19", "D1", "D2", "D3", "D4", "D5")
@@ -74,6 +76,15 @@ def rehearse(recipe, hub: LocalHub, shell: Shell, folder, *more: object, overrid
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_runs_at_scale_paper(name, hub, shell, tmp_path):
     rehearse(recipes()[name], hub, shell, tmp_path / "run", name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_study_runs_at_scale_smoke(file, shell, tmp_path):
+    code, output = shell.run("recipe", "run", file, "--scale", "smoke", "--run-dir", tmp_path / "run")
+    assert code == 0, output
+    assert (tmp_path / "run" / "results.md").exists()
 
 
 def test_another_of_the_papers_models_takes_the_place_of_the_first(hub, shell, tmp_path):

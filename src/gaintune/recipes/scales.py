@@ -245,11 +245,12 @@ def budget_note(recipe: Recipe, step: Step, scale: Scale, plan: Plan) -> tuple[s
         return ()
     here = plan.model_dump(mode="json", include={"data", "train"})
     settings = recipe.settings(step, "paper")
-    own = {key: settings[key] for key in here if key in settings}
-    paper = laid_over(here, laid_over(BUDGETS["paper"], own))
+    given = {key: settings[key] for key in here if key in settings}
+    paper = laid_over(here, laid_over(BUDGETS["paper"], given))
     texts_alone = {plan.data.task_of(domain) for domain in plan.data.domains} == {"text"}
     exact = texts_alone and not plan.data.stream and not any(method.replay for method in plan.methods)
-    return (f"trained here: {_budget(here, exact)}; at scale paper: {_budget(paper, exact)}",)
+    own, papers = _budget(here, exact), _budget(paper, exact)
+    return (f"trained here: {own}" + ("" if own == papers else f"; at scale paper: {papers}"),)
 
 
 def _budget(sections: Mapping[str, Any], exact: bool) -> str:
