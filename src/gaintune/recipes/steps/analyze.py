@@ -48,7 +48,10 @@ def analyze(analysis: Analysis, settings: dict[str, Any], context: Context) -> P
         settings["domains"] = [*analysis.domains(settings.get("domains", ()), options[0])]
         if why := context.setup.why_not(settings):
             return PreparedStep.left_out(why)
-        plan, notes = context.setup.plan(settings, origin=context.origin), [*context.setup.text_notes(settings)]
+        own, notes = context.setup.plan(settings, origin=context.origin), [*context.setup.text_notes(settings)]
+        if plan is not None and "base" not in settings:
+            own = own.model_copy(update={"model": own.model.model_copy(update={"name": plan.model.name})})
+        plan = own
     benchmarks = None
     if analysis.measures_benchmarks and plan is not None:
         first: Any = options[0]
