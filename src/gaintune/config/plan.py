@@ -90,7 +90,8 @@ class ModelConfig(Section):
     """The base model and its precision."""
 
     name: Annotated[str, Flag("model")] = Field(
-        default="demo", description="hub id, local folder, .gguf file, or 'demo' (SmolLM2-135M-Instruct)"
+        default="demo",
+        description="hub id, local folder, .gguf file, 'demo' (SmolLM2-135M-Instruct), or 'demo-gemma' (Gemma-3-270M)",
     )
     revision: str | None = Field(default=None, description="hub revision: a branch, tag or commit")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(

@@ -88,7 +88,7 @@ def load_base(config: ModelConfig | str, *, dtype: torch.dtype | None = None) ->
     """Load a causal language model, its tokenizer and its fingerprint.
 
     Args:
-        config: the base; or its name alone: hub id, local folder, .gguf file, or 'demo'.
+        config: the base; or its name alone: hub id, local folder, .gguf file, 'demo' or 'demo-gemma'.
         dtype: overrides `config.dtype`; full fine-tuning and merging need fp32.
 
     Raises:

@@ -23,7 +23,7 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]  # pattern
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 EMBEDDED = {"demo": "demo-model", "demo-gemma": "demo-gemma"}
 """The assets of the embedded models, by the models' names."""
-ELSEWHERE = "give a local folder or .gguf file with model.name, or use 'demo'"
+ELSEWHERE = "give a local folder or .gguf file with model.name, or use 'demo' or 'demo-gemma'"
 
 
 @dataclass(frozen=True)

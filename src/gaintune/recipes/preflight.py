@@ -13,11 +13,12 @@ from gaintune.config import ModelConfig, as_domain, as_list
 from gaintune.data import CATALOGUE, GLUE, QUESTION_SETS, ROW_SUFFIXES
 from gaintune.errors import AssetError, ConfigError
 from gaintune.evaluate.benchmarks import LocalCopies, as_task, hub_data_sets, offline_task
-from gaintune.models import downloaded_files, is_cached, is_hub_id
+from gaintune.models import EMBEDDED, downloaded_files, is_cached, is_hub_id
 from gaintune.recipes.scales import ScaleSetup, names_in
 from gaintune.recipes.schema import Recipe, Step
 from gaintune.recipes.steps.answers import local_questions
 from gaintune.recipes.steps.classify import FOLDERS
+from gaintune.storage import check_terms
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,11 @@ def check_hub(recipe: Recipe, setup: ScaleSetup, folder: Path) -> list[str]:
 
     Raises:
         ConfigError: repositories that are gated or missing, all of them in one message, or too little room on the disk.
-        AssetError: the Hub is not reached, and its cache lacks something.
+        AssetError: the Hub is not reached, and its cache lacks something; or terms of a base are not accepted yet.
     """
+    for model in (_model_of(recipe, step, setup) for step in recipe.steps):
+        if model is not None and model.name in EMBEDDED:
+            check_terms(EMBEDDED[model.name])
     needs = hub_needs(recipe, setup)
     answers: dict[tuple[str, str], Any] = {}  # by kind and name: a data set has many configurations
     refused: dict[str, None] = {}

