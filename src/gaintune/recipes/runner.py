@@ -340,11 +340,11 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
         plans = [one.plan.model_dump(mode="json") for one in (expected[step.name], known[step.name]) if one.plan]
         changed = number_changes(*plans, folder=folder) if len(plans) == 2 else []
         if step.do != old.do or (plans and step.do not in CHECKED):
-            described = [
+            here, there = (
                 {"do": each.do, **recipe.settings(each, scale)}
                 for recipe, each in ((session.recipe, step), (before.recipe, old))
-            ]
-            changed += [line for line in differences(*described) if line not in changed]
+            )
+            changed += [line for line in differences(here, there) if line not in changed]
         if changed:
             raise RunDirectoryError(
                 f"step {step.name} holds work that was finished with another plan ({'; '.join(changed)}), and its "
