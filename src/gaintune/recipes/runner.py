@@ -312,7 +312,7 @@ def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Ma
         "adapters": {key: sha256_file(manifest) for key, manifest in adapters.items() if manifest.exists()},
         "notes": list(prepared.expected.notes),  # what is left out for want of rows or texts
         "plan": {} if plan is None else plan.model_dump(mode="json"),
-        "settings": json.loads(canonical_json(session.recipe.settings(step, session.setup.scale))),
+        "settings": json.loads(canonical_json(_described(session.recipe, step, session.setup.scale))),
     }
     if (folder / OUTCOME).exists():
         kept = read_stored(folder / OUTCOME, lambda record: {**record["basis"], "outcome": record["outcome"]})
@@ -329,21 +329,23 @@ def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Ma
     return outcome
 
 
+def _described(recipe: Recipe, step: Step, scale: Scale) -> dict[str, Any]:
+    """Return what a step does at a scale: its kind and its settings."""
+    return {"do": step.do, **recipe.settings(step, scale)}
+
+
 def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], before: _Session) -> None:
     """Refuse a recipe or overrides that give finished work another plan than the call before, unless by a free key."""
     known, scale = before.expected(), session.setup.scale
     earlier = {step.name: step for step in before.recipe.steps}
     for step in (step for step in session.recipe.steps if step.name in earlier):
         folder, old = session.folder / step.name, earlier[step.name]
-        if not _holds_work(folder):
+        here, there = _described(session.recipe, step, scale), _described(before.recipe, old, scale)
+        if not _holds_work(folder) or (here != there and (folder / OUTCOME).exists()):  # measured again
             continue
         plans = [one.plan.model_dump(mode="json") for one in (expected[step.name], known[step.name]) if one.plan]
         changed = number_changes(*plans, folder=folder) if len(plans) == 2 else []
-        if step.do != old.do or (plans and step.do not in CHECKED):
-            here, there = (
-                {"do": each.do, **recipe.settings(each, scale)}
-                for recipe, each in ((session.recipe, step), (before.recipe, old))
-            )
+        if step.do != old.do or step.do not in CHECKED:
             changed += [line for line in differences(here, there) if line not in changed]
         if changed:
             raise RunDirectoryError(
