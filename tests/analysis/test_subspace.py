@@ -311,7 +311,7 @@ def test_intruders_are_counted_by_module_at_their_own_and_at_equal_size(narrow, 
             assert more.numbers[f"{prefix}.modules"].value == len(each)
             assert more.numbers[f"{prefix}.intruders_per_module"].value == pytest.approx(sum(each) / len(each))
             share = 100 * sum(count > 0 for count in each) / len(each)
-            assert more.numbers[f"{prefix}.intruder_modules"].value == pytest.approx(share)
+            assert more.numbers[f"{prefix}.intruder_share"].value == pytest.approx(share)
         assert more.numbers[f"{label}.scaled.outside_leading"].value > 0
     assert {name: more.numbers[name] for name in plain.numbers} == plain.numbers
     assert not [name for name in plain.numbers if "scaled" in name]

@@ -257,11 +257,34 @@ def test_a_recipe_may_change_where_no_finished_training_would_have_other_numbers
     run_recipe(changed, tmp_path / "run", scale="smoke")
     assert contents(tmp_path / "run", HISTORY) == contents(reference, HISTORY)
     again = {"folder": tmp_path / "run", "scale": "smoke"}
+    other_kind = recipe(("first", "sequence", both), ("look", "gains", look[2]), more)
+    figures = run_recipe(other_kind, **again).outcomes["look"].figures
+    assert figures and not any("subspace" in figure.name for figure in figures)
     slower = {**LEARNS, "methods": [{"name": "gain", "lr": 0.001}, methods[1]]}
     finished = r"step first holds work .* another plan \(methods\.gain\.lr: 0\.01 there, 0\.001 now\)"
     refused(RunDirectoryError, finished, run_recipe, recipe(("first", "sequence", slower), look, more), **again)
     kind = r"step first holds work .* do: 'sequence' there, 'separately' now"
     refused(RunDirectoryError, kind, run_recipe, recipe(("first", "separately", LEARNS), more), **again)
+
+
+def test_differences_follow_the_steps_they_compare(base, tmp_path):
+    second = {**LEARNS, "model": {"name": str(base)}}
+    less = ("less", "differences", {"differences": {"second": ["second.gain.in_domain", "first.gain.in_domain"]}})
+    made, whole = recipe(("first", "sequence", LEARNS), ("second", "sequence", second), less), base.parent / "whole"
+    shutil.copytree(base, whole)
+    with_nan(base)
+    assert run_recipe(made, tmp_path / "run", scale="smoke").outcomes["less"].numbers == {}
+    shutil.copytree(whole, base, dirs_exist_ok=True)
+    assert [*run_recipe(made, tmp_path / "run", scale="smoke").outcomes["less"].numbers] == ["second"]
+
+
+def test_another_adapter_is_absorbed_when_its_step_changes(tmp_path):
+    run = ("run", "sequence", {**LEARNS, "domains": ["pubmedqa", "wikitext"]})
+    steps = {after: ("merged", "absorb", {"of": "run", "after": after}) for after in ("pubmedqa", "wikitext")}
+    for number, (after, step) in enumerate(steps.items(), 1):
+        run_recipe(recipe(run, step), tmp_path / "run", scale="smoke")
+        certificate = json.loads((tmp_path / "run" / "merged" / "gain.json").read_text())
+        assert certificate["adapter"].endswith(f"{number:02d}-{after}/adapter")
 
 
 def test_workers_without_a_sweep_are_refused(base, tmp_path):

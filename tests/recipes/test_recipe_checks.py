@@ -95,7 +95,7 @@ def test_scale_small_takes_an_embedded_base_by_name_and_asks_for_its_terms_first
     setup = ScaleSetup.make("small", "c/d", None, {}, tmp_path)
     here, far = (other.settings(step, "small") for step in other.steps)
     assert setup.plan(here, origin="step run").model.name == "demo-gemma" and setup.why_not(here) is None
-    assert "this step asks for a/b beside it" in str(setup.why_not(far))
+    assert "this step asks for a/b" in str(setup.why_not(far))
     refused(AssetError, r"gaintune assets --accept demo-gemma", run_recipe, other, tmp_path / "run", scale="small")
     assert not (tmp_path / "run").exists()
 
@@ -134,7 +134,7 @@ def test_an_embedded_text_and_the_embedded_base_are_known_at_scale_small_by_thei
     assert {domain.name: domain.source for domain in plan.data.domains} == sources and plan.model.name == "demo"
     assert setup.text_notes(settings)[1] == "embedded texts stand in: pubmedqa is medical"
     assert ScaleSetup("small", "demo", None, {"model": {"name": "mine"}}).plan(settings, origin="").model.name == "mine"
-    assert "asks for some/large beside it" in str(setup.why_not({**settings, "base": "some/large"}))
+    assert "asks for some/large" in str(setup.why_not({**settings, "base": "some/large"}))
 
 
 @pytest.mark.parametrize("name", list(recipes()))
@@ -264,7 +264,7 @@ def test_subspaces_of_several_labels_are_compared_at_equal_size(tmp_path):
         ("run", "sequence", settings), ("apart", "separately", settings),
         ("last", "subspace", {"of": "run", "relative_update": 0.3}),
         ("first", "subspace", {"of": "apart", "after": "pubmedqa", "labels": ["lora", "gain"], "relative_update": 0.3}),
-        claims=("last.lora.scaled.intruders_per_module", "first.gain.intruder_modules"),
+        claims=("last.lora.scaled.intruders_per_module", "first.gain.intruder_share"),
     )  # fmt: skip
     result = run_recipe(mine, tmp_path / "run", scale="smoke")
     assert [finding.verdict for finding in result.findings] == ["reproduced"] * 2

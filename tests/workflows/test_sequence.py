@@ -286,11 +286,18 @@ def test_a_run_goes_on_with_another_method_in_place_of_one_that_trained_nothing(
     with pytest.raises(DivergedError):
         run_sequence(plan_of(methods=["gain-ffn", broken], train={"checkpoint_steps": 1}), tmp_path / "run")
     plan = plan_of(methods=["gain-ffn", *filter(None, [corrected])], train={"checkpoint_steps": 1})
+    assert not (tmp_path / "run" / "stages" / "lora" / "01-prose" / "checkpoints").exists()
+    mine = {"stages/old/01-prose/adapter/manifest.json": b"{}", "stages/notes.txt": b"mine"}
+    for name, content in mine.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(content)
+    (tmp_path / "run" / "stages" / "linked").symlink_to(tmp_path / "run" / "stages" / "gain-ffn")
     matrix = run_sequence(plan, tmp_path / "run")
+    (tmp_path / "run" / "stages" / "linked").unlink()
     undisturbed = run_sequence(plan, tmp_path / "once")
     assert matrix == undisturbed
     told = "events.jsonl"
-    assert {**contents(tmp_path / "run"), told: b""} == {**contents(tmp_path / "once"), told: b""}
+    assert {**contents(tmp_path / "run"), told: b""} == {**contents(tmp_path / "once"), **mine, told: b""}
     other = plan_of(methods=[{"name": "gain-ffn", "lr": 0.5}], train={"checkpoint_steps": 1})
     refused(RunDirectoryError, r"methods", run_sequence, other, tmp_path / "run")
     refused(RunDirectoryError, r"methods", run_sequence, plan_of(methods=["lora"]), tmp_path / "run")

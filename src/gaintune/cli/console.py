@@ -21,7 +21,6 @@ from gaintune.results import Interval
 
 out = Console()
 err = Console(stderr=True)
-SPLITS = (str.split, str.splitlines)  # into what a cell may not and may be cut down to
 LINES_EVERY = 15.0  # seconds between two lines of progress where there is no terminal to draw a bar on
 
 
@@ -87,7 +86,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num
     Cells are wrapped between words, and lose the room around them, before a word is broken.
     """
     texts = ["\n".join([column, *(row[index] for row in rows)]) for index, column in enumerate(columns)]
-    words, widths = ([max(map(cell_len, parts), default=0) for parts in map(split, texts)] for split in SPLITS)
+    words = [max(map(cell_len, text.split()), default=0) for text in texts]  # the longest word of each column
+    widths = [max(map(cell_len, text.splitlines()), default=0) for text in texts]
     free = out.width - len(columns) - 1  # beside the lines between columns
     padding = 0 if sum(words) <= free < sum(words) + 2 * len(columns) else 1
     free -= 2 * padding * len(columns)

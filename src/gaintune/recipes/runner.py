@@ -25,7 +25,7 @@ from gaintune.models import resolve_device
 from gaintune.progress import Progress, Silent
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.recipes.preflight import check_hub
-from gaintune.recipes.scales import ScaleSetup, budget_note, dropped, names_in, note_of
+from gaintune.recipes.scales import TRAINING, ScaleSetup, budget_note, dropped, names_in, note_of
 from gaintune.recipes.schema import SCALES, Claim, Recipe, Scale, Step, laid_over, number_on, recipe_named
 from gaintune.recipes.steps import KINDS
 from gaintune.report import NONE, markdown_table, number
@@ -50,6 +50,7 @@ from gaintune.workflows.sweep import check_engine
 RECORD = "recipe.json"
 TRACEBACK = "traceback.txt"  # in a step's folder
 OUTCOME = "outcome.json"  # in the folder of a finished step that trains nothing
+CLASSIFIERS = "classifiers/*/*/*/adapter"
 CHECKED = ("sequence", "separately", "sweep")  # steps that compare all of their settings with what is in their folder
 ROW_SUMS = ("rows.json", "questions.json")  # rows that a step began with; without results it may begin with others
 SMOKE = (
@@ -157,9 +158,9 @@ def run_recipe(
         setup = ScaleSetup.make(scale, recipe.model, data, given, folder / "world")
         session = _Session(recipe, folder, setup, allow_code_execution, workers, progress or Silent())
         expected = _check(session)
-        if before is None:
+        if before is None or before[0] != identity["recipe"]:
             check_hub(recipe, setup, folder)
-        elif before != (identity["recipe"], given):
+        if before is not None and before != (identity["recipe"], given):
             earlier = _chosen(Recipe.model_validate(before[0]), scale, models, before[1])
             _check_finished(
                 session, expected, replace(session, recipe=earlier, setup=replace(setup, overrides=before[1]))
@@ -314,17 +315,16 @@ def _run_once(session: _Session, step: Step, prepared: PreparedStep, earlier: Ma
         "plan": {} if plan is None else plan.model_dump(mode="json"),
         "settings": json.loads(canonical_json(_described(session.recipe, step, session.setup.scale))),
     }
-    if (folder / OUTCOME).exists():
+    if prepared.keep and (folder / OUTCOME).exists():
         kept = read_stored(folder / OUTCOME, lambda record: {**record["basis"], "outcome": record["outcome"]})
-        kept.setdefault("settings", basis["settings"])  # an earlier version's folder took no other settings
-        same = all(kept[key] == basis[key] for key in ("adapters", "notes", "settings"))
+        same = all(kept.get(key) == basis[key] for key in ("adapters", "notes", "settings"))
         if same and not number_changes(json.loads(canonical_json(basis["plan"])), kept["plan"]):
             outcome = read_stored(folder / OUTCOME, lambda record: StepOutcome.from_dict(record["outcome"], folder))
             if all(figure.exists() for figure in outcome.figures):
                 session.progress.note(f"{step.name} is finished")
                 return outcome
     outcome = prepared.run()
-    if outcome.plan is None:
+    if outcome.plan is None and prepared.keep:
         write_json(folder / OUTCOME, {"basis": basis, "outcome": outcome.to_dict(folder)})
     return outcome
 
@@ -338,10 +338,18 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
     """Refuse a recipe or overrides that give finished work another plan than the call before, unless by a free key."""
     known, scale = before.expected(), session.setup.scale
     earlier = {step.name: step for step in before.recipe.steps}
-    for step in (step for step in session.recipe.steps if step.name in earlier):
-        folder, old = session.folder / step.name, earlier[step.name]
+    for step in session.recipe.steps:
+        folder, old = session.folder / step.name, earlier.get(step.name)
+        if old is None:
+            if any(folder.glob(CLASSIFIERS)):
+                raise RunDirectoryError(
+                    f"step {step.name} is new, and {folder} holds classifiers of an earlier recipe: delete it, or name "
+                    "another folder for the run"
+                )
+            continue
         here, there = _described(session.recipe, step, scale), _described(before.recipe, old, scale)
-        if not _holds_work(folder) or (here != there and (folder / OUTCOME).exists()):  # measured again
+        measured = (folder / OUTCOME).exists() and step.do not in TRAINING
+        if not _holds_work(folder) or (here != there and measured):  # it is measured again
             continue
         plans = [one.plan.model_dump(mode="json") for one in (expected[step.name], known[step.name]) if one.plan]
         changed = number_changes(*plans, folder=folder) if len(plans) == 2 else []
@@ -350,14 +358,14 @@ def _check_finished(session: _Session, expected: Mapping[str, StepOutcome], befo
         if changed:
             raise RunDirectoryError(
                 f"step {step.name} holds work that was finished with another plan ({'; '.join(changed)}), and its "
-                f"numbers belong to one plan: leave the step as it was (--set STEP.SECTION.KEY=VALUE is for one other "
-                f"step), name another folder, or delete {folder} to do the step again"
+                f"numbers belong to one plan: keep its settings, give --set STEP.SECTION.KEY=VALUE for another step "
+                f"alone, name another folder, or delete {folder} to do the step again"
             )
 
 
 def _holds_work(folder: Path) -> bool:
     """Tell whether a step has finished any training, or a step without training its measurements."""
-    finished = (folder / OUTCOME).exists() or any(folder.glob("classifiers/*/*/*/adapter"))
+    finished = (folder / OUTCOME).exists() or any(folder.glob(CLASSIFIERS))
     return finished or not nothing_finished(folder)
 
 

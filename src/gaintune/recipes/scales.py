@@ -19,13 +19,7 @@ from gaintune.recipes import smoke
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
 from gaintune.storage import rows_per_update
 
-TEXTS = (
-    ".",
-    "domains",
-    "instruct",
-    "glue",
-    "benchmarks",
-)  # folders inside `--data` with local copies of texts
+TEXTS = (".", "domains", "instruct", "glue")  # folders inside `--data` with local copies of texts
 PLAN_SECTIONS = ("model", "data", "train", "evaluate", "classify")
 
 STAND_INS = {"pubmedqa": "medical", "wikitext": "manual", "finphrase": "law", "pg19": "scripture", "medqa": "code"}
@@ -129,7 +123,7 @@ class ScaleSetup:
         return [str(folder) for folder in folders if folder.is_dir()]
 
     def base(self, model: str | None) -> str:
-        """Return the base of a step: the recipe's, unless the step names another of the paper's models."""
+        """Return the base of a step: the recipe's, unless the step names another that this scale has."""
         if model is None or (self.scale == "small" and model not in EMBEDDED):
             return self.model
         if self.scale != "smoke":
@@ -148,7 +142,7 @@ class ScaleSetup:
     def why_not(self, settings: Mapping[str, Any]) -> str | None:
         """Say why a step cannot train or measure anything at this scale; None where it can."""
         if self.scale == "small" and settings.get("base") not in (None, *EMBEDDED):
-            return f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
+            return f"left out: scale small has the embedded bases alone, and this step asks for {settings['base']}"
         domains = settings.get("domains", ())
         if self.scale == "small" and not self.domains(domains):
             missing = ", ".join(self.missing(domains))
@@ -167,9 +161,11 @@ class ScaleSetup:
     def _domain(self, domain: Domain) -> dict[str, Any] | None:
         values = {"name": domain} if isinstance(domain, str) else dict(domain)
         name = values["name"]
+        rows = any(key.endswith("_column") for key in values)  # those of a benchmark are a text where a column is named
+        folders = (*TEXTS, "benchmarks") if rows else TEXTS
         embedded = name if name in CATALOGUE and CATALOGUE[name].hub is None else None
         unknown = {"paper": name, "small": STAND_INS.get(name, embedded), "smoke": None}[self.scale]
-        source = values.get("source") or next(iter(self.local(name, TEXTS)), unknown)
+        source = values.get("source") or next(iter(self.local(name, folders)), unknown)
         if source in CATALOGUE:  # it brings its own columns
             values = {key: value for key, value in values.items() if not key.endswith("_column")}
         return None if source is None else {**values, "source": str(source)}

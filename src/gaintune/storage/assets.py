@@ -150,10 +150,16 @@ def accept_terms(name: str) -> None:
         write_json(_acceptance(name), {"accepted": accepted, "asset": name, "terms": asset.terms})
 
 
-def check_terms(name: str) -> None:
-    """Refuse an asset whose terms are neither accepted nor unpacked here yet; AssetError says how to accept them."""
+def may_be_fetched(name: str) -> bool:
+    """Return whether an asset has no terms, or they were accepted, or it was unpacked here before."""
     asset = _asset(name)
-    if asset.terms and not asset.folder.exists() and not _acceptance(name).is_file():
+    return not asset.terms or asset.folder.exists() or _acceptance(name).is_file()
+
+
+def check_terms(name: str) -> None:
+    """Refuse an asset whose terms are not accepted yet; AssetError says how to accept them."""
+    asset = _asset(name)
+    if not may_be_fetched(name):
         raise AssetError(
             f"{name} ({asset.description}) comes under the {asset.licence}: read them at {asset.terms}, and accept "
             f"them once with `gaintune assets --accept {name}`"

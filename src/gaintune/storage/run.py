@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,7 +135,7 @@ def nothing_finished(folder: Path) -> bool:
 
 
 def _finished_methods(plan: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Return a sequence's plan without the methods that have no training result yet, which may become others."""
+    """Return a sequence's plan with only the methods that have a training result in `folder`."""
     methods = plan.get("methods") if isinstance(plan, Mapping) else None
     if not isinstance(methods, list):
         return plan
@@ -144,13 +144,12 @@ def _finished_methods(plan: Mapping[str, Any], folder: Path) -> Mapping[str, Any
     return {**plan, "methods": begun}
 
 
-def _discard_other_methods(folder: Path, keep: Sequence[Any]) -> None:
-    """Delete what methods left that are not kept."""
-    kept = {str(_name(method)) for method in keep}
+def _discard_unfinished_methods(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Delete the files of a plan's methods that have no training result."""
+    finished = _finished_methods(plan, folder)["methods"]
+    labels = {str(_name(method)) for method in plan["methods"] if method not in finished}
     own = [name for name in SEQUENCE.names if name.startswith("stages/*/")]
-    for stages in (folder / "stages").glob("*"):
-        if stages.name not in kept:
-            ownership.discard(stages, [name.removeprefix("stages/*/") for name in own])
+    ownership.discard(folder, [name.replace("*", label, 1) for label in labels for name in own])
 
 
 def close_run(folder: Path, kind: Kind) -> None:
@@ -255,7 +254,7 @@ def _taken(folder: Path, plan: Mapping[str, Any], environment: Mapping[str, Any]
                 start_over(folder, kind, ("plan.yaml", "events.jsonl"))
             elif other and kind == SEQUENCE:
                 _refuse(folder, number_changes(plan, stored, folder=folder))
-                _discard_other_methods(folder, _finished_methods(plan, folder)["methods"])
+                _discard_unfinished_methods(folder, stored)
             else:
                 _refuse(folder, other)
             write_text(plan_file, as_yaml(plan))
@@ -287,13 +286,13 @@ def _refuse(folder: Path, changed: list[str]) -> None:
 def number_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, folder: Path | None = None) -> list[str]:
     """List the differences of two plans as `differences` does, without those that leave a run's numbers alone.
 
-    Of a sequence in `folder` the methods that have no training result yet leave them alone, too.
+    With the `folder` of a sequence, also ignore methods that have no training result there.
     """
     if folder is not None and (folder / "stages").is_dir():
         ours, theirs = (_finished_methods(plan, folder) for plan in (ours, theirs))
     sections = [plan.get("train") if isinstance(plan, Mapping) else None for plan in (ours, theirs)]
-    before, after = (rows_per_update(train, process_count()) for train in sections)
-    free = SAME_NUMBERS + (BATCHES if before == after else ())
+    now, then = (rows_per_update(train, process_count()) for train in sections)
+    free = SAME_NUMBERS + (BATCHES if now == then else ())
     keys = {line: line.partition(": ")[0] for line in differences(ours, theirs)}
     return [line for line, key in keys.items() if not any(f"{key}.".startswith(f"{name}.") for name in free)]
 

@@ -63,11 +63,11 @@ def refuse_parent(parent: nn.Module, name: str) -> None:
         )
 
 
-def refuse_name(adapter_name: str, names: Iterable[str], name: str = "This layer") -> None:
-    """Refuse an adapter whose name is among the `names` of a layer's adapters; `name` is the layer's own."""
-    if adapter_name in names:
+def refuse_name(adapter_name: str, existing: Iterable[str], layer: str = "This layer") -> None:
+    """Refuse an adapter whose name another adapter of a layer has."""
+    if adapter_name in existing:
         raise UnsupportedModuleError(
-            f"{name} already has an adapter called {adapter_name!r}: a second adapter needs a name of its own, and a "
+            f"{layer} already has an adapter called {adapter_name!r}: a second adapter needs a name of its own, and a "
             "model is wrapped by get_peft_model once. Call `unload()` or `delete_adapter` to start over."
         )
 

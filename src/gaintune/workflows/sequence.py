@@ -99,10 +99,10 @@ def run_sequence(
             try:
                 sequence.run(after_stage=lambda: _write_matrix(directory, sequences))
             except DivergedError as error:
+                sequence.discard_checkpoints()  # they lead there again
                 if storage.process_count() > 1:  # other processes may not see the error, and would wait for this one
                     raise
                 diverged[sequence.label] = str(error)
-                sequence.discard_checkpoints()  # they lead there again
                 directory.event("diverged", method=sequence.label, error=str(error))
                 shown.note(f"{sequence.label} diverged: {error}")
             except _UnattachedError as error:

@@ -251,7 +251,7 @@ def result(survey: SubspaceSurvey, subject: Subject, *_: Any) -> Result:
     """Make the result.
 
     Numbers, counted and not sampled: `LABEL.intruders`; `LABEL.outside` and `LABEL.outside_leading`, shares of the
-    update's energy in %; `LABEL.modules`, their number; `LABEL.intruder_modules`, the share of modules with an
+    update's energy in %; `LABEL.modules`, their number; `LABEL.intruder_share`, the share of modules with an
     intruder in %; `LABEL.intruders_per_module`. Of updates scaled to one size, if asked, `LABEL.scaled.NAME`.
     """
     figures: dict[str, Interval | None] = {}
@@ -262,7 +262,7 @@ def result(survey: SubspaceSurvey, subject: Subject, *_: Any) -> Result:
                 for name, share in (("outside", one.outside), ("outside_leading", one.outside_leading)):
                     figures[f"{prefix}.{name}"] = None if share is None else exact(100 * share)
                 figures[f"{prefix}.modules"] = exact(len(one.modules))
-                figures[f"{prefix}.intruder_modules"] = exact(100 * one.intruder_modules / len(one.modules))
+                figures[f"{prefix}.intruder_share"] = exact(100 * one.intruder_modules / len(one.modules))
                 figures[f"{prefix}.intruders_per_module"] = exact(one.intruders_per_module)
     numbers, without = numbers_of(figures, "no adapted weight has such directions")
     said, rows = remarks(survey), summary_rows(survey)

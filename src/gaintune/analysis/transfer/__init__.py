@@ -46,7 +46,7 @@ class TransferAnalysis(Analysis):
     )
     examples = """\
 gaintune transfer adapters/law adapters/code --component principal
-gaintune transfer adapters/law adapters/code adapters/medical --component cross-fitted --control signs"""
+gaintune transfer runs/a runs/b runs/c --component cross-fitted --control norm"""
     texts = "trained"
     together = "label"
     label = "gain-ffn"

@@ -14,7 +14,7 @@ from gaintune.data import load_domain
 from gaintune.models import load_tokenizer
 from gaintune.recipes.outcome import Context, PreparedStep, StepOutcome
 from gaintune.results import Interval, exact
-from gaintune.storage import make_folder, read_stored, write_json
+from gaintune.storage import make_folder, write_json
 from gaintune.workflows import merge_adapter
 
 COLUMNS = {
@@ -52,20 +52,20 @@ def absorb(settings: dict[str, Any], context: Context) -> PreparedStep:
 
 def _certificate(plan: Plan, adapter: Path, file: Path) -> dict[str, Any]:
     """Merge an adapter, keep the certificate alone, and return it."""
-    if not file.exists():
-        domain = load_domain(plan.data.domains[-1], plan.data, load_tokenizer(plan.model))
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".merged-") as folder:
-            certificate = merge_adapter(
-                adapter,
-                Path(folder) / "model",
-                blocks=domain.validation,
-                bytes_per_block=domain.validation_bytes,
-                model=plan.model,
-                force=True,
-                batch_size=plan.evaluate.batch_size,
-            )
-        write_json(file, asdict(certificate))
-    return read_stored(file, dict)
+    domain = load_domain(plan.data.domains[-1], plan.data, load_tokenizer(plan.model))
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".merged-") as folder:
+        certificate = merge_adapter(
+            adapter,
+            Path(folder) / "model",
+            blocks=domain.validation,
+            bytes_per_block=domain.validation_bytes,
+            model=plan.model,
+            force=True,
+            batch_size=plan.evaluate.batch_size,
+        )
+    values = asdict(certificate)
+    write_json(file, values)
+    return values
 
 
 def _shown(value: float | str) -> str:

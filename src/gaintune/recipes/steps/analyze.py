@@ -50,7 +50,9 @@ def analyze(analysis: Analysis, settings: dict[str, Any], context: Context) -> P
             return PreparedStep.left_out(why)
         own, notes = context.setup.plan(settings, origin=context.origin), [*context.setup.text_notes(settings)]
         if plan is not None and "base" not in settings:
-            own = own.model_copy(update={"model": own.model.model_copy(update={"name": plan.model.name})})
+            given = context.setup.overrides.get("model", {})
+            base = {key: getattr(plan.model, key) for key in ("name", "revision", "quantization") if key not in given}
+            own = own.model_copy(update={"model": own.model.model_copy(update=base)})
         plan = own
     benchmarks = None
     if analysis.measures_benchmarks and plan is not None:
@@ -74,7 +76,7 @@ def analyze(analysis: Analysis, settings: dict[str, Any], context: Context) -> P
                 without |= {f"{prefix}{name}": why for name, why in result.without.items()}
             tables |= result.shown
             lines += result.notes
-            figures += sorted(part.folder.glob("*.png"))
+            figures += [part.folder / f"{name}.png" for name, figure in result.figures.items() if figure is not None]
         more, lacking = analysis.across(results)
         numbers, without = numbers | dict(more), without | dict(lacking)
         return StepOutcome(numbers, tables, tuple(figures), notes=tuple(lines), without=without)

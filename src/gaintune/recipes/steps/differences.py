@@ -46,7 +46,7 @@ def differences(settings: dict[str, Any], context: Context) -> PreparedStep:
         table = pd.DataFrame.from_dict(rows, orient="index", columns=["what", "difference"])
         return StepOutcome(numbers, {"Differences": table} if rows else {}, without=without)
 
-    return PreparedStep(StepOutcome(), run)
+    return PreparedStep(StepOutcome(), run, keep=False)
 
 
 def number_of(name: str, context: Context) -> Interval | None:
