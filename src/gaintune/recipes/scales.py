@@ -19,13 +19,8 @@ from gaintune.recipes import smoke
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
 from gaintune.storage import rows_per_update
 
-TEXTS = (
-    ".",
-    "domains",
-    "instruct",
-    "glue",
-    "benchmarks",
-)  # folders inside `--data` with local copies of texts
+TEXTS = (".", "domains", "instruct", "glue")  # folders inside `--data` that may hold local copies of texts
+ROWS = "benchmarks"  # its rows are text only for a domain that names their column: they are what is measured elsewhere
 PLAN_SECTIONS = ("model", "data", "train", "evaluate", "classify")
 
 STAND_INS = {"pubmedqa": "medical", "wikitext": "manual", "finphrase": "law", "pg19": "scripture", "medqa": "code"}
@@ -148,7 +143,8 @@ class ScaleSetup:
     def why_not(self, settings: Mapping[str, Any]) -> str | None:
         """Say why a step cannot train or measure anything at this scale; None where it can."""
         if self.scale == "small" and settings.get("base") not in (None, *EMBEDDED):
-            return f"left out: scale small has one base, and this step asks for {settings['base']} beside it"
+            known = " or ".join(EMBEDDED)
+            return f"left out: a base at scale small is {known}, and this step asks for {settings['base']} beside it"
         domains = settings.get("domains", ())
         if self.scale == "small" and not self.domains(domains):
             missing = ", ".join(self.missing(domains))
@@ -169,7 +165,8 @@ class ScaleSetup:
         name = values["name"]
         embedded = name if name in CATALOGUE and CATALOGUE[name].hub is None else None
         unknown = {"paper": name, "small": STAND_INS.get(name, embedded), "smoke": None}[self.scale]
-        source = values.get("source") or next(iter(self.local(name, TEXTS)), unknown)
+        folders = (*TEXTS, ROWS) if values.get("text_column") else TEXTS
+        source = values.get("source") or next(iter(self.local(name, folders)), unknown)
         if source in CATALOGUE:  # it brings its own columns
             values = {key: value for key, value in values.items() if not key.endswith("_column")}
         return None if source is None else {**values, "source": str(source)}
