@@ -241,7 +241,11 @@ def gemma(joined, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "option"), [("adapt", "--out"), ("sequence", "--run")])
-def test_without_a_terminal_a_command_that_lacks_the_terms_says_how_to_accept_them(gemma, tmp_path, command, option):
+def test_without_a_terminal_a_command_that_lacks_the_terms_says_how_to_accept_them(
+    gemma, tmp_path, monkeypatch, command, option
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
     message = refusal(gaintune(command, *gemma, option, tmp_path / "new"), 1)
     assert "https://example.org/terms" in message and "gaintune assets --accept demo-gemma" in message
     assert not (cache_dir() / "terms").exists() and not (tmp_path / "new" / "inputs.json").exists(), "nothing began"
