@@ -7,7 +7,7 @@ import pytest
 
 from gaintune.config import build_plan
 from gaintune.data import load_domain
-from gaintune.errors import ConfigError, DataError, TermsError
+from gaintune.errors import AssetError, ConfigError, DataError
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
@@ -99,12 +99,15 @@ def test_scale_small_takes_an_embedded_base_by_name_and_asks_for_its_terms_first
     setup = ScaleSetup.make("small", "c/d", None, {}, tmp_path)
     here, far = (other.settings(step, "small") for step in other.steps)
     assert setup.plan(here, origin="step run").model.name == "demo-gemma" and setup.why_not(here) is None
-    assert "is demo or demo-gemma, and this step asks for a/b" in str(setup.why_not(far))
-    smoke = ScaleSetup.make("smoke", "c/d", None, {}, tmp_path / "smoke")
-    name = smoke.plan(here, origin="step run").model.name
-    assert Path(name).is_dir() and name != smoke.model, "a tiny base of its own, and nothing to accept"
-    refused(TermsError, r"gaintune assets --accept demo-gemma", run_recipe, other, tmp_path / "run", scale="small")
+    assert "this step asks for a/b" in str(setup.why_not(far))
+    refused(AssetError, r"gaintune assets --accept demo-gemma", run_recipe, other, tmp_path / "run", scale="small")
     assert not (tmp_path / "run").exists()
+
+
+def test_at_scale_smoke_an_embedded_base_is_a_tiny_one_of_its_own(tmp_path):
+    setup = ScaleSetup.make("smoke", "c/d", None, {}, tmp_path)
+    name = setup.plan({**LEARNS, "base": "demo-gemma"}, origin="step run").model.name
+    assert Path(name).is_dir() and name != setup.model
 
 
 def test_a_step_that_is_left_out_needs_no_terms(tmp_path, monkeypatch):

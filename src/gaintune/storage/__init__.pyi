@@ -3,6 +3,7 @@ from .assets import accept_terms as accept_terms
 from .assets import cache_dir as cache_dir
 from .assets import check_terms as check_terms
 from .assets import fetch as fetch
+from .assets import may_be_fetched as may_be_fetched
 from .assets import status as status
 from .environment import describe_environment as describe_environment
 from .files import MANIFEST as MANIFEST

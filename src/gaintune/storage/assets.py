@@ -150,10 +150,16 @@ def accept_terms(name: str) -> None:
         write_json(_acceptance(name), {"accepted": accepted, "asset": name, "terms": asset.terms})
 
 
-def check_terms(name: str) -> None:
-    """Refuse an asset whose terms are not accepted; one that is unpacked needs no acceptance. TermsError says how."""
+def may_be_fetched(name: str) -> bool:
+    """Return whether an asset has no terms, or they were accepted, or it was unpacked here before."""
     asset = _asset(name)
-    if asset.terms and not asset.folder.exists() and not _acceptance(name).is_file():
+    return not asset.terms or asset.folder.exists() or _acceptance(name).is_file()
+
+
+def check_terms(name: str) -> None:
+    """Refuse an asset whose terms are not accepted yet; TermsError says how to accept them."""
+    asset = _asset(name)
+    if not may_be_fetched(name):
         raise TermsError(
             f"{name} ({asset.description}, {asset.size_mb:g} MB) comes under the {asset.licence}: read them at "
             f"{asset.terms}, and accept them once with `gaintune assets --accept {name}` (from Python: "
