@@ -34,6 +34,18 @@ class AssetError(GaintuneError, OSError):
     """An embedded asset or a hub id cannot be fetched or fails its hash: check the network or give a local copy."""
 
 
+class TermsError(AssetError):
+    """Terms of an embedded asset are not accepted yet: read them, and accept them once.
+
+    Attributes:
+        asset: its name, for `gaintune.storage.accept_terms`.
+    """
+
+    def __init__(self, message: str, asset: str = "") -> None:
+        super().__init__(message)
+        self.asset = asset
+
+
 class BaseModelError(InputError):
     """The base model cannot be loaded or used in this way: correct the id, the folder or the dtype that is named."""
 

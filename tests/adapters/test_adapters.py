@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -45,6 +46,21 @@ def test_an_adapter_that_is_loaded_and_saved_again_is_the_same_files(tiny, tmp_p
     again = load_adapter(base, tmp_path / "first", trainable=True)
     save_adapter(again, tmp_path / "second", record_of(base, "gain-ffn"))
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-gemma"])
+def test_an_adapter_of_an_embedded_base_names_no_repository_and_knows_its_base(tiny, tmp_path, name):
+    base = replace(base_of(tiny), name=name)
+    model = adapted(base, "lora")
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter", record_of(base, "lora"))
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.base_model is None and not [tag for tag in card.data.tags or () if name in tag]
+    again = replace(base_of(tiny), name=name)
+    assert torch.equal(logits(load_adapter(again, tmp_path / "adapter")), expected)
+    other = replace(base_of(tiny), name=name, fingerprint="0" * 64)
+    with pytest.raises(BaseMismatchError):
+        load_adapter(other, tmp_path / "adapter")
 
 
 def test_full_weights_in_fp32_load_into_the_bases_own_dtype_and_adapters_into_any(tiny, tmp_path):

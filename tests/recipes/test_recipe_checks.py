@@ -6,16 +6,20 @@ from pathlib import Path
 import pytest
 
 from gaintune.config import build_plan
+from gaintune.data import load_domain
 from gaintune.errors import AssetError, ConfigError, DataError
 from gaintune.progress import Silent
 from gaintune.recipes import Recipe, recipe_named, recipes, run_recipe
 from gaintune.recipes import smoke as tiny
 from gaintune.recipes.outcome import Context, StepOutcome
+from gaintune.recipes.preflight import check_hub
 from gaintune.recipes.scales import LISTS, ScaleSetup, budget_note, dropped, names_in, note_of, stem_of
 from gaintune.recipes.steps.benchmarks import BY_TARGET, benchmark_config
 from gaintune.recipes.steps.classify import MAX_REPORTED_PERPLEXITY, mean_kept
-from support import refused
+from support import STUDY_DATA, needs_study_data, refused
+from support.cli import run
 from support.files import write_rows
+from support.tiny_base import tokenizer
 from support.tiny_recipes import recipe
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -98,6 +102,31 @@ def test_scale_small_takes_an_embedded_base_by_name_and_asks_for_its_terms_first
     assert "this step asks for a/b" in str(setup.why_not(far))
     refused(AssetError, r"gaintune assets --accept demo-gemma", run_recipe, other, tmp_path / "run", scale="small")
     assert not (tmp_path / "run").exists()
+
+
+def test_at_scale_smoke_an_embedded_base_is_a_tiny_one_of_its_own(tmp_path):
+    setup = ScaleSetup.make("smoke", "c/d", None, {}, tmp_path)
+    name = setup.plan({**LEARNS, "base": "demo-gemma"}, origin="step run").model.name
+    assert Path(name).is_dir() and name != setup.model
+
+
+def test_a_step_that_is_left_out_needs_no_terms(tmp_path, monkeypatch):
+    monkeypatch.setenv("GAINTUNE_CACHE", str(tmp_path / "cache"))
+    without_text = recipe(("run", "sequence", {**LEARNS, "domains": ["nowhere"], "base": "demo-gemma"}))
+    assert check_hub(without_text, ScaleSetup.make("small", "c/d", None, {}, tmp_path), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("G4", {"run": "demo-gemma"}), ("G7", {"7b": "demo-gemma", "774m": "demo"})]
+)
+def test_recipes_with_a_second_embedded_base_show_and_use_it(name, steps):
+    found, shown = recipe_named(name), run("recipe", "show", name)
+    setup = ScaleSetup("small", "demo", None, {})
+    for step in (step for step in found.steps if step.name in steps):
+        settings = found.settings(step, "small")
+        assert setup.why_not(settings) is None
+        assert setup.plan(settings, origin=step.name).model.name == steps[step.name]
+        assert f"at scale small, base: {steps[step.name]}\n" in shown.partition(f"step {step.name} ")[2]
 
 
 def test_notes_name_what_a_scale_leaves_out():
@@ -189,6 +218,34 @@ def test_a_local_copy_may_be_any_file_a_domain_may_be(tmp_path):
     setup = ScaleSetup("small", "demo", tmp_path, {})
     sources = [each["source"] for each in setup.domains(["pubmedqa", "pg19", "medqa"])]
     assert sources == [str(tmp_path / "pubmedqa.csv"), str(tmp_path / "pg19.txt"), "code"]
+
+
+def test_rows_of_a_benchmark_are_a_text_where_their_column_is_named(tmp_path):
+    rows = [{"query": "Is it?", "gold": 0}]
+    for name in ("benchmarks/boolq", "benchmarks/pubmedqa", "domains/sst2", "benchmarks/sst2"):
+        write_rows(tmp_path / name / "validation.jsonl", rows)
+    setup = ScaleSetup("small", "demo", tmp_path, {})
+    named = [{"name": name, "text_column": "query"} for name in ("boolq", "sst2")]
+    assert setup.domains(named) == [
+        {**entry, "source": str(tmp_path / folder / entry["name"])}
+        for entry, folder in zip(named, ("benchmarks", "domains"), strict=True)
+    ]
+    assert setup.domains(["pubmedqa"])[0]["source"] == "medical" and setup.missing(["boolq"]) == ["boolq"]
+
+
+@needs_study_data("benchmarks")
+def test_the_study_of_many_domains_has_text_enough_for_each():
+    study = recipe_named(str(Path(__file__).parents[2] / "studies" / "many.yaml"))
+    settings = {key: value for key, value in study.settings(study.steps[0], "small").items() if key != "paired"}
+    plan, bytewise = ScaleSetup("small", "demo", STUDY_DATA, {}).plan(settings, origin="run"), tokenizer()
+    assert len(plan.data.domains) == 24 and plan.model.name == "demo-gemma"
+    local = [domain for domain in plan.data.domains if domain.source.startswith(str(STUDY_DATA))]
+    embedded = {domain.name for domain in plan.data.domains if domain not in local}
+    assert embedded == {"law", "medical", "code", "scripture", "manual"}
+    for domain in local:  # those of benchmarks are one file of validation rows, of which some are held out
+        blocks = load_domain(domain, plan.data, bytewise)
+        assert (blocks.train.input_ids.shape, blocks.validation.input_ids.shape) == ((16, 128), (8, 128)), domain.name
+    assert sum(domain.source.startswith(str(STUDY_DATA / "benchmarks")) for domain in local) == 5
 
 
 def test_of_adapters_that_were_trained_apart_no_adapter_is_the_last():

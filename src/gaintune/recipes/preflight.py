@@ -68,9 +68,11 @@ def check_hub(recipe: Recipe, setup: ScaleSetup, folder: Path) -> list[str]:
 
     Raises:
         ConfigError: repositories that are gated or missing, all of them in one message, or too little room on the disk.
-        AssetError: the Hub is not reached, and its cache lacks something; or terms of a base are not accepted yet.
+        AssetError: the Hub is not reached, and its cache lacks something.
+        TermsError: terms of an embedded base are not accepted yet.
     """
-    for model in (_model_of(recipe, step, setup) for step in recipe.steps):
+    run = [step for step in recipe.steps if not setup.why_not(recipe.settings(step, setup.scale))]
+    for model in (_model_of(recipe, step, setup) for step in run):
         if model is not None and model.name in EMBEDDED:
             check_terms(EMBEDDED[model.name])
     needs = hub_needs(recipe, setup)

@@ -116,7 +116,7 @@ def run_recipe(
     Args:
         recipe: a recipe, or the id of one.
         folder: where everything goes.
-        scale: paper (the papers' models, data and budgets), small (the demo model), or smoke (a tiny random model).
+        scale: paper (the papers' models, data and budgets), small (embedded models), or smoke (a tiny random model).
         data: folder of local copies under the papers' names; the Hub, or embedded texts, unless given.
         overrides: nested plan values laid over every step, such as `{"train": {"seed": 1}}`; those under a step's name
             are for that step alone, such as `{"70b": {"model": {"quantization": "4bit"}}}`.

